@@ -1,0 +1,1 @@
+"""Split learning in JAX with compressed feature maps."""

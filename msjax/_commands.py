@@ -1,0 +1,132 @@
+"""What the commands do; apart from `cli`, so that `msjax --help` needs no JAX."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+import jax
+import rich.console
+import rich.table
+import tyro
+
+from msjax import compress, config, data, display, models, runs, train
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Runs one command and returns its exit status; an expected error becomes one line."""
+    try:
+        return {"train": _train, "eval": _eval, "models": _models}[command](arguments)
+    except train.Interrupted:
+        return 130
+    except (ValueError, data.DataError) as error:
+        print(f"msjax {command}: {error}", file=sys.stderr)
+        return 2
+
+
+DEFAULT = config.Config(
+    optim=config.OptimConfig(learning_rate=0.1, warmup_epochs=1.0),
+    batch_size=16,
+    epochs=20,
+    compare=True,
+)
+"""The run without a preset: scikit-learn's digits, for which 16 samples a client make 9 steps an epoch."""
+
+
+def _train(arguments):
+    # The two flags that say where the config comes from; tyro handles what is in it.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--resume")
+    first.add_argument("--name")
+    where, rest = first.parse_known_args(arguments)
+    if where.resume:
+        if rest or where.config or where.name:
+            raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
+        folder, cfg = runs.RunFolder.open(where.resume)
+    else:
+        default = config.load_preset(where.config) if where.config else DEFAULT
+        description = "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run folder)."
+        cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        folder = runs.RunFolder.create(cfg, where.name)
+    summaries = []
+    if cfg.compare:
+        base = train.uncompressed(cfg)
+        inside = dataclasses.replace(base, out=str(folder.path))
+        exists = (folder.path / "uncompressed" / "config.json").exists()
+        base_folder = (
+            runs.RunFolder.open(folder.path / "uncompressed")[0]
+            if exists
+            else runs.RunFolder.create(inside, "uncompressed")
+        )
+        summaries.append(_finish(base, base_folder))
+    summaries.append(_finish(cfg, folder))
+    display.print_summaries(summaries)
+    return 0
+
+
+def _finish(cfg, folder):
+    """The summary of a run: read where it is there, else trained for."""
+    try:
+        summary = folder.path / "summary.json"
+        return json.loads(summary.read_text()) if summary.exists() else train.train(cfg, folder)
+    finally:
+        folder.close()
+
+
+def _eval(arguments):
+    parser = argparse.ArgumentParser(prog="msjax eval", description="Test a trained run on its test set.")
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
+    options = parser.parse_args(arguments)
+    folder, cfg = runs.RunFolder.open(options.run)
+    if options.uncompressed:
+        cfg = dataclasses.replace(cfg, eval_compressed=False)
+    job = train.prepare(cfg)
+    found = folder.restore((job.state, train.simulate.zero_sums()))
+    if found is None:
+        raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
+    (state, _), _ = found
+    result = train.Evaluator(cfg, job)(state)
+    how = cfg.codec.at_inference() if cfg.eval_compressed else "no compression"
+    print(json.dumps({"run": str(folder.path), "step": int(state.step), "features": str(how), **result}, indent=2))
+    return 0
+
+
+def _models(arguments):
+    parser = argparse.ArgumentParser(
+        prog="msjax models", description="Print each cut of a model: its feature map, and bytes a sample with each codec."
+    )
+    parser.add_argument("name", nargs="?", choices=models.NAMES, help="default: all")
+    parser.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"))
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--first-block", choices=("residual", "paper"), default="residual")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples that are compressed together")
+    parser.add_argument("--codec", action="append", help="default: each, at the paper's settings")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
+    usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
+    for name in [options.name] if options.name else models.NAMES:
+        shape, classes = usual.get(name, ((32, 32, 3), 10))
+        shape, classes = tuple(options.input_shape or shape), options.num_classes or classes
+        first_block = options.first_block if name.startswith("resnet") else "residual"
+        model = models.build(
+            name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block
+        )
+        count = models.count_params(model) / 1e6
+        title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"
+        table = rich.table.Table(title=title)
+        for heading in ("cut", "name", "after block", "feature map"):
+            table.add_column(heading)
+        for codec in codecs:
+            table.add_column(str(codec) if options.codec else type(codec).__name__, justify="right")
+        for cut in models.list_cuts(model):
+            batch = jax.ShapeDtypeStruct((options.batch_size, *cut.shape), cut.dtype)
+            sizes = [f"{codec.payload_bytes(batch) / options.batch_size:,.0f}" for codec in codecs]
+            table.add_row(str(cut.layer), cut.name or "", cut.block, "×".join(map(str, cut.shape)), *sizes)
+        console.print(table)
+    return 0

@@ -1,0 +1,39 @@
+"""The command line: `msjax train | eval | models`."""
+
+import sys
+
+HELP = """\
+usage: msjax COMMAND [options]
+
+Split learning with compressed feature maps.
+
+commands:
+  train     train a split network and count the bytes
+              msjax train                                 digits, small net, MS against no compression, about a minute
+              msjax train --config configs/NAME.py        a preset; any option overrides it
+              msjax train --codec "TopK(ratio=0.9)"       another codec
+              msjax train --resume RUN                    go on where a run stopped
+  eval      test a trained run:  msjax eval RUN [--uncompressed]
+  models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
+
+`msjax COMMAND --help` lists a command's options.
+"""
+
+
+def main() -> None:
+    """The entry point of the `msjax` script."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if arguments[0] == "--version":
+        import importlib.metadata
+
+        print(importlib.metadata.version("msjax"))
+        return
+    if arguments[0] not in ("train", "eval", "models"):
+        sys.exit(f"msjax: unknown command {arguments[0]!r}; see msjax --help")
+    # Imported here, so that the help above does not wait for JAX.
+    from msjax import _commands
+
+    sys.exit(_commands.run(arguments[0], arguments[1:]))

@@ -1,0 +1,61 @@
+"""Codecs for the feature map at the cut: array → payload → array, in pure JAX.
+
+    codec = compress.MaskEncoded(ratio=0.99, bits=2)
+    payload = codec.encode(h)                  # packed arrays: what goes over the wire
+    h_hat = codec.decode(payload, like=h)
+    h_hat = codec.roundtrip(h)                 # the same numbers without the payload
+    codec.payload_bytes(h)                     # from the shape alone
+    y = compress.straight_through(codec, h)    # as a layer: the gradient passes through
+
+Needs JAX alone; works in Flax Linen, Flax NNX, Equinox, Haiku or none of them, under `jit`, `vmap`, `grad` and `shard_map`. A random codec takes a
+`key`. Across a sharded axis, call a codec inside `shard_map`, once a client: a selection over the whole array would gather it.
+"""
+
+from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound
+from msjax.compress._codec import Codec
+from msjax.compress._identity import DensePayload, Identity
+from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
+from msjax.compress._parse import codec_from_string
+from msjax.compress._randk import RandK
+from msjax.compress._randtopk import RandTopK
+from msjax.compress._straight_through import downlink_key, straight_through
+from msjax.compress._topk import SparsePayload, TopK
+from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
+
+CODECS: tuple[type[Codec], ...] = (Identity, MaskEncoded, TopK, RandTopK, Uniform, StochasticUniform, RandK)
+"""Every codec, in the order in which tables show them."""
+
+
+def from_string(text: str) -> Codec:
+    """Returns the codec that `text` names, `"TopK"` or `"TopK(ratio=0.9)"`: the inverse of `repr`.
+
+    Raises:
+      ValueError: there is no such codec or option, or its value is out of range.
+
+    >>> from_string("Uniform(bits=4)").bits
+    4
+    """
+    return codec_from_string(text, CODECS)
+
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "DensePayload",
+    "Identity",
+    "MaskEncoded",
+    "MaskPayload",
+    "RandK",
+    "RandTopK",
+    "SparsePayload",
+    "StochasticUniform",
+    "TopK",
+    "Uniform",
+    "UniformPayload",
+    "downlink_key",
+    "from_string",
+    "mask_encoded_error_bound",
+    "straight_through",
+    "topk_error_bound",
+    "uniform_error_bound",
+]

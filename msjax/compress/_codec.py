@@ -1,0 +1,150 @@
+"""What every codec has in common: the interface, and the flattening behind it."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+Granularity = Literal["tensor", "sample"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(abc.ABC):
+    """A compressor of feature maps whose fields are its whole configuration.
+
+    Codecs are frozen and hashable: compare them, print them, use them as static arguments. They hold no arrays.
+    """
+
+    needs_key: ClassVar[bool] = False
+    """Whether `encode` draws random numbers; such a codec raises `ValueError` when it gets no key."""
+
+    def encode(self, h: Float[Array, "..."], key: jax.Array | None = None) -> tuple[Array, ...]:
+        """Returns the payload of `h`: a NamedTuple of arrays, packed to the size they have on the wire.
+
+        Args:
+          h: features, any shape; float32, bfloat16 or float16.
+          key: a JAX random key; needed by random codecs alone.
+
+        Raises:
+          TypeError: `h` has another dtype.
+          ValueError: the codec is random and `key` is None.
+        """
+        self._check(h, key)
+        return self._encode(h, key)
+
+    def decode(self, payload: Any, like: Any) -> Float[Array, "..."]:
+        """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`)."""
+        self._check(like)
+        return self._decode(payload, like)
+
+    def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
+        """Returns the same numbers as `decode(encode(h, key), h)`; a codec may skip the packing. Takes `encode`'s arguments."""
+        self._check(h, key)
+        return self._roundtrip(h, key)
+
+    @abc.abstractmethod
+    def payload_bytes(self, like: Any) -> int:
+        """Returns the exact size in bytes of the payload of an array like `like`, from its shape and dtype alone."""
+
+    def at_inference(self) -> "Codec":
+        """Returns the codec to use on test data: this one, unless its source says otherwise."""
+        return self
+
+    @abc.abstractmethod
+    def _encode(self, h, key): ...
+
+    @abc.abstractmethod
+    def _decode(self, payload, like): ...
+
+    def _roundtrip(self, h, key):
+        return self._decode(self._encode(h, key), h)
+
+    def _check(self, h, key=...):
+        if jnp.dtype(h.dtype).name not in FLOAT_DTYPES:
+            raise TypeError(f"h must be one of {', '.join(FLOAT_DTYPES)}, got {jnp.dtype(h.dtype).name}")
+        if self.needs_key and key is None:
+            raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorCodec(Codec):
+    """A codec that sees its input as one vector, or as one vector a sample.
+
+    `granularity="tensor"` compresses the whole array at once, as the paper does with the batch of one client;
+    `"sample"` compresses each `h[i]` by itself (payload arrays then have a leading batch axis), so what one sample
+    decodes to does not depend on its neighbours.
+    """
+
+    granularity: Granularity = dataclasses.field(default="tensor", kw_only=True)
+
+    def __post_init__(self):
+        check_choice("granularity", self.granularity, ("tensor", "sample"))
+
+    @abc.abstractmethod
+    def _encode_vector(self, x, key):
+        """Payload of the vector `x` (d,)."""
+
+    @abc.abstractmethod
+    def _decode_vector(self, payload, like):
+        """Vector (d,) and dtype of `like` from its payload."""
+
+    def _roundtrip_vector(self, x, key):
+        return self._decode_vector(self._encode_vector(x, key), x)
+
+    @abc.abstractmethod
+    def _vector_bytes(self, d: int, itemsize: int) -> int:
+        """Payload bytes of a vector of `d` values of `itemsize` bytes."""
+
+    def payload_bytes(self, like):
+        self._check(like)
+        itemsize = jnp.dtype(like.dtype).itemsize
+        rows, d = self._rows(like)
+        return (1 if rows is None else rows) * self._vector_bytes(d, itemsize)
+
+    def _rows(self, h) -> tuple[int | None, int]:
+        """(number of vectors or None for one unbatched vector, values in each)."""
+        if self.granularity == "tensor":
+            return None, h.size
+        if not h.shape:
+            raise ValueError('h must have a batch axis with granularity="sample", got a scalar')
+        return h.shape[0], h.size // max(h.shape[0], 1)
+
+    def _encode(self, h, key):
+        return self._over_rows(self._encode_vector, h, key)
+
+    def _roundtrip(self, h, key):
+        return self._over_rows(self._roundtrip_vector, h, key).reshape(h.shape)
+
+    def _over_rows(self, fun, h, key):
+        rows, d = self._rows(h)
+        if rows is None:
+            return fun(h.reshape(d), key)
+        keys = None if key is None else jax.random.split(key, rows)
+        return jax.vmap(fun)(h.reshape(rows, d), keys)
+
+    def _decode(self, payload, like):
+        rows, d = self._rows(like)
+        vector = jax.ShapeDtypeStruct((d,), like.dtype)
+        if rows is None:
+            return self._decode_vector(payload, vector).reshape(like.shape)
+        return jax.vmap(lambda p: self._decode_vector(p, vector))(payload).reshape(like.shape)
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"bits must be an integer in 1..8, got {bits!r}")
+
+
+def check_ratio(ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be a number in [0, 1), got {ratio!r}")

@@ -1,0 +1,124 @@
+"""MS, mask-encoded sparsification: the paper's codec."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msjax.compress import _bits, _select
+from msjax.compress._codec import VectorCodec, check_bits, check_choice, check_ratio
+
+
+class MaskPayload(NamedTuple):
+    values: jax.Array
+    """(k,) the kept values in the order of their positions, in the dtype of the input."""
+    codes: jax.Array
+    """uint8 (⌈d·bits/8⌉,) packed codes, least significant bits first; all ones marks a kept value."""
+    signs: jax.Array
+    """uint8 (⌈d/8⌉,) packed signs, 1 where a coded value is negative; (0,) when unsigned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskEncoded(VectorCodec):
+    """MS: the largest values exactly, every other one as a small integer (Algorithms 1 and 2, arXiv 2408.13787).
+
+    k = ⌊(1 − ratio)·d⌋ values are kept; the smallest of them is τ. Every other value x gets the code x·(2^bits − 1)/τ, rounded
+    and clamped to 0 … 2^bits − 2, and decodes to code·τ/(2^bits − 1). Neither positions nor τ are sent.
+
+    Payload: 4k + ⌈d·bits/8⌉ bytes for float32 (2.32 bits an element by default, 13.8×), 2k + ⌈d·bits/8⌉ for the 16-bit types, whose
+    values travel in 16 bits; `signed` adds ⌈d/8⌉. Arithmetic is float32; the result has the input's dtype.
+
+    Attributes:
+      ratio: the part of the values that is not kept, in [0, 1).
+      bits: bits of a code, 1 to 8. With 1, MS is top-k with zeros.
+      rounding: "nearest" (half to even, clamped), as the paper's program does and as its figures need, or "floor", as Algorithm 1 is written.
+      signed: False ranks by value, for features that are not negative (after a ReLU): a negative value that is not kept decodes to 0.
+        True ranks by magnitude and spends one more bit on the sign.
+      granularity: see `VectorCodec`.
+
+    Corners that the paper leaves open:
+      - Ties at τ: exactly k values are kept, the first ones by position; the others get the largest code, 2^bits − 2.
+      - Fewer than k positive values: zeros fill the rest of the k, τ ≤ 0, every other code is 0 and decodes to 0.
+      - k is at least 1 (the paper's formula gives 0 for d < 1/(1 − ratio)); an empty array has an empty payload.
+      - NaN ranks above +Inf. Both are kept exactly while there are at most k; when there are more, τ is not finite and what is not kept decodes to NaN: a
+        diverged network shows. −Inf is a negative value.
+      - Values above float32's maximum/(2^bits − 1) that are not kept may get the largest code; subnormal numbers may count as 0.
+
+    Bias: biased, toward 0 with "floor"; the error of a value is at most τ/(2^bits − 1), and at most the value itself.
+    The squared error is bounded by `mask_encoded_error_bound`.
+
+    >>> import jax.numpy as jnp
+    >>> codec = MaskEncoded(ratio=0.75, bits=2)
+    >>> h = jnp.array([2.2, 0.8, 1.2, 0.4, 1.8, 0.2, 3.1, 2.0])
+    >>> codec.encode(h).values, codec.payload_bytes(h)
+    (Array([2.2, 3.1], dtype=float32), 10)
+    """
+
+    ratio: float = 0.99
+    bits: int = 2
+    rounding: Literal["nearest", "floor"] = "nearest"
+    signed: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ratio(self.ratio)
+        check_bits(self.bits)
+        check_choice("rounding", self.rounding, ("nearest", "floor"))
+        check_choice("signed", self.signed, (False, True))
+
+    @property
+    def _top(self) -> int:
+        """2^bits − 1: the code of a kept value, and the number of steps from 0 to τ."""
+        return 2**self.bits - 1
+
+    def _vector_bytes(self, d, itemsize):
+        signs = _bits.packed_bytes(d, 1) if self.signed else 0
+        return _select.num_kept(self.ratio, d) * itemsize + _bits.packed_bytes(d, self.bits) + signs
+
+    def _quantize(self, x):
+        """(scores, τ, kept, codes as float32) of the vector `x`, d ≥ 1."""
+        score = _select.score(x, by_magnitude=self.signed)
+        tau, kept = _select.top_mask(score, _select.num_kept(self.ratio, x.size))
+        # Multiplied before it is divided: in this order float32 gives Figure 1's codes.
+        steps = score * jnp.float32(self._top) / tau
+        steps = jnp.round(steps) if self.rounding == "nearest" else jnp.floor(steps)
+        # The comparison, not a maximum, so that NaN (0/0, τ not finite) becomes code 0.
+        codes = jnp.where((steps > 0) & (tau > 0), jnp.minimum(steps, jnp.float32(self._top - 1)), jnp.float32(0))
+        return score, tau, kept, codes
+
+    def _levels(self, codes, tau):
+        """What float32 codes decode to. One multiplication by a scalar: the same bits in every program."""
+        # 0·∞ = NaN is meant: without a finite τ nothing is known of the values that are not kept.
+        return codes * (jnp.maximum(tau, 0) * jnp.float32(1 / self._top))
+
+    def _encode_vector(self, x, key):
+        if x.size == 0:
+            return MaskPayload(x, jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.uint8))
+        score, _, kept, codes = self._quantize(x)
+        signs = _bits.pack(((x < 0) & (codes > 0) & ~kept).astype(jnp.uint8), 1) if self.signed else jnp.zeros(0, jnp.uint8)
+        codes = jnp.where(kept, jnp.uint8(self._top), codes.astype(jnp.uint8))
+        values = x[_select.top_positions(score, _select.num_kept(self.ratio, x.size))]
+        return MaskPayload(values, _bits.pack(codes, self.bits), signs)
+
+    def _decode_vector(self, payload, like):
+        d = like.size
+        if d == 0:
+            return jnp.zeros(0, like.dtype)
+        codes = _bits.unpack(payload.codes, self.bits, d)
+        score = _select.score(payload.values, by_magnitude=self.signed)
+        tau = jnp.min(jnp.where(jnp.isnan(score), jnp.float32(jnp.inf), score))
+        x = self._levels(codes.astype(jnp.float32), tau)
+        if self.signed:
+            x = jnp.where(_bits.unpack(payload.signs, 1, d) == 1, -x, x)
+        kept = _select.positions(codes == self._top, payload.values.size)
+        return x.astype(like.dtype).at[kept].set(payload.values.astype(like.dtype), mode="drop")
+
+    def _roundtrip_vector(self, x, key):
+        if x.size == 0:
+            return x
+        _, tau, kept, codes = self._quantize(x)
+        levels = self._levels(codes, tau)
+        if self.signed:
+            levels = jnp.where((x < 0) & (codes > 0), -levels, levels)
+        return jnp.where(kept, x, levels.astype(x.dtype))

@@ -1,0 +1,61 @@
+"""The codec as a layer of a network: the only custom derivative of the package."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from msjax.compress._codec import Codec
+
+
+def straight_through(
+    codec: Codec, h: Float[Array, "..."], key: jax.Array | None = None, grad_codec: Codec | None = None
+) -> Float[Array, "..."]:
+    """Returns `codec.roundtrip(h, key)`; its derivative is the identity, or the gradient as `grad_codec` transmits it.
+
+    The backward pass treats the compressor as the identity (arXiv 2408.13787, section 1): the cotangent g goes on
+    unchanged, or as `grad_codec.roundtrip(g, downlink_key(key))` to compress the downlink too. Works under `jit`, `vmap`, `grad` and `shard_map`.
+    Reverse mode only: like every `custom_vjp` it has no `jvp`.
+
+    Args:
+      codec: for the features, on their way up.
+      h: features, any shape; float32, bfloat16 or float16.
+      key: a JAX random key, needed when either codec is random.
+      grad_codec: for the cotangent of the result, on its way down; None leaves it as it is.
+
+    Raises:
+      TypeError: `h` is not of a supported dtype, or a codec is not a `Codec`.
+      ValueError: a codec is random and `key` is None.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from msjax.compress import TopK
+    >>> jax.grad(lambda h: straight_through(TopK(0.5), h).sum())(jnp.array([1.0, 2.0]))
+    Array([1., 1.], dtype=float32)
+    """
+    for name, value in (("codec", codec), ("grad_codec", grad_codec)):
+        if not isinstance(value, Codec) and not (name == "grad_codec" and value is None):
+            raise TypeError(f"{name} must be a Codec, got {value!r}")
+    if key is None and grad_codec is not None and grad_codec.needs_key:
+        raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
+    return _straight_through(codec, h, key, grad_codec)
+
+
+def downlink_key(key: jax.Array | None) -> jax.Array | None:
+    """Returns the key with which the gradient codec draws, given the key of the feature codec."""
+    return None if key is None else jax.random.fold_in(key, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _straight_through(codec, h, key, grad_codec):
+    return codec.roundtrip(h, key)
+
+
+def _forward(codec, h, key, grad_codec):
+    return codec.roundtrip(h, key), key
+
+
+def _backward(codec, grad_codec, key, g):
+    return (g if grad_codec is None else grad_codec.roundtrip(g, downlink_key(key))), None
+
+
+_straight_through.defvjp(_forward, _backward)

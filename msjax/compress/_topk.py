@@ -1,0 +1,81 @@
+"""SP, top-k sparsification, and the payload that all sparsifiers share."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msjax.compress import _bits, _select
+from msjax.compress._codec import VectorCodec, check_ratio
+
+
+class SparsePayload(NamedTuple):
+    values: jax.Array
+    """(k,) the kept values in the order of their positions, in the dtype of the input."""
+    mask: jax.Array
+    """uint8 (⌈d/8⌉,) packed, least significant bit first; 1 where a value is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsifier(VectorCodec):
+    """Keeps k = ⌊(1 − ratio)·d⌋ values (at least 1) and zeros the rest; a subclass says which.
+
+    Payload: k values of the input's width and a mask of one bit an element: 4k + ⌈d/8⌉ bytes for float32. A mask costs less than
+    positions while ratio < 96.875 %.
+    """
+
+    ratio: float = 0.95875
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ratio(self.ratio)
+
+    def _positions(self, x, k, key) -> jax.Array:
+        """int32 (k,) ascending positions of what is kept of `x`."""
+        raise NotImplementedError
+
+    def _scale(self, d: int) -> float:
+        """What kept values are multiplied by at the receiver."""
+        return 1.0
+
+    def _vector_bytes(self, d, itemsize):
+        return _select.num_kept(self.ratio, d) * itemsize + _bits.packed_bytes(d, 1)
+
+    def _encode_vector(self, x, key):
+        if x.size == 0:
+            return SparsePayload(x, jnp.zeros(0, jnp.uint8))
+        kept = self._positions(x, _select.num_kept(self.ratio, x.size), key)
+        mask = jnp.zeros(x.size, jnp.uint8).at[kept].set(1, indices_are_sorted=True, unique_indices=True)
+        return SparsePayload(x[kept], _bits.pack(mask, 1))
+
+    def _decode_vector(self, payload, like):
+        kept = _select.positions(_bits.unpack(payload.mask, 1, like.size) == 1, payload.values.size)
+        return self._scatter(kept, payload.values, like)
+
+    def _roundtrip_vector(self, x, key):
+        if x.size == 0:
+            return x
+        kept = self._positions(x, _select.num_kept(self.ratio, x.size), key)
+        return self._scatter(kept, x[kept], x)
+
+    def _scatter(self, kept, values, like):
+        values = (values.astype(jnp.float32) * jnp.float32(self._scale(like.size))).astype(like.dtype)
+        return jnp.zeros(like.size, like.dtype).at[kept].set(values, mode="drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Sparsifier):
+    """SP: the k values of largest magnitude, exactly; zeros elsewhere.
+
+    See `Sparsifier` for k and the payload; by default it has the size of `MaskEncoded()`. Ties: the first by position. NaN ranks above ±Inf; both are kept
+    exactly while there are at most k. Bias: biased toward 0; the squared error is at most (d − k)/d · ‖h‖²
+    (`topk_error_bound`). Source: arXiv 2408.13787, section 3; Aji & Heafield, arXiv 1704.05021.
+
+    >>> import jax.numpy as jnp
+    >>> TopK(ratio=0.5).roundtrip(jnp.array([3.0, -1.0, -4.0, 2.0]))
+    Array([ 3.,  0., -4.,  0.], dtype=float32)
+    """
+
+    def _positions(self, x, k, key):
+        return _select.top_positions(_select.score(x, by_magnitude=True), k)

@@ -1,0 +1,98 @@
+"""QU, uniform min–max quantization, rounded to nearest or at random."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msjax.compress import _bits
+from msjax.compress._codec import VectorCodec, check_bits
+
+
+class UniformPayload(NamedTuple):
+    codes: jax.Array
+    """uint8 (⌈d·bits/8⌉,) packed codes, least significant bits first."""
+    low: jax.Array
+    """float32 () the value of code 0: the smallest of the input."""
+    high: jax.Array
+    """float32 () the value of code 2^bits − 1: the largest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(VectorCodec):
+    """QU: every value to the nearest of 2^bits levels, evenly spaced from the smallest value to the largest (arXiv 2408.13787, section 3).
+
+    Payload: ⌈d·bits/8⌉ bytes, and 8 for the two ends, which the paper does not count. Arithmetic is float32; the result has the
+    input's dtype.
+
+    A constant array is exact. NaN or ±Inf anywhere, or a spread beyond float32's maximum, make everything decode to NaN. Bias: biased; the
+    error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error: `uniform_error_bound`.
+
+    >>> import jax.numpy as jnp
+    >>> Uniform(bits=1).roundtrip(jnp.array([0.0, 0.2, 0.9, 1.0]))
+    Array([0., 0., 1., 1.], dtype=float32)
+    """
+
+    bits: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bits(self.bits)
+
+    @property
+    def _top(self) -> int:
+        return 2**self.bits - 1
+
+    def _vector_bytes(self, d, itemsize):
+        return _bits.packed_bytes(d, self.bits) + 8
+
+    def _round(self, steps, key):
+        return jnp.round(steps)
+
+    def _quantize(self, x, key):
+        """(codes as float32, low, high) of the vector `x`."""
+        if x.size == 0:
+            return x.astype(jnp.float32), jnp.float32(0), jnp.float32(0)
+        x = x.astype(jnp.float32)
+        low, high = jnp.min(x), jnp.max(x)
+        steps = (x - low) * jnp.float32(self._top) / (high - low)
+        # A comparison, so that 0/0 of a constant array and NaN become code 0; the decoder sees NaN in the ends.
+        return jnp.where(steps > 0, jnp.minimum(self._round(steps, key), jnp.float32(self._top)), 0), low, high
+
+    def _levels(self, codes, low, high):
+        return low + codes * ((high - low) * jnp.float32(1 / self._top))
+
+    def _encode_vector(self, x, key):
+        codes, low, high = self._quantize(x, key)
+        return UniformPayload(_bits.pack(codes.astype(jnp.uint8), self.bits), low, high)
+
+    def _decode_vector(self, payload, like):
+        codes = _bits.unpack(payload.codes, self.bits, like.size).astype(jnp.float32)
+        return self._levels(codes, payload.low, payload.high).astype(like.dtype)
+
+    def _roundtrip_vector(self, x, key):
+        return self._levels(*self._quantize(x, key)).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticUniform(Uniform):
+    """Uniform min–max quantization with stochastic rounding: up with the probability that makes the mean right (QSGD's rounding, arXiv 1610.02132).
+
+    Levels, payload and corners are those of `Uniform`; needs a key. Unbiased: the mean over keys is `h` (to the rounding of float32 and of h's
+    dtype); the variance of a value is at most a quarter of a squared step.
+
+    >>> import jax, jax.numpy as jnp
+    >>> h = jnp.array([0.0, 0.25, 1.0])
+    >>> keys = jax.random.split(jax.random.key(0), 4000)
+    >>> mean = jax.vmap(lambda key: StochasticUniform(bits=1).roundtrip(h, key))(keys).mean(0)
+    >>> bool(jnp.abs(mean - h).max() < 0.03)
+    True
+    """
+
+    needs_key: ClassVar[bool] = True
+
+    def _round(self, steps, key):
+        low = jnp.floor(steps)
+        # steps − low is exact, so a value on a level stays there.
+        return low + (jax.random.uniform(key, steps.shape) < steps - low).astype(jnp.float32)

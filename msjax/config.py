@@ -1,0 +1,190 @@
+"""The configuration of a run: frozen dataclasses, saved with every result and set from the command line.
+
+A preset is a Python file with `get_config() -> Config`; see `configs/`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from msjax import compress
+from msjax.compress import Codec, Identity, MaskEncoded
+
+CodecFlag = Annotated[
+    Codec,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="CODEC",
+        instance_from_str=lambda args: compress.from_string(args[0]),
+        is_instance=lambda value: isinstance(value, Codec),
+        str_from_instance=lambda value: [repr(value)],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network and where it is cut."""
+
+    name: str = "convnet"
+    """vgg19, resnet18, resnet34 or convnet."""
+    cut: str = "medium"
+    """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
+    width: float = 1.0
+    """Multiplier of the channel counts."""
+    activation: str = "relu"
+    """relu, leaky_relu, gelu, silu or tanh."""
+    first_block: Literal["residual", "paper"] = "residual"
+    """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and its share-out among the clients."""
+
+    name: str = "digits"
+    """digits (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or an image set in data_dir."""
+    data_dir: str | None = None
+    """A TFDS data directory; by default TFDS's own, with download."""
+    cache_dir: str | None = None
+    """Where decoded arrays are kept; by default ~/.cache/msjax."""
+    image_size: int | None = None
+    """Side of the images; by default the set's own."""
+    augment: Literal["none", "flip", "crop_flip"] | None = None
+    """Augmentation of training images; by default what is usual for the set."""
+    alpha: float | None = None
+    """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its learning rate, for both halves."""
+
+    learning_rate: float = 0.1
+    """The peak rate."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """L2 penalty's factor, added to the gradient of every parameter before the momentum, as PyTorch's SGD does."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """cosine to 0 over all epochs; steps multiplies by gamma at each of the milestones."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which `steps` lowers the rate."""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0, before the schedule, which covers the rest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    codec: CodecFlag = MaskEncoded()
+    """Of the features, on their way up: a class of msjax.compress, as in "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
+    grad_codec: CodecFlag = Identity()
+    """Of the gradient, on its way down; the paper sends it uncompressed."""
+    clients: int = 10
+    """Number of clients K."""
+    batch_size: int = 256
+    """Samples that each client sends in a step."""
+    epochs: int = 10
+    seed: int = 0
+    """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the network, and of the features that are sent. Parameters are float32."""
+    eval_compressed: bool = True
+    """Whether test features go through the codec, as in the paper."""
+    compare: bool = False
+    """Also train without compression, and print both beside each other."""
+    out: str = "runs"
+    """Where the run folder is made."""
+
+    def __post_init__(self):
+        for name in ("clients", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optim.warmup_epochs < 0 or self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs must be in [0, epochs = {self.epochs}), got {self.optim.warmup_epochs}"
+            )
+        if not self.optim.learning_rate > 0:
+            raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
+        if self.optim.schedule == "steps" and not self.optim.milestones:
+            raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
+
+    @property
+    def cut(self) -> int | str:
+        """`model.cut` as `models.split` takes it."""
+        return int(self.model.cut) if self.model.cut.isdecimal() else self.model.cut
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Returns the config as JSON-ready dicts; codecs as their text."""
+
+    def plain(value):
+        if isinstance(value, Codec):
+            return repr(value)
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def from_json(tree: dict[str, Any]) -> Config:
+    """Returns the config that `to_json` made `tree` from.
+
+    Raises:
+      ValueError: a field is unknown or has a value that is not allowed.
+    """
+    tree = dict(tree)
+    try:
+        optim = dict(tree.pop("optim", {}))
+        optim["milestones"] = tuple(optim.get("milestones", ()))
+        return Config(
+            model=ModelConfig(**tree.pop("model", {})),
+            data=DataConfig(**tree.pop("data", {})),
+            optim=OptimConfig(**optim),
+            codec=compress.from_string(tree.pop("codec")),
+            grad_codec=compress.from_string(tree.pop("grad_codec")),
+            **tree,
+        )
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"config does not fit this version of msjax: {error}") from None
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Writes the resolved config as JSON."""
+    path.write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+
+def load(path: pathlib.Path) -> Config:
+    """Reads what `save` wrote."""
+    return from_json(json.loads(path.read_text()))
+
+
+def load_preset(path: str) -> Config:
+    """Returns `get_config()` of the Python file at `path`.
+
+    Raises:
+      ValueError: there is no such file, or it has no `get_config` that returns a `Config`.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config must be a Python file with get_config(), got {path!r}, which does not exist")
+    spec = importlib.util.spec_from_file_location(f"msjax_preset_{file.stem}", file)
+    if spec is None:
+        raise ValueError(f"--config must be a Python file with get_config(), got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, Config):
+        raise ValueError(f"--config must be a Python file whose get_config() returns a Config, got {path!r}")
+    return config

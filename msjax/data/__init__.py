@@ -1,0 +1,33 @@
+"""Data sets as arrays or streams, their division among clients, and augmentation on the device.
+
+    ds = data.load("cifar10", data_dir="tfds")                       # uint8 arrays, decoded once and cached
+    pools = data.partition(ds.train_labels, num_clients=10)          # who holds which examples
+    order = data.epoch_indices(pools, len(pools[0]), seed=0, epoch=0)  # [client, example]
+    images = data.augment(ds.train_images[order[:, :25]][0], key, kind="crop_flip")   # inside jit
+    x = data.normalize(images, ds.mean, ds.std)
+
+Sets that do not fit in memory come through `stream`; `batches` reads either kind with the same loop. TensorFlow is
+never needed.
+"""
+
+from msjax.data._augment import AUGMENTATIONS, augment, crop_flip, default_augmentation, normalize
+from msjax.data._clients import epoch_indices, partition
+from msjax.data._error import DataError
+from msjax.data._sets import Dataset, load
+from msjax.data._stream import ImageStream, batches, stream
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DataError",
+    "Dataset",
+    "ImageStream",
+    "augment",
+    "batches",
+    "crop_flip",
+    "default_augmentation",
+    "epoch_indices",
+    "load",
+    "normalize",
+    "partition",
+    "stream",
+]

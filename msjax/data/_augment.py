@@ -1,0 +1,86 @@
+"""Augmentation and normalisation on the device, inside `jit`, `vmap` and `scan`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+AUGMENTATIONS = ("crop_flip", "flip", "none")
+
+# ImageNet's random crop needs the full-size image and is taken on the host (`data.stream`), so only the flip is left.
+_DEFAULT = {
+    "cifar10": "crop_flip",
+    "cifar100": "crop_flip",
+    "tiny_imagenet": "crop_flip",
+    "fashion_mnist": "crop_flip",
+    "imagenet2012": "flip",
+}
+
+
+def default_augmentation(name: str) -> str:
+    """The usual one of `AUGMENTATIONS` for a data set; "none" for digits, mnist and sets not known here."""
+    return _DEFAULT.get(name, "none")
+
+
+def crop_flip(
+    images: UInt8[Array, "b h w c"], offsets: Int[ArrayLike, "b 2"], flips: Bool[ArrayLike, " b"], *, padding: int = 4
+) -> UInt8[Array, "b h w c"]:
+    """Pad with zeros, crop each image at its own offset, and mirror those flagged; nothing random.
+
+    `offsets` are (row, column) in 0..2*padding of the padded image (`padding` both times: the image unmoved); values
+    outside are clipped. Zeros are black pixels, put there before normalisation, as torchvision's `RandomCrop` does.
+    """
+    b, h, w, _ = images.shape
+    if h == 0 or w == 0:
+        return images
+    offsets = jnp.clip(jnp.asarray(offsets, jnp.int32), 0, 2 * padding)
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows = offsets[:, :1] + jnp.arange(h, dtype=jnp.int32).reshape(1, h)
+    columns = jnp.arange(w, dtype=jnp.int32).reshape(1, w)
+    columns = offsets[:, 1:] + jnp.where(jnp.asarray(flips).reshape(b, 1), w - 1 - columns, columns)
+    # Rows, then columns: in a scan on a CPU 1 ms for 250 CIFAR images, against 11 ms for a vmapped dynamic_slice and 4
+    # ms for one gather.
+    x = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1, mode="promise_in_bounds")
+    return jnp.take_along_axis(x, columns[:, None, :, None], axis=2, mode="promise_in_bounds")
+
+
+def augment(
+    images: UInt8[Array, "b h w c"], key: PRNGKeyArray | None = None, *, kind: str, padding: int = 4
+) -> UInt8[Array, "b h w c"]:
+    """Augment each image of a batch on its own: "crop_flip", "flip" or "none".
+
+    "crop_flip" is the CIFAR augmentation of the paper: zero padding of 4, a uniformly random crop of the old size, a
+    horizontal flip with probability 1/2. "flip" leaves out the crop. Same key, same result.
+
+    Raises:
+        ValueError: `kind` is not one of `AUGMENTATIONS`, or it is random and there is no key.
+    """
+    if kind not in AUGMENTATIONS:
+        raise ValueError(f"kind must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
+    if kind == "none":
+        return images
+    if key is None:
+        raise ValueError(f"augment(kind={kind!r}) is random and needs a key")
+    b = images.shape[0]
+    crop_key, flip_key = jax.random.split(key)
+    flips = jax.random.bernoulli(flip_key, 0.5, (b,))
+    if kind == "flip":
+        padding = 0
+    offsets = jax.random.randint(crop_key, (b, 2), 0, 2 * padding + 1, dtype=jnp.int32)
+    return crop_flip(images, offsets, flips, padding=padding)
+
+
+def normalize(
+    images: UInt8[Array, "... c"], mean: Any, std: Any, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "... c"]:
+    """`(images / 255 - mean) / std` per channel, computed in float32 and cast to `dtype`.
+
+    `mean` and `std` are of pixels / 255, length c. Computed as one multiply and add, so the last bit may differ from
+    the formula.
+    """
+    c = images.shape[-1]
+    shape = (1,) * (images.ndim - 1) + (c,)
+    mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
+    return (images.astype(jnp.float32) * (1 / (255 * std)) - mean / std).astype(dtype)

@@ -1,0 +1,60 @@
+"""Encoded images to arrays of one size, with pillow; nothing here knows about data sets."""
+
+import io
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from msjax.data._error import DataError
+
+
+def pillow() -> ModuleType:
+    """pillow's Image module, or a DataError that says how to get it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            "decoding and resizing images needs pillow, which is not installed: pip install 'msjax[data]'"
+        ) from error
+    return Image
+
+
+def decode(encoded: bytes, channels: int) -> Any:
+    """A decoded PIL image, grey for one channel and RGB for three."""
+    image = pillow().open(io.BytesIO(encoded))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_array(image: Any) -> np.ndarray:
+    """uint8 [H, W, C] of a PIL image."""
+    x = np.asarray(image)
+    return x[..., None] if x.ndim == 2 else x
+
+
+def resize_center_crop(image: Any, crop: int, resize: int) -> Any:
+    """Shorter side to `resize` (bilinear, antialiased), then the middle `crop` x `crop`, as torchvision does."""
+    w, h = image.size
+    short = min(w, h)
+    if short != resize:
+        w, h = (resize, resize * h // w) if w <= h else (resize * w // h, resize)
+        image = image.resize((w, h), pillow().Resampling.BILINEAR)
+    left, top = round((w - crop) / 2), round((h - crop) / 2)
+    return image.crop((left, top, left + crop, top + crop)) if (w, h) != (crop, crop) else image
+
+
+def random_resized_crop(image: Any, size: int, rng: np.random.Generator) -> Any:
+    """8..100 % of the area, aspect ratio 3/4..4/3, resized to `size` x `size`: torchvision's RandomResizedCrop."""
+    w, h = image.size
+    for _ in range(10):
+        area = w * h * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        cw, ch = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < cw <= w and 0 < ch <= h:
+            left, top = int(rng.integers(w - cw + 1)), int(rng.integers(h - ch + 1))
+            break
+    else:  # the largest central crop of a permitted ratio
+        cw, ch = min(w, round(h * 4 / 3)), min(h, round(w * 4 / 3))
+        left, top = (w - cw) // 2, (h - ch) // 2
+    box = (left, top, left + cw, top + ch)
+    return image.resize((size, size), pillow().Resampling.BILINEAR, box=box)

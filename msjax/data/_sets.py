@@ -1,0 +1,279 @@
+"""Sets that fit in memory: decoded once into the array cache, returned as memory-mapped arrays."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from msjax.data import _cache, _images, _official, _tfds
+from msjax.data._error import DataError
+
+_log = logging.getLogger("msjax")
+
+# Per-channel (mean, std) of pixels / 255, as published; what is not here is measured on the training images.
+_STATISTICS = {
+    # The paper's. Its std is the usual one of the CIFAR-10 literature, the mean over images of each image's own; the
+    # pixels' is about 0.25.
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+}
+
+
+class Dataset(NamedTuple):
+    """A data set in arrays; the images may be read-only memory maps.
+
+    Attributes:
+        name: as given to `load`.
+        train_images, test_images: uint8 [N, H, W, C].
+        train_labels, test_labels: int32 [N], 0 <= label < num_classes.
+        num_classes: number of classes.
+        mean, std: float32 [C], of pixels / 255; for `normalize`.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def load(
+    name: str = "digits",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    image_size: int | None = None,
+) -> Dataset:
+    """Load an image-classification set as arrays, from the cache where it was decoded before.
+
+    `digits` is embedded in scikit-learn: 8x8x1, 1,437 train and 360 test (36 a class), no download. Any other set is
+    looked for as `data_dir`/NAME/VERSION, prepared by TFDS as array_record; `cifar10`, `cifar100`, `mnist`,
+    `fashion_mnist` are otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.
+    The test images are the split `test`, else `validation` (ImageNet: `validation` first).
+
+    The cache is keyed by name, directory and `image_size`. Where the prepared set is at hand, an entry made from
+    another version of it is rebuilt; where it is not, the entry alone is enough: neither TFDS nor the directory is
+    needed then.
+
+    Args:
+        name: `set` or `set/config`.
+        data_dir: TFDS data directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        cache_dir: where decoded arrays are kept; by default $MSJAX_CACHE, $XDG_CACHE_HOME/msjax or ~/.cache/msjax.
+        image_size: resize the shorter side to this and crop the middle; needed where a set's images differ in size.
+
+    Raises:
+        DataError: the set is unknown, missing, unreadable or not an image-classification set; no network; a package is
+            missing.
+        ValueError: `image_size` is not positive.
+    """
+    _check_image_size(image_size)
+    if name == "digits":
+        return _digits(image_size)
+    arrays, meta = _cached(name, data_dir, cache_dir, image_size)
+    mean, std = _STATISTICS.get(name, (meta["mean"], meta["std"]))
+    return Dataset(
+        name,
+        arrays["train_images"],
+        np.asarray(arrays["train_labels"]),
+        arrays["test_images"],
+        np.asarray(arrays["test_labels"]),
+        meta["num_classes"],
+        np.asarray(mean, np.float32),
+        np.asarray(std, np.float32),
+    )
+
+
+def _check_image_size(image_size: int | None) -> None:
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+
+
+def _digits(image_size: int | None) -> Dataset:
+    """scikit-learn's digits; 36 of each class, drawn once and for all, are the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(
+            "the digits set comes with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    if image_size is not None:
+        images = _resized(images, image_size)
+    rng = np.random.default_rng(0)
+    test = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:36] for c in range(10)])
+    is_test = np.zeros(len(labels), bool)
+    is_test[test] = True
+    mean, std = _measure(images[~is_test])
+    return Dataset(
+        "digits",
+        images[~is_test],
+        labels[~is_test],
+        images[is_test],
+        labels[is_test],
+        10,
+        np.asarray(mean, np.float32),
+        np.asarray(std, np.float32),
+    )
+
+
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Each image's shorter side to `size`, middle kept."""
+    if images.shape[1:3] == (size, size):
+        return images
+    from_array = _images.pillow().fromarray
+    squeezed = images[..., 0] if images.shape[-1] == 1 else images
+    return np.stack([_images.to_array(_images.resize_center_crop(from_array(x), size, size)) for x in squeezed])
+
+
+def _measure(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per-channel mean and std of pixels / 255, exactly, from a histogram a channel."""
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for lo in range(0, len(images), 1024):
+        for c in range(channels):
+            counts[c] += np.bincount(images[lo : lo + 1024, ..., c].ravel(), minlength=256)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    levels = np.arange(256) / 255
+    mean = share @ levels
+    std = np.sqrt(share @ levels**2 - mean**2)
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a constant channel must not divide by zero
+
+
+class _Part(NamedTuple):
+    """One split to be written: `read(lo, hi)` gives images [n, H, W, C] and labels [n]."""
+
+    count: int
+    image_shape: tuple[int, int, int]
+    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def _cached(
+    name: str, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None, image_size: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata of a set: from the cache, else decoded or downloaded into it."""
+    _tfds.check_name(name)
+    directory, asked = _tfds.root(data_dir)
+    caches = _cache.directory(cache_dir)
+    stem = f"{name.replace('/', '--')}-{image_size or 'native'}-"
+    where = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:12] if asked else "default"
+    problems: list[str] = []
+
+    def cached(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        try:
+            return _cache.read(entry, digest)
+        except _cache.Damaged as damage:
+            _log.info("array cache %s: %s; making it again", entry, damage)
+            problems.append(f"The array cache {entry} cannot be used ({damage})")
+            return None
+
+    folder = _tfds.locate(name, directory)
+    entry, digest = caches / (stem + where), _tfds.digest(folder) if folder else None
+    if found := cached(entry, digest):
+        return found
+    try:
+        if folder is None and asked:
+            _tfds.check_root(directory)
+        if folder is None and name in _official.SOURCES:
+            entry, digest = caches / (stem + "official"), _official.digest(name)
+            if found := cached(entry, digest):
+                return found
+            looked = (
+                f"looked for {name} in {directory} (has {', '.join(_tfds.prepared(directory)) or 'no prepared set'})"
+            )
+            parts = {s: _from_arrays(x, y, image_size) for s, x, y in _official.download(name, looked)}
+            num_classes, source = _official.NUM_CLASSES[name], _official.SOURCES[name][0][0]
+        else:
+            if folder is None:
+                _tfds.prepare(name, directory)
+                folder = _tfds.locate(name, directory)
+                if folder is None:
+                    raise DataError(f"TFDS prepared {name}, but not as {directory / name}/VERSION")
+                digest = _tfds.digest(folder)
+            splits = {s: _tfds.open_split(name, folder, s) for s in ("train", "test")}
+            parts = {s: _from_tfds(name, opened, image_size) for s, opened in splits.items()}
+            num_classes, source = splits["train"].num_classes, str(directory)
+        _build(entry, parts, {"name": name, "digest": digest, "num_classes": num_classes, "source": source})
+    except DataError as error:
+        for other in sorted(caches.glob(stem + "*")) if caches.is_dir() else ():
+            if other != entry and (made_from := _cache.source(other)):
+                problems.append(f"The cache {caches} holds a copy made from {made_from}: give that data_dir to use it")
+        if problems:
+            raise DataError(f"{error}. {'. '.join(problems)}") from error
+        raise
+    found = _cache.read(entry, digest)
+    if found is None:
+        raise DataError(f"the array cache {entry} was removed while it was read; try again")
+    return found
+
+
+def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> _Part:
+    h, w, c = images.shape[1:]
+    shape = (h, w, c) if image_size is None else (image_size, image_size, c)
+
+    def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        x = images[lo:hi]
+        return (x if image_size is None else _resized(np.ascontiguousarray(x), image_size)), labels[lo:hi]
+
+    return _Part(len(images), shape, read)
+
+
+def _from_tfds(name: str, split: _tfds.Split, image_size: int | None) -> _Part:
+    h, w, c = split.image_shape
+    _images.pillow()  # say so now, not in a worker
+    if image_size is not None:
+        h = w = image_size
+    if h is None or w is None:
+        raise DataError(
+            f"the images of {name} differ in size: give image_size to load them as arrays, or use data.stream"
+        )
+
+    def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        records = _tfds.read(name, split, range(lo, hi))
+        decoded = [_images.decode(r[split.image_key], c) for r in records]
+        if image_size is not None:
+            decoded = [_images.resize_center_crop(x, image_size, image_size) for x in decoded]
+        return np.stack([_images.to_array(x) for x in decoded]), _tfds.labels(name, split, records)
+
+    return _Part(len(split.records), (h, w, c), read)
+
+
+def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
+    """Write every split into a new entry of the cache, in chunks, on all cores."""
+    _log.info("decoding %s into the array cache %s", meta["name"], entry)
+    with _cache.writing(entry) as draft:
+        for split, part in parts.items():
+            images = draft.array(f"{split}_images", (part.count, *part.image_shape), np.uint8)
+            labels = draft.array(f"{split}_labels", (part.count,), np.int32)
+
+            def fill(lo: int, part: _Part = part, images: np.ndarray = images, labels: np.ndarray = labels) -> None:
+                hi = min(lo + 500, part.count)
+                images[lo:hi], labels[lo:hi] = part.read(lo, hi)
+
+            for_each(fill, range(0, part.count, 500))
+            if split == "train":
+                meta["mean"], meta["std"] = _measure(images)
+        draft.meta = meta
+
+
+def for_each(function: Callable[[int], None], items: Sequence[int]) -> None:
+    """Call on each item, on a thread a core; the first exception stops the rest."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for _ in pool.map(function, items):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

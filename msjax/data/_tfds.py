@@ -1,0 +1,214 @@
+"""TensorFlow Datasets without TensorFlow: find a prepared set, read its records, say clearly why that is not possible.
+
+Finding and identifying a set reads only file names and JSON; tensorflow_datasets is imported when records are read.
+"""
+
+import hashlib
+import importlib
+import os
+import re
+import socket
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from msjax.data._error import DataError
+
+_NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?")
+_PREPARE = "`tfds build {name} --file_format=array_record --data_dir=DIR`"
+_MANUAL = (
+    "ImageNet has to be fetched by hand from https://image-net.org/download-images: put ILSVRC2012_img_train.tar and "
+    "ILSVRC2012_img_val.tar into DIR/downloads/manual and, with tensorflow installed (once, on any machine), run "
+    "`tfds build imagenet2012 --file_format=array_record --data_dir=DIR`; then give DIR as data_dir (--data.data-dir)"
+)
+
+
+def check_name(name: str) -> None:
+    """Names are `set` or `set/config`, and become paths."""
+    if not _NAME.fullmatch(name):
+        raise DataError(f"data set names look like cifar10 or imagenet_resized/64x64, got {name!r}")
+
+
+def import_tfds(purpose: str) -> ModuleType:
+    """tensorflow_datasets, or a DataError that says how to get it."""
+    try:
+        return importlib.import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise DataError(
+            f"{purpose} needs tensorflow_datasets, which cannot be imported ({error}): pip install 'msjax[data]'"
+        ) from error
+
+
+def root(data_dir: str | os.PathLike | None) -> tuple[Path, bool]:
+    """The TFDS data directory, and whether it was asked for (by argument or $TFDS_DATA_DIR)."""
+    asked = data_dir if data_dir is not None else os.environ.get("TFDS_DATA_DIR")
+    return Path(asked or "~/tensorflow_datasets").expanduser(), bool(asked)
+
+
+def check_root(directory: Path) -> None:
+    """A directory that was asked for must exist and look like a TFDS data directory (or be empty)."""
+    if not directory.is_dir():
+        raise DataError(
+            f"the data directory {directory} does not exist or is no directory: correct data_dir (--data.data-dir), or "
+            f"create it to use it"
+        )
+    if (directory / "dataset_info.json").exists() or _versions(directory):
+        raise DataError(
+            f"{directory} is the folder of one data set: give the TFDS data directory above it, the one that holds "
+            f"NAME/VERSION, as data_dir"
+        )
+    if not prepared(directory) and any(
+        not p.name.startswith(".") and p.name != "downloads" for p in directory.iterdir()
+    ):
+        raise DataError(
+            f"{directory} is not a TFDS data directory: there is no NAME/VERSION/dataset_info.json in it. Give the "
+            f"folder that holds the "
+            "data sets' folders as data_dir (--data.data-dir)"
+        )
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The version folders of a prepared set, oldest first."""
+    found = [p.parent for p in folder.glob("*/dataset_info.json") if re.fullmatch(r"\d+\.\d+\.\d+", p.parent.name)]
+    return sorted(found, key=lambda p: tuple(int(n) for n in p.name.split(".")))
+
+
+def prepared(directory: Path) -> list[str]:
+    """Names of the sets prepared in a TFDS data directory."""
+    folders = [p for depth in ("*", "*/*") for p in directory.glob(depth) if p.is_dir() and _versions(p)]
+    return sorted(p.relative_to(directory).as_posix() for p in folders)
+
+
+def locate(name: str, directory: Path) -> Path | None:
+    """The folder of the newest prepared version of a set, or None; a DataError where only TFRecord files are there."""
+    versions = _versions(directory / name)
+    if not versions:
+        return None
+    folder = versions[-1]
+    if not any(folder.glob("*.array_record*")):
+        what = "in TFRecord format" if any(folder.glob("*.tfrecord*")) else "without data files"
+        raise DataError(
+            f"{name} in {folder} is {what}; only array_record files can be read without TensorFlow. Prepare it again, "
+            f"in another directory or "
+            f"after removing this copy: {_PREPARE.format(name=name)} (this needs tensorflow, once)"
+        )
+    return folder
+
+
+def digest(folder: Path) -> str:
+    """What a prepared set is, from its metadata: changes with version, splits, sizes and features."""
+    texts = [(folder / f).read_bytes() for f in ("dataset_info.json", "features.json") if (folder / f).exists()]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+class Split(NamedTuple):
+    """One split of a prepared set, images still encoded: `records.__getitems__([i, ...])` gives dicts."""
+
+    records: Sequence[dict[str, Any]]
+    image_key: str
+    label_key: str
+    image_shape: tuple[int | None, int | None, int]
+    num_classes: int
+
+
+def open_split(name: str, folder: Path, split: str) -> Split:
+    """Open "train" or "test" of a prepared set; "test" is the labelled set-aside split, `test` or `validation`."""
+    tfds = import_tfds(f"reading {name}")
+    try:
+        builder = tfds.builder_from_directory(os.fspath(folder))
+        info = builder.info
+        keys = info.supervised_keys
+        image_key, label_key = keys if keys and len(keys) == 2 else ("image", "label")
+        if split == "train":
+            wanted = ["train"]
+        else:  # the labels of ImageNet's test split were never published
+            wanted = ["validation", "test"] if name.startswith("imagenet") else ["test", "validation"]
+        chosen = next((s for s in wanted if s in info.splits), None)
+        features = info.features
+        known = sorted(features.keys()) if hasattr(features, "keys") else []
+        image, label = (features[k] if k in known else None for k in (image_key, label_key))
+        if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+            raise DataError(f"{name} in {folder} is no image-classification set: its features are {', '.join(known)}")
+        if chosen is None:
+            raise DataError(
+                f"{name} in {folder} has no {' or '.join(wanted)} split; it has {', '.join(sorted(info.splits))}"
+            )
+        h, w, channels = image.shape
+        if image.np_dtype != "uint8" or channels not in (None, 1, 3):
+            raise DataError(
+                f"{name} in {folder}: images must be uint8 with 1 or 3 channels, got {image.np_dtype} {image.shape}"
+            )
+        records = builder.as_data_source(chosen, decoders={image_key: tfds.decode.SkipDecoding()})
+        records.__getitems__([0])
+    except DataError:
+        raise
+    except Exception as error:  # whatever is wrong with the files, TFDS says it in its own way
+        raise DataError(
+            f"TFDS cannot read {name} in {folder} ({type(error).__name__}: {error}). The copy may be incomplete: "
+            f"prepare or copy it again"
+        ) from error
+    return Split(records, image_key, label_key, (h, w, channels or 3), label.num_classes)
+
+
+def prepare(name: str, directory: Path) -> None:
+    """Download and prepare a set that TFDS knows, as array_record; most builders need tensorflow for that step."""
+    there = ", ".join(prepared(directory)) if directory.is_dir() else ""
+    looked = f"looked for {name} in {directory}" + (f" (which has {there})" if there else " (which has none)")
+    if name == "imagenet2012":
+        raise DataError(f"{looked}. {_MANUAL}")
+    tfds = import_tfds(f"{looked}; downloading it")
+    try:
+        builder = tfds.builder(name, data_dir=os.fspath(directory), file_format="array_record")
+    except Exception as error:
+        if type(error).__name__ != "DatasetNotFoundError":
+            raise DataError(f"{looked}; TFDS cannot make it ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{looked}, and TFDS knows no set of that name: correct the name, or the directory by data_dir "
+            f"(--data.data-dir)"
+        ) from None
+    require_network("storage.googleapis.com", looked)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise DataError(
+            f"{looked}; TFDS could not prepare it ({type(error).__name__}: {str(error)[:300]}). Where tensorflow is "
+            f"missing, prepare it once on a "
+            f"machine that has it: {_PREPARE.format(name=name)}, and give DIR as data_dir; reading it needs no "
+            f"tensorflow"
+        ) from error
+
+
+def require_network(host: str, looked: str) -> None:
+    """Fail at once where a host cannot be reached; TFDS would retry for minutes. A proxy is taken to work."""
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((host, 443), timeout=10).close()
+    except OSError as error:
+        raise DataError(
+            f"{looked}, and {host} cannot be reached to download it ({error}). On a machine without network, copy a "
+            f"prepared TFDS directory (or the "
+            "array cache of another machine) there and give its place: data_dir (--data.data-dir) or cache_dir"
+        ) from error
+
+
+def read(name: str, split: Split, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Records by index, images still encoded."""
+    try:
+        return list(split.records.__getitems__([int(i) for i in indices]))
+    except Exception as error:
+        raise DataError(
+            f"TFDS cannot read examples of {name} ({type(error).__name__}: {error}). The copy may be incomplete"
+        ) from error
+
+
+def labels(name: str, split: Split, records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """int32 labels of records, all of them known."""
+    found = np.asarray([r[split.label_key] for r in records], np.int32)
+    if found.size and not (0 <= found.min() and found.max() < split.num_classes):
+        raise DataError(f"{name} has labels outside 0..{split.num_classes - 1}: this split's labels are hidden")
+    return found

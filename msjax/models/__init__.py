@@ -1,0 +1,31 @@
+"""Networks as lists of blocks, and the cut that makes a client and a server half of them.
+
+    model = models.build("resnet18", input_shape=(32, 32, 3), num_classes=100)
+    client, server = models.split(model, "medium", seed=0)
+    h, client_stats = client.apply(client.params, client.stats, x, train=True)
+    logits, server_stats = server.apply(server.params, server.stats, h, train=True)
+
+A `Model` is a description without arrays, so `build`, `list_cuts` and `count_params` cost next to nothing; `split`
+draws the parameters.
+"""
+
+from msjax.models._build import NAMES, build
+from msjax.models._layers import ACTIVATIONS
+from msjax.models._model import Block, Model
+from msjax.models._split import Apply, Cut, Half, count_params, list_cuts, resolve_cut, split, whole
+
+__all__ = [
+    "ACTIVATIONS",
+    "NAMES",
+    "Apply",
+    "Block",
+    "Cut",
+    "Half",
+    "Model",
+    "build",
+    "count_params",
+    "list_cuts",
+    "resolve_cut",
+    "split",
+    "whole",
+]

@@ -1,0 +1,90 @@
+"""From a name and options to a model."""
+
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from msjax.models._convnet import convnet
+from msjax.models._layers import ACTIVATIONS
+from msjax.models._model import Model
+from msjax.models._resnet import resnet
+from msjax.models._vgg import vgg19
+
+# Each with the smallest side that leaves at least one pixel.
+_MODELS = {"convnet": (convnet, 2), "resnet18": (resnet, 1), "resnet34": (resnet, 1), "vgg19": (vgg19, 32)}
+_STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+NAMES = tuple(_MODELS)
+
+
+def build(
+    name: str,
+    *,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    width: float = 1.0,
+    activation: str = "relu",
+    dtype: Any = jnp.float32,
+    first_block: str = "residual",
+) -> Model:
+    """The model `name` for images (n, *input_shape), channels last, as a description without arrays.
+
+    - `width` multiplies every channel count and hidden dense width, rounded half up and at least 1: 0.25 gives
+      ResNet18 stages of 16, 32, 64, 128.
+    - `activation` replaces every ReLU (one of `ACTIVATIONS`).
+    - `dtype`, float32 or bfloat16, is that of convolutions, dense layers and features; parameters, batch statistics and
+      logits are float32.
+    - `first_block` (ResNets): "residual" is the published network. The paper's shallow cut, 2, falls inside its first
+      block, so "shallow" is the boundary after it, layer 3. "paper" follows the reference program at that cut: the
+      first block is conv-bn-conv-bn-relu, without its skip and without the ReLU in between, all of it on the client,
+      and the server starts at the second block. "shallow" is then cut 2, as the paper numbers it. The program does so
+      at that cut only; its cuts 9 and 13, 15 and 27 are in the residual network.
+
+    VGG19 needs sides of 32 or more: its dense layers follow 512×h/32×w/32 flattened values. ResNets take a 3×3 stem
+    for sides up to 64, else 7×7 with max-pool. Convolutions start as in torchvision (He normal, fan-out), dense layers
+    as in PyTorch (uniform ±1/√fan-in), biases at 0; the program leaves all of them at PyTorch's default, U(±1/√fan-in).
+
+    Raises ValueError, or TypeError for `dtype`. Source: arXiv 2408.13787, section 4, and its reference program.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    network, smallest = _MODELS[name]
+    input_shape = tuple(input_shape)
+    if len(input_shape) != 3 or any(not isinstance(n, int) or n < 1 for n in input_shape):
+        raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape}")
+    if min(input_shape[:2]) < smallest:
+        raise ValueError(f"input_shape must have sides of at least {smallest} for {name}, got {input_shape}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
+    if not (math.isfinite(width) and width > 0):
+        raise ValueError(f"width must be above 0 and finite, got {width}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if first_block not in ("residual", "paper"):
+        raise ValueError(f'first_block must be "residual" or "paper", got {first_block!r}')
+    if name in _STAGES:
+        network = functools.partial(network, stages=_STAGES[name], first_block=first_block)
+    elif first_block != "residual":
+        raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
+    dtype = _compute_dtype(dtype)
+    scale = functools.partial(_scale, width)
+    blocks, named_cuts, note = network(input_shape, num_classes, scale=scale, activation=activation, dtype=dtype)
+    return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note)
+
+
+def _scale(width, features):
+    """`features` times `width`, rounded half up, at least 1."""
+    return max(1, math.floor(features * width + 0.5))
+
+
+def _compute_dtype(dtype):
+    """`dtype` as a numpy dtype, if it is one of the two allowed."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in _DTYPES:
+        raise TypeError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    return found

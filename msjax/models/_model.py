@@ -1,0 +1,61 @@
+"""What a model is: a frozen, hashable list of blocks, without arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One uncuttable piece of a network, as a description: equal blocks compute the same function.
+
+    `name` is its key in the params and stats dicts. `layer` is the number of the layer it ends with, by which one cuts
+    after it. `module(**options, rngs=rngs)` must give an `nnx.Module` that is called as
+    `module(x, train=bool, key=key)`, holds only `nnx.Param` and `nnx.BatchStat`, and uses `key` only if it has an
+    option `dropout_rate` above 0.
+    """
+
+    name: str
+    layer: int
+    module: type[nnx.Module]
+    options: tuple[tuple[str, Hashable], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, layer: int, module: type[nnx.Module], **options: Hashable) -> "Block":
+        """The block with these options as keywords."""
+        return cls(name, layer, module, tuple(options.items()))
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether training draws random numbers here."""
+        return dict(self.options).get("dropout_rate", 0) > 0
+
+    def create(self, key) -> nnx.Module:
+        """The module with parameters drawn from `key`."""
+        return self.module(**dict(self.options), rngs=nnx.Rngs(key))
+
+
+@functools.cache
+def graphdef(block: Block) -> nnx.GraphDef:
+    """The module's static half, found once for all equal blocks and without arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: block.create(jax.random.key(0))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as blocks in the order of computation, from (n, *input_shape) to float32 logits (n, num_classes).
+
+    `named_cuts` are pairs of name and layer number; `note` is added to the message for a number that is no boundary.
+    """
+
+    name: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    dtype: Any
+    blocks: tuple[Block, ...]
+    named_cuts: tuple[tuple[str, int], ...]
+    note: str = ""

@@ -1,0 +1,70 @@
+"""ResNet18 and ResNet34 (He et al., arXiv 1512.03385), and the plain first block of the paper's program."""
+
+from flax import nnx
+
+from msjax.models._layers import ACTIVATIONS, ConvBlock, ConvNorm, Head
+from msjax.models._model import Block
+
+_SMALL = 64  # the largest side that gets the 3×3 stem: CIFAR's 32 and Tiny ImageNet's 64
+
+
+class BasicBlock(nnx.Module):
+    """Two 3×3 convolutions beside a skip connection, projected where the shape changes."""
+
+    def __init__(self, in_features, features, *, stride=1, activation, dtype, rngs):
+        self.activation = activation
+        self.conv1 = ConvNorm(in_features, features, stride=stride, dtype=dtype, rngs=rngs)
+        self.conv2 = ConvNorm(features, features, dtype=dtype, rngs=rngs)
+        same = stride == 1 and in_features == features
+        self.shortcut = (
+            None if same else ConvNorm(in_features, features, kernel=1, stride=stride, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(self, x, *, train, key=None):
+        act = ACTIVATIONS[self.activation]
+        h = self.conv2(act(self.conv1(x, train=train)), train=train)
+        skip = x if self.shortcut is None else self.shortcut(x, train=train)
+        return act(h + skip)
+
+
+class PlainBlock(nnx.Module):
+    """The paper's first block at cut 2: conv-bn-conv-bn-activation, with no skip and no activation in between."""
+
+    def __init__(self, in_features, features, *, activation, dtype, rngs):
+        self.activation = activation
+        self.conv1 = ConvNorm(in_features, features, dtype=dtype, rngs=rngs)
+        self.conv2 = ConvNorm(features, features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        return ACTIVATIONS[self.activation](self.conv2(self.conv1(x, train=train), train=train))
+
+
+def resnet(input_shape, num_classes, *, stages, first_block, scale, **options):
+    """Stem, `stages` of basic blocks with 64, 128, 256, 512 features, mean and one dense layer; no bias but there.
+
+    The stem is layer 1 and each block adds 2. Sides up to 64 get a 3×3 stem, larger ones 7×7 in steps of 2 and a
+    max-pool. See `build` for `first_block`.
+    """
+    features = scale(64)
+    stem = {"kernel": 3} if max(input_shape[:2]) <= _SMALL else {"kernel": 7, "stride": 2, "pool": 3}
+    stem |= {"in_features": input_shape[2], "features": features}
+    blocks = [Block.of("stem", 1, ConvBlock, **stem, use_bias=False, **options)]
+    layer, ends = 1, []
+    for stage, count in enumerate(stages, start=1):
+        for i in range(count):
+            layer += 2
+            shape = {"in_features": features, "features": scale(32 * 2**stage)}
+            name = f"stage{stage}_block{i + 1}"
+            if layer == 3 and first_block == "paper":
+                # Numbered 2 as the paper does, though with the stem it is the third convolution.
+                blocks.append(Block.of(name, 2, PlainBlock, **shape, **options))
+            else:
+                stride = 2 if i == 0 and stage > 1 else 1
+                blocks.append(Block.of(name, layer, BasicBlock, **shape, stride=stride, **options))
+            features = shape["features"]
+        ends.append(layer)
+    shape = {"in_features": features, "num_classes": num_classes}
+    blocks.append(Block.of("head", layer + 1, Head, **shape, dtype=options["dtype"]))
+    named = (("shallow", blocks[1].layer), ("medium", ends[1]), ("deep", ends[2]))
+    note = "" if first_block == "paper" else '; cut 2 of the paper needs build(..., first_block="paper")'
+    return tuple(blocks), named, note

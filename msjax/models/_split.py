@@ -1,0 +1,141 @@
+"""The cut: from a model to a client half and a server half, each a pure function and its state."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree
+
+from msjax.models._model import Block, Model, graphdef
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """Consecutive blocks of a model as one pure function; hashable and equal by value, so that `jit` need not retrace.
+
+    `first` is the place of `blocks[0]` in the model: random numbers depend on a block's place, not on the cut.
+    """
+
+    blocks: tuple[Block, ...]
+    first: int = 0
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether training draws random numbers (dropout)."""
+        return any(block.needs_key for block in self.blocks)
+
+    def __call__(
+        self,
+        params: PyTree,
+        stats: PyTree,
+        x: Float[Array, "n ..."],
+        *,
+        train: bool,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "n ..."], PyTree]:
+        """`(y, new_stats)`: the blocks' output for a batch and their batch statistics.
+
+        With `train`, batch normalisation uses the batch and returns updated statistics, and dropout uses `key`;
+        without, it uses `stats` and returns them as they are. Under `vmap` over clients `new_stats` get a leading axis,
+        to be averaged by the caller.
+
+        Raises ValueError where `train` needs a key and none is given.
+        """
+        if train and key is None and self.needs_key:
+            names = ", ".join(block.name for block in self.blocks if block.needs_key)
+            raise ValueError(f"key must be given when train is True, for the dropout in {names}; got None")
+        new_stats = {}
+        for place, block in enumerate(self.blocks, self.first):
+            # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
+            states = (tree[block.name] for tree in (params, stats) if block.name in tree)
+            module = nnx.merge(graphdef(block), *states, copy=True)
+            x = module(x, train=train, key=jax.random.fold_in(key, place) if train and block.needs_key else None)
+            if block.name in stats:
+                new_stats[block.name] = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+        return x, new_stats
+
+
+class Half(NamedTuple):
+    """A pure function and its state: `apply(params, stats, x, train=..., key=...) -> (y, new_stats)`.
+
+    `params` and `stats` are nested dicts of float32 arrays, by block name first; a block that has none is left out.
+    The names of the two halves are disjoint: `client.params | server.params` are the whole model's. As a pytree, a half
+    has the leaves of both, and `apply` in its structure.
+    """
+
+    apply: Apply
+    params: dict[str, Any]
+    stats: dict[str, Any]
+
+
+class Cut(NamedTuple):
+    """A place to cut: after `layer`, the end of `block`; `shape` and `dtype` are those of one sample's feature map."""
+
+    layer: int
+    name: str | None
+    block: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def split(model: Model, cut: int | str, *, seed: int = 0) -> tuple[Half, Half]:
+    """The client half, up to and including layer `cut`, and the server half, with parameters drawn from `seed`.
+
+    `cut` is a layer number, or "shallow", "medium" or "deep". A block's parameters depend on the seed and the block,
+    never on the cut, and `server` after `client` computes what `whole` does.
+
+    Raises ValueError for a cut that is not a block boundary, naming those that are.
+    """
+    layer = resolve_cut(model, cut)
+    end = 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
+    return _half(model, 0, end, seed), _half(model, end, len(model.blocks), seed)
+
+
+def whole(model: Model, *, seed: int = 0) -> Half:
+    """The model without a cut, with the parameters that `split` draws from the same seed."""
+    return _half(model, 0, len(model.blocks), seed)
+
+
+def resolve_cut(model: Model, cut: int | str) -> int:
+    """The layer number of a cut given by number or name; raises ValueError where there is none."""
+    named = dict(model.named_cuts)
+    layer = named.get(cut, cut)
+    valid = [block.layer for block in model.blocks[:-1]]
+    if layer not in valid:
+        names = ", ".join(f"{name} = {at}" for name, at in named.items())
+        numbers = ", ".join(map(str, valid))
+        raise ValueError(f"cut must be one of {numbers} or {names} for {model.name}, got {cut!r}{model.note}")
+    return layer
+
+
+def list_cuts(model: Model) -> list[Cut]:
+    """Every cut with the feature map's shape per sample, found from shapes alone."""
+    names = {layer: name for name, layer in model.named_cuts}
+    h = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    cuts = []
+    for block in model.blocks[:-1]:
+        h = jax.eval_shape(lambda x, block=block: block.create(jax.random.key(0))(x, train=False, key=None), h)
+        cuts.append(Cut(block.layer, names.get(block.layer), block.name, h.shape[1:], h.dtype))
+    return cuts
+
+
+def count_params(model: Model) -> int:
+    """The number of trained parameters, found from shapes alone; batch statistics do not count."""
+    params = jax.eval_shape(functools.partial(whole, model)).params
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+
+
+def _half(model, start, end, seed):
+    """Blocks start:end with their initial state."""
+    params, stats = {}, {}
+    for place, block in enumerate(model.blocks[start:end], start):
+        module = block.create(jax.random.fold_in(jax.random.key(seed), place))
+        for tree, kind in ((params, nnx.Param), (stats, nnx.BatchStat)):
+            if state := nnx.to_pure_dict(nnx.state(module, kind)):
+                tree[block.name] = state
+    return Half(Apply(model.blocks[start:end], start), params, stats)

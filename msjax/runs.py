@@ -1,0 +1,130 @@
+"""The run folder: what a run leaves behind, and what it is resumed from.
+
+    config.json     the resolved configuration
+    metrics.jsonl   one line an epoch
+    summary.json    the result: accuracy, bytes, wall time, versions, hardware
+    curves.png      loss and accuracy by epoch
+    tensorboard/    the same as events
+    checkpoints/    the training state (Orbax); the last two are kept
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from msjax import config as config_lib
+from msjax.config import Config
+
+FILES = ("config.json", "metrics.jsonl", "summary.json")
+
+
+class RunFolder:
+    """One run's folder. `history` holds the finished epochs' records."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        # Orbax writes under a temporary name and renames, so a checkpoint that is there is whole.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
+
+    @classmethod
+    def create(cls, config: Config, name: str | None = None) -> "RunFolder":
+        """Makes a new folder under `config.out`, named after time, model, data, cut and codec, or `name`.
+
+        Raises:
+          ValueError: there is a run of that name.
+        """
+        if name is None:
+            time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            m = config.model
+            name = f"{time}-{m.name}-{config.data.name.replace('/', '_')}-{m.cut}-{type(config.codec).__name__}"
+        path = pathlib.Path(config.out) / name
+        if (path / "config.json").exists():
+            raise ValueError(f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it")
+        path.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, path / "config.json")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> tuple["RunFolder", Config]:
+        """Opens the folder of an earlier run, with its config.
+
+        Raises:
+          ValueError: there is no run at `path`.
+        """
+        path = pathlib.Path(path)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"the run must be a folder with config.json, got {str(path)!r}")
+        return cls(path), config_lib.load(path / "config.json")
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Saves the training state and what else a resumed run needs, as one checkpoint."""
+        if self._checkpoints.latest_step() == step:
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        self._checkpoints.save(step, args=args)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Returns the last checkpoint's state, in the structure of `like`, and progress; None where there is none."""
+        step = self._checkpoints.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        found = self._checkpoints.restore(step, args=args)
+        return found.state, found.progress
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Rewrites metrics.jsonl, whole or not at all."""
+        _replace(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the hardware that a result depends on."""
+    packages = ("msjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+    }
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model():
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _replace(path, text):
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,35 @@
+"""Before jax starts: eight CPU devices, strict dtypes and ranks, and annotations of the package that are checked."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import beartype  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as for every type checker
+jaxtyping.install_import_hook("msjax", f"{__name__}.check")
+
+STRICT_MODULES = ("test_bits", "test_codecs", "test_select", "test_straight_through")
+"""Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
+
+
+@pytest.fixture(autouse=True)
+def strict(request):
+    """Implicit dtype and rank promotion raise in the tests of `msjax.compress`."""
+    if request.module.__name__.rpartition(".")[2] not in STRICT_MODULES:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the checking of annotations off, to see the errors that a user of the package sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,219 @@
+"""The codecs as slow numpy loops, written from the paper (arXiv 2408.13787) and shared/paper.md; nothing of the package, no jax.
+
+`encode` and `decode` take a codec's class name and its fields as a dict, and see one vector; `encode_array` and `decode_array` add the
+granularity. Sums and products are float32 in the order the paper writes them, so that codes come out equal to the bit.
+"""
+
+import math
+from decimal import Decimal, localcontext
+
+import numpy as np
+
+f32 = np.float32
+
+
+def num_kept(ratio, d):
+    """k = ⌊(1 − r)·d⌋ in decimal arithmetic; at least one of a vector that has any."""
+    with localcontext() as context:
+        context.prec = 1200  # the smallest positive float is 5e-324
+        k = math.floor((1 - Decimal(str(ratio))) * d)
+    return min(d, max(1, k))
+
+
+def pack(codes, bits):
+    """Code i is written to bits i·b, i·b + 1, … of one long little-endian integer, which is cut into bytes."""
+    total = 0
+    for i, code in enumerate(codes):
+        total |= int(code) << (i * bits)
+    return list(total.to_bytes(math.ceil(len(codes) * bits / 8), "little"))
+
+
+def unpack(packed, bits, d):
+    total = int.from_bytes(bytes(int(byte) for byte in packed), "little")
+    return [(total >> (i * bits)) % 2**bits for i in range(d)]
+
+
+def largest(scores, k):
+    """Positions, ascending, of the k largest: NaN above everything, the earlier of two equals first."""
+    order = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i], i))
+    return sorted(order[:k])
+
+
+def _scores(x, by_magnitude):
+    return [abs(f32(v)) if by_magnitude else f32(v) for v in x]
+
+
+def ms_threshold(values, signed):
+    """τ, the smallest kept score; +Inf stands for NaN, the largest of all."""
+    return min(f32(np.inf) if np.isnan(s) else s for s in _scores(values, signed))
+
+
+def ms_codes(x, ratio, bits, rounding, signed):
+    """(positions that are kept, code of every element, whether its sign bit is set): Algorithm 1."""
+    top = 2**bits - 1
+    kept = largest(_scores(x, signed), num_kept(ratio, len(x)))
+    tau = ms_threshold([x[i] for i in kept], signed)
+    codes, signs = [], []
+    for i, score in enumerate(_scores(x, signed)):
+        if i in set(kept):
+            code = top
+        elif not 0 < tau < np.inf or not score > 0:
+            code = 0
+        else:
+            steps = score * f32(top) / tau  # float32, multiplied first
+            steps = top if np.isinf(steps) else np.floor(steps) if rounding == "floor" else np.rint(steps)
+            code = min(int(steps), top - 1)
+        codes.append(code)
+        signs.append(bool(0 < code < top and x[i] < 0))
+    return kept, codes, signs
+
+
+def _ms_encode(x, fields):
+    if len(x) == 0:
+        return x, [], []
+    signed, bits = fields["signed"], fields["bits"]
+    kept, codes, signs = ms_codes(x, fields["ratio"], bits, fields["rounding"], signed)
+    return x[kept], pack(codes, bits), pack(signs, 1) if signed else []
+
+
+def _ms_decode(payload, d, dtype, fields):
+    """Algorithm 2, in float64 up to the last step."""
+    values, codes, signs = payload
+    top, signed = 2 ** fields["bits"] - 1, fields["signed"]
+    if d == 0:
+        return np.zeros(0, dtype)
+    tau = max(0.0, float(ms_threshold(values, signed)))
+    signs = unpack(signs, 1, d) if signed else [0] * d
+    queue, out = list(values), []
+    for code, sign in zip(unpack(codes, fields["bits"], d), signs, strict=True):
+        out.append(queue.pop(0) if code == top else (-1 if sign else 1) * (code * tau) / top)
+    assert not queue, "as many codes of all ones as values"
+    return np.array([f32(v) for v in out]).astype(dtype)
+
+
+def _sparse_encode(x, kept):
+    return x[kept], pack([i in set(kept) for i in range(len(x))], 1)
+
+
+def _topk_encode(x, fields):
+    return _sparse_encode(x, largest(_scores(x, True), num_kept(fields["ratio"], len(x))))
+
+
+def _sparse_decode(payload, d, dtype, fields):
+    values, mask = payload
+    queue = list(values)
+    out = [f32(queue.pop(0)) if bit else f32(0) for bit in unpack(mask, 1, d)]
+    assert not queue, "as many mask bits as values"
+    return np.array(out, f32).astype(dtype)
+
+
+def _randk_decode(payload, d, dtype, fields):
+    scale = f32(d / max(len(payload[0]), 1))
+    return _sparse_decode((payload[0].astype(f32) * scale, payload[1]), d, dtype, fields)
+
+
+def uniform_steps(x, bits):
+    """((x − min)·(2^q − 1)/(max − min) of every element, or 0 where that is not a number; min; max)."""
+    if len(x) == 0:
+        return [], f32(0), f32(0)
+    low, high = f32(np.min(x.astype(f32))), f32(np.max(x.astype(f32)))
+    steps = [(f32(v) - low) * f32(2**bits - 1) / (high - low) for v in x]
+    return [f32(0) if np.isnan(s) else s for s in steps], low, high
+
+
+def _uniform_encode(x, fields):
+    steps, low, high = uniform_steps(x, fields["bits"])
+    top = 2 ** fields["bits"] - 1
+    return pack([int(np.rint(min(s, top))) for s in steps], fields["bits"]), low, high
+
+
+def _uniform_decode(payload, d, dtype, fields):
+    codes, low, high = payload
+    spread = float(f32(high) - f32(low))
+    levels = [float(low) + code * spread / (2 ** fields["bits"] - 1) for code in unpack(codes, fields["bits"], d)]
+    return np.array(levels, np.float64).astype(f32).astype(dtype)
+
+
+ENCODE = {
+    "Identity": lambda x, fields: (x,),
+    "MaskEncoded": _ms_encode,
+    "TopK": _topk_encode,
+    "Uniform": _uniform_encode,
+}
+"""The deterministic codecs; what the others encode to is checked by `check_random`."""
+
+DECODE = {
+    "Identity": lambda payload, d, dtype, fields: payload[0],
+    "MaskEncoded": _ms_decode,
+    "TopK": _sparse_decode,
+    "RandTopK": _sparse_decode,
+    "RandK": _randk_decode,
+    "Uniform": _uniform_decode,
+    "StochasticUniform": _uniform_decode,
+}
+
+
+def check_random(name, x, payload, fields):
+    """Raises unless `payload` is one that the random codec may give for the vector `x`."""
+    if name == "StochasticUniform":
+        codes, low, high = payload
+        steps, expected_low, expected_high = uniform_steps(x, fields["bits"])
+        np.testing.assert_array_equal([low, high], [expected_low, expected_high])
+        for code, step in zip(unpack(codes, fields["bits"], len(x)), steps, strict=True):
+            assert code in (math.floor(step), math.ceil(step)), (code, step)
+        return
+    k = num_kept(fields["ratio"], len(x))
+    kept = [i for i, bit in enumerate(unpack(payload[1], 1, len(x))) if bit]
+    assert len(kept) == k
+    np.testing.assert_array_equal(payload[0].astype(f32), x[kept].astype(f32))
+    assert list(payload[1]) == _sparse_encode(x, kept)[1], "spare bits are zero"
+    if name == "RandTopK" and fields["alpha"] in (0, 1):
+        top = set(largest(_scores(x, True), k))
+        assert len(top & set(kept)) == (k if fields["alpha"] == 0 else max(0, 2 * k - len(x)))
+
+
+def payload_bits(name, d, itemsize, fields):
+    """The paper's size of one vector in bits, before rounding each part up to a byte (f = 8·itemsize bits a value)."""
+    f, k = 8 * itemsize, num_kept(fields["ratio"], d) if "ratio" in fields else 0
+    if name == "Identity":
+        return [d * f]
+    if name == "MaskEncoded":
+        return [k * f, d * fields["bits"], d if fields["signed"] else 0]
+    if "Uniform" in name:
+        return [d * fields["bits"], 32, 32]  # the paper does not count the two ends
+    return [k * f, d]
+
+
+def _rows(shape, fields):
+    """Sample by sample, or the whole array as one row."""
+    d = math.prod(shape)
+    return (shape[0], d // max(shape[0], 1)) if fields.get("granularity") == "sample" else (1, d)
+
+
+def payload_bytes(name, shape, itemsize, fields):
+    rows, d = _rows(shape, fields)
+    return rows * sum(math.ceil(bits / 8) for bits in payload_bits(name, d, itemsize, fields))
+
+
+def check_encoded(name, x, payload, fields):
+    """Raises unless `payload` (numpy arrays) is what `x` encodes to."""
+    rows, d = _rows(x.shape, fields)
+    with np.errstate(all="ignore"):
+        for i, row in enumerate(x.reshape(rows, d)):
+            part = [leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload
+            if name not in ENCODE:
+                check_random(name, row, part, fields)
+                continue
+            for got, want in zip(part, ENCODE[name](row, fields), strict=True):
+                want = np.asarray(want)
+                np.testing.assert_array_equal(np.asarray(got, f32).reshape(want.shape), want.astype(f32))
+
+
+def decode_array(name, payload, shape, dtype, fields):
+    rows, d = _rows(shape, fields)
+    with np.errstate(all="ignore"):
+        parts = [
+            DECODE[name]([leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload, d, dtype, fields)
+            for i in range(rows)
+        ]
+    return np.array(parts, dtype).reshape(shape)

@@ -1,0 +1,186 @@
+"""The contract that every codec keeps, against `reference.py`; then Figure 1, the documented corners, the errors, randomness, bounds, golden bytes.
+
+After a change of the payload that was meant: raise the wire version, then UPDATE_GOLDEN=1 python -m pytest tests/test_codecs.py -k golden
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from msjax import compress
+from msjax.compress import Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "payloads.json"
+SHAPES = ((1,), (7,), (4, 4), (3, 5, 7), (2, 8, 8, 4), (0,), (0, 3))
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DEFAULTS = tuple(cls() for cls in compress.CODECS)
+OTHERS = (
+    MaskEncoded(0.75, bits=1),
+    MaskEncoded(0.75, bits=2, rounding="floor"),
+    MaskEncoded(0.9, bits=3, signed=True),
+    MaskEncoded(0.9, bits=4, granularity="sample"),
+    MaskEncoded(0.5, bits=5, rounding="floor", signed=True, granularity="sample"),
+    MaskEncoded(0.9, bits=8, signed=True),
+    MaskEncoded(0, bits=6),
+    MaskEncoded(0.9, bits=7),
+    MaskEncoded(0.75, bits=1, signed=True),
+    TopK(0.7, granularity="sample"),
+    RandTopK(0.7, alpha=0, granularity="sample"),
+    RandTopK(0.4, alpha=1.0),
+    Uniform(1),
+    Uniform(8, granularity="sample"),
+    StochasticUniform(2, granularity="sample"),
+    RandK(0.7, granularity="sample"),
+)
+CASES = [(codec, shape, jnp.float32) for codec in DEFAULTS for shape in SHAPES]
+CASES += [(codec, (3, 5, 7), dtype) for codec in DEFAULTS for dtype in DTYPES[1:]]
+CASES += [(codec, (3, 5, 7), DTYPES[i % 3]) for i, codec in enumerate(OTHERS)]
+CASES += [(codec, (0, 3), jnp.float32) for codec in OTHERS if codec.granularity == "sample"]
+KEY = jax.random.key(0)
+TOLERANCE = {"float32": 3e-7, "bfloat16": 2**-7, "float16": 2**-10}
+traces = []
+
+
+def fields_of(codec):
+    return {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+
+
+def program(codec, h, key):
+    """All of a codec in one program; the list counts how often jax traces it."""
+    traces.append(codec)
+    payload = codec.encode(h, key)
+    return payload, codec.decode(payload, jax.ShapeDtypeStruct(h.shape, h.dtype)), codec.roundtrip(h, key)
+
+
+jitted = jax.jit(program, static_argnums=0)
+
+
+@functools.cache
+def inputs(shape, dtype):
+    rng = np.random.default_rng(len(shape))
+    normal = rng.normal(size=shape)
+    wild = rng.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -2.0, 60000.0], shape)
+    return {
+        name: jnp.asarray(x, dtype)
+        for name, x in {
+            "relu": np.maximum(normal, 0),
+            "signed": normal,
+            "wide": rng.lognormal(0, 2, shape),
+            "ties": rng.integers(-3, 4, shape) / 2,
+            "zeros": np.zeros(shape),
+            "constant": np.full(shape, 0.3),
+            "negative": -1 - np.abs(normal),
+            "wild": wild,
+        }.items()
+    }
+
+
+def check(codec, h, payload, decoded, roundtrip):
+    name, fields = type(codec).__name__, fields_of(codec)
+    assert decoded.shape == roundtrip.shape == h.shape and decoded.dtype == roundtrip.dtype == h.dtype
+    # One program: equal to the bit, except that LLVM may fuse Uniform's product and sum in one of the two.
+    assert same(decoded, roundtrip) or isinstance(codec, Uniform) and close(decoded, roundtrip, h)
+    leaves = [np.asarray(leaf) for leaf in payload]
+    expected_bytes = reference.payload_bytes(name, h.shape, h.dtype.itemsize, fields)
+    assert codec.payload_bytes(h) == sum(leaf.nbytes for leaf in leaves) == expected_bytes
+    reference.check_encoded(name, np.asarray(h), leaves, fields)
+    expected = reference.decode_array(name, leaves, h.shape, np.asarray(h).dtype, fields)
+    # Relative for MS and the sparsifiers; min–max levels are relative to the ends, which may cancel.
+    scale = np.abs(np.asarray(h, np.float32)).max(initial=0) if isinstance(codec, Uniform) else 0
+    assert close(decoded, expected, h, scale if np.isfinite(scale) else 0)
+
+
+def same(a, b):
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def close(a, b, h, scale=None):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    rtol = TOLERANCE[h.dtype.name]
+    tiny = 1e-37 if h.dtype != jnp.float16 else 2.0**-24  # subnormal numbers
+    scale = np.nan_to_num(np.abs(np.asarray(h, np.float32)), posinf=0).max(initial=0) if scale is None else scale
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(scale) + tiny)
+    return True
+
+
+def case_id(value):
+    return repr(value).replace(" ", "") if isinstance(value, (compress.Codec, tuple)) else jnp.dtype(value).name
+
+
+@pytest.mark.parametrize("codec, shape, dtype", CASES, ids=case_id)
+def test_contract_jit(codec, shape, dtype):
+    before = len(traces)
+    for name, h in inputs(shape, dtype).items():
+        equal_codec = compress.from_string(repr(codec))  # another object: a static argument is compared by value
+        try:
+            check(codec, h, *jitted(equal_codec, h, KEY))
+        except AssertionError as error:
+            raise AssertionError(f"input {name!r}: {error}") from error
+    assert len(traces) == before + 1, "one compilation for all inputs and equal codecs"
+
+
+@pytest.mark.parametrize("codec", DEFAULTS + OTHERS, ids=case_id)
+def test_contract_eager(codec):
+    """Each operation its own program: payloads are those of one program, so that client and server may be compiled apart."""
+    h = inputs((3, 5, 7), jnp.float32)["signed"]
+    payload, decoded, roundtrip = program(codec, h, KEY)
+    check(codec, h, payload, decoded, roundtrip)
+    jit_payload, jit_decoded, _ = jitted(codec, h, KEY)
+    assert all(map(same, payload, jit_payload)), "same key, same payload"
+    assert same(decoded, jit_decoded) or isinstance(codec, Uniform) and close(decoded, jit_decoded, h)
+
+
+@pytest.mark.parametrize("codec", DEFAULTS + OTHERS[2:5] + OTHERS[-3:], ids=case_id)
+def test_contract_vmap(codec):
+    """A codec under `vmap`, and under `shard_map` once a device, gives what it gives one by one."""
+    h = jax.random.normal(jax.random.key(1), (8, 3, 7))
+    keys = jax.random.split(KEY, 8)
+    one = functools.partial(program, codec)
+    payload, decoded, roundtrip = jax.jit(jax.vmap(one))(h, keys)
+    for i in range(8):
+        check(codec, h[i], jax.tree.map(lambda leaf: leaf[i], payload), decoded[i], roundtrip[i])  # noqa: B023
+    if codec not in DEFAULTS:
+        return
+    mesh = jax.make_mesh((8,), ("client",), axis_types=(jax.sharding.AxisType.Auto,))
+    client = jax.sharding.PartitionSpec("client")
+    sharded = jax.shard_map(lambda h, key: jax.tree.map(lambda x: x[None], one(h[0], key[0])), mesh=mesh, in_specs=client, out_specs=client)
+    for got, want in zip(jax.tree.leaves(jax.jit(sharded)(h, keys)), jax.tree.leaves((payload, decoded, roundtrip)), strict=True):
+        assert same(got, want) or isinstance(codec, Uniform) and close(got, want, h)
+
+
+@pytest.mark.parametrize("codec", DEFAULTS + OTHERS, ids=case_id)
+def test_is_its_configuration(codec):
+    again = compress.from_string(repr(codec))
+    assert again == codec and hash(again) == hash(codec) and repr(again) == repr(codec) and type(again) is type(codec)
+    assert codec == dataclasses.replace(codec) and codec != "codec"
+    assert len({codec, again}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        codec.ratio = 0.5
+    assert isinstance(codec.at_inference(), TopK if isinstance(codec, RandTopK) else type(codec))
+    like = jax.ShapeDtypeStruct((6, 7), jnp.bfloat16)  # shapes alone are enough
+    assert codec.payload_bytes(like) == reference.payload_bytes(type(codec).__name__, (6, 7), 2, fields_of(codec))
+
+
+def test_figure_1():
+    h = jnp.array([[2.2, 0.8, 1.2, 0.4], [1.8, 0.2, 3.1, 2.0], [2.1, 0.2, 1.1, 1.7], [0.3, 2.8, 1.4, 0.9]])
+    floor, nearest, topk = MaskEncoded(0.75, rounding="floor"), MaskEncoded(0.75), TopK(0.75)
+    errors = [jnp.linalg.norm(codec.roundtrip(h) - h).item() for codec in (floor, nearest, topk)]
+    assert [round(error, 2) for error in errors] == [1.18, 1.02, 4.06]
+    assert [codec.payload_bytes(h) for codec in (Identity(), floor, nearest)] == [64, 20, 20]
+    payload = floor.encode(h)
+    np.testing.assert_array_equal(payload.values, np.float32([2.2, 3.1, 2.1, 2.8]))
+    codes = reference.unpack(payload.codes, 2, 16)  # 1.4·3/2.1 is the 2 in the last row
+    assert codes == [3, 1, 1, 0, 2, 0, 3, 2, 3, 0, 1, 2, 0, 3, 2, 1]
+    assert reference.ms_codes(np.asarray(h).ravel(), 0.75, 2, "floor", False)[1] == codes

@@ -1,0 +1,298 @@
+"""The models: published parameter counts and shapes, halves that compose exactly, state that stays functional."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from msjax import models
+from msjax.models._layers import ConvNorm, max_pool
+
+CIFAR, IMAGENET, DIGITS = (32, 32, 3), (224, 224, 3), (8, 8, 1)
+TINY = {  # what really runs: two to four channels
+    "convnet": dict(input_shape=DIGITS, num_classes=10, width=1 / 8),
+    "resnet18": dict(input_shape=(8, 8, 3), num_classes=5, width=1 / 32),
+    "vgg19": dict(input_shape=CIFAR, num_classes=5, width=1 / 32),
+}
+
+
+@functools.cache
+def tiny(name, **options):
+    return models.build(name, **(TINY[name] | options))
+
+
+@functools.cache
+def tiny_halves(name, cut="medium"):
+    return models.split(tiny(name), cut, seed=3)
+
+
+def batch(model, *leading):
+    return jax.random.normal(jax.random.key(7), (*leading, *model.input_shape))
+
+
+def assert_trees_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "num_classes", "expected"),
+    [
+        ("resnet18", CIFAR, 10, 11_173_962),
+        ("resnet18", CIFAR, 100, 11_220_132),
+        ("resnet34", IMAGENET, 1000, 21_797_672),  # torchvision's
+        ("vgg19", CIFAR, 10, 38_958_922),
+        ("vgg19", IMAGENET, 1000, 143_678_248),  # torchvision's vgg19_bn
+        ("vgg19", (64, 64, 3), 200, 46_028_808),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, input_shape, num_classes, expected):
+    assert models.count_params(models.build(name, input_shape=input_shape, num_classes=num_classes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "first_block", "layers", "shapes"),
+    [
+        ("vgg19", CIFAR, "residual", (2, 8, 15), ((16, 16, 64), (4, 4, 256), (2, 2, 512))),
+        ("resnet18", CIFAR, "paper", (2, 9, 13), ((32, 32, 64), (16, 16, 128), (8, 8, 256))),
+        ("resnet34", IMAGENET, "paper", (2, 15, 27), ((56, 56, 64), (28, 28, 128), (14, 14, 256))),
+        ("resnet18", CIFAR, "residual", (3, 9, 13), ((32, 32, 64), (16, 16, 128), (8, 8, 256))),
+    ],
+)
+def test_the_papers_cuts_have_the_papers_shapes(name, input_shape, first_block, layers, shapes):
+    model = models.build(name, input_shape=input_shape, num_classes=10, first_block=first_block)
+    cuts = {cut.name: cut for cut in models.list_cuts(model) if cut.name}
+    assert list(cuts) == ["shallow", "medium", "deep"]
+    assert tuple(cut.layer for cut in cuts.values()) == layers
+    assert tuple(cut.shape for cut in cuts.values()) == shapes
+    assert [models.resolve_cut(model, name) for name in cuts] == list(layers)
+
+
+def test_list_cuts_names_every_boundary_but_the_end():
+    cuts = models.list_cuts(models.build("vgg19", input_shape=CIFAR, num_classes=10, width=0.5, dtype="bfloat16"))
+    assert [cut.layer for cut in cuts] == list(range(1, 19))
+    assert cuts[-1] == models.Cut(18, None, "dense18", (2048,), jnp.bfloat16)
+    resnet = models.list_cuts(models.build("resnet18", input_shape=(64, 64, 3), num_classes=200, width=0.25))
+    assert [(cut.layer, cut.shape[-1]) for cut in resnet[2::2]] == [(5, 16), (9, 32), (13, 64), (17, 128)]
+    assert resnet[0].shape == (64, 64, 16)
+    convnet = models.list_cuts(models.build("convnet", input_shape=DIGITS, num_classes=10))
+    assert [(cut.name, cut.shape) for cut in convnet] == [
+        ("shallow", (8, 8, 32)),
+        ("medium", (4, 4, 64)),
+        ("deep", (4, 4, 64)),
+        (None, (128,)),
+    ]
+
+
+def test_the_papers_first_block_has_no_skip_and_no_inner_activation():
+    block = tiny("resnet18", first_block="paper").blocks[1]
+    residual = tiny("resnet18").blocks[1]
+    plain, skip = block.create(jax.random.key(0)), residual.create(jax.random.key(0))
+    assert (block.layer, residual.layer) == (2, 3)
+    assert_trees_equal(nnx.to_pure_dict(nnx.state(plain)), nnx.to_pure_dict(nnx.state(skip)))
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 2))
+    h = skip.conv2(plain.conv1(x, train=False), train=False)
+    np.testing.assert_array_equal(plain(x, train=False), jax.nn.relu(h))
+    h = skip.conv2(jax.nn.relu(skip.conv1(x, train=False)), train=False)
+    np.testing.assert_array_equal(skip(x, train=False), jax.nn.relu(x + h))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_norm_against_numpy(stride):
+    conv = ConvNorm(2, 3, stride=stride, use_bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.asarray(jax.random.normal(jax.random.key(1), (4, 6, 5, 2)), np.float64)
+    got = conv(jnp.asarray(x, jnp.float32), train=True)
+    padded, w = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), np.asarray(conv.conv.kernel[...], np.float64)
+    rows, columns = range(0, 6, stride), range(0, 5, stride)
+    h = np.array([[np.tensordot(padded[:, i : i + 3, j : j + 3], w, 3) for j in columns] for i in rows])
+    h = h.transpose(2, 0, 1, 3)
+    mean, var = h.mean((0, 1, 2)), h.var((0, 1, 2))
+    np.testing.assert_allclose(got, (h - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(conv.norm.mean[...], 0.1 * mean, atol=1e-6)
+    np.testing.assert_allclose(conv.norm.var[...], 0.9 + 0.1 * var, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "padding", "shape"), [(2, 0, (1, 5, 6, 3)), (3, 1, (2, 8, 7, 2))])
+def test_max_pool_and_its_gradient_are_those_of_reduce_window(window, padding, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    pads = ((padding, padding),) * 2
+    got, got_vjp = jax.vjp(lambda x: max_pool(x, window, padding), x)
+    want, want_vjp = jax.vjp(lambda x: nnx.max_pool(x, (window, window), (2, 2), pads), x)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got_vjp(jnp.sin(got))[0], want_vjp(jnp.sin(want))[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "train"),
+    [("convnet", "shallow", True), ("convnet", 4, False), ("resnet18", "deep", True), ("vgg19", "medium", True)],
+)
+def test_halves_compose_to_the_whole(name, cut, train):
+    model = tiny(name)
+    x, key = batch(model, 2), jax.random.key(1)
+    whole, (client, server) = models.whole(model, seed=3), models.split(model, cut, seed=3)
+    assert_trees_equal(client.params | server.params, whole.params)
+    y, stats = whole.apply(whole.params, whole.stats, x, train=train, key=key)
+    h, client_stats = client.apply(client.params, client.stats, x, train=train, key=key)
+    z, server_stats = server.apply(server.params, server.stats, h, train=train, key=key)
+    assert y.shape == (2, model.num_classes)
+    np.testing.assert_array_equal(z, y)
+    assert_trees_equal(client_stats | server_stats, stats)
+
+
+def test_seeds_give_other_parameters():
+    one, other = (models.whole(tiny("convnet"), seed=seed).params["conv1"]["conv"]["conv"]["kernel"] for seed in (0, 1))
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_gets_a_gradient_through_vmap_and_statistics_get_a_client_axis(name):
+    client, server = tiny_halves(name)
+    x, keys = batch(tiny(name), 3, 4), jax.random.split(jax.random.key(0), 3)
+
+    def client_loss(client_params, server_params, x, key):
+        h, client_stats = client.apply(client_params, client.stats, x, train=True)
+        y, server_stats = server.apply(server_params, server.stats, h, train=True, key=key)
+        return jnp.square(y - 1).mean(), client_stats | server_stats
+
+    @jax.jit
+    def loss(client_params, server_params):
+        losses, stats = jax.vmap(client_loss, (None, None, 0, 0))(client_params, server_params, x, keys)
+        return losses.mean(), stats
+
+    grads, stats = jax.grad(loss, (0, 1), has_aux=True)(client.params, server.params)
+    # A ReLU network of two channels may have dead units, so not every entry moves; a whole leaf must. A convolution's
+    # bias is the exception: batch normalisation cancels it.
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert grad.dtype == jnp.float32 and np.isfinite(grad).all()
+        assert np.abs(grad).max() > 0 or "['conv']['bias']" in jax.tree_util.keystr(path), jax.tree_util.keystr(path)
+    assert jax.tree.structure(stats) == jax.tree.structure(client.stats | server.stats)
+    assert all(leaf.shape[0] == 3 and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stats))
+    assert not np.array_equal(*jax.tree.leaves(stats)[0][:2])
+
+
+def test_statistics_move_in_training_and_stay_in_evaluation():
+    client, _ = tiny_halves("convnet")
+    before = jax.tree.map(np.array, client.stats)
+    x = batch(tiny("convnet"), 4)
+    h_train, moved = client.apply(client.params, client.stats, x, train=True)
+    h_eval, kept = client.apply(client.params, client.stats, x, train=False)
+    assert_trees_equal(client.stats, before)
+    assert_trees_equal(kept, before)
+    assert all(not np.array_equal(*pair) for pair in zip(jax.tree.leaves(moved), jax.tree.leaves(before), strict=True))
+    assert not np.allclose(h_train, h_eval)
+    alone, _ = client.apply(client.params, client.stats, x[:1], train=False)
+    np.testing.assert_allclose(alone, h_eval[:1], atol=1e-5)
+
+
+def test_equal_splits_do_not_retrace():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(apply, params, stats, x):
+        traces.append(apply)
+        return apply(params, stats, x, train=False)
+
+    for _ in range(2):
+        model = models.build("convnet", **TINY["convnet"])
+        client, _ = models.split(model, "medium", seed=3)
+        run(client.apply, client.params, client.stats, batch(model, 2))
+    assert len(traces) == 1
+    assert client.apply == tiny_halves("convnet")[0].apply != tiny_halves("convnet")[1].apply
+
+
+def test_a_half_is_a_pytree():
+    client, _ = tiny_halves("convnet")
+    apply = jax.jit(lambda half, x: half.apply(half.params, half.stats, x, train=False))
+    h, _ = apply(client, batch(tiny("convnet"), 2))
+    assert h.shape == (2, 4, 4, 8)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(client))
+
+
+def test_dropout_needs_a_key_in_training_only():
+    client, server = tiny_halves("vgg19")
+    h = jnp.ones((2, 4, 4, 8))
+    assert server.apply.needs_key and not client.apply.needs_key
+    with pytest.raises(ValueError, match="key must be given .* dense17, dense18"):
+        server.apply(server.params, server.stats, h, train=True)
+    _, dense = models.split(tiny("vgg19"), 16, seed=3)
+    h = jax.random.normal(jax.random.key(0), (2, 1, 1, 16))
+    assert dense.apply(dense.params, dense.stats, h, train=False)[0].shape == (2, 5)
+    key, other = jax.random.split(jax.random.key(0))
+    y, _ = dense.apply(dense.params, dense.stats, h, train=True, key=key)
+    np.testing.assert_array_equal(y, dense.apply(dense.params, dense.stats, h, train=True, key=key)[0])
+    assert not np.array_equal(y, dense.apply(dense.params, dense.stats, h, train=True, key=other)[0])
+
+
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+def test_activations(activation):
+    model = tiny("convnet", activation=activation)
+    client, _ = models.split(model, "shallow", seed=3)
+    h, _ = client.apply(client.params, client.stats, batch(model, 4), train=True)
+    assert (float(h.min()) < 0) == (activation != "relu")
+    assert activation != "tanh" or float(jnp.abs(h).max()) <= 1
+
+
+def test_bfloat16_features_and_float32_state():
+    name = "convnet"
+    model = tiny(name, dtype=jnp.bfloat16)
+    client, server = models.split(model, "medium", seed=3)
+    assert_trees_equal(client, tiny_halves(name)[0]._replace(apply=client.apply))
+    x = batch(model, 4)
+    h, client_stats = client.apply(client.params, client.stats, x, train=True)
+    y, server_stats = server.apply(server.params, server.stats, h, train=True)
+    assert (h.dtype, y.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves((client_stats, server_stats))} == {jnp.dtype("float32")}
+    full, _ = tiny_halves(name)[0].apply(client.params, client.stats, x, train=True)
+    np.testing.assert_allclose(h.astype(jnp.float32), full, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": "resnet50"}, ValueError, "name must be one of convnet, .*, got 'resnet50'"),
+        ({"input_shape": (32, 32)}, ValueError, "input_shape must be three positive integers"),
+        ({"input_shape": (32, 0, 3)}, ValueError, "input_shape must be three positive integers"),
+        ({"input_shape": DIGITS, "name": "vgg19"}, ValueError, "sides of at least 32 for vgg19, got \\(8, 8, 1\\)"),
+        ({"num_classes": 0}, ValueError, "num_classes must be a positive integer, got 0"),
+        ({"width": 0.0}, ValueError, "width must be above 0 and finite, got 0.0"),
+        ({"activation": "elu"}, ValueError, "activation must be one of relu, .*, got 'elu'"),
+        ({"dtype": "float16"}, TypeError, "dtype must be float32 or bfloat16, got 'float16'"),
+        ({"dtype": "half-ish"}, TypeError, "dtype must be float32 or bfloat16, got 'half-ish'"),
+        ({"first_block": "plain"}, ValueError, "first_block must be"),
+        ({"first_block": "paper", "name": "vgg19"}, ValueError, 'first_block must be "residual" for vgg19'),
+    ],
+)
+def test_build_names_argument_rule_and_value(change, error, message):
+    with pytest.raises(error, match=message):
+        models.build(**({"name": "resnet18", "input_shape": CIFAR, "num_classes": 10} | change))
+
+
+def test_a_cut_inside_a_block_names_the_boundaries():
+    model = tiny("resnet18")
+    with pytest.raises(ValueError, match='cut must be one of 1, 3, 5, .*shallow = 3.* got 2; .*first_block="paper"'):
+        models.split(model, 2)
+    for cut in (0, 4, 18, "middle"):
+        with pytest.raises(ValueError, match="cut must be one of 1, 3, 5, 7, 9, 11, 13, 15, 17 or"):
+            models.split(model, cut)
+
+
+def test_a_users_own_model():
+    class Scale(nnx.Module):
+        def __init__(self, rngs):
+            self.factor = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x, *, train, key=None):
+            return x * self.factor[...]
+
+    blocks = tuple(models.Block.of(f"scale{i}", i, Scale) for i in (1, 2, 3))
+    model = models.Model("mine", DIGITS, 1, jnp.dtype("float32"), blocks, (("shallow", 1),))
+    client, server = models.split(model, "shallow")
+    assert (list(client.params), list(server.params), client.stats) == (["scale1"], ["scale2", "scale3"], {})
+    y, stats = server.apply(server.params, server.stats, jnp.ones((2, *DIGITS)), train=True)
+    np.testing.assert_array_equal(y, jnp.ones((2, *DIGITS)))
+    assert stats == {}
+    assert models.count_params(dataclasses.replace(model, blocks=blocks[:2])) == 2
