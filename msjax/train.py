@@ -91,7 +91,7 @@ def _load(cfg):
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
         info = _SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
-        return *(Split(s, s.labels) for s in splits), info
+        return *(Split(s, s.labels()) for s in splits), info
     ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
     info = _SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
     train = Split((jnp.asarray(ds.train_images), jnp.asarray(ds.train_labels)), ds.train_labels)

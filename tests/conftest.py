@@ -10,10 +10,12 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as for every type checker
+check = beartype.beartype(
+    conf=beartype.BeartypeConf(is_pep484_tower=True)
+)  # an int is a float, as for every type checker
 jaxtyping.install_import_hook("msjax", f"{__name__}.check")
 
-STRICT_MODULES = ("test_bits", "test_codecs", "test_select", "test_straight_through")
+STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 

@@ -1,7 +1,7 @@
-"""The codecs as slow numpy loops, written from the paper (arXiv 2408.13787) and shared/paper.md; nothing of the package, no jax.
+"""The codecs as slow numpy loops, written from the paper (arXiv 2408.13787); nothing of the package, no jax.
 
-`encode` and `decode` take a codec's class name and its fields as a dict, and see one vector; `encode_array` and `decode_array` add the
-granularity. Sums and products are float32 in the order the paper writes them, so that codes come out equal to the bit.
+Codecs go by class name and a dict of fields. `ENCODE` and `DECODE` see one vector; `check_encoded` and `decode_array`
+add the granularity. Sums and products are float32 in the order the paper writes them, so that codes come out equal to the bit.
 """
 
 import math
@@ -35,7 +35,9 @@ def unpack(packed, bits, d):
 
 def largest(scores, k):
     """Positions, ascending, of the k largest: NaN above everything, the earlier of two equals first."""
-    order = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i], i))
+    order = sorted(
+        range(len(scores)), key=lambda i: (not math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i], i)
+    )
     return sorted(order[:k])
 
 
@@ -213,7 +215,9 @@ def decode_array(name, payload, shape, dtype, fields):
     rows, d = _rows(shape, fields)
     with np.errstate(all="ignore"):
         parts = [
-            DECODE[name]([leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload, d, dtype, fields)
+            DECODE[name](
+                [leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload, d, dtype, fields
+            )
             for i in range(rows)
         ]
     return np.array(parts, dtype).reshape(shape)

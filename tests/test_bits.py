@@ -10,7 +10,7 @@ import reference
 
 from msjax.compress import _bits
 
-LENGTHS = (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+LENGTHS = (0, 1, 3, 7, 8, 17, 33)
 
 
 @functools.partial(jax.jit, static_argnums=(1,))

@@ -1,4 +1,4 @@
-"""Data: sets, cache, errors, division among clients, order, augmentation, streams. Needs neither network nor prepared data."""
+"""Data: sets, cache, errors, clients, order, augmentation, streams. Needs neither network nor prepared data."""
 
 import builtins
 import gzip
@@ -116,12 +116,12 @@ def test_cache_hit_needs_neither_tfds_nor_the_directory(tiny, monkeypatch):
     np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
     shutil.rmtree(directory)
     np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
-    with pytest.raises(data.DataError, match="made from .*tfds: give that data_dir"):
+    with pytest.raises(data.DataError, match=r"made from .*tfds: give that data_dir"):
         data.load("tiny", data_dir=directory / "elsewhere")
 
 
 def test_image_size_is_a_cache_key(tiny):
-    directory, splits = tiny
+    directory, _ = tiny
     assert data.load("tiny", data_dir=directory, image_size=6).train_images.shape == (40, 6, 6, 3)
     assert data.load("tiny", data_dir=directory).train_images.shape == (40, 12, 10, 3)
     assert len(list((directory.parent / "cache").iterdir())) == 2
@@ -161,7 +161,7 @@ def test_damaged_cache_is_rebuilt_or_reported(tiny, monkeypatch, damage):
     np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
     DAMAGE[damage](entry)
     shutil.rmtree(directory)
-    with pytest.raises(data.DataError, match="does not exist.*The array cache .* cannot be used"):
+    with pytest.raises(data.DataError, match=r"does not exist.*The array cache .* cannot be used"):
         data.load("tiny", data_dir=directory)
 
 
@@ -174,10 +174,9 @@ def test_cache_follows_the_prepared_set(tiny):
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        with _cache.writing(tmp_path / "cache" / "entry") as draft:
-            draft.array("x", (3,), np.int32)[:] = 1
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), _cache.writing(tmp_path / "cache" / "entry") as draft:
+        draft.array("x", (3,), np.int32)[:] = 1
+        raise KeyboardInterrupt
     assert not list((tmp_path / "cache").iterdir())
     assert _cache.read(tmp_path / "cache" / "entry") is None
 
@@ -193,7 +192,7 @@ def test_cache_directory(monkeypatch, tmp_path):
 
 def test_unwritable_cache(tiny, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(data.DataError, match="cannot write the array cache.*cache_dir"):
+    with pytest.raises(data.DataError, match=r"cannot write the array cache.*cache_dir"):
         data.load("tiny", data_dir=tiny[0], cache_dir=tmp_path / "file" / "cache")
 
 
@@ -218,13 +217,13 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
 def test_no_network(offline, name):
-    with pytest.raises(data.DataError, match=f"looked for {name} in .*default.*cannot be downloaded.*--data.data-dir"):
+    with pytest.raises(data.DataError, match=rf"looked for {name} in .*default.*cannot be downloaded.*--data.data-dir"):
         data.load(name)
 
 
 def test_imagenet_says_how_to_get_it(offline):
     for opening in (data.load, data.stream):
-        with pytest.raises(data.DataError, match="ILSVRC2012_img_train.tar.*--file_format=array_record"):
+        with pytest.raises(data.DataError, match=r"ILSVRC2012_img_train.tar.*--file_format=array_record"):
             opening("imagenet2012")
 
 
@@ -248,7 +247,7 @@ def test_pillow_not_installed(tiny, monkeypatch):
 
 
 def test_wrong_directories(offline, tmp_path):
-    with pytest.raises(data.DataError, match="nowhere does not exist.*--data.data-dir"):
+    with pytest.raises(data.DataError, match=r"nowhere does not exist.*--data.data-dir"):
         data.load("cifar10", data_dir=tmp_path / "nowhere")
     folder = tmp_path / "tfds" / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
@@ -257,11 +256,11 @@ def test_wrong_directories(offline, tmp_path):
         with pytest.raises(data.DataError, match="is the folder of one data set"):
             data.load("cifar10", data_dir=inside)
     (folder / "cifar10-train.tfrecord-00000-of-00001").touch()
-    with pytest.raises(data.DataError, match="TFRecord.*tfds build cifar10 --file_format=array_record"):
+    with pytest.raises(data.DataError, match=r"TFRecord.*tfds build cifar10 --file_format=array_record"):
         data.load("cifar10", data_dir=tmp_path / "tfds")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(data.DataError, match="other is not a TFDS data directory.*NAME/VERSION"):
+    with pytest.raises(data.DataError, match=r"other is not a TFDS data directory.*NAME/VERSION"):
         data.load("cifar10", data_dir=tmp_path / "other")
     with pytest.raises(data.DataError, match="names look like"):
         data.load("../cifar10", data_dir=tmp_path / "tfds")
@@ -368,7 +367,7 @@ def test_real_tfds(tmp_path):
     np.testing.assert_array_equal(source.labels(), ds.test_labels)
     for shard in (tmp_path / "tfds").glob("**/*train.array_record*"):
         shard.write_bytes(b"")
-    with pytest.raises(data.DataError, match="TFDS cannot read msjax_test_shapes in .*prepare or copy it again"):
+    with pytest.raises(data.DataError, match=r"TFDS cannot read msjax_test_shapes in .*prepare or copy it again"):
         data.load(name, image_size=5, **where)
     with pytest.raises(data.DataError, match="TFDS knows no set of that name"):
         data.load("nosuch", **where)
@@ -590,7 +589,7 @@ def test_stream_labels_are_kept(photos, monkeypatch):
 
 
 def test_images_of_many_sizes_need_image_size_or_a_stream(photos):
-    with pytest.raises(data.DataError, match="differ in size: give image_size.*data.stream"):
+    with pytest.raises(data.DataError, match=r"differ in size: give image_size.*data.stream"):
         data.load("photos", **(photos | {"image_size": None}))
     assert data.load("photos", **photos).train_images.shape == (48, 32, 32, 3)
 
@@ -598,7 +597,7 @@ def test_images_of_many_sizes_need_image_size_or_a_stream(photos):
 def test_stream_errors(photos):
     source = data.stream("photos", **photos)
     source._source.records.encoded[3] = b"no image"
-    with pytest.raises(data.DataError, match="image 3 of photos .*cannot be decoded"):
+    with pytest.raises(data.DataError, match=r"image 3 of photos .*cannot be decoded"):
         collect(source, np.arange(20).reshape(2, 10))
     with pytest.raises(IndexError, match=r"indices must be in 0..47, got -1..0"):
         data.batches(source, np.array([[0, -1]]))

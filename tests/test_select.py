@@ -40,7 +40,11 @@ def check(x, k, by_magnitude):
 def sort_positions(x, k, by_magnitude):
     """The first k of a stable descending sort; numpy puts NaN last, as it must be first here."""
     x = np.abs(x) if by_magnitude else x
-    return np.sort(np.argsort(-np.where(np.isnan(x), np.inf, x), kind="stable")[:k]) if not np.isnan(x).any() else reference.largest(x, k)
+    return (
+        np.sort(np.argsort(-np.where(np.isnan(x), np.inf, x), kind="stable")[:k])
+        if not np.isnan(x).any()
+        else reference.largest(x, k)
+    )
 
 
 INPUTS = {
@@ -83,7 +87,13 @@ def test_one_value(value, by_magnitude):
 @pytest.mark.parametrize("by_magnitude", (False, True))
 @pytest.mark.parametrize("k", (1, 9))
 @SEEDED
-@given(bits=st.lists(st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0, 1 << 31, 0x3F800000, 0x7F800000, 0xFFC00001])), min_size=D, max_size=D))
+@given(
+    bits=st.lists(
+        st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0, 1 << 31, 0x3F800000, 0x7F800000, 0xFFC00001])),
+        min_size=D,
+        max_size=D,
+    )
+)
 @example(bits=[0x7FC00000, 0x7FC00001, 0xFFFFFFFF] * 11)  # NaNs that differ
 def test_agree_on_any_bits(k, by_magnitude, bits):
     x = np.array(bits, np.uint32).view(np.float32)
@@ -104,7 +114,9 @@ def test_subnormal_numbers(by_magnitude):
 
 def test_vmap():
     x = np.stack([np.asarray(v, np.float32) for v in INPUTS.values()])
-    _, kth, mask, from_mask, positions = jax.jit(jax.vmap(lambda row: select(row, k=6, by_magnitude=False)))(jnp.asarray(x))
+    _, kth, mask, from_mask, positions = jax.jit(jax.vmap(lambda row: select(row, k=6, by_magnitude=False)))(
+        jnp.asarray(x)
+    )
     for i, row in enumerate(x):
         _, one_kth, one_mask, _, _ = select(jnp.asarray(row), 6, False)
         np.testing.assert_array_equal(mask[i], one_mask)
@@ -119,7 +131,10 @@ def test_large_input():
     check(x, 700, False)
 
 
-@pytest.mark.parametrize("ratio, d, k", [(0.9, 10, 1), (0.99, 4194304, 41943), (0.95875, 4194304, 173015), (0.95875, 800, 33), (0.7, 10, 3), (0.99, 99, 1), (0, 5, 5), (0.5, 0, 0), (0.999999, 3, 1)])  # fmt: skip
+@pytest.mark.parametrize("ratio, d, k", [
+        (0.9, 10, 1), (0.99, 4194304, 41943), (0.95875, 4194304, 173015), (0.95875, 800, 33), (0.7, 10, 3),
+        (0.99, 99, 1), (0, 5, 5), (0.5, 0, 0), (0.999999, 3, 1),
+    ])  # fmt: skip
 def test_num_kept(ratio, d, k):
     assert _select.num_kept(ratio, d) == reference.num_kept(ratio, d) == k
 

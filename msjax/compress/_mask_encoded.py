@@ -41,7 +41,7 @@ class MaskEncoded(VectorCodec):
       - Ties at τ: exactly k values are kept, the first ones by position; the others get the largest code, 2^bits − 2.
       - Fewer than k positive values: zeros fill the rest of the k, τ ≤ 0, every other code is 0 and decodes to 0.
       - k is at least 1 (the paper's formula gives 0 for d < 1/(1 − ratio)); an empty array has an empty payload.
-      - NaN ranks above +Inf. Both are kept exactly while there are at most k; when there are more, τ is not finite and what is not kept decodes to NaN: a
+      - NaN ranks above +Inf. Both are kept exactly while there are at most k; from k of them on, τ is not finite and what is not kept decodes to NaN: a
         diverged network shows. −Inf is a negative value.
       - Values above float32's maximum/(2^bits − 1) that are not kept may get the largest code; subnormal numbers may count as 0.
 

@@ -29,4 +29,4 @@ class RandK(Sparsifier):
         return jnp.sort(lax.top_k(jax.random.uniform(key, (x.size,)), k)[1])
 
     def _scale(self, d):
-        return d / _select.num_kept(self.ratio, d)
+        return d / max(_select.num_kept(self.ratio, d), 1)

@@ -43,7 +43,7 @@ class RandTopK(Sparsifier):
         top = _select.top_positions(_select.score(x, by_magnitude=True), k)
         rest = x.size - k
         count_key, drop_key, draw_key = jax.random.split(key, 3)
-        swapped = jnp.count_nonzero(jax.random.bernoulli(count_key, self.alpha, (k,)))
+        swapped = jnp.count_nonzero(jax.random.bernoulli(count_key, float(self.alpha), (k,)))
         if rest == 0:
             return top
         # The first `swapped` of a random order of the top k give way to the first `swapped` of a random order of the rest.

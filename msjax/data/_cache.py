@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,9 @@ def writing(entry: Path) -> Iterator[Draft]:
     """Write an entry beside its place and move it there once complete; an exception leaves nothing behind."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
+        for left in entry.parent.glob(f".{entry.name}.*"):  # by a process that was killed
+            if left.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(left, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
         raise DataError(

@@ -1,6 +1,5 @@
 """Sets that fit in memory: decoded once into the array cache, returned as memory-mapped arrays."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from msjax.data._error import DataError
 _log = logging.getLogger("msjax")
 
 # Per-channel (mean, std) of pixels / 255, as published; what is not here is measured on the training images.
-_STATISTICS = {
+STATISTICS = {
     # The paper's. Its std is the usual one of the CIFAR-10 literature, the mean over images of each image's own; the
     # pixels' is about 0.25.
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -77,11 +76,11 @@ def load(
             missing.
         ValueError: `image_size` is not positive.
     """
-    _check_image_size(image_size)
+    check_image_size(image_size)
     if name == "digits":
         return _digits(image_size)
     arrays, meta = _cached(name, data_dir, cache_dir, image_size)
-    mean, std = _STATISTICS.get(name, (meta["mean"], meta["std"]))
+    mean, std = STATISTICS.get(name, (meta["mean"], meta["std"]))
     return Dataset(
         name,
         arrays["train_images"],
@@ -94,7 +93,8 @@ def load(
     )
 
 
-def _check_image_size(image_size: int | None) -> None:
+def check_image_size(image_size: int | None) -> None:
+    """None (as they are) or a positive number of pixels."""
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
 
@@ -168,7 +168,6 @@ def _cached(
     directory, asked = _tfds.root(data_dir)
     caches = _cache.directory(cache_dir)
     stem = f"{name.replace('/', '--')}-{image_size or 'native'}-"
-    where = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:12] if asked else "default"
     problems: list[str] = []
 
     def cached(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -180,7 +179,7 @@ def _cached(
             return None
 
     folder = _tfds.locate(name, directory)
-    entry, digest = caches / (stem + where), _tfds.digest(folder) if folder else None
+    entry, digest = caches / (stem + _tfds.place(directory, asked)), _tfds.digest(folder) if folder else None
     if found := cached(entry, digest):
         return found
     try:
@@ -196,12 +195,8 @@ def _cached(
             parts = {s: _from_arrays(x, y, image_size) for s, x, y in _official.download(name, looked)}
             num_classes, source = _official.NUM_CLASSES[name], _official.SOURCES[name][0][0]
         else:
-            if folder is None:
-                _tfds.prepare(name, directory)
-                folder = _tfds.locate(name, directory)
-                if folder is None:
-                    raise DataError(f"TFDS prepared {name}, but not as {directory / name}/VERSION")
-                digest = _tfds.digest(folder)
+            folder = _tfds.find(name, directory, asked)
+            digest = _tfds.digest(folder)
             splits = {s: _tfds.open_split(name, folder, s) for s in ("train", "test")}
             parts = {s: _from_tfds(name, opened, image_size) for s, opened in splits.items()}
             num_classes, source = splits["train"].num_classes, str(directory)
@@ -213,10 +208,11 @@ def _cached(
         if problems:
             raise DataError(f"{error}. {'. '.join(problems)}") from error
         raise
-    found = _cache.read(entry, digest)
-    if found is None:
-        raise DataError(f"the array cache {entry} was removed while it was read; try again")
-    return found
+    if found := cached(entry, digest):
+        return found
+    raise DataError(
+        f"the array cache {entry} cannot be read after it was written; try again, or name another cache_dir"
+    )
 
 
 def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> _Part:

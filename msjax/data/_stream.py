@@ -1,6 +1,5 @@
 """Sets that do not fit in memory: decoded and cropped on the host by threads, in the order asked for."""
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ class ImageStream:
         self.name, self.split, self.random_crop = name, split, random_crop
         self.num_classes = source.num_classes
         self.image_shape = (image_size, image_size, source.image_shape[2])
-        mean, std = _sets._STATISTICS.get(name, _sets._STATISTICS["imagenet2012"])
+        mean, std = _sets.STATISTICS.get(name, _sets.STATISTICS["imagenet2012"])
         channels = self.image_shape[2]
         self.mean, self.std = (
             np.resize(np.asarray(v if len(v) == channels else np.mean(v), np.float32), channels) for v in (mean, std)
@@ -116,29 +115,21 @@ def stream(
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
-    _sets._check_image_size(image_size)
+    _sets.check_image_size(image_size)
     _tfds.check_name(name)
     _images.pillow()
     directory, asked = _tfds.root(data_dir)
-    folder = _tfds.locate(name, directory)
-    if folder is None:
-        if asked:
-            _tfds.check_root(directory)
-        _tfds.prepare(name, directory)
-        folder = _tfds.locate(name, directory)
-        if folder is None:
-            raise DataError(f"TFDS prepared {name}, but not as {directory / name}/VERSION")
+    folder = _tfds.find(name, directory, asked)
     source = _tfds.open_split(name, folder, split)
     digest = _tfds.digest(folder)
-    where = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:12]
-    entry = _cache.directory(cache_dir) / f"{name.replace('/', '--')}-labels-{split}-{where}"
+    entry = f"{name.replace('/', '--')}-labels-{split}-{_tfds.place(directory, asked)}"
     return ImageStream(
         name,
         split,
         source,
         image_size=image_size,
         random_crop=split == "train" if random_crop is None else random_crop,
-        labels_entry=entry,
+        labels_entry=_cache.directory(cache_dir) / entry,
         digest=digest,
     )
 
@@ -177,7 +168,7 @@ def batches(
         raise ValueError(f"indices must be integers [steps, *batch], got {indices.dtype} {indices.shape}")
     if not 0 <= start <= len(indices):
         raise ValueError(f"start must be in 0..{len(indices)} (the number of steps), got {start}")
-    if indices.size and not (0 <= indices.min() and indices.max() < count):
+    if indices.size and (indices.min() < 0 or indices.max() >= count):
         raise IndexError(f"indices must be in 0..{count - 1}, got {indices.min()}..{indices.max()}")
     if isinstance(source, ImageStream):
         return _streamed(source, indices, (seed, epoch), start, threads or os.cpu_count() or 1, prefetch)

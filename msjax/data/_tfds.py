@@ -182,6 +182,24 @@ def prepare(name: str, directory: Path) -> None:
         ) from error
 
 
+def find(name: str, directory: Path, asked: bool) -> Path:
+    """The folder of a prepared set, which TFDS downloads and prepares where it is not there yet."""
+    folder = locate(name, directory)
+    if folder is None:
+        if asked:
+            check_root(directory)
+        prepare(name, directory)
+        folder = locate(name, directory)
+    if folder is None:
+        raise DataError(f"TFDS prepared {name}, but not as {directory / name}/VERSION")
+    return folder
+
+
+def place(directory: Path, asked: bool) -> str:
+    """A data directory's part of the names in the cache; TFDS's own is the same on every machine."""
+    return hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:12] if asked else "default"
+
+
 def require_network(host: str, looked: str) -> None:
     """Fail at once where a host cannot be reached; TFDS would retry for minutes. A proxy is taken to work."""
     if urllib.request.getproxies():
@@ -196,7 +214,7 @@ def require_network(host: str, looked: str) -> None:
         ) from error
 
 
-def read(name: str, split: Split, indices: Sequence[int]) -> list[dict[str, Any]]:
+def read(name: str, split: Split, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
     """Records by index, images still encoded."""
     try:
         return list(split.records.__getitems__([int(i) for i in indices]))
@@ -209,6 +227,6 @@ def read(name: str, split: Split, indices: Sequence[int]) -> list[dict[str, Any]
 def labels(name: str, split: Split, records: Sequence[dict[str, Any]]) -> np.ndarray:
     """int32 labels of records, all of them known."""
     found = np.asarray([r[split.label_key] for r in records], np.int32)
-    if found.size and not (0 <= found.min() and found.max() < split.num_classes):
+    if found.size and not (found.min() >= 0 and found.max() < split.num_classes):
         raise DataError(f"{name} has labels outside 0..{split.num_classes - 1}: this split's labels are hidden")
     return found

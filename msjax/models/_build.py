@@ -10,10 +10,17 @@ from msjax.models._convnet import convnet
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Model
 from msjax.models._resnet import resnet
+from msjax.models._resnet9 import resnet9
 from msjax.models._vgg import vgg19
 
 # Each with the smallest side that leaves at least one pixel.
-_MODELS = {"convnet": (convnet, 2), "resnet18": (resnet, 1), "resnet34": (resnet, 1), "vgg19": (vgg19, 32)}
+_MODELS = {
+    "convnet": (convnet, 2),
+    "resnet9": (resnet9, 8),
+    "resnet18": (resnet, 1),
+    "resnet34": (resnet, 1),
+    "vgg19": (vgg19, 32),
+}
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 NAMES = tuple(_MODELS)

@@ -1,0 +1,18 @@
+"""A narrow ResNet9 on CIFAR-10 in minutes on two CPU cores: ten clients as in the paper, at a scale that a laptop trains.
+
+    msjax train --config configs/cifar10_lite.py --model.cut shallow            # or medium, deep
+    msjax train --config configs/cifar10_lite.py --codec "Identity()"
+"""
+
+from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(name="resnet9", cut="medium", width=0.25),
+        data=DataConfig(name="cifar10"),
+        optim=OptimConfig(learning_rate=0.4, nesterov=True, weight_decay=5e-4, warmup_epochs=2.0),
+        clients=10,
+        batch_size=25,
+        epochs=14,
+    )

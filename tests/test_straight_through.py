@@ -1,0 +1,147 @@
+"""The codec as a layer: its value, its gradient rule, and its place in Linen and NNX modules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from msjax import compress
+from msjax.compress import Identity, MaskEncoded, RandK, TopK, straight_through
+
+KEY = jax.random.key(5)
+H = jax.random.normal(jax.random.key(0), (3, 7))
+G = jax.random.normal(jax.random.key(1), (3, 7))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def value_and_pullback(codec, h, key, grad_codec, g):
+    y, pull = jax.vjp(lambda h: straight_through(codec, h, key, grad_codec), h)
+    return (
+        y,
+        pull(g)[0],
+        codec.roundtrip(h, key),
+        None if grad_codec is None else grad_codec.roundtrip(g, compress.downlink_key(key)),
+    )
+
+
+@pytest.mark.parametrize("codec", [cls() for cls in compress.CODECS], ids=lambda codec: type(codec).__name__)
+def test_gradient_is_the_identity(codec):
+    y, grad, expected, _ = value_and_pullback(codec, H, KEY, None, G)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(grad, G)
+
+
+@pytest.mark.parametrize("grad_codec", [cls() for cls in compress.CODECS], ids=lambda codec: type(codec).__name__)
+def test_gradient_goes_through_the_downlink_codec(grad_codec):
+    _, grad, _, expected = value_and_pullback(Identity(), H, KEY, grad_codec, G)
+    np.testing.assert_array_equal(grad, expected)
+    assert isinstance(grad_codec, Identity) or not np.array_equal(grad, G)
+
+
+def test_uplink_and_downlink_draw_differently():
+    y, grad, _, _ = value_and_pullback(RandK(0.5), H, KEY, RandK(0.5), H)
+    assert not np.array_equal(y, grad)
+    assert compress.downlink_key(None) is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtypes(dtype):
+    y, grad, _, _ = value_and_pullback(MaskEncoded(0.75), H.astype(dtype), None, TopK(0.5), G.astype(dtype))
+    assert y.dtype == grad.dtype == dtype
+
+
+def test_large_values_pass_exactly():
+    """`x + stop_gradient(d − x)` would lose them."""
+    h = jnp.array([1e30, 3.0, 1e-30, 2.0])
+    np.testing.assert_array_equal(straight_through(TopK(0), h), h)
+
+
+def test_vmap_of_grad_and_no_retrace():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pull(codec, h, g):
+        traces.append(codec)
+        return jax.vmap(lambda h, g: jax.vjp(lambda h: straight_through(codec, h, None, codec), h)[1](g)[0])(h, g)
+
+    got = pull(TopK(0.6), H, G)
+    assert pull(TopK(0.6), G, H).shape == H.shape and len(traces) == 1
+    np.testing.assert_array_equal(got, np.stack([TopK(0.6).roundtrip(g) for g in G]))
+
+
+def test_reverse_mode_only():
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda h: straight_through(TopK(0.5), h), (H,), (H,))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: straight_through("TopK", H), TypeError, "codec must be a Codec, got 'TopK'"),
+        (lambda: straight_through(None, H), TypeError, "codec must be a Codec, got None"),
+        (lambda: straight_through(TopK(), H, None, "TopK"), TypeError, "grad_codec must be a Codec, got 'TopK'"),
+        (lambda: straight_through(RandK(), H), ValueError, "key must be a JAX random key for RandK, got None"),
+        (
+            lambda: straight_through(TopK(), H, None, RandK()),
+            ValueError,
+            "key must be a JAX random key for grad_codec RandK, got None",
+        ),
+        (
+            lambda: straight_through(TopK(), jnp.arange(3)),
+            TypeError,
+            "h must be one of float32, bfloat16, float16, got int32",
+        ),
+    ],
+)
+def test_errors_name_argument_rule_and_value(call, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        call()
+
+
+CODEC = MaskEncoded(0.75, signed=True)
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        h = linen.Dense(8, name="client")(x)
+        return linen.Dense(2, name="server")(straight_through(CODEC, h))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.client, self.server = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.server(straight_through(CODEC, self.client(x)))
+
+
+def expected_gradients(client, server, x):
+    """By hand: the server differentiates at what was decoded, the client takes its cotangent as it is."""
+    decoded = CODEC.roundtrip(x @ client)
+    g = 2 * (decoded @ server)
+    return x.T @ (g @ server.T), decoded.T @ g
+
+
+def test_in_linen():
+    x = jax.random.normal(KEY, (4, 5))
+    params = LinenNet().init(KEY, x)["params"]
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(LinenNet().apply({"params": p}, x) ** 2)))(params)
+    for name, want in zip(
+        ("client", "server"), expected_gradients(params["client"]["kernel"], params["server"]["kernel"], x), strict=True
+    ):
+        np.testing.assert_allclose(grads[name]["kernel"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_in_nnx():
+    x = jax.random.normal(KEY, (4, 5))
+    net = NnxNet(nnx.Rngs(0))
+    graph, params = nnx.split(net)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(x) ** 2)))(params)
+    for name, want in zip(
+        ("client", "server"), expected_gradients(net.client.kernel[...], net.server.kernel[...], x), strict=True
+    ):
+        np.testing.assert_allclose(grads[name]["kernel"][...], want, rtol=1e-4, atol=1e-5)
