@@ -1,7 +1,8 @@
 """The codecs as slow numpy loops, written from the paper (arXiv 2408.13787); nothing of the package, no jax.
 
 Codecs go by class name and a dict of fields. `ENCODE` and `DECODE` see one vector; `check_encoded` and `decode_array`
-add the granularity. Sums and products are float32 in the order the paper writes them, so that codes come out equal to the bit.
+add the granularity. Codes are computed in float32, in the order the paper writes them, so that they come out
+equal to the bit.
 """
 
 import math

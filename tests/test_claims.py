@@ -44,7 +44,7 @@ CORNERS = [  # (MaskEncoded options, input, what it decodes to); k = 2 of 8 unle
     ("one bit is top-k", {"bits": 1}, [1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 0, 0, 7, 8]),
     ("one bit, signed", {"bits": 1, "signed": True}, [-8, 2, 3, 4, 5, 6, -7, 1], [-8, 0, 0, 0, 0, 0, -7, 0]),
     ("k = 0 becomes 1", {"ratio": 0.99}, [0, 3, 2, 1, 0, 0, 1.4, 1.6], [0, 3, 2, 1, 0, 0, 1, 2]),
-    ("ratio 0 keeps all", {"ratio": 0}, [0, -3, 2, 1, 5, np.inf, -np.inf, np.nan], [0, -3, 2, 1, 5, np.inf, -np.inf, np.nan]),
+    ("ratio 0 keeps all", {"ratio": 0}, [0, -3, 2, 1, 5, 4, -np.inf, np.nan], [0, -3, 2, 1, 5, 4, -np.inf, np.nan]),
     ("half to even", {}, [6, 6, 1, 3, 0.99, 1.01, 0, 0], [6, 6, 0, 4, 0, 2, 0, 0]),
     ("floor", {"rounding": "floor"}, [6, 6, 1.99, 2, 3.99, 4, 5.99, 0], [6, 6, 0, 2, 2, 4, 4, 0]),
     ("clamped below the kept code", {}, [6, 6, 5.99, 0, 0, 0, 0, 0], [6, 6, 4, 0, 0, 0, 0, 0]),
@@ -83,14 +83,14 @@ def test_scalar_and_one_sample_at_a_time(codec):
     np.testing.assert_array_equal(jitted(sample, h)[0], np.stack(alone))
 
 
-@pytest.mark.parametrize("bits", (2, 3, 5, 8))
-def test_multiples_of_a_step_keep_their_code(bits):
-    """x·(2^b − 1)/τ is exact there; x/τ·(2^b − 1) is not, and the floor of it one too small."""
-    top = 2**bits - 1
-    for tau in (top, 3 * top):
-        h = jnp.arange(top + 1, dtype=jnp.float32) * (tau / top)
-        codes = jitted_encode(MaskEncoded(0.999, bits=bits, rounding="floor"), h).codes
-        assert reference.unpack(codes, bits, top + 1) == list(range(top + 1))
+@pytest.mark.parametrize("bits, tenths", [(8, 256), (3, 64)])
+def test_multiplies_before_it_divides(bits, tenths):
+    """Multiples of a step (255 of 25.5 in 8 bits) keep their code; x/τ·(2^b − 1) would floor 74 of them one too low."""
+    h = np.arange(tenths, dtype=np.float32) / np.float32(10)
+    codes = jitted_encode(MaskEncoded(0.999, bits=bits, rounding="floor"), jnp.asarray(h)).codes
+    expected = reference.ms_codes(h, 0.999, bits, "floor", False)[1]
+    assert reference.unpack(codes, bits, tenths) == expected
+    assert bits != 8 or expected == list(range(256))
 
 
 def test_uniform_corners():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from msjax.models._conv import conv_general_dilated
+
 ACTIVATIONS = MappingProxyType(
     {
         "relu": jax.nn.relu,
@@ -58,6 +60,7 @@ class ConvNorm(nnx.Module):
             use_bias=use_bias,
             dtype=dtype,
             kernel_init=_CONV_INIT,
+            conv_general_dilated=conv_general_dilated,
             rngs=rngs,
         )
         # float32 whatever the compute dtype: bfloat16 running statistics would stop moving.
