@@ -1,7 +1,7 @@
-"""A narrow ResNet9 on CIFAR-10 in minutes on two CPU cores: ten clients as in the paper, at a scale that a laptop trains.
+"""A narrow ResNet9 on CIFAR-10 in minutes on two CPU cores: ten clients, as in the paper, on a laptop.
 
-    msjax train --config configs/cifar10_lite.py --model.cut shallow            # or medium, deep
-    msjax train --config configs/cifar10_lite.py --codec "Identity()"
+msjax train --config configs/cifar10_lite.py --model.cut shallow            # or medium, deep
+msjax train --config configs/cifar10_lite.py --codec "Identity()"
 """
 
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig

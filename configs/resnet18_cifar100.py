@@ -1,10 +1,10 @@
-"""ResNet18 on CIFAR-100, the paper's setting (arXiv 2408.13787, section 4): baseline 77.8 %, MS 77.1–77.7 % (read off its Figure 3).
+"""ResNet18 on CIFAR-100, the paper's setting (arXiv 2408.13787): baseline 77.8 %, MS 77.1–77.7 % (its Figure 3).
 
     msjax train --config configs/resnet18_cifar100.py --model.cut medium       # or deep: cuts 9 and 13
     msjax train --config configs/resnet18_cifar100.py --model.cut shallow --model.first-block paper
 
-The paper's shallow cut, 2, lies inside the first residual block; its program takes the skip connection away there, and so
-does `--model.first-block paper`. With the whole block on the client, "shallow" is cut 3.
+The paper's shallow cut, 2, lies inside the first residual block; its program takes the skip connection away there,
+and so does `--model.first-block paper`. With the whole block on the client, "shallow" is cut 3.
 
 Run time: not measured; meant for a GPU. The paper has ten clients; its program has one: --clients 1.
 """

@@ -1,10 +1,10 @@
-"""ResNet34 on ImageNet-1K, the paper's setting (arXiv 2408.13787, section 4): baseline 73.1 %, MS 72.5–73.1 % top-1 (read off its Figure 3).
+"""ResNet34 on ImageNet-1K, the paper's setting (arXiv 2408.13787): baseline 73.1 %, MS 72.5–73.1 % (its Figure 3).
 
-    msjax train --config configs/resnet34_imagenet.py --data.data-dir DIR --model.cut medium      # or deep: cuts 15 and 27
+    msjax train --config configs/resnet34_imagenet.py --data.data-dir DIR --model.cut medium    # 15; or deep, 27
     msjax train --config configs/resnet34_imagenet.py --data.data-dir DIR --model.cut shallow --model.first-block paper
 
-ImageNet is streamed: prepare it once with TFDS (`imagenet2012`, file format array_record) from the archives that you may download.
-See `configs/resnet18_cifar100.py` for the shallow cut.
+ImageNet is streamed: prepare it once with TFDS (`imagenet2012`, file format array_record) from the archives that you
+may download. See `configs/resnet18_cifar100.py` for the shallow cut.
 
 Run time: not measured; meant for several GPUs or TPUs.
 """

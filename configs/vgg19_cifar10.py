@@ -1,4 +1,4 @@
-"""VGG19 on CIFAR-10, the paper's setting (arXiv 2408.13787, section 4): baseline 93.8 %, MS 93.3–93.7 % (read off its Figure 3).
+"""VGG19 on CIFAR-10, the paper's setting (arXiv 2408.13787): baseline 93.8 %, MS 93.3–93.7 % (its Figure 3).
 
     msjax train --config configs/vgg19_cifar10.py --model.cut shallow          # or medium, deep: cuts 2, 8, 15
     msjax train --config configs/vgg19_cifar10.py --codec "Identity()"         # or TopK, RandTopK, Uniform, …

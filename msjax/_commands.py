@@ -10,7 +10,7 @@ import rich.console
 import rich.table
 import tyro
 
-from msjax import compress, config, data, display, models, runs, train
+from msjax import compress, config, data, display, models, runs, simulate, train
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -19,6 +19,8 @@ def run(command: str, arguments: list[str]) -> int:
         return {"train": _train, "eval": _eval, "models": _models}[command](arguments)
     except train.Interrupted:
         return 130
+    except SystemExit as error:  # the argument parsers have printed what is wrong
+        return error.code
     except (ValueError, data.DataError) as error:
         print(f"msjax {command}: {error}", file=sys.stderr)
         return 2
@@ -46,7 +48,9 @@ def _train(arguments):
         folder, cfg = runs.RunFolder.open(where.resume)
     else:
         default = config.load_preset(where.config) if where.config else DEFAULT
-        description = "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run folder)."
+        description = (
+            "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run folder)."
+        )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
         folder = runs.RunFolder.create(cfg, where.name)
     summaries = []
@@ -83,7 +87,7 @@ def _eval(arguments):
     if options.uncompressed:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     job = train.prepare(cfg)
-    found = folder.restore((job.state, train.simulate.zero_sums()))
+    found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
     (state, _), _ = found
@@ -95,7 +99,8 @@ def _eval(arguments):
 
 def _models(arguments):
     parser = argparse.ArgumentParser(
-        prog="msjax models", description="Print each cut of a model: its feature map, and bytes a sample with each codec."
+        prog="msjax models",
+        description="Print each cut of a model: its feature map, and bytes a sample with each codec.",
     )
     parser.add_argument("name", nargs="?", choices=models.NAMES, help="default: all")
     parser.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"))
@@ -114,9 +119,7 @@ def _models(arguments):
         shape, classes = usual.get(name, ((32, 32, 3), 10))
         shape, classes = tuple(options.input_shape or shape), options.num_classes or classes
         first_block = options.first_block if name.startswith("resnet") else "residual"
-        model = models.build(
-            name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block
-        )
+        model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block)
         count = models.count_params(model) / 1e6
         title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"
         table = rich.table.Table(title=title)

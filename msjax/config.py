@@ -87,7 +87,7 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     codec: CodecFlag = MaskEncoded()
-    """Of the features, on their way up: a class of msjax.compress, as in "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
+    """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()
     """Of the gradient, on its way down; the paper sends it uncompressed."""
     clients: int = 10

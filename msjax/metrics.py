@@ -15,8 +15,8 @@ LABEL_BYTES = 4  # labels travel as int32
 class Traffic:
     """Payload bytes of one or more steps, over all clients; transport headers are not in it.
 
-    `synchronization` is what keeps the clients' halves equal: every client sends its gradients and batch statistics and gets their mean. The
-    paper counts features alone; so does `paper_bytes`, for training and test samples.
+    `synchronization` is what keeps the clients' halves equal: every client sends its gradients and batch statistics
+    and gets their mean. The paper counts features alone; so does `paper_bytes`, for training and test samples.
     """
 
     uplink_feature_bytes: int = 0

@@ -1,11 +1,11 @@
 """The run folder: what a run leaves behind, and what it is resumed from.
 
-    config.json     the resolved configuration
-    metrics.jsonl   one line an epoch
-    summary.json    the result: accuracy, bytes, wall time, versions, hardware
-    curves.png      loss and accuracy by epoch
-    tensorboard/    the same as events
-    checkpoints/    the training state (Orbax); the last two are kept
+config.json     the resolved configuration
+metrics.jsonl   one line an epoch
+summary.json    the result: accuracy, bytes, wall time, versions, hardware
+curves.png      loss and accuracy by epoch
+tensorboard/    the same as events
+checkpoints/    the training state (Orbax); the last two are kept
 """
 
 import datetime
@@ -49,7 +49,9 @@ class RunFolder:
             name = f"{time}-{m.name}-{config.data.name.replace('/', '_')}-{m.cut}-{type(config.codec).__name__}"
         path = pathlib.Path(config.out) / name
         if (path / "config.json").exists():
-            raise ValueError(f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it")
+            raise ValueError(
+                f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it"
+            )
         path.mkdir(parents=True, exist_ok=True)
         config_lib.save(config, path / "config.json")
         return cls(path)

@@ -1,7 +1,7 @@
 """K clients and a server in one program: `vmap` on one device, `shard_map` over a mesh axis "client" on several.
 
-Both give the same numbers. Every client gets its own share of each step's samples and its own random keys, drawn from (seed, step, client), so
-nothing depends on how the clients are spread over devices or the steps over calls.
+Both give the same numbers. Every client gets its own share of each step's samples and its own random keys, drawn from
+(seed, step, client), so nothing depends on how the clients are spread over devices or the steps over calls.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msjax import compress, data
 from msjax.step import Info, Setup, TrainState, evaluate, fused_step, split_key
@@ -53,8 +53,8 @@ class Sums(NamedTuple):
         }
 
 
-def zero_sums() -> Sums:
-    return Sums(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+def zero_sums(mesh: Mesh | None = None) -> Sums:
+    return replicate(Sums(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0)), mesh)
 
 
 def _add(sums, info, samples):
@@ -74,12 +74,18 @@ def make_mesh(clients: int, devices: list | None = None) -> Mesh | None:
     return Mesh(np.array(devices[:size]), (AXIS,)) if size > 1 else None
 
 
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns `tree` on the device, or a copy of it on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else None)
+
+
 def make_train(setup: Setup, preprocess: Preprocess, *, clients: int, mesh: Mesh | None = None):
     """Returns the jitted `train(state, sums, images, labels, order, key) -> (state, sums)`, which gives its state away.
 
-    `order` is int32 (S, K, B): for each of S steps and each client the positions of its samples in `images` (N, H, W, C) and `labels` (N,), both on
-    the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs convolutions slower inside a loop. With `order` None,
-    `images` (K, B, H, W, C) and `labels` (K, B) are themselves one step's.
+    `order` is int32 (S, K, B): for each of S steps and each client the positions of its samples in `images` (N, H, W,
+    C) and `labels` (N,), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU
+    runs convolutions slower inside a loop. With `order` None, `images` (K, B, H, W, C) and `labels` (K, B) are
+    themselves one step's.
     """
 
     def train(state, sums, images, labels, order, numbers, key):
@@ -137,7 +143,7 @@ def _spread(fun, clients: int, mesh: Mesh | None, donate: tuple[int, ...]):
         everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
         batch = by_client if order is None else everywhere
         in_specs = (everywhere, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
-        # Without the check of replication: it would sum the gradients over devices by itself, and the step takes their mean.
+        # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
         spread = jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=everywhere, check_vma=False)
         return spread(state, sums, images, labels, order, jnp.asarray(numbers), key)
 

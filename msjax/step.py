@@ -5,11 +5,12 @@ As the parties take it, with a codec's payload between them:
     payload, pending = client_forward(setup, client, x, key)                   # on each client
     server, replies, info = server_step(setup, server, payloads, y, keys, features)    # on the server, for K clients
     update = client_backward(setup, pending, reply, features)                  # on each client
-    client = client_update(setup, client, mean_of(updates))                    # averaged, so that all clients stay equal
+    client = client_update(setup, client, mean_of(updates))                    # averaged, so that all clients stay
+    equal
 
-In one program `fused_step` computes the same through `straight_through`. Both follow the paper: the loss of a step is the mean over the K
-clients, and so are the gradients of the server and of the clients (arXiv 2408.13787, section 2); each client normalises by
-its own batch, and the running statistics are averaged over the clients.
+In one program `fused_step` computes the same through `straight_through`. Both follow the paper: the loss of a step is
+the mean over the K clients, and so are the gradients of the server and of the clients (arXiv 2408.13787, section 2);
+each client normalises by its own batch, and the running statistics are averaged over the clients.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ def features_like(setup: Setup, client: HalfState, x: Any) -> jax.ShapeDtypeStru
 
 def client_forward(
     setup: Setup, client: HalfState, x: Float[Array, "b ..."], key: jax.Array
-) -> tuple[NamedTuple, Pending]:
+) -> tuple[tuple, Pending]:
     """One client's forward pass on its batch `x`: the payload for the server, and what the backward pass needs."""
     keys = split_key(key)
 
@@ -114,11 +115,11 @@ def client_forward(
 def server_step(
     setup: Setup,
     server: HalfState,
-    payloads: NamedTuple,
+    payloads: tuple,
     y: Int[Array, "k b"],
     keys: jax.Array,
     features: jax.ShapeDtypeStruct,
-) -> tuple[HalfState, NamedTuple, Info]:
+) -> tuple[HalfState, tuple, Info]:
     """The server's step on the stacked payloads of K clients.
 
     Decodes, differentiates each client's loss at its decoded features, updates the server with the mean gradient.
@@ -150,9 +151,7 @@ def server_step(
     return server, replies, Info(losses.mean(), counts[0].sum(), counts[1].sum())
 
 
-def client_backward(
-    setup: Setup, pending: Pending, reply: NamedTuple, features: jax.ShapeDtypeStruct
-) -> ClientUpdate:
+def client_backward(setup: Setup, pending: Pending, reply: tuple, features: jax.ShapeDtypeStruct) -> ClientUpdate:
     """One client's backward pass from the server's reply: its gradients, to be averaged over the clients."""
     g = setup.grad_codec.decode(reply, features)
     (grads,) = pending.vjp(g)
@@ -175,7 +174,8 @@ def fused_step(
 ) -> tuple[TrainState, Info]:
     """The step of K clients in one program; `client_forward` … `client_update` compute the same in several.
 
-    The clients' batches are one `vmap`, whose weights carry no client axis: convolutions and weight gradients see one batch of K·B.
+    The clients' batches are one `vmap`, whose weights carry no client axis: convolutions and weight gradients see one
+    batch of K·B.
 
     Args:
       x: batches (K, B, …); y: labels (K, B); keys: one a client (K,).
@@ -215,7 +215,7 @@ def evaluate(
     *,
     codec: compress.Codec | None = None,
 ) -> Info:
-    """The test loss and counts of one batch, with running statistics; through `codec`, or uncompressed where it is None."""
+    """Test loss and counts of one batch, with running statistics; through `codec`, or uncompressed if it is None."""
     h, _ = setup.client(state.client.params, state.client.stats, x, train=False)
     if codec is not None:
         h = codec.roundtrip(h, key)

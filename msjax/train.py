@@ -52,7 +52,8 @@ def prepare(cfg: config.Config) -> Job:
       ValueError: a field of the config has a value that does not fit.
       data.DataError: the data set cannot be had.
     """
-    train, test, info = _load(cfg)
+    mesh = simulate.make_mesh(cfg.clients)
+    train, test, info = _load(cfg, mesh)
     pools = data.partition(train.labels, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
     samples = len(train.labels) // cfg.clients
     steps_per_epoch = math.ceil(samples / cfg.batch_size)
@@ -70,10 +71,9 @@ def prepare(cfg: config.Config) -> Job:
     setup = step.Setup(client.apply, server.apply, cfg.codec, cfg.grad_codec, optimizer)
     augment = cfg.data.augment or data.default_augmentation(cfg.data.name)
     preprocess = simulate.Preprocess(augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), cfg.dtype)
-    state = step.init_state(setup, client, server)
+    state = simulate.replicate(step.init_state(setup, client, server), mesh)
     batch = jax.ShapeDtypeStruct((min(cfg.batch_size, samples), *info.image_shape), jnp.dtype(cfg.dtype))
     features = step.features_like(setup, state.client, batch)
-    mesh = simulate.make_mesh(cfg.clients)
     return Job(train, test, setup, preprocess, state, features, pools, samples, steps_per_epoch, mesh)
 
 
@@ -84,7 +84,7 @@ class _SetInfo(NamedTuple):
     std: np.ndarray
 
 
-def _load(cfg):
+def _load(cfg, mesh):
     options = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
     if cfg.data.name in STREAMED:
         options["image_size"] = cfg.data.image_size or 224
@@ -94,9 +94,8 @@ def _load(cfg):
         return *(Split(s, s.labels()) for s in splits), info
     ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
     info = _SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
-    train = Split((jnp.asarray(ds.train_images), jnp.asarray(ds.train_labels)), ds.train_labels)
-    test = Split((jnp.asarray(ds.test_images), jnp.asarray(ds.test_labels)), ds.test_labels)
-    return train, test, info
+    splits = ((ds.train_images, ds.train_labels), (ds.test_images, ds.test_labels))
+    return *(Split(simulate.replicate(arrays, mesh), arrays[1]) for arrays in splits), info
 
 
 def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -117,7 +116,7 @@ def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: i
 
 
 def batches_of(order: np.ndarray, batch_size: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls of int32 (S, K, B), the last step of its own size where B does not divide n.
+    """Cuts an epoch's order (K, n) into calls of int32 (S, K, B); the last step is smaller where B does not divide n.
 
     S is the same in all full calls, so that at most two programs are compiled.
     """
@@ -132,7 +131,7 @@ def batches_of(order: np.ndarray, batch_size: int, steps_per_call: int) -> list[
 
 
 def test_batches(count: int, clients: int, batch_size: int) -> list[np.ndarray]:
-    """Cuts 0 … count − 1 into calls of int32 (1, K, B): full rounds of all clients, then single batches, then the rest."""
+    """Cuts 0 … count − 1 into calls of int32 (1, K, B): rounds of all clients, then single batches, then the rest."""
     order = np.arange(count, dtype=np.int32)
     calls, at = [], 0
     for k, b in ((clients, batch_size), (1, batch_size)):
@@ -159,7 +158,7 @@ class Evaluator:
 
     def __call__(self, state: step.TrainState) -> dict[str, float]:
         """Returns the mean loss in nats, and top-1 and top-5 accuracy in percent."""
-        sums = simulate.zero_sums()
+        sums = simulate.zero_sums(self._job.mesh)
         for call, (images, labels, order) in zip(self._calls, feed(self._job.test, self._calls), strict=True):
             sums = self._programs[call.shape[1]](state, sums, images, labels, order, self._key)
         return sums.means()
@@ -170,7 +169,8 @@ class Evaluator:
             return 0
         like = self._job.features
         return sum(
-            call.shape[1] * self._codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
+            call.shape[1]
+            * self._codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
             for call in self._calls
         )
 
@@ -221,7 +221,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
     """
     job = prepare(cfg)
     # Of the epoch under way: a run may stop in the middle of one.
-    sums = simulate.zero_sums()
+    sums = simulate.zero_sums(job.mesh)
     progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
     state = job.state
     if (found := folder.restore((state, sums))) is not None:
@@ -230,7 +230,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
     run = simulate.make_train(job.setup, job.preprocess, clients=cfg.clients, mesh=job.mesh)
     evaluate = Evaluator(cfg, job)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-    per_epoch = _epoch_traffic(cfg, job, evaluate)
+    per_epoch = epoch_traffic(cfg, job, evaluate)
     done = int(state.step)
     steps_per_call = 1 if jax.default_backend() == "cpu" or cfg.data.name in STREAMED else STEPS_PER_CALL
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
@@ -269,7 +269,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
             record = {"epoch": epoch + 1, "step": done, "train": sums.means(), "test": evaluate(state)}
             record |= {"traffic": traffic.to_json(), "seconds": round(wall(), 3)}
             history.append(record)
-            sums = simulate.zero_sums()
+            sums = simulate.zero_sums(job.mesh)
             folder.save(done, (state, sums), progress | {"wall_seconds": wall()})
             folder.write_history(history)
             write_events(record)
@@ -281,9 +281,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
         "train": history[-1]["train"],
         "traffic": history[-1]["traffic"],
         "wall_seconds": round(wall(), 1),
-        "images_per_second": round(
-            cfg.epochs * cfg.clients * job.samples_per_client / progress["train_seconds"], 1
-        ),
+        "images_per_second": round(cfg.epochs * cfg.clients * job.samples_per_client / progress["train_seconds"], 1),
         "command": " ".join(sys.argv),
         "config": config.to_json(cfg),
         "environment": runs.environment(),
@@ -306,7 +304,7 @@ def _calls_done(calls, steps):
     return len(calls)
 
 
-def _epoch_traffic(cfg, job, evaluate) -> metrics.Traffic:
+def epoch_traffic(cfg, job, evaluate) -> metrics.Traffic:
     """Bytes of one epoch over all clients, test features in the paper's accounting included."""
 
     def steps(batch, count):

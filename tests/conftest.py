@@ -5,10 +5,10 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import beartype  # noqa: E402
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
+import beartype
+import jax
+import jaxtyping
+import pytest
 
 check = beartype.beartype(
     conf=beartype.BeartypeConf(is_pep484_tower=True)

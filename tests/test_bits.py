@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 from msjax.compress import _bits
+
+from . import reference
 
 LENGTHS = (0, 1, 3, 7, 8, 17, 33)
 

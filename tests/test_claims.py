@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from msjax import compress
 from msjax.compress import Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+
+from . import reference
 
 DEFAULTS = tuple(cls() for cls in compress.CODECS)
 KEY = jax.random.key(0)

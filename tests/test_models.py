@@ -266,7 +266,7 @@ def test_bfloat16_features_and_float32_state():
         ({"first_block": "paper", "name": "vgg19"}, ValueError, 'first_block must be "residual" for vgg19'),
     ],
 )
-def test_build_names_argument_rule_and_value(change, error, message):
+def test_build_names_argument_rule_and_value(unchecked, change, error, message):
     with pytest.raises(error, match=message):
         models.build(**({"name": "resnet18", "input_shape": CIFAR, "num_classes": 10} | change))
 

@@ -1,4 +1,4 @@
-"""The paper's bounds on the squared compression error, (31)–(33) of arXiv 2408.13787, for features that are not negative."""
+"""The paper's bounds on the squared compression error, (31)–(33) of arXiv 2408.13787, for non-negative features."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -23,8 +23,8 @@ def topk_error_bound(h: Float[Array, "..."], ratio: float) -> Float32[Array, ""]
 def mask_encoded_error_bound(h: Float[Array, "..."], ratio: float, bits: int) -> Float32[Array, ""]:
     """Returns (33), α·√(d − k)/(2^bits − 1) · ‖h‖²: at least ‖h − ĥ‖² of `MaskEncoded(ratio, bits)`, either rounding.
 
-    α = ‖the values that are not kept‖ / ‖h‖. It follows from |error| ≤ min(x, τ/(2^bits − 1)), Cauchy–Schwarz and τ ≤ ‖h‖. Signed features with
-    `signed=True` obey it too.
+    α = ‖the values that are not kept‖ / ‖h‖. It follows from |error| ≤ min(x, τ/(2^bits − 1)), Cauchy–Schwarz and τ ≤
+    ‖h‖. Signed features with `signed=True` obey it too.
     """
     check_ratio(ratio)
     check_bits(bits)

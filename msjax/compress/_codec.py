@@ -43,7 +43,7 @@ class Codec(abc.ABC):
         return self._decode(payload, like)
 
     def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
-        """Returns the same numbers as `decode(encode(h, key), h)`; a codec may skip the packing. Takes `encode`'s arguments."""
+        """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
         self._check(h, key)
         return self._roundtrip(h, key)
 

@@ -23,27 +23,30 @@ class MaskPayload(NamedTuple):
 class MaskEncoded(VectorCodec):
     """MS: the largest values exactly, every other one as a small integer (Algorithms 1 and 2, arXiv 2408.13787).
 
-    k = ⌊(1 − ratio)·d⌋ values are kept; the smallest of them is τ. Every other value x gets the code x·(2^bits − 1)/τ, rounded
-    and clamped to 0 … 2^bits − 2, and decodes to code·τ/(2^bits − 1). Neither positions nor τ are sent.
+    k = ⌊(1 − ratio)·d⌋ values are kept; the smallest of them is τ. Every other value x gets the code x·(2^bits −
+    1)/τ, rounded and clamped to 0 … 2^bits − 2, and decodes to code·τ/(2^bits − 1). Neither positions nor τ are sent.
 
-    Payload: 4k + ⌈d·bits/8⌉ bytes for float32 (2.32 bits an element by default, 13.8×), 2k + ⌈d·bits/8⌉ for the 16-bit types, whose
-    values travel in 16 bits; `signed` adds ⌈d/8⌉. Arithmetic is float32; the result has the input's dtype.
+    Payload: 4k + ⌈d·bits/8⌉ bytes for float32 (2.32 bits an element by default, 13.8×), 2k + ⌈d·bits/8⌉ for the
+    16-bit types, whose values travel in 16 bits; `signed` adds ⌈d/8⌉. Arithmetic is float32; the result has the
+    input's dtype.
 
     Attributes:
       ratio: the part of the values that is not kept, in [0, 1).
       bits: bits of a code, 1 to 8. With 1, MS is top-k with zeros.
-      rounding: "nearest" (half to even, clamped), as the paper's program does and as its figures need, or "floor", as Algorithm 1 is written.
-      signed: False ranks by value, for features that are not negative (after a ReLU): a negative value that is not kept decodes to 0.
-        True ranks by magnitude and spends one more bit on the sign.
+      rounding: "nearest" (half to even, clamped), as the paper's program does and as its figures need, or "floor", as
+        Algorithm 1 is written.
+      signed: False ranks by value, for features that are not negative (after a ReLU): a negative value that is not
+        kept decodes to 0. True ranks by magnitude and spends one more bit on the sign.
       granularity: see `VectorCodec`.
 
     Corners that the paper leaves open:
       - Ties at τ: exactly k values are kept, the first ones by position; the others get the largest code, 2^bits − 2.
       - Fewer than k positive values: zeros fill the rest of the k, τ ≤ 0, every other code is 0 and decodes to 0.
       - k is at least 1 (the paper's formula gives 0 for d < 1/(1 − ratio)); an empty array has an empty payload.
-      - NaN ranks above +Inf. Both are kept exactly while there are at most k; from k of them on, τ is not finite and what is not kept decodes to NaN: a
-        diverged network shows. −Inf is a negative value.
-      - Values above float32's maximum/(2^bits − 1) that are not kept may get the largest code; subnormal numbers may count as 0.
+      - NaN ranks above +Inf. Both are kept exactly while there are at most k; from k of them on, τ is not finite and
+        what is not kept decodes to NaN: a diverged network shows. −Inf is a negative value.
+      - Values above float32's maximum/(2^bits − 1) that are not kept may get the largest code; subnormal numbers may
+        count as 0.
 
     Bias: biased, toward 0 with "floor"; the error of a value is at most τ/(2^bits − 1), and at most the value itself.
     The squared error is bounded by `mask_encoded_error_bound`.
@@ -96,7 +99,9 @@ class MaskEncoded(VectorCodec):
         if x.size == 0:
             return MaskPayload(x, jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.uint8))
         score, _, kept, codes = self._quantize(x)
-        signs = _bits.pack(((x < 0) & (codes > 0) & ~kept).astype(jnp.uint8), 1) if self.signed else jnp.zeros(0, jnp.uint8)
+        signs = (
+            _bits.pack(((x < 0) & (codes > 0) & ~kept).astype(jnp.uint8), 1) if self.signed else jnp.zeros(0, jnp.uint8)
+        )
         codes = jnp.where(kept, jnp.uint8(self._top), codes.astype(jnp.uint8))
         values = x[_select.top_positions(score, _select.num_kept(self.ratio, x.size))]
         return MaskPayload(values, _bits.pack(codes, self.bits), signs)

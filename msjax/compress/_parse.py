@@ -16,7 +16,8 @@ def codec_from_string(text: str, codecs: tuple[type[Codec], ...]) -> Codec:
         options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError):
         raise ValueError(
-            f"codec must be one of {', '.join(by_name)}, with options as in MaskEncoded(ratio=0.99, bits=2), got {text!r}"
+            f"codec must be one of {', '.join(by_name)}, with options as in MaskEncoded(ratio=0.99, bits=2), "
+            f"got {text!r}"
         ) from None
     try:
         return cls(*args, **options)

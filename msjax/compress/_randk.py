@@ -15,8 +15,9 @@ from msjax.compress._topk import Sparsifier
 class RandK(Sparsifier):
     """k values at random positions, scaled by d/k; zeros elsewhere.
 
-    See `Sparsifier` for k and the payload. Values travel unscaled. Needs a key. Unbiased: the mean over keys is `h` (to the rounding of h's dtype); the
-    variance is (d/k − 1)·‖h‖². NaN and Inf are kept where they are drawn. Source: Stich et al., arXiv 1809.07599.
+    See `Sparsifier` for k and the payload. Values travel unscaled. Needs a key. Unbiased: the mean over keys is `h`
+    (to the rounding of h's dtype); the variance is (d/k − 1)·‖h‖². NaN and Inf are kept where they are drawn. Source:
+    Stich et al., arXiv 1809.07599.
 
     >>> import jax, jax.numpy as jnp
     >>> RandK(ratio=0.5).roundtrip(jnp.ones(4), jax.random.key(0)).sum()

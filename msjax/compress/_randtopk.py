@@ -13,14 +13,14 @@ from msjax.compress._topk import Sparsifier, TopK
 
 @dataclasses.dataclass(frozen=True)
 class RandTopK(Sparsifier):
-    """RT: k draws without replacement, each from the top k with probability 1 − alpha, else from the rest (Zheng et al., IJCAI 2023, arXiv 2305.18469).
+    """RT: k draws without replacement, each from the top k with probability 1 − alpha, else from the rest.
 
-    Within either group every value is equally likely, so the number taken from the rest is Binomial(k, alpha), at most d − k, and it is drawn as
-    such: the same distribution as k draws, without a loop. (The MS paper's program gives the top k a fixed weight for all draws, which takes
-    more than alpha from the rest.) See `Sparsifier` for k and the payload; "top" is by magnitude as in `TopK`, which is used on
-    test data, as in Zheng et al. Needs a key.
+    Within either group every value is equally likely, so the number taken from the rest is Binomial(k, alpha), at most
+    d − k. It is drawn as such: the same distribution as k draws, without a loop. (The MS paper's program gives the top
+    k a fixed weight for all draws, which takes more than alpha from the rest.) See `Sparsifier` for k and the payload;
+    "top" is by magnitude as in `TopK`, which is used on test data. Needs a key.
 
-    Bias: biased toward 0.
+    Bias: biased toward 0. Source: Zheng et al., IJCAI 2023, arXiv 2305.18469.
 
     >>> import jax, jax.numpy as jnp
     >>> h = jnp.array([3.0, 1.0, 4.0, 2.0])
@@ -46,7 +46,7 @@ class RandTopK(Sparsifier):
         swapped = jnp.count_nonzero(jax.random.bernoulli(count_key, float(self.alpha), (k,)))
         if rest == 0:
             return top
-        # The first `swapped` of a random order of the top k give way to the first `swapped` of a random order of the rest.
+        # The first `swapped` of the top k, in a random order, give way to the first of the rest, in a random order.
         rank = jax.random.permutation(drop_key, k)
         drawn = jax.random.uniform(draw_key, (x.size,)).at[top].set(-1.0)
         drawn = lax.top_k(drawn, min(k, rest))[1]

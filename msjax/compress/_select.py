@@ -1,6 +1,7 @@
 """Which k of d values are the largest: exactly k, ties settled by position.
 
-Values are ranked by `score`: NaN above +Inf, and −0 equal to +0, so that every input has one answer. The selection is `lax.top_k`'s.
+Values are ranked by `score`: NaN above +Inf, and −0 equal to +0, so that every input has one answer. The selection is
+`lax.top_k`'s.
 """
 
 from fractions import Fraction
@@ -13,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 def num_kept(ratio: float, d: int) -> int:
     """k = ⌊(1 − ratio)·d⌋, at least 1 unless d = 0; `ratio` is read as the decimal it prints as.
 
-    In binary (1 − 0.9)·10 is just under 1, so the decimal is what a user means. The paper allows k = 0, where no threshold
-    exists and its program fails; one value is kept here, so that a small array never decodes to nothing but zeros.
+    In binary (1 − 0.9)·10 is just under 1, so the decimal is what a user means. The paper allows k = 0, where no
+    threshold exists and its program fails; one value is kept here, so that a small array never decodes to nothing but
+    zeros.
     """
     return min(d, max(1, int((1 - Fraction(str(float(ratio)))) * d)))
 
@@ -34,7 +36,9 @@ def top_positions(score: Float32[Array, "d"], k: int) -> Int32[Array, "k"]:
 def top_mask(score: Float32[Array, "d"], k: int) -> tuple[Float32[Array, ""], Bool[Array, "d"]]:
     """(the k-th largest score, which k scores are kept), k ≥ 1; the mask of `top_positions`, without a scatter."""
     # Behind a barrier: XLA turns a top-k of which only the last value is used into a full sort, sixteen times slower.
-    values, indices = lax.optimization_barrier(lax.top_k(score, k))
+    # Swapped, since a barrier right behind the pair aborts XLA's compiler where it does decompose the top-k.
+    values, indices = lax.top_k(score, k)
+    indices, values = lax.optimization_barrier((indices, values))
     order, kth = _order(score), _order(values[-1])
     # Equal scores come in the order of their positions, so the last index is that of the last tie that is kept.
     tied = (order == kth) & (lax.iota(jnp.int32, score.size) <= indices[-1])

@@ -14,8 +14,8 @@ def straight_through(
     """Returns `codec.roundtrip(h, key)`; its derivative is the identity, or the gradient as `grad_codec` transmits it.
 
     The backward pass treats the compressor as the identity (arXiv 2408.13787, section 1): the cotangent g goes on
-    unchanged, or as `grad_codec.roundtrip(g, downlink_key(key))` to compress the downlink too. Works under `jit`, `vmap`, `grad` and `shard_map`.
-    Reverse mode only: like every `custom_vjp` it has no `jvp`.
+    unchanged, or as `grad_codec.roundtrip(g, downlink_key(key))` to compress the downlink too. Works under `jit`,
+    `vmap`, `grad` and `shard_map`. Reverse mode only: like every `custom_vjp` it has no `jvp`.
 
     Args:
       codec: for the features, on their way up.

@@ -21,8 +21,8 @@ class SparsePayload(NamedTuple):
 class Sparsifier(VectorCodec):
     """Keeps k = ⌊(1 − ratio)·d⌋ values (at least 1) and zeros the rest; a subclass says which.
 
-    Payload: k values of the input's width and a mask of one bit an element: 4k + ⌈d/8⌉ bytes for float32. A mask costs less than
-    positions while ratio < 96.875 %.
+    Payload: k values of the input's width and a mask of one bit an element: 4k + ⌈d/8⌉ bytes for float32. A mask
+    costs less than positions while ratio < 96.875 %.
     """
 
     ratio: float = 0.95875
@@ -68,9 +68,10 @@ class Sparsifier(VectorCodec):
 class TopK(Sparsifier):
     """SP: the k values of largest magnitude, exactly; zeros elsewhere.
 
-    See `Sparsifier` for k and the payload; by default it has the size of `MaskEncoded()`. Ties: the first by position. NaN ranks above ±Inf; both are kept
-    exactly while there are at most k. Bias: biased toward 0; the squared error is at most (d − k)/d · ‖h‖²
-    (`topk_error_bound`). Source: arXiv 2408.13787, section 3; Aji & Heafield, arXiv 1704.05021.
+    See `Sparsifier` for k and the payload; by default it has the size of `MaskEncoded()`. Ties: the first by
+    position. NaN ranks above ±Inf; both are kept exactly while there are at most k. Bias: biased toward 0; the
+    squared error is at most (d − k)/d · ‖h‖² (`topk_error_bound`). Source: arXiv 2408.13787, section 3; Aji &
+    Heafield, arXiv 1704.05021.
 
     >>> import jax.numpy as jnp
     >>> TopK(ratio=0.5).roundtrip(jnp.array([3.0, -1.0, -4.0, 2.0]))

@@ -21,13 +21,14 @@ class UniformPayload(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(VectorCodec):
-    """QU: every value to the nearest of 2^bits levels, evenly spaced from the smallest value to the largest (arXiv 2408.13787, section 3).
+    """QU: every value to the nearest of 2^bits levels, evenly spaced from the smallest value to the largest.
 
-    Payload: ⌈d·bits/8⌉ bytes, and 8 for the two ends, which the paper does not count. Arithmetic is float32; the result has the
-    input's dtype.
+    Payload: ⌈d·bits/8⌉ bytes, and 8 for the two ends, which the paper does not count. Arithmetic is float32; the
+    result has the input's dtype.
 
-    A constant array is exact. NaN or ±Inf anywhere, or a spread beyond float32's maximum, make everything decode to NaN. Bias: biased; the
-    error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error: `uniform_error_bound`.
+    A constant array is exact. NaN or ±Inf anywhere, or a spread beyond float32's maximum, make everything decode to
+    NaN. Bias: biased; the error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error:
+    `uniform_error_bound`. Source: arXiv 2408.13787, section 3.
 
     >>> import jax.numpy as jnp
     >>> Uniform(bits=1).roundtrip(jnp.array([0.0, 0.2, 0.9, 1.0]))
@@ -77,10 +78,11 @@ class Uniform(VectorCodec):
 
 @dataclasses.dataclass(frozen=True)
 class StochasticUniform(Uniform):
-    """Uniform min–max quantization with stochastic rounding: up with the probability that makes the mean right (QSGD's rounding, arXiv 1610.02132).
+    """Uniform min–max quantization, rounded up with the probability that makes the mean right.
 
-    Levels, payload and corners are those of `Uniform`; needs a key. Unbiased: the mean over keys is `h` (to the rounding of float32 and of h's
-    dtype); the variance of a value is at most a quarter of a squared step.
+    Levels, payload and corners are those of `Uniform`; needs a key. Unbiased: the mean over keys is `h` (to the
+    rounding of float32 and of h's dtype); the variance of a value is at most a quarter of a squared step. Source: the
+    rounding of QSGD, arXiv 1610.02132.
 
     >>> import jax, jax.numpy as jnp
     >>> h = jnp.array([0.0, 0.25, 1.0])

@@ -11,7 +11,8 @@ _CHANNELS = range(4, 65)
 def conv_general_dilated(x, kernel, strides, padding, **options):
     """`lax.conv_general_dilated` for `nnx.Conv`; narrow 3×3 convolutions take the weight gradient below on a CPU.
 
-    XLA's took three quarters of a narrow network's step there; a ResNet9 step became 1.2 times, a ResNet18 step 1.4 times faster.
+    XLA's took three quarters of a narrow network's step there; a ResNet9 step became 1.2 times, a ResNet18 step 1.4
+    times faster.
     """
     padded_by_one = [tuple(pad) for pad in padding] == [(1, 1), (1, 1)] if not isinstance(padding, str) else False
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and padded_by_one and kernel.shape[2] in _CHANNELS:
@@ -58,7 +59,8 @@ def _kernel_gradient(x, g):
 
 
 def _moved(x, axis, by):
-    """Copies of x moved along `axis`, zeros coming in, side by side in the channels: a sum of pads, which XLA fuses; a concatenation it does not."""
+    """Copies of x moved along `axis`, zeros coming in, side by side in the channels."""
+    # A sum of pads, which XLA fuses; a concatenation it does not.
     channels = x.shape[-1]
     total = None
     for n, shift in enumerate(by):

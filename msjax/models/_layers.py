@@ -43,14 +43,14 @@ def max_pool(x, window, padding=0):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution, then batch normalisation: (n, h, w, c) -> (n, h/stride, w/stride, f), in `dtype`.
+    """Convolution, max-pool where `pool` is 2 or 3, batch normalisation: (n, h, w, c) -> (n, h', w', f), in `dtype`.
 
     As in PyTorch: padding kernel // 2 on every side, also where stride is 2; momentum 0.1, eps 1e-5. Deviation: the
     running variance is flax's, biased; PyTorch keeps n/(n - 1) times it, n being the pixels of the whole batch.
     """
 
-    def __init__(self, in_features, features, *, kernel=3, stride=1, use_bias=False, dtype, rngs):
-        self.dtype = dtype
+    def __init__(self, in_features, features, *, kernel=3, stride=1, use_bias=False, pool=0, dtype, rngs):
+        self.dtype, self.pool = dtype, pool
         self.conv = nnx.Conv(
             in_features,
             features,
@@ -67,7 +67,9 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x, *, train):
-        return self.norm(self.conv(x), use_running_average=not train).astype(self.dtype)
+        h = self.conv(x)
+        h = max_pool(h, self.pool, padding=(self.pool - 1) // 2) if self.pool else h
+        return self.norm(h, use_running_average=not train).astype(self.dtype)
 
 
 class ConvBlock(nnx.Module):

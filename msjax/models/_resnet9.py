@@ -2,8 +2,19 @@
 
 from flax import nnx
 
-from msjax.models._layers import ConvBlock, Head
+from msjax.models._layers import ACTIVATIONS, ConvBlock, ConvNorm, Head
 from msjax.models._model import Block
+
+
+class PoolBlock(nnx.Module):
+    """Convolution, max-pool, normalisation, activation: pooled before rather than after, it normalises a quarter."""
+
+    def __init__(self, in_features, features, *, activation, dtype, rngs):
+        self.activation = activation
+        self.conv = ConvNorm(in_features, features, pool=2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        return ACTIVATIONS[self.activation](self.conv(x, train=train))
 
 
 class Residual(nnx.Module):
@@ -21,17 +32,17 @@ class Residual(nnx.Module):
 def resnet9(input_shape, num_classes, *, scale, **options):
     """Convolutions 1, 2, 5, 6 (a max-pool after each but the first), residual pairs 3–4 and 7–8, and a dense layer.
 
-    Stands for the paper's networks where a CPU must train: its maps at the cuts 2, 5 and 6 go through the same sizes as VGG19's, 16×16, 8×8 and 4×4
-    for 32×32 images. Deviation from Page: the mean over the pixels, not the maximum, and no scaling of the logits.
+    Stands for the paper's networks where a CPU must train: its maps at the cuts 2, 5 and 6 go through the same sizes
+    as VGG19's, 16×16, 8×8 and 4×4 for 32×32 images. Deviation from Page: the mean over the pixels, not the maximum,
+    and no scaling of the logits.
     """
     f1, f2, f3, f4 = (scale(f) for f in (64, 128, 256, 512))
-    conv = {"use_bias": False, **options}
     blocks = (
-        Block.of("conv1", 1, ConvBlock, in_features=input_shape[2], features=f1, **conv),
-        Block.of("conv2", 2, ConvBlock, in_features=f1, features=f2, pool=2, **conv),
+        Block.of("conv1", 1, ConvBlock, in_features=input_shape[2], features=f1, use_bias=False, **options),
+        Block.of("conv2", 2, PoolBlock, in_features=f1, features=f2, **options),
         Block.of("residual4", 4, Residual, features=f2, **options),
-        Block.of("conv5", 5, ConvBlock, in_features=f2, features=f3, pool=2, **conv),
-        Block.of("conv6", 6, ConvBlock, in_features=f3, features=f4, pool=2, **conv),
+        Block.of("conv5", 5, PoolBlock, in_features=f2, features=f3, **options),
+        Block.of("conv6", 6, PoolBlock, in_features=f3, features=f4, **options),
         Block.of("residual8", 8, Residual, features=f4, **options),
         Block.of("head", 9, Head, in_features=f4, num_classes=num_classes, dtype=options["dtype"]),
     )

@@ -1,0 +1,5 @@
+"""`python -m msjax`."""
+
+from msjax.cli import main
+
+main()
