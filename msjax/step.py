@@ -99,9 +99,7 @@ def features_like(setup: Setup, client: HalfState, x: Any) -> jax.ShapeDtypeStru
     return jax.eval_shape(lambda p, s, x: setup.client(p, s, x, train=False)[0], client.params, client.stats, x)
 
 
-def client_forward(
-    setup: Setup, client: HalfState, x: Float[Array, "b ..."], key: jax.Array
-) -> tuple[tuple, Pending]:
+def client_forward(setup: Setup, client: HalfState, x: Float[Array, "b ..."], key: jax.Array) -> tuple[tuple, Pending]:
     """One client's forward pass on its batch `x`: the payload for the server, and what the backward pass needs."""
     keys = split_key(key)
 

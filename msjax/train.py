@@ -280,6 +280,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
         "test": history[-1]["test"],
         "train": history[-1]["train"],
         "traffic": history[-1]["traffic"],
+        "uncompressed_feature_bytes": epoch_traffic(uncompressed(cfg), job, evaluate).uplink_feature_bytes * cfg.epochs,
         "wall_seconds": round(wall(), 1),
         "images_per_second": round(cfg.epochs * cfg.clients * job.samples_per_client / progress["train_seconds"], 1),
         "command": " ".join(sys.argv),

@@ -43,7 +43,10 @@ def test_save_and_load(tmp_path):
         ({"clients": 0}, "clients must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"optim": config.OptimConfig(learning_rate=0.0)}, "optim.learning_rate must be above 0, got 0.0"),
-        ({"optim": config.OptimConfig(warmup_epochs=10.0)}, r"optim.warmup_epochs must be in \[0, epochs = 10\), got 10"),
+        (
+            {"optim": config.OptimConfig(warmup_epochs=10.0)},
+            r"optim.warmup_epochs must be in \[0, epochs = 10\), got 10",
+        ),
         ({"optim": config.OptimConfig(schedule="steps")}, "optim.milestones must name at least one epoch"),
     ],
 )

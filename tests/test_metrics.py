@@ -42,4 +42,4 @@ def test_papers_accounting_of_an_epoch():
     per_sample = np.prod(job.features.shape[1:]) * 4
     assert traffic.paper_bytes == samples * per_sample
     assert traffic.uplink_feature_bytes == len(job.train.labels) * per_sample
-    assert 60_000 * 64 * 16 * 16 * 4 / 2**30 == pytest.approx(3.662, abs=5e-4)
+    assert pytest.approx(3.662, abs=5e-4) == 60_000 * 64 * 16 * 16 * 4 / 2**30

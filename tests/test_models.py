@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from msjax import models
+from msjax.models import _conv
 from msjax.models._layers import ConvNorm, max_pool
 
 CIFAR, IMAGENET, DIGITS = (32, 32, 3), (224, 224, 3), (8, 8, 1)
@@ -216,7 +217,7 @@ def test_dropout_needs_a_key_in_training_only():
     client, server = tiny_halves("vgg19")
     h = jnp.ones((2, 4, 4, 8))
     assert server.apply.needs_key and not client.apply.needs_key
-    with pytest.raises(ValueError, match="key must be given .* dense17, dense18"):
+    with pytest.raises(ValueError, match=r"key must be given .* dense17, dense18"):
         server.apply(server.params, server.stats, h, train=True)
     _, dense = models.split(tiny("vgg19"), 16, seed=3)
     h = jax.random.normal(jax.random.key(0), (2, 1, 1, 16))
@@ -273,7 +274,7 @@ def test_build_names_argument_rule_and_value(unchecked, change, error, message):
 
 def test_a_cut_inside_a_block_names_the_boundaries():
     model = tiny("resnet18")
-    with pytest.raises(ValueError, match='cut must be one of 1, 3, 5, .*shallow = 3.* got 2; .*first_block="paper"'):
+    with pytest.raises(ValueError, match=r'cut must be one of 1, 3, 5, .*shallow = 3.* got 2; .*first_block="paper"'):
         models.split(model, 2)
     for cut in (0, 4, 18, "middle"):
         with pytest.raises(ValueError, match="cut must be one of 1, 3, 5, 7, 9, 11, 13, 15, 17 or"):
@@ -296,3 +297,24 @@ def test_a_users_own_model():
     np.testing.assert_array_equal(y, jnp.ones((2, *DIGITS)))
     assert stats == {}
     assert models.count_params(dataclasses.replace(model, blocks=blocks[:2])) == 2
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 6, 8, 5), (2, 4, 4, 64, 16), (1, 1, 1, 4, 4)], ids=str)
+def test_the_narrow_convolution_has_the_gradients_of_the_plain_one(shape):
+    n, h, w, i, o = shape
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, n, h, w, i)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, i, o)), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(2, n, h, w, o)), jnp.float32)
+
+    def gradients(conv):
+        def total(x, kernel):
+            return jnp.vdot(jax.vmap(lambda x: conv(x, kernel))(x), g)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(x, kernel)
+
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    found = gradients(lambda x, k: _conv.conv_general_dilated(x, k, (1, 1), [(1, 1), (1, 1)], **options))
+    plain = gradients(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), [(1, 1), (1, 1)], **options))
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))

@@ -71,7 +71,7 @@ def test_fused_step_equals_the_parties_steps(codec, grad_codec):
 
 @pytest.mark.parametrize(("codec", "grad_codec"), CODECS[1:3], ids=str)
 def test_shard_map_equals_vmap(codec, grad_codec):
-    setup, state, x, y, _ = make(codec, grad_codec)
+    setup, state, *_ = make(codec, grad_codec)
     images = jnp.asarray(np.random.default_rng(1).integers(0, 256, (64, 8, 8, 1)), jnp.uint8)
     labels = jnp.arange(64, dtype=jnp.int32) % 10
     order = np.random.default_rng(2).permutation(64)[: 2 * CLIENTS * 4].reshape(2, CLIENTS, 4).astype(np.int32)

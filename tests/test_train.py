@@ -55,7 +55,9 @@ def test_run_folder_is_complete(whole_run):
     assert summary["test"]["top1_percent"] > 60 and summary["test"]["top5_percent"] > summary["test"]["top1_percent"]
 
 
-@pytest.mark.parametrize("stop_after", [2, 8, 11])  # steps of 8 an epoch: inside the first, between two, inside the second
+@pytest.mark.parametrize(
+    "stop_after", [2, 8, 11]
+)  # steps of 8 an epoch: inside the first, between two, inside the second
 def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monkeypatch, stop_after):
     folder = start(SMALL, tmp_path, "cut")
     steps = []
@@ -200,7 +202,9 @@ def test_models_table_has_the_papers_feature_maps(capsys):
 
 
 def test_help_is_quick_and_needs_no_jax():
-    code = "import sys; sys.argv = ['msjax', '--help']; from msjax import cli; cli.main(); assert 'jax' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['msjax', '--help']; from msjax import cli; cli.main(); assert 'jax' not in sys.modules"
+    )
     start = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "msjax train" in out and "--resume" in out
