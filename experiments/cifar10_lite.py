@@ -53,18 +53,15 @@ def run(name: str, options: argparse.Namespace) -> None:
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, cut=cut), codec=codec, data=data, out=options.out
     )
-    path = pathlib.Path(options.out) / f"cifar10_lite-{name}"
-    if (path / "config.json").exists():
-        folder, cfg = runs.RunFolder.open(path)
-    else:
-        folder = runs.RunFolder.create(cfg, path.name)
     simulate.split_cpu(cfg.clients)
+    folder, cfg = runs.RunFolder.open_or_create(cfg, f"cifar10_lite-{name}")
     summary = train.train(cfg, folder)
     folder.close()
-    history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     # Where the data lay on that machine says nothing about the result.
     for private in ("data_dir", "cache_dir"):
         summary["config"]["data"].pop(private)
+    summary["config"].pop("out")
     summary["command"] = f"python -m experiments.cifar10_lite --only {name}"
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(summary | {"history": history}, indent=1) + "\n")

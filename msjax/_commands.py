@@ -17,11 +17,11 @@ def run(command: str, arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:
         return {"train": _train, "eval": _eval, "models": _models}[command](arguments)
-    except train.Interrupted:
+    except KeyboardInterrupt:  # before or after the training loop, where there is nothing to save
         return 130
     except SystemExit as error:  # the argument parsers have printed what is wrong
         return error.code
-    except (ValueError, data.DataError) as error:
+    except (ValueError, TypeError, OSError, data.DataError) as error:
         print(f"msjax {command}: {error}", file=sys.stderr)
         return 2
 
@@ -46,35 +46,36 @@ def _train(arguments):
         if rest or where.config or where.name:
             raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
         folder, cfg = runs.RunFolder.open(where.resume)
+        simulate.split_cpu(cfg.clients)
+        job = None
     else:
         default = config.load_preset(where.config) if where.config else DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run folder)."
+            "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
         )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        simulate.split_cpu(cfg.clients)
+        # Before there is a folder, so that a config that does not work leaves none behind.
+        job = train.prepare(cfg)
         folder = runs.RunFolder.create(cfg, where.name)
-    simulate.split_cpu(cfg.clients)
     summaries = []
-    if cfg.compare:
-        base = train.uncompressed(cfg)
-        inside = dataclasses.replace(base, out=str(folder.path))
-        exists = (folder.path / "uncompressed" / "config.json").exists()
-        base_folder = (
-            runs.RunFolder.open(folder.path / "uncompressed")[0]
-            if exists
-            else runs.RunFolder.create(inside, "uncompressed")
-        )
-        summaries.append(_finish(base, base_folder))
-    summaries.append(_finish(cfg, folder))
+    try:
+        if cfg.compare:
+            base = dataclasses.replace(train.uncompressed(cfg), out=str(folder.path))
+            summaries.append(_finish(*runs.RunFolder.open_or_create(base, "uncompressed")))
+        summaries.append(_finish(folder, cfg, job))
+    except train.Interrupted:
+        print(f"interrupted and saved; continue with: msjax train --resume {folder.path}")
+        return 130
     display.print_summaries(summaries)
     return 0
 
 
-def _finish(cfg, folder):
+def _finish(folder, cfg, job=None):
     """The summary of a run: read where it is there, else trained for."""
     try:
         summary = folder.path / "summary.json"
-        return json.loads(summary.read_text()) if summary.exists() else train.train(cfg, folder)
+        return json.loads(summary.read_text()) if summary.exists() else train.train(cfg, folder, job=job)
     finally:
         folder.close()
 
@@ -83,13 +84,17 @@ def _eval(arguments):
     parser = argparse.ArgumentParser(prog="msjax eval", description="Test a trained run on its test set.")
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
+    parser.add_argument("--data-dir", help="where the data set is on this machine")
     options = parser.parse_args(arguments)
-    folder, cfg = runs.RunFolder.open(options.run)
+    folder, cfg = runs.RunFolder.open(options.run, read_only=True)
+    if options.data_dir:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
     if options.uncompressed:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     simulate.split_cpu(cfg.clients)
     job = train.prepare(cfg)
     found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
+    folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
     (state, _), _ = found
@@ -119,7 +124,8 @@ def _models(arguments):
     console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
     for name in [options.name] if options.name else models.NAMES:
         shape, classes = usual.get(name, ((32, 32, 3), 10))
-        shape, classes = tuple(options.input_shape or shape), options.num_classes or classes
+        shape = tuple(options.input_shape or shape)
+        classes = classes if options.num_classes is None else options.num_classes
         first_block = options.first_block if name.startswith("resnet") else "residual"
         model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block)
         count = models.count_params(model) / 1e6

@@ -6,6 +6,7 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 import dataclasses
 import importlib.util
 import json
+import operator
 import pathlib
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ class ModelConfig:
     """The network and where it is cut."""
 
     name: str = "convnet"
-    """vgg19, resnet18, resnet34 or convnet."""
+    """vgg19, resnet9, resnet18, resnet34 or convnet."""
     cut: str = "medium"
     """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
     width: float = 1.0
@@ -57,7 +58,8 @@ class DataConfig:
     augment: Literal["none", "flip", "crop_flip"] | None = None
     """Augmentation of training images; by default what is usual for the set."""
     alpha: float | None = None
-    """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper."""
+    """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
+    draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class OptimConfig:
     """Epochs at which `steps` lowers the rate."""
     gamma: float = 0.1
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0, before the schedule, which covers the rest."""
+    """Epochs of linear warm-up from 0, half of the run at most; the schedule covers the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,14 @@ class Config:
         for name in ("clients", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.optim.warmup_epochs < 0 or self.optim.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs must be in [0, epochs = {self.epochs}), got {self.optim.warmup_epochs}"
-            )
+        for name in ("seed", "optim.warmup_epochs", "optim.weight_decay"):
+            value = operator.attrgetter(name)(self)
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        for name, choices in _CHOICES.items():
+            value = operator.attrgetter(name)(self)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if not self.optim.learning_rate > 0:
             raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
         if self.optim.schedule == "steps" and not self.optim.milestones:
@@ -122,7 +128,17 @@ class Config:
     @property
     def cut(self) -> int | str:
         """`model.cut` as `models.split` takes it."""
-        return int(self.model.cut) if self.model.cut.isdecimal() else self.model.cut
+        cut = str(self.model.cut)
+        return int(cut) if cut.isdecimal() else cut
+
+
+# Literal types are checked on the command line alone; presets and files are checked against this.
+_CHOICES = {
+    "model.first_block": ("residual", "paper"),
+    "data.augment": (None, "none", "flip", "crop_flip"),
+    "optim.schedule": ("cosine", "steps", "constant"),
+    "dtype": ("float32", "bfloat16"),
+}
 
 
 def to_json(config: Config) -> dict[str, Any]:

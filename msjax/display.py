@@ -65,19 +65,18 @@ class Progress:
 
 
 def print_summaries(summaries: list[dict[str, Any]]) -> None:
-    """Prints finished runs beside each other: accuracy, bytes, and what was saved against the first."""
+    """Prints finished runs beside each other: accuracy, bytes, and what of the features was saved."""
     table = rich.table.Table()
     table.add_column("codec")
     for name in ("test top-1 %", "features up, MB", "saved", "all up, MB", "all down, MB", "time, s"):
         table.add_column(name, justify="right")
-    base = summaries[0]["traffic"]["uplink_feature_bytes"]
     for s in summaries:
         traffic = s["traffic"]
         table.add_row(
             s["config"]["codec"],
             f"{s['test']['top1_percent']:.2f}",
             f"{traffic['uplink_feature_bytes'] / 1e6:,.2f}",
-            f"{base / traffic['uplink_feature_bytes']:.2f}×",
+            f"{s['uncompressed_feature_bytes'] / traffic['uplink_feature_bytes']:.2f}×",
             f"{traffic['uplink_bytes'] / 1e6:,.2f}",
             f"{traffic['downlink_bytes'] / 1e6:,.2f}",
             f"{s['wall_seconds']:.1f}",

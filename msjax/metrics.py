@@ -64,3 +64,28 @@ def step_traffic(
         downlink_synchronization_bytes=clients * sync,
         paper_bytes=clients * up,
     )
+
+
+def epoch_traffic(
+    codec: compress.Codec,
+    grad_codec: compress.Codec,
+    features: Any,
+    client: HalfState,
+    *,
+    clients: int,
+    samples_per_client: int,
+    batch_size: int,
+) -> Traffic:
+    """Returns the bytes of an epoch's training steps, the smaller last one counted at its own size.
+
+    `features` gives the shape of one sample's feature map, behind its batch axis, and the dtype; the rest is as in
+    `step_traffic`.
+    """
+
+    def steps(batch, count):
+        like = jax.ShapeDtypeStruct((batch, *features.shape[1:]), features.dtype)
+        return step_traffic(codec, grad_codec, like, client, clients=clients) * count
+
+    full, rest = divmod(samples_per_client, batch_size)
+    total = steps(batch_size, full)
+    return total + steps(rest, 1) if rest else total

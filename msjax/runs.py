@@ -9,6 +9,7 @@ checkpoints/    the training state (Orbax); the last two are kept
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -22,19 +23,26 @@ import orbax.checkpoint as ocp
 from msjax import config as config_lib
 from msjax.config import Config
 
-FILES = ("config.json", "metrics.jsonl", "summary.json")
-
 
 class RunFolder:
     """One run's folder. `history` holds the finished epochs' records."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, *, read_only: bool = False):
         self.path = path
+        self._read_only = read_only
+
+    @functools.cached_property
+    def _checkpoints(self) -> ocp.CheckpointManager:
+        # Made when it is needed: it starts JAX, and before that the number of CPU devices may have to be set.
         # Orbax writes under a temporary name and renames, so a checkpoint that is there is whole.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=None if self._read_only else 2,
+            create=not self._read_only,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
         )
-        self._checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
+        return ocp.CheckpointManager((self.path / "checkpoints").absolute(), options=options)
 
     @classmethod
     def create(cls, config: Config, name: str | None = None) -> "RunFolder":
@@ -57,8 +65,8 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> tuple["RunFolder", Config]:
-        """Opens the folder of an earlier run, with its config.
+    def open(cls, path: str | os.PathLike, *, read_only: bool = False) -> tuple["RunFolder", Config]:
+        """Opens the folder of an earlier run, with its config; `read_only` while the run may still be under way.
 
         Raises:
           ValueError: there is no run at `path`.
@@ -66,7 +74,15 @@ class RunFolder:
         path = pathlib.Path(path)
         if not (path / "config.json").is_file():
             raise ValueError(f"the run must be a folder with config.json, got {str(path)!r}")
-        return cls(path), config_lib.load(path / "config.json")
+        return cls(path, read_only=read_only), config_lib.load(path / "config.json")
+
+    @classmethod
+    def open_or_create(cls, config: Config, name: str) -> tuple["RunFolder", Config]:
+        """Opens the run `name` under `config.out` where it was begun, with the config that it has, or makes it."""
+        path = pathlib.Path(config.out) / name
+        if (path / "config.json").is_file():
+            return cls.open(path)
+        return cls.create(config, name), config
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Saves the training state and what else a resumed run needs, as one checkpoint."""
@@ -93,7 +109,12 @@ class RunFolder:
         _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        self._checkpoints.close()
+        if "_checkpoints" in vars(self):
+            self._checkpoints.close()
+
+
+# Settings outside the config that change how fast a run is.
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def environment() -> dict[str, Any]:
@@ -106,6 +127,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_cores": os.cpu_count(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -17,6 +18,8 @@ from msjax import compress, config, data, display, metrics, models, runs, simula
 
 STREAMED = ("imagenet2012",)  # too large for memory
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
+# Numbers of the keys that are drawn from the seed; the model's blocks take 0, 1, 2, …
+_TRAIN_KEY, _EVAL_KEY = 1 << 31, (1 << 31) + 1
 
 
 class Interrupted(Exception):
@@ -27,7 +30,11 @@ class Split(NamedTuple):
     """One split of a data set, in memory or streamed."""
 
     source: Any  # (images, labels) on the device, or a data.ImageStream
-    labels: np.ndarray
+    count: int
+
+    def labels(self) -> np.ndarray:
+        """Returns the int32 labels (N,)."""
+        return np.asarray(self.source[1]) if isinstance(self.source, tuple) else self.source.labels()
 
 
 class Job(NamedTuple):
@@ -54,8 +61,10 @@ def prepare(cfg: config.Config) -> Job:
     """
     mesh = simulate.make_mesh(cfg.clients)
     train, test, info = _load(cfg, mesh)
-    pools = data.partition(train.labels, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-    samples = len(train.labels) // cfg.clients
+    # An even share-out needs no labels, which for a stream take a pass over the set.
+    labels = train.count if cfg.data.alpha is None else train.labels()
+    pools = data.partition(labels, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
+    samples = train.count // cfg.clients
     steps_per_epoch = math.ceil(samples / cfg.batch_size)
     model = models.build(
         cfg.model.name,
@@ -87,21 +96,23 @@ class _SetInfo(NamedTuple):
 def _load(cfg, mesh):
     options = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
     if cfg.data.name in STREAMED:
-        options["image_size"] = cfg.data.image_size or 224
+        if cfg.data.image_size is not None:
+            options["image_size"] = cfg.data.image_size
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
         info = _SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
-        return *(Split(s, s.labels()) for s in splits), info
+        return *(Split(s, len(s)) for s in splits), info
     ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
     info = _SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
-    splits = ((ds.train_images, ds.train_labels), (ds.test_images, ds.test_labels))
-    return *(Split(simulate.replicate(arrays, mesh), arrays[1]) for arrays in splits), info
+    # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
+    splits = ((np.array(ds.train_images), ds.train_labels), (np.array(ds.test_images), ds.test_labels))
+    return *(Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
 
 
 def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the scheduled rate."""
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
     total = epochs * steps_per_epoch
+    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total // 2)
     if optim.schedule == "cosine":
         rate = optax.cosine_decay_schedule(optim.learning_rate, total - warmup)
     elif optim.schedule == "steps":
@@ -116,21 +127,17 @@ def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: i
 
 
 def batches_of(order: np.ndarray, batch_size: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls of int32 (S, K, B); the last step is smaller where B does not divide n.
-
-    S is the same in all full calls, so that at most two programs are compiled.
-    """
+    """Cuts an epoch's order (K, n) into calls of int32 (S, K, B), the last step smaller where B does not divide n."""
     clients, n = order.shape
     full = n // batch_size
-    per_call = max(s for s in range(1, max(1, min(steps_per_call, full)) + 1) if full % s == 0)
     body = order[:, : full * batch_size].reshape(clients, full, batch_size).transpose(1, 0, 2)
-    calls = [body[i : i + per_call] for i in range(0, full, per_call)]
+    calls = [body[i : i + steps_per_call] for i in range(0, full, steps_per_call)]
     if full * batch_size < n:
         calls.append(order[None, :, full * batch_size :])
     return calls
 
 
-def test_batches(count: int, clients: int, batch_size: int) -> list[np.ndarray]:
+def eval_batches(count: int, clients: int, batch_size: int) -> list[np.ndarray]:
     """Cuts 0 … count − 1 into calls of int32 (1, K, B): rounds of all clients, then single batches, then the rest."""
     order = np.arange(count, dtype=np.int32)
     calls, at = [], 0
@@ -149,44 +156,53 @@ class Evaluator:
     def __init__(self, cfg: config.Config, job: Job):
         self._job = job
         self._codec = cfg.codec.at_inference() if cfg.eval_compressed else None
-        self._calls = test_batches(len(job.test.labels), cfg.clients, cfg.batch_size)
-        self._key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
-        make = lambda k, mesh: simulate.make_eval(  # noqa: E731
-            job.setup, job.preprocess, codec=self._codec, clients=k, mesh=mesh
-        )
-        self._programs = {1: make(1, None)} | {cfg.clients: make(cfg.clients, job.mesh)}
+        self._calls = eval_batches(job.test.count, cfg.clients, cfg.batch_size)
+        self._key = jax.random.fold_in(jax.random.key(cfg.seed), _EVAL_KEY)
+        self._programs = {
+            clients: simulate.make_eval(job.setup, job.preprocess, codec=self._codec, clients=clients, mesh=mesh)
+            for clients, mesh in {1: None, cfg.clients: job.mesh}.items()
+        }
 
     def __call__(self, state: step.TrainState) -> dict[str, float]:
         """Returns the mean loss in nats, and top-1 and top-5 accuracy in percent."""
         sums = simulate.zero_sums(self._job.mesh)
-        for call, (images, labels, order) in zip(self._calls, feed(self._job.test, self._calls), strict=True):
-            sums = self._programs[call.shape[1]](state, sums, images, labels, order, self._key)
+        for n, (images, labels, order) in enumerate(feed(self._job.test, self._calls)):
+            run = self._programs[self._calls[n].shape[1]]
+            sums = run(state, sums, images, labels, order, jax.random.fold_in(self._key, n))
         return sums.means()
 
     def feature_bytes(self) -> int:
         """Uplink bytes of the test features, which the paper's accounting includes."""
-        if self._codec is None:
-            return 0
-        like = self._job.features
+        codec, like = self._codec or compress.Identity(), self._job.features
         return sum(
-            call.shape[1]
-            * self._codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
+            call.shape[1] * codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
             for call in self._calls
         )
 
 
-def feed(split: Split, calls: list[np.ndarray], *, seed: int = 0, epoch: int = 0, start: int = 0):
-    """Yields (images, labels, order) for each call from `start` on, as the programs of `simulate` take them."""
+def feed(split: Split, calls: list[np.ndarray], *, seed: int = 0, epoch: int = 0, done: int = 0):
+    """Yields (images, labels, order) for each call after the first `done` steps, as `simulate` takes them.
+
+    Streams come a step at a time; consecutive steps of one shape are read ahead together.
+    """
     if isinstance(split.source, tuple):
-        for call in calls[start:]:
+        for call in _after(calls, done):
             yield *split.source, call
         return
-    # Streams come a step at a time; consecutive calls of one shape are read ahead together.
-    while start < len(calls):
-        same = [c for c in calls[start:] if c.shape == calls[start].shape]
-        for images, labels in data.batches(split.source, np.concatenate(same), seed=seed, epoch=epoch):
+    for _, group in itertools.groupby(calls, key=lambda call: call.shape):
+        steps = np.concatenate(list(group))
+        start = min(done, len(steps))
+        done -= start
+        for images, labels in data.batches(split.source, steps, seed=seed, epoch=epoch, start=start):
             yield images, labels, None
-        start += len(same)
+
+
+def _after(calls, done):
+    """`calls` without their first `done` steps."""
+    for call in calls:
+        if done < len(call):
+            yield call[done:]
+        done = max(0, done - len(call))
 
 
 @contextlib.contextmanager
@@ -210,8 +226,10 @@ def _stop_on_signal():
             signal.signal(number, previous)
 
 
-def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) -> dict[str, Any]:
+def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None, quiet: bool = False) -> dict[str, Any]:
     """Trains, or goes on training, in `folder`; returns the summary, which is also in summary.json.
+
+    `job` is `prepare(cfg)`, if it was called already.
 
     A run that was interrupted and resumed ends with the same numbers as one that was not, on the same machine.
 
@@ -219,7 +237,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
       Interrupted: SIGINT or SIGTERM came; the state was saved.
       ValueError, data.DataError: see `prepare`.
     """
-    job = prepare(cfg)
+    job = job or prepare(cfg)
     # Of the epoch under way: a run may stop in the middle of one.
     sums = simulate.zero_sums(job.mesh)
     progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
@@ -229,8 +247,16 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
     history = progress["history"]
     run = simulate.make_train(job.setup, job.preprocess, clients=cfg.clients, mesh=job.mesh)
     evaluate = Evaluator(cfg, job)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-    per_epoch = epoch_traffic(cfg, job, evaluate)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), _TRAIN_KEY)
+    per_epoch = metrics.epoch_traffic(
+        cfg.codec,
+        cfg.grad_codec,
+        job.features,
+        job.state.client,
+        clients=cfg.clients,
+        samples_per_client=job.samples_per_client,
+        batch_size=cfg.batch_size,
+    ) + metrics.Traffic(paper_bytes=evaluate.feature_bytes())
     done = int(state.step)
     steps_per_call = 1 if jax.default_backend() == "cpu" or cfg.data.name in STREAMED else STEPS_PER_CALL
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
@@ -241,28 +267,31 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
         images_per_step=cfg.clients * job.samples_per_client / job.steps_per_epoch,
         quiet=quiet,
     )
-    start = time.monotonic()
-    earlier = progress["wall_seconds"]
-    wall = lambda: earlier + time.monotonic() - start  # noqa: E731
+    start, earlier = time.monotonic(), progress["wall_seconds"]
+
+    def wall():
+        return earlier + time.monotonic() - start
+
+    def save():
+        folder.save(done, (state, sums), progress | {"wall_seconds": wall()})
+
     events = display.tensorboard(folder.path / "tensorboard", first_epoch=len(history) + 1)
     with bar, _stop_on_signal() as stopped, events as write_events:
         for epoch in range(len(history), cfg.epochs):
             order = data.epoch_indices(job.pools, job.samples_per_client, seed=cfg.seed, epoch=epoch)
             calls = batches_of(order, cfg.batch_size, steps_per_call)
-            first = _calls_done(calls, done - epoch * job.steps_per_epoch)
+            first = done - epoch * job.steps_per_epoch
             epoch_start = time.monotonic()
-            for call, (images, labels, index) in zip(
-                calls[first:], feed(job.train, calls, seed=cfg.seed, epoch=epoch, start=first), strict=True
-            ):
+            for images, labels, index in feed(job.train, calls, seed=cfg.seed, epoch=epoch, done=first):
                 state, sums = run(state, sums, images, labels, index, key)
-                done += len(call)
+                steps = 1 if index is None else len(index)
+                done += steps
                 # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
                 jax.block_until_ready(sums.samples)
-                bar.step(len(call), per_epoch.uplink_bytes * done // job.steps_per_epoch)
+                bar.step(steps, per_epoch.uplink_bytes * done // job.steps_per_epoch)
                 if stopped():
                     progress["train_seconds"] += time.monotonic() - epoch_start
-                    folder.save(done, (state, sums), progress | {"wall_seconds": wall()})
-                    bar.note(f"interrupted after step {done}; continue with: msjax train --resume {folder.path}")
+                    save()
                     raise Interrupted
             progress["train_seconds"] += time.monotonic() - epoch_start
             traffic = per_epoch * (epoch + 1)
@@ -270,17 +299,22 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
             record |= {"traffic": traffic.to_json(), "seconds": round(wall(), 3)}
             history.append(record)
             sums = simulate.zero_sums(job.mesh)
-            folder.save(done, (state, sums), progress | {"wall_seconds": wall()})
+            save()
             folder.write_history(history)
             write_events(record)
             bar.epoch(record, cfg.epochs, traffic.uplink_bytes)
+            if stopped():
+                raise Interrupted
         bar.note(f"run folder: {folder.path}")
     display.draw_curves(history, f"{title}: {cfg.codec}", folder.path / "curves.png")
     summary = {
         "test": history[-1]["test"],
         "train": history[-1]["train"],
         "traffic": history[-1]["traffic"],
-        "uncompressed_feature_bytes": epoch_traffic(uncompressed(cfg), job, evaluate).uplink_feature_bytes * cfg.epochs,
+        "uncompressed_feature_bytes": cfg.epochs
+        * cfg.clients
+        * job.samples_per_client
+        * (compress.Identity().payload_bytes(job.features) // job.features.shape[0]),
         "wall_seconds": round(wall(), 1),
         "images_per_second": round(cfg.epochs * cfg.clients * job.samples_per_client / progress["train_seconds"], 1),
         "command": " ".join(sys.argv),
@@ -294,25 +328,3 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, quiet: bool = False) ->
 def uncompressed(cfg: config.Config) -> config.Config:
     """Returns the same run without compression in either direction: what `compare` compares with."""
     return dataclasses.replace(cfg, codec=compress.Identity(), grad_codec=compress.Identity(), compare=False)
-
-
-def _calls_done(calls, steps):
-    """How many calls make up the first `steps` steps of an epoch."""
-    for n, _ in enumerate(calls):
-        if steps <= 0:
-            return n
-        steps -= len(calls[n])
-    return len(calls)
-
-
-def epoch_traffic(cfg, job, evaluate) -> metrics.Traffic:
-    """Bytes of one epoch over all clients, test features in the paper's accounting included."""
-
-    def steps(batch, count):
-        like = jax.ShapeDtypeStruct((batch, *job.features.shape[1:]), job.features.dtype)
-        one = metrics.step_traffic(cfg.codec, cfg.grad_codec, like, job.state.client, clients=cfg.clients)
-        return one * count
-
-    full, rest = divmod(job.samples_per_client, cfg.batch_size)
-    total = steps(cfg.batch_size, full) + metrics.Traffic(paper_bytes=evaluate.feature_bytes())
-    return total + steps(rest, 1) if rest else total

@@ -1,5 +1,7 @@
 """Every byte is counted: Traffic against the payloads that are really made."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -33,13 +35,34 @@ def test_step_traffic_is_what_the_parties_send(codec):
     assert (traffic + traffic).uplink_bytes == (traffic * 2).uplink_bytes == 2 * traffic.uplink_bytes
 
 
-def test_papers_accounting_of_an_epoch():
+@pytest.mark.parametrize("samples", [256, 300, 40])
+def test_an_epochs_bytes_are_those_of_its_steps(samples):
+    """With a smaller last step, whose k is rounded down by itself."""
+    codec = compress.MaskEncoded()
+    _, state, *_ = make(codec, compress.Identity())
+    like = jax.ShapeDtypeStruct((BATCH, 4, 4, 16), np.float32)
+    options = {"clients": 3, "samples_per_client": samples, "batch_size": 64}
+    found = metrics.epoch_traffic(codec, compress.Identity(), like, state.client, **options)
+    calls = train.batches_of(np.arange(3 * samples).reshape(3, samples), 64, 10)
+    payload = 0
+    for call in calls:
+        for step_ in call:
+            payload += sum(nbytes(codec.encode(np.zeros((len(client), 4, 4, 16), np.float32))) for client in step_)
+    assert found.uplink_feature_bytes == payload
+    assert found.uplink_label_bytes == 3 * samples * 4
+    assert found.downlink_gradient_bytes == 3 * samples * 4 * 4 * 16 * 4
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_papers_accounting_of_an_epoch(compressed):
     """Uplink feature maps, training and test samples: 60,000 × 65,536 bytes for VGG19's shallow cut, 3.662 · 2^30."""
-    cfg = config.Config(codec=compress.Identity(), clients=1, batch_size=BATCH, epochs=1)
+    codec = compress.MaskEncoded()
+    cfg = config.Config(codec=codec, clients=1, batch_size=BATCH, epochs=1, eval_compressed=compressed)
     job = train.prepare(cfg)
-    traffic = train.epoch_traffic(cfg, job, train.Evaluator(cfg, job))
-    samples = len(job.train.labels) + len(job.test.labels)
-    per_sample = np.prod(job.features.shape[1:]) * 4
-    assert traffic.paper_bytes == samples * per_sample
-    assert traffic.uplink_feature_bytes == len(job.train.labels) * per_sample
-    assert pytest.approx(3.662, abs=5e-4) == 60_000 * 64 * 16 * 16 * 4 / 2**30
+    per_sample = math.prod(job.features.shape[1:]) * 4
+    tested = train.Evaluator(cfg, job).feature_bytes()
+    if compressed:
+        assert tested == 60 * codec.payload_bytes(job.features) and job.test.count == 60 * BATCH
+    else:
+        assert tested == job.test.count * per_sample
+    assert 3.6615 < 60_000 * 64 * 16 * 16 * 4 / 2**30 < 3.6625

@@ -1,4 +1,4 @@
-"""Selection: bisection, `lax.top_k` and a stable numpy sort keep the same values on every input."""
+"""Selection: `lax.top_k` and a stable numpy sort keep the same values on every input."""
 
 import functools
 import math
@@ -104,7 +104,7 @@ def test_agree_on_any_bits(k, by_magnitude, bits):
 
 @pytest.mark.parametrize("by_magnitude", (False, True))
 def test_subnormal_numbers(by_magnitude):
-    """They may count as 0, but both ways of selecting count them alike, and above nothing larger."""
+    """They may count as 0, but the mask and the positions count them alike, and above nothing larger."""
     x = np.array([TINY, 0, -TINY, 3 * TINY, 1e-38, 2e-38, -1e-39, 1] * 4 + [0], np.float32)
     for k in (1, 4, 17):
         _, _, mask, from_mask, positions = map(np.asarray, select(jnp.asarray(x), k, by_magnitude))

@@ -45,6 +45,10 @@ def test_uplink_and_downlink_draw_differently():
     y, grad, _, _ = value_and_pullback(RandK(0.5), H, KEY, RandK(0.5), H)
     assert not np.array_equal(y, grad)
     assert compress.downlink_key(None) is None
+    # Nor as any sample does on the way up: split(key)[i] may equal fold_in(key, i).
+    down = tuple(jax.random.key_data(compress.downlink_key(jax.random.key(0))).tolist())
+    samples = jax.random.key_data(jax.random.split(jax.random.key(0), 64)).tolist()
+    assert down not in {tuple(sample) for sample in samples}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

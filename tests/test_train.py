@@ -96,10 +96,10 @@ def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     assert int(state.step) == int(last.name) and len(progress["history"]) == 3
 
 
-def test_batches_cover_each_sample_once_in_two_shapes():
+def test_batches_cover_each_sample_once():
     order = np.arange(2 * 23, dtype=np.int32).reshape(2, 23)
     calls = train.batches_of(order, 5, steps_per_call=3)
-    assert [c.shape for c in calls] == [(2, 2, 5), (2, 2, 5), (1, 2, 3)]
+    assert [c.shape for c in calls] == [(3, 2, 5), (1, 2, 5), (1, 2, 3)]
     for client in range(2):
         seen = np.concatenate([c[:, client].reshape(-1) for c in calls])
         np.testing.assert_array_equal(seen, order[client])
@@ -108,8 +108,8 @@ def test_batches_cover_each_sample_once_in_two_shapes():
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 41, 60])
-def test_test_batches_cover_each_sample_once(count):
-    calls = train.test_batches(count, clients=3, batch_size=5)
+def test_eval_batches_cover_each_sample_once(count):
+    calls = train.eval_batches(count, clients=3, batch_size=5)
     np.testing.assert_array_equal(np.concatenate([c.reshape(-1) for c in calls]), np.arange(count))
     assert {c.shape for c in calls} <= {(1, 3, 5), (1, 1, 5), (1, 1, count % 5)}
 
@@ -162,7 +162,7 @@ def run_cli(*arguments, expect=0, **options):
 
 
 def test_command_line_trains_evaluates_and_compares(tmp_path, capsys):
-    options = ["--out", str(tmp_path), "--epochs", "1", "--optim.warmup-epochs", "0", "--model.width", "0.125"]
+    options = ["--out", str(tmp_path), "--epochs", "1", "--model.width", "0.125"]
     assert _commands.run("train", [*options, "--name", "a", "--codec", "Uniform(bits=4)"]) == 0
     out = capsys.readouterr().out
     assert "Identity()" in out and "Uniform(" in out and "saved" in out
@@ -174,6 +174,91 @@ def test_command_line_trains_evaluates_and_compares(tmp_path, capsys):
     assert _commands.run("eval", [str(tmp_path / "a"), "--uncompressed"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] == "no compression"
     assert _commands.run("train", ["--resume", str(tmp_path / "a")]) == 0
+    # A run that failed to start leaves no folder, so its name can be used again.
+    assert _commands.run("train", [*options, "--name", "b", "--model.cut", "nowhere"]) == 2
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
+    original = train.display.Progress.epoch
+
+    def epoch(self, *arguments):
+        original(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    options = ["--out", str(tmp_path), "--epochs", "1", "--model.width", "0.125", "--name", "a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.display.Progress, "epoch", epoch)
+        assert _commands.run("train", options) == 130
+    assert f"msjax train --resume {tmp_path / 'a'}" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "summary.json").exists()
+    assert _commands.run("train", ["--resume", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert "Identity()" in out and "13." in out  # the saving by MS, in the table
+
+
+class FakeStream:
+    """As `data.ImageStream`: what it yields tells what it was asked for."""
+
+    name, image_shape = "fake", (2, 2, 1)
+
+    def __len__(self):
+        return 100
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped(monkeypatch):
+    def batches(source, indices, *, seed, epoch, start=0):
+        return ((np.full((1,), n), indices[n]) for n in range(start, len(indices)))
+
+    monkeypatch.setattr(train.data, "batches", batches)
+    calls = train.batches_of(np.arange(46).reshape(2, 23), 5, steps_per_call=1)
+    split = train.Split(FakeStream(), 46)
+    whole = [(int(n[0]), index.tolist()) for n, index, _ in train.feed(split, calls, seed=1, epoch=2)]
+    assert len(whole) == 5
+    for done in range(6):
+        rest = [(int(n[0]), index.tolist()) for n, index, _ in train.feed(split, calls, seed=1, epoch=2, done=done)]
+        assert rest == whole[done:]
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_a_resumed_epoch_goes_on_at_any_step(done):
+    """Also inside a call, as when a run goes on on another kind of device."""
+    calls = train.batches_of(np.arange(46).reshape(2, 23), 5, steps_per_call=3)
+    steps = [s.tolist() for call in calls for s in call]
+    split = train.Split((None, None), 46)
+    assert [s.tolist() for _, _, call in train.feed(split, calls, done=done) for s in call] == steps[done:]
+
+
+def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
+    cfg = dataclasses.replace(SMALL, codec=compress.RandK(0.5), batch_size=16)
+    job = train.prepare(cfg)
+    evaluate = train.Evaluator(cfg, job)
+    keys = []
+
+    def program(state, sums, images, labels, order, key):
+        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return sums._replace(samples=sums.samples + 1)
+
+    evaluate._programs = dict.fromkeys(evaluate._programs, program)
+    evaluate(job.state)
+    assert len(keys) == len(set(keys)) > 5
+
+
+def test_training_in_bfloat16_with_uneven_clients_and_a_compressed_downlink(tmp_path):
+    cfg = dataclasses.replace(
+        SMALL,
+        dtype="bfloat16",
+        data=config.DataConfig(alpha=0.5),
+        codec=compress.MaskEncoded(granularity="sample"),
+        grad_codec=compress.StochasticUniform(8),
+        epochs=2,
+    )
+    folder = start(cfg, tmp_path, "a")
+    summary = train.train(cfg, folder, quiet=True)
+    folder.close()
+    assert np.isfinite(summary["train"]["loss"]) and summary["test"]["top1_percent"] > 15
+    traffic = summary["traffic"]
+    assert traffic["downlink_gradient_bytes"] < summary["uncompressed_feature_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +294,15 @@ def test_help_is_quick_and_needs_no_jax():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "msjax train" in out and "--resume" in out
     assert time.monotonic() - start < 5  # a second on an idle machine
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_clients_are_spread_over_the_cores(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    options = ["--clients", "2", "--epochs", "1", "--model.width", "0.125", "--no-compare"]
+    run_cli("train", *options, "--out", str(tmp_path), "--name", "a", env=environment)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["environment"]["devices"].startswith("2 ×")
 
 
 def test_unknown_command_is_refused():

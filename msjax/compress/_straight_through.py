@@ -42,7 +42,8 @@ def straight_through(
 
 def downlink_key(key: jax.Array | None) -> jax.Array | None:
     """Returns the key with which the gradient codec draws, given the key of the feature codec."""
-    return None if key is None else jax.random.fold_in(key, 1)
+    # Far from 0, 1, 2, …: codecs split their key, and split(key)[i] may equal fold_in(key, i).
+    return None if key is None else jax.random.fold_in(key, 1 << 31)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
