@@ -10,6 +10,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+_SECONDS_BETWEEN_LINES = 60  # where there is no terminal and an epoch is long
+
 
 class Progress:
     """A live line in a terminal, plain lines elsewhere: images/s, accuracy, MB sent, time left."""
@@ -19,7 +21,7 @@ class Progress:
         self._title = title
         self._total, self._done, self._first = total_steps, done_steps, done_steps
         self._images_per_step = images_per_step
-        self._start = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._accuracy = "–"
         self._live = None
         if self._console.is_terminal and not quiet:
@@ -43,6 +45,8 @@ class Progress:
         self._done += steps
         if self._live:
             self._live.update(self._task, completed=self._done, status=self._status(sent_bytes))
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self.note(f"{self._title} step {self._done}/{self._total}: {self._status(sent_bytes)}")
 
     def epoch(self, record: dict[str, Any], epochs: int, sent_bytes: int) -> None:
         """Shows a finished epoch's record."""
@@ -51,9 +55,10 @@ class Progress:
             f"{self._title} epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.4f}, "
             f"train {record['train']['top1_percent']:.2f} %, test {self._accuracy}, {self._status(sent_bytes)}"
         )
-        (self._live.console if self._live else self._console).print(line, highlight=False, soft_wrap=True)
+        self.note(line)
 
     def note(self, text: str) -> None:
+        self._last_line = time.monotonic()
         (self._live.console if self._live else self._console).print(text, highlight=False, soft_wrap=True)
 
     def _status(self, sent_bytes):
