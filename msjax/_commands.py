@@ -100,7 +100,7 @@ def _eval(arguments):
     (state, _), _ = found
     result = train.Evaluator(cfg, job)(state)
     how = cfg.codec.at_inference() if cfg.eval_compressed else "no compression"
-    print(json.dumps({"run": str(folder.path), "step": int(state.step), "features": str(how), **result}, indent=2))
+    print(runs.to_json({"run": str(folder.path), "step": int(state.step), "features": str(how), **result}, indent=2))
     return 0
 
 

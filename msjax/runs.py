@@ -12,6 +12,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -103,14 +104,27 @@ class RunFolder:
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl, whole or not at all."""
-        _replace(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        _replace(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _replace(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
         if "_checkpoints" in vars(self):
             self._checkpoints.close()
+
+
+def to_json(record: Any, **options: Any) -> str:
+    """Returns `record` as JSON; NaN and infinity, of a run that diverged, as null, since JSON has neither."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(record), allow_nan=False, **options)
 
 
 # Settings outside the config that change how fast a run is.

@@ -96,6 +96,12 @@ def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     assert int(state.step) == int(last.name) and len(progress["history"]) == 3
 
 
+def test_records_of_a_diverged_run_are_json():
+    text = runs.to_json({"loss": float("nan"), "all": [1.5, float("inf")], "n": 3})
+    assert json.loads(text) == {"loss": None, "all": [1.5, None], "n": 3}
+    assert "NaN" not in text
+
+
 def test_batches_cover_each_sample_once():
     order = np.arange(2 * 23, dtype=np.int32).reshape(2, 23)
     calls = train.batches_of(order, 5, steps_per_call=3)
@@ -112,6 +118,13 @@ def test_eval_batches_cover_each_sample_once(count):
     calls = train.eval_batches(count, clients=3, batch_size=5)
     np.testing.assert_array_equal(np.concatenate([c.reshape(-1) for c in calls]), np.arange(count))
     assert {c.shape for c in calls} <= {(1, 3, 5), (1, 1, 5), (1, 1, count % 5)}
+
+
+def test_the_table_sets_a_single_run_against_no_compression(capsys):
+    traffic = {"uplink_feature_bytes": 100, "uplink_bytes": 150, "downlink_bytes": 1000}
+    summary = {"config": {"codec": "MaskEncoded()"}, "test": {"top1_percent": 90.0}, "wall_seconds": 1.0}
+    train.display.print_summaries([summary | {"traffic": traffic, "uncompressed_feature_bytes": 1380}])
+    assert "13.80×" in capsys.readouterr().out
 
 
 def rates(optim, epochs, steps):

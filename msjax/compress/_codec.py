@@ -13,7 +13,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 Granularity = Literal["tensor", "sample"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Codec(abc.ABC):
     """A compressor of feature maps whose fields are its whole configuration.
 
@@ -22,6 +22,11 @@ class Codec(abc.ABC):
 
     needs_key: ClassVar[bool] = False
     """Whether `encode` draws random numbers; such a codec raises `ValueError` when it gets no key."""
+
+    def __repr__(self):
+        # A subclass's own fields before the inherited options; dataclasses would print those first.
+        fields = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
     def encode(self, h: Float[Array, "..."], key: jax.Array | None = None) -> tuple[Array, ...]:
         """Returns the payload of `h`: a NamedTuple of arrays, packed to the size they have on the wire.
@@ -71,7 +76,7 @@ class Codec(abc.ABC):
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VectorCodec(Codec):
     """A codec that sees its input as one vector, or as one vector a sample.
 

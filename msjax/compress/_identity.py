@@ -14,7 +14,7 @@ class DensePayload(NamedTuple):
     """The features as they are."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Identity(Codec):
     """Sends the features as they are: d values of the input's own width, no error.
 

@@ -19,7 +19,7 @@ class MaskPayload(NamedTuple):
     """uint8 (⌈d/8⌉,) packed signs, 1 where a coded value is negative; (0,) when unsigned."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MaskEncoded(VectorCodec):
     """MS: the largest values exactly, every other one as a small integer (Algorithms 1 and 2, arXiv 2408.13787).
 

@@ -11,7 +11,7 @@ from msjax.compress import _select
 from msjax.compress._topk import Sparsifier
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RandK(Sparsifier):
     """k values at random positions, scaled by d/k; zeros elsewhere.
 

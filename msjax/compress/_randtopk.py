@@ -11,7 +11,7 @@ from msjax.compress import _select
 from msjax.compress._topk import Sparsifier, TopK
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RandTopK(Sparsifier):
     """RT: k draws without replacement, each from the top k with probability 1 − alpha, else from the rest.
 

@@ -17,7 +17,7 @@ class SparsePayload(NamedTuple):
     """uint8 (⌈d/8⌉,) packed, least significant bit first; 1 where a value is kept."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sparsifier(VectorCodec):
     """Keeps k = ⌊(1 − ratio)·d⌋ values (at least 1) and zeros the rest; a subclass says which.
 
@@ -64,7 +64,7 @@ class Sparsifier(VectorCodec):
         return jnp.zeros(like.size, like.dtype).at[kept].set(values, mode="drop")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TopK(Sparsifier):
     """SP: the k values of largest magnitude, exactly; zeros elsewhere.
 

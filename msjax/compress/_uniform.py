@@ -19,7 +19,7 @@ class UniformPayload(NamedTuple):
     """float32 () the value of code 2^bits − 1: the largest."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Uniform(VectorCodec):
     """QU: every value to the nearest of 2^bits levels, evenly spaced from the smallest value to the largest.
 
@@ -76,7 +76,7 @@ class Uniform(VectorCodec):
         return self._levels(*self._quantize(x, key)).astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StochasticUniform(Uniform):
     """Uniform min–max quantization, rounded up with the probability that makes the mean right.
 
