@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,7 +48,7 @@ def test_an_epochs_bytes_are_those_of_its_steps(samples):
     payload = 0
     for call in calls:
         for step_ in call:
-            payload += sum(nbytes(codec.encode(np.zeros((len(client), 4, 4, 16), np.float32))) for client in step_)
+            payload += sum(nbytes(codec.encode(jnp.zeros((len(client), 4, 4, 16)))) for client in step_)
     assert found.uplink_feature_bytes == payload
     assert found.uplink_label_bytes == 3 * samples * 4
     assert found.downlink_gradient_bytes == 3 * samples * 4 * 4 * 16 * 4

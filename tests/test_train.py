@@ -280,7 +280,7 @@ def test_training_in_bfloat16_with_uneven_clients_and_a_compressed_downlink(tmp_
         ("train", ["--config", "none.py"], "--config must be a Python file"),
         ("train", ["--resume", "none"], "the run must be a folder with config.json"),
         ("train", ["--out", "OUT", "--model.cut", "nowhere"], "cut must be one of"),
-        ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "is not a TFDS data directory"),
+        ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "looked for nothing in"),
         ("train", ["--out", "OUT", "--clients", "0"], "clients must be at least 1"),
         ("eval", ["none"], "the run must be a folder with config.json"),
         ("models", ["vgg19", "--width", "0"], "width must be above 0"),
