@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import signal
 import sys
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msjax import compress, config, data, display, metrics, models, runs, simulate, step
+from msjax import compress, config, data, display, feed, metrics, models, runs, simulate, step
 
 STREAMED = ("imagenet2012",)  # too large for memory
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
@@ -26,22 +25,11 @@ class Interrupted(Exception):
     """Training was stopped by a signal; the state is saved."""
 
 
-class Split(NamedTuple):
-    """One split of a data set, in memory or streamed."""
-
-    source: Any  # (images, labels) on the device, or a data.ImageStream
-    count: int
-
-    def labels(self) -> np.ndarray:
-        """Returns the int32 labels (N,)."""
-        return np.asarray(self.source[1]) if isinstance(self.source, tuple) else self.source.labels()
-
-
 class Job(NamedTuple):
     """Everything a run needs that follows from its config."""
 
-    train: Split
-    test: Split
+    train: feed.Split
+    test: feed.Split
     setup: step.Setup
     preprocess: simulate.Preprocess
     state: step.TrainState
@@ -101,12 +89,12 @@ def _load(cfg, mesh):
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
         info = _SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
-        return *(Split(s, len(s)) for s in splits), info
+        return *(feed.Split(s, len(s)) for s in splits), info
     ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
     info = _SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
     # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
     splits = ((np.array(ds.train_images), ds.train_labels), (np.array(ds.test_images), ds.test_labels))
-    return *(Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
+    return *(feed.Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
 
 
 def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -126,37 +114,13 @@ def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: i
     return optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)
 
 
-def batches_of(order: np.ndarray, batch_size: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls of int32 (S, K, B), the last step smaller where B does not divide n."""
-    clients, n = order.shape
-    full = n // batch_size
-    body = order[:, : full * batch_size].reshape(clients, full, batch_size).transpose(1, 0, 2)
-    calls = [body[i : i + steps_per_call] for i in range(0, full, steps_per_call)]
-    if full * batch_size < n:
-        calls.append(order[None, :, full * batch_size :])
-    return calls
-
-
-def eval_batches(count: int, clients: int, batch_size: int) -> list[np.ndarray]:
-    """Cuts 0 … count − 1 into calls of int32 (1, K, B): rounds of all clients, then single batches, then the rest."""
-    order = np.arange(count, dtype=np.int32)
-    calls, at = [], 0
-    for k, b in ((clients, batch_size), (1, batch_size)):
-        while at + k * b <= count:
-            calls.append(order[at : at + k * b].reshape(1, k, b))
-            at += k * b
-    if at < count:
-        calls.append(order[at:].reshape(1, 1, -1))
-    return calls
-
-
 class Evaluator:
     """Test-set evaluation; keeps its compiled programs between epochs."""
 
     def __init__(self, cfg: config.Config, job: Job):
         self._job = job
         self._codec = cfg.codec.at_inference() if cfg.eval_compressed else None
-        self._calls = eval_batches(job.test.count, cfg.clients, cfg.batch_size)
+        self._calls = feed.eval_calls(job.test.count, cfg.clients, cfg.batch_size)
         self._key = jax.random.fold_in(jax.random.key(cfg.seed), _EVAL_KEY)
         self._programs = {
             clients: simulate.make_eval(job.setup, job.preprocess, codec=self._codec, clients=clients, mesh=mesh)
@@ -166,7 +130,7 @@ class Evaluator:
     def __call__(self, state: step.TrainState) -> dict[str, float]:
         """Returns the mean loss in nats, and top-1 and top-5 accuracy in percent."""
         sums = simulate.zero_sums(self._job.mesh)
-        for n, (images, labels, order) in enumerate(feed(self._job.test, self._calls)):
+        for n, (images, labels, order) in enumerate(feed.feed(self._job.test, self._calls)):
             run = self._programs[self._calls[n].shape[1]]
             sums = run(state, sums, images, labels, order, jax.random.fold_in(self._key, n))
         return sums.means()
@@ -178,31 +142,6 @@ class Evaluator:
             call.shape[1] * codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
             for call in self._calls
         )
-
-
-def feed(split: Split, calls: list[np.ndarray], *, seed: int = 0, epoch: int = 0, done: int = 0):
-    """Yields (images, labels, order) for each call after the first `done` steps, as `simulate` takes them.
-
-    Streams come a step at a time; consecutive steps of one shape are read ahead together.
-    """
-    if isinstance(split.source, tuple):
-        for call in _after(calls, done):
-            yield *split.source, call
-        return
-    for _, group in itertools.groupby(calls, key=lambda call: call.shape):
-        steps = np.concatenate(list(group))
-        start = min(done, len(steps))
-        done -= start
-        for images, labels in data.batches(split.source, steps, seed=seed, epoch=epoch, start=start):
-            yield images, labels, None
-
-
-def _after(calls, done):
-    """`calls` without their first `done` steps."""
-    for call in calls:
-        if done < len(call):
-            yield call[done:]
-        done = max(0, done - len(call))
 
 
 @contextlib.contextmanager
@@ -279,10 +218,10 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     with bar, _stop_on_signal() as stopped, events as write_events:
         for epoch in range(len(history), cfg.epochs):
             order = data.epoch_indices(job.pools, job.samples_per_client, seed=cfg.seed, epoch=epoch)
-            calls = batches_of(order, cfg.batch_size, steps_per_call)
+            calls = feed.epoch_calls(order, cfg.batch_size, steps_per_call)
             first = done - epoch * job.steps_per_epoch
             epoch_start = time.monotonic()
-            for images, labels, index in feed(job.train, calls, seed=cfg.seed, epoch=epoch, done=first):
+            for images, labels, index in feed.feed(job.train, calls, seed=cfg.seed, epoch=epoch, done=first):
                 state, sums = run(state, sums, images, labels, index, key)
                 steps = 1 if index is None else len(index)
                 done += steps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import compress, config, metrics, step, train
+from msjax import compress, config, feed, metrics, step, train
 
 from .test_step import BATCH, CLIENTS, make
 
@@ -44,7 +44,7 @@ def test_an_epochs_bytes_are_those_of_its_steps(samples):
     like = jax.ShapeDtypeStruct((BATCH, 4, 4, 16), np.float32)
     options = {"clients": 3, "samples_per_client": samples, "batch_size": 64}
     found = metrics.epoch_traffic(codec, compress.Identity(), like, state.client, **options)
-    calls = train.batches_of(np.arange(3 * samples).reshape(3, samples), 64, 10)
+    calls = feed.epoch_calls(np.arange(3 * samples).reshape(3, samples), 64, 10)
     payload = 0
     for call in calls:
         for step_ in call:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from msjax import _commands, compress, config, runs, train
+from msjax import _commands, compress, config, feed, runs, train
 
 SMALL = config.Config(
     model=config.ModelConfig(width=0.125),
@@ -104,18 +104,18 @@ def test_records_of_a_diverged_run_are_json():
 
 def test_batches_cover_each_sample_once():
     order = np.arange(2 * 23, dtype=np.int32).reshape(2, 23)
-    calls = train.batches_of(order, 5, steps_per_call=3)
+    calls = feed.epoch_calls(order, 5, steps_per_call=3)
     assert [c.shape for c in calls] == [(3, 2, 5), (1, 2, 5), (1, 2, 3)]
     for client in range(2):
         seen = np.concatenate([c[:, client].reshape(-1) for c in calls])
         np.testing.assert_array_equal(seen, order[client])
-    short = train.batches_of(order[:, :3], 5, steps_per_call=3)
+    short = feed.epoch_calls(order[:, :3], 5, steps_per_call=3)
     assert [c.shape for c in short] == [(1, 2, 3)]
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 41, 60])
 def test_eval_batches_cover_each_sample_once(count):
-    calls = train.eval_batches(count, clients=3, batch_size=5)
+    calls = feed.eval_calls(count, clients=3, batch_size=5)
     np.testing.assert_array_equal(np.concatenate([c.reshape(-1) for c in calls]), np.arange(count))
     assert {c.shape for c in calls} <= {(1, 3, 5), (1, 1, 5), (1, 1, count % 5)}
 
@@ -223,23 +223,23 @@ def test_a_resumed_stream_goes_on_where_it_stopped(monkeypatch):
     def batches(source, indices, *, seed, epoch, start=0):
         return ((np.full((1,), n), indices[n]) for n in range(start, len(indices)))
 
-    monkeypatch.setattr(train.data, "batches", batches)
-    calls = train.batches_of(np.arange(46).reshape(2, 23), 5, steps_per_call=1)
-    split = train.Split(FakeStream(), 46)
-    whole = [(int(n[0]), index.tolist()) for n, index, _ in train.feed(split, calls, seed=1, epoch=2)]
+    monkeypatch.setattr(feed.data, "batches", batches)
+    calls = feed.epoch_calls(np.arange(46).reshape(2, 23), 5, steps_per_call=1)
+    split = feed.Split(FakeStream(), 46)
+    whole = [(int(n[0]), index.tolist()) for n, index, _ in feed.feed(split, calls, seed=1, epoch=2)]
     assert len(whole) == 5
     for done in range(6):
-        rest = [(int(n[0]), index.tolist()) for n, index, _ in train.feed(split, calls, seed=1, epoch=2, done=done)]
+        rest = [(int(n[0]), index.tolist()) for n, index, _ in feed.feed(split, calls, seed=1, epoch=2, done=done)]
         assert rest == whole[done:]
 
 
 @pytest.mark.parametrize("done", range(6))
 def test_a_resumed_epoch_goes_on_at_any_step(done):
     """Also inside a call, as when a run goes on on another kind of device."""
-    calls = train.batches_of(np.arange(46).reshape(2, 23), 5, steps_per_call=3)
+    calls = feed.epoch_calls(np.arange(46).reshape(2, 23), 5, steps_per_call=3)
     steps = [s.tolist() for call in calls for s in call]
-    split = train.Split((None, None), 46)
-    assert [s.tolist() for _, _, call in train.feed(split, calls, done=done) for s in call] == steps[done:]
+    split = feed.Split((None, None), 46)
+    assert [s.tolist() for _, _, call in feed.feed(split, calls, done=done) for s in call] == steps[done:]
 
 
 def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
