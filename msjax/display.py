@@ -25,13 +25,16 @@ class Progress:
         self._accuracy = "–"
         self._live = None
         if self._console.is_terminal and not quiet:
-            columns = ["{task.description}", rich.progress.BarColumn(), "{task.fields[status]}"]
+            columns = ["{task.description}", rich.progress.BarColumn(8), "{task.fields[status]}"]
             self._live = rich.progress.Progress(*columns, console=self._console, transient=True)
 
     def __enter__(self) -> "Progress":
         if self._live:
             self._live.start()
-            self._task = self._live.add_task(self._title, total=self._total, completed=self._done, status="compiling …")
+            # Eighty columns hold the codec's name, the bar and the status; the epochs' lines have the whole title.
+            self._task = self._live.add_task(
+                self._title.split()[-1], total=self._total, completed=self._done, status="compiling …"
+            )
         else:
             self._console.print(f"{self._title}: {self._total - self._done} steps to go, the first compiles")
         return self
@@ -72,8 +75,8 @@ class Progress:
 def print_summaries(summaries: list[dict[str, Any]]) -> None:
     """Prints finished runs beside each other: accuracy, bytes, and what of the features was saved."""
     table = rich.table.Table()
-    table.add_column("codec")
-    for name in ("test top-1 %", "features up, MB", "saved", "all up, MB", "all down, MB", "time, s"):
+    table.add_column("codec", min_width=24)
+    for name in ("top-1, %", "features up, MB", "saved", "all up, MB", "all down, MB", "seconds"):
         table.add_column(name, justify="right")
     for s in summaries:
         traffic = s["traffic"]
