@@ -1,5 +1,6 @@
 """SP, top-k sparsification, and the payload that all sparsifiers share."""
 
+import abc
 import dataclasses
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ class Sparsifier(VectorCodec):
         super().__post_init__()
         check_ratio(self.ratio)
 
+    @abc.abstractmethod
     def _positions(self, x, k, key) -> jax.Array:
         """int32 (k,) ascending positions of what is kept of `x`."""
-        raise NotImplementedError
 
     def _scale(self, d: int) -> float:
         """What kept values are multiplied by at the receiver."""
