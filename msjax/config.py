@@ -79,6 +79,8 @@ class OptimConfig:
     gamma: float = 0.1
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0, half of the run at most; the schedule covers the rest."""
+    label_smoothing: float = 0.0
+    """Part of the training target that is spread over all classes, in [0, 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,8 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if not self.optim.learning_rate > 0:
             raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
+        if not 0 <= self.optim.label_smoothing < 1:
+            raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}")
         if self.optim.schedule == "steps" and not self.optim.milestones:
             raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
 

@@ -36,6 +36,8 @@ class Setup:
     codec: compress.Codec
     grad_codec: compress.Codec
     optimizer: optax.GradientTransformation
+    label_smoothing: float = 0.0
+    """Part of the training target that is spread over all classes; the loss on test data has none."""
 
 
 class HalfState(NamedTuple):
@@ -141,7 +143,7 @@ def server_step(
 
         def loss(params, h):
             logits, stats = setup.server(params, server.stats, h, train=True, key=keys.server)
-            return cross_entropy(logits, y), (stats, logits)
+            return cross_entropy(logits, y, setup.label_smoothing), (stats, logits)
 
         (value, (stats, logits)), (grads, g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(server.params, h)
         reply = setup.grad_codec.encode(g, compress.downlink_key(keys.codec))
@@ -188,7 +190,7 @@ def fused_step(
         h, client_stats = setup.client(params[0], state.client.stats, x, train=True, key=keys.client)
         h = compress.straight_through(setup.codec, h, keys.codec, setup.grad_codec)
         logits, server_stats = setup.server(params[1], state.server.stats, h, train=True, key=keys.server)
-        return cross_entropy(logits, y), ((client_stats, server_stats), count_correct(logits, y))
+        return cross_entropy(logits, y, setup.label_smoothing), ((client_stats, server_stats), count_correct(logits, y))
 
     def total_loss(params):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
@@ -224,9 +226,17 @@ def evaluate(
     return Info(cross_entropy(logits, y), *count_correct(logits, y))
 
 
-def cross_entropy(logits: Float[Array, "b c"], y: Int[Array, "b"]) -> Float[Array, ""]:
-    """Returns the mean softmax cross-entropy in nats, in float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y).mean()
+def cross_entropy(logits: Float[Array, "b c"], y: Int[Array, "b"], label_smoothing: float = 0.0) -> Float[Array, ""]:
+    """Returns the mean softmax cross-entropy in nats, in float32.
+
+    With `label_smoothing` s the target is 1 − s at the label plus s/c everywhere (arXiv 1512.00567, section 7).
+    """
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    if label_smoothing:
+        uniform = jax.nn.logsumexp(logits, axis=1) - logits.mean(axis=1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    return losses.mean()
 
 
 def count_correct(logits: Float[Array, "b c"], y: Int[Array, "b"]) -> tuple[Int[Array, ""], Int[Array, ""]]:

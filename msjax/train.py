@@ -65,7 +65,7 @@ def prepare(cfg: config.Config) -> Job:
     )
     client, server = models.split(model, cfg.cut, seed=cfg.seed)
     optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=steps_per_epoch)
-    setup = step.Setup(client.apply, server.apply, cfg.codec, cfg.grad_codec, optimizer)
+    setup = step.Setup(client.apply, server.apply, cfg.codec, cfg.grad_codec, optimizer, cfg.optim.label_smoothing)
     augment = cfg.data.augment or data.default_augmentation(cfg.data.name)
     preprocess = simulate.Preprocess(augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), cfg.dtype)
     state = simulate.replicate(step.init_state(setup, client, server), mesh)

@@ -1,4 +1,4 @@
-"""Selection: `lax.top_k` and a stable numpy sort keep the same values on every input."""
+"""Selection: by `lax.top_k`, by threshold and by a stable numpy sort, the same values are kept of every input."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from msjax.compress import _select
 
@@ -23,19 +24,22 @@ TINY = np.float32(2.0**-149)  # the smallest subnormal
 
 @functools.partial(jax.jit, static_argnames=("k", "by_magnitude"))
 def select(x, k, by_magnitude):
-    score = _select.score(x, by_magnitude=by_magnitude)
-    kth, mask = _select.top_mask(score, k)
-    return score, kth, mask, _select.positions(mask, k), _select.top_positions(score, k)
+    """(by sorting, by threshold, positions from the latter's mask)."""
+    fast = _select.select_by_threshold(x, k, by_magnitude=by_magnitude)
+    return _select.select_by_sorting(x, k, by_magnitude=by_magnitude), fast, _select.positions(fast.mask, k)
 
 
 def check(x, k, by_magnitude):
     x = np.asarray(x, np.float32)
-    score, kth, mask, from_mask, positions = map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
+    reference, fast, from_mask = jax.tree.map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
+    for name in _select.Selection._fields:
+        np.testing.assert_array_equal(getattr(fast, name), getattr(reference, name), err_msg=name)
     expected = sort_positions(x, k, by_magnitude)
-    np.testing.assert_array_equal(positions, expected)
-    np.testing.assert_array_equal(np.flatnonzero(mask), expected)
+    np.testing.assert_array_equal(fast.positions, expected)
+    np.testing.assert_array_equal(np.flatnonzero(fast.mask), expected)
     np.testing.assert_array_equal(from_mask, expected)
-    np.testing.assert_array_equal(kth, np.sort(score)[x.size - k])  # numpy sorts NaN last too
+    ranked = np.abs(x) if by_magnitude else x
+    np.testing.assert_array_equal(fast.kth, np.sort(ranked)[x.size - k])  # numpy sorts NaN last too
 
 
 def sort_positions(x, k, by_magnitude):
@@ -107,29 +111,68 @@ def test_subnormal_numbers(by_magnitude):
     """They may count as 0, but the mask and the positions count them alike, and above nothing larger."""
     x = np.array([TINY, 0, -TINY, 3 * TINY, 1e-38, 2e-38, -1e-39, 1] * 4 + [0], np.float32)
     for k in (1, 4, 17):
-        _, _, mask, from_mask, positions = map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
-        np.testing.assert_array_equal(np.flatnonzero(mask), positions)
-        np.testing.assert_array_equal(from_mask, positions)
-        assert np.count_nonzero(x[positions] == 1) == min(k, 4)
+        reference, fast, from_mask = jax.tree.map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
+        np.testing.assert_array_equal(fast.positions, reference.positions)
+        np.testing.assert_array_equal(np.flatnonzero(fast.mask), fast.positions)
+        np.testing.assert_array_equal(from_mask, fast.positions)
+        assert np.count_nonzero(x[fast.positions] == 1) == min(k, 4)
 
 
 def test_vmap():
-    x = np.stack([np.asarray(v, np.float32) for v in INPUTS.values()])
-    _, kth, mask, from_mask, positions = jax.jit(jax.vmap(lambda row: select(row, k=6, by_magnitude=False)))(
-        jnp.asarray(x)
-    )
+    x = jnp.asarray(np.stack([np.asarray(v, np.float32) for v in INPUTS.values()]))
+    both = jax.jit(jax.vmap(lambda row: select(row, k=6, by_magnitude=False)))(x)
     for i, row in enumerate(x):
-        _, one_kth, one_mask, _, _ = select(jnp.asarray(row), 6, False)
-        np.testing.assert_array_equal(mask[i], one_mask)
-        np.testing.assert_array_equal(kth[i], one_kth)
-        np.testing.assert_array_equal(positions[i], np.flatnonzero(one_mask))
-        np.testing.assert_array_equal(from_mask[i], positions[i])
+        one = select(row, 6, False)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda v, i=i: v[i], both), one)
 
 
-def test_large_input():
-    """A length at which ties span many bytes of position, with many duplicates."""
-    x = np.random.default_rng(0).integers(0, 50, 70_001).astype(np.float32)
-    check(x, 700, False)
+LONG = 3 * 2**15 + 5
+"""Longer than `_select.DIRECT` and than its sample, and no multiple of a word."""
+
+
+def long_inputs():
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(LONG)
+    return {
+        "normal": normal,
+        "after a ReLU": np.maximum(normal, 0),
+        "mostly zero": np.where(rng.random(LONG) < 0.003, normal, 0),
+        "all equal": np.ones(LONG),
+        "two values": (rng.random(LONG) < 0.5) * 1.0,
+        "few values": rng.integers(0, 50, LONG),
+        "largest at the end": np.arange(LONG) > LONG - 1500,
+        "ascending": np.arange(LONG),
+        "descending": -np.arange(LONG),
+        "subnormal numbers": rng.integers(0, 2**23, LONG).astype(np.uint32).view(np.float32),
+        "huge range": np.ldexp(normal, rng.integers(-100, 120, LONG)),
+        "any bits": rng.integers(0, 2**32, LONG, np.uint64).astype(np.uint32).view(np.float32),
+        "rounded to bfloat16": np.asarray(normal, jnp.bfloat16),
+        "steps of the sample": np.where(np.arange(LONG) * 2654435769 % 2**32 % LONG < LONG // 3, 5 + normal, normal),
+        "NaN": np.where(rng.random(LONG) < 0.02, np.nan, normal),
+    }
+
+
+@pytest.mark.parametrize("by_magnitude", (False, True))
+@pytest.mark.parametrize("k", (1, LONG // 1000, LONG // 100, LONG // 3, LONG))
+def test_long_adversarial_inputs(k, by_magnitude):
+    """Where the threshold is guessed, wrongly for some of these, and ties fill many words."""
+    for name, x in long_inputs().items():
+        x = jnp.asarray(np.asarray(x, np.float32))
+        reference, fast, from_mask = select(x, k, by_magnitude)
+        for field in _select.Selection._fields:
+            message = f"input {name!r}, {field}"
+            np.testing.assert_array_equal(getattr(fast, field), getattr(reference, field), err_msg=message)
+        np.testing.assert_array_equal(from_mask, fast.positions, err_msg=name)
+
+
+def test_more_values_than_float32_counts():
+    """2²⁴ + 33 values, nearly all equal: a count or a position in float32 would be off by one."""
+    d = 2**24 + 33
+    x = jnp.where(lax.iota(jnp.int32, d) % (d - 1) == 0, jnp.float32(2), jnp.float32(1))
+    k = d - 5
+    fast = jax.jit(lambda x: _select.select(x, k, by_magnitude=False)[:2])(x)
+    np.testing.assert_array_equal(fast[1], np.r_[np.ones(k - 1, bool), np.zeros(5, bool), True])
+    assert fast[0] == 1
 
 
 @pytest.mark.parametrize("ratio, d, k", [

@@ -1,9 +1,11 @@
-"""Packing of small codes into bytes, least significant bit first."""
+"""Packing of small codes into bytes, least significant bit first, by way of 32-bit words."""
 
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, UInt8
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
 
 def packed_bytes(d: int, bits: int) -> int:
@@ -11,44 +13,64 @@ def packed_bytes(d: int, bits: int) -> int:
     return -(-d * bits // 8)
 
 
-def _group(bits: int) -> tuple[int, int]:
-    """The smallest whole number of codes that fills whole bytes: (codes, bytes)."""
-    gcd = math.gcd(bits, 8)
-    return 8 // gcd, bits // gcd
-
-
 def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
     """Packs d codes < 2^bits into ⌈d·bits/8⌉ bytes; code i fills bits i·bits … (i+1)·bits − 1; spare bits are zero."""
     if bits == 8:
         return codes
     d = codes.shape[0]
-    per_group, width = _group(bits)
-    groups = jnp.pad(codes, (0, -d % per_group)).reshape(-1, per_group)
-    out = []
-    for byte in range(width):
-        value = jnp.zeros(groups.shape[0], jnp.uint8)
-        for i in range(per_group):
-            shift = i * bits - byte * 8
-            if -bits < shift < 8:
-                code = groups[:, i]
-                value |= code << jnp.uint8(shift) if shift >= 0 else code >> jnp.uint8(-shift)
-        out.append(value)
-    return jnp.stack(out, axis=1).reshape(-1)[: packed_bytes(d, bits)]
+    word, shift = _layout(bits)
+    per_group, last = word.shape[1], word[0, -1]
+    groups = jnp.pad(codes, (0, -d % per_group)).reshape(-1, per_group).astype(jnp.uint32)
+    words = []
+    # Sums over short rows, which XLA turns into vector code, as it does not with strided slices.
+    for i in range(last + 1):
+        inside = jnp.where(word == i, groups << jnp.asarray(shift), jnp.uint32(0))
+        spilt = (word == i - 1) & (shift + bits > 32)
+        if spilt.any():
+            inside |= jnp.where(spilt, groups >> jnp.asarray((32 - shift) % 32), jnp.uint32(0))
+        words.append(jnp.sum(inside, axis=1, dtype=jnp.uint32))
+    return _bytes(jnp.stack(words, axis=1).reshape(-1))[: packed_bytes(d, bits)]
 
 
 def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     """The inverse of `pack`."""
     if bits == 8:
         return packed
-    per_group, width = _group(bits)
-    groups = jnp.pad(packed, (0, -packed.shape[0] % width)).reshape(-1, width)
-    out = []
-    for i in range(per_group):
-        value = jnp.zeros(groups.shape[0], jnp.uint8)
-        for byte in range(width):
-            shift = i * bits - byte * 8
-            if -bits < shift < 8:
-                part = groups[:, byte]
-                value |= part >> jnp.uint8(shift) if shift >= 0 else part << jnp.uint8(-shift)
-        out.append(value & jnp.uint8(2**bits - 1))
-    return jnp.stack(out, axis=1).reshape(-1)[:d]
+    word, shift = _layout(bits)
+    last = word[0, -1]
+    groups = _words(packed, (last + 1) * 4).reshape(-1, last + 1)
+    codes = groups[:, word[0]] >> jnp.asarray(shift)
+    if (shift + bits > 32).any():
+        following = groups[:, np.minimum(word[0] + 1, last)] << jnp.asarray((32 - shift) % 32)
+        codes |= jnp.where(shift + bits > 32, following, jnp.uint32(0))
+    return (codes & jnp.uint32(2**bits - 1)).astype(jnp.uint8).reshape(-1)[:d]
+
+
+def pack_words(mask: Bool[Array, "d"]) -> UInt32[Array, "w"]:
+    """⌈d/32⌉ words of 32 entries each, the first in the lowest bit."""
+    rows = jnp.pad(mask, (0, -mask.shape[0] % 32)).reshape(-1, 32)
+    return jnp.sum(rows.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None], axis=1, dtype=jnp.uint32)
+
+
+def nth_set(words: UInt32[Array, "n"], n: Int32[Array, "n"]) -> Int32[Array, "n"]:
+    """Place of the n-th bit that is 1, from 0, in each word; nothing useful where there are fewer."""
+    place = jnp.zeros_like(n)
+    for width in (16, 8, 4, 2, 1):
+        low = (words >> place.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1)
+        below = lax.population_count(low).astype(jnp.int32)
+        place, n = jnp.where(n >= below, place + width, place), jnp.where(n >= below, n - below, n)
+    return place
+
+
+def _layout(bits):
+    """(word, shift) of each code in the smallest group that fills whole words, as rows of one to broadcast."""
+    first = np.arange(math.lcm(bits, 32) // bits)[None] * bits
+    return first // 32, (first % 32).astype(np.uint32)
+
+
+def _bytes(words):
+    return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
+
+
+def _words(packed, multiple):
+    return lax.bitcast_convert_type(jnp.pad(packed, (0, -packed.size % multiple)).reshape(-1, 4), jnp.uint32)

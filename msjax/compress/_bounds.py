@@ -32,7 +32,7 @@ def mask_encoded_error_bound(h: Float[Array, "..."], ratio: float, bits: int) ->
         return jnp.float32(0)
     x = h.reshape(h.size).astype(jnp.float32)
     k = _select.num_kept(ratio, x.size)
-    _, kept = _select.top_mask(_select.score(x, by_magnitude=True), k)
+    kept = _select.select(x, k, by_magnitude=True).mask
     dropped = jnp.sqrt(_norm2(jnp.where(kept, 0, x)))
     return dropped * jnp.sqrt(_norm2(x)) * jnp.float32((x.size - k) ** 0.5 / (2**bits - 1))
 

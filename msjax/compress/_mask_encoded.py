@@ -80,15 +80,16 @@ class MaskEncoded(VectorCodec):
         return _select.num_kept(self.ratio, d) * itemsize + _bits.packed_bytes(d, self.bits) + signs
 
     def _quantize(self, x):
-        """(scores, τ, kept, codes as float32) of the vector `x`, d ≥ 1."""
+        """(what is kept, codes of the others as float32) of the vector `x`, d ≥ 1."""
         score = _select.score(x, by_magnitude=self.signed)
-        tau, kept = _select.top_mask(score, _select.num_kept(self.ratio, x.size))
+        top = _select.select(x, _select.num_kept(self.ratio, x.size), by_magnitude=self.signed)
+        tau = top.kth
         # Multiplied before it is divided: in this order float32 gives Figure 1's codes.
         steps = score * jnp.float32(self._top) / tau
         steps = jnp.round(steps) if self.rounding == "nearest" else jnp.floor(steps)
         # The comparison, not a maximum, so that NaN (0/0, τ not finite) becomes code 0.
         codes = jnp.where((steps > 0) & (tau > 0), jnp.minimum(steps, jnp.float32(self._top - 1)), jnp.float32(0))
-        return score, tau, kept, codes
+        return top, codes
 
     def _levels(self, codes, tau):
         """What float32 codes decode to. One multiplication by a scalar: the same bits in every program."""
@@ -98,13 +99,14 @@ class MaskEncoded(VectorCodec):
     def _encode_vector(self, x, key):
         if x.size == 0:
             return MaskPayload(x, jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.uint8))
-        score, _, kept, codes = self._quantize(x)
+        top, codes = self._quantize(x)
         signs = (
-            _bits.pack(((x < 0) & (codes > 0) & ~kept).astype(jnp.uint8), 1) if self.signed else jnp.zeros(0, jnp.uint8)
+            _bits.pack(((x < 0) & (codes > 0) & ~top.mask).astype(jnp.uint8), 1)
+            if self.signed
+            else jnp.zeros(0, jnp.uint8)
         )
-        codes = jnp.where(kept, jnp.uint8(self._top), codes.astype(jnp.uint8))
-        values = x[_select.top_positions(score, _select.num_kept(self.ratio, x.size))]
-        return MaskPayload(values, _bits.pack(codes, self.bits), signs)
+        codes = jnp.where(top.mask, jnp.uint8(self._top), codes.astype(jnp.uint8))
+        return MaskPayload(x[top.positions], _bits.pack(codes, self.bits), signs)
 
     def _decode_vector(self, payload, like):
         d = like.size
@@ -122,8 +124,8 @@ class MaskEncoded(VectorCodec):
     def _roundtrip_vector(self, x, key):
         if x.size == 0:
             return x
-        _, tau, kept, codes = self._quantize(x)
-        levels = self._levels(codes, tau)
+        top, codes = self._quantize(x)
+        levels = self._levels(codes, top.kth)
         if self.signed:
             levels = jnp.where((x < 0) & (codes > 0), -levels, levels)
-        return jnp.where(kept, x, levels.astype(x.dtype))
+        return jnp.where(top.mask, x, levels.astype(x.dtype))

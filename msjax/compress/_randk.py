@@ -4,8 +4,6 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from msjax.compress import _select
 from msjax.compress._topk import Sparsifier
@@ -27,7 +25,7 @@ class RandK(Sparsifier):
     needs_key: ClassVar[bool] = True
 
     def _positions(self, x, k, key):
-        return jnp.sort(lax.top_k(jax.random.uniform(key, (x.size,)), k)[1])
+        return _select.select(jax.random.uniform(key, (x.size,)), k, by_magnitude=False).positions
 
     def _scale(self, d):
         return d / max(_select.num_kept(self.ratio, d), 1)

@@ -40,7 +40,7 @@ class RandTopK(Sparsifier):
         return TopK(self.ratio, granularity=self.granularity)
 
     def _positions(self, x, k, key):
-        top = _select.top_positions(_select.score(x, by_magnitude=True), k)
+        top = _select.select(x, k, by_magnitude=True).positions
         rest = x.size - k
         count_key, drop_key, draw_key = jax.random.split(key, 3)
         swapped = jnp.count_nonzero(jax.random.bernoulli(count_key, float(self.alpha), (k,)))
@@ -49,6 +49,7 @@ class RandTopK(Sparsifier):
         # The first `swapped` of the top k, in a random order, give way to the first of the rest, in a random order.
         rank = jax.random.permutation(drop_key, k)
         drawn = jax.random.uniform(draw_key, (x.size,)).at[top].set(-1.0)
-        drawn = lax.top_k(drawn, min(k, rest))[1]
+        last = _select.select(drawn, min(k, rest), by_magnitude=False).positions
+        drawn = last[lax.top_k(drawn[last], last.size)[1]]
         drawn = jnp.pad(drawn, (0, k - drawn.size))
         return jnp.sort(jnp.where(rank < jnp.minimum(swapped, rest), drawn[rank], top))

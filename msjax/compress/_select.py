@@ -1,14 +1,35 @@
 """Which k of d values are the largest: exactly k, ties settled by position.
 
-Values are ranked by `score`: NaN above +Inf, and −0 equal to +0, so that every input has one answer. The selection is
-`lax.top_k`'s.
+Values are ranked by `score`: NaN above +Inf, and −0 equal to +0, so that every input has one answer. Short arrays are
+left to `lax.top_k`, the reference; longer ones take `_select_by_threshold`, which keeps the same values and reads the
+array about three times, with no sort.
 """
 
+import functools
 from fractions import Fraction
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from msjax.compress import _bits
+
+DIRECT = 1 << 15
+"""Below this length `lax.top_k` is at least as fast."""
+_SAMPLE = 1 << 15  # values that the first guess of the threshold is taken from
+
+
+class Selection(NamedTuple):
+    """The k largest of d scores. What is not used of it costs nothing under `jit`."""
+
+    kth: Float32[Array, ""]
+    """The k-th largest score."""
+    mask: Bool[Array, "d"]
+    """Which scores are kept: k of them."""
+    positions: Int32[Array, "k"]
+    """Where they are, ascending."""
 
 
 def num_kept(ratio: float, d: int) -> int:
@@ -28,29 +49,152 @@ def score(x: Float[Array, "d"], *, by_magnitude: bool) -> Float32[Array, "d"]:
     return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
 
 
-def top_positions(score: Float32[Array, "d"], k: int) -> Int32[Array, "k"]:
-    """Positions of the k largest scores, ascending; among equals the first ones."""
-    return jnp.sort(lax.top_k(score, k)[1])
+def select(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Selection:
+    """The k of `x` with the largest scores, 1 ≤ k ≤ d; among equals the first by position."""
+    by = select_by_sorting if x.size < DIRECT else select_by_threshold
+    return by(x, k, by_magnitude=by_magnitude)
 
 
-def top_mask(score: Float32[Array, "d"], k: int) -> tuple[Float32[Array, ""], Bool[Array, "d"]]:
-    """(the k-th largest score, which k scores are kept), k ≥ 1; the mask of `top_positions`, without a scatter."""
-    # Behind a barrier: XLA turns a top-k of which only the last value is used into a full sort, sixteen times slower.
-    # Swapped, since a barrier right behind the pair aborts XLA's compiler where it does decompose the top-k.
-    values, indices = lax.top_k(score, k)
-    indices, values = lax.optimization_barrier((indices, values))
-    order, kth = _order(score), _order(values[-1])
+def select_by_sorting(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Selection:
+    """`select` by `lax.top_k`: the reference."""
+    scores = score(x, by_magnitude=by_magnitude)
+    values, indices = _top_k(scores, k)
     # Equal scores come in the order of their positions, so the last index is that of the last tie that is kept.
-    tied = (order == kth) & (lax.iota(jnp.int32, score.size) <= indices[-1])
-    return values[-1], (order > kth) | tied
+    return Selection(values[-1], _kept(_order(scores), _order(values[-1]), indices[-1]), jnp.sort(indices))
 
 
-def positions(mask: Bool[Array, "d"], k: int) -> Int32[Array, "k"]:
-    """Positions of the k true entries of `mask`, ascending."""
-    return jnp.nonzero(mask, size=k, fill_value=mask.shape[0])[0].astype(jnp.int32)
+def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Selection:
+    """`select` without a sort: a threshold that leaves few more than k candidates, then the exact answer among them."""
+    d = x.size
+    scores = functools.partial(score, by_magnitude=by_magnitude)
+    # Room for the guess to err: five standard deviations of the sample's at k = d/100.
+    room = min(d - k, max(1, min(max(k // 2, d // 256), d // 64)))
+    candidates = _positions(_candidates(x, scores, k, k + room), k + room, d)
+    orders = jnp.where(candidates < d, _order(scores(x[jnp.minimum(candidates, d - 1)])), jnp.uint32(0))
+    kth = _kth_largest(orders, k)
+    above, tied = orders > kth, orders == kth
+    among = above | (tied & (_cumulative_sum(tied) <= k - jnp.sum(above, dtype=jnp.int32)))
+    last = jnp.max(jnp.where(tied & among, candidates, -1))
+    return Selection(_score(kth), _kept(_order(scores(x)), kth, last), candidates[positions(among, k)])
+
+
+def positions(mask: Bool[Array, "d"], n: int) -> Int32[Array, "n"]:
+    """Positions of the first n true entries of `mask`, ascending; d where there are fewer."""
+    if n == 0:
+        return jnp.zeros(0, jnp.int32)
+    return _positions(_bits.pack_words(mask), n, mask.size)
+
+
+def _positions(words, n, d):
+    """`positions` of a mask of d entries in packed words."""
+    counts = lax.population_count(words).astype(jnp.int32)
+    ends = _cumulative_sum(counts)
+    # The word of the i-th true entry is the number of words that end at or before i.
+    word = _cumulative_sum(jnp.zeros(n, jnp.int32).at[ends].add(1, mode="drop", indices_are_sorted=True))
+    word = jnp.minimum(word, words.size - 1)
+    index = lax.iota(jnp.int32, n)
+    # The barrier keeps XLA from gathering anew for each of the steps that follow.
+    word, bits, rank = lax.optimization_barrier((word, words[word], index - (ends - counts)[word]))
+    return jnp.where(index < ends[-1], word * 32 + _bits.nth_set(bits, rank), d)
+
+
+def _top_k(score, k):
+    """`lax.top_k` behind a barrier: XLA turns one of which only the last value is used into a full sort."""
+    values, indices = lax.top_k(score, k)
+    # Swapped, since a barrier right behind the pair aborts XLA's compiler where it does decompose the top-k.
+    return lax.optimization_barrier((indices, values))[::-1]
+
+
+def _kept(order, threshold, last):
+    """Which are above the threshold, or at it and not behind the position `last`."""
+    return (order > threshold) | ((order == threshold) & (lax.iota(jnp.int32, order.size) <= last))
+
+
+class _Search(NamedTuple):
+    words: jax.Array
+    """The packed mask of what the last try kept, and its number."""
+    count: jax.Array
+    tries: jax.Array
+    few: jax.Array
+    """Fewer than k are at or above this order; at least k at or above `many`."""
+    many: jax.Array
+    few_last: jax.Array
+    """The same of the position up to which those equal to `many` are kept, once nothing lies between the two."""
+    many_last: jax.Array
+
+
+def _candidates(x, scores, k, most):
+    """The packed mask of at least k and at most `most` of `x`, all others being smaller, or equal and further back.
+
+    The first guess at a threshold comes from a sample and is nearly always good. If not, a bisection of the orders, and
+    then of the positions where too many are equal: in all at most 64 readings of the array.
+    """
+    d = x.size
+    n = min(d, _SAMPLE)
+    # Multiples of 2³²/φ: distinct for a d that is a power of two, spread evenly for all d, in step with no regularity.
+    sample = x[(lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(d)]
+    rank = max(1, min(n, round((k + most) / 2 / d * n)))
+    guess = _order(_top_k(scores(sample), rank)[0][-1])
+
+    def unfinished(search):
+        return (search.count < k) | (search.count > most)
+
+    def look(s):
+        # The guess; if it keeps too many, the next number, since then they are probably equal; then the middle.
+        middle = s.many + (s.few - s.many) // 2
+        threshold = jnp.where(s.tries == 0, guess, jnp.where((s.tries == 1) & (s.many > 0), s.many + 1, middle))
+        equal = s.few - s.many <= 1
+        threshold = jnp.where(equal, s.many, jnp.minimum(threshold, s.few - 1))
+        last = jnp.where(equal, s.few_last + (s.many_last - s.few_last) // 2, d - 1)
+        # The barrier keeps what is computed from `x` in the loop, and so out of memory.
+        values, threshold = lax.optimization_barrier((x, threshold))
+        words = _bits.pack_words(_kept(_order(scores(values)), threshold, last))
+        count = jnp.sum(lax.population_count(words).astype(jnp.int32))
+        enough = count >= k
+        return _Search(
+            words,
+            count,
+            s.tries + 1,
+            few=jnp.where(equal | enough, s.few, threshold),
+            many=jnp.where(equal | ~enough, s.many, threshold),
+            few_last=jnp.where(equal & ~enough, last, s.few_last),
+            many_last=jnp.where(equal & enough, last, s.many_last),
+        )
+
+    # Made of data, so that they vary over a mesh as the data does.
+    zero = guess & jnp.uint32(0)
+    none = zero.astype(jnp.int32)
+    words = jnp.broadcast_to(zero, (-(-d // 32),))
+    start = _Search(words, none, none, zero + jnp.uint32(2**32 - 1), zero, none - 1, none + (d - 1))
+    # A loop rather than a condition: under vmap a condition takes both of its branches.
+    return lax.while_loop(unfinished, look, start).words
+
+
+def _kth_largest(order, k):
+    """The k-th largest of few, bit by bit."""
+
+    def bit(i, kth):
+        larger = kth | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(jnp.sum(order >= larger, dtype=jnp.int32) >= k, larger, kth)
+
+    return lax.fori_loop(0, 32, bit, order[0] & jnp.uint32(0))
+
+
+def _cumulative_sum(x):
+    """jnp.cumsum in int32, in rows of 256, which XLA runs better."""
+    rows = jnp.pad(x.astype(jnp.int32), (0, -x.size % 256)).reshape(-1, 256)
+    totals = jnp.sum(rows, axis=1)
+    before = jnp.cumsum(totals) - totals
+    return (jnp.cumsum(rows, axis=1) + before[:, None]).reshape(-1)[: x.size]
 
 
 def _order(score):
-    """Unsigned integers in the same order as the scores, NaN last."""
+    """Unsigned integers in the same order as the scores, NaN last; none is 0."""
     bits = lax.bitcast_convert_type(score, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _score(order):
+    """The inverse of `_order`."""
+    bits = jnp.where(order >> 31 == 1, order & jnp.uint32(2**31 - 1), ~order)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,1 @@
+"""What compression costs in time: `python -m benchmarks.codecs`, `python -m benchmarks.steps`."""

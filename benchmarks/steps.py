@@ -1,0 +1,136 @@
+"""Whole training steps: with MS against without it at the paper's nine cuts, and ResNet18 against PyTorch's.
+
+    python -m benchmarks.steps                          # an eighth of the width, 32 samples: minutes on a CPU
+    python -m benchmarks.steps --width 1 --batch 256 --image 224    # the paper's, on a GPU
+    python -m benchmarks.steps --only torch --width 0.25 --batch 250
+
+Both steps of a pair run in turn in one process, on synthetic images. A step is what `msjax train` runs: preprocessing,
+both halves, the codec at the cut, the optimizer, donated buffers. Needs `pip install -e '.[bench]'`.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from msjax import compress, config, models, simulate, step, train
+
+CUTS = ("shallow", "medium", "deep")
+
+
+def main() -> int:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--width", type=float, default=0.125, help="of the networks")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all clients")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--image", type=int, default=64, help="side of ResNet34's images; 224 in the paper")
+    parser.add_argument("--only", choices=("codec", "torch"), help="one of the two comparisons")
+    options = parser.parse_args()
+    simulate.split_cpu(options.clients)
+    start = time.monotonic()
+    rows = []
+    if options.only != "torch":
+        for name, classes, side in (("vgg19", 10, 32), ("resnet18", 100, 32), ("resnet34", 1000, options.image)):
+            rows += [with_codec(name, classes, side, cut, options) for cut in CUTS]
+    if options.only != "codec":
+        rows.append(beside_torch(options))
+    print(table(rows))
+    if options.out:
+        timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
+    return 0
+
+
+def with_codec(name: str, classes: int, side: int, cut: str, options) -> dict:
+    """Returns the medians of a step without compression and with MS."""
+    codecs = {"identity": compress.Identity(), "ms": compress.MaskEncoded()}
+    steps = {key: make_step(name, classes, side, cut, codec, options) for key, codec in codecs.items()}
+    seconds = timing.interleaved({key: call for key, (call, _) in steps.items()}, repeats=options.repeats)
+    return {
+        "kind": "codec",
+        "model": name,
+        "cut": cut,
+        "image": side,
+        **{f"{key}_seconds": value for key, value in seconds.items()},
+        **{f"{key}_compile_seconds": compile_seconds for key, (_, compile_seconds) in steps.items()},
+    }
+
+
+def beside_torch(options) -> dict:
+    """Returns the medians of the uncompressed ResNet18 step here and in PyTorch."""
+    import torch
+
+    from benchmarks import torch_resnet
+
+    call, compile_seconds = make_step("resnet18", 10, 32, "medium", compress.Identity(), options)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    network = torch_resnet.resnet18(10, width=options.width).to(device)
+    ours = models.build("resnet18", input_shape=(32, 32, 3), num_classes=10, width=options.width)
+    if sum(p.numel() for p in network.parameters()) != models.count_params(ours):
+        raise RuntimeError("the two networks have different numbers of parameters")
+    x, y = torch.randn(options.batch, 32, 32, 3, device=device), torch.randint(10, (options.batch,), device=device)
+    step_torch = torch_resnet.make_step(network, x, y)
+
+    def call_torch():
+        step_torch()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = timing.interleaved({"identity": call, "torch": call_torch}, repeats=options.repeats)
+    return {
+        "kind": "torch",
+        "model": "resnet18",
+        "cut": "–",
+        "image": 32,
+        "identity_seconds": seconds["identity"],
+        "torch_seconds": seconds["torch"],
+        "identity_compile_seconds": compile_seconds,
+    }
+
+
+def make_step(name, classes, side, cut, codec, options):
+    """(a call that runs the next step, seconds to compile it)."""
+    model = models.build(name, input_shape=(side, side, 3), num_classes=classes, width=options.width)
+    client, server = models.split(model, cut)
+    optimizer = train.make_optimizer(config.OptimConfig(), epochs=1, steps_per_epoch=10**6)
+    setup = step.Setup(client.apply, server.apply, codec, compress.Identity(), optimizer)
+    preprocess = simulate.Preprocess("crop_flip", (0.5,) * 3, (0.25,) * 3, "float32")
+    mesh = simulate.make_mesh(options.clients)
+    run = simulate.make_train(setup, preprocess, clients=options.clients, mesh=mesh)
+    per_client = options.batch // options.clients
+    rng = np.random.default_rng(0)
+    count = options.batch
+    images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    labels = rng.integers(0, classes, count, dtype=np.int32)
+    order = np.arange(options.clients * per_client, dtype=np.int32).reshape(1, options.clients, per_client)
+    fixed = simulate.replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
+    carry = [simulate.replicate(step.init_state(setup, client, server), mesh), simulate.zero_sums(mesh)]
+
+    def call():
+        carry[:] = run(*carry, *fixed, order, jax.random.key(0))
+        return carry[1]
+
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return call, time.perf_counter() - start
+
+
+def table(rows: list[dict]) -> str:
+    """Returns the steps in milliseconds and their ratio as a Markdown table."""
+    lines = []
+    for row in rows:
+        pair = ("ms", "identity") if row["kind"] == "codec" else ("identity", "torch")
+        first, second = (row[f"{key}_seconds"] for key in pair)
+        what = {"codec": "MS against none", "torch": "against PyTorch"}[row["kind"]]
+        compile_seconds = row.get("ms_compile_seconds", row["identity_compile_seconds"])
+        cells = [f"{row['model']}, {row['image']}²", row["cut"], what]
+        cells += [f"{first * 1e3:.1f}", f"{second * 1e3:.1f}", f"{first / second:.3f}", f"{compile_seconds:.1f}"]
+        lines.append(cells)
+    header = ["model", "cut", "what", "step, ms", "other step, ms", "ratio", "first step, s"]
+    return timing.table(header, lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

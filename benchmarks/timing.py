@@ -1,0 +1,77 @@
+"""Timing side by side, and what is left of it: a table, a JSON record and a plot."""
+
+import argparse
+import gc
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from msjax import runs
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def interleaved(contenders: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Returns each contender's median seconds of a call.
+
+    All are called in turn, `repeats` times: whatever else the machine does meets all of them alike. A contender must
+    return JAX arrays, which are waited for, or be done when it returns.
+    """
+    for call in contenders.values():
+        for _ in range(warmup):
+            jax.block_until_ready(call())
+    seconds = {name: [] for name in contenders}
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, call in contenders.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="calls of each contender; the median counts")
+    parser.add_argument("--out", type=pathlib.Path, help="where the JSON record and the plot go, without a suffix")
+    return parser
+
+
+def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+    """Returns the rows with all that they depend on."""
+    environment = runs.environment()
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        environment["packages"]["torch"] = torch.__version__
+        environment["torch_threads"] = torch.get_num_threads()
+    return {
+        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "options": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(options).items()},
+        "environment": environment,
+        "wall_seconds": round(wall_seconds, 1),
+        "rows": rows,
+    }
+
+
+def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
+    """Writes `out`.json and, of a matplotlib figure, `out`.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    if figure is not None:
+        figure.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table whose columns but the first are numbers."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

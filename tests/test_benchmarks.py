@@ -1,0 +1,56 @@
+"""The benchmarks run, compare what they say they compare, and record it."""
+
+import argparse
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import timing
+
+
+def test_contenders_are_called_in_turn_and_the_median_is_theirs(monkeypatch):
+    calls, clock = [], iter([0.0, 1.0, 0.0, 10.0, 0.0, 5.0, 0.0, 10.0, 0.0, 2.0, 0.0, 30.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    assert timing.interleaved(contenders, repeats=3, warmup=1) == {"a": 2.0, "b": 10.0}
+    assert calls == list("ab") * 4
+
+
+def test_record_says_what_it_depends_on(tmp_path):
+    options = argparse.Namespace(repeats=2, out=tmp_path / "sub" / "x")
+    timing.save(options.out, timing.record(options, [{"copy_seconds": 1.5}], wall_seconds=3.21))
+    record = json.loads((tmp_path / "sub" / "x.json").read_text())
+    assert record["rows"] == [{"copy_seconds": 1.5}] and record["wall_seconds"] == 3.2
+    assert record["environment"]["packages"]["jax"] and record["environment"]["cpu_cores"]
+
+
+def test_codecs():
+    pytest.importorskip("torch", reason="needs the extra `bench`")
+    from benchmarks import codecs
+
+    rows = codecs.measure(1 / 32, "float32", repeats=1)
+    assert [row["codec"] for row in rows] == [str(codec) for codec in codecs.CODECS]
+    assert all(row[f"{op}_seconds"] > 0 for row in rows for op in codecs.OPERATIONS)
+    assert len(codecs.table(rows).splitlines()) == 2 + len(rows)
+    codecs.plot(rows)
+
+
+def test_other_codes_in_pytorch_stop_the_benchmark():
+    torch = pytest.importorskip("torch", reason="needs the extra `bench`")
+    from benchmarks import codecs
+
+    h = jnp.arange(400, dtype=jnp.float32)
+    codecs.check_same_codes(h, torch.arange(400.0))
+    with pytest.raises(RuntimeError, match="differ"):
+        codecs.check_same_codes(h, torch.arange(400.0) + (torch.arange(400) == 200) * 40)
+
+
+def test_steps():
+    torch = pytest.importorskip("torch", reason="needs the extra `bench`")
+    from benchmarks import steps
+
+    options = argparse.Namespace(width=1 / 16, batch=4, clients=2, repeats=1)
+    rows = [steps.with_codec("resnet18", 10, 32, "deep", options), steps.beside_torch(options)]
+    assert len(steps.table(rows).splitlines()) == 4
+    assert torch.get_num_threads() > 0 and all(row["identity_seconds"] > 0 for row in rows)
