@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -20,9 +21,11 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def interleaved(contenders: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2) -> dict[str, float]:
     """Returns each contender's median seconds of a call.
 
-    All are called in turn, `repeats` times: whatever else the machine does meets all of them alike. A contender must
-    return JAX arrays, which are waited for, or be done when it returns.
+    Each of `repeats` rounds calls them all, in an order of its own: whatever else the machine does, and whatever the
+    one before left behind, meets all of them alike. A contender must return JAX arrays, which are waited for, or be
+    done when it returns.
     """
+    order, rng = list(contenders), random.Random(0)
     for call in contenders.values():
         for _ in range(warmup):
             jax.block_until_ready(call())
@@ -30,9 +33,10 @@ def interleaved(contenders: dict[str, Callable[[], Any]], *, repeats: int, warmu
     gc.disable()
     try:
         for _ in range(repeats):
-            for name, call in contenders.items():
+            rng.shuffle(order)
+            for name in order:
                 start = time.perf_counter()
-                jax.block_until_ready(call())
+                jax.block_until_ready(contenders[name]())
                 seconds[name].append(time.perf_counter() - start)
     finally:
         gc.enable()
