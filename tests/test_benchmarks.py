@@ -49,7 +49,7 @@ def test_other_codes_in_pytorch_stop_the_benchmark():
     h = jnp.arange(400, dtype=jnp.float32)
     codecs.check_same_codes(h, torch.arange(400.0))
     with pytest.raises(RuntimeError, match="differ"):
-        codecs.check_same_codes(h, torch.arange(400.0) + (torch.arange(400) == 200) * 40)
+        codecs.check_same_codes(h, torch.arange(400.0) + (torch.arange(400) == 100) * 100)
 
 
 def test_steps():

@@ -43,6 +43,7 @@ def test_save_and_load(tmp_path):
         ("epochs", 0, "epochs must be at least 1, got 0"),
         ("seed", -1, "seed must be at least 0, got -1"),
         ("dtype", "float64", "dtype must be one of 'float32', 'bfloat16', got 'float64'"),
+        ("optim.label_smoothing", 1.0, "optim.label_smoothing must be in .*, got 1.0"),
         ("optim.learning_rate", 0.0, "optim.learning_rate must be above 0, got 0.0"),
         ("optim.warmup_epochs", -1.0, "optim.warmup_epochs must be at least 0, got -1.0"),
         ("optim.schedule", "cosin", "optim.schedule must be one of 'cosine', 'steps', 'constant', got 'cosin'"),

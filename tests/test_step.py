@@ -140,6 +140,34 @@ def test_count_correct_ranks_ties_by_class_and_rejects_nan():
     assert (int(top1), int(top5)) == (1, 2)
 
 
+def test_label_smoothing_is_cross_entropy_against_the_smoothed_target():
+    logits, y = jax.random.normal(jax.random.key(0), (5, 4)), jnp.array([0, 3, 1, 1, 2])
+    target = 0.8 * np.eye(4)[y] + 0.2 / 4
+    expected = -(target * np.log(jax.nn.softmax(logits))).sum(1).mean()
+    np.testing.assert_allclose(step.cross_entropy(logits, y, 0.2), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        step.cross_entropy(logits, y), -np.log(jax.nn.softmax(logits))[np.arange(5), y].mean(), rtol=1e-6
+    )
+
+
+def test_test_loss_is_never_smoothed():
+    plain, smoothed = (setup_and_loss(label_smoothing) for label_smoothing in (0.0, 0.3))
+    assert plain[1] == smoothed[1] and plain[0] != smoothed[0]
+
+
+def setup_and_loss(label_smoothing):
+    """(training loss, test loss) of the same first step."""
+    model = models.build("convnet", input_shape=(8, 8, 1), num_classes=10)
+    client, server = models.split(model, "medium")
+    codec = compress.Identity()
+    setup = step.Setup(client.apply, server.apply, codec, codec, optax.sgd(0.0), label_smoothing)
+    state = step.init_state(setup, client, server)
+    x, y = jax.random.normal(jax.random.key(0), (1, 6, 8, 8, 1)), jnp.arange(6)[None]
+    keys = simulate.client_keys(jax.random.key(1), jnp.int32(0), jnp.arange(1))
+    _, info = step.fused_step(setup, state, x, y, keys)
+    return float(info.loss), float(step.evaluate(setup, state, x[0], y[0], keys[0], codec=None).loss)
+
+
 def test_client_keys_depend_on_step_and_client_alone():
     key = jax.random.key(0)
     together = jax.random.key_data(simulate.client_keys(key, jnp.int32(4), jnp.arange(6)))
