@@ -58,8 +58,10 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
         torch = sys.modules["torch"]
         environment["packages"]["torch"] = torch.__version__
         environment["torch_threads"] = torch.get_num_threads()
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
-        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "options": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(options).items()},
         "environment": environment,
         "wall_seconds": round(wall_seconds, 1),
