@@ -67,7 +67,7 @@ def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> 
     """`select` without a sort: a threshold that leaves few more than k candidates, then the exact answer among them."""
     d = x.size
     scores = functools.partial(score, by_magnitude=by_magnitude)
-    # Room for the guess to err: five standard deviations of the sample's at k = d/100.
+    # Room for the guess to err: four standard deviations of the sample's at k = d/100.
     room = min(d - k, max(1, min(max(k // 2, d // 256), d // 64)))
     candidates = _positions(_candidates(x, scores, k, k + room), k + room, d)
     orders = jnp.where(candidates < d, _order(scores(x[jnp.minimum(candidates, d - 1)])), jnp.uint32(0))
