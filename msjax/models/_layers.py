@@ -100,11 +100,16 @@ class DenseBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Mean over the pixels, if any are left, and a dense layer: (n, [h, w,] c) -> float32 logits (n, classes)."""
+    """Mean or maximum over the pixels, if any are left, and a dense layer: (n, [h, w,] c) -> float32 (n, classes).
 
-    def __init__(self, in_features, num_classes, *, dtype, rngs):
+    The logits are multiplied by `scale`.
+    """
+
+    def __init__(self, in_features, num_classes, *, pool="mean", scale=1.0, dtype, rngs):
+        self.pool, self.scale = pool, scale
         self.dense = nnx.Linear(in_features, num_classes, dtype=dtype, kernel_init=_DENSE_INIT, rngs=rngs)
 
     def __call__(self, x, *, train, key=None):
-        pooled = x.mean((1, 2)) if x.ndim == 4 else x
-        return self.dense(pooled).astype(jnp.float32)
+        if x.ndim == 4:
+            x = x.mean((1, 2)) if self.pool == "mean" else x.max((1, 2))
+        return self.dense(x).astype(jnp.float32) * self.scale

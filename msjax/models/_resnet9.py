@@ -5,6 +5,8 @@ from flax import nnx
 from msjax.models._layers import ACTIVATIONS, ConvBlock, ConvNorm, Head
 from msjax.models._model import Block
 
+_HEAD = {"pool": "max", "scale": 0.125}  # Page's; the scale is as if the softmax had temperature 8
+
 
 class PoolBlock(nnx.Module):
     """Convolution, max-pool, normalisation, activation: pooled before rather than after, it normalises a quarter."""
@@ -33,8 +35,7 @@ def resnet9(input_shape, num_classes, *, scale, **options):
     """Convolutions 1, 2, 5, 6 (a max-pool after each but the first), residual pairs 3–4 and 7–8, and a dense layer.
 
     Stands for the paper's networks where a CPU must train: its maps at the cuts 2, 5 and 6 go through the same sizes
-    as VGG19's, 16×16, 8×8 and 4×4 for 32×32 images. Deviation from Page: the mean over the pixels, not the maximum,
-    and no scaling of the logits.
+    as VGG19's, 16×16, 8×8 and 4×4 for 32×32 images. Deviation from Page: the dense layer has a bias.
     """
     f1, f2, f3, f4 = (scale(f) for f in (64, 128, 256, 512))
     blocks = (
@@ -44,6 +45,6 @@ def resnet9(input_shape, num_classes, *, scale, **options):
         Block.of("conv5", 5, PoolBlock, in_features=f2, features=f3, **options),
         Block.of("conv6", 6, PoolBlock, in_features=f3, features=f4, **options),
         Block.of("residual8", 8, Residual, features=f4, **options),
-        Block.of("head", 9, Head, in_features=f4, num_classes=num_classes, dtype=options["dtype"]),
+        Block.of("head", 9, Head, in_features=f4, num_classes=num_classes, **_HEAD, dtype=options["dtype"]),
     )
     return blocks, (("shallow", 2), ("medium", 5), ("deep", 6)), ""
