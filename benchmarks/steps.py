@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from msjax import compress, config, models, simulate, step, train
+from msjax import assemble, compress, config, models, simulate, step
 
 CUTS = ("shallow", "medium", "deep")
 
@@ -94,7 +94,7 @@ def make_step(name, classes, side, cut, codec, options):
     """(a call that runs the next step, seconds to compile it)."""
     model = models.build(name, input_shape=(side, side, 3), num_classes=classes, width=options.width)
     client, server = models.split(model, cut)
-    optimizer = train.make_optimizer(config.OptimConfig(), epochs=1, steps_per_epoch=10**6)
+    optimizer = assemble.make_optimizer(config.OptimConfig(), epochs=1, steps_per_epoch=10**6)
     setup = step.Setup(client.apply, server.apply, codec, compress.Identity(), optimizer)
     preprocess = simulate.Preprocess("crop_flip", (0.5,) * 3, (0.25,) * 3, "float32")
     mesh = simulate.make_mesh(options.clients)

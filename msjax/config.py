@@ -84,12 +84,29 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModeConfig:
+    """How the clients work together, and what stays with them."""
+
+    kind: Literal["parallel", "splitfed", "sequential"] = "parallel"
+    """parallel: all clients step together and their gradients are averaged in every step, as in the paper. splitfed:
+    every client updates a half of its own, and the halves are averaged now and then. sequential: one client after
+    another trains with the server, and hands its half to the next."""
+    average_steps: int = 10
+    """splitfed: steps between two averages of the halves; there is one at the end of an epoch in any case."""
+    turn_steps: int | None = None
+    """sequential: steps of a turn; by default a client's whole share of an epoch."""
+    head_cut: str | None = None
+    """U-shaped: the layers behind this cut, and the labels, stay with the client. A cut as of the model, or "last"."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One training run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    mode: ModeConfig = ModeConfig()
     codec: CodecFlag = MaskEncoded()
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()
@@ -111,9 +128,10 @@ class Config:
     """Where the run folder is made."""
 
     def __post_init__(self):
-        for name in ("clients", "batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"):
+            value = operator.attrgetter(name)(self)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "optim.warmup_epochs", "optim.weight_decay"):
             value = operator.attrgetter(name)(self)
             if value < 0:
@@ -132,14 +150,23 @@ class Config:
     @property
     def cut(self) -> int | str:
         """`model.cut` as `models.split` takes it."""
-        cut = str(self.model.cut)
-        return int(cut) if cut.isdecimal() else cut
+        return _cut(self.model.cut)
+
+    @property
+    def head_cut(self) -> int | str | None:
+        """`mode.head_cut` as `models.split` takes it."""
+        return None if self.mode.head_cut is None else _cut(self.mode.head_cut)
+
+
+def _cut(cut):
+    return int(cut) if str(cut).isdecimal() else cut
 
 
 # Literal types are checked on the command line alone; presets and files are checked against this.
 _CHOICES = {
     "model.first_block": ("residual", "paper"),
     "data.augment": (None, "none", "flip", "crop_flip"),
+    "mode.kind": ("parallel", "splitfed", "sequential"),
     "optim.schedule": ("cosine", "steps", "constant"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -172,6 +199,7 @@ def from_json(tree: dict[str, Any]) -> Config:
             model=ModelConfig(**tree.pop("model", {})),
             data=DataConfig(**tree.pop("data", {})),
             optim=OptimConfig(**optim),
+            mode=ModeConfig(**tree.pop("mode", {})),
             codec=compress.from_string(tree.pop("codec")),
             grad_codec=compress.from_string(tree.pop("grad_codec")),
             **tree,

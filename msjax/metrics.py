@@ -1,38 +1,44 @@
-"""Bytes up and down: what a step moves, exactly, and what the paper counts of it."""
+"""Bytes up and down: what a run moves, exactly, and what the paper counts of it."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
 
-import jax
-
-from msjax import compress
-from msjax.step import HalfState
+from msjax.parties import Form, Shapes
+from msjax.protocol import Exchange, Phase
 
 LABEL_BYTES = 4  # labels travel as int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Payload bytes of one or more steps, over all clients; transport headers are not in it.
+    """Payload bytes over all clients; headers are not in it, nor what is sent to test.
 
-    `synchronization` is what keeps the clients' halves equal: every client sends its gradients and batch statistics
-    and gets their mean. The paper counts features alone; so does `paper_bytes`, for training and test samples.
+    Of U-shaped training the features and gradients go both ways, and labels none. `synchronization` is what keeps the
+    clients' halves together: in parallel mode every client sends its gradients and batch statistics in each step and
+    gets their mean. The paper counts features on their way up alone, of training and of test samples: `paper_bytes`.
     """
 
     uplink_feature_bytes: int = 0
+    uplink_gradient_bytes: int = 0
     uplink_label_bytes: int = 0
     uplink_synchronization_bytes: int = 0
+    downlink_feature_bytes: int = 0
     downlink_gradient_bytes: int = 0
     downlink_synchronization_bytes: int = 0
     paper_bytes: int = 0
 
     @property
     def uplink_bytes(self) -> int:
-        return self.uplink_feature_bytes + self.uplink_label_bytes + self.uplink_synchronization_bytes
+        return (
+            self.uplink_feature_bytes
+            + self.uplink_gradient_bytes
+            + self.uplink_label_bytes
+            + self.uplink_synchronization_bytes
+        )
 
     @property
     def downlink_bytes(self) -> int:
-        return self.downlink_gradient_bytes + self.downlink_synchronization_bytes
+        return self.downlink_feature_bytes + self.downlink_gradient_bytes + self.downlink_synchronization_bytes
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -45,47 +51,37 @@ class Traffic:
         return dataclasses.asdict(self) | {"uplink_bytes": self.uplink_bytes, "downlink_bytes": self.downlink_bytes}
 
 
-def step_traffic(
-    codec: compress.Codec, grad_codec: compress.Codec, features: Any, client: HalfState, *, clients: int
-) -> Traffic:
-    """Returns the bytes of one training step of K clients.
-
-    Args:
-      features: shape and dtype of one client's feature map (B, …).
-      client: the client half, whose gradients and statistics are averaged when there are several clients.
-    """
-    sync = sum(leaf.nbytes for leaf in jax.tree.leaves((client.params, client.stats))) if clients > 1 else 0
-    up = codec.payload_bytes(features)
-    return Traffic(
-        uplink_feature_bytes=clients * up,
-        uplink_label_bytes=clients * features.shape[0] * LABEL_BYTES,
-        uplink_synchronization_bytes=clients * sync,
-        downlink_gradient_bytes=clients * grad_codec.payload_bytes(features),
-        downlink_synchronization_bytes=clients * sync,
-        paper_bytes=clients * up,
-    )
+def count(shapes: Shapes, exchanges: Iterable[Exchange]) -> Traffic:
+    """Returns the bytes of these exchanges."""
+    total = Traffic()
+    for exchange in exchanges:
+        total += _of(shapes, exchange) * len(exchange.clients)
+    return total
 
 
-def epoch_traffic(
-    codec: compress.Codec,
-    grad_codec: compress.Codec,
-    features: Any,
-    client: HalfState,
-    *,
-    clients: int,
-    samples_per_client: int,
-    batch_size: int,
-) -> Traffic:
-    """Returns the bytes of an epoch's training steps, the smaller last one counted at its own size.
+def epoch_traffic(shapes: Shapes, *, epoch: int = 1) -> Traffic:
+    """Returns the bytes of an epoch, counted from 0; the first one of sequential training lacks a hand-over."""
+    plan = shapes.plan
+    steps = range(epoch * plan.epoch_steps, (epoch + 1) * plan.epoch_steps)
+    return count(shapes, (exchange for step in steps for exchange in plan.step_exchanges(step)))
 
-    `features` gives the shape of one sample's feature map, behind its batch axis, and the dtype; the rest is as in
-    `step_traffic`.
-    """
 
-    def steps(batch, count):
-        like = jax.ShapeDtypeStruct((batch, *features.shape[1:]), features.dtype)
-        return step_traffic(codec, grad_codec, like, client, clients=clients) * count
+def _of(shapes, exchange):
+    """Of one client."""
+    up, down = (0 if form is None else _bytes(form) for form in (shapes.up(exchange), shapes.down(exchange)))
+    head = shapes.plan.mode.head_cut is not None
+    match exchange.phase:
+        case Phase.FEATURES if head:
+            return Traffic(uplink_feature_bytes=up, downlink_feature_bytes=down, paper_bytes=up)
+        case Phase.FEATURES:
+            labels = shapes.batch(exchange) * LABEL_BYTES
+            return Traffic(up, uplink_label_bytes=labels, downlink_gradient_bytes=down, paper_bytes=up)
+        case Phase.GRADIENT:
+            return Traffic(uplink_gradient_bytes=up, downlink_gradient_bytes=down)
+        case Phase.TEST:
+            return Traffic(paper_bytes=up)
+    return Traffic(uplink_synchronization_bytes=up, downlink_synchronization_bytes=down)
 
-    full, rest = divmod(samples_per_client, batch_size)
-    total = steps(batch_size, full)
-    return total + steps(rest, 1) if rest else total
+
+def _bytes(form: Form) -> int:
+    return form.codec.payload_bytes(form.like)

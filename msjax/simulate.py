@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msjax import compress, data
-from msjax.step import Info, Setup, TrainState, evaluate, fused_step, split_key
+from msjax.step import Info, Setup, TrainState, average_halves, evaluate, fused_step, split_key
 
 AXIS = "client"
 
@@ -35,6 +35,18 @@ class Preprocess:
             images = data.augment(images, key, kind=self.augment)
         mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
         return data.normalize(images, mean, std, jnp.dtype(self.dtype))
+
+
+class Averages(NamedTuple):
+    """When SplitFed averages: every `steps` steps, and at the end of an epoch of `epoch_steps`."""
+
+    steps: int
+    epoch_steps: int
+
+    def after(self, step: jax.Array) -> jax.Array:
+        """Whether the halves are averaged after this step."""
+        within = step % self.epoch_steps + 1
+        return (within % self.steps == 0) | (within == self.epoch_steps)
 
 
 class Sums(NamedTuple):
@@ -63,6 +75,16 @@ def _add(sums, info, samples):
     return Sums(sums.loss + info.loss * samples, sums.top1 + info.top1, sums.top5 + info.top5, sums.samples + samples)
 
 
+def train_key(seed: int) -> jax.Array:
+    """Returns the key that those of all training steps are drawn from."""
+    return jax.random.fold_in(jax.random.key(seed), 1 << 31)  # the model's blocks take 0, 1, 2, …
+
+
+def test_key(seed: int) -> jax.Array:
+    """Returns the key that those of all test batches are drawn from."""
+    return jax.random.fold_in(jax.random.key(seed), (1 << 31) + 1)
+
+
 def client_keys(key: jax.Array, step: jax.Array, clients: jax.Array) -> jax.Array:
     """Returns the keys (K,) of the clients with these numbers in this step."""
     key = jax.random.fold_in(key, step)
@@ -86,6 +108,13 @@ def _spread_over(clients, limit):
     return max(n for n in range(1, min(clients, limit) + 1) if clients % n == 0)
 
 
+def own_halves(state: TrainState, clients: int, mesh: Mesh | None) -> TrainState:
+    """Returns a state in which each of K clients has a half of its own: its arrays get a leading axis K."""
+    client = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), state.client)
+    rest = replicate(state._replace(client=None), mesh)
+    return rest._replace(client=jax.device_put(client, NamedSharding(mesh, PartitionSpec(AXIS)) if mesh else None))
+
+
 def make_mesh(clients: int, devices: list | None = None) -> Mesh | None:
     """Returns a mesh over as many devices as divide the clients evenly, or None where that is one."""
     devices = jax.devices() if devices is None else devices
@@ -98,13 +127,17 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else None)
 
 
-def make_train(setup: Setup, preprocess: Preprocess, *, clients: int, mesh: Mesh | None = None):
+def make_train(
+    setup: Setup, preprocess: Preprocess, *, clients: int, mesh: Mesh | None = None, averages: Averages | None = None
+):
     """Returns the jitted `train(state, sums, images, labels, order, key) -> (state, sums)`, which gives its state away.
 
     `order` is int32 (S, K, B): for each of S steps and each client the positions of its samples in `images` (N, H, W,
     C) and `labels` (N,), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU
     runs convolutions slower inside a loop. With `order` None, `images` (K, B, H, W, C) and `labels` (K, B) are
-    themselves one step's.
+    themselves one step's. A further argument `numbers`, int32 (K,), says which clients these are; by default all.
+
+    With `averages` every client has a half of its own, see `fused_step`, and they are averaged at those steps.
     """
 
     def train(state, sums, images, labels, order, numbers, key):
@@ -113,21 +146,39 @@ def make_train(setup: Setup, preprocess: Preprocess, *, clients: int, mesh: Mesh
             x, y = (images[batch], labels[batch]) if order is not None else batch
             keys = client_keys(key, state.step, numbers)
             x = jax.vmap(lambda x, key: preprocess(x, split_key(key).augment))(x, keys)
-            state, info = fused_step(setup, state, x, y, keys, axis_name=mesh and AXIS)
+            axis = mesh and AXIS
+            state, info = fused_step(setup, state, x, y, keys, axis_name=axis, own_halves=averages is not None)
+            if averages is not None:
+                mean = average_halves(state.client, axis_name=axis)
+                now = averages.after(state.step - 1)
+                client = jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, state.client)
+                state = state._replace(client=client)
             return (state, _add(sums, info, clients * y.shape[1])), None
 
         return _repeat(one_step, (state, sums), images, labels, order)
 
-    return _spread(train, clients, mesh, donate=(0, 1))
+    return _spread(train, clients, mesh, donate=(0, 1), own_halves=averages is not None)
 
 
-def make_eval(setup: Setup, preprocess: Preprocess, *, codec: compress.Codec | None, clients: int, mesh: Mesh | None):
+def make_eval(
+    setup: Setup,
+    preprocess: Preprocess,
+    *,
+    codec: compress.Codec | None,
+    clients: int,
+    mesh: Mesh | None,
+    own_halves: bool = False,
+):
     """Returns the jitted `evaluate(state, sums, images, labels, order, key) -> sums`; arguments as in `make_train`.
 
-    Each (B,) of `order` is one batch: it goes through the codec by itself, as a client's batch does.
+    Each (B,) of `order` is one batch: it goes through the codec by itself, as a client's batch does. Where clients have
+    halves of their own, they have just been averaged.
     """
 
     def run(state, sums, images, labels, order, numbers, key):
+        if own_halves:
+            state = state._replace(client=jax.tree.map(lambda leaf: leaf[0], state.client))
+
         def one_step(carry, batch):
             sums, step = carry
             x, y = (images[batch], labels[batch]) if order is not None else batch
@@ -140,7 +191,7 @@ def make_eval(setup: Setup, preprocess: Preprocess, *, codec: compress.Codec | N
 
         return _repeat(one_step, (sums, jnp.int32(0)), images, labels, order)[0]
 
-    return _spread(run, clients, mesh, donate=(1,))
+    return _spread(run, clients, mesh, donate=(1,), own_halves=own_halves)
 
 
 def _repeat(one_step, carry, images, labels, order):
@@ -152,18 +203,21 @@ def _repeat(one_step, carry, images, labels, order):
     return jax.lax.scan(one_step, carry, order)[0]
 
 
-def _spread(fun, clients: int, mesh: Mesh | None, donate: tuple[int, ...]):
+def _spread(fun, clients: int, mesh: Mesh | None, donate: tuple[int, ...], own_halves: bool):
     """`fun` jitted, its clients' numbers filled in, spread over the mesh."""
-    numbers = np.arange(clients, dtype=np.int32)
+    everyone = np.arange(clients, dtype=np.int32)
 
-    def call(state: TrainState, sums: Sums, images: Any, labels: Any, order: Any, key: jax.Array):
+    def call(state: TrainState, sums: Sums, images: Any, labels: Any, order: Any, key: jax.Array, numbers: Any = None):
+        numbers = jnp.asarray(everyone if numbers is None else numbers)
         if mesh is None:
-            return fun(state, sums, images, labels, order, jnp.asarray(numbers), key)
+            return fun(state, sums, images, labels, order, numbers, key)
         everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
         batch = by_client if order is None else everywhere
-        in_specs = (everywhere, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+        states = TrainState(by_client if own_halves else everywhere, everywhere, everywhere)
+        in_specs = (states, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+        out_specs = (states, everywhere) if 0 in donate else everywhere
         # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
-        spread = jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=everywhere, check_vma=False)
-        return spread(state, sums, images, labels, order, jnp.asarray(numbers), key)
+        spread = jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return spread(state, sums, images, labels, order, numbers, key)
 
     return jax.jit(call, donate_argnums=donate)

@@ -8,6 +8,14 @@ As the parties take it, with a codec's payload between them:
     client = client_update(setup, client, mean_of(updates))                    # averaged, so that all clients stay
     equal
 
+Where `Setup.head` is set, the last layers and the labels stay with the client too (U-shaped split learning), and the
+server's turn becomes two:
+
+    payloads, pending = server_forward(setup, server, payloads, keys, features)
+    payload, update, info = client_head(setup, client, payload, y, key, head_features)          # on each client
+    server, replies = server_backward(setup, server, pending, payloads, keys, head_features)
+    update = client_backward(setup, pending, reply, features, update)                           # on each client
+
 In one program `fused_step` computes the same through `straight_through`. Both follow the paper: the loss of a step is
 the mean over the K clients, and so are the gradients of the server and of the clients (arXiv 2408.13787, section 2);
 each client normalises by its own batch, and the running statistics are averaged over the clients.
@@ -38,6 +46,8 @@ class Setup:
     optimizer: optax.GradientTransformation
     label_smoothing: float = 0.0
     """Part of the training target that is spread over all classes; the loss on test data has none."""
+    head: models.Apply | None = None
+    """The layers behind the server's, on the client, which then keeps its labels; its state is in the client's half."""
 
 
 class HalfState(NamedTuple):
@@ -90,18 +100,31 @@ def split_key(key: jax.Array) -> Keys:
     return Keys(*jax.random.split(key, len(Keys._fields)))
 
 
-def init_state(setup: Setup, client: models.Half, server: models.Half) -> TrainState:
-    """Returns the state before the first step."""
+def head_key(key: jax.Array) -> jax.Array:
+    """Returns the key of the codec between server and head, given that of the codec between client and server."""
+    return jax.random.fold_in(key, 1 << 30)
 
-    def half(h):
-        return HalfState(h.params, h.stats, setup.optimizer.init(h.params))
 
-    return TrainState(half(client), half(server), jnp.int32(0))
+def init_half(setup: Setup, *halves: models.Half) -> HalfState:
+    """Returns what a party that has these parts of the model starts with."""
+    params = {name: value for half in halves for name, value in half.params.items()}
+    stats = {name: value for half in halves for name, value in half.stats.items()}
+    return HalfState(params, stats, setup.optimizer.init(params))
+
+
+def init_state(setup: Setup, client: models.Half, server: models.Half, *head: models.Half) -> TrainState:
+    """Returns the state before the first step; `head` is given where `setup` has one."""
+    return TrainState(init_half(setup, client, *head), init_half(setup, server), jnp.int32(0))
 
 
 def features_like(setup: Setup, client: HalfState, x: Any) -> jax.ShapeDtypeStruct:
     """Returns shape and dtype of the feature map of a batch like `x`."""
     return jax.eval_shape(lambda p, s, x: setup.client(p, s, x, train=False)[0], client.params, client.stats, x)
+
+
+def head_features_like(setup: Setup, server: HalfState, features: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype of what the server makes of features like `features`: what the head gets."""
+    return jax.eval_shape(lambda p, s, h: setup.server(p, s, h, train=False)[0], server.params, server.stats, features)
 
 
 def client_forward(setup: Setup, client: HalfState, x: Float[Array, "b ..."], key: jax.Array) -> tuple[tuple, Pending]:
@@ -154,11 +177,76 @@ def server_step(
     return server, replies, Info(losses.mean(), counts[0].sum(), counts[1].sum())
 
 
-def client_backward(setup: Setup, pending: Pending, reply: tuple, features: jax.ShapeDtypeStruct) -> ClientUpdate:
-    """One client's backward pass from the server's reply: its gradients, to be averaged over the clients."""
+def server_forward(
+    setup: Setup, server: HalfState, payloads: tuple, keys: jax.Array, features: jax.ShapeDtypeStruct
+) -> tuple[tuple, Pending]:
+    """The server's forward pass where the head is the clients': payloads for their heads, with a leading axis K."""
+
+    def forward(params, h):
+        def one_client(h, key):
+            return setup.server(params, server.stats, h, train=True, key=split_key(key).server)
+
+        return jax.vmap(one_client)(h, keys)
+
+    h = jax.vmap(lambda payload: setup.codec.decode(payload, features))(payloads)
+    out, vjp, stats = jax.vjp(forward, server.params, h, has_aux=True)
+    payloads = jax.vmap(lambda out, key: setup.codec.encode(out, head_key(split_key(key).codec)))(out, keys)
+    return payloads, Pending(vjp, stats)
+
+
+def client_head(
+    setup: Setup, client: HalfState, payload: tuple, y: Int[Array, "b"], key: jax.Array, features: jax.ShapeDtypeStruct
+) -> tuple[tuple, ClientUpdate, Info]:
+    """One client's loss: the payload of its gradient for the server, the head's part of its update, and `Info`.
+
+    `features` is shape and dtype of what the head gets.
+    """
+    keys = split_key(key)
+    h = setup.codec.decode(payload, features)
+
+    def loss(params, h):
+        logits, stats = setup.head(params, client.stats, h, train=True, key=keys.client)
+        return cross_entropy(logits, y, setup.label_smoothing), (stats, logits)
+
+    (value, (stats, logits)), (grads, g) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(client.params, h)
+    payload = setup.grad_codec.encode(g, compress.downlink_key(head_key(keys.codec)))
+    return payload, ClientUpdate(grads, stats), Info(value, *count_correct(logits, y))
+
+
+def server_backward(
+    setup: Setup,
+    server: HalfState,
+    pending: Pending,
+    payloads: tuple,
+    keys: jax.Array,
+    features: jax.ShapeDtypeStruct,
+) -> tuple[HalfState, tuple]:
+    """The server's backward pass from the heads' payloads: its new state, and the replies with a leading axis K."""
+    g = jax.vmap(lambda payload: setup.grad_codec.decode(payload, features))(payloads)
+    grads, g = pending.vjp(g)
+    grads = jax.tree.map(lambda leaf: leaf / len(keys), grads)
+    encode = lambda g, key: setup.grad_codec.encode(g, compress.downlink_key(split_key(key).codec))  # noqa: E731
+    return _update(setup, server, grads, _mean(pending.stats)), jax.vmap(encode)(g, keys)
+
+
+def client_backward(
+    setup: Setup,
+    pending: Pending,
+    reply: tuple,
+    features: jax.ShapeDtypeStruct,
+    head: ClientUpdate | None = None,
+) -> ClientUpdate:
+    """One client's backward pass from the server's reply: its gradients, to be averaged over the clients.
+
+    `head` is what `client_head` gave.
+    """
     g = setup.grad_codec.decode(reply, features)
     (grads,) = pending.vjp(g)
-    return ClientUpdate(grads, pending.stats)
+    update = ClientUpdate(grads, pending.stats)
+    if head is None:
+        return update
+    # Each is zero where the other is not.
+    return ClientUpdate(jax.tree.map(jnp.add, update.grads, head.grads), update.stats | head.stats)
 
 
 def client_update(setup: Setup, client: HalfState, update: ClientUpdate) -> HalfState:
@@ -174,39 +262,71 @@ def fused_step(
     keys: jax.Array,
     *,
     axis_name: str | None = None,
+    own_halves: bool = False,
 ) -> tuple[TrainState, Info]:
     """The step of K clients in one program; `client_forward` … `client_update` compute the same in several.
 
-    The clients' batches are one `vmap`, whose weights carry no client axis: convolutions and weight gradients see one
-    batch of K·B.
+    The clients' batches are one `vmap`. Where all clients have the same half its weights carry no client axis:
+    convolutions and weight gradients see one batch of K·B.
 
     Args:
       x: batches (K, B, …); y: labels (K, B); keys: one a client (K,).
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
+      own_halves: every client has a half of its own and updates it by itself (SplitFed between two averages); the
+        arrays of `state.client` then have a leading axis K.
     """
 
-    def client_loss(params, x, y, key):
+    def client_loss(params, client_stats, x, y, key):
         keys = split_key(key)
-        h, client_stats = setup.client(params[0], state.client.stats, x, train=True, key=keys.client)
+        h, new_stats = setup.client(params[0], client_stats, x, train=True, key=keys.client)
         h = compress.straight_through(setup.codec, h, keys.codec, setup.grad_codec)
         logits, server_stats = setup.server(params[1], state.server.stats, h, train=True, key=keys.server)
-        return cross_entropy(logits, y, setup.label_smoothing), ((client_stats, server_stats), count_correct(logits, y))
+        if setup.head is not None:
+            h = compress.straight_through(setup.codec, logits, head_key(keys.codec), setup.grad_codec)
+            logits, head_stats = setup.head(params[0], client_stats, h, train=True, key=keys.client)
+            new_stats = new_stats | head_stats
+        return cross_entropy(logits, y, setup.label_smoothing), ((new_stats, server_stats), count_correct(logits, y))
+
+    client_axis = 0 if own_halves else None
 
     def total_loss(params):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        losses, (stats, counts) = jax.vmap(client_loss, in_axes=(None, 0, 0, 0))(params, x, y, keys)
+        axes = ((client_axis, None), client_axis, 0, 0, 0)
+        losses, (stats, counts) = jax.vmap(client_loss, in_axes=axes)(params, state.client.stats, x, y, keys)
         return losses.sum(), (losses, stats, counts)
 
+    def over_devices(tree):
+        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
     params = (state.client.params, state.server.params)
-    grads, (losses, stats, counts) = jax.grad(total_loss, has_aux=True)(params)
-    grads = jax.tree.map(lambda g: g / x.shape[0], grads)
-    stats, loss, counts = _mean(stats), losses.mean(), [c.sum() for c in counts]
+    (client_grads, server_grads), (losses, (client_stats, server_stats), counts) = jax.grad(total_loss, has_aux=True)(
+        params
+    )
+    if own_halves:
+        client = jax.vmap(lambda *half: _update(setup, *half))(state.client, client_grads, client_stats)
+    else:
+        mean_grads = jax.tree.map(lambda g: g / x.shape[0], client_grads)
+        client = _update(setup, state.client, *over_devices((mean_grads, _mean(client_stats))))
+    mean_grads = jax.tree.map(lambda g: g / x.shape[0], server_grads)
+    server = _update(setup, state.server, *over_devices((mean_grads, _mean(server_stats))))
+    loss, counts = over_devices(losses.mean()), [c.sum() for c in counts]
     if axis_name is not None:
-        grads, stats, loss = jax.lax.pmean((grads, stats, loss), axis_name)
         counts = jax.lax.psum(counts, axis_name)
-    client = _update(setup, state.client, grads[0], stats[0])
-    server = _update(setup, state.server, grads[1], stats[1])
     return TrainState(client, server, state.step + 1), Info(loss, *counts)
+
+
+def average_halves(client: HalfState, *, axis_name: str | None = None) -> HalfState:
+    """Gives every client the mean of all clients' weights and statistics, as SplitFed does; momenta stay their own.
+
+    The arrays of `client` have a leading axis K; `axis_name` is as in `fused_step`.
+    """
+
+    def mean(leaf):
+        value = leaf.mean(0)
+        value = value if axis_name is None else jax.lax.pmean(value, axis_name)
+        return jnp.broadcast_to(value, leaf.shape)
+
+    return client._replace(params=jax.tree.map(mean, client.params), stats=jax.tree.map(mean, client.stats))
 
 
 def evaluate(
@@ -223,6 +343,14 @@ def evaluate(
     if codec is not None:
         h = codec.roundtrip(h, key)
     logits, _ = setup.server(state.server.params, state.server.stats, h, train=False)
+    if setup.head is not None:
+        h = logits if codec is None else codec.roundtrip(logits, head_key(key))
+        logits, _ = setup.head(state.client.params, state.client.stats, h, train=False)
+    return score(logits, y)
+
+
+def score(logits: Float[Array, "b c"], y: Int[Array, "b"]) -> Info:
+    """Returns the test loss and counts of one batch."""
     return Info(cross_entropy(logits, y), *count_correct(logits, y))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import sys
 import time
@@ -11,14 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from msjax import compress, config, data, display, feed, metrics, models, runs, simulate, step
+from msjax import assemble, compress, config, data, display, feed, metrics, parties, runs, simulate, step
 
 STREAMED = ("imagenet2012",)  # too large for memory
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
-# Numbers of the keys that are drawn from the seed; the model's blocks take 0, 1, 2, …
-_TRAIN_KEY, _EVAL_KEY = 1 << 31, (1 << 31) + 1
 
 
 class Interrupted(Exception):
@@ -30,13 +26,10 @@ class Job(NamedTuple):
 
     train: feed.Split
     test: feed.Split
-    setup: step.Setup
-    preprocess: simulate.Preprocess
+    parts: assemble.Assembly
+    shapes: parties.Shapes
     state: step.TrainState
-    features: jax.ShapeDtypeStruct
     pools: list[np.ndarray]
-    samples_per_client: int
-    steps_per_epoch: int
     mesh: Any
 
 
@@ -47,38 +40,15 @@ def prepare(cfg: config.Config) -> Job:
       ValueError: a field of the config has a value that does not fit.
       data.DataError: the data set cannot be had.
     """
-    mesh = simulate.make_mesh(cfg.clients)
+    # In turns there is one client at a time.
+    mesh = None if cfg.mode.kind == "sequential" else simulate.make_mesh(cfg.clients)
     train, test, info = _load(cfg, mesh)
-    # An even share-out needs no labels, which for a stream take a pass over the set.
-    labels = train.count if cfg.data.alpha is None else train.labels()
-    pools = data.partition(labels, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-    samples = train.count // cfg.clients
-    steps_per_epoch = math.ceil(samples / cfg.batch_size)
-    model = models.build(
-        cfg.model.name,
-        input_shape=info.image_shape,
-        num_classes=info.num_classes,
-        width=cfg.model.width,
-        activation=cfg.model.activation,
-        first_block=cfg.model.first_block,
-        dtype=jnp.dtype(cfg.dtype),
-    )
-    client, server = models.split(model, cfg.cut, seed=cfg.seed)
-    optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=steps_per_epoch)
-    setup = step.Setup(client.apply, server.apply, cfg.codec, cfg.grad_codec, optimizer, cfg.optim.label_smoothing)
-    augment = cfg.data.augment or data.default_augmentation(cfg.data.name)
-    preprocess = simulate.Preprocess(augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), cfg.dtype)
-    state = simulate.replicate(step.init_state(setup, client, server), mesh)
-    batch = jax.ShapeDtypeStruct((min(cfg.batch_size, samples), *info.image_shape), jnp.dtype(cfg.dtype))
-    features = step.features_like(setup, state.client, batch)
-    return Job(train, test, setup, preprocess, state, features, pools, samples, steps_per_epoch, mesh)
-
-
-class _SetInfo(NamedTuple):
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    mean: np.ndarray
-    std: np.ndarray
+    pools, samples = assemble.share_out(cfg, train.labels, train.count)
+    parts = assemble.assemble(cfg, info, samples=samples, test_samples=test.count)
+    state = step.TrainState(parts.client, parts.server, jnp.int32(0))
+    own_halves = parts.plan.averages_halves
+    state = simulate.own_halves(state, cfg.clients, mesh) if own_halves else simulate.replicate(state, mesh)
+    return Job(train, test, parts, parts.shapes(), state, pools, mesh)
 
 
 def _load(cfg, mesh):
@@ -88,30 +58,13 @@ def _load(cfg, mesh):
             options["image_size"] = cfg.data.image_size
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
-        info = _SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
+        info = assemble.SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
         return *(feed.Split(s, len(s)) for s in splits), info
     ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
-    info = _SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
+    info = assemble.SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
     # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
     splits = ((np.array(ds.train_images), ds.train_labels), (np.array(ds.test_images), ds.test_labels))
     return *(feed.Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
-
-
-def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the scheduled rate."""
-    total = epochs * steps_per_epoch
-    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total // 2)
-    if optim.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(optim.learning_rate, total - warmup)
-    elif optim.schedule == "steps":
-        drops = {m * steps_per_epoch - warmup: optim.gamma for m in optim.milestones}
-        rate = optax.piecewise_constant_schedule(optim.learning_rate, drops)
-    else:
-        rate = optax.constant_schedule(optim.learning_rate)
-    if warmup:
-        rate = optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), rate], [warmup])
-    sgd = optax.sgd(rate, momentum=optim.momentum, nesterov=optim.nesterov)
-    return optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)
 
 
 class Evaluator:
@@ -119,12 +72,19 @@ class Evaluator:
 
     def __init__(self, cfg: config.Config, job: Job):
         self._job = job
-        self._codec = cfg.codec.at_inference() if cfg.eval_compressed else None
-        self._calls = feed.eval_calls(job.test.count, cfg.clients, cfg.batch_size)
-        self._key = jax.random.fold_in(jax.random.key(cfg.seed), _EVAL_KEY)
+        parts = job.parts
+        self._calls = feed.eval_calls(job.test.count, parts.plan.test_clients(), cfg.batch_size)
+        self._key = simulate.test_key(cfg.seed)
         self._programs = {
-            clients: simulate.make_eval(job.setup, job.preprocess, codec=self._codec, clients=clients, mesh=mesh)
-            for clients, mesh in {1: None, cfg.clients: job.mesh}.items()
+            clients: simulate.make_eval(
+                parts.setup,
+                parts.preprocess,
+                codec=parts.test_codec,
+                clients=clients,
+                mesh=mesh,
+                own_halves=parts.plan.averages_halves,
+            )
+            for clients, mesh in {1: None, parts.plan.test_clients(): job.mesh}.items()
         }
 
     def __call__(self, state: step.TrainState) -> dict[str, float]:
@@ -135,13 +95,20 @@ class Evaluator:
             sums = run(state, sums, images, labels, order, jax.random.fold_in(self._key, n))
         return sums.means()
 
-    def feature_bytes(self) -> int:
-        """Uplink bytes of the test features, which the paper's accounting includes."""
-        codec, like = self._codec or compress.Identity(), self._job.features
-        return sum(
-            call.shape[1] * codec.payload_bytes(jax.ShapeDtypeStruct((call.shape[2], *like.shape[1:]), like.dtype))
-            for call in self._calls
-        )
+
+def _calls(plan, order, epoch, steps_per_call):
+    """An epoch's order (K, n) cut into calls of (S, K, B); in turns, of (S, 1, B) of the client whose turn it is."""
+    if not plan.sequential:
+        return feed.epoch_calls(order, plan.batch_size, steps_per_call)
+    calls = []
+    places = [plan.place(epoch * plan.epoch_steps + i) for i in range(plan.epoch_steps)]
+    for place in places:
+        if place.turn_starts:
+            start = place.start
+        if place.turn_ends:
+            (client,) = place.clients
+            calls += feed.epoch_calls(order[client : client + 1, start : place.stop], plan.batch_size, steps_per_call)
+    return calls
 
 
 @contextlib.contextmanager
@@ -184,26 +151,22 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     if (found := folder.restore((state, sums))) is not None:
         (state, sums), progress = found
     history = progress["history"]
-    run = simulate.make_train(job.setup, job.preprocess, clients=cfg.clients, mesh=job.mesh)
+    plan = job.parts.plan
+    averages = simulate.Averages(cfg.mode.average_steps, plan.epoch_steps) if plan.averages_halves else None
+    run = simulate.make_train(
+        job.parts.setup, job.parts.preprocess, clients=len(plan.place(0).clients), mesh=job.mesh, averages=averages
+    )
     evaluate = Evaluator(cfg, job)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), _TRAIN_KEY)
-    per_epoch = metrics.epoch_traffic(
-        cfg.codec,
-        cfg.grad_codec,
-        job.features,
-        job.state.client,
-        clients=cfg.clients,
-        samples_per_client=job.samples_per_client,
-        batch_size=cfg.batch_size,
-    ) + metrics.Traffic(paper_bytes=evaluate.feature_bytes())
+    key = simulate.train_key(cfg.seed)
+    per_epoch = metrics.epoch_traffic(job.shapes)
     done = int(state.step)
     steps_per_call = 1 if jax.default_backend() == "cpu" or cfg.data.name in STREAMED else STEPS_PER_CALL
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
     bar = display.Progress(
         title,
-        total_steps=cfg.epochs * job.steps_per_epoch,
+        total_steps=cfg.epochs * plan.epoch_steps,
         done_steps=done,
-        images_per_step=cfg.clients * job.samples_per_client / job.steps_per_epoch,
+        images_per_step=cfg.clients * plan.samples / plan.epoch_steps,
         quiet=quiet,
     )
     start, earlier = time.monotonic(), progress["wall_seconds"]
@@ -217,17 +180,18 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     events = display.tensorboard(folder.path / "tensorboard", first_epoch=len(history) + 1)
     with bar, _stop_on_signal() as stopped, events as write_events:
         for epoch in range(len(history), cfg.epochs):
-            order = data.epoch_indices(job.pools, job.samples_per_client, seed=cfg.seed, epoch=epoch)
-            calls = feed.epoch_calls(order, cfg.batch_size, steps_per_call)
-            first = done - epoch * job.steps_per_epoch
+            order = data.epoch_indices(job.pools, plan.samples, seed=cfg.seed, epoch=epoch)
+            calls = _calls(plan, order, epoch, steps_per_call)
+            first = done - epoch * plan.epoch_steps
             epoch_start = time.monotonic()
             for images, labels, index in feed.feed(job.train, calls, seed=cfg.seed, epoch=epoch, done=first):
-                state, sums = run(state, sums, images, labels, index, key)
+                clients = np.asarray(plan.place(done).clients, np.int32)
+                state, sums = run(state, sums, images, labels, index, key, clients)
                 steps = 1 if index is None else len(index)
                 done += steps
                 # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
                 jax.block_until_ready(sums.samples)
-                bar.step(steps, per_epoch.uplink_bytes * done // job.steps_per_epoch)
+                bar.step(steps, per_epoch.uplink_bytes * done // plan.epoch_steps)
                 if stopped():
                     progress["train_seconds"] += time.monotonic() - epoch_start
                     save()
@@ -252,10 +216,10 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
         "traffic": history[-1]["traffic"],
         "uncompressed_feature_bytes": cfg.epochs
         * cfg.clients
-        * job.samples_per_client
-        * (compress.Identity().payload_bytes(job.features) // job.features.shape[0]),
+        * plan.samples
+        * compress.Identity().payload_bytes(job.shapes.features(1)),
         "wall_seconds": round(wall(), 1),
-        "images_per_second": round(cfg.epochs * cfg.clients * job.samples_per_client / progress["train_seconds"], 1),
+        "images_per_second": round(cfg.epochs * cfg.clients * plan.samples / progress["train_seconds"], 1),
         "command": " ".join(sys.argv),
         "config": config.to_json(cfg),
         "environment": runs.environment(),

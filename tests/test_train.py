@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from msjax import _commands, compress, config, feed, runs, train
+from msjax import _commands, assemble, compress, config, feed, runs, train
 
 SMALL = config.Config(
     model=config.ModelConfig(width=0.125),
@@ -129,7 +129,7 @@ def test_the_table_sets_a_single_run_against_no_compression(capsys):
 
 def rates(optim, epochs, steps):
     """The learning rate of each step, as the size of an update for a gradient of one."""
-    optimizer = train.make_optimizer(optim, epochs=epochs, steps_per_epoch=steps)
+    optimizer = assemble.make_optimizer(optim, epochs=epochs, steps_per_epoch=steps)
     params = {"w": jax.numpy.zeros(())}
     state, out = optimizer.init(params), []
     for _ in range(epochs * steps):
@@ -154,7 +154,7 @@ def test_optimizer_is_pytorchs_sgd():
     """v ← µ·v + (g + λ·w); w ← w − η·v, or with Nesterov w ← w − η·(g + λ·w + µ·v)."""
     for nesterov in (False, True):
         cfg = config.OptimConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", nesterov=nesterov)
-        optimizer = train.make_optimizer(cfg, epochs=1, steps_per_epoch=4)
+        optimizer = assemble.make_optimizer(cfg, epochs=1, steps_per_epoch=4)
         params = {"w": jax.numpy.array(2.0)}
         state, w, v = optimizer.init(params), 2.0, 0.0
         for g in (1.0, -2.0, 0.5):

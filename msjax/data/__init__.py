@@ -11,7 +11,7 @@ never needed.
 """
 
 from msjax.data._augment import AUGMENTATIONS, augment, crop_flip, default_augmentation, normalize
-from msjax.data._clients import epoch_indices, partition
+from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._error import DataError
 from msjax.data._sets import Dataset, load
 from msjax.data._stream import ImageStream, batches, stream
@@ -26,6 +26,7 @@ __all__ = [
     "crop_flip",
     "default_augmentation",
     "epoch_indices",
+    "epoch_order",
     "load",
     "normalize",
     "partition",

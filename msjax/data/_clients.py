@@ -71,11 +71,15 @@ def epoch_indices(pools: Sequence[np.ndarray], num_samples: int, *, seed: int, e
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    order = np.empty((len(pools), num_samples), np.int32)
-    for client, pool in enumerate(pools):
-        if len(pool) == 0:
-            raise ValueError(f"the pool of client {client} is empty")
-        rng = np.random.default_rng([_EPOCH, seed, epoch, client])
-        rounds = -(-num_samples // len(pool))
-        order[client] = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[:num_samples]
-    return order
+    return np.stack([epoch_order(p, num_samples, seed=seed, epoch=epoch, client=k) for k, p in enumerate(pools)])
+
+
+def epoch_order(pool: np.ndarray, num_samples: int, *, seed: int, epoch: int, client: int) -> np.ndarray:
+    """One client's row of `epoch_indices`, which needs no other client's pool."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if len(pool) == 0:
+        raise ValueError(f"the pool of client {client} is empty")
+    rng = np.random.default_rng([_EPOCH, seed, epoch, client])
+    rounds = -(-num_samples // len(pool))
+    return np.concatenate([rng.permutation(pool) for _ in range(rounds)])[:num_samples].astype(np.int32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -83,17 +84,26 @@ class Cut(NamedTuple):
     dtype: Any
 
 
-def split(model: Model, cut: int | str, *, seed: int = 0) -> tuple[Half, Half]:
+def split(model: Model, cut: int | str, *, head_cut: int | str | None = None, seed: int = 0) -> tuple[Half, ...]:
     """The client half, up to and including layer `cut`, and the server half, with parameters drawn from `seed`.
 
     `cut` is a layer number, or "shallow", "medium" or "deep". A block's parameters depend on the seed and the block,
-    never on the cut, and `server` after `client` computes what `whole` does.
+    never on the cut, and `server` after `client` computes what `whole` does. With `head_cut`, of the same kind or
+    "last" for the cut before the last block, there is a third part, the head: what lies behind layer `head_cut`.
 
-    Raises ValueError for a cut that is not a block boundary, naming those that are.
+    Raises ValueError for a cut that is not a block boundary, naming those that are, or a `head_cut` not behind `cut`.
     """
-    layer = resolve_cut(model, cut)
-    end = 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
-    return _half(model, 0, end, seed), _half(model, end, len(model.blocks), seed)
+
+    def end(layer):
+        return 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
+
+    places = [0, end(resolve_cut(model, cut)), len(model.blocks)]
+    if head_cut is not None:
+        layer = model.blocks[-2].layer if head_cut == "last" else resolve_cut(model, head_cut)
+        if layer <= resolve_cut(model, cut):
+            raise ValueError(f"head_cut must be behind cut {cut!r}, got {head_cut!r}")
+        places.insert(2, end(layer))
+    return tuple(_half(model, start, stop, seed) for start, stop in itertools.pairwise(places))
 
 
 def whole(model: Model, *, seed: int = 0) -> Half:
