@@ -16,7 +16,9 @@ from msjax import compress, config, data, display, models, runs, simulate, train
 def run(command: str, arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:
-        return {"train": _train, "eval": _eval, "models": _models}[command](arguments)
+        return {"train": _train, "eval": _eval, "models": _models, "serve": _serve, "client": _client}[command](
+            arguments
+        )
     except KeyboardInterrupt:  # before or after the training loop, where there is nothing to save
         return 130
     except SystemExit as error:  # the argument parsers have printed what is wrong
@@ -102,6 +104,22 @@ def _eval(arguments):
     how = cfg.codec.at_inference() if cfg.eval_compressed else "no compression"
     print(runs.to_json({"run": str(folder.path), "step": int(state.step), "features": str(how), **result}, indent=2))
     return 0
+
+
+def _serve(arguments):
+    return _network().serve(arguments, DEFAULT)
+
+
+def _client(arguments):
+    return _network().client(arguments)
+
+
+def _network():
+    try:
+        from msjax import _network
+    except ImportError as error:
+        raise ValueError(f"serve and client need the extra msjax[net]: {error}") from None
+    return _network
 
 
 def _models(arguments):

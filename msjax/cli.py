@@ -1,4 +1,4 @@
-"""The command line: `msjax train | eval | models`."""
+"""The command line: `msjax train | eval | models | serve | client`."""
 
 import sys
 
@@ -14,6 +14,8 @@ commands:
               msjax train --codec "TopK(ratio=0.9)"       another codec
               msjax train --resume RUN                    go on where a run stopped
   eval      test a trained run:  msjax eval RUN [--uncompressed]
+  serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
+  client    one of its clients:  msjax client --number 0 --server HOST:PORT
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
 
 `msjax COMMAND --help` lists a command's options.
@@ -31,7 +33,7 @@ def main() -> None:
 
         print(importlib.metadata.version("msjax"))
         return
-    if arguments[0] not in ("train", "eval", "models"):
+    if arguments[0] not in ("train", "eval", "models", "serve", "client"):
         sys.exit(f"msjax: unknown command {arguments[0]!r}; see msjax --help")
     # Imported here, so that the help above does not wait for JAX.
     from msjax import _commands

@@ -1,0 +1,270 @@
+"""A client's end of the network: it follows the script, repeats what was lost, and goes back where it is told to."""
+
+import json
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grpc
+
+from msjax import config, parties
+from msjax.transport import _messages, split_pb2_grpc
+from msjax.transport import split_pb2 as pb
+from msjax.transport._security import TlsFiles
+
+log = logging.getLogger("msjax.client")
+
+# Refusals that another try would meet again.
+_FINAL = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class Refused(Exception):
+    """The server turned this client away, or the run ended before its time."""
+
+
+class _Lost(Exception):
+    """The connection, or an answer, was lost."""
+
+
+class Connection:
+    """One stream to the server."""
+
+    def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
+        options = channel_options(max_bytes)
+        if tls:
+            self._channel = grpc.secure_channel(address, tls.client(), options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
+        self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
+        self._inbox: queue.Queue[pb.FromServer | Exception] = queue.Queue()
+        metadata = [("authorization", f"Bearer {token}")] if token else None
+        self._stream = split_pb2_grpc.SplitStub(self._channel).Train(iter(self._outbox.get, None), metadata=metadata)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        try:
+            for message in self._stream:
+                self._inbox.put(message)
+            self._inbox.put(_Lost("the server closed the stream"))
+        except grpc.RpcError as error:
+            refused = error.code() in _FINAL
+            self._inbox.put(Refused(error.details()) if refused else _Lost(error.details()))
+
+    def send(self, **kind) -> None:
+        self._outbox.put(pb.FromClient(**kind))
+
+    def receive(self, seconds: float | None) -> pb.FromServer:
+        """The server's next message.
+
+        Raises:
+          _Lost: the stream has ended, or nothing came in time.
+          Refused: the server turned the client away.
+        """
+        try:
+            message = self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            raise _Lost(f"no answer within {seconds} s") from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._stream.cancel()
+        self._channel.close()
+
+
+def channel_options(max_bytes: int) -> list[tuple[str, Any]]:
+    """gRPC's options: messages up to `max_bytes` (-1 for any), and pings that find a dead link within half a minute."""
+    return [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+class Own(NamedTuple):
+    """What a client says of its data."""
+
+    samples: int
+    """How many it draws in an epoch."""
+    test_samples: int
+    image_shape: tuple[int, ...]
+    num_classes: int
+
+
+class Runner:
+    """Takes one client through a run.
+
+    Args:
+      connect: makes a `Connection`.
+      load: from the run's config to the client's `Own`.
+      build: from (config, samples, test_samples) to the `parties.Client`, as it is before the first step.
+      store: of checkpoints: `steps()`, `save(step, state)`, `restore(step, state)`, `prune(step)`.
+      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
+      retry_seconds: for how long a lost connection is tried again.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        connect: Callable[[], Connection],
+        load: Callable[[config.Config], Own],
+        build: Callable[..., parties.Client],
+        store: Any,
+        *,
+        checkpoint_steps: int = 100,
+        compression: str | None = None,
+        answer_seconds: float = 600.0,
+        retry_seconds: float = 600.0,
+    ):
+        self._number, self._connect, self._load, self._build, self._store = number, connect, load, build, store
+        self._checkpoint_steps, self._compression = checkpoint_steps, compression
+        self._answer_seconds, self._retry_seconds = answer_seconds, retry_seconds
+        self._run, self._generation = "", 0
+        self._data = None
+        self._party: parties.Client | None = None
+        self._initial = None
+        self._script = iter(())
+        self._exchange = None
+        self._request: pb.Request | None = None
+        self._send_half = False
+
+    def train(self, on_exchange: Callable[[Any], None] = lambda exchange: None) -> parties.Client:
+        """Trains to the end and returns the client as it then is.
+
+        Raises:
+          Refused: the server turned the client away, or stopped.
+          ConnectionError: the server was away for longer than `retry_seconds`.
+        """
+        self._on_exchange = on_exchange
+        self._last_contact = time.monotonic()
+        wait = 0.1
+        while True:
+            connection = self._connect()
+            try:
+                self._attend(connection)
+                return self._party
+            except _Lost as lost:
+                away = time.monotonic() - self._last_contact
+                if away > self._retry_seconds:
+                    raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}") from None
+                wait = 0.1 if away < 1 else min(10.0, wait * 2)
+                log.warning("%s; trying again in %.1f s", lost, wait)
+                time.sleep(wait * random.uniform(0.5, 1.0))
+            finally:
+                connection.close()
+
+    def _attend(self, connection):
+        """One connection's life; returns at the end of the run."""
+        connection.send(
+            hello=pb.Hello(protocol=_messages.PROTOCOL, client=self._number, run=self._run, generation=self._generation)
+        )
+        while True:
+            # Until training has begun, the server waits for the other clients, however long they take.
+            message = connection.receive(self._answer_seconds if self._request is not None else None)
+            self._last_contact = time.monotonic()
+            match message.WhichOneof("kind"):
+                case "welcome":
+                    self._welcome(connection, message.welcome)
+                case "start":
+                    self._start(message.start)
+                    self._send(connection)
+                case "answer":
+                    if self._take(message.answer):
+                        self._send(connection)
+                case "finished":
+                    if message.finished.error:
+                        raise Refused(f"the server stopped: {message.finished.error}")
+                    return
+
+    def _welcome(self, connection, welcome):
+        if welcome.protocol != _messages.PROTOCOL:
+            raise Refused(f"the server's protocol is {welcome.protocol}, this client's {_messages.PROTOCOL}")
+        if welcome.run != self._run:
+            self._run, self._generation, self._request = welcome.run, 0, None
+        if self._data is None:
+            self._cfg = config.from_json(json.loads(welcome.config))
+            self._data = self._load(self._cfg)
+        connection.send(ready=pb.Ready(**self._data._asdict()))
+
+    def _start(self, start):
+        """Goes to where the server says, unless this is the generation that the client is in already."""
+        if start.generation == self._generation and self._party is not None and not start.half:
+            return
+        if self._party is None:
+            self._party = self._build(self._cfg, start.samples, start.test_samples)
+            self._initial = self._party.state
+        self._generation = start.generation
+        party = self._party
+        if start.half:
+            payload = _messages.decode(start.half, party.shapes.half())
+            party.adopt(payload, start.step)
+        elif start.step == 0 or not party.keeps_state:
+            party.state = self._initial
+        elif start.step in self._store.steps():
+            party.state = self._store.restore(start.step, self._initial)
+        else:
+            raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
+        party.begin()
+        self._script = party.script(start.step)
+        self._send_half = False
+        self._next()
+
+    def _next(self):
+        """Makes the next request, once."""
+        self._exchange = next(self._script, None)
+        self._request = None
+        if self._exchange is None:
+            return
+        saved = self._save(self._exchange)
+        fields = {"generation": self._generation, "saved": saved, "compression": self._compression}
+        if self._send_half:
+            fields["half"] = _messages.encode(self._party.half(), self._party.shapes.half(), self._compression)
+            self._send_half = False
+        message = self._party.send(self._exchange)
+        self._request = _messages.to_request(message, self._exchange, self._party.shapes.up(self._exchange), **fields)
+
+    def _save(self, exchange):
+        """Whether there is a checkpoint of the state before this step, where there should be one."""
+        party = self._party
+        if not party.may_checkpoint(exchange, self._checkpoint_steps):
+            return False
+        if exchange.step in self._store.steps():
+            return True
+        try:
+            self._store.save(exchange.step, party.state)
+        except OSError as error:
+            log.error("no checkpoint at step %d: %s", exchange.step, error)
+            return False
+        return True
+
+    def _send(self, connection):
+        if self._request is not None:
+            connection.send(request=self._request)
+
+    def _take(self, answer):
+        """Goes on with an answer; False where it is a repeated one."""
+        if self._request is None or answer.generation != self._generation or answer.key != self._request.key:
+            return False
+        exchange = self._exchange
+        form = self._party.shapes.down(exchange)
+        payload = _messages.decode(answer.payload, form)
+        self._party.receive(exchange, parties.Message(payload))
+        self._store.prune(answer.saved_step)
+        self._send_half = answer.send_half
+        self._on_exchange(exchange)
+        self._next()
+        return True

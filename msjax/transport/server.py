@@ -1,0 +1,478 @@
+"""The server's end of the network: it collects the clients' messages of each exchange and sends the answers.
+
+One thread a client reads and checks what comes; the thread that calls `Coordinator.train` walks through the script.
+"""
+
+import dataclasses
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import grpc
+
+from msjax import config, parties
+from msjax.assemble import Assembly
+from msjax.protocol import Exchange, Phase
+from msjax.transport import _messages, split_pb2_grpc
+from msjax.transport import split_pb2 as pb
+from msjax.transport._security import Tokens
+
+log = logging.getLogger("msjax.server")
+
+
+class Stopped(Exception):
+    """Training ended before its time; the last checkpoint is what there is to go on from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What the server does about clients that are late."""
+
+    deadline_seconds: float = 300.0
+    """How long an exchange waits for a client."""
+    stragglers: Literal["wait", "drop", "stop"] = "wait"
+    """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
+    min_clients: int = 1
+    """drop: with fewer than these, wait all the same."""
+
+    def __post_init__(self):
+        if not self.deadline_seconds > 0:
+            raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
+        if self.stragglers not in ("wait", "drop", "stop"):
+            raise ValueError(f"stragglers must be wait, drop or stop, got {self.stragglers!r}")
+
+
+class _Again(Exception):
+    """Training goes back to the last checkpoint."""
+
+
+class _Session:
+    """One client's stream, while it lasts."""
+
+    def __init__(self, client: int, peer: str):
+        self.client, self.peer = client, peer
+        self.outbox: queue.Queue[pb.FromServer | None] = queue.Queue()
+        self.ready: pb.Ready | None = None
+        self.fault = ""  # why the stream ends, where the client is to blame
+        self.continues = False  # it knows where it is
+
+    def send(self, **kind) -> None:
+        self.outbox.put(pb.FromServer(**kind))
+
+    def close(self) -> None:
+        self.outbox.put(None)
+
+
+class Coordinator:
+    """The state of a run that clients see, between their threads and the one that trains.
+
+    Args:
+      assemble: from (samples, test_samples, image_shape, num_classes) to the run's parts, called when all clients have
+        said what data they have.
+      store: of checkpoints: `latest()`, `save(step, server, extra)`, `restore(step, server)`.
+      compression: of the answers' bytes, as `msjax.wire` takes it.
+    """
+
+    def __init__(
+        self,
+        cfg: config.Config,
+        assemble: Callable[..., Assembly],
+        store: Any,
+        policy: Policy,
+        metrics: Any,
+        *,
+        checkpoint_steps: int = 100,
+        compression: str | None = None,
+    ):
+        self.cfg, self.policy, self.metrics = cfg, policy, metrics
+        self._assemble, self._store = assemble, store
+        self._checkpoint_steps, self._compression = checkpoint_steps, compression
+        self.run = uuid.uuid4().hex
+        # The lock guards all below; whatever changes is announced on it.
+        self._changed = threading.Condition()
+        self._sessions: dict[int, _Session] = {}
+        self._generation = 0
+        self._start_step = 0
+        self._begun: set[int] = set()  # who has been told to start in this generation
+        self._active: set[int] = set(range(cfg.clients))
+        self._returning: set[int] = set()
+        self._pending: dict[int, tuple[Exchange, pb.Request, parties.Message]] = {}
+        self._answered: dict[int, pb.Answer] = {}
+        self._halves_from: int | None = None
+        self._lost_state = False
+        self._stop: str | None = None
+        self._ready_info: tuple | None = None
+        self.parts: Assembly | None = None
+        self.shapes: parties.Shapes | None = None
+        self.party: parties.Server | None = None
+
+    # -- What the clients' threads call. ---------------------------------------------------------------------------
+
+    def join(self, hello: pb.Hello, peer: str) -> _Session:
+        """Registers a client's stream; an older one of the same client is closed."""
+        session = _Session(hello.client, peer)
+        with self._changed:
+            if (old := self._sessions.get(hello.client)) is not None:
+                old.close()
+            self._sessions[hello.client] = session
+            known = hello.run == self.run and hello.generation == self._generation and hello.generation > 0
+            session.continues = known and hello.client in self._begun
+            self._changed.notify_all()
+        session.send(
+            welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=json.dumps(config.to_json(self.cfg)))
+        )
+        log.info("client %d joined from %s", hello.client, peer)
+        return session
+
+    def ready(self, session: _Session, ready: pb.Ready) -> None:
+        """A client has its data; it starts when all have, or at once where the run is under way."""
+        with self._changed:
+            session.ready = ready
+            if self.party is not None:
+                self._check_data(ready)
+                self._admit(session)
+            self._changed.notify_all()
+
+    def _admit(self, session):
+        client = session.client
+        if session.continues:
+            session.send(start=self._start_message())
+            # It repeats its last request, if it had sent one.
+        elif client not in self._begun:
+            self._begun.add(client)
+            session.send(start=self._start_message())
+        elif client in self._active and self.policy.stragglers != "drop":
+            # It was in the run and does not know where: all go back to the last checkpoint.
+            self._lost_state = True
+        else:
+            self._active.discard(client)
+            self._pending.pop(client, None)
+            self._returning.add(client)
+        self._changed.notify_all()
+
+    def _start_message(self, **fields):
+        fields = {"step": self._start_step, **fields}
+        plan = self.parts.plan
+        return pb.Start(generation=self._generation, samples=plan.samples, test_samples=plan.test_samples, **fields)
+
+    def receive(self, session: _Session, request: pb.Request) -> None:
+        """A client's message of an exchange.
+
+        Raises:
+          ProtocolError: the client may not send that.
+        """
+        with self._changed:
+            if self.party is None:
+                raise _messages.ProtocolError("a request before the start")
+            if request.generation != self._generation:
+                return  # sent before the client heard of the new one
+            if session.client in self._returning:
+                return
+            answered = self._answered.get(session.client)
+            if answered is not None and answered.key == request.key:
+                session.send(answer=answered)
+                return
+        exchange = _messages.from_key(self.parts.plan, request.key, session.client)
+        message = _messages.from_request(request, self.shapes, exchange)
+        with self._changed:
+            if request.generation != self._generation:
+                return
+            if answered is not None and exchange.key < _tuple(answered.key):
+                return  # a duplicate of long ago
+            self._pending[session.client] = (exchange, request, message)
+            self.metrics.received(session.client, request)
+            self._changed.notify_all()
+
+    def leave(self, session: _Session) -> None:
+        with self._changed:
+            if self._sessions.get(session.client) is session:
+                del self._sessions[session.client]
+                log.info("client %d left", session.client)
+            self._changed.notify_all()
+
+    def stop(self, reason: str) -> None:
+        """Ends training at the next opportunity."""
+        with self._changed:
+            self._stop = self._stop or reason
+            self._changed.notify_all()
+
+    # -- What the training thread calls. ---------------------------------------------------------------------------
+
+    def train(self, on_exchange: Callable[[Exchange], None] = lambda exchange: None) -> None:
+        """Trains to the end.
+
+        Raises:
+          Stopped: `stop` was called, or the policy says so.
+        """
+        try:
+            self._gather()
+            while True:
+                try:
+                    for exchange in self.parts.plan.exchanges(self._start_step):
+                        self._exchange(exchange)
+                        on_exchange(exchange)
+                    break
+                except _Again:
+                    self._go_back()
+        except Stopped as stopped:
+            self._finish(error=str(stopped))
+            raise
+        self._save(self.parts.plan.total_steps)
+        self._finish()
+
+    def _gather(self):
+        """Waits until all clients are ready, and starts."""
+        everyone = set(range(self.cfg.clients))
+
+        def all_ready():
+            return {c for c, s in self._sessions.items() if s.ready is not None} >= everyone
+
+        with self._changed:
+            while not all_ready():
+                self._check_stop()
+                self._changed.wait(1.0)
+            readies = [self._sessions[c].ready for c in sorted(everyone)]
+            for ready in readies:
+                self._ready_info = self._ready_info or (tuple(ready.image_shape), ready.num_classes)
+                self._check_data(ready)
+            samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
+            self.parts = self._assemble(samples, tests, *self._ready_info)
+            self.shapes = self.parts.shapes()
+            self._build()
+            self._generation = 1
+            for client in sorted(everyone):
+                self._admit(self._sessions[client])
+
+    def _check_data(self, ready):
+        if self._ready_info != (tuple(ready.image_shape), ready.num_classes):
+            raise _messages.ProtocolError(
+                f"all clients must have images of one shape and one number of classes, got {tuple(ready.image_shape)}, "
+                f"{ready.num_classes} beside {self._ready_info}"
+            )
+
+    def _build(self):
+        """The server's half from the last checkpoint, or new."""
+        self.party = parties.Server(self.parts.plan, self.shapes, self._programs(), self.parts.server)
+        step = self._store.latest()
+        self._start_step = step or 0
+        if step is not None:
+            self._store.restore(step, self.party)
+
+    def _programs(self):
+        if not hasattr(self, "_compiled"):
+            self._compiled = self.parts.programs(self.cfg.seed)
+        return self._compiled
+
+    def _go_back(self):
+        """A new generation, from the last checkpoint."""
+        with self._changed:
+            self._lost_state = False
+            self._build()
+            self._generation += 1
+            self._pending.clear()
+            self._answered.clear()
+            self._returning.clear()
+            self._active = set(range(self.cfg.clients))
+            self._halves_from = None
+            self._begun = set()
+            log.warning("going back to step %d", self._start_step)
+            self.metrics.restarts.inc()
+            for client, session in self._sessions.items():
+                if session.ready is not None:
+                    self._begun.add(client)
+                    session.send(start=self._start_message())
+
+    def _exchange(self, exchange):
+        messages = self._collect(exchange)
+        if not messages:
+            return  # everyone who should have taken part was dropped
+        if exchange.phase in (Phase.TAKE, Phase.FEATURES):
+            self._maybe_save(exchange)
+        answers = self.party.handle(exchange, messages)
+        form = self.shapes.down(exchange)
+        encoded = {c: _messages.encode(a.payload, form, self._compression) for c, a in answers.items()}
+        with self._changed:
+            # Someone may be waiting to come back: the next request of one client is to bring its half.
+            asked = min(messages) if self._wants_half(exchange) else None
+            self._halves_from = asked if asked is not None else self._halves_from
+            for client, payload in encoded.items():
+                answer = pb.Answer(
+                    generation=self._generation,
+                    key=_messages.to_key(exchange),
+                    payload=payload,
+                    saved_step=self._store.latest() or 0,
+                    send_half=client == asked,
+                )
+                self._answered[client] = answer
+                self._pending.pop(client, None)
+                if client in self._sessions:
+                    self._sessions[client].send(answer=answer)
+                self.metrics.sent(client, answer)
+
+    def _collect(self, exchange):
+        """The messages of an exchange, of all its clients or of those that came before the deadline."""
+        deadline = time.monotonic() + self.policy.deadline_seconds
+        began = time.monotonic()
+        with self._changed:
+            while True:
+                self._check_stop()
+                if self._lost_state:
+                    raise _Again
+                self._let_in(exchange)
+                expected = [c for c in exchange.clients if c in self._active]
+                there = {
+                    c: self._pending[c][2] for c in expected if c in self._pending and self._pending[c][0] == exchange
+                }
+                self._requests = {c: self._pending[c][1] for c in there}
+                if len(there) == len(expected):
+                    break
+                late = time.monotonic() >= deadline
+                if late:
+                    missing = sorted(set(expected) - set(there))
+                    self.metrics.stragglers.inc(len(missing))
+                    if self.policy.stragglers == "stop":
+                        raise Stopped(f"clients {missing} did not answer within {self.policy.deadline_seconds} s")
+                    alone = len(exchange.clients) == 1 and len(self._active) > self.policy.min_clients
+                    if self.policy.stragglers == "drop" and (len(there) >= self.policy.min_clients or alone):
+                        log.warning("step %d goes on without clients %s", exchange.step, missing)
+                        self._active -= set(missing)
+                        for client in missing:
+                            self._pending.pop(client, None)
+                            if client in self._sessions:
+                                self._returning.add(client)
+                        break
+                    log.warning("step %d waits for clients %s", exchange.step, missing)
+                    deadline = time.monotonic() + self.policy.deadline_seconds
+                self._changed.wait(min(1.0, max(0.01, deadline - time.monotonic())))
+        self.metrics.waited(time.monotonic() - began)
+        return there
+
+    def _maybe_save(self, exchange):
+        """Saves where the script allows and every client has."""
+        step, plan = exchange.step, self.parts.plan
+        if not plan.may_checkpoint(step, self._checkpoint_steps) or step == self._start_step:
+            return
+        if exchange.phase == Phase.FEATURES and plan.sequential and plan.clients > 1:
+            return  # saved before TAKE
+        if exchange.phase == Phase.FEATURES and not all(r.saved for r in self._requests.values()):
+            log.warning("no checkpoint at step %d: a client could not save", step)
+            return
+        self._save(step)
+
+    def _save(self, step):
+        try:
+            self._store.save(step, self.party)
+        except OSError as error:
+            # Training goes on; what is lost, should the server die, is the time since the last checkpoint.
+            log.error("no checkpoint at step %d: %s", step, error)
+            self.metrics.failed_saves.inc()
+
+    def _wants_half(self, exchange):
+        """Whether the answers of this exchange are the last of a step that someone waits to come back after."""
+        if not self._returning or self._halves_from is not None or self.parts.plan.sequential:
+            return False
+        last = [e for e in self.parts.plan.step_exchanges(exchange.step) if e.phase <= Phase.AVERAGE][-1]
+        return exchange == last and exchange.step + 1 < self.parts.plan.total_steps
+
+    def _let_in(self, exchange):
+        """Starts the clients that came back, where they can: with the half that another has brought."""
+        here = [c for c in sorted(self._returning) if c in self._sessions]
+        if exchange.phase != Phase.FEATURES or not here:
+            return
+        plan, half, step = self.parts.plan, b"", exchange.step
+        if plan.sequential:
+            # It is handed a half when its turn begins.
+            step = next((s for s in range(step, plan.total_steps) if plan.place(s).turn_starts), plan.total_steps)
+        else:
+            donor = self._pending.get(self._halves_from)
+            if donor is None or donor[0] != exchange:
+                return
+            half, self._halves_from = donor[1].half, None
+            if not half:
+                return
+        for client in here:
+            self._returning.discard(client)
+            self._active.add(client)
+            self._answered.pop(client, None)
+            log.info("client %d comes back at step %d", client, step)
+            self._sessions[client].send(start=self._start_message(step=step, half=half))
+
+    def _check_stop(self):
+        if self._stop is not None:
+            raise Stopped(self._stop)
+
+    def _finish(self, error: str = ""):
+        with self._changed:
+            for session in self._sessions.values():
+                session.send(finished=pb.Finished(error=error))
+                session.close()
+
+
+def _tuple(key):
+    return key.step, key.phase, key.number
+
+
+class Servicer(split_pb2_grpc.SplitServicer):
+    """The RPCs: authentication, and the pumping of messages between streams and the coordinator."""
+
+    def __init__(self, coordinator: Coordinator, tokens: Tokens):
+        self._coordinator, self._tokens = coordinator, tokens
+
+    def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> Iterator[pb.FromServer]:
+        hello = self._hello(requests, context)
+        session = self._coordinator.join(hello, context.peer())
+        reader = threading.Thread(target=self._read, args=(requests, context, session), daemon=True)
+        reader.start()
+        context.add_callback(session.close)
+        try:
+            while (message := session.outbox.get()) is not None:
+                yield message
+        finally:
+            self._coordinator.leave(session)
+        if session.fault:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, session.fault)
+
+    def _hello(self, requests, context):
+        first = next(requests, None)
+        if first is None or first.WhichOneof("kind") != "hello":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Hello")
+        hello = first.hello
+        token = dict(context.invocation_metadata()).get("authorization", "")
+        if not self._tokens.accept(hello.client, token.removeprefix("Bearer ")):
+            log.warning("client %d from %s: wrong token", hello.client, context.peer())
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, f"no such token for client {hello.client}")
+        if hello.protocol != _messages.PROTOCOL:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"protocol must be {_messages.PROTOCOL}, got {hello.protocol}"
+            )
+        if hello.client >= self._coordinator.cfg.clients:
+            context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"client must be in 0..{self._coordinator.cfg.clients - 1}, got {hello.client}",
+            )
+        return hello
+
+    def _read(self, requests, context, session):
+        try:
+            for message in requests:
+                match message.WhichOneof("kind"):
+                    case "ready":
+                        self._coordinator.ready(session, message.ready)
+                    case "request":
+                        self._coordinator.receive(session, message.request)
+                    case kind:
+                        raise _messages.ProtocolError(f"unexpected {kind}")
+        except _messages.ProtocolError as error:
+            log.warning("client %d: %s", session.client, error)
+            session.fault = str(error)
+        except grpc.RpcError:
+            pass  # the client is gone
+        except Exception:
+            log.exception("client %d", session.client)
+            session.fault = "internal error"
+        session.close()

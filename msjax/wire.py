@@ -1,0 +1,224 @@
+"""Payloads as bytes: what a codec makes, with a header that says what it is; no pickle, nothing is executed.
+
+    data = wire.encode(payload, codec, like, compression="huffman")
+    message = wire.decode(data, expect=(codec, like))
+    h = codec.decode(message.payload, like)
+
+All integers are little-endian, unsigned:
+
+| bytes | |
+|---|---|
+| 4 | "MSJX" |
+| 1 | version, 1 |
+| 4 | CRC-32 of everything behind it |
+| 2, then as many | the codec's text, as `repr` gives it and `compress.from_string` reads it |
+| 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16 |
+| 1, then 4 each | their number of axes, at most 32, and their shape |
+| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman) in one byte and its length here in eight |
+| | the buffers: the arrays of the payload in order, C-contiguous |
+
+The length of a buffer before coding follows from codec, shape and dtype, so a header cannot promise what is not there.
+The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
+"""
+
+import functools
+import math
+import struct
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from msjax import compress
+
+VERSION = 1
+COMPRESSIONS = (None, "huffman")
+_MAGIC = b"MSJX"
+_PREFIX = struct.Struct("<4sBI")
+_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+_RAW, _HUFFMAN = 0, 1
+_MAX_CODEC_TEXT = 1024
+
+
+class WireError(ValueError):
+    """The bytes are not a message of this version, are damaged, or say what cannot be."""
+
+
+class Message(NamedTuple):
+    """A decoded message."""
+
+    codec: compress.Codec
+    like: jax.ShapeDtypeStruct
+    """Shape and dtype of the features."""
+    payload: Any
+    """What `codec.decode` takes, of NumPy arrays: views of the message where it was not compressed."""
+    nominal_bytes: int
+    """Of the payload's arrays: `codec.payload_bytes(like)`."""
+    wire_bytes: int
+    """Of the whole message."""
+
+
+def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str | None = None) -> bytes:
+    """Returns the message of `payload`, which `codec` made of an array like `like`.
+
+    Args:
+      payload: arrays of NumPy or JAX, as `codec.encode` returns them.
+      like: shape and dtype of the features.
+      compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, without loss, where that makes
+        them shorter; None leaves them as they are.
+
+    Raises:
+      ValueError: `compression` is none of `COMPRESSIONS`, or the payload is not what the codec makes of such an array.
+    """
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
+    layout, _ = _layout(codec, tuple(like.shape), _dtype(like.dtype))
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
+    if [(a.shape, a.dtype) for a in arrays] != [(form.shape, form.dtype) for form in layout]:
+        found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+        raise ValueError(f"payload must be what {codec} makes of {like.dtype}{list(like.shape)}, got {found}")
+    text = repr(codec).encode()
+    header = [
+        struct.pack("<H", len(text)),
+        text,
+        struct.pack(f"<BB{len(like.shape)}I", _DTYPES.index(_dtype(like.dtype)), len(like.shape), *like.shape),
+        struct.pack("<B", len(arrays)),
+    ]
+    buffers = []
+    for array in arrays:
+        coding, buffer = _code(array, compression)
+        header.append(struct.pack("<BQ", coding, len(buffer)))
+        buffers.append(buffer)
+    body = [b"".join(header), *buffers]
+    checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, 0)
+    return b"".join([_PREFIX.pack(_MAGIC, VERSION, checksum), *body])
+
+
+def decode(
+    data: bytes | bytearray | memoryview, *, expect: tuple[compress.Codec, Any] | None = None, max_bytes: int = 1 << 31
+) -> Message:
+    """Returns the message in `data`.
+
+    Args:
+      expect: codec and shape and dtype that the message must have. Without it the message's own are taken, whatever
+        they are.
+      max_bytes: most bytes that the features may take, decoded, and the payload's arrays.
+
+    Raises:
+      WireError: anything about `data` is wrong; it is the only exception, and no more than `max_bytes` is allocated.
+    """
+    data = memoryview(data).cast("B")
+    reader = _Reader(data)
+    magic, version, checksum = reader.unpack(_PREFIX.format)
+    if magic != _MAGIC:
+        raise WireError(f"a message must begin with {_MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise WireError(f"version must be {VERSION}, got {version}")
+    if zlib.crc32(reader.rest()) != checksum:
+        raise WireError("checksum is wrong: the message was damaged or cut short")
+    codec, like = _read_form(reader, expect, max_bytes)
+    layout, structure = _layout(codec, tuple(like.shape), like.dtype)
+    nominal = sum(math.prod(form.shape) * form.dtype.itemsize for form in layout)
+    if nominal > max_bytes:
+        raise WireError(f"the payload must have at most {max_bytes} bytes, got {nominal}")
+    (count,) = reader.unpack("<B")
+    if count != len(layout):
+        raise WireError(f"{type(codec).__name__} has {len(layout)} buffers, got {count}")
+    codings = [reader.unpack("<BQ") for _ in layout]
+    arrays = [_read_array(reader, form, *coding) for form, coding in zip(layout, codings, strict=True)]
+    if len(reader.rest()):
+        raise WireError(f"{len(reader.rest())} bytes behind the last buffer")
+    return Message(codec, like, jax.tree.unflatten(structure, arrays), nominal, len(data))
+
+
+def _read_form(reader, expect, max_bytes):
+    """(codec, like) of a message, checked before anything is made of them."""
+    (length,) = reader.unpack("<H")
+    if length > _MAX_CODEC_TEXT:
+        raise WireError(f"the codec's text must have at most {_MAX_CODEC_TEXT} bytes, got {length}")
+    text = bytes(reader.take(length))
+    code, axes = reader.unpack("<BB")
+    if code >= len(_DTYPES):
+        raise WireError(f"dtype must be in 0..{len(_DTYPES) - 1}, got {code}")
+    if axes > 32:
+        raise WireError(f"there must be at most 32 axes, got {axes}")
+    shape, dtype = reader.unpack(f"<{axes}I"), _DTYPES[code]
+    if expect is not None:
+        codec, like = expect
+        if (text, shape, dtype) != (repr(codec).encode(), tuple(like.shape), _dtype(like.dtype)):
+            raise WireError(
+                f"expected {codec} of {like.dtype}{list(like.shape)}, got {text[:80]!r} of {dtype}{list(shape)}"
+            )
+        return codec, jax.ShapeDtypeStruct(shape, dtype)
+    if math.prod(shape) * dtype.itemsize > max_bytes or max(shape, default=0) > max_bytes:
+        raise WireError(f"the features must have at most {max_bytes} bytes, got shape {list(shape)}")
+    try:
+        return compress.from_string(text.decode()), jax.ShapeDtypeStruct(shape, dtype)
+    except (ValueError, TypeError) as error:
+        raise WireError(f"unknown codec {text[:80]!r}: {error}") from None
+
+
+def _read_array(reader, form, coding, length):
+    raw = math.prod(form.shape) * form.dtype.itemsize
+    buffer = reader.take(length)
+    if coding == _HUFFMAN:
+        decoder = zlib.decompressobj(-15)
+        try:
+            buffer = decoder.decompress(buffer, raw + 1)
+        except zlib.error as error:
+            raise WireError(f"a compressed buffer is damaged: {error}") from None
+        if not decoder.eof or decoder.unused_data:
+            raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
+    elif coding != _RAW:
+        raise WireError(f"coding must be 0 or 1, got {coding}")
+    if len(buffer) != raw:
+        raise WireError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
+    return np.frombuffer(buffer, form.dtype).reshape(form.shape)
+
+
+def _code(array, compression):
+    """(coding, buffer) of one array. Floats are left alone: what deflate gains there is not worth its time."""
+    array = np.ascontiguousarray(array)
+    raw = memoryview(array.reshape(-1).view(np.uint8))
+    if compression == "huffman" and array.dtype == np.uint8:
+        coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        coded = coder.compress(raw) + coder.flush()
+        if len(coded) < len(raw):
+            return _HUFFMAN, coded
+    return _RAW, raw
+
+
+def _dtype(dtype):
+    return np.dtype(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(codec, shape, dtype):
+    """(arrays' shapes and dtypes, structure) of a payload, from shapes alone."""
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    try:
+        payload = jax.eval_shape(codec.encode, like, jax.eval_shape(lambda: jax.random.key(0)))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise WireError(f"{codec} takes no {dtype}{list(shape)}: {error}") from None
+    return jax.tree.flatten(payload)
+
+
+class _Reader:
+    """Takes a message apart from its beginning."""
+
+    def __init__(self, data):
+        self._data, self._at = data, 0
+
+    def take(self, length):
+        if length > len(self._data) - self._at:
+            raise WireError(f"the message ends after {len(self._data)} bytes, in the middle")
+        self._at += length
+        return self._data[self._at - length : self._at]
+
+    def unpack(self, form):
+        return struct.unpack(form, self.take(struct.calcsize(form)))
+
+    def rest(self):
+        return self._data[self._at :]
