@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import socket
 import threading
 import time
@@ -11,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import _network, compress, config, data, parties
-from msjax.protocol import Phase
+from msjax import _network, assemble, compress, data, parties
 from msjax.transport import client as client_lib
 from msjax.transport import server as server_lib
 from msjax.transport import split_pb2 as pb
@@ -26,6 +26,29 @@ SECONDS = 120  # after which a test gives up
 def random_data(monkeypatch):
     ds = data.Dataset("random", *dataset(), 10, np.float32([0.5]), np.float32([0.25]))
     monkeypatch.setattr(data, "load", lambda *args, **options: ds)
+
+
+@functools.cache
+def assemble_once(cfg, samples, test_samples):
+    info = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
+    return assemble_anew(cfg, info, samples=samples, test_samples=test_samples)
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """All parties of this process share their compiled functions, which hold no state."""
+    monkeypatch.setattr(
+        assemble, "assemble", lambda cfg, info, samples, test_samples: assemble_once(cfg, samples, test_samples)
+    )
+    monkeypatch.setattr(assemble.Assembly, "programs", programs_once)
+
+
+assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
+PROGRAMS = {}
+
+
+def programs_once(parts, seed):
+    return PROGRAMS.setdefault((id(parts), seed), programs_anew(parts, seed))
 
 
 class Net:
@@ -127,7 +150,7 @@ def test_network_equals_one_program(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", [MODES[1], MODES[2], MODES[3]], ids=str)
 def test_client_that_lost_its_memory(tmp_path, mode):
-    """A client dies and starts anew from its checkpoints, at an arbitrary point: all go back, the result is the same."""
+    """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same."""
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
     with net(tmp_path, cfg) as it:
         for number in range(cfg.clients):
@@ -173,3 +196,247 @@ def test_server_that_died(tmp_path, mode):
         it.start_server(it.address)
         it.join()
         assert_equal_to_program(it, cfg)
+
+
+class Flaky:
+    """A connection whose messages are lost, doubled or late, by the draws of a seeded generator."""
+
+    def __init__(self, connection, rng):
+        self._connection, self._rng, self._kept = connection, rng, None
+
+    def send(self, **kind):
+        if "request" not in kind:
+            return self._connection.send(**kind)
+        draw = self._rng.random()
+        if draw < 0.1:
+            return None  # lost
+        if self._kept is not None and draw < 0.3:
+            self._connection.send(**self._kept)  # one of long ago, out of order
+        self._connection.send(**kind)
+        if draw > 0.8:
+            self._connection.send(**kind)  # twice
+        self._kept = kind
+        return None
+
+    def receive(self, seconds):
+        message = self._connection.receive(seconds)
+        if message.WhichOneof("kind") == "answer" and self._rng.random() < 0.05:
+            raise client_lib._Lost("the answer was lost")
+        return message
+
+    def close(self):
+        self._connection.close()
+
+
+@pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
+def test_lost_doubled_and_late_messages(tmp_path, mode):
+    cfg = dataclasses.replace(SMALL, mode=mode)
+    with net(tmp_path, cfg) as it:
+        for number in range(cfg.clients):
+            rng = np.random.default_rng(number)
+            it.start_client(number, wrap=lambda c, rng=rng: Flaky(c, rng), answer_seconds=0.5)
+        it.join()
+        assert_equal_to_program(it, cfg)
+
+
+class Line:
+    """A TCP line to `address` that can be cut."""
+
+    def __init__(self, address):
+        host, port = address.split(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("localhost", 0))
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        self._open, self._threads = [], []
+        self._start(self._accept)
+
+    def _start(self, target, *args):
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self):
+        with self._listener, contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:
+                    near.close()
+                    continue
+                self._open += [near, far]
+                self._start(self._pump, near, far)
+                self._start(self._pump, far, near)
+
+    @staticmethod
+    def _pump(a, b):
+        with contextlib.suppress(OSError):
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+        for end in (a, b):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        for end in list(self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for end in self._open:
+            end.close()
+
+
+def test_line_that_is_cut(tmp_path):
+    """Of all clients, again and again: nobody goes back to a checkpoint, as nobody has forgotten anything."""
+    cfg = dataclasses.replace(SMALL, epochs=4)
+    with net(tmp_path, cfg) as it:
+        line = Line(it.address)
+        for number in range(cfg.clients):
+            it.start_client(number, server=line.address)
+        for step in (2, 5, 8):
+            it.wait_for_step(step)
+            line.cut()
+        it.join()
+        line.close()
+        assert_equal_to_program(it, cfg)
+        assert it.serving.metrics.restarts._value.get() == 0
+
+
+def silent_from(number, step):
+    """A client that never answers again from `step` on, but keeps its line open."""
+
+    class Silent:
+        def __init__(self, connection):
+            self._connection = connection
+
+        def send(self, **kind):
+            if "request" not in kind or kind["request"].key.step < step:
+                self._connection.send(**kind)
+
+        def __getattr__(self, name):
+            return getattr(self._connection, name)
+
+    return Silent
+
+
+def test_straggler_stops_the_run(tmp_path):
+    policy = server_lib.Policy(deadline_seconds=1.0, stragglers="stop")
+    with net(tmp_path, SMALL, policy=policy) as it:
+        for number in range(SMALL.clients):
+            it.start_client(number, wrap=silent_from(2, 3) if number == 2 else lambda c: c)
+        it.join("server", 0, 1, 3)
+        assert isinstance(it.failures["server"], server_lib.Stopped) and "[2]" in str(it.failures["server"])
+        for number in (0, 1, 3):
+            assert isinstance(it.failures[number], client_lib.Refused) and "[2]" in str(it.failures[number])
+
+
+def test_straggler_is_waited_for(tmp_path):
+    policy = server_lib.Policy(deadline_seconds=0.2, stragglers="wait")
+    slow = []
+
+    class Slow:
+        def __init__(self, connection):
+            self._connection = connection
+
+        def send(self, **kind):
+            if "request" in kind and kind["request"].key.step == 2 and not slow:
+                slow.append(time.sleep(1.0))
+            self._connection.send(**kind)
+
+        def __getattr__(self, name):
+            return getattr(self._connection, name)
+
+    with net(tmp_path, SMALL, policy=policy) as it:
+        for number in range(SMALL.clients):
+            it.start_client(number, wrap=Slow if number == 2 else lambda c: c)
+        it.join()
+        assert_equal_to_program(it, SMALL)
+        assert it.serving.metrics.stragglers._value.get() > 0
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[3]], ids=str)
+def test_dropped_straggler_comes_back(tmp_path, mode):
+    """The others go on without it; when it is back it takes part again, with the others' half."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=8)
+    policy = server_lib.Policy(deadline_seconds=2.0, stragglers="drop")
+    with net(tmp_path, cfg, policy=policy) as it:
+        for number in range(cfg.clients):
+            it.start_client(number)
+        it.wait_for_step(2)
+        kill(it, 2)
+        steps_alone = 6 if mode.kind != "sequential" else 20
+        it.wait_for_step(2 + steps_alone)
+        it.start_client(2)
+        it.join()
+        assert not it.failures, it.failures
+        halves = [it.finals[n].state for n in range(cfg.clients)]
+        assert int(it.serving.coordinator.party.train.samples) == 0
+        samples = it.serving.progress["history"]
+        assert len(samples) == cfg.epochs
+        if mode.kind != "sequential":
+            for a, b in zip(jax.tree.leaves(halves[0][:2]), jax.tree.leaves(halves[2][:2]), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_full_disks(tmp_path, monkeypatch):
+    """Checkpoints that cannot be written are missed, and nothing else."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with net(tmp_path, SMALL) as it:
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        for number in range(SMALL.clients):
+            it.start_client(number)
+        it.join()
+        assert_equal_to_program(it, SMALL)
+        assert it.serving.metrics.failed_saves._value.get() > 0
+        assert it.serving.coordinator._store.latest() is None
+
+
+def stream(address, *messages, token=None):
+    """Says these things and returns what the server says, to the end or the error."""
+    with grpc.insecure_channel(address) as channel:
+        metadata = [("authorization", f"Bearer {token}")] if token else None
+        release = threading.Event()
+
+        def say():
+            yield from messages
+            release.wait(10)
+
+        try:
+            answers = [
+                a.WhichOneof("kind")
+                for a in client_lib.split_pb2_grpc.SplitStub(channel).Train(say(), metadata=metadata, timeout=10)
+            ]
+        except grpc.RpcError as error:
+            return error.code(), error.details()
+        finally:
+            release.set()
+        return answers
+
+
+HELLO = pb.FromClient(hello=pb.Hello(protocol=1, client=0))
+READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=47, image_shape=(8, 8, 1), num_classes=10))
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "says"),
+    [
+        ([READY], grpc.StatusCode.INVALID_ARGUMENT, "Hello"),
+        ([pb.FromClient()], grpc.StatusCode.INVALID_ARGUMENT, "Hello"),
+        ([pb.FromClient(hello=pb.Hello(protocol=9))], grpc.StatusCode.FAILED_PRECONDITION, "protocol must be 1"),
+        ([pb.FromClient(hello=pb.Hello(protocol=1, client=4))], grpc.StatusCode.INVALID_ARGUMENT, "0..3"),
+        ([HELLO, HELLO], grpc.StatusCode.INVALID_ARGUMENT, "unexpected hello"),
+        ([HELLO, pb.FromClient(request=pb.Request())], grpc.StatusCode.INVALID_ARGUMENT, "before the start"),
+    ],
+)
+def test_strangers_are_turned_away(tmp_path, messages, code, says):
+    with net(tmp_path, SMALL) as it:
+        found = stream(it.address, *messages)
+        it.serving.coordinator.stop("test")
+        assert found[0] == code and says in found[1]

@@ -92,6 +92,9 @@ def channel_options(max_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.max_ping_strikes", 0),
+        # A connection of its own for every client, also for several in one program.
+        ("grpc.use_local_subchannel_pool", 1),
     ]
 
 

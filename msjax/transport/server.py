@@ -34,11 +34,11 @@ class Policy:
     """What the server does about clients that are late."""
 
     deadline_seconds: float = 300.0
-    """How long an exchange waits for a client."""
+    """How long an exchange waits for a client, from when the first of the others has come."""
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
-    """drop: with fewer than these, wait all the same."""
+    """drop: where fewer than these would be left, wait all the same."""
 
     def __post_init__(self):
         if not self.deadline_seconds > 0:
@@ -316,8 +316,9 @@ class Coordinator:
 
     def _collect(self, exchange):
         """The messages of an exchange, of all its clients or of those that came before the deadline."""
-        deadline = time.monotonic() + self.policy.deadline_seconds
         began = time.monotonic()
+        # The clock runs from the first message on: while none has come, it is not one that is late.
+        deadline = began + self.policy.deadline_seconds if len(exchange.clients) == 1 else None
         with self._changed:
             while True:
                 self._check_stop()
@@ -326,31 +327,39 @@ class Coordinator:
                 self._let_in(exchange)
                 expected = [c for c in exchange.clients if c in self._active]
                 there = {
-                    c: self._pending[c][2] for c in expected if c in self._pending and self._pending[c][0] == exchange
+                    c: self._pending[c] for c in expected if c in self._pending and self._pending[c][0] == exchange
                 }
-                self._requests = {c: self._pending[c][1] for c in there}
                 if len(there) == len(expected):
                     break
-                late = time.monotonic() >= deadline
-                if late:
-                    missing = sorted(set(expected) - set(there))
-                    self.metrics.stragglers.inc(len(missing))
-                    if self.policy.stragglers == "stop":
-                        raise Stopped(f"clients {missing} did not answer within {self.policy.deadline_seconds} s")
-                    alone = len(exchange.clients) == 1 and len(self._active) > self.policy.min_clients
-                    if self.policy.stragglers == "drop" and (len(there) >= self.policy.min_clients or alone):
-                        log.warning("step %d goes on without clients %s", exchange.step, missing)
-                        self._active -= set(missing)
-                        for client in missing:
-                            self._pending.pop(client, None)
-                            if client in self._sessions:
-                                self._returning.add(client)
-                        break
-                    log.warning("step %d waits for clients %s", exchange.step, missing)
+                if there and deadline is None:
                     deadline = time.monotonic() + self.policy.deadline_seconds
-                self._changed.wait(min(1.0, max(0.01, deadline - time.monotonic())))
+                if deadline is not None and time.monotonic() >= deadline:
+                    if self._goes_on_without(exchange, sorted(set(expected) - set(there)), len(there)):
+                        break
+                    deadline = time.monotonic() + self.policy.deadline_seconds
+                left = 1.0 if deadline is None else deadline - time.monotonic()
+                self._changed.wait(min(1.0, max(0.01, left)))
         self.metrics.waited(time.monotonic() - began)
-        return there
+        self._requests = {c: request for c, (_, request, _) in there.items()}
+        return {c: message for c, (_, _, message) in there.items()}
+
+    def _goes_on_without(self, exchange, missing, came):
+        """What the policy says of clients that have missed a deadline: whether the others go on."""
+        self.metrics.stragglers.inc(len(missing))
+        if self.policy.stragglers == "stop":
+            raise Stopped(f"clients {missing} did not answer within {self.policy.deadline_seconds} s")
+        # In turns, those who wait for theirs count as well.
+        left = len(self._active) - len(missing) if len(exchange.clients) == 1 else came
+        if self.policy.stragglers == "wait" or left < self.policy.min_clients:
+            log.warning("step %d waits for clients %s", exchange.step, missing)
+            return False
+        log.warning("step %d goes on without clients %s", exchange.step, missing)
+        self._active -= set(missing)
+        for client in missing:
+            self._pending.pop(client, None)
+            if client in self._sessions:
+                self._returning.add(client)
+        return True
 
     def _maybe_save(self, exchange):
         """Saves where the script allows and every client has."""
