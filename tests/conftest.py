@@ -15,7 +15,7 @@ check = beartype.beartype(
 )  # an int is a float, as for every type checker
 jaxtyping.install_import_hook("msjax", f"{__name__}.check")
 
-STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_select", "test_straight_through")
+STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 

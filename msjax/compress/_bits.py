@@ -52,6 +52,27 @@ def pack_words(mask: Bool[Array, "d"]) -> UInt32[Array, "w"]:
     return jnp.sum(rows.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None], axis=1, dtype=jnp.uint32)
 
 
+def unpack_words(words: UInt32[Array, "w"], d: int) -> Bool[Array, "d"]:
+    """The inverse of `pack_words`."""
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)
+    return bits.reshape(-1)[:d] == 1
+
+
+def ones(d: int) -> UInt32[Array, "w"]:
+    """`pack_words` of d entries that are all set."""
+    return pack_words(jnp.ones(d, bool))
+
+
+def as_bytes(words: UInt32[Array, "w"], d: int) -> UInt8[Array, "b"]:
+    """The first ⌈d/8⌉ bytes of packed words: what `pack` makes of d codes of one bit."""
+    return _bytes(words)[: packed_bytes(d, 1)]
+
+
+def as_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
+    """The inverse of `as_bytes`."""
+    return _words(packed, 4)
+
+
 def nth_set(words: UInt32[Array, "n"], n: Int32[Array, "n"]) -> Int32[Array, "n"]:
     """Place of the n-th bit that is 1, from 0, in each word; nothing useful where there are fewer."""
     place = jnp.zeros_like(n)

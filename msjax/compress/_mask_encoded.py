@@ -100,13 +100,14 @@ class MaskEncoded(VectorCodec):
         if x.size == 0:
             return MaskPayload(x, jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.uint8))
         top, codes = self._quantize(x)
-        signs = (
-            _bits.pack(((x < 0) & (codes > 0) & ~top.mask).astype(jnp.uint8), 1)
-            if self.signed
-            else jnp.zeros(0, jnp.uint8)
-        )
         codes = jnp.where(top.mask, jnp.uint8(self._top), codes.astype(jnp.uint8))
-        return MaskPayload(x[top.positions], _bits.pack(codes, self.bits), signs)
+        packed = _bits.pack(codes, self.bits)
+        signs = jnp.zeros(0, jnp.uint8)
+        if self.signed:
+            # Read from the packed codes: XLA's CPU would keep the float32 steps in memory for a second use.
+            codes = _bits.unpack(packed, self.bits, x.size)
+            signs = _bits.pack(((x < 0) & (codes > 0) & (codes < self._top)).astype(jnp.uint8), 1)
+        return MaskPayload(x[top.positions], packed, signs)
 
     def _decode_vector(self, payload, like):
         d = like.size
@@ -119,7 +120,7 @@ class MaskEncoded(VectorCodec):
         if self.signed:
             x = jnp.where(_bits.unpack(payload.signs, 1, d) == 1, -x, x)
         kept = _select.positions(codes == self._top, payload.values.size)
-        return x.astype(like.dtype).at[kept].set(payload.values.astype(like.dtype), mode="drop")
+        return _select.put(x.astype(like.dtype), kept, payload.values.astype(like.dtype))
 
     def _roundtrip_vector(self, x, key):
         if x.size == 0:

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
+import jax.numpy as jnp
 
-from msjax.compress import _select
+from msjax.compress import _bits, _random, _select
 from msjax.compress._topk import Sparsifier
 
 
@@ -13,9 +13,9 @@ from msjax.compress._topk import Sparsifier
 class RandK(Sparsifier):
     """k values at random positions, scaled by d/k; zeros elsewhere.
 
-    See `Sparsifier` for k and the payload. Values travel unscaled. Needs a key. Unbiased: the mean over keys is `h`
-    (to the rounding of h's dtype); the variance is (d/k − 1)·‖h‖². NaN and Inf are kept where they are drawn. Source:
-    Stich et al., arXiv 1809.07599.
+    See `Sparsifier` for k and the payload. Every set of k positions is equally likely. Values travel unscaled. Needs a
+    key. Unbiased: the mean over keys is `h` (to the rounding of h's dtype); the variance is (d/k − 1)·‖h‖². NaN and Inf
+    are kept where they are drawn. Source: Stich et al., arXiv 1809.07599.
 
     >>> import jax, jax.numpy as jnp
     >>> RandK(ratio=0.5).roundtrip(jnp.ones(4), jax.random.key(0)).sum()
@@ -24,8 +24,8 @@ class RandK(Sparsifier):
 
     needs_key: ClassVar[bool] = True
 
-    def _positions(self, x, k, key):
-        return _select.select(jax.random.uniform(key, (x.size,)), k, by_magnitude=False).positions
+    def _kept(self, x, k, key):
+        return _random.subset(key, _bits.ones(x.size), jnp.int32(k))
 
     def _scale(self, d):
         return d / max(_select.num_kept(self.ratio, d), 1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from msjax.compress import _bits
 
@@ -69,7 +69,7 @@ def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> 
     scores = functools.partial(score, by_magnitude=by_magnitude)
     # Room for the guess to err: four standard deviations of the sample's at k = d/100.
     room = min(d - k, max(1, min(max(k // 2, d // 256), d // 64)))
-    candidates = _positions(_candidates(x, scores, k, k + room), k + room, d)
+    candidates = packed_positions(_candidates(x, scores, k, k + room), k + room, d)
     orders = jnp.where(candidates < d, _order(scores(x[jnp.minimum(candidates, d - 1)])), jnp.uint32(0))
     kth = _kth_largest(orders, k)
     above, tied = orders > kth, orders == kth
@@ -80,13 +80,13 @@ def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> 
 
 def positions(mask: Bool[Array, "d"], n: int) -> Int32[Array, "n"]:
     """Positions of the first n true entries of `mask`, ascending; d where there are fewer."""
+    return packed_positions(_bits.pack_words(mask), n, mask.size)
+
+
+def packed_positions(words: UInt32[Array, "w"], n: int, d: int) -> Int32[Array, "n"]:
+    """`positions` of a mask of d entries in packed words."""
     if n == 0:
         return jnp.zeros(0, jnp.int32)
-    return _positions(_bits.pack_words(mask), n, mask.size)
-
-
-def _positions(words, n, d):
-    """`positions` of a mask of d entries in packed words."""
     counts = lax.population_count(words).astype(jnp.int32)
     ends = _cumulative_sum(counts)
     # The word of the i-th true entry is the number of words that end at or before i.
@@ -96,6 +96,15 @@ def _positions(words, n, d):
     # The barrier keeps XLA from gathering anew for each of the steps that follow.
     word, bits, rank = lax.optimization_barrier((word, words[word], index - (ends - counts)[word]))
     return jnp.where(index < ends[-1], word * 32 + _bits.nth_set(bits, rank), d)
+
+
+def put(x: Float[Array, "d"], positions: Int32[Array, "n"], values: Float[Array, "n"]) -> Float[Array, "d"]:
+    """`x` with `values` at ascending `positions`; those at d are left out."""
+    dtype = x.dtype
+    if dtype.itemsize == 2:  # as integers: XLA's CPU scatters 16-bit floats in float32
+        x, values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
+    x = x.at[positions].set(values, mode="drop", indices_are_sorted=True)
+    return lax.bitcast_convert_type(x, dtype)
 
 
 def _top_k(score, k):

@@ -33,8 +33,8 @@ class Sparsifier(VectorCodec):
         check_ratio(self.ratio)
 
     @abc.abstractmethod
-    def _positions(self, x, k, key) -> jax.Array:
-        """int32 (k,) ascending positions of what is kept of `x`."""
+    def _kept(self, x, k, key) -> jax.Array:
+        """uint32 (⌈d/32⌉,) packed mask of the k values that are kept of `x`."""
 
     def _scale(self, d: int) -> float:
         """What kept values are multiplied by at the receiver."""
@@ -46,23 +46,22 @@ class Sparsifier(VectorCodec):
     def _encode_vector(self, x, key):
         if x.size == 0:
             return SparsePayload(x, jnp.zeros(0, jnp.uint8))
-        kept = self._positions(x, _select.num_kept(self.ratio, x.size), key)
-        mask = jnp.zeros(x.size, jnp.uint8).at[kept].set(1, indices_are_sorted=True, unique_indices=True)
-        return SparsePayload(x[kept], _bits.pack(mask, 1))
+        k = _select.num_kept(self.ratio, x.size)
+        kept = self._kept(x, k, key)
+        return SparsePayload(x[_select.packed_positions(kept, k, x.size)], _bits.as_bytes(kept, x.size))
 
     def _decode_vector(self, payload, like):
-        kept = _select.positions(_bits.unpack(payload.mask, 1, like.size) == 1, payload.values.size)
-        return self._scatter(kept, payload.values, like)
+        kept = _select.packed_positions(_bits.as_words(payload.mask), payload.values.size, like.size)
+        return _select.put(jnp.zeros(like.size, like.dtype), kept, self._scaled(payload.values, like))
 
     def _roundtrip_vector(self, x, key):
         if x.size == 0:
             return x
-        kept = self._positions(x, _select.num_kept(self.ratio, x.size), key)
-        return self._scatter(kept, x[kept], x)
+        kept = self._kept(x, _select.num_kept(self.ratio, x.size), key)
+        return jnp.where(_bits.unpack_words(kept, x.size), self._scaled(x, x), jnp.zeros((), x.dtype))
 
-    def _scatter(self, kept, values, like):
-        values = (values.astype(jnp.float32) * jnp.float32(self._scale(like.size))).astype(like.dtype)
-        return jnp.zeros(like.size, like.dtype).at[kept].set(values, mode="drop")
+    def _scaled(self, values, like):
+        return (values.astype(jnp.float32) * jnp.float32(self._scale(like.size))).astype(like.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,5 +78,5 @@ class TopK(Sparsifier):
     Array([ 3.,  0., -4.,  0.], dtype=float32)
     """
 
-    def _positions(self, x, k, key):
-        return _select.select(x, k, by_magnitude=True).positions
+    def _kept(self, x, k, key):
+        return _bits.pack_words(_select.select(x, k, by_magnitude=True).mask)
