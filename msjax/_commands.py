@@ -83,7 +83,11 @@ def _finish(folder, cfg, job=None):
 
 
 def _eval(arguments):
-    parser = argparse.ArgumentParser(prog="msjax eval", description="Test a trained run on its test set.")
+    if any(a.partition("=")[0] == "--server" for a in arguments):
+        return _network().evaluate(arguments)
+    parser = argparse.ArgumentParser(
+        prog="msjax eval", description="Test a trained run on its test set, or with --server a client's half."
+    )
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
     parser.add_argument("--data-dir", help="where the data set is on this machine")
@@ -118,7 +122,7 @@ def _network():
     try:
         from msjax import _network
     except ImportError as error:
-        raise ValueError(f"serve and client need the extra msjax[net]: {error}") from None
+        raise ValueError(f"serve, client and eval --server need the extra msjax[net]: {error}") from None
     return _network
 
 

@@ -47,16 +47,7 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
       ValueError: a field of the config has a value that does not fit.
     """
     plan = Plan.of(cfg, samples=samples, test_samples=test_samples)
-    model = models.build(
-        cfg.model.name,
-        input_shape=info.image_shape,
-        num_classes=info.num_classes,
-        width=cfg.model.width,
-        activation=cfg.model.activation,
-        first_block=cfg.model.first_block,
-        dtype=jnp.dtype(cfg.dtype),
-    )
-    client, server, *head = models.split(model, cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
+    client, server, *head = make_halves(cfg, info)
     optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=plan.epoch_steps)
     setup = step.Setup(
         client.apply,
@@ -78,6 +69,24 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
         cfg.codec.at_inference() if cfg.eval_compressed else None,
         jax.ShapeDtypeStruct(info.image_shape, jnp.dtype(cfg.dtype)),
     )
+
+
+def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
+    """Builds the model and cuts it: into client and server, and where the run is U-shaped a head.
+
+    Raises:
+      ValueError: a field of the config has a value that does not fit.
+    """
+    model = models.build(
+        cfg.model.name,
+        input_shape=info.image_shape,
+        num_classes=info.num_classes,
+        width=cfg.model.width,
+        activation=cfg.model.activation,
+        first_block=cfg.model.first_block,
+        dtype=jnp.dtype(cfg.dtype),
+    )
+    return models.split(model, cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
 
 
 def share_out(cfg: config.Config, labels: Callable[[], np.ndarray], count: int) -> tuple[list[np.ndarray], int]:

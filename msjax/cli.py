@@ -14,7 +14,9 @@ commands:
               msjax train --codec "TopK(ratio=0.9)"       another codec
               msjax train --resume RUN                    go on where a run stopped
   eval      test a trained run:  msjax eval RUN [--uncompressed]
+              msjax eval CLIENT.safetensors --server HOST:PORT    a client's half, with the server's elsewhere
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
+              msjax serve --half SERVER.safetensors               answer with a trained half
   client    one of its clients:  msjax client --number 0 --server HOST:PORT
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
 

@@ -122,17 +122,14 @@ class Programs:
             return step.client_forward(setup, state, preprocess(images, step.split_key(key).augment), key)
 
         def test_forward(state, images, key):
-            h, _ = setup.client(state.params, state.stats, preprocess(images), train=False)
-            return self.test_codec.encode(h, key)
+            return step.infer_features(setup.client, self.test_codec, state, preprocess(images), key)
 
         def test_server(state, payload, key, features):
-            h, _ = setup.server(state.params, state.stats, self.test_codec.decode(payload, features), train=False)
-            return h if setup.head is None else self.test_codec.encode(h, step.head_key(key))
+            u_shaped = setup.head is not None
+            return step.infer_outputs(setup.server, self.test_codec, state, payload, key, features, to_head=u_shaped)
 
         def test_head(state, payload, y, features):
-            h = self.test_codec.decode(payload, features)
-            logits, _ = setup.head(state.params, state.stats, h, train=False)
-            return step.score(logits, y)
+            return step.score(step.infer_logits(setup.head, self.test_codec, state, payload, features), y)
 
         def with_setup(fun, **static):
             return jax.jit(functools.partial(fun, setup), **static)
@@ -253,7 +250,7 @@ class Client:
                 return Message(payload)
             case Phase.RESULT:
                 tested, self._tested = self._tested, []
-                return Message(sums=_total(tested))
+                return Message(sums=total(tested))
         return Message()
 
     def receive(self, exchange: Exchange, message: Message) -> None:
@@ -266,7 +263,7 @@ class Client:
                 payload, self._head_update, info = self._programs.client_head(
                     self.state, message.payload, self._labels, self._key(exchange), features=form.like
                 )
-                self._outgoing = Message(payload, sums=_sums(info, len(self._labels)))
+                self._outgoing = Message(payload, sums=sums_of(info, len(self._labels)))
             case Phase.FEATURES | Phase.GRADIENT:
                 more = {"head": self._head_update} if head else {}
                 update = self._programs.client_backward(self._pending, message.payload, features=features, **more)
@@ -287,7 +284,7 @@ class Client:
             case Phase.TEST if head:
                 form = self.shapes.down(exchange)
                 info = self._programs.test_head(self.state, message.payload, self._labels, features=form.like)
-                self._tested.append(_sums(info, len(self._labels)))
+                self._tested.append(sums_of(info, len(self._labels)))
 
     def _averaged(self):
         """What goes into an average: this step's update, or the half without its momentum."""
@@ -354,7 +351,7 @@ class Server:
                     self.state, answers, info = self._programs.server_step(
                         self.state, payloads, y, keys, features=form.like
                     )
-                    self.train = _total([self.train, _sums(info, y.size)])
+                    self.train = total([self.train, sums_of(info, y.size)])
                 return _unstack(answers, len(clients))
             case Phase.GRADIENT:
                 form = self._shapes.up(exchange)
@@ -364,7 +361,7 @@ class Server:
                     self.state, self._pending, payloads, keys, features=form.like
                 )
                 self._pending = None
-                self.train = _total([self.train, *(m.sums for m in messages)])
+                self.train = total([self.train, *(m.sums for m in messages)])
                 return _unstack(answers, len(clients))
             case Phase.AVERAGE:
                 mean = self._programs.mean(np.stack([np.asarray(m.payload[0]) for m in messages]))
@@ -377,7 +374,7 @@ class Server:
             case Phase.TEST:
                 return [self._test(exchange, client, m) for client, m in zip(clients, messages, strict=True)]
             case Phase.RESULT:
-                self.test = _total([self.test, *(m.sums for m in messages)])
+                self.test = total([self.test, *(m.sums for m in messages)])
         return [Message()] * len(messages)
 
     def _test(self, exchange, client, message):
@@ -387,7 +384,7 @@ class Server:
         if self._programs.setup.head is not None:
             return Message(out)
         info = self._programs.score(out, message.labels)
-        self.test = _total([self.test, _sums(info, len(message.labels))])
+        self.test = total([self.test, sums_of(info, len(message.labels))])
         return Message()
 
 
@@ -400,11 +397,12 @@ def run(plan: Plan, server: Server, clients: list[Client], *, start: int = 0) ->
         yield exchange
 
 
-def _sums(info, samples):
+def sums_of(info: step.Info, samples: int) -> simulate.Sums:
+    """The sums of one batch."""
     return simulate.Sums(float(info.loss) * samples, int(info.top1), int(info.top5), samples)
 
 
-def _total(sums):
+def total(sums: list[simulate.Sums]) -> simulate.Sums:
     return simulate.Sums(*map(sum, zip(*sums, strict=True)))
 
 

@@ -3,6 +3,7 @@
 config.json     the resolved configuration
 metrics.jsonl   one line an epoch
 summary.json    the result: accuracy, bytes, wall time, versions, hardware
+client.safetensors, server.safetensors    the trained halves; see msjax.halves
 curves.png      loss and accuracy by epoch
 tensorboard/    the same as events
 checkpoints/    the training state (Orbax); the last two are kept

@@ -349,6 +349,37 @@ def evaluate(
     return score(logits, y)
 
 
+def infer_features(
+    apply: models.Apply, codec: compress.Codec, client: Any, x: Float[Array, "b ..."], key: Any
+) -> tuple:
+    """A client's payload of a test batch, with running statistics; `client` is anything with `params` and `stats`."""
+    h, _ = apply(client.params, client.stats, x, train=False)
+    return codec.encode(h, key)
+
+
+def infer_outputs(
+    apply: models.Apply,
+    codec: compress.Codec,
+    server: Any,
+    payload: tuple,
+    key: Any,
+    features: jax.ShapeDtypeStruct,
+    *,
+    to_head: bool,
+) -> Any:
+    """The server's logits of such a payload; with `to_head`, the payload for the client's head, by the same codec."""
+    h, _ = apply(server.params, server.stats, codec.decode(payload, features), train=False)
+    return codec.encode(h, head_key(key)) if to_head else h
+
+
+def infer_logits(
+    apply: models.Apply, codec: compress.Codec, client: Any, payload: tuple, features: jax.ShapeDtypeStruct
+) -> Float[Array, "b c"]:
+    """The logits of a client's head; `features` is shape and dtype of what it gets."""
+    logits, _ = apply(client.params, client.stats, codec.decode(payload, features), train=False)
+    return logits
+
+
 def score(logits: Float[Array, "b c"], y: Int[Array, "b"]) -> Info:
     """Returns the test loss and counts of one batch."""
     return Info(cross_entropy(logits, y), *count_correct(logits, y))

@@ -5,13 +5,15 @@ import dataclasses
 import signal
 import sys
 import time
+import uuid
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import assemble, compress, config, data, display, feed, metrics, parties, runs, simulate, step
+from msjax import assemble, compress, config, data, display, feed, halves, metrics, parties, runs, simulate, step
+from msjax.protocol import Plan
 
 STREAMED = ("imagenet2012",)  # too large for memory
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
@@ -26,6 +28,7 @@ class Job(NamedTuple):
 
     train: feed.Split
     test: feed.Split
+    info: assemble.SetInfo
     parts: assemble.Assembly
     shapes: parties.Shapes
     state: step.TrainState
@@ -48,7 +51,7 @@ def prepare(cfg: config.Config) -> Job:
     state = step.TrainState(parts.client, parts.server, jnp.int32(0))
     own_halves = parts.plan.averages_halves
     state = simulate.own_halves(state, cfg.clients, mesh) if own_halves else simulate.replicate(state, mesh)
-    return Job(train, test, parts, parts.shapes(), state, pools, mesh)
+    return Job(train, test, info, parts, parts.shapes(), state, pools, mesh)
 
 
 def _load(cfg, mesh):
@@ -224,8 +227,17 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
         "config": config.to_json(cfg),
         "environment": runs.environment(),
     }
+    run = uuid.uuid4().hex
+    for part, half in (("client", one_half(state, plan)), ("server", state.server)):
+        path = folder.path / f"{part}.safetensors"
+        halves.save(path, part, half, cfg, job.info, run=run, step=done)
     folder.write_summary(summary)
     return summary
+
+
+def one_half(state: step.TrainState, plan: Plan) -> step.HalfState:
+    """The clients' half at the end of an epoch, when all have the same weights."""
+    return jax.tree.map(lambda leaf: leaf[0], state.client) if plan.averages_halves else state.client
 
 
 def uncompressed(cfg: config.Config) -> config.Config:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import _network, assemble, compress, data, parties
+from msjax import _serving, assemble, compress, data, parties
 from msjax.transport import client as client_lib
 from msjax.transport import server as server_lib
 from msjax.transport import split_pb2 as pb
@@ -56,7 +56,7 @@ class Net:
 
     def __init__(self, path, cfg, **options):
         self.path, self.cfg = path, cfg
-        self.server_options = _network.ServeOptions(listen="localhost:0", checkpoint_steps=2, **options)
+        self.server_options = _serving.ServeOptions(listen="localhost:0", checkpoint_steps=2, **options)
         self.runners, self.threads, self.failures, self.finals = {}, {}, {}, {}
         self.address = None
         self.start_server()
@@ -64,15 +64,14 @@ class Net:
     def start_server(self, listen=None):
         (self.path / "server").mkdir(exist_ok=True)
         options = self.server_options if listen is None else dataclasses.replace(self.server_options, listen=listen)
-        self.serving = _network.Serving(self.cfg, options, self.path / "server")
+        self.serving = _serving.Serving(self.cfg, options, self.path / "server")
         self.address = self.address or f"localhost:{self.serving.port}"
         self.server_thread = self._thread("server", self.serving.train)
 
     def start_client(self, number, wrap=lambda connection: connection, **options):
         options = {"server": self.address, "checkpoint_steps": 2, "answer_seconds": 20.0, **options}
-        runner = _network.make_runner(
-            _network.ClientOptions(number, state=str(self.path / f"client{number}"), **options)
-        )
+        options = _serving.ClientOptions(number=number, state=str(self.path / f"client{number}"), **options)
+        runner = _serving.TakingPart(options).runner
         connect = runner._connect
         runner._connect = lambda: wrap(connect())
         self.runners[number] = runner

@@ -43,9 +43,12 @@ class Codec(abc.ABC):
         return self._encode(h, key)
 
     def decode(self, payload: Any, like: Any) -> Float[Array, "..."]:
-        """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`)."""
+        """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`).
+
+        The payload's arrays may be NumPy's, as they come off a wire.
+        """
         self._check(like)
-        return self._decode(payload, like)
+        return self._decode(jax.tree.map(jnp.asarray, payload), like)
 
     def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""

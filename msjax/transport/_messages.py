@@ -15,6 +15,11 @@ class ProtocolError(Exception):
     """The other party sent what the script does not allow; the connection is of no more use."""
 
 
+def token(context) -> str:
+    """The token that a call came with, or an empty one."""
+    return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
+
+
 def to_key(exchange: Exchange) -> pb.Key:
     return pb.Key(step=exchange.step, phase=int(exchange.phase), number=exchange.number)
 

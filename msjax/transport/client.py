@@ -133,10 +133,11 @@ class Runner:
         answer_seconds: float = 600.0,
         retry_seconds: float = 600.0,
     ):
+        self.config: config.Config | None = None  # of the run, once the server has told it
         self._number, self._connect, self._load, self._build, self._store = number, connect, load, build, store
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
         self._answer_seconds, self._retry_seconds = answer_seconds, retry_seconds
-        self._run, self._generation = "", 0
+        self.run, self._generation = "", 0
         self._data = None
         self._party: parties.Client | None = None
         self._initial = None
@@ -154,7 +155,7 @@ class Runner:
         """
         self._on_exchange = on_exchange
         self._last_contact = time.monotonic()
-        wait = 0.1
+        wait, told = 0.1, ""
         while True:
             connection = self._connect()
             try:
@@ -165,7 +166,9 @@ class Runner:
                 if away > self._retry_seconds:
                     raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}") from None
                 wait = 0.1 if away < 1 else min(10.0, wait * 2)
-                log.warning("%s; trying again in %.1f s", lost, wait)
+                if str(lost) != told:
+                    log.warning("%s; trying again for up to %.0f s", lost, self._retry_seconds - away)
+                    told = str(lost)
                 time.sleep(wait * random.uniform(0.5, 1.0))
             finally:
                 connection.close()
@@ -173,7 +176,7 @@ class Runner:
     def _attend(self, connection):
         """One connection's life; returns at the end of the run."""
         connection.send(
-            hello=pb.Hello(protocol=_messages.PROTOCOL, client=self._number, run=self._run, generation=self._generation)
+            hello=pb.Hello(protocol=_messages.PROTOCOL, client=self._number, run=self.run, generation=self._generation)
         )
         while True:
             # Until training has begun, the server waits for the other clients, however long they take.
@@ -196,11 +199,11 @@ class Runner:
     def _welcome(self, connection, welcome):
         if welcome.protocol != _messages.PROTOCOL:
             raise Refused(f"the server's protocol is {welcome.protocol}, this client's {_messages.PROTOCOL}")
-        if welcome.run != self._run:
-            self._run, self._generation, self._request = welcome.run, 0, None
+        if welcome.run != self.run:
+            self.run, self._generation, self._request = welcome.run, 0, None
         if self._data is None:
-            self._cfg = config.from_json(json.loads(welcome.config))
-            self._data = self._load(self._cfg)
+            self.config = config.from_json(json.loads(welcome.config))
+            self._data = self._load(self.config)
         connection.send(ready=pb.Ready(**self._data._asdict()))
 
     def _start(self, start):
@@ -208,7 +211,7 @@ class Runner:
         if start.generation == self._generation and self._party is not None and not start.half:
             return
         if self._party is None:
-            self._party = self._build(self._cfg, start.samples, start.test_samples)
+            self._party = self._build(self.config, start.samples, start.test_samples)
             self._initial = self._party.state
         self._generation = start.generation
         party = self._party

@@ -451,8 +451,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if first is None or first.WhichOneof("kind") != "hello":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Hello")
         hello = first.hello
-        token = dict(context.invocation_metadata()).get("authorization", "")
-        if not self._tokens.accept(hello.client, token.removeprefix("Bearer ")):
+        if not self._tokens.accept(hello.client, _messages.token(context)):
             log.warning("client %d from %s: wrong token", hello.client, context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, f"no such token for client {hello.client}")
         if hello.protocol != _messages.PROTOCOL:
