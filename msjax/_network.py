@@ -87,7 +87,8 @@ def serve(arguments: list[str], default: config.Config) -> int:
 def _infer(path, options):
     """Serves a trained half until a signal comes."""
     trained = halves.load(path)
-    servicer = inference.Servicer(trained, Tokens(options.tokens), options.max_megabytes << 20, options.compression)
+    limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
+    servicer = inference.Servicer(trained, Tokens(options.tokens), compression=options.compression, **limits)
     endpoint = Endpoint(options, servicer, Metrics(), streams=64)
     _log()
     print(f"msjax serve: listening on {options.listen}, answering with {path}", flush=True)

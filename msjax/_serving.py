@@ -41,6 +41,8 @@ class ListenOptions:
     """Port of Prometheus metrics, on this machine alone."""
     max_megabytes: int = 1024
     """Of a message that is received, and of the features in it."""
+    max_messages_per_second: float = 1000.0
+    """Of each client; one that sends more is read more slowly."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
@@ -48,6 +50,9 @@ class ListenOptions:
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
+        for name in ("max_megabytes", "max_messages_per_second"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Endpoint:
         workers = futures.ThreadPoolExecutor(2 * streams + 8, thread_name_prefix="rpc")
         limits = client_lib.channel_options(options.max_megabytes << 20)
         limits.append(("grpc.max_concurrent_streams", streams + 8))
-        self._server = grpc.server(workers, options=limits)
+        self._server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=2 * streams + 8)
         split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -154,7 +159,7 @@ class Serving:
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
         )
-        servicer = server_lib.Servicer(self.coordinator, Tokens(options.tokens))
+        servicer = server_lib.Servicer(self.coordinator, Tokens(options.tokens), options.max_messages_per_second)
         self._endpoint = Endpoint(options, servicer, self.metrics, cfg.clients)
         self.port = self._endpoint.port
         self._step_began = self._began = time.monotonic()

@@ -115,11 +115,20 @@ class Programs:
 
     def __init__(self, setup: step.Setup, preprocess: simulate.Preprocess, test_codec: Codec | None, seed: int):
         self.setup, self.test_codec = setup, test_codec or Identity()
-        self._train_key = simulate.train_key(seed)
-        self._test_key = simulate.test_key(seed)
+        train_key, test_key = simulate.train_key(seed), simulate.test_key(seed)
 
-        def forward(state, images, key):
-            return step.client_forward(setup, state, preprocess(images, step.split_key(key).augment), key)
+        def keys(testing, at, clients):
+            key = jax.random.fold_in(test_key, at) if testing else train_key
+            return simulate.client_keys(key, jnp.int32(0) if testing else at, clients)
+
+        def one_key(testing, at, client):
+            return keys(testing, at, client[None])[0]
+
+        # Jitted, since one by one the operations on keys take longer than a small net's step.
+        self._keys, self._one_key = (jax.jit(f, static_argnums=0) for f in (keys, one_key))
+
+        def preprocessed(images, key):
+            return preprocess(images, step.split_key(key).augment)
 
         def test_forward(state, images, key):
             return step.infer_features(setup.client, self.test_codec, state, preprocess(images), key)
@@ -134,7 +143,8 @@ class Programs:
         def with_setup(fun, **static):
             return jax.jit(functools.partial(fun, setup), **static)
 
-        self.forward = jax.jit(forward)
+        self.preprocess = jax.jit(preprocessed)
+        self.forward = with_setup(step.client_forward)
         self.client_head = with_setup(step.client_head, static_argnames="features")
         self.client_backward = with_setup(step.client_backward, static_argnames="features")
         self.client_update = with_setup(step.client_update)
@@ -151,11 +161,15 @@ class Programs:
 
     def keys(self, exchange: Exchange, clients: tuple[int, ...]) -> jax.Array:
         """The keys of these clients in an exchange (K,)."""
-        if exchange.phase == Phase.TEST:
-            key, at = jax.random.fold_in(self._test_key, exchange.number), 0
-        else:
-            key, at = self._train_key, exchange.step
-        return simulate.client_keys(key, jnp.int32(at), jnp.asarray(clients, jnp.int32))
+        return self._keys(*self._where(exchange), np.asarray(clients, np.int32))
+
+    def key(self, exchange: Exchange, client: int) -> jax.Array:
+        """The key of one client in an exchange."""
+        return self._one_key(*self._where(exchange), np.int32(client))
+
+    def _where(self, exchange):
+        testing = exchange.phase == Phase.TEST
+        return testing, np.int32(exchange.number if testing else exchange.step)
 
 
 NONE = simulate.Sums(0.0, 0, 0, 0)
@@ -208,7 +222,8 @@ class Client:
 
     def begin(self) -> None:
         """Forgets an exchange under way, to begin at another step."""
-        self._pending = self._update = self._outgoing = self._head_update = self._labels = None
+        self._pending = self._update = self._outgoing = self._head_update = None
+        self._prepared: tuple[Exchange, Any] | None = None
         self._tested = []
 
     def may_checkpoint(self, exchange: Exchange, every: int) -> bool:
@@ -225,16 +240,20 @@ class Client:
         """Goes on with the half of another client, as it is before step `at`."""
         self.state = _with_count(self._programs.from_vector(payload[0], self.state), at)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Does in advance what of a coming exchange does not depend on the state: the batch of a training step."""
+        if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
+            key = self._key(exchange)
+            self._prepared = exchange, (self._programs.preprocess(self._images(exchange), key), key)
+
     def send(self, exchange: Exchange) -> Message:
         """The message of this client for an exchange that it takes part in."""
         match exchange.phase:
             case Phase.FEATURES:
-                images, labels = self._batch(exchange.step)
-                payload, self._pending = self._programs.forward(self.state, images, self._key(exchange))
-                if self._programs.setup.head is None:
-                    return Message(payload, labels)
-                self._labels = labels
-                return Message(payload)
+                self.prepare(exchange)
+                x, key = self._prepared[1]
+                payload, self._pending = self._programs.forward(self.state, x, key)
+                return Message(payload, self._sent_labels(exchange))
             case Phase.GRADIENT:
                 return self._outgoing
             case Phase.AVERAGE:
@@ -242,12 +261,8 @@ class Client:
             case Phase.GIVE:
                 return Message(self.half())
             case Phase.TEST:
-                images, labels = self._test_batch(exchange)
-                payload = self._programs.test_forward(self.state, images, self._key(exchange))
-                if self._programs.setup.head is None:
-                    return Message(payload, labels)
-                self._labels = labels
-                return Message(payload)
+                payload = self._programs.test_forward(self.state, self._images(exchange), self._key(exchange))
+                return Message(payload, self._sent_labels(exchange))
             case Phase.RESULT:
                 tested, self._tested = self._tested, []
                 return Message(sums=total(tested))
@@ -260,10 +275,11 @@ class Client:
         match exchange.phase:
             case Phase.FEATURES if head:
                 form = self.shapes.down(exchange)
+                labels = self._labels(exchange)
                 payload, self._head_update, info = self._programs.client_head(
-                    self.state, message.payload, self._labels, self._key(exchange), features=form.like
+                    self.state, message.payload, labels, self._key(exchange), features=form.like
                 )
-                self._outgoing = Message(payload, sums=sums_of(info, len(self._labels)))
+                self._outgoing = Message(payload, sums=sums_of(info, len(labels)))
             case Phase.FEATURES | Phase.GRADIENT:
                 more = {"head": self._head_update} if head else {}
                 update = self._programs.client_backward(self._pending, message.payload, features=features, **more)
@@ -283,29 +299,39 @@ class Client:
                 self.adopt(message.payload, exchange.step)
             case Phase.TEST if head:
                 form = self.shapes.down(exchange)
-                info = self._programs.test_head(self.state, message.payload, self._labels, features=form.like)
-                self._tested.append(sums_of(info, len(self._labels)))
+                labels = self._labels(exchange)
+                info = self._programs.test_head(self.state, message.payload, labels, features=form.like)
+                self._tested.append(sums_of(info, len(labels)))
 
     def _averaged(self):
         """What goes into an average: this step's update, or the half without its momentum."""
         return self._update if self._plan.mode.kind == "parallel" else _Weights(self.state.params, self.state.stats)
 
     def _key(self, exchange):
-        return self._programs.keys(exchange, (self.number,))[0]
+        return self._programs.key(exchange, self.number)
 
-    def _batch(self, at):
-        place = self._plan.place(at)
-        index = self._order(place.epoch)[place.start : place.stop]
-        return self._data.images[index], self._data.labels[index]
+    def _index(self, exchange):
+        """Which samples an exchange is about."""
+        if exchange.phase == Phase.TEST:
+            return test_index(self._plan, exchange.number)[exchange.clients.index(self.number)]
+        place = self._plan.place(exchange.step)
+        return self._order(place.epoch)[place.start : place.stop]
+
+    def _images(self, exchange):
+        images = self._data.test_images if exchange.phase == Phase.TEST else self._data.images
+        return images[self._index(exchange)]
+
+    def _labels(self, exchange):
+        labels = self._data.test_labels if exchange.phase == Phase.TEST else self._data.labels
+        return labels[self._index(exchange)]
+
+    def _sent_labels(self, exchange):
+        return None if self._programs.setup.head is not None else self._labels(exchange)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
         pool = np.arange(len(self._data.labels), dtype=np.int32)
         return data.epoch_order(pool, self._plan.samples, seed=self._seed, epoch=epoch, client=self.number)
-
-    def _test_batch(self, exchange):
-        index = test_index(self._plan, exchange.number)[exchange.clients.index(self.number)]
-        return self._data.test_images[index], self._data.test_labels[index]
 
 
 class Server:
@@ -379,7 +405,7 @@ class Server:
 
     def _test(self, exchange, client, message):
         form = self._shapes.up(exchange)
-        key = self._programs.keys(exchange, (client,))[0]
+        key = self._programs.key(exchange, client)
         out = self._programs.test_server(self.state, message.payload, key, features=form.like)
         if self._programs.setup.head is not None:
             return Message(out)

@@ -17,12 +17,14 @@ All integers are little-endian, unsigned:
 | 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman) in one byte and its length here in eight |
 | | the buffers: the arrays of the payload in order, C-contiguous |
 
-The length of a buffer before coding follows from codec, shape and dtype, so a header cannot promise what is not there.
+The length of a buffer before coding follows from codec, shape and dtype, and Huffman's code spends at least a bit on a
+byte (a deflate stream of literals alone; no runs), so a header cannot promise what is not there.
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """
 
 import functools
 import math
+import re
 import struct
 import zlib
 from typing import Any, NamedTuple
@@ -39,7 +41,11 @@ _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 _RAW, _HUFFMAN = 0, 1
+_MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
+# What else could be written there, Python's parser would answer with warnings and deep recursion.
+_CODEC_TEXT = re.compile(rb"\w+(\((\w+=('\w*'|True|False|None|-?[\d.]+(e[+-]?\d+)?)(, |(?=\))))*\))?")
+_CHUNK = 1 << 16
 
 
 class WireError(ValueError):
@@ -74,6 +80,8 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
     """
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
+    if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
+        raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
     layout, _ = _layout(codec, tuple(like.shape), _dtype(like.dtype))
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
     if [(a.shape, a.dtype) for a in arrays] != [(form.shape, form.dtype) for form in layout]:
@@ -142,8 +150,8 @@ def _read_form(reader, expect, max_bytes):
     code, axes = reader.unpack("<BB")
     if code >= len(_DTYPES):
         raise WireError(f"dtype must be in 0..{len(_DTYPES) - 1}, got {code}")
-    if axes > 32:
-        raise WireError(f"there must be at most 32 axes, got {axes}")
+    if axes > _MAX_AXES:
+        raise WireError(f"there must be at most {_MAX_AXES} axes, got {axes}")
     shape, dtype = reader.unpack(f"<{axes}I"), _DTYPES[code]
     if expect is not None:
         codec, like = expect
@@ -152,8 +160,11 @@ def _read_form(reader, expect, max_bytes):
                 f"expected {codec} of {like.dtype}{list(like.shape)}, got {text[:80]!r} of {dtype}{list(shape)}"
             )
         return codec, jax.ShapeDtypeStruct(shape, dtype)
-    if math.prod(shape) * dtype.itemsize > max_bytes or max(shape, default=0) > max_bytes:
+    # Without its zeros: NumPy refuses an empty array whose other axes overflow.
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > max_bytes:
         raise WireError(f"the features must have at most {max_bytes} bytes, got shape {list(shape)}")
+    if not _CODEC_TEXT.fullmatch(text):
+        raise WireError(f"the codec's text must be as `repr` gives it, got {text[:80]!r}")
     try:
         return compress.from_string(text.decode()), jax.ShapeDtypeStruct(shape, dtype)
     except (ValueError, TypeError) as error:
@@ -164,18 +175,31 @@ def _read_array(reader, form, coding, length):
     raw = math.prod(form.shape) * form.dtype.itemsize
     buffer = reader.take(length)
     if coding == _HUFFMAN:
-        decoder = zlib.decompressobj(-15)
-        try:
-            buffer = decoder.decompress(buffer, raw + 1)
-        except zlib.error as error:
-            raise WireError(f"a compressed buffer is damaged: {error}") from None
-        if not decoder.eof or decoder.unused_data:
-            raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
+        buffer = _decompressed(buffer, raw)
     elif coding != _RAW:
         raise WireError(f"coding must be 0 or 1, got {coding}")
     if len(buffer) != raw:
         raise WireError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
     return np.frombuffer(buffer, form.dtype).reshape(form.shape)
+
+
+def _decompressed(coded, raw):
+    """The `raw` bytes of a compressed buffer, in pieces: zlib would make all of them twice."""
+    if raw > 8 * len(coded):
+        raise WireError(f"a compressed buffer of {len(coded)} bytes cannot hold {raw}")
+    out, at, decoder = np.empty(raw, np.uint8), 0, zlib.decompressobj(-15)
+    try:
+        for start in range(0, len(coded), _CHUNK):
+            piece = decoder.decompress(coded[start : start + _CHUNK], raw - at + 1)
+            if at + len(piece) > raw:
+                raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
+            out[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+    except zlib.error as error:
+        raise WireError(f"a compressed buffer is damaged: {error}") from None
+    if at != raw or not decoder.eof or decoder.unused_data:
+        raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
+    return out
 
 
 def _code(array, compression):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import time
 
 import jax
 import numpy as np
@@ -34,7 +35,8 @@ def make(path, **mode):
 def served(path, **options):
     options = _serving.ListenOptions(**{"listen": "localhost:0", **options})
     trained = halves.load(path / "server.safetensors")
-    servicer = inference.Servicer(trained, Tokens(options.tokens), options.max_megabytes << 20, options.compression)
+    limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
+    servicer = inference.Servicer(trained, Tokens(options.tokens), compression=options.compression, **limits)
     endpoint = _serving.Endpoint(options, servicer, Metrics(), streams=4)
     try:
         yield f"localhost:{endpoint.port}"
@@ -129,10 +131,24 @@ def test_a_message_that_is_too_long(tmp_path):
             there.receive()
 
 
+def test_who_is_too_fast_is_held_back(tmp_path):
+    client, _ = make(tmp_path)
+    h = features(client, 2)
+    with served(tmp_path, max_messages_per_second=10) as address, remote(address) as there:
+        there.send(CODEC.encode(h), CODEC, like(h))
+        there.receive()  # compiled
+        began = time.monotonic()
+        for _ in range(19):
+            there.send(CODEC.encode(h), CODEC, like(h))
+        for _ in range(19):
+            there.receive()
+        assert time.monotonic() - began > 0.7  # ten at once, then ten a second
+
+
 def test_a_client_half_does_not_serve(tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match="half must be that of a server, got that of a client"):
-        inference.Servicer(halves.load(tmp_path / "client.safetensors"), Tokens(None), 1 << 20)
+        inference.Servicer(halves.load(tmp_path / "client.safetensors"), Tokens(None))
 
 
 def test_tokens(tmp_path):

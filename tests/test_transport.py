@@ -186,7 +186,7 @@ def test_server_that_died(tmp_path, mode):
         for number in range(cfg.clients):
             it.start_client(number)
         it.wait_for_step(6)
-        it.serving._server.stop(None).wait()
+        it.serving._endpoint._server.stop(None).wait()
         it.serving.coordinator._assemble = None
         it.serving.coordinator.stop("killed")
         it.join("server")
@@ -203,18 +203,18 @@ class Flaky:
     def __init__(self, connection, rng):
         self._connection, self._rng, self._kept = connection, rng, None
 
-    def send(self, **kind):
-        if "request" not in kind:
-            return self._connection.send(**kind)
+    def send(self, message):
+        if message.WhichOneof("kind") != "request":
+            return self._connection.send(message)
         draw = self._rng.random()
         if draw < 0.1:
             return None  # lost
         if self._kept is not None and draw < 0.3:
-            self._connection.send(**self._kept)  # one of long ago, out of order
-        self._connection.send(**kind)
+            self._connection.send(self._kept)  # one of long ago, out of order
+        self._connection.send(message)
         if draw > 0.8:
-            self._connection.send(**kind)  # twice
-        self._kept = kind
+            self._connection.send(message)  # twice
+        self._kept = message
         return None
 
     def receive(self, seconds):
@@ -312,9 +312,9 @@ def silent_from(number, step):
         def __init__(self, connection):
             self._connection = connection
 
-        def send(self, **kind):
-            if "request" not in kind or kind["request"].key.step < step:
-                self._connection.send(**kind)
+        def send(self, message):
+            if message.WhichOneof("kind") != "request" or message.request.key.step < step:
+                self._connection.send(message)
 
         def __getattr__(self, name):
             return getattr(self._connection, name)
@@ -341,10 +341,10 @@ def test_straggler_is_waited_for(tmp_path):
         def __init__(self, connection):
             self._connection = connection
 
-        def send(self, **kind):
-            if "request" in kind and kind["request"].key.step == 2 and not slow:
+        def send(self, message):
+            if message.WhichOneof("kind") == "request" and message.request.key.step == 2 and not slow:
                 slow.append(time.sleep(1.0))
-            self._connection.send(**kind)
+            self._connection.send(message)
 
         def __getattr__(self, name):
             return getattr(self._connection, name)

@@ -14,7 +14,7 @@ def codec_from_string(text: str, codecs: tuple[type[Codec], ...]) -> Codec:
         cls = by_name[call.func.id]
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, AttributeError, KeyError, ValueError, TypeError):
+    except (SyntaxError, AttributeError, KeyError, ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(
             f"codec must be one of {', '.join(by_name)}, with options as in MaskEncoded(ratio=0.99, bits=2), "
             f"got {text!r}"

@@ -58,15 +58,22 @@ def decode(data: bytes, form: Form | None, *, optional: bool = False) -> tuple |
         raise ProtocolError(str(error)) from None
 
 
-def to_request(message: Message, exchange: Exchange, form: Form | None, **fields) -> pb.Request:
+def to_request(
+    message: Message, exchange: Exchange, form: Form | None, *, compression: str | None = None, **fields
+) -> pb.FromClient:
     """`fields` are the request's others: generation, saved, half."""
-    compression = fields.pop("compression", None)
-    request = pb.Request(key=to_key(exchange), payload=encode(message.payload, form, compression), **fields)
+    out = pb.FromClient()
+    # Filled in place: a message that is passed to a constructor is copied.
+    request = out.request
+    request.key.CopyFrom(to_key(exchange))
+    request.payload = encode(message.payload, form, compression)
+    for name, value in fields.items():
+        setattr(request, name, value)
     if message.labels is not None:
         request.labels = np.ascontiguousarray(message.labels, "<i4").tobytes()
     if message.sums is not None:
-        request.sums.CopyFrom(pb.Sums(**{k: v for k, v in message.sums._asdict().items()}))
-    return request
+        request.sums.CopyFrom(pb.Sums(**message.sums._asdict()))
+    return out
 
 
 def from_request(request: pb.Request, shapes: Shapes, exchange: Exchange) -> Message:

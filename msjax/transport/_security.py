@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import ipaddress
 import pathlib
+import time
 
 import grpc
 
@@ -62,6 +63,23 @@ def check_plaintext(address: str, tls: TlsFiles, insecure: bool) -> None:
             f"{address} is not this machine: give certificates (--tls.certificate, --tls.key, --tls.authority), "
             "or --insecure to send everything in the open"
         )
+
+
+class Rate:
+    """Holds a sender to `per_second` messages a second, after as many at once: `wait` sleeps while it is too fast.
+
+    Who is not read from is held back by gRPC's flow control, so nothing piles up.
+    """
+
+    def __init__(self, per_second: float):
+        self._per_second, self._left, self._last = per_second, per_second, time.monotonic()
+
+    def wait(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._per_second, self._left + (now - self._last) * self._per_second) - 1
+        self._last = now
+        if self._left < 0:
+            time.sleep(-self._left / self._per_second)
 
 
 class Tokens:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from msjax import config, parties
+from msjax.protocol import Phase
 from msjax.transport import _messages, split_pb2_grpc
 from msjax.transport import split_pb2 as pb
 from msjax.transport._security import TlsFiles
@@ -59,8 +60,8 @@ class Connection:
             refused = error.code() in _FINAL
             self._inbox.put(Refused(error.details()) if refused else _Lost(error.details()))
 
-    def send(self, **kind) -> None:
-        self._outbox.put(pb.FromClient(**kind))
+    def send(self, message: pb.FromClient) -> None:
+        self._outbox.put(message)
 
     def receive(self, seconds: float | None) -> pb.FromServer:
         """The server's next message.
@@ -142,8 +143,9 @@ class Runner:
         self._party: parties.Client | None = None
         self._initial = None
         self._script = iter(())
-        self._exchange = None
-        self._request: pb.Request | None = None
+        self._exchange = self._following = None
+        self._request: pb.FromClient | None = None
+        self._early: pb.FromClient | None = None  # the following exchange's, where it could be made already
         self._send_half = False
 
     def train(self, on_exchange: Callable[[Any], None] = lambda exchange: None) -> parties.Client:
@@ -175,9 +177,8 @@ class Runner:
 
     def _attend(self, connection):
         """One connection's life; returns at the end of the run."""
-        connection.send(
-            hello=pb.Hello(protocol=_messages.PROTOCOL, client=self._number, run=self.run, generation=self._generation)
-        )
+        hello = pb.Hello(protocol=_messages.PROTOCOL, client=self._number, run=self.run, generation=self._generation)
+        connection.send(pb.FromClient(hello=hello))
         while True:
             # Until training has begun, the server waits for the other clients, however long they take.
             message = connection.receive(self._answer_seconds if self._request is not None else None)
@@ -188,9 +189,11 @@ class Runner:
                 case "start":
                     self._start(message.start)
                     self._send(connection)
+                    self._prepare()
                 case "answer":
                     if self._take(message.answer):
                         self._send(connection)
+                        self._prepare()
                 case "finished":
                     if message.finished.error:
                         raise Refused(f"the server stopped: {message.finished.error}")
@@ -204,7 +207,7 @@ class Runner:
         if self._data is None:
             self.config = config.from_json(json.loads(welcome.config))
             self._data = self._load(self.config)
-        connection.send(ready=pb.Ready(**self._data._asdict()))
+        connection.send(pb.FromClient(ready=pb.Ready(**self._data._asdict())))
 
     def _start(self, start):
         """Goes to where the server says, unless this is the generation that the client is in already."""
@@ -226,22 +229,34 @@ class Runner:
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
         party.begin()
         self._script = party.script(start.step)
-        self._send_half = False
+        self._following = next(self._script, None)
+        self._send_half, self._early = False, None
         self._next()
 
     def _next(self):
-        """Makes the next request, once."""
-        self._exchange = next(self._script, None)
-        self._request = None
-        if self._exchange is None:
-            return
-        saved = self._save(self._exchange)
-        fields = {"generation": self._generation, "saved": saved, "compression": self._compression}
+        """Goes on to the next exchange and makes its request."""
+        self._exchange, self._following = self._following, next(self._script, None)
+        self._request, self._early = self._early, None
+        if self._request is None and self._exchange is not None:
+            self._request = self._make(self._exchange)
+
+    def _make(self, exchange):
+        party = self._party
+        fields = {"generation": self._generation, "saved": self._save(exchange), "compression": self._compression}
         if self._send_half:
-            fields["half"] = _messages.encode(self._party.half(), self._party.shapes.half(), self._compression)
+            fields["half"] = _messages.encode(party.half(), party.shapes.half(), self._compression)
             self._send_half = False
-        message = self._party.send(self._exchange)
-        self._request = _messages.to_request(message, self._exchange, self._party.shapes.up(self._exchange), **fields)
+        return _messages.to_request(party.send(exchange), exchange, party.shapes.up(exchange), **fields)
+
+    def _prepare(self):
+        """While a request is on its way: what can be done of the exchange behind it without its answer."""
+        following = self._following
+        if following is None or self._early is not None:
+            return
+        if following.phase == self._exchange.phase == Phase.TEST:  # the half does not change in a test
+            self._early = self._make(following)
+        else:
+            self._party.prepare(following)
 
     def _save(self, exchange):
         """Whether there is a checkpoint of the state before this step, where there should be one."""
@@ -259,11 +274,12 @@ class Runner:
 
     def _send(self, connection):
         if self._request is not None:
-            connection.send(request=self._request)
+            connection.send(self._request)
 
     def _take(self, answer):
         """Goes on with an answer; False where it is a repeated one."""
-        if self._request is None or answer.generation != self._generation or answer.key != self._request.key:
+        request = self._request and self._request.request
+        if request is None or answer.generation != self._generation or answer.key != request.key:
             return False
         exchange = self._exchange
         form = self._party.shapes.down(exchange)

@@ -13,7 +13,7 @@ from msjax import assemble, config, halves, step, wire
 from msjax.compress import Codec, Identity
 from msjax.transport import _messages, split_pb2_grpc
 from msjax.transport import split_pb2 as pb
-from msjax.transport._security import TlsFiles, Tokens
+from msjax.transport._security import Rate, TlsFiles, Tokens
 from msjax.transport.client import Refused, channel_options
 
 _MAX_SHAPES = 64  # of features and codecs that are compiled for in the life of a server
@@ -28,12 +28,20 @@ class Servicer(split_pb2_grpc.SplitServicer):
       ValueError: `trained` is not a server's half.
     """
 
-    def __init__(self, trained: halves.TrainedHalf, tokens: Tokens, max_bytes: int, compression: str | None = None):
+    def __init__(
+        self,
+        trained: halves.TrainedHalf,
+        tokens: Tokens,
+        *,
+        max_bytes: int = 1 << 30,
+        max_messages_per_second: float = 1000.0,
+        compression: str | None = None,
+    ):
         if trained.part != "server":
             raise ValueError(f"half must be that of a server, got that of a {trained.part}")
         self._trained, self._tokens, self._max_bytes = trained, tokens, max_bytes
         self._half = step.HalfState(trained.params, trained.stats, ())
-        self._compression = compression
+        self._compression, self._max_messages_per_second = compression, max_messages_per_second
         cfg, info = trained.config, trained.info
         self._features, self._outputs = _feature_shapes(cfg, info)
         self._to_head = cfg.head_cut is not None
@@ -56,7 +64,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         self._authenticate(context)
+        rate = Rate(self._max_messages_per_second)
         for number, request in enumerate(requests):
+            rate.wait()
             try:
                 message = self._read(request)
             except wire.WireError as error:

@@ -20,7 +20,7 @@ from msjax.assemble import Assembly
 from msjax.protocol import Exchange, Phase
 from msjax.transport import _messages, split_pb2_grpc
 from msjax.transport import split_pb2 as pb
-from msjax.transport._security import Tokens
+from msjax.transport._security import Rate, Tokens
 
 log = logging.getLogger("msjax.server")
 
@@ -61,8 +61,8 @@ class _Session:
         self.fault = ""  # why the stream ends, where the client is to blame
         self.continues = False  # it knows where it is
 
-    def send(self, **kind) -> None:
-        self.outbox.put(pb.FromServer(**kind))
+    def send(self, message: pb.FromServer) -> None:
+        self.outbox.put(message)
 
     def close(self) -> None:
         self.outbox.put(None)
@@ -102,7 +102,7 @@ class Coordinator:
         self._active: set[int] = set(range(cfg.clients))
         self._returning: set[int] = set()
         self._pending: dict[int, tuple[Exchange, pb.Request, parties.Message]] = {}
-        self._answered: dict[int, pb.Answer] = {}
+        self._answered: dict[int, pb.FromServer] = {}
         self._halves_from: int | None = None
         self._lost_state = False
         self._stop: str | None = None
@@ -123,9 +123,8 @@ class Coordinator:
             known = hello.run == self.run and hello.generation == self._generation and hello.generation > 0
             session.continues = known and hello.client in self._begun
             self._changed.notify_all()
-        session.send(
-            welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=json.dumps(config.to_json(self.cfg)))
-        )
+        cfg = json.dumps(config.to_json(self.cfg))
+        session.send(pb.FromServer(welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=cfg)))
         log.info("client %d joined from %s", hello.client, peer)
         return session
 
@@ -141,11 +140,11 @@ class Coordinator:
     def _admit(self, session):
         client = session.client
         if session.continues:
-            session.send(start=self._start_message())
+            session.send(self._start_message())
             # It repeats its last request, if it had sent one.
         elif client not in self._begun:
             self._begun.add(client)
-            session.send(start=self._start_message())
+            session.send(self._start_message())
         elif client in self._active and self.policy.stragglers != "drop":
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._lost_state = True
@@ -158,7 +157,8 @@ class Coordinator:
     def _start_message(self, **fields):
         fields = {"step": self._start_step, **fields}
         plan = self.parts.plan
-        return pb.Start(generation=self._generation, samples=plan.samples, test_samples=plan.test_samples, **fields)
+        numbers = {"samples": plan.samples, "test_samples": plan.test_samples}
+        return pb.FromServer(start=pb.Start(generation=self._generation, **numbers, **fields))
 
     def receive(self, session: _Session, request: pb.Request) -> None:
         """A client's message of an exchange.
@@ -174,15 +174,15 @@ class Coordinator:
             if session.client in self._returning:
                 return
             answered = self._answered.get(session.client)
-            if answered is not None and answered.key == request.key:
-                session.send(answer=answered)
+            if answered is not None and answered.answer.key == request.key:
+                session.send(answered)
                 return
         exchange = _messages.from_key(self.parts.plan, request.key, session.client)
         message = _messages.from_request(request, self.shapes, exchange)
         with self._changed:
             if request.generation != self._generation:
                 return
-            if answered is not None and exchange.key < _tuple(answered.key):
+            if answered is not None and exchange.key < _tuple(answered.answer.key):
                 return  # a duplicate of long ago
             self._pending[session.client] = (exchange, request, message)
             self.metrics.received(session.client, request)
@@ -285,7 +285,7 @@ class Coordinator:
             for client, session in self._sessions.items():
                 if session.ready is not None:
                     self._begun.add(client)
-                    session.send(start=self._start_message())
+                    session.send(self._start_message())
 
     def _exchange(self, exchange):
         messages = self._collect(exchange)
@@ -294,25 +294,26 @@ class Coordinator:
         if exchange.phase in (Phase.TAKE, Phase.FEATURES):
             self._maybe_save(exchange)
         answers = self.party.handle(exchange, messages)
-        form = self.shapes.down(exchange)
-        encoded = {c: _messages.encode(a.payload, form, self._compression) for c, a in answers.items()}
+        form, encoded = self.shapes.down(exchange), {}
         with self._changed:
             # Someone may be waiting to come back: the next request of one client is to bring its half.
             asked = min(messages) if self._wants_half(exchange) else None
             self._halves_from = asked if asked is not None else self._halves_from
-            for client, payload in encoded.items():
-                answer = pb.Answer(
-                    generation=self._generation,
-                    key=_messages.to_key(exchange),
-                    payload=payload,
-                    saved_step=self._store.latest() or 0,
-                    send_half=client == asked,
-                )
-                self._answered[client] = answer
+        for client, answer in answers.items():
+            # Each is sent as soon as it is encoded; an average, which is the same for all, is encoded once.
+            out = pb.FromServer()
+            if id(answer.payload) not in encoded:
+                encoded[id(answer.payload)] = _messages.encode(answer.payload, form, self._compression)
+            out.answer.payload = encoded[id(answer.payload)]
+            out.answer.generation, out.answer.send_half = self._generation, client == asked
+            out.answer.key.CopyFrom(_messages.to_key(exchange))
+            out.answer.saved_step = self._store.latest() or 0
+            with self._changed:
+                self._answered[client] = out
                 self._pending.pop(client, None)
                 if client in self._sessions:
-                    self._sessions[client].send(answer=answer)
-                self.metrics.sent(client, answer)
+                    self._sessions[client].send(out)
+            self.metrics.sent(client, out.answer)
 
     def _collect(self, exchange):
         """The messages of an exchange, of all its clients or of those that came before the deadline."""
@@ -409,7 +410,7 @@ class Coordinator:
             self._active.add(client)
             self._answered.pop(client, None)
             log.info("client %d comes back at step %d", client, step)
-            self._sessions[client].send(start=self._start_message(step=step, half=half))
+            self._sessions[client].send(self._start_message(step=step, half=half))
 
     def _check_stop(self):
         if self._stop is not None:
@@ -418,7 +419,7 @@ class Coordinator:
     def _finish(self, error: str = ""):
         with self._changed:
             for session in self._sessions.values():
-                session.send(finished=pb.Finished(error=error))
+                session.send(pb.FromServer(finished=pb.Finished(error=error)))
                 session.close()
 
 
@@ -429,8 +430,9 @@ def _tuple(key):
 class Servicer(split_pb2_grpc.SplitServicer):
     """The RPCs: authentication, and the pumping of messages between streams and the coordinator."""
 
-    def __init__(self, coordinator: Coordinator, tokens: Tokens):
+    def __init__(self, coordinator: Coordinator, tokens: Tokens, max_messages_per_second: float = 1000.0):
         self._coordinator, self._tokens = coordinator, tokens
+        self._max_messages_per_second = max_messages_per_second
 
     def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> Iterator[pb.FromServer]:
         hello = self._hello(requests, context)
@@ -447,6 +449,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, session.fault)
 
     def _hello(self, requests, context):
+        # Before anything is read: a stranger is not to hold a thread by saying nothing.
+        if not self._tokens.accept_any(_messages.token(context)):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
         first = next(requests, None)
         if first is None or first.WhichOneof("kind") != "hello":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Hello")
@@ -466,8 +471,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
         return hello
 
     def _read(self, requests, context, session):
+        rate = Rate(self._max_messages_per_second)
         try:
             for message in requests:
+                rate.wait()
                 match message.WhichOneof("kind"):
                     case "ready":
                         self._coordinator.ready(session, message.ready)
