@@ -163,6 +163,8 @@ def _read_form(reader, expect, max_bytes):
     # Without its zeros: NumPy refuses an empty array whose other axes overflow.
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > max_bytes:
         raise WireError(f"the features must have at most {max_bytes} bytes, got shape {list(shape)}")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 31:
+        raise WireError(f"the features must be fewer than 2^31, got shape {list(shape)}")
     if not _CODEC_TEXT.fullmatch(text):
         raise WireError(f"the codec's text must be as `repr` gives it, got {text[:80]!r}")
     try:
@@ -190,8 +192,8 @@ def _decompressed(coded, raw):
     out, at, decoder = np.empty(raw, np.uint8), 0, zlib.decompressobj(-15)
     try:
         for start in range(0, len(coded), _CHUNK):
-            piece = decoder.decompress(coded[start : start + _CHUNK], raw - at + 1)
-            if at + len(piece) > raw:
+            piece = decoder.decompress(coded[start : start + _CHUNK], 8 * _CHUNK + 8)
+            if decoder.unconsumed_tail or at + len(piece) > raw:
                 raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
             out[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
             at += len(piece)

@@ -109,7 +109,7 @@ def assert_same(a, b):
     assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(a, b, strict=True))
 
 
-def refused(data, match="", **options):
+def refused(data, match=None, **options):
     with pytest.raises(wire.WireError, match=match) as info:
         wire.decode(data, **options)
     assert info.type is wire.WireError
@@ -242,7 +242,7 @@ def test_golden_messages():
     del expected
 
 
-def test_encode_refuses():
+def test_encode_refuses(unchecked):
     like, payload = jax.ShapeDtypeStruct((2, 3), np.float32), payload_of(MaskEncoded(), (2, 3), np.float32)
     for compression in ("zlib", "", "Huffman", 0, True):
         with pytest.raises(ValueError, match="compression must be one of None, 'huffman', got"):
@@ -251,7 +251,7 @@ def test_encode_refuses():
         (),
         payload[:2],
         (*payload, payload.signs),
-        payload._replace(values=payload.values.astype(np.float16)),
+        payload._replace(values=np.zeros(payload.values.shape, np.float16)),
         payload._replace(values=payload.values[None]),
         payload._replace(codes=payload.codes[:-1]),
         payload._replace(codes=payload.codes.view(np.int8)),
@@ -529,7 +529,7 @@ def test_expect():
         (codec, jax.ShapeDtypeStruct((2, 3), jnp.float16)),
         (codec, jax.ShapeDtypeStruct((2, 3), jnp.float32)),
     ):
-        refused(data, r"expected .* got b'MaskEncoded\(ratio=0.75.* of bfloat16\[2, 3\]", expect=other)
+        refused(data, r"expected .* got b.MaskEncoded\(ratio=0.75.* of bfloat16\[2, 3\]", expect=other)
     for text in ("__import__('os')", "(" * 1024):
         refused(message(text.encode()), "expected", expect=(codec, like))
 

@@ -14,6 +14,8 @@ def codec_from_string(text: str, codecs: tuple[type[Codec], ...]) -> Codec:
         cls = by_name[call.func.id]
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError("an option is given twice")
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(
             f"codec must be one of {', '.join(by_name)}, with options as in MaskEncoded(ratio=0.99, bits=2), "
