@@ -62,7 +62,8 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
         "command": " ".join([program, *sys.argv[1:]]),
-        "options": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(options).items()},
+        # Where the record itself lies says nothing of the run.
+        "options": json.loads(json.dumps({k: v for k, v in vars(options).items() if k != "out"}, default=str)),
         "environment": environment,
         "wall_seconds": round(wall_seconds, 1),
         "rows": rows,
