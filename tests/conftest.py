@@ -1,9 +1,17 @@
-"""Before jax starts: eight CPU devices, strict dtypes and ranks, and annotations of the package that are checked."""
+"""Before jax starts: eight CPU devices, a cache of compiled programs, strict dtypes and ranks, checked annotations."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation, and many tests compile the same programs. Each process of pytest-xdist has a
+# folder of its own: JAX reads what another process has half written.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="msjax-tests-")
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import beartype
 import jax
