@@ -145,9 +145,9 @@ def _earlier(options):
 class Parts(assemble.Assembly):
     """The parts of a run whose parties share their compiled functions, which hold no state."""
 
-    def programs(self, seed: int) -> parties.Programs:
+    def programs(self, seed: int, **options) -> parties.Programs:
         if "_programs" not in vars(self):
-            self._programs = super().programs(seed)
+            self._programs = super().programs(seed, **options)
         return self._programs
 
 
@@ -457,6 +457,8 @@ def accuracy_hours(rows: list[dict], records: list[dict], options: argparse.Name
 def table(rows: list[dict], hours: dict[tuple[str, str], float]) -> str:
     """Returns the steps on the slow link as a Markdown table; × is against no compression at the same cut."""
     rows = [row for row in rows if row["kind"] == "link"]
+    rows.sort(key=lambda row: list(CODECS).index(row["name"]))
+    rows.sort(key=lambda row: CUTS.index(row["cut"]) if row["cut"] in CUTS else len(CUTS))
     plain = {row["cut"]: row["step_seconds"] for row in rows if row["name"] == "none"}
     header = ["cut, codec", "step, s", "×", "unshaped, s", "on the wire, s", "ideal, s", "ratio", "of exchanges"]
     header += ["up, MB (nominal)", "down, MB (nominal)", "gRPC adds"] + ["hours to accuracy"] * bool(hours)

@@ -152,7 +152,8 @@ def _evaluate(trained, remote, options):
     )
     ds = load_data(cfg, options)
     parts = assemble.assemble(cfg, trained.info, samples=cfg.batch_size, test_samples=len(ds.test_labels))
-    plan, shapes, programs = parts.plan, parts.shapes(), parts.programs(cfg.seed)
+    plan, shapes = parts.plan, parts.shapes()
+    programs = parts.programs(cfg.seed, numpy_encoder=options.encoder == "numpy")
     state = step.HalfState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train_images, ds.train_labels, ds.test_images, ds.test_labels)
     clients = [parties.Client(n, plan, shapes, programs, state, own, cfg.seed) for n in range(cfg.clients)]

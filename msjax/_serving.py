@@ -83,6 +83,9 @@ class ConnectOptions:
     """Send in the open to an address that is not this machine's own."""
     compression: Literal["huffman"] | None = None
     """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    encoder: Literal["jax", "numpy"] = "jax"
+    """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
+    codecs."""
     data_dir: str | None = None
     """Where the data set is on this machine, as `--data.data-dir` of `msjax train`."""
     cache_dir: str | None = None
@@ -272,7 +275,8 @@ class TakingPart:
     def _build(self, cfg, samples, test_samples):
         parts = assemble.assemble(cfg, self._info, samples=samples, test_samples=test_samples)
         self._plan = parts.plan
-        programs, number = parts.programs(cfg.seed), self._options.number
+        programs = parts.programs(cfg.seed, numpy_encoder=self._options.encoder == "numpy")
+        number = self._options.number
         return parties.Client(number, parts.plan, parts.shapes(), programs, parts.client, self._data, cfg.seed)
 
 

@@ -36,8 +36,9 @@ class Assembly(NamedTuple):
     def shapes(self) -> parties.Shapes:
         return parties.Shapes(self.plan, self.setup, self.test_codec, self.client, self.server, self.sample)
 
-    def programs(self, seed: int) -> parties.Programs:
-        return parties.Programs(self.setup, self.preprocess, self.test_codec, seed)
+    def programs(self, seed: int, **options) -> parties.Programs:
+        """`options` are those of `parties.Programs`."""
+        return parties.Programs(self.setup, self.preprocess, self.test_codec, seed, **options)
 
 
 def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: int) -> Assembly:

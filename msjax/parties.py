@@ -5,6 +5,7 @@ jitted functions on the same arrays, so they compute the same bits. What `simula
 with them to float32 rounding.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -111,9 +112,24 @@ def _test_calls(plan):
 
 
 class Programs:
-    """The jitted functions of a run; clients of one program share them, so that each is compiled once."""
+    """The jitted functions of a run; clients of one program share them, so that each is compiled once.
 
-    def __init__(self, setup: step.Setup, preprocess: simulate.Preprocess, test_codec: Codec | None, seed: int):
+    Args:
+      numpy_encoder: clients encode with NumPy, with the same bits, and not within the jitted functions.
+
+    Raises:
+      ValueError: `numpy_encoder` with a codec that is random.
+    """
+
+    def __init__(
+        self,
+        setup: step.Setup,
+        preprocess: simulate.Preprocess,
+        test_codec: Codec | None,
+        seed: int,
+        *,
+        numpy_encoder: bool = False,
+    ):
         self.setup, self.test_codec = setup, test_codec or Identity()
         train_key, test_key = simulate.train_key(seed), simulate.test_key(seed)
 
@@ -130,8 +146,14 @@ class Programs:
         def preprocessed(images, key):
             return preprocess(images, step.split_key(key).augment)
 
-        def test_forward(state, images, key):
-            return step.infer_features(setup.client, self.test_codec, state, preprocess(images), key)
+        def test_forward(codec, state, images, key):
+            return (step.infer_features(setup.client, codec, state, preprocess(images), key),)
+
+        def forward(codec, *args):
+            return step.client_forward(dataclasses.replace(setup, codec=codec), *args)
+
+        def client_head(codec, *args, **kwargs):
+            return step.client_head(dataclasses.replace(setup, grad_codec=codec), *args, **kwargs)
 
         def test_server(state, payload, key, features):
             u_shaped = setup.head is not None
@@ -143,15 +165,28 @@ class Programs:
         def with_setup(fun, **static):
             return jax.jit(functools.partial(fun, setup), **static)
 
+        def encoding(fun, codec, **static):
+            """`fun` of a codec, jitted, to (payload, …)."""
+            if not numpy_encoder:
+                return jax.jit(functools.partial(fun, codec), **static)
+            codec.encode_numpy(np.zeros((1, 1), np.float32))  # raises where it cannot
+            dense = jax.jit(functools.partial(fun, Identity()), **static)
+
+            def encode(*args, **kwargs):
+                payload, *rest = dense(*args, **kwargs)
+                return codec.encode_numpy(np.asarray(payload.values)), *rest
+
+            return encode
+
         self.preprocess = jax.jit(preprocessed)
-        self.forward = with_setup(step.client_forward)
-        self.client_head = with_setup(step.client_head, static_argnames="features")
+        self.forward = encoding(forward, setup.codec)
+        self.client_head = encoding(client_head, setup.grad_codec, static_argnames="features")
         self.client_backward = with_setup(step.client_backward, static_argnames="features")
         self.client_update = with_setup(step.client_update)
         self.server_step = with_setup(step.server_step, static_argnames="features")
         self.server_forward = with_setup(step.server_forward, static_argnames="features")
         self.server_backward = with_setup(step.server_backward, static_argnames="features")
-        self.test_forward = jax.jit(test_forward)
+        self.test_forward = encoding(test_forward, self.test_codec)
         self.test_server = jax.jit(test_server, static_argnames="features")
         self.test_head = jax.jit(test_head, static_argnames="features")
         self.score = jax.jit(step.score)
@@ -261,7 +296,7 @@ class Client:
             case Phase.GIVE:
                 return Message(self.half())
             case Phase.TEST:
-                payload = self._programs.test_forward(self.state, self._images(exchange), self._key(exchange))
+                (payload,) = self._programs.test_forward(self.state, self._images(exchange), self._key(exchange))
                 return Message(payload, self._sent_labels(exchange))
             case Phase.RESULT:
                 tested, self._tested = self._tested, []

@@ -143,6 +143,37 @@ def test_contract_eager(codec):
     assert same(decoded, jit_decoded) or (isinstance(codec, Uniform) and close(decoded, jit_decoded, h))
 
 
+@pytest.mark.parametrize("codec, shape, dtype", [case for case in CASES if not case[0].needs_key], ids=case_id)
+def test_numpy_encodes_the_same(codec, shape, dtype):
+    for name, h in inputs(shape, dtype).items():
+        payload = codec.encode_numpy(np.asarray(h))
+        try:
+            reference.check_encoded(type(codec).__name__, np.asarray(h), payload, fields_of(codec))
+            assert type(payload) is type(codec.encode(h)) and all(map(same, payload, jitted(codec, h, KEY)[0]))
+        except AssertionError as error:
+            raise AssertionError(f"input {name!r}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    "codec", [c for c in DEFAULTS + OTHERS if getattr(c, "granularity", "tensor") == "tensor" and not c.needs_key]
+)
+@pytest.mark.parametrize("kind", ("relu", "wide", "ties", "wild"))
+def test_numpy_encodes_long_arrays_the_same(codec, kind):
+    """Longer than a piece, and than what is selected by sorting."""
+    h = inputs((3, 40_001), jnp.float32)[kind]
+    assert all(map(same, codec.encode_numpy(np.asarray(h)), jax.jit(codec.encode)(h)))
+
+
+def test_numpy_encoding_of_what_it_does_not_do():
+    for codec in (codec for codec in DEFAULTS if codec.needs_key):
+        with pytest.raises(
+            ValueError, match=f"codec must not be random to encode with NumPy, got {type(codec).__name__}"
+        ):
+            codec.encode_numpy(np.zeros(4, np.float32))
+    with pytest.raises(TypeError, match="h must be one of float32, bfloat16, float16, got float64"):
+        Identity().encode_numpy(np.zeros(4))
+
+
 @pytest.mark.parametrize("codec", DEFAULTS + OTHERS[4:5] + OTHERS[-1:], ids=case_id)
 def test_contract_vmap(codec):
     """A codec under `vmap`, and under `shard_map` once a device, gives what it gives one by one."""

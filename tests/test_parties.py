@@ -28,13 +28,13 @@ def dataset(seed=0):
     return *draw(COUNT), *draw(TEST_COUNT)
 
 
-def make_parties(cfg):
+def make_parties(cfg, **options):
     """A server and all clients, each with its share of the data alone."""
     images, labels, test_images, test_labels = dataset()
     pools, samples = assemble.share_out(cfg, lambda: labels, COUNT)
     info = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
     parts = assemble.assemble(cfg, info, samples=samples, test_samples=TEST_COUNT)
-    shapes, programs = parts.shapes(), parts.programs(cfg.seed)
+    shapes, programs = parts.shapes(), parts.programs(cfg.seed, **options)
     clients = [
         parties.Client(
             number,
@@ -75,6 +75,27 @@ def test_parties_train(mode):
         for client in clients[1:]:
             for a, b in zip(jax.tree.leaves(clients[0].state[:2]), jax.tree.leaves(client.state[:2]), strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_clients_that_encode_with_numpy(mode):
+    cfg = dataclasses.replace(
+        SMALL, mode=mode, grad_codec=compress.MaskEncoded(ratio=0.9, bits=3, signed=True), epochs=1
+    )
+    ends = []
+    for numpy_encoder in (False, True):
+        plan, server, clients = make_parties(cfg, numpy_encoder=numpy_encoder)
+        first = next(plan.exchanges())
+        sent = [client.send(first) for client in clients]
+        assert all(isinstance(leaf, np.ndarray) == numpy_encoder for m in sent for leaf in m.payload)
+        for client in clients:
+            client.begin()
+        for _ in parties.run(plan, server, clients):
+            pass
+        ends.append((server.state, server.train, server.test, [client.state for client in clients]))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    with pytest.raises(ValueError, match="codec must not be random to encode with NumPy, got RandK"):
+        make_parties(dataclasses.replace(cfg, codec=compress.RandK()), numpy_encoder=True)
 
 
 def test_plan():

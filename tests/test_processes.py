@@ -42,7 +42,8 @@ class Shell:
         return self.start("serve", "serve", *arguments, "--listen", self.address)
 
     def client(self, number):
-        where = ("--server", self.address, "--state", f"client{number}")
+        """The second one encodes with NumPy, which makes no difference."""
+        where = ("--server", self.address, "--state", f"client{number}", "--encoder", ("jax", "numpy")[number])
         return self.start(f"client{number}", "client", "--number", str(number), *where, "--checkpoint-steps", "10")
 
     def wait_for_checkpoint(self, folder, step):

@@ -47,8 +47,11 @@ assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
 PROGRAMS = {}
 
 
-def programs_once(parts, seed):
-    return PROGRAMS.setdefault((id(parts), seed), programs_anew(parts, seed))
+def programs_once(parts, seed, **options):
+    key = (id(parts), seed, *options.items())
+    if key not in PROGRAMS:
+        PROGRAMS[key] = programs_anew(parts, seed, **options)
+    return PROGRAMS[key]
 
 
 class Net:

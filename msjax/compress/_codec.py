@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +43,21 @@ class Codec(abc.ABC):
         self._check(h, key)
         return self._encode(h, key)
 
+    def encode_numpy(self, h: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns the payload that `encode` gives, bit for bit, as NumPy arrays and made by NumPy alone.
+
+        For clients whose accelerator, or none, should not do it; subnormal numbers may come out otherwise.
+
+        Raises:
+          TypeError: `h` has another dtype.
+          ValueError: the codec is random: its numbers are drawn by JAX.
+        """
+        self._check(h)
+        if self.needs_key:
+            raise ValueError(f"codec must not be random to encode with NumPy, got {self}")
+        with np.errstate(all="ignore"):  # NaN and Inf have their codes
+            return self._encode_numpy(np.asarray(h))
+
     def decode(self, payload: Any, like: Any) -> Float[Array, "..."]:
         """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`).
 
@@ -68,6 +84,9 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, payload, like): ...
+
+    def _encode_numpy(self, h):
+        raise NotImplementedError(f"{type(self).__name__} has no NumPy encoder")
 
     def _roundtrip(self, h, key):
         return self._decode(self._encode(h, key), h)
@@ -104,6 +123,10 @@ class VectorCodec(Codec):
     def _roundtrip_vector(self, x, key):
         return self._decode_vector(self._encode_vector(x, key), x)
 
+    def _encode_vector_numpy(self, x):
+        """`_encode_vector` by NumPy, of a codec that is not random."""
+        raise NotImplementedError(f"{type(self).__name__} has no NumPy encoder")
+
     @abc.abstractmethod
     def _vector_bytes(self, d: int, itemsize: int) -> int:
         """Payload bytes of a vector of `d` values of `itemsize` bytes."""
@@ -124,6 +147,15 @@ class VectorCodec(Codec):
 
     def _encode(self, h, key):
         return self._over_rows(self._encode_vector, h, key)
+
+    def _encode_numpy(self, h):
+        rows, d = self._rows(h)
+        if rows is None:
+            return self._encode_vector_numpy(h.reshape(d))
+        # One more than there are, so that there is one.
+        payloads = [self._encode_vector_numpy(row) for row in h.reshape(rows, d)]
+        payloads.append(self._encode_vector_numpy(np.zeros(d, h.dtype)))
+        return type(payloads[0])(*(np.stack(arrays)[:rows] for arrays in zip(*payloads, strict=True)))
 
     def _roundtrip(self, h, key):
         return self._over_rows(self._roundtrip_vector, h, key).reshape(h.shape)

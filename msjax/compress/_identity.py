@@ -30,6 +30,9 @@ class Identity(Codec):
     def _encode(self, h, key):
         return DensePayload(h)
 
+    def _encode_numpy(self, h):
+        return DensePayload(h)
+
     def _decode(self, payload, like):
         return payload.values.reshape(like.shape).astype(like.dtype)
 

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from msjax.compress import _bits, _select
+from msjax.compress import _bits, _numpy, _select
 from msjax.compress._codec import VectorCodec, check_bits, check_choice, check_ratio
 
 
@@ -108,6 +109,22 @@ class MaskEncoded(VectorCodec):
             codes = _bits.unpack(packed, self.bits, x.size)
             signs = _bits.pack(((x < 0) & (codes > 0) & (codes < self._top)).astype(jnp.uint8), 1)
         return MaskPayload(x[top.positions], packed, signs)
+
+    def _encode_vector_numpy(self, x):
+        if x.size == 0:
+            return MaskPayload(x, np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+        scores = _numpy.score(x, by_magnitude=self.signed)
+        kept, tau = _numpy.largest(scores, _select.num_kept(self.ratio, x.size))
+        codes = np.zeros(x.size, np.uint8)
+        for piece in _numpy.pieces(x.size if tau > 0 else 0):
+            steps = scores[piece] * np.float32(self._top)
+            steps /= tau
+            codes[piece] = _numpy.to_codes(steps, self._top - 1, self.rounding)
+        codes[kept] = self._top
+        signs = np.zeros(0, np.uint8)
+        if self.signed:
+            signs = _numpy.pack((x < 0) & (codes > 0) & (codes < self._top), 1)
+        return MaskPayload(x[kept], _numpy.pack(codes, self.bits), signs)
 
     def _decode_vector(self, payload, like):
         d = like.size

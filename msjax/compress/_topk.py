@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from msjax.compress import _bits, _select
+from msjax.compress import _bits, _numpy, _select
 from msjax.compress._codec import VectorCodec, check_ratio
 
 
@@ -80,3 +81,12 @@ class TopK(Sparsifier):
 
     def _kept(self, x, k, key):
         return _bits.pack_words(_select.select(x, k, by_magnitude=True).mask)
+
+    def _encode_vector_numpy(self, x):
+        if x.size == 0:
+            return SparsePayload(x, np.zeros(0, np.uint8))
+        k = _select.num_kept(self.ratio, x.size)
+        kept, _ = _numpy.largest(_numpy.score(x, by_magnitude=True), k)
+        mask = np.zeros(x.size, np.uint8)
+        mask[kept] = 1
+        return SparsePayload(x[kept], _numpy.pack(mask, 1))

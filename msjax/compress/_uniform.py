@@ -5,9 +5,10 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from msjax.compress import _bits, _random
+from msjax.compress import _bits, _numpy, _random
 from msjax.compress._codec import VectorCodec, check_bits
 
 
@@ -68,6 +69,17 @@ class Uniform(VectorCodec):
     def _encode_vector(self, x, key):
         codes, low, high = self._quantize(x, key)
         return UniformPayload(_bits.pack(codes.astype(jnp.uint8), self.bits), low, high)
+
+    def _encode_vector_numpy(self, x):
+        if x.size == 0:
+            return UniformPayload(np.zeros(0, np.uint8), np.zeros((), np.float32), np.zeros((), np.float32))
+        low, high = np.asarray(x.min(), np.float32), np.asarray(x.max(), np.float32)
+        top, spread = np.float32(self._top), high - low
+        codes = np.zeros(x.size, np.uint8)
+        for piece in _numpy.pieces(x.size):
+            steps = (x[piece].astype(np.float32) - low) * top / spread
+            codes[piece] = _numpy.to_codes(steps, self._top)
+        return UniformPayload(_numpy.pack(codes, self.bits), low, high)
 
     def _decode_vector(self, payload, like):
         codes = _bits.unpack(payload.codes, self.bits, like.size).astype(jnp.float32)
