@@ -1,4 +1,4 @@
-"""Every codec's `encode`, `decode` and `roundtrip` beside MS in PyTorch and a plain copy, in one process.
+"""Every codec's operations and NumPy encoder beside MS in PyTorch and a plain copy, in one process.
 
     python -m benchmarks.codecs                                    # 4 M and 16 M values, float32: about three minutes
     python -m benchmarks.codecs --sizes 0.5 1 4 16 64 --dtypes float32 bfloat16
@@ -8,6 +8,7 @@ Sizes are in millions (2²⁰) of values of relu(N(0, 1)), as one client's featu
 codes, or the benchmark stops. Needs `pip install -e '.[bench]'`.
 """
 
+import functools
 import sys
 import time
 
@@ -52,7 +53,7 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
     if jax.default_backend() == "gpu":
         h_torch = h_torch.cuda()
     check_same_codes(h, h_torch)
-    encoded = torch_ms.encode(h_torch)
+    encoded, on_host = torch_ms.encode(h_torch), np.asarray(h)
     contenders = {
         "copy": lambda: copy(h),
         "torch copy": waited(lambda: h_torch.clone()),
@@ -64,6 +65,8 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
     for codec in CODECS:
         for operation in OPERATIONS:
             contenders[f"{codec} {operation}"], compiled[codec, operation] = prepared(codec, operation, h)
+        if not codec.needs_key:
+            contenders[f"{codec} numpy"] = functools.partial(codec.encode_numpy, on_host)
     seconds = timing.interleaved(contenders, repeats=repeats)
     torch_seconds = {op: seconds[f"torch {op}"] for op in ("encode", "decode")}
     torch_seconds["roundtrip"] = sum(torch_seconds.values())
@@ -73,6 +76,7 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
             row[f"{operation}_seconds"] = seconds[f"{codec} {operation}"]
             row[f"{operation}_compile_seconds"], row[f"{operation}_extra_bytes"] = compiled[codec, operation]
             row[f"torch_{operation}_seconds"] = torch_seconds[operation]
+        row["numpy_encode_seconds"] = seconds.get(f"{codec} numpy")
         rows.append(row | {"torch_copy_seconds": seconds["torch copy"], "input_bytes": h.nbytes})
     return rows
 
@@ -128,6 +132,7 @@ def table(rows: list[dict]) -> str:
         "dtype",
         *(f"{op}, ms (copies; PyTorch/ours)" for op in OPERATIONS),
         "extra, × input",
+        "encode by NumPy, ms",
     ]
     lines = []
     for row in rows:
@@ -138,6 +143,8 @@ def table(rows: list[dict]) -> str:
             cells.append(f"{ours * 1e3:.2f} ({ours / row['copy_seconds']:.1f}{against})")
         extra = [row[f"{op}_extra_bytes"] for op in OPERATIONS]
         cells.append("–" if None in extra else f"{max(extra) / row['input_bytes']:.2f}")
+        by_numpy = row["numpy_encode_seconds"]
+        cells.append("–" if by_numpy is None else f"{by_numpy * 1e3:.2f}")
         lines.append(cells)
     return timing.table(header, lines)
 

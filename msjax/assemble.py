@@ -78,7 +78,12 @@ def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
     Raises:
       ValueError: a field of the config has a value that does not fit.
     """
-    model = models.build(
+    return models.split(make_model(cfg, info), cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
+
+
+def make_model(cfg: config.Config, info: SetInfo) -> models.Model:
+    """Builds the model, whole; raises ValueError as `make_halves` does."""
+    return models.build(
         cfg.model.name,
         input_shape=info.image_shape,
         num_classes=info.num_classes,
@@ -87,7 +92,6 @@ def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
         first_block=cfg.model.first_block,
         dtype=jnp.dtype(cfg.dtype),
     )
-    return models.split(model, cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
 
 
 def share_out(cfg: config.Config, labels: Callable[[], np.ndarray], count: int) -> tuple[list[np.ndarray], int]:

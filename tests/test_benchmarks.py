@@ -38,6 +38,7 @@ def test_codecs():
     rows = codecs.measure(1 / 32, "float32", repeats=1)
     assert [row["codec"] for row in rows] == [str(codec) for codec in codecs.CODECS]
     assert all(row[f"{op}_seconds"] > 0 for row in rows for op in codecs.OPERATIONS)
+    assert [row["numpy_encode_seconds"] is None for row in rows] == [codec.needs_key for codec in codecs.CODECS]
     assert len(codecs.table(rows).splitlines()) == 2 + len(rows)
     codecs.plot(rows)
 

@@ -1,0 +1,85 @@
+"""Real feature maps and gradients, of a trained run, at every named cut: what codecs are compared on.
+
+    python -m experiments.feature_maps runs/cifar10_lite-uncompressed --data-dir DIR --out maps.npz
+
+The trained network is cut anew at each of its named cuts, and one training batch (no augmentation, no codec) goes
+through it. Keys of the file: `shallow/features`, `shallow/gradients`, …: float32 (samples, height, width, channels), of
+the gradients those of the mean loss.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msjax import assemble, models, runs, simulate, step, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a finished or interrupted run")
+    parser.add_argument("--data-dir", help="where the data set is on this machine")
+    parser.add_argument("--samples", type=int, default=250)
+    parser.add_argument("--out", default="maps.npz")
+    options = parser.parse_args()
+    maps = collect(options.run, samples=options.samples, data_dir=options.data_dir)
+    np.savez_compressed(options.out, **maps)
+    for name, array in maps.items():
+        print(f"{name}: {list(array.shape)}, {np.mean(array == 0):.1%} zeros")
+    return 0
+
+
+def collect(run: str, *, samples: int, data_dir: str | None = None) -> dict[str, np.ndarray]:
+    """Returns features and gradients by cut; see above.
+
+    Raises:
+      ValueError: there is no such run, it has no checkpoint, or its clients have halves of their own.
+    """
+    folder, cfg = runs.RunFolder.open(run, read_only=True)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir))
+    simulate.split_cpu(cfg.clients)
+    job = train.prepare(cfg)
+    if cfg.data.name in train.STREAMED:
+        raise ValueError(f"the run's data set must fit in memory, got {cfg.data.name!r}")
+    if job.parts.plan.averages_halves:
+        raise ValueError(f"the run's clients must share one half, got mode.kind={cfg.mode.kind!r}")
+    found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
+    folder.close()
+    if found is None:
+        raise ValueError(f"the run must have a checkpoint, got {run!r} without one")
+    state = jax.device_get(found[0][0])
+    params = state.client.params | state.server.params
+    stats = state.client.stats | state.server.stats
+    images, labels = (jnp.asarray(np.asarray(array)[:samples]) for array in job.train.source)
+    x = job.parts.preprocess(images)
+    maps = {}
+    for name in dict(assemble.make_model(cfg, job.info).named_cuts):
+        at = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=name))
+        client, server = assemble.make_halves(at, job.info)[:2]
+        h, g = _at_cut(_trained(client, params, stats), _trained(server, params, stats), x, labels, cfg)
+        maps[f"{name}/features"], maps[f"{name}/gradients"] = np.asarray(h), np.asarray(g)
+    return maps
+
+
+def _trained(half: models.Half, params, stats) -> models.Half:
+    """A half with the trained arrays of its blocks."""
+    own = half._replace(params={k: params[k] for k in half.params}, stats={k: stats[k] for k in half.stats})
+    return jax.tree.map(jnp.asarray, own)
+
+
+def _at_cut(client, server, x, labels, cfg):
+    """(features, gradients) of a batch, as in training."""
+
+    def loss(h):
+        logits, _ = server.apply(server.params, server.stats, h, train=True, key=jax.random.key(1))
+        return step.cross_entropy(logits, labels, cfg.optim.label_smoothing)
+
+    h, _ = client.apply(client.params, client.stats, x, train=True, key=jax.random.key(0))
+    return h, jax.grad(loss)(h)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
