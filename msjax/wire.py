@@ -82,7 +82,7 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
         raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
     if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
         raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
-    layout, _ = _layout(codec, tuple(like.shape), _dtype(like.dtype))
+    layout = _layout(codec, like)
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
     if [(a.shape, a.dtype) for a in arrays] != [(form.shape, form.dtype) for form in layout]:
         found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
@@ -127,7 +127,7 @@ def decode(
     if zlib.crc32(reader.rest()) != checksum:
         raise WireError("checksum is wrong: the message was damaged or cut short")
     codec, like = _read_form(reader, expect, max_bytes)
-    layout, structure = _layout(codec, tuple(like.shape), like.dtype)
+    layout = _layout(codec, like)
     nominal = sum(math.prod(form.shape) * form.dtype.itemsize for form in layout)
     if nominal > max_bytes:
         raise WireError(f"the payload must have at most {max_bytes} bytes, got {nominal}")
@@ -138,7 +138,7 @@ def decode(
     arrays = [_read_array(reader, form, *coding) for form, coding in zip(layout, codings, strict=True)]
     if len(reader.rest()):
         raise WireError(f"{len(reader.rest())} bytes behind the last buffer")
-    return Message(codec, like, jax.tree.unflatten(structure, arrays), nominal, len(data))
+    return Message(codec, like, type(layout)(*arrays), nominal, len(data))
 
 
 def _read_form(reader, expect, max_bytes):
@@ -220,15 +220,12 @@ def _dtype(dtype):
     return np.dtype(dtype)
 
 
-@functools.lru_cache(maxsize=256)
-def _layout(codec, shape, dtype):
-    """(arrays' shapes and dtypes, structure) of a payload, from shapes alone."""
-    like = jax.ShapeDtypeStruct(shape, dtype)
+def _layout(codec, like):
+    """The payload's shapes and dtypes; not traced by JAX, which would remember every shape that a stranger sends."""
     try:
-        payload = jax.eval_shape(codec.encode, like, jax.eval_shape(lambda: jax.random.key(0)))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise WireError(f"{codec} takes no {dtype}{list(shape)}: {error}") from None
-    return jax.tree.flatten(payload)
+        return codec.payload_like(like)
+    except (ValueError, TypeError) as error:
+        raise WireError(f"{codec} takes no {like.dtype}{list(like.shape)}: {error}") from None
 
 
 class _Reader:

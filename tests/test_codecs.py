@@ -92,6 +92,7 @@ def check(codec, h, payload, decoded, roundtrip):
     leaves = [np.asarray(leaf) for leaf in payload]
     expected_bytes = reference.payload_bytes(name, h.shape, h.dtype.itemsize, fields)
     assert codec.payload_bytes(h) == sum(leaf.nbytes for leaf in leaves) == expected_bytes
+    assert [(leaf.shape, leaf.dtype) for leaf in codec.payload_like(h)] == [(leaf.shape, leaf.dtype) for leaf in leaves]
     reference.check_encoded(name, np.asarray(h), leaves, fields)
     expected = reference.decode_array(name, leaves, h.shape, np.asarray(h).dtype, fields)
     # Relative for MS and the sparsifiers; min–max levels are relative to the ends, which may cancel.

@@ -71,13 +71,21 @@ class Codec(abc.ABC):
         self._check(h, key)
         return self._roundtrip(h, key)
 
-    @abc.abstractmethod
+    def payload_like(self, like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
+        self._check(like)
+        return self._payload_like(like)
+
     def payload_bytes(self, like: Any) -> int:
         """Returns the exact size in bytes of the payload of an array like `like`, from its shape and dtype alone."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.payload_like(like))
 
     def at_inference(self) -> "Codec":
         """Returns the codec to use on test data: this one, unless its source says otherwise."""
         return self
+
+    @abc.abstractmethod
+    def _payload_like(self, like): ...
 
     @abc.abstractmethod
     def _encode(self, h, key): ...
@@ -128,14 +136,13 @@ class VectorCodec(Codec):
         raise NotImplementedError(f"{type(self).__name__} has no NumPy encoder")
 
     @abc.abstractmethod
-    def _vector_bytes(self, d: int, itemsize: int) -> int:
-        """Payload bytes of a vector of `d` values of `itemsize` bytes."""
+    def _vector_like(self, d: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of the payload of a vector of `d` values of `dtype`."""
 
-    def payload_bytes(self, like):
-        self._check(like)
-        itemsize = jnp.dtype(like.dtype).itemsize
+    def _payload_like(self, like):
         rows, d = self._rows(like)
-        return (1 if rows is None else rows) * self._vector_bytes(d, itemsize)
+        payload = self._vector_like(d, like.dtype)
+        return payload if rows is None else jax.tree.map(lambda leaf: shaped((rows, *leaf.shape), leaf.dtype), payload)
 
     def _rows(self, h) -> tuple[int | None, int]:
         """(number of vectors or None for one unbatched vector, values in each)."""
@@ -173,6 +180,11 @@ class VectorCodec(Codec):
         if rows is None:
             return self._decode_vector(payload, vector).reshape(like.shape)
         return jax.vmap(lambda p: self._decode_vector(p, vector))(payload).reshape(like.shape)
+
+
+def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array of a payload; an int is the length of a vector."""
+    return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.compress import _bits, _numpy, _select
-from msjax.compress._codec import VectorCodec, check_bits, check_choice, check_ratio
+from msjax.compress._codec import VectorCodec, check_bits, check_choice, check_ratio, shaped
 
 
 class MaskPayload(NamedTuple):
@@ -76,9 +76,9 @@ class MaskEncoded(VectorCodec):
         """2^bits − 1: the code of a kept value, and the number of steps from 0 to τ."""
         return 2**self.bits - 1
 
-    def _vector_bytes(self, d, itemsize):
-        signs = _bits.packed_bytes(d, 1) if self.signed else 0
-        return _select.num_kept(self.ratio, d) * itemsize + _bits.packed_bytes(d, self.bits) + signs
+    def _vector_like(self, d, dtype):
+        values, signs = _select.num_kept(self.ratio, d), _bits.packed_bytes(d, 1) if self.signed else 0
+        return MaskPayload(shaped(values, dtype), shaped(_bits.packed_bytes(d, self.bits)), shaped(signs))
 
     def _quantize(self, x):
         """(what is kept, codes of the others as float32) of the vector `x`, d ≥ 1."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.compress import _bits, _numpy, _select
-from msjax.compress._codec import VectorCodec, check_ratio
+from msjax.compress._codec import VectorCodec, check_ratio, shaped
 
 
 class SparsePayload(NamedTuple):
@@ -41,8 +41,8 @@ class Sparsifier(VectorCodec):
         """What kept values are multiplied by at the receiver."""
         return 1.0
 
-    def _vector_bytes(self, d, itemsize):
-        return _select.num_kept(self.ratio, d) * itemsize + _bits.packed_bytes(d, 1)
+    def _vector_like(self, d, dtype):
+        return SparsePayload(shaped(_select.num_kept(self.ratio, d), dtype), shaped(_bits.packed_bytes(d, 1)))
 
     def _encode_vector(self, x, key):
         if x.size == 0:

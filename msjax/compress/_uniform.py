@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from msjax.compress import _bits, _numpy, _random
-from msjax.compress._codec import VectorCodec, check_bits
+from msjax.compress._codec import VectorCodec, check_bits, shaped
 
 
 class UniformPayload(NamedTuple):
@@ -47,8 +47,8 @@ class Uniform(VectorCodec):
     def _top(self) -> int:
         return 2**self.bits - 1
 
-    def _vector_bytes(self, d, itemsize):
-        return _bits.packed_bytes(d, self.bits) + 8
+    def _vector_like(self, d, dtype):
+        return UniformPayload(shaped(_bits.packed_bytes(d, self.bits)), *[shaped((), jnp.float32)] * 2)
 
     def _round(self, steps, key):
         return jnp.round(steps)
