@@ -14,6 +14,7 @@ selection over the whole array would gather it.
 
 from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound
 from msjax.compress._codec import Codec
+from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
@@ -23,7 +24,16 @@ from msjax.compress._straight_through import downlink_key, straight_through
 from msjax.compress._topk import SparsePayload, TopK
 from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
 
-CODECS: tuple[type[Codec], ...] = (Identity, MaskEncoded, TopK, RandTopK, Uniform, StochasticUniform, RandK)
+CODECS: tuple[type[Codec], ...] = (
+    Identity,
+    MaskEncoded,
+    TopK,
+    RandTopK,
+    Uniform,
+    StochasticUniform,
+    RandK,
+    EntropyMask,
+)
 """Every codec, in the order in which tables show them."""
 
 
@@ -43,6 +53,8 @@ __all__ = [
     "CODECS",
     "Codec",
     "DensePayload",
+    "EntropyMask",
+    "EntropyPayload",
     "Identity",
     "MaskEncoded",
     "MaskPayload",

@@ -24,6 +24,9 @@ class Codec(abc.ABC):
     needs_key: ClassVar[bool] = False
     """Whether `encode` draws random numbers; such a codec raises `ValueError` when it gets no key."""
 
+    entropy_coded: ClassVar[bool] = False
+    """Whether the payload is made for lossless coding, so that `msjax.wire` always codes it."""
+
     def __repr__(self):
         # A subclass's own fields before the inherited options; dataclasses would print those first.
         fields = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
@@ -50,7 +53,7 @@ class Codec(abc.ABC):
 
         Raises:
           TypeError: `h` has another dtype.
-          ValueError: the codec is random: its numbers are drawn by JAX.
+          ValueError: the codec is random, as its numbers are drawn by JAX, or has no NumPy encoder.
         """
         self._check(h)
         if self.needs_key:
@@ -94,7 +97,7 @@ class Codec(abc.ABC):
     def _decode(self, payload, like): ...
 
     def _encode_numpy(self, h):
-        raise NotImplementedError(f"{type(self).__name__} has no NumPy encoder")
+        raise ValueError(f"codec must be one that has a NumPy encoder, got {self}")
 
     def _roundtrip(self, h, key):
         return self._decode(self._encode(h, key), h)
@@ -133,7 +136,7 @@ class VectorCodec(Codec):
 
     def _encode_vector_numpy(self, x):
         """`_encode_vector` by NumPy, of a codec that is not random."""
-        raise NotImplementedError(f"{type(self).__name__} has no NumPy encoder")
+        return Codec._encode_numpy(self, x)
 
     @abc.abstractmethod
     def _vector_like(self, d: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
