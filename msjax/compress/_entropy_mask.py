@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from msjax.compress import _huffman, _random, _select
+from msjax.compress import _bits, _huffman, _random, _select
 from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
 
 _SAMPLE = 1 << 14  # values that the step is chosen from
@@ -140,7 +140,7 @@ class EntropyMask(VectorCodec):
         return jnp.where(x < 0, -codes, codes) + jnp.float32(self._most)
 
     def _quantize(self, x, key):
-        """(magnitudes' codes as float32, which are outliers and where, all in steps as float16, means, step)."""
+        """(magnitudes' codes as float32, which are outliers, these in steps as float16, means, step)."""
         d, most = x.size, jnp.float32(self._most)
         step, means, finite = self._choose(x)
         steps = self._magnitude(x) * jnp.where(step > 0, 1 / step, jnp.float32(0))
@@ -150,17 +150,17 @@ class EntropyMask(VectorCodec):
         outlying = beyond & (lax.iota(jnp.int32, d) <= positions[-1])
         step = jnp.where((positions[-1] < d) & ~finite, jnp.float32(jnp.nan), step)
         # Whole steps where that is unbiased: float16 holds them up to 2048.
-        exact = codes if self.needs_key else steps
-        exact = jnp.where(jnp.isinf(exact), exact, jnp.minimum(exact, jnp.float32(_HALF_MAX)))
-        exact = jnp.where(x < 0, -exact, exact).astype(jnp.float16)
-        return jnp.where(beyond, most, codes), outlying, positions, exact, means, step
+        outliers = codes if self.needs_key else steps
+        outliers = jnp.where(jnp.isinf(outliers), outliers, jnp.minimum(outliers, jnp.float32(_HALF_MAX)))
+        outliers = jnp.where(x < 0, -outliers, outliers)[jnp.minimum(positions, d - 1)].astype(jnp.float16)
+        outliers = jnp.where(positions < d, outliers, jnp.float16(0))
+        return jnp.where(beyond, most, codes), outlying, outliers, means, step
 
     def _encode_vector(self, x, key):
         if x.size == 0:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
-        codes, outlying, positions, exact, means, step = self._quantize(x, key)
+        codes, outlying, outliers, means, step = self._quantize(x, key)
         codes = jnp.where(outlying, jnp.float32(self.levels), self._with_sign(codes, x))
-        outliers = jnp.where(positions < x.size, exact[jnp.minimum(positions, x.size - 1)], jnp.float16(0))
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):
@@ -173,26 +173,27 @@ class EntropyMask(VectorCodec):
         outliers = (payload.outliers.astype(jnp.float32) * payload.step).astype(like.dtype)
         return _select.put(x, _select.positions(codes == self.levels, outliers.size), outliers)
 
-    def _roundtrip_vector(self, x, key):
-        if x.size == 0:
-            return x
-        codes, outlying, _, exact, means, step = self._quantize(x, key)
-        levels = (means.astype(jnp.float32) * step)[codes.astype(jnp.int32)]
-        levels = jnp.where(x < 0, -levels, levels) if self.signed else levels
-        return jnp.where(outlying, exact.astype(jnp.float32) * step, levels).astype(x.dtype)
-
     def _pack(self, codes):
         """uint8 (⌈d/g⌉,) of float32 codes (d,)."""
         g = self._per_byte
-        digits = jnp.pad(codes.astype(jnp.uint8), (0, -codes.size % g)).reshape(-1, g).astype(jnp.uint32)
+        codes = codes.astype(jnp.uint8)
+        if (self.levels + 1) ** g == 256:
+            return _bits.pack(codes, 8 // g)
+        digits = jnp.pad(codes, (0, -codes.size % g)).reshape(-1, g).astype(jnp.uint32)
         places = np.uint32(self.levels + 1) ** np.arange(g, dtype=np.uint32)[None]
         return jnp.sum(digits * places, axis=1, dtype=jnp.uint32).astype(jnp.uint8)
 
     def _unpack(self, packed, d):
         """int32 (d,): the inverse of `_pack`."""
-        g, base = self._per_byte, np.int32(self.levels + 1)
-        digits = packed.astype(jnp.int32)[:, None] // base ** np.arange(g, dtype=np.int32)[None]
-        return (digits % base).reshape(-1)[:d]
+        g, base = self._per_byte, self.levels + 1
+        if base**g == 256:
+            return _bits.unpack(packed, 8 // g, d).astype(jnp.int32)
+        # Divided by one constant after another, since XLA makes multiplications of that.
+        left, digits = packed.astype(jnp.int32), []
+        for _ in range(g):
+            digits.append(left % jnp.int32(base))
+            left = left // jnp.int32(base)
+        return jnp.stack(digits, axis=1).reshape(-1)[:d]
 
     # -- Rate control. ----------------------------------------------------------------------------------------------
 
