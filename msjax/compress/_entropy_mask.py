@@ -139,28 +139,23 @@ class EntropyMask(VectorCodec):
             return codes
         return jnp.where(x < 0, -codes, codes) + jnp.float32(self._most)
 
-    def _quantize(self, x, key):
-        """(magnitudes' codes as float32, which are outliers, these in steps as float16, means, step)."""
+    def _encode_vector(self, x, key):
+        if x.size == 0:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
         d, most = x.size, jnp.float32(self._most)
         step, means, finite = self._choose(x)
         steps = self._magnitude(x) * jnp.where(step > 0, 1 / step, jnp.float32(0))
         codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
         beyond = ~(codes <= most)  # NaN is, too
         positions = _select.positions(beyond, _select.num_kept(self.ratio, d))
-        outlying = beyond & (lax.iota(jnp.int32, d) <= positions[-1])
-        step = jnp.where((positions[-1] < d) & ~finite, jnp.float32(jnp.nan), step)
         # Whole steps where that is unbiased: float16 holds them up to 2048.
-        outliers = codes if self.needs_key else steps
+        outliers = (codes if self.needs_key else steps)[jnp.minimum(positions, d - 1)]
         outliers = jnp.where(jnp.isinf(outliers), outliers, jnp.minimum(outliers, jnp.float32(_HALF_MAX)))
-        outliers = jnp.where(x < 0, -outliers, outliers)[jnp.minimum(positions, d - 1)].astype(jnp.float16)
-        outliers = jnp.where(positions < d, outliers, jnp.float16(0))
-        return jnp.where(beyond, most, codes), outlying, outliers, means, step
-
-    def _encode_vector(self, x, key):
-        if x.size == 0:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
-        codes, outlying, outliers, means, step = self._quantize(x, key)
-        codes = jnp.where(outlying, jnp.float32(self.levels), self._with_sign(codes, x))
+        outliers = jnp.where(x[jnp.minimum(positions, d - 1)] < 0, -outliers, outliers)
+        outliers = jnp.where(positions < d, outliers, jnp.float32(0)).astype(jnp.float16)
+        codes = self._with_sign(jnp.where(beyond, most, codes), x).astype(jnp.uint8)
+        codes = _select.put(codes, positions, jnp.full(positions.size, self.levels, jnp.uint8))
+        step = jnp.where((positions[-1] < d) & ~finite, jnp.float32(jnp.nan), step)
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):
@@ -174,9 +169,8 @@ class EntropyMask(VectorCodec):
         return _select.put(x, _select.positions(codes == self.levels, outliers.size), outliers)
 
     def _pack(self, codes):
-        """uint8 (⌈d/g⌉,) of float32 codes (d,)."""
+        """uint8 (⌈d/g⌉,) of uint8 codes (d,)."""
         g = self._per_byte
-        codes = codes.astype(jnp.uint8)
         if (self.levels + 1) ** g == 256:
             return _bits.pack(codes, 8 // g)
         digits = jnp.pad(codes, (0, -codes.size % g)).reshape(-1, g).astype(jnp.uint32)
@@ -202,8 +196,9 @@ class EntropyMask(VectorCodec):
         d, g = x.size, self._per_byte
         bytes_ = -(-d // g)
         n = min(bytes_, _SAMPLE // g)
-        magnitude = self._magnitude(x)
-        largest = jnp.max(jnp.where(jnp.isfinite(magnitude), magnitude, jnp.float32(0)))
+        low, high = _select.ends(x)
+        finite = jnp.isfinite(low) & jnp.isfinite(high)
+        largest = jnp.where(finite, jnp.maximum(self._magnitude(low), self._magnitude(high)), jnp.float32(1))
         # Neighbours that share a byte, spread as the sample of `_select` is.
         group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
         values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
@@ -231,7 +226,7 @@ class EntropyMask(VectorCodec):
         at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
         means = self._means(sample, _step(at), whole=n == bytes_)
         step = jnp.where(largest > 0, jnp.ldexp(_step(at), octave), jnp.float32(0))
-        return step, means, jnp.all(jnp.isfinite(x))
+        return step, means, finite
 
     def _bins(self, sample, step):
         """(counts, sums, sums of squares) of the sample between the edges 0, first, …, last, ∞; each (m + 2,)."""
@@ -273,7 +268,8 @@ class EntropyMask(VectorCodec):
         uniform = (lax.iota(jnp.uint32, values.size) * jnp.uint32(2654435769) >> jnp.uint32(8)).astype(jnp.float32)
         codes = self._codes(self._magnitude(values) / step, uniform * np.float32(2**-24))
         beyond = codes > self._most
-        packed = self._pack(jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values)))
+        codes = jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values))
+        packed = self._pack(codes.astype(jnp.uint8))
         outliers = jnp.mean(beyond.astype(jnp.float32))
         return _huffman.bits_a_byte(packed, of=bytes_) / self._per_byte + 16 * outliers
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped, UInt32
 
 from msjax.compress import _bits
 
@@ -98,7 +98,17 @@ def packed_positions(words: UInt32[Array, "w"], n: int, d: int) -> Int32[Array, 
     return jnp.where(index < ends[-1], word * 32 + _bits.nth_set(bits, rank), d)
 
 
-def put(x: Float[Array, "d"], positions: Int32[Array, "n"], values: Float[Array, "n"]) -> Float[Array, "d"]:
+def ends(x: Float[Array, "d"]) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """(smallest, largest) of `x`, NaN if there is any; in one reduction, over the 16-bit input where it is one.
+
+    Before a min and a max XLA's CPU would write what they read to memory.
+    """
+    start = (jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
+    x = x.astype(jnp.float32)
+    return lax.reduce((x, x), start, lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])), (0,))
+
+
+def put(x: Shaped[Array, "d"], positions: Int32[Array, "n"], values: Shaped[Array, "n"]) -> Shaped[Array, "d"]:
     """`x` with `values` at ascending `positions`; those at d are left out."""
     dtype = x.dtype
     if dtype.itemsize == 2:  # as integers: XLA's CPU scatters 16-bit floats in float32

@@ -6,9 +6,8 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from msjax.compress import _bits, _numpy, _random
+from msjax.compress import _bits, _numpy, _random, _select
 from msjax.compress._codec import VectorCodec, check_bits, shaped
 
 
@@ -58,7 +57,7 @@ class Uniform(VectorCodec):
         if x.size == 0:
             return x.astype(jnp.float32), jnp.float32(0), jnp.float32(0)
         x = x.astype(jnp.float32)
-        low, high = _ends(x)
+        low, high = _select.ends(x)
         steps = (x - low) * jnp.float32(self._top) / (high - low)
         # A comparison, so that 0/0 of a constant array and NaN become code 0; the decoder sees NaN in the ends.
         return jnp.where(steps > 0, jnp.minimum(self._round(steps, key), jnp.float32(self._top)), 0), low, high
@@ -112,10 +111,3 @@ class StochasticUniform(Uniform):
         low = jnp.floor(steps)
         # steps − low is exact, so a value on a level stays there.
         return low + (_random.uniform(key, steps.size) < steps - low).astype(jnp.float32)
-
-
-def _ends(x):
-    """(smallest, largest) of `x`, NaN if there is any."""
-    # In one reduction, which XLA's CPU runs over the 16-bit input; before min and max it would write `x` to memory.
-    ends = (jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
-    return lax.reduce((x, x), ends, lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])), (0,))
