@@ -14,11 +14,12 @@ All integers are little-endian, unsigned:
 | 2, then as many | the codec's text, as `repr` gives it and `compress.from_string` reads it |
 | 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16 |
 | 1, then 4 each | their number of axes, at most 32, and their shape |
-| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman) in one byte and its length here in eight |
+| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut) in one byte and its length in eight |
 | | the buffers: the arrays of the payload in order, C-contiguous |
 
 The length of a buffer before coding follows from codec, shape and dtype, and Huffman's code spends at least a bit on a
-byte (a deflate stream of literals alone; no runs), so a header cannot promise what is not there.
+byte (a deflate stream of literals alone; no runs), so a header cannot promise what is not there. "Cut" buffers lack
+their zeros at the end; only codecs with `entropy_coded` may have them, beside codes that are there.
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """
 
@@ -30,17 +31,20 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Float32
 
 from msjax import compress
+from msjax.compress._huffman import coded_bytes as huffman_bytes
 
 VERSION = 1
 COMPRESSIONS = (None, "huffman")
 _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
-_RAW, _HUFFMAN = 0, 1
+_RAW, _HUFFMAN, _CUT = 0, 1, 2
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
@@ -73,7 +77,7 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
       payload: arrays of NumPy or JAX, as `codec.encode` returns them.
       like: shape and dtype of the features.
       compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, without loss, where that makes
-        them shorter; None leaves them as they are.
+        them shorter; None leaves them as they are. A codec with `entropy_coded` is always coded.
 
     Raises:
       ValueError: `compression` is none of `COMPRESSIONS`, or the payload is not what the codec makes of such an array.
@@ -87,19 +91,9 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
     if [(a.shape, a.dtype) for a in arrays] != [(form.shape, form.dtype) for form in layout]:
         found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
         raise ValueError(f"payload must be what {codec} makes of {like.dtype}{list(like.shape)}, got {found}")
-    text = repr(codec).encode()
-    header = [
-        struct.pack("<H", len(text)),
-        text,
-        struct.pack(f"<BB{len(like.shape)}I", _DTYPES.index(_dtype(like.dtype)), len(like.shape), *like.shape),
-        struct.pack("<B", len(arrays)),
-    ]
-    buffers = []
-    for array in arrays:
-        coding, buffer = _code(array, compression)
-        header.append(struct.pack("<BQ", coding, len(buffer)))
-        buffers.append(buffer)
-    body = [b"".join(header), *buffers]
+    compression = _compression(codec, compression)
+    coded = [_code(array, compression, cut=codec.entropy_coded) for array in arrays]
+    body = [_header(codec, like, [(coding, len(buffer)) for coding, buffer in coded]), *(buffer for _, buffer in coded)]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, 0)
     return b"".join([_PREFIX.pack(_MAGIC, VERSION, checksum), *body])
 
@@ -135,10 +129,46 @@ def decode(
     if count != len(layout):
         raise WireError(f"{type(codec).__name__} has {len(layout)} buffers, got {count}")
     codings = [reader.unpack("<BQ") for _ in layout]
-    arrays = [_read_array(reader, form, *coding) for form, coding in zip(layout, codings, strict=True)]
+    arrays = [
+        _read_array(reader, form, *coding, may_cut=codec.entropy_coded)
+        for form, coding in zip(layout, codings, strict=True)
+    ]
     if len(reader.rest()):
         raise WireError(f"{len(reader.rest())} bytes behind the last buffer")
     return Message(codec, like, type(layout)(*arrays), nominal, len(data))
+
+
+def estimate_bytes(
+    payload: Any, codec: compress.Codec, like: Any, *, compression: str | None = None
+) -> Float32[Array, ""]:
+    """Returns about how many bytes `encode` would return, inside `jit`: within 2 % on feature maps, exact uncompressed.
+
+    Arguments are those of `encode`; the payload's arrays are JAX's.
+    """
+    arrays = jax.tree.leaves(payload)
+    total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * len(arrays))))
+    for array in arrays:
+        raw = array.size * array.dtype.itemsize
+        if array.dtype == jnp.uint8 and _compression(codec, compression) == "huffman":
+            total += jnp.minimum(huffman_bytes(array.reshape(-1)), jnp.float32(raw))
+        elif codec.entropy_coded and array.size:
+            last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
+            total += (last * array.dtype.itemsize).astype(jnp.float32)
+        else:
+            total += raw
+    return total
+
+
+def _compression(codec, compression):
+    return "huffman" if codec.entropy_coded else compression
+
+
+def _header(codec, like, codings):
+    """What is between the checksum and the buffers."""
+    text = repr(codec).encode()
+    shape = struct.pack(f"<BB{len(like.shape)}I", _DTYPES.index(_dtype(like.dtype)), len(like.shape), *like.shape)
+    buffers = [struct.pack("<BQ", *coding) for coding in codings]
+    return b"".join([struct.pack("<H", len(text)), text, shape, struct.pack("<B", len(codings)), *buffers])
 
 
 def _read_form(reader, expect, max_bytes):
@@ -173,13 +203,15 @@ def _read_form(reader, expect, max_bytes):
         raise WireError(f"unknown codec {text[:80]!r}: {error}") from None
 
 
-def _read_array(reader, form, coding, length):
+def _read_array(reader, form, coding, length, *, may_cut):
     raw = math.prod(form.shape) * form.dtype.itemsize
     buffer = reader.take(length)
     if coding == _HUFFMAN:
         buffer = _decompressed(buffer, raw)
+    elif coding == _CUT and may_cut and form.dtype != np.uint8:
+        buffer = bytes(buffer).ljust(raw, b"\0")
     elif coding != _RAW:
-        raise WireError(f"coding must be 0 or 1, got {coding}")
+        raise WireError(f"coding must be 0 or 1, or 2 where zeros may be cut, got {coding}")
     if len(buffer) != raw:
         raise WireError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
     return np.frombuffer(buffer, form.dtype).reshape(form.shape)
@@ -204,8 +236,8 @@ def _decompressed(coded, raw):
     return out
 
 
-def _code(array, compression):
-    """(coding, buffer) of one array. Floats are left alone: what deflate gains there is not worth its time."""
+def _code(array, compression, *, cut):
+    """(coding, buffer) of one array. Floats are not compressed: what deflate gains there is not worth its time."""
     array = np.ascontiguousarray(array)
     raw = memoryview(array.reshape(-1).view(np.uint8))
     if compression == "huffman" and array.dtype == np.uint8:
@@ -213,6 +245,10 @@ def _code(array, compression):
         coded = coder.compress(raw) + coder.flush()
         if len(coded) < len(raw):
             return _HUFFMAN, coded
+    if cut and array.dtype != np.uint8:
+        short = bytes(raw).rstrip(b"\0")
+        if len(short) < len(raw):
+            return _CUT, short
     return _RAW, raw
 
 

@@ -137,6 +137,68 @@ def _uniform_decode(payload, d, dtype, fields):
     return np.array(levels, np.float64).astype(f32).astype(dtype)
 
 
+def _digits(packed, base, d):
+    """Codes to a base, as many in a byte as fit, the first lowest."""
+    per_byte = math.floor(math.log(256, base) + 1e-9)
+    return [int(byte) // base**i % base for byte in packed for i in range(per_byte)][:d]
+
+
+def entropy_most(fields):
+    return fields["levels"] // 2 if fields["signed"] else fields["levels"] - 1
+
+
+def check_entropy(x, payload, fields):
+    """Raises unless `payload` is a quantization of `x` with the step that it names."""
+    packed, outliers, means, step = payload
+    levels, most, k = fields["levels"], entropy_most(fields), num_kept(fields["ratio"], len(x))
+    codes, seen, overflown = _digits(packed, levels + 1, len(x)), 0, False
+    steps = [np.abs(f32(v)) if fields["signed"] else f32(0) if v < 0 else f32(v) for v in x]
+    if np.isnan(step):
+        assert sum(not np.isfinite(v) for v in x) and sum(code == levels for code in codes) == k
+        return
+    assert all(np.isfinite(means)) and step >= 0
+    for value, magnitude, code in zip(x, steps, codes, strict=True):
+        s = magnitude * (f32(1) / f32(step)) if step > 0 else f32(0)
+        if fields["rounding"] == "stochastic":
+            allowed = {math.floor(s), math.ceil(s)} if np.isfinite(s) else {s}
+        else:
+            # A product and a sum may be fused: next to an edge either side will do.
+            near = [s * f32(1 + e) for e in (-1e-6, 0, 1e-6)] if np.isfinite(s) else [s]
+            allowed = {
+                n if not np.isfinite(n) else 0 if n < f32(0.5 + fields["dead_zone"]) else math.floor(n + f32(0.5))
+                for n in near
+            }
+        sign = -1 if fields["signed"] and value < 0 else 1
+        if code == levels:
+            assert any(not a <= most for a in allowed), (value, code)
+            exact = sign * (np.float64(s) if fields["rounding"] == "nearest" else np.float64(max(allowed)))
+            got = np.float64(outliers[seen])
+            assert np.isnan(got) == np.isnan(exact)
+            if np.isfinite(exact) and fields["rounding"] == "nearest":
+                np.testing.assert_allclose(got, np.clip(exact, -65504, 65504), rtol=2**-10)
+            elif np.isfinite(exact):
+                assert abs(got - exact) <= max(1, abs(exact) * 2**-10)
+            seen += 1
+        else:
+            magnitude_code = (code - most) * sign if fields["signed"] else code
+            assert any(magnitude_code == a or (magnitude_code == most and not a <= most) for a in allowed), (
+                value,
+                code,
+            )
+            overflown |= all(not a <= most for a in allowed)
+    assert seen <= k and not np.any(outliers[seen:]) and (seen == k or not overflown)
+
+
+def _entropy_decode(payload, d, dtype, fields):
+    packed, outliers, means, step = payload
+    levels, queue, out = [float(mean) * float(step) for mean in means], list(outliers), []
+    if fields["signed"]:
+        levels = [-level for level in levels[:0:-1]] + levels
+    for code in _digits(packed, fields["levels"] + 1, d):
+        out.append(f32(float(queue.pop(0)) * float(step)) if code == fields["levels"] else f32(levels[code]))
+    return np.array(out, f32).astype(dtype)
+
+
 ENCODE = {
     "Identity": lambda x, fields: (x,),
     "MaskEncoded": _ms_encode,
@@ -153,11 +215,14 @@ DECODE = {
     "RandK": _randk_decode,
     "Uniform": _uniform_decode,
     "StochasticUniform": _uniform_decode,
+    "EntropyMask": _entropy_decode,
 }
 
 
 def check_random(name, x, payload, fields):
-    """Raises unless `payload` is one that the random codec may give for the vector `x`."""
+    """Raises unless `payload` is one that the codec, random or not, may give for the vector `x`."""
+    if name == "EntropyMask":
+        return check_entropy(x, payload, fields)
     if name == "StochasticUniform":
         codes, low, high = payload
         steps, expected_low, expected_high = uniform_steps(x, fields["bits"])
@@ -180,6 +245,9 @@ def payload_bits(name, d, itemsize, fields):
     f, k = 8 * itemsize, num_kept(fields["ratio"], d) if "ratio" in fields else 0
     if name == "Identity":
         return [d * f]
+    if name == "EntropyMask":
+        per_byte = math.floor(math.log(256, fields["levels"] + 1) + 1e-9)
+        return [8 * math.ceil(d / per_byte), 16 * k, 16 * (entropy_most(fields) + 1), 32]
     if name == "MaskEncoded":
         return [k * f, d * fields["bits"], d if fields["signed"] else 0]
     if "Uniform" in name:
