@@ -14,7 +14,7 @@ from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
 
 _SAMPLE = 1 << 14  # values that the step is chosen from
 _PER_OCTAVE = 64  # steps are powers of 2^(1/64), so that programs which round otherwise still choose the same
-_FINEST, _COARSEST = -20 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest of the sample
+_FINEST, _COARSEST = -40 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest value
 _DEFAULT_ERROR = 0.07
 _HALF_MAX = 65504.0
 
@@ -205,8 +205,9 @@ class EntropyMask(VectorCodec):
         values = jnp.where(jnp.isfinite(values), values.astype(jnp.float32), jnp.float32(0))
         # Of a sample of zeros nothing can be learnt; then there is one value, the largest.
         alone = jnp.where(lax.iota(jnp.int32, values.size) == 0, largest, jnp.float32(0))
-        values = jnp.where(jnp.any(self._magnitude(values) > 0), values, alone)
-        octave = jnp.frexp(jnp.max(self._magnitude(values)))[1]
+        lonely = ~jnp.any(self._magnitude(values) > 0)
+        values = jnp.where(lonely, alone, values)
+        octave = jnp.frexp(largest)[1]
         values = jnp.ldexp(values, -octave)  # at most 1, so that squares are in range
         sample = _Sample.of(self._magnitude(values))
         room = jnp.float32(0.75 * _select.num_kept(self.ratio, d) / d)
@@ -215,7 +216,7 @@ class EntropyMask(VectorCodec):
             return self._shares(sample, _step(at))[-1] > room
 
         if self.bits is None:
-            wrong = jnp.float32(self.error or _DEFAULT_ERROR) * sample.squares[-1]
+            wrong = jnp.float32(self.error or _DEFAULT_ERROR) * self._mean_square(x, octave)
             at = _first(lambda at: self._error(sample, _step(at)) > wrong, sample.sorted) - 1
         else:
             bits = jnp.float32(self.bits)
@@ -224,9 +225,16 @@ class EntropyMask(VectorCodec):
             bits *= self._entropy(sample, _step(at)) / self._sampled_bits(values, _step(at), bytes_)
             at = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
         at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
-        means = self._means(sample, _step(at), whole=n == bytes_)
+        means = self._means(sample, _step(at), jnp.where((n == bytes_) | lonely, jnp.float32(0), jnp.float32(1)))
         step = jnp.where(largest > 0, jnp.ldexp(_step(at), octave), jnp.float32(0))
         return step, means, finite
+
+    def _mean_square(self, x, octave):
+        """Of all of `x`, in units of 2^octave: where tails are heavy a sample does not know it."""
+        x = self._magnitude(x)
+        x = jnp.ldexp(jnp.where(jnp.isfinite(x), x, jnp.float32(0)), -octave)
+        # Over short rows, which XLA's CPU sums without writing them to memory.
+        return jnp.sum(jnp.sum(jnp.pad(x, (0, -x.size % 32)).reshape(-1, 32) ** 2, axis=1)) / x.size
 
     def _bins(self, sample, step):
         """(counts, sums, sums of squares) of the sample between the edges 0, first, …, last, ∞; each (m + 2,)."""
@@ -248,13 +256,15 @@ class EntropyMask(VectorCodec):
         return counts / sample.sorted.size
 
     def _error(self, sample, step):
-        """The squared error, summed over the sample."""
+        """The mean squared error of the sample."""
         counts, sums, squares = (part[:-1] for part in self._bins(sample, step))
         if self.needs_key:
             j = np.arange(self._most + 1, dtype=np.float32)
-            return jnp.sum((2 * j + 1) * step * sums - squares - j * (j + 1) * step**2 * counts)
+            errors = (2 * j + 1) * step * sums - squares - j * (j + 1) * step**2 * counts
+            return jnp.sum(errors) / sample.sorted.size
         explained = sums**2 / jnp.maximum(counts, 1)
-        return jnp.sum((squares - explained)[1:]) + squares[0] - (0 if self.signed else explained[0])
+        errors = squares - (explained.at[0].set(0) if self.signed else explained)
+        return jnp.sum(errors) / sample.sorted.size
 
     def _entropy(self, sample, step):
         """Bits an element, if codes were coded one by one at their entropy."""
@@ -264,23 +274,23 @@ class EntropyMask(VectorCodec):
 
     def _sampled_bits(self, values, step, bytes_):
         """Bits an element of the sample's bytes in Huffman's code, and of its outliers."""
-        # Random rounding needs no key here: any numbers that are spread evenly will do.
-        uniform = (lax.iota(jnp.uint32, values.size) * jnp.uint32(2654435769) >> jnp.uint32(8)).astype(jnp.float32)
-        codes = self._codes(self._magnitude(values) / step, uniform * np.float32(2**-24))
+        # Any random numbers will do, the same ones every time.
+        uniform = jax.random.uniform(jax.random.key(0), values.shape) if self.needs_key else None
+        codes = self._codes(self._magnitude(values) / step, uniform)
         beyond = codes > self._most
         codes = jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values))
         packed = self._pack(codes.astype(jnp.uint8))
         outliers = jnp.mean(beyond.astype(jnp.float32))
         return _huffman.bits_a_byte(packed, of=bytes_) / self._per_byte + 16 * outliers
 
-    def _means(self, sample, step, *, whole):
+    def _means(self, sample, step, weight):
         """float16 (m + 1,): the mean of the values that get each code, in steps."""
         codes = np.arange(self._most + 1, dtype=np.float32)
         if self.needs_key:
             return jnp.asarray(codes, jnp.float16) + 0 * step.astype(jnp.float16)
         counts, sums, _ = (part[:-1] for part in self._bins(sample, step))
-        # Drawn to the middle where few values tell; a sample of everything tells all.
-        weight = jnp.where(counts > 0, jnp.float32(0 if whole else 1), jnp.float32(1))
+        # Drawn to the middle where few values tell, unless these are all.
+        weight = jnp.where(counts > 0, weight, jnp.float32(1))
         means = (sums / step + weight * codes) / (counts + weight)
         return (means.at[0].set(0) if self.signed else means).astype(jnp.float16)
 
