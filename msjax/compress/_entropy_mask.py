@@ -164,6 +164,8 @@ class EntropyMask(VectorCodec):
         codes = self._unpack(payload.codes, like.size)
         levels = payload.means.astype(jnp.float32) * payload.step
         levels = jnp.concatenate([-levels[:0:-1], levels]) if self.signed else levels
+        # A scatter's result is in memory; else XLA's CPU would make the table anew for every value, despite a barrier.
+        levels = _select.put(jnp.zeros_like(levels), lax.iota(jnp.int32, levels.size), levels)
         x = levels[jnp.minimum(codes, self.levels - 1)].astype(like.dtype)
         outliers = (payload.outliers.astype(jnp.float32) * payload.step).astype(like.dtype)
         return _select.put(x, _select.positions(codes == self.levels, outliers.size), outliers)
@@ -207,8 +209,9 @@ class EntropyMask(VectorCodec):
         alone = jnp.where(lax.iota(jnp.int32, values.size) == 0, largest, jnp.float32(0))
         lonely = ~jnp.any(self._magnitude(values) > 0)
         values = jnp.where(lonely, alone, values)
-        octave = jnp.frexp(largest)[1]
-        values = jnp.ldexp(values, -octave)  # at most 1, so that squares are in range
+        octave = jnp.clip(jnp.frexp(largest)[1], -125, 125)
+        scale = jnp.ldexp(jnp.float32(1), -octave)  # to about 1 at most, so that squares are in range
+        values *= scale
         sample = _Sample.of(self._magnitude(values))
         room = jnp.float32(0.75 * _select.num_kept(self.ratio, d) / d)
 
@@ -216,7 +219,12 @@ class EntropyMask(VectorCodec):
             return self._shares(sample, _step(at))[-1] > room
 
         if self.bits is None:
-            wrong = jnp.float32(self.error or _DEFAULT_ERROR) * self._mean_square(x, octave)
+            # Of all values: where tails are heavy a sample does not know it. Unless it is beyond float32.
+            square = jnp.vdot(x, x, preferred_element_type=jnp.float32) / d
+            square = jnp.where(
+                (square > 1e-30) & (square < 1e30), square * scale * scale, sample.squares[-1] / sample.sorted.size
+            )
+            wrong = jnp.float32(self.error or _DEFAULT_ERROR) * square
             at = _first(lambda at: self._error(sample, _step(at)) > wrong, sample.sorted) - 1
         else:
             bits = jnp.float32(self.bits)
@@ -228,13 +236,6 @@ class EntropyMask(VectorCodec):
         means = self._means(sample, _step(at), jnp.where((n == bytes_) | lonely, jnp.float32(0), jnp.float32(1)))
         step = jnp.where(largest > 0, jnp.ldexp(_step(at), octave), jnp.float32(0))
         return step, means, finite
-
-    def _mean_square(self, x, octave):
-        """Of all of `x`, in units of 2^octave: where tails are heavy a sample does not know it."""
-        x = self._magnitude(x)
-        x = jnp.ldexp(jnp.where(jnp.isfinite(x), x, jnp.float32(0)), -octave)
-        # Over short rows, which XLA's CPU sums without writing them to memory.
-        return jnp.sum(jnp.sum(jnp.pad(x, (0, -x.size % 32)).reshape(-1, 32) ** 2, axis=1)) / x.size
 
     def _bins(self, sample, step):
         """(counts, sums, sums of squares) of the sample between the edges 0, first, …, last, ∞; each (m + 2,)."""
