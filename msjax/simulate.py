@@ -56,6 +56,9 @@ class Sums(NamedTuple):
     top1: jax.Array
     top5: jax.Array
     samples: jax.Array
+    uplink_bytes: jax.Array | float = 0.0
+    """As of `step.Info`: of one program, where a codec is entropy-coded."""
+    downlink_bytes: jax.Array | float = 0.0
 
     def means(self) -> dict[str, float]:
         """Returns the mean loss in nats, and top-1 and top-5 accuracy in percent."""
@@ -68,11 +71,20 @@ class Sums(NamedTuple):
 
 
 def zero_sums(mesh: Mesh | None = None) -> Sums:
-    return replicate(Sums(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0)), mesh)
+    # Arrays of their own, since they are given away.
+    kinds = Sums(jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
+    return replicate(Sums(*(jnp.array(0, kind) for kind in kinds)), mesh)
 
 
 def _add(sums, info, samples):
-    return Sums(sums.loss + info.loss * samples, sums.top1 + info.top1, sums.top5 + info.top5, sums.samples + samples)
+    return Sums(
+        sums.loss + info.loss * samples,
+        sums.top1 + info.top1,
+        sums.top5 + info.top5,
+        sums.samples + samples,
+        sums.uplink_bytes + info.uplink_bytes,
+        sums.downlink_bytes + info.downlink_bytes,
+    )
 
 
 def train_key(seed: int) -> jax.Array:
@@ -186,7 +198,7 @@ def make_eval(
             infos = jax.vmap(lambda x, y, key: evaluate(setup, state, preprocess(x), y, key, codec=codec))(x, y, keys)
             info = Info(infos.loss.mean(), infos.top1.sum(), infos.top5.sum())
             if mesh:
-                info = Info(jax.lax.pmean(info.loss, AXIS), *jax.lax.psum(info[1:], AXIS))
+                info = Info(jax.lax.pmean(info.loss, AXIS), *jax.lax.psum(info[1:3], AXIS))
             return (_add(sums, info, clients * y.shape[1]), step + 1), None
 
         return _repeat(one_step, (sums, jnp.int32(0)), images, labels, order)[0]

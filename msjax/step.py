@@ -25,6 +25,7 @@ between two codes; the tests hold every updated parameter to 2e-4 of the largest
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from msjax import compress, models
+from msjax import compress, models, wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Info(NamedTuple):
     loss: Float[Array, ""]
     top1: Int[Array, ""]
     top5: Int[Array, ""]
+    uplink_bytes: Float[Array, ""] | float = 0.0
+    """About the bytes of all clients' messages of features and gradients; only of `fused_step`, where a codec is
+    `entropy_coded`, since all others' bytes follow from shapes. See `wire.estimate_bytes`."""
+    downlink_bytes: Float[Array, ""] | float = 0.0
 
 
 class Pending(NamedTuple):
@@ -276,32 +281,34 @@ def fused_step(
         arrays of `state.client` then have a leading axis K.
     """
 
-    def client_loss(params, client_stats, x, y, key):
+    def client_loss(params, meters, client_stats, x, y, key):
         keys = split_key(key)
         h, new_stats = setup.client(params[0], client_stats, x, train=True, key=keys.client)
-        h = compress.straight_through(setup.codec, h, keys.codec, setup.grad_codec)
+        h, up = _cross(setup, h, keys.codec, meters[0])
+        down = jnp.float32(0)
         logits, server_stats = setup.server(params[1], state.server.stats, h, train=True, key=keys.server)
         if setup.head is not None:
-            h = compress.straight_through(setup.codec, logits, head_key(keys.codec), setup.grad_codec)
+            h, down = _cross(setup, logits, head_key(keys.codec), meters[1])
             logits, head_stats = setup.head(params[0], client_stats, h, train=True, key=keys.client)
             new_stats = new_stats | head_stats
-        return cross_entropy(logits, y, setup.label_smoothing), ((new_stats, server_stats), count_correct(logits, y))
+        loss = cross_entropy(logits, y, setup.label_smoothing)
+        return loss, ((new_stats, server_stats), count_correct(logits, y), (up, down))
 
     client_axis = 0 if own_halves else None
 
-    def total_loss(params):
+    def total_loss(params, meters):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((client_axis, None), client_axis, 0, 0, 0)
-        losses, (stats, counts) = jax.vmap(client_loss, in_axes=axes)(params, state.client.stats, x, y, keys)
-        return losses.sum(), (losses, stats, counts)
+        axes = ((client_axis, None), None, client_axis, 0, 0, 0)
+        losses, aux = jax.vmap(client_loss, in_axes=axes)(params, meters, state.client.stats, x, y, keys)
+        return losses.sum(), (losses, *aux)
 
     def over_devices(tree):
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     params = (state.client.params, state.server.params)
-    (client_grads, server_grads), (losses, (client_stats, server_stats), counts) = jax.grad(total_loss, has_aux=True)(
-        params
-    )
+    grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, jnp.zeros(2, jnp.float32))
+    (client_grads, server_grads), (grads_down, grads_up) = grads
+    losses, (client_stats, server_stats), counts, (features_up, features_down) = aux
     if own_halves:
         client = jax.vmap(lambda *half: _update(setup, *half))(state.client, client_grads, client_stats)
     else:
@@ -309,10 +316,37 @@ def fused_step(
         client = _update(setup, state.client, *over_devices((mean_grads, _mean(client_stats))))
     mean_grads = jax.tree.map(lambda g: g / x.shape[0], server_grads)
     server = _update(setup, state.server, *over_devices((mean_grads, _mean(server_stats))))
-    loss, counts = over_devices(losses.mean()), [c.sum() for c in counts]
+    loss = over_devices(losses.mean())
+    totals = [*(c.sum() for c in counts), features_up.sum() + grads_up, features_down.sum() + grads_down]
     if axis_name is not None:
-        counts = jax.lax.psum(counts, axis_name)
-    return TrainState(client, server, state.step + 1), Info(loss, *counts)
+        totals = jax.lax.psum(totals, axis_name)
+    return TrainState(client, server, state.step + 1), Info(loss, *totals)
+
+
+def _cross(setup, h, key, meter):
+    """Features behind the cut, and about the bytes they take; those of their gradient are the gradient of `meter`."""
+    passed = compress.straight_through(setup.codec, h, key, setup.grad_codec)
+    if not (setup.codec.entropy_coded or setup.grad_codec.entropy_coded):
+        return passed, jnp.float32(0)
+    up = wire.estimate_bytes(setup.codec.encode(jax.lax.stop_gradient(h), key), setup.codec, h)
+    return _metered(setup.grad_codec, passed, key, meter), up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _metered(grad_codec, h, key, meter):
+    return h
+
+
+def _metered_forward(grad_codec, h, key, meter):
+    return h, key
+
+
+def _metered_backward(grad_codec, key, g):
+    payload = grad_codec.encode(g, compress.downlink_key(key))
+    return g, None, wire.estimate_bytes(payload, grad_codec, g)
+
+
+_metered.defvjp(_metered_forward, _metered_backward)
 
 
 def average_halves(client: HalfState, *, axis_name: str | None = None) -> HalfState:

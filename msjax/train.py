@@ -203,6 +203,8 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
             traffic = per_epoch * (epoch + 1)
             record = {"epoch": epoch + 1, "step": done, "train": sums.means(), "test": evaluate(state)}
             record |= {"traffic": traffic.to_json(), "seconds": round(wall(), 3)}
+            if cfg.codec.entropy_coded or cfg.grad_codec.entropy_coded:
+                record["traffic"] |= _coded(sums, history)
             history.append(record)
             sums = simulate.zero_sums(job.mesh)
             save()
@@ -233,6 +235,13 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
         halves.save(path, part, half, cfg, job.info, run=run, step=done)
     folder.write_summary(summary)
     return summary
+
+
+def _coded(sums, history):
+    """About the bytes of all features and gradients so far, as messages."""
+    earlier = history[-1]["traffic"] if history else {}
+    names = {"coded_uplink_bytes": sums.uplink_bytes, "coded_downlink_bytes": sums.downlink_bytes}
+    return {name: round(earlier.get(name, 0) + float(value)) for name, value in names.items()}
 
 
 def one_half(state: step.TrainState, plan: Plan) -> step.HalfState:

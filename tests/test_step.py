@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from msjax import compress, models, simulate, step
+from msjax import compress, models, simulate, step, wire
 
 CLIENTS, BATCH = 8, 6
 CODECS = [
@@ -67,6 +67,25 @@ def test_fused_step_equals_the_parties_steps(codec, grad_codec):
     assert_close(fused_info, parties_info, 1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.client.params, fused.client.params)
     assert all(m > 0 for m in jax.tree.leaves(moved)), "the step must move every parameter of the client"
+
+
+def test_bytes_of_entropy_coded_messages():
+    """The fused step knows about how long the messages are that the parties would send."""
+    codec = compress.EntropyMask(error=0.05)
+    grad_codec = compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic")
+    setup, state, x, y, keys = make(codec, grad_codec)
+    x = jnp.concatenate([x] * 8, axis=1) + 0.1 * jax.random.normal(jax.random.key(2), (CLIENTS, 8 * BATCH, 8, 8, 1))
+    y = jnp.concatenate([y] * 8, axis=1)
+    info = jax.jit(functools.partial(step.fused_step, setup))(state, x, y, keys)[1]
+    features = step.features_like(setup, state.client, x[0])
+    payloads = [step.client_forward(setup, state.client, x[k], keys[k])[0] for k in range(CLIENTS)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *payloads)
+    _, replies, _ = step.server_step(setup, state.server, stacked, y, keys, features)
+    replies = [jax.tree.map(lambda leaf, k=k: leaf[k], replies) for k in range(CLIENTS)]
+    up = sum(len(wire.encode(payload, codec, features)) for payload in payloads)
+    down = sum(len(wire.encode(reply, grad_codec, features)) for reply in replies)
+    assert float(info.uplink_bytes) == pytest.approx(up, rel=0.02)
+    assert float(info.downlink_bytes) == pytest.approx(down, rel=0.02)
 
 
 @pytest.mark.parametrize(("codec", "grad_codec"), CODECS[1:3], ids=str)

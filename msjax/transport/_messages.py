@@ -72,7 +72,9 @@ def to_request(
     if message.labels is not None:
         request.labels = np.ascontiguousarray(message.labels, "<i4").tobytes()
     if message.sums is not None:
-        request.sums.CopyFrom(pb.Sums(**message.sums._asdict()))
+        request.sums.CopyFrom(
+            pb.Sums(**{name: getattr(message.sums, name) for name in ("loss", "top1", "top5", "samples")})
+        )
     return out
 
 
