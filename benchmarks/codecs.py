@@ -28,6 +28,7 @@ CODECS = (
     compress.RandK(ratio=0.95875),
     compress.Uniform(bits=2),
     compress.StochasticUniform(bits=2),
+    compress.EntropyMask(),
 )
 OPERATIONS = ("encode", "decode", "roundtrip")
 
@@ -65,7 +66,7 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
     for codec in CODECS:
         for operation in OPERATIONS:
             contenders[f"{codec} {operation}"], compiled[codec, operation] = prepared(codec, operation, h)
-        if not codec.needs_key:
+        if has_numpy(codec):
             contenders[f"{codec} numpy"] = functools.partial(codec.encode_numpy, on_host)
     seconds = timing.interleaved(contenders, repeats=repeats)
     torch_seconds = {op: seconds[f"torch {op}"] for op in ("encode", "decode")}
@@ -79,6 +80,11 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
         row["numpy_encode_seconds"] = seconds.get(f"{codec} numpy")
         rows.append(row | {"torch_copy_seconds": seconds["torch copy"], "input_bytes": h.nbytes})
     return rows
+
+
+def has_numpy(codec) -> bool:
+    """Whether NumPy can encode for it."""
+    return not codec.needs_key and not isinstance(codec, compress.EntropyMask)
 
 
 def prepared(codec, operation, h):

@@ -1,10 +1,11 @@
-"""Lossless coders on packed codes: bits an element and speed, to choose what `msjax.wire` offers.
+"""Lossless coders on packed codes: bits an element and speed; and the whole way from features to message and back.
 
-    python -m benchmarks.wire                                # 4 M values of relu(N(0, 1)): about a minute
+    taskset -c 0 python -m benchmarks.wire                   # 4 M values of relu(N(0, 1)): about a minute
     python -m benchmarks.wire --maps maps.npz                # and the feature maps that experiments.feature_maps saved
 
-One thread. "zstd literals" is level 1 with matches of at least 7 bytes and the smallest hash table, which leaves nearly
-all to its Huffman coder. Needs `pip install -e '.[bench]'`.
+The coders are to choose from what `msjax.wire` offers. They have one thread, JAX on the whole way as many as it gets.
+"zstd literals" is level 1 with matches of at least 7 bytes and the smallest hash table, which leaves nearly all to its
+Huffman coder. Needs `pip install -e '.[bench]'`.
 """
 
 import functools
@@ -13,12 +14,20 @@ import sys
 import time
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import zstandard
 
 from benchmarks import timing
-from msjax import compress
+from msjax import compress, wire
 
+WHOLE = (
+    compress.MaskEncoded(),
+    compress.EntropyMask(),
+    compress.EntropyMask(bits=2.0),
+    compress.EntropyMask(levels=31),
+)
 CODECS = (compress.MaskEncoded(), compress.MaskEncoded(bits=3), compress.TopK(), compress.Uniform(bits=3))
 
 
@@ -53,10 +62,13 @@ def main() -> int:
     if options.maps:
         with np.load(options.maps) as maps:
             sources |= {name: maps[name] for name in maps if name.endswith("features")}
-    rows = [row for name, h in sources.items() for codec in CODECS for row in measure(name, h, codec, options.repeats)]
-    print(table(rows))
+    rows, ways = [], []
+    for name, h in sources.items():
+        rows += [row for codec in CODECS for row in measure(name, h, codec, options.repeats)]
+        ways += [whole_way(name, h, codec, options.repeats) for codec in WHOLE]
+    print(table(rows), whole_table(ways), sep="\n\n")
     if options.out:
-        timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
+        timing.save(options.out, timing.record(options, rows + ways, time.monotonic() - start))
     return 0
 
 
@@ -86,6 +98,31 @@ def measure(source: str, h: np.ndarray, codec: compress.Codec, repeats: int) -> 
         }
         for name in CODERS
     ]
+
+
+def whole_way(source: str, h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
+    """Returns the bytes of a message, and the seconds from features to it and from it to features."""
+    h = jnp.asarray(h)
+    encode = jax.jit(codec.encode)
+    decode = jax.jit(lambda payload: codec.decode(payload, jax.ShapeDtypeStruct(h.shape, h.dtype)))
+
+    def send():
+        return wire.encode(jax.device_get(encode(h)), codec, h, compression="huffman")
+
+    message = send()
+    contenders = {"send": send, "receive": lambda: decode(wire.decode(message, expect=(codec, h)).payload)}
+    seconds = timing.interleaved(contenders, repeats=repeats)
+    row = {"source": source, "codec": str(codec), "values": h.size, "message_bytes": len(message)}
+    return row | {f"{name}_seconds": value for name, value in seconds.items()}
+
+
+def whole_table(rows: list[dict]) -> str:
+    """Returns a Markdown table: real bits an element, and millions of elements a second each way."""
+    lines = []
+    for row in rows:
+        speeds = (f"{row['values'] / row[f'{name}_seconds'] / 1e6:.0f}" for name in ("send", "receive"))
+        lines.append([f"{row['source']}, {row['codec']}", f"{8 * row['message_bytes'] / row['values']:.3f}", *speeds])
+    return timing.table(["features", "real bits", "to bytes, M/s", "back, M/s"], lines)
 
 
 def table(rows: list[dict]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import timing
@@ -38,7 +39,7 @@ def test_codecs():
     rows = codecs.measure(1 / 32, "float32", repeats=1)
     assert [row["codec"] for row in rows] == [str(codec) for codec in codecs.CODECS]
     assert all(row[f"{op}_seconds"] > 0 for row in rows for op in codecs.OPERATIONS)
-    assert [row["numpy_encode_seconds"] is None for row in rows] == [codec.needs_key for codec in codecs.CODECS]
+    assert [row["numpy_encode_seconds"] is not None for row in rows] == [*map(codecs.has_numpy, codecs.CODECS)]
     assert len(codecs.table(rows).splitlines()) == 2 + len(rows)
     codecs.plot(rows)
 
@@ -61,3 +62,15 @@ def test_steps():
     rows = [steps.with_codec("resnet18", 10, 32, "deep", options), steps.beside_torch(options)]
     assert len(steps.table(rows).splitlines()) == 4
     assert torch.get_num_threads() > 0 and all(row["identity_seconds"] > 0 for row in rows)
+
+
+def test_wire():
+    pytest.importorskip("zstandard", reason="needs the extra `bench`")
+    from benchmarks import wire
+
+    h = np.maximum(np.random.default_rng(0).normal(size=20_000), 0).astype(np.float32)
+    rows = wire.measure("s", h, wire.CODECS[0], 1)
+    assert [row["coder"] for row in rows] == list(wire.CODERS) and all(row["coded_bytes"] > 0 for row in rows)
+    ways = [wire.whole_way("s", h, codec, 1) for codec in wire.WHOLE]
+    assert all(0 < row["message_bytes"] < h.nbytes and row["receive_seconds"] > 0 for row in ways)
+    assert wire.table(rows).count("\n") == 2 and wire.whole_table(ways).count("\n") == 1 + len(wire.WHOLE)
