@@ -86,9 +86,10 @@ def limit(h: np.ndarray, *, rounds: int = 400) -> list[tuple[float, float]]:
     distance = (x[:, None] - x[None]) ** 2
     curve = []
     for slope in np.geomspace(0.6, 3000, 20):
-        kernel, q = np.exp(-slope * distance), p.copy()
+        # Without the smallest numbers, which processors are slow with.
+        kernel, q = np.exp(-np.minimum(slope * distance, 300)), p.copy()
         for _ in range(rounds):
-            q *= (p / (kernel @ q)) @ kernel
+            q = np.maximum(q * ((p / (kernel @ q)) @ kernel), 1e-100)
         joint = p[:, None] * kernel * q[None] / (kernel @ q)[:, None]
         out = joint.sum(0)
         ratio = np.divide(joint, p[:, None] * out[None], out=np.ones_like(joint), where=joint > 0)
