@@ -135,6 +135,35 @@ def assert_equal_to_program(it, cfg):
             np.testing.assert_array_equal(a, b)
 
 
+def test_own_data_of_unequal_amounts(tmp_path, monkeypatch):
+    """Each client draws as many samples an epoch as the one that has the fewest, from all that it has."""
+    amounts = (100, 60, 40, 80)
+    whole = data.load("random")
+
+    def load_data(cfg, options):
+        n = amounts[options.number]
+        return whole._replace(train_images=whole.train_images[-n:], train_labels=whole.train_labels[-n:])
+
+    monkeypatch.setattr(_serving, "load_data", load_data)
+    with net(tmp_path, SMALL) as it:
+        for number in range(SMALL.clients):
+            it.start_client(number, own_data=True)
+        it.join()
+        assert not it.failures, it.failures
+    parts = assemble_once(SMALL, min(amounts), len(whole.test_labels))
+    shapes, programs = parts.shapes(), programs_once(parts, SMALL.seed, numpy_encoder=False)
+    assert parts.plan.samples == 40
+    clients = []
+    for number, n in enumerate(amounts):
+        own = (whole.train_images[-n:], whole.train_labels[-n:], whole.test_images, whole.test_labels)
+        own = parties.ClientData(*map(np.asarray, own))
+        clients.append(parties.Client(number, parts.plan, shapes, programs, parts.client, own, SMALL.seed))
+    for _ in parties.run(parts.plan, parties.Server(parts.plan, shapes, programs, parts.server), clients):
+        pass
+    for number, client in enumerate(clients):
+        jax.tree.map(np.testing.assert_array_equal, client.state, it.finals[number].state)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_network_equals_one_program(tmp_path, mode):
     cfg = dataclasses.replace(SMALL, mode=mode, grad_codec=compress.StochasticUniform(bits=8))
