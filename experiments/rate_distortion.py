@@ -22,7 +22,7 @@ from benchmarks import timing
 from msjax import compress, wire
 
 ROOT = pathlib.Path(__file__).parent
-POINTS = 700  # of the histogram that the limit is computed on
+POINTS = 400  # of the histogram that the limit is computed on
 
 
 def codecs(*, signed: bool) -> list[compress.Codec]:
@@ -72,11 +72,13 @@ def limit(h: np.ndarray, *, rounds: int = 400) -> list[tuple[float, float]]:
     """Returns points (bits, relative squared error) of the rate–distortion curve of independent values as in `h`.
 
     Blahut, IEEE Trans. IT 18, 1972: for a slope, the output distribution that the best test channel has is a fixed
-    point. Values are rounded to about POINTS levels, closer together where there are more of them.
+    point. Values are rounded to at most 2·POINTS levels: evenly spaced ones, and such as share out the energy evenly.
     """
     h = h.astype(np.float64) / np.sqrt(np.mean(h.astype(np.float64) ** 2))
-    edges = np.unique(np.concatenate([np.linspace(-5, 5, POINTS), np.quantile(h, np.linspace(0, 1, POINTS // 7))]))
-    edges = np.unique(np.concatenate([edges, [-1e-12, 1e-12, h.min() - 1e-9, h.max() + 1e-9]]))
+    ordered = np.sort(h)
+    energy = np.cumsum(ordered**2)
+    tails = ordered[np.searchsorted(energy, np.linspace(0, energy[-1], POINTS, endpoint=False))]
+    edges = np.unique(np.concatenate([np.linspace(-4, 4, POINTS), tails, [-1e-12, 1e-12]]))
     place = np.digitize(h, edges)
     counts = np.bincount(place, minlength=len(edges) + 1).astype(np.float64)
     sums = np.bincount(place, h, minlength=len(edges) + 1)
