@@ -1,9 +1,14 @@
 """The rate–distortion limit where theory knows it, and the comparison of codecs on a small source."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import rate_distortion
+from experiments import feature_maps, rate_distortion
+from msjax import config, data, halves, runs, train
 from msjax.compress import EntropyMask, MaskEncoded
 
 
@@ -44,3 +49,24 @@ def test_signed_sources_get_signed_codecs():
 
 
 TOPK = rate_distortion.codecs(signed=False)[4]
+
+
+def test_feature_maps_of_a_run(tmp_path):
+    """At the cut of the run itself they are the features that its client half makes; codecs take them."""
+    cfg = config.Config(clients=2, batch_size=200, epochs=1, model=config.ModelConfig(width=0.5))
+    folder = runs.RunFolder.create(dataclasses.replace(cfg, out=str(tmp_path)), "run")
+    train.train(cfg, folder, quiet=True)
+    folder.close()
+    maps = feature_maps.collect(str(tmp_path / "run"), samples=40)
+    assert maps.keys() == {
+        f"{cut}/{kind}" for cut in ("shallow", "medium", "deep") for kind in ("features", "gradients")
+    }
+    half = halves.load(tmp_path / "run/client.safetensors")
+    images = data.load("digits").train_images[:40]
+    x = (images / np.float32(255) - np.float32(half.info.mean)) / np.float32(half.info.std)
+    half = half._replace(**jax.tree.map(jnp.asarray, {"params": half.params, "stats": half.stats}))
+    h, _ = half.apply(half.params, half.stats, jnp.asarray(x, jnp.float32), train=True)
+    np.testing.assert_allclose(maps["medium/features"], h, rtol=1e-4, atol=1e-5)
+    for kind in kinds:
+        row = rate_distortion.measure(maps[f"medium/{kind}"], EntropyMask(bits=3.0, levels=31, signed=True))
+        assert 0 < row["error"] < 0.1
