@@ -1,6 +1,7 @@
 """Before jax starts: eight CPU devices, a cache of compiled programs, strict dtypes and ranks, checked annotations."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,14 @@ def strict(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """Each compiled program maps memory; of the many hundreds of all modules the system has not enough mappings."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
