@@ -75,7 +75,8 @@ def test_mask_encoded_corner(name, options, h, expected):
 def test_scalar_and_one_sample_at_a_time(codec):
     h = jnp.float32(2.5)
     got = jax.jit(codec.roundtrip)(h, KEY)
-    assert got == h and got.shape == ()
+    np.testing.assert_allclose(got, h, rtol=2**-11 if codec.entropy_coded else 0)  # that one's outliers are halves
+    assert got.shape == ()
     if isinstance(codec, Identity) or codec.needs_key:
         return
     sample = dataclasses.replace(codec, granularity="sample")

@@ -67,6 +67,6 @@ def test_feature_maps_of_a_run(tmp_path):
     half = half._replace(**jax.tree.map(jnp.asarray, {"params": half.params, "stats": half.stats}))
     h, _ = half.apply(half.params, half.stats, jnp.asarray(x, jnp.float32), train=True)
     np.testing.assert_allclose(maps["medium/features"], h, rtol=1e-4, atol=1e-5)
-    for kind in kinds:
+    for kind in ("features", "gradients"):
         row = rate_distortion.measure(maps[f"medium/{kind}"], EntropyMask(bits=3.0, levels=31, signed=True))
         assert 0 < row["error"] < 0.1
