@@ -1,0 +1,89 @@
+"""Features and gradients compressed: `EntropyMask` up and down, and MS up alone, against no compression.
+
+    python -m experiments.both_directions --data-dir DIR       # a TFDS directory; without it CIFAR-10 is downloaded
+
+What moves in a step is the feature map up and its gradient down; the paper counts, and MS saves, the first alone.
+"""
+
+import dataclasses
+import statistics
+import sys
+
+import matplotlib.figure
+
+from experiments import study
+from msjax import compress
+
+TITLE = "Both directions: accuracy against the bytes that really move"
+MS = compress.MaskEncoded()
+FEATURES = compress.EntropyMask(error=0.07)  # that of MS on these features
+GRADIENTS = compress.EntropyMask(bits=2.0, signed=True, rounding="stochastic")
+NONE = compress.Identity()
+ARMS = {
+    "nothing": (NONE, NONE),
+    "MS up": (MS, NONE),
+    "EntropyMask up": (FEATURES, NONE),
+    "EntropyMask up and down": (FEATURES, GRADIENTS),
+}
+
+
+def runs(scale):
+    found = {}
+    for seed in study.seeds(scale):
+        for arm, (codec, grad_codec) in ARMS.items():
+            # Without compression the cut changes nothing but the bytes.
+            for cut in study.CUTS if arm != "nothing" else ("medium",):
+                cfg = dataclasses.replace(study.base(scale), codec=codec, grad_codec=grad_codec, seed=seed)
+                found[f"{arm}, {cut}, seed {seed}"] = study.with_cut(cfg, cut)
+    return found
+
+
+def moved(record):
+    """Bytes of features and gradients of a whole run, all clients, as messages where they are entropy-coded."""
+    traffic = record["traffic"]
+    return traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"]) + traffic.get(
+        "coded_downlink_bytes", traffic["downlink_gradient_bytes"]
+    )
+
+
+def report(scale, records):
+    rows = [
+        "| cut | compressed | seeds | test top-1, % | features and gradients, MB | fewer bytes | below “nothing” |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    groups = {}
+    for name, record in records.items():
+        arm, cut, _ = name.split(", ")
+        groups.setdefault((cut, arm), []).append(record)
+    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get(("medium", "nothing"), [])}
+    for cut in study.CUTS:
+        points = []
+        for arm in ARMS:
+            if not (found := groups.get((cut, arm))):
+                continue
+            accuracy = [r["test"]["top1_percent"] for r in found]
+            megabytes = statistics.mean(moved(r) for r in found) / 1e6
+            saved = statistics.mean(2 * r["uncompressed_feature_bytes"] / moved(r) for r in found)
+            seeds = [r["config"]["seed"] for r in found]
+            lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
+            rows.append(
+                f"| {cut} | {arm} | {len(found)} | {study.mean_and_deviation(accuracy)} | {megabytes:,.0f} "
+                f"| {saved:.2f}× | {study.mean_and_deviation(lost)} |"
+            )
+            points.append((megabytes, statistics.mean(accuracy), arm))
+        for megabytes, accuracy, arm in points:
+            axes.annotate(arm, (megabytes, accuracy), (4, 4), textcoords="offset points", fontsize=7)
+        if points:
+            x, y, _ = zip(*points, strict=True)
+            axes.plot(x, y, "o:", label=cut)
+    axes.set(xscale="log", xlabel="features and gradients of the whole run, MB", ylabel="test top-1, %")
+    if groups:
+        axes.legend(title="cut")
+    text = "\n".join(rows) + "\n\n![Accuracy against bytes](both_directions.png)\n"
+    return study.Page(text, {"both_directions": figure})
+
+
+if __name__ == "__main__":
+    sys.exit(study.main(sys.modules[__name__]))

@@ -1,0 +1,249 @@
+"""What the studies share: their training runs, each done once and recorded, and the command line.
+
+A study is a module of this package with
+
+    TITLE                        a line
+    runs(scale) -> {name: Config}    what has to be trained; `scale` is "smoke", "lite" or "paper"
+    report(scale, records) -> Page   what comes out, of the records that there are, by name
+
+and is run with `python -m experiments.<study> --scale lite`. A run is known by its config: a finished one has a record
+in `experiments/results/<scale>/` and is never repeated, whichever study asks for it; an interrupted one goes on from
+its checkpoint in the run folder.
+
+smoke: seconds, on the embedded data, to see that a study works; its numbers mean nothing and are not recorded here.
+lite: CIFAR-10, a narrow ResNet9 and a short schedule, about five minutes a run on two CPU cores; see `base`.
+paper: the published setting, for a GPU or TPU.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from msjax import config as config_lib
+from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
+
+ROOT = pathlib.Path(__file__).parent
+RESULTS = ROOT / "results"
+SCALES = ("smoke", "lite", "paper")
+CUTS = ("shallow", "medium", "deep")
+INTERRUPTED = 130
+Record = dict[str, Any]
+
+
+class Page(NamedTuple):
+    """What a study has to say: Markdown, and figures by name, which the Markdown names as ![…](name.png)."""
+
+    text: str
+    figures: dict[str, Any]
+
+
+def base(scale: str) -> Config:
+    """The network, data and schedule that a study varies, where it is not about those."""
+    if scale == "smoke":
+        return Config(model=ModelConfig(name="convnet", width=0.5), clients=2, batch_size=64, epochs=1)
+    if scale == "paper":
+        return config_lib.load_preset(str(ROOT.parent / "configs" / "vgg19_cifar10.py"))
+    return Config(
+        model=ModelConfig(name="resnet9", width=0.25),
+        data=DataConfig(name="cifar10"),
+        optim=OptimConfig(learning_rate=0.3, nesterov=True, weight_decay=7e-4, warmup_epochs=1.0, label_smoothing=0.1),
+        clients=10,
+        batch_size=25,
+        epochs=3,
+    )
+
+
+def seeds(scale: str) -> range:
+    """Three at lite scale, where a run is short and differences are small; otherwise one."""
+    return range(3 if scale == "lite" else 1)
+
+
+def with_cut(cfg: Config, cut: str) -> Config:
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=cut))
+
+
+def key(cfg: Config) -> str:
+    """The name of a run's record and folder: what it is, and a hash of all in which `cfg` differs from `Config()`.
+
+    So a record outlives new fields of the config. Where the data lies and where the run folder is does not count.
+    """
+    differing = _differing(config_lib.to_json(_nowhere(cfg)), config_lib.to_json(Config()))
+    digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
+    codecs = "-".join(type(codec).__name__.lower() for codec in (cfg.codec, cfg.grad_codec))
+    data = cfg.data.name.replace("/", "_")
+    return f"{cfg.model.name}-{data}-{cfg.model.cut}-{codecs}-seed{cfg.seed}-{digest[:8]}"
+
+
+def _differing(tree, default):
+    """The part of `tree` that is not as in `default`."""
+    parts = {n: _differing(v, default[n]) if isinstance(v, dict) else v for n, v in tree.items()}
+    return {n: v for n, v in parts.items() if v != ({} if isinstance(v, dict) else default[n])}
+
+
+def _nowhere(cfg):
+    data = dataclasses.replace(cfg.data, data_dir=None, cache_dir=None)
+    return dataclasses.replace(cfg, data=data, out=Config.out)
+
+
+def record(scale: str, cfg: Config, results: pathlib.Path = RESULTS) -> Record | None:
+    """The record of the run `cfg`, or None where it has not been run."""
+    file = results / scale / f"{key(cfg)}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def records(study: ModuleType, scale: str, results: pathlib.Path = RESULTS) -> dict[str, Record]:
+    """The records that there are of a study's runs, by name."""
+    found = {name: record(scale, cfg, results) for name, cfg in study.runs(scale).items()}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """“mean ± standard deviation” of a sample, with two digits; without the second of a single value."""
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def train_and_record(scale: str, cfg: Config, command: str, results: pathlib.Path) -> Record:
+    """Trains `cfg`, or goes on with it, in its folder under `cfg.out`, and writes its record."""
+    from msjax import runs, simulate, train  # these start JAX
+
+    simulate.split_cpu(cfg.clients)
+    folder, _ = runs.RunFolder.open_or_create(cfg, key(cfg))
+    summary = train.train(cfg, folder)
+    folder.close()
+    history = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    # Where the data lay on that machine says nothing about the result.
+    made = summary | {"config": config_lib.to_json(_nowhere(cfg)), "command": command, "history": history}
+    (results / scale).mkdir(parents=True, exist_ok=True)
+    file = results / scale / f"{key(cfg)}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(runs.to_json(made, indent=1) + "\n")
+    temporary.replace(file)
+    return made
+
+
+def run_missing(
+    scale: str, wanted: dict[str, Config], *, command: str, results: pathlib.Path = RESULTS, jobs: int = 1
+) -> int:
+    """Runs those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
+
+    Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
+    keep the others from running.
+    """
+    missing = {key(cfg): (name, cfg) for name, cfg in wanted.items() if record(scale, cfg, results) is None}
+    print(f"{len(wanted)} runs at scale {scale}, {len(missing)} to go", flush=True)
+    stop, children, start = threading.Event(), set(), time.monotonic()
+    shares = queue.SimpleQueue()
+    for cores in _shares(jobs):
+        shares.put(cores)
+
+    def run(cfg):
+        if stop.is_set():
+            return INTERRUPTED
+        cores = shares.get()
+        # Of a session of its own, so that Ctrl-C does not reach it twice.
+        arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
+        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        children.add(process)
+        process.communicate(json.dumps(config_lib.to_json(cfg)))
+        children.remove(process)
+        shares.put(cores)
+        return process.returncode
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        names = {pool.submit(run, cfg): name for name, cfg in missing.values()}
+        ended, codes = 0, set()
+        left = set(names)
+        while left:
+            try:
+                now, left = concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                stop.set()
+                for process in tuple(children):
+                    process.send_signal(signal.SIGINT)
+                continue
+            for future in now:
+                ended += 1
+                codes.add(future.result())
+                minutes = (time.monotonic() - start) / 60 / ended * len(left)
+                word = {0: "done", INTERRUPTED: "interrupted"}.get(future.result(), "failed")
+                print(f"{names[future]}: {word}; {len(left)} runs to go, about {minutes:.0f} min", flush=True)
+    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
+
+
+def _shares(jobs):
+    """The cores of each of the runs at a time: all for a single one, which needs not be told."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[n::jobs] if jobs > 1 else [] for n in range(jobs)]
+
+
+def main(*studies: ModuleType) -> int:
+    """The command of these studies: runs what is missing and prints what comes out."""
+    parser = argparse.ArgumentParser(
+        description="\n".join(study.__doc__ for study in studies),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--scale", choices=SCALES, default="lite")
+    parser.add_argument("--data-dir", help="a TFDS data directory")
+    parser.add_argument("--cache-dir", help="where the decoded images are kept")
+    parser.add_argument("--out", default="runs", help="where the run folders are")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="where the records are")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
+    parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    wanted = {name: cfg for study in studies for name, cfg in study.runs(options.scale).items()}
+    if options.only:
+        wanted = {name: cfg for name, cfg in wanted.items() if name.startswith(tuple(options.only))}
+        if not wanted:
+            parser.error(f"--only must name runs of the study, got {options.only}")
+    code = 0
+    if not options.table:
+        wanted = {name: _placed(cfg, options) for name, cfg in wanted.items()}
+        command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
+        results = options.results.absolute()
+        code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs)
+    for study in studies:
+        print(
+            f"\n## {study.TITLE}\n\n{study.report(options.scale, records(study, options.scale, options.results)).text}"
+        )
+    return code
+
+
+def _placed(cfg, options):
+    data = dataclasses.replace(cfg.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    return dataclasses.replace(cfg, data=data, out=options.out)
+
+
+def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
+    """The process of one run: its config comes on standard input."""
+    from msjax import train
+
+    if cores:
+        os.sched_setaffinity(0, map(int, cores))
+    try:
+        train_and_record(scale, config_lib.from_json(json.load(sys.stdin)), command, pathlib.Path(results))
+    except train.Interrupted:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_one_run(*sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""Studies at smoke scale: runs are done once, go on after an interruption, and a report comes of what there is."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from experiments import both_directions, entropy_variants, study
+from msjax import compress, config
+
+STUDIES = [both_directions]
+
+
+@pytest.mark.parametrize("module", STUDIES, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_runs_differ_and_their_names_say_how(module, scale):
+    found = module.runs(scale)
+    keys = {study.key(cfg) for cfg in found.values()}
+    assert len(keys) == len(found)
+
+
+def test_the_key_of_a_run():
+    """It does not depend on where things lie, nor on fields that are as by default; on everything else it does."""
+    cfg = study.base("lite")
+    data = dataclasses.replace(cfg.data, data_dir="/a", cache_dir="/b")
+    assert study.key(dataclasses.replace(cfg, data=data, out="/c")) == study.key(cfg)
+    assert study.key(study.with_cut(cfg, "deep")) != study.key(cfg)
+    assert study.key(dataclasses.replace(cfg, seed=1)) != study.key(cfg)
+    assert study._differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}}) == {"b": {"d": 3}}
+    assert study._differing({"a": {"b": 1}}, {"a": {"b": 1}}) == {}
+
+
+def test_every_record_is_found_by_its_config():
+    """If this fails after a change of a default in `Config`: let the studies set the old value, or run them again."""
+    for scale in study.SCALES:
+        for file in (study.RESULTS / scale).glob("*.json"):
+            made = json.loads(file.read_text())
+            assert study.key(config.from_json(made["config"])) == file.stem
+            assert made["config"]["data"]["data_dir"] is None
+            assert made["wall_seconds"] > 0 and made["command"].startswith("python -m experiments.")
+
+
+def test_a_run_is_done_once_and_reported(tmp_path, capfd):
+    arguments = ["--scale", "smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    name = "EntropyMask up and down, medium, seed 0"
+    program = [sys.executable, "-m", "experiments.both_directions", *arguments, "--only", name]
+    first = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    assert f"{name}: done; 0 runs to go" in first.stdout
+    (file,) = (tmp_path / "results" / "smoke").iterdir()
+    made = json.loads(file.read_text())
+    assert both_directions.moved(made) < 2 * made["uncompressed_feature_bytes"] / 15
+    assert made["environment"]["packages"]["jax"] and len(made["history"]) == made["config"]["epochs"]
+
+    second = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    assert second.returncode == 0 and "1 runs at scale smoke, 0 to go" in second.stdout
+    assert f"| medium | EntropyMask up and down | 1 | {made['test']['top1_percent']:.2f} |" in second.stdout
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    cfg = dataclasses.replace(study.base("smoke"), epochs=400, out=str(tmp_path / "runs"))
+    program = [sys.executable, "-m", "experiments.study", "smoke", str(tmp_path / "results"), "a command"]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps(config.to_json(cfg)))
+    process.stdin.close()
+    lines = tmp_path / "runs" / study.key(cfg) / "metrics.jsonl"
+    for _ in range(1200):
+        if lines.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == study.INTERRUPTED
+    done = len(lines.read_text().splitlines())
+    assert 0 < done < 400 and not (tmp_path / "results").exists()
+    # With as many epochs as were done, what is left is to say so.
+    folder = lines.parent
+    shorter = dataclasses.replace(cfg, epochs=done + 1)
+    folder.rename(folder.parent / study.key(shorter))
+    config.save(shorter, folder.parent / study.key(shorter) / "config.json")
+    text = json.dumps(config.to_json(shorter))
+    subprocess.run(program, input=text, text=True, check=True, timeout=300)
+    made = study.record("smoke", shorter, tmp_path / "results")
+    assert [epoch["epoch"] for epoch in made["history"]] == list(range(1, done + 2))
+
+
+def test_a_run_that_fails_does_not_keep_others_from_running(tmp_path, capfd):
+    cfg = dataclasses.replace(study.base("smoke"), out=str(tmp_path / "runs"))
+    wrong = study.with_cut(cfg, "nowhere")
+    code = study.run_missing("smoke", {"wrong": wrong, "right": cfg}, command="c", results=tmp_path / "results", jobs=2)
+    output = capfd.readouterr().out
+    assert code == 1 and "wrong: failed" in output and "right: done" in output
+    assert study.record("smoke", cfg, tmp_path / "results")["command"] == "c"
+    assert study.record("smoke", wrong, tmp_path / "results") is None
+
+
+def test_bytes_and_points_of_both_directions():
+    """Of made-up records: bytes both ways, coded ones where there are any, and losses in pairs of seeds."""
+
+    def made(seed, top1, up, down, **coded):
+        traffic = {"uplink_feature_bytes": up, "downlink_gradient_bytes": down, **coded}
+        return {
+            "traffic": traffic,
+            "test": {"top1_percent": top1},
+            "config": {"seed": seed},
+            "uncompressed_feature_bytes": 1000e6,
+        }
+
+    records = {
+        "nothing, medium, seed 0": made(0, 80.0, 1000e6, 1000e6),
+        "nothing, medium, seed 1": made(1, 82.0, 1000e6, 1000e6),
+        "EntropyMask up and down, deep, seed 0": made(
+            0, 79.0, 200e6, 300e6, coded_uplink_bytes=40e6, coded_downlink_bytes=60e6
+        ),
+        "EntropyMask up and down, deep, seed 1": made(
+            1, 80.8, 200e6, 300e6, coded_uplink_bytes=40e6, coded_downlink_bytes=60e6
+        ),
+    }
+    page = both_directions.report("lite", records)
+    assert "| medium | nothing | 2 | 81.00 ± 1.41 | 2,000 | 1.00× | 0.00 ± 0.00 |" in page.text
+    assert "| deep | EntropyMask up and down | 2 | 79.90 ± 1.27 | 100 | 20.00× | 1.10 ± 0.14 |" in page.text
+    assert isinstance(page.figures["both_directions"], matplotlib.figure.Figure)
+    assert "| cut |" in both_directions.report("lite", {}).text
+
+
+def test_variants_of_entropy_mask():
+    """The base is the codec itself; contexts help where neighbours are alike, and nowhere else."""
+    rng = np.random.default_rng(0)
+    h = np.maximum(rng.normal(size=(16, 16, 16, 16)), 0).astype(np.float32)
+    single, contexts = "entropy of single codes (rANS)", "entropy, contexts of neighbours"
+    found = entropy_variants.compare(h, (entropy_variants.BASE, single, contexts))
+    (bits, finer) = found[entropy_variants.BASE]
+    measured = entropy_variants.rate_distortion.measure(h, compress.EntropyMask(error=0.07))
+    assert measured["error"] == pytest.approx(0.07, rel=0.05)
+    assert bits == pytest.approx(measured["bits"], rel=0.03) and finer > bits
+    assert found[single][0] == pytest.approx(bits, rel=0.08) and found[single][0] < found[contexts][0]
+    blocks = np.repeat(np.repeat(rng.random((16, 4, 4, 16)) < 0.3, 4, 1), 4, 2)
+    codes = entropy_variants.uniform(np.where(blocks, h + 1, 0), 0.5)[0]
+    assert entropy_variants.entropy(codes, entropy_variants.neighbours(codes)) < 0.8 * entropy_variants.entropy(codes)
+
+
+@pytest.mark.parametrize("name", entropy_variants.VARIANTS)
+def test_every_variant_measures(name):
+    h = np.maximum(np.random.default_rng(0).normal(size=(4, 8, 8, 12)), 0)
+    (bits, error), (fewer, more) = (entropy_variants.VARIANTS[name](h, step) for step in (0.2, 1.5))
+    assert 0 < fewer < bits < 16 and 0 <= error < more < 1
+
+
+def test_entropy_of_a_coin():
+    codes = np.random.default_rng(0).integers(0, 2, 1 << 16)
+    assert entropy_variants.entropy(codes) == pytest.approx(codes.size, rel=1e-3)
+    assert entropy_variants.entropy(codes, codes) < 40  # known from its context, but for the statistics
+    assert entropy_variants.entropy_of_pairs(codes) == pytest.approx(codes.size, rel=2e-3)
