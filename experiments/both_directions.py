@@ -28,12 +28,17 @@ ARMS = {
 
 
 def runs(scale):
+    return arms(study.base(scale), study.seeds(scale))
+
+
+def arms(base, seeds):
+    """`ARMS` of this network and schedule, at each cut."""
     found = {}
-    for seed in study.seeds(scale):
+    for seed in seeds:
         for arm, (codec, grad_codec) in ARMS.items():
             # Without compression the cut changes nothing but the bytes.
             for cut in study.CUTS if arm != "nothing" else ("medium",):
-                cfg = dataclasses.replace(study.base(scale), codec=codec, grad_codec=grad_codec, seed=seed)
+                cfg = dataclasses.replace(base, codec=codec, grad_codec=grad_codec, seed=seed)
                 found[f"{arm}, {cut}, seed {seed}"] = study.with_cut(cfg, cut)
     return found
 
@@ -46,13 +51,13 @@ def moved(record):
     )
 
 
-def report(scale, records):
+def report(scale, records, figure="both_directions"):
     rows = [
         "| cut | compressed | seeds | test top-1, % | features and gradients, MB | fewer bytes | below “nothing” |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    plot = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = plot.subplots()
     groups = {}
     for name, record in records.items():
         arm, cut, _ = name.split(", ")
@@ -81,8 +86,8 @@ def report(scale, records):
     axes.set(xscale="log", xlabel="features and gradients of the whole run, MB", ylabel="test top-1, %")
     if groups:
         axes.legend(title="cut")
-    text = "\n".join(rows) + "\n\n![Accuracy against bytes](both_directions.png)\n"
-    return study.Page(text, {"both_directions": figure})
+    text = "\n".join(rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
+    return study.Page(text, {figure: plot})
 
 
 if __name__ == "__main__":
