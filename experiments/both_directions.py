@@ -20,7 +20,7 @@ FEATURES = compress.EntropyMask(error=0.07)  # that of MS on these features
 GRADIENTS = compress.EntropyMask(bits=2.0, signed=True, rounding="stochastic")
 NONE = compress.Identity()
 ARMS = {
-    "nothing": (NONE, NONE),
+    "none": (NONE, NONE),
     "MS up": (MS, NONE),
     "EntropyMask up": (FEATURES, NONE),
     "EntropyMask up and down": (FEATURES, GRADIENTS),
@@ -28,16 +28,16 @@ ARMS = {
 
 
 def runs(scale):
-    return arms(study.base(scale), study.seeds(scale))
+    return arms(study.base(scale), study.cuts(scale), study.seeds(scale))
 
 
-def arms(base, seeds):
+def arms(base, cuts, seeds):
     """`ARMS` of this network and schedule, at each cut."""
     found = {}
     for seed in seeds:
         for arm, (codec, grad_codec) in ARMS.items():
             # Without compression the cut changes nothing but the bytes.
-            for cut in study.CUTS if arm != "nothing" else ("medium",):
+            for cut in cuts if arm != "none" else ("medium",):
                 cfg = dataclasses.replace(base, codec=codec, grad_codec=grad_codec, seed=seed)
                 found[f"{arm}, {cut}, seed {seed}"] = study.with_cut(cfg, cut)
     return found
@@ -52,17 +52,23 @@ def moved(record):
 
 
 def report(scale, records, figure="both_directions"):
-    rows = [
-        "| cut | compressed | seeds | test top-1, % | features and gradients, MB | fewer bytes | below “nothing” |",
-        "|---|---|--:|--:|--:|--:|--:|",
+    header = [
+        "cut",
+        "compressed",
+        "seeds",
+        "test top-1, %",
+        "features and gradients, MB",
+        "fewer bytes",
+        "below “none”",
     ]
+    rows = []
     plot = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = plot.subplots()
     groups = {}
     for name, record in records.items():
         arm, cut, _ = name.split(", ")
         groups.setdefault((cut, arm), []).append(record)
-    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get(("medium", "nothing"), [])}
+    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get(("medium", "none"), [])}
     for cut in study.CUTS:
         points = []
         for arm in ARMS:
@@ -73,10 +79,8 @@ def report(scale, records, figure="both_directions"):
             saved = statistics.mean(2 * r["uncompressed_feature_bytes"] / moved(r) for r in found)
             seeds = [r["config"]["seed"] for r in found]
             lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
-            rows.append(
-                f"| {cut} | {arm} | {len(found)} | {study.mean_and_deviation(accuracy)} | {megabytes:,.0f} "
-                f"| {saved:.2f}× | {study.mean_and_deviation(lost)} |"
-            )
+            cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
+            rows.append([*cells, f"{saved:.2f}×", study.mean_and_deviation(lost)])
             points.append((megabytes, statistics.mean(accuracy), arm))
         for megabytes, accuracy, arm in points:
             axes.annotate(arm, (megabytes, accuracy), (4, 4), textcoords="offset points", fontsize=7)
@@ -86,7 +90,7 @@ def report(scale, records, figure="both_directions"):
     axes.set(xscale="log", xlabel="features and gradients of the whole run, MB", ylabel="test top-1, %")
     if groups:
         axes.legend(title="cut")
-    text = "\n".join(rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
+    text = study.table(header, rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
     return study.Page(text, {figure: plot})
 
 

@@ -6,7 +6,6 @@ python -m experiments.cifar10_lite --data-dir DIR       # half an hour a run on 
 import sys
 
 from experiments import both_directions, study
-from msjax import config
 
 TITLE = "CIFAR-10 in half an hour: both directions, 14 epochs"
 
@@ -14,7 +13,7 @@ TITLE = "CIFAR-10 in half an hour: both directions, 14 epochs"
 def runs(scale):
     if scale != "lite":
         return both_directions.runs(scale)
-    return both_directions.arms(config.load_preset(str(study.ROOT.parent / "configs" / "cifar10_lite.py")), seeds=[0])
+    return both_directions.arms(study.preset("cifar10_lite"), study.CUTS, seeds=[0])
 
 
 def report(scale, records):

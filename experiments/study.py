@@ -55,7 +55,7 @@ def base(scale: str) -> Config:
     if scale == "smoke":
         return Config(model=ModelConfig(name="convnet", width=0.5), clients=2, batch_size=64, epochs=1)
     if scale == "paper":
-        return config_lib.load_preset(str(ROOT.parent / "configs" / "vgg19_cifar10.py"))
+        return preset("vgg19_cifar10")
     return Config(
         model=ModelConfig(name="resnet9", width=0.25),
         data=DataConfig(name="cifar10"),
@@ -64,6 +64,11 @@ def base(scale: str) -> Config:
         batch_size=25,
         epochs=3,
     )
+
+
+def preset(name: str) -> Config:
+    """The config of `configs/<name>.py`."""
+    return config_lib.load_preset(str(ROOT.parent / "configs" / f"{name}.py"))
 
 
 def seeds(scale: str) -> range:
@@ -108,6 +113,21 @@ def records(study: ModuleType, scale: str, results: pathlib.Path = RESULTS) -> d
     """The records that there are of a study's runs, by name."""
     found = {name: record(scale, cfg, results) for name, cfg in study.runs(scale).items()}
     return {name: one for name, one in found.items() if one is not None}
+
+
+def cuts(scale: str) -> tuple[str, ...]:
+    """The three of the paper; at smoke scale one."""
+    return CUTS if scale != "smoke" else ("medium",)
+
+
+def label(*parts: str) -> str:
+    """The name of a run or a setting: the parts that are not empty, with commas between them."""
+    return ", ".join(part for part in parts if part)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -1,0 +1,116 @@
+"""Training with each codec of the paper, epoch by epoch (its Figure 3): loss, and accuracy on test data.
+
+    python -m experiments.convergence --data-dir DIR
+
+Codecs have the paper's settings: QU with 3 bits, SP and RT at 95.875 %, MS with 2 bits at 99 %, all about 2.32 bits.
+"""
+
+import dataclasses
+import statistics
+import sys
+from typing import NamedTuple
+
+import matplotlib.figure
+
+from experiments import study
+from msjax import compress, config
+
+TITLE = "Convergence and generalization (Figure 3)"
+CODECS = {
+    "none": compress.Identity(),
+    "MS": compress.MaskEncoded(),
+    "QU": compress.Uniform(bits=3),
+    "SP": compress.TopK(ratio=0.95875),
+    "RT": compress.RandTopK(ratio=0.95875),
+}
+
+
+class Setting(NamedTuple):
+    """A network on a data set, and the final accuracies that are published of it, in percent, read off Figure 3."""
+
+    base: config.Config
+    published: dict[str, str]
+
+
+def settings(scale):
+    if scale != "paper":
+        return {"": Setting(study.base(scale), {})}
+    presets = {
+        "VGG19, CIFAR-10": ("vgg19_cifar10", ("93.8", "93.3–93.7", "89–93", "91–93.5", "–")),
+        "ResNet18, CIFAR-100": ("resnet18_cifar100", ("77.8", "77.1–77.7", "62–76.3", "75.8–76.2", "74.4–75.5")),
+        "ResNet34, ImageNet": ("resnet34_imagenet", ("73.1", "72.5–73.1", "66–70", "69.0–71.2", "71.4")),
+    }
+    return {
+        name: Setting(study.preset(file), dict(zip(CODECS, published, strict=True)))
+        for name, (file, published) in presets.items()
+    }
+
+
+def runs(scale):
+    found = {}
+    for seed in study.seeds(scale):
+        for setting, (base, _) in settings(scale).items():
+            for name, codec in CODECS.items():
+                # Without compression the cut changes nothing but the bytes.
+                for cut in study.cuts(scale) if name != "none" else ("medium",):
+                    cfg = dataclasses.replace(base, codec=codec, seed=seed)
+                    found[study.label(setting, name, cut, f"seed {seed}")] = study.with_cut(cfg, cut)
+    return found
+
+
+def report(scale, records):
+    lines, figures = [], {}
+    for number, (setting, (_, published)) in enumerate(settings(scale).items()):
+        groups = {}
+        for name, record in records.items():
+            *rest, codec, cut, _ = name.split(", ")
+            if study.label(*rest) == setting:
+                groups.setdefault((codec, cut), []).append(record)
+        if setting:
+            lines += [f"### {setting}", ""]
+        lines += [table(groups, published), ""]
+        if groups:
+            figure = f"convergence{number or ''}"
+            figures[figure] = plot(groups)
+            lines += [f"![Loss and accuracy by epoch]({figure}.png)", ""]
+    return study.Page("\n".join(lines), figures)
+
+
+def table(groups, published):
+    """Final test accuracy: one row a codec, one column a cut."""
+    header = ["codec", *study.CUTS, "seeds", *(["published, about"] if published else [])]
+    rows = []
+    for codec in CODECS:
+        cells, seeds = [], set()
+        for cut in study.CUTS:
+            found = groups.get((codec, "medium" if codec == "none" else cut), [])
+            cells.append(study.mean_and_deviation([r["test"]["top1_percent"] for r in found]))
+            seeds.add(str(len(found)))
+        rows.append([codec, *cells, "/".join(sorted(seeds)), *([published[codec]] if published else [])])
+    return study.table(header, rows)
+
+
+def plot(groups):
+    """A panel a cut: accuracy above, training loss below; the mean over seeds."""
+    figure = matplotlib.figure.Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, len(study.CUTS), sharex=True, sharey="row")
+    for column, cut in enumerate(study.CUTS):
+        for codec in CODECS:
+            found = groups.get((codec, "medium" if codec == "none" else cut), [])
+            if not found:
+                continue
+            epochs = [epoch["epoch"] for epoch in found[0]["history"]]
+            for row, value in enumerate((lambda e: e["test"]["top1_percent"], lambda e: e["train"]["loss"])):
+                curves = [[value(epoch) for epoch in record["history"]] for record in found]
+                mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                axes[row, column].plot(epochs, mean, ".-" if codec != "none" else "k.--", label=codec)
+        axes[0, column].set(title=f"{cut} cut")
+        axes[1, column].set(xlabel="epoch")
+    axes[0, 0].set(ylabel="test top-1, %")
+    axes[1, 0].set(ylabel="training loss, nats")
+    axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(study.main(sys.modules[__name__]))

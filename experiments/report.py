@@ -1,0 +1,100 @@
+"""All studies' results as one page: `experiments/RESULTS.md` with its figures, and a self-contained HTML page.
+
+python -m experiments.report                    # of all records that there are; takes seconds, trains nothing
+python -m experiments.report --html report.html
+"""
+
+import argparse
+import base64
+import io
+import pathlib
+import re
+import sys
+from collections.abc import Iterable
+
+import markdown_it
+
+from experiments import both_directions, cifar10_lite, convergence, study, traffic
+
+STUDIES = (convergence, traffic, both_directions, cifar10_lite)
+HEAD = """# Results
+
+Made by `python -m experiments.report` from the records in `experiments/results/`; every record has its config, seeds,
+command, versions, hardware and wall time. Accuracies are of the last epoch, on test data, as mean ± standard deviation
+over seeds where there are several. "lite" is a narrow ResNet9 on a JPEG-coded (lossy) copy of CIFAR-10 with a short
+schedule, unless a section says otherwise: codecs can be compared there with each other, but not with published
+figures. "paper" is the published setting.
+"""
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .6rem}img{max-width:100%}"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=study.RESULTS, help="where the records are")
+    parser.add_argument("--out", type=pathlib.Path, default=study.ROOT / "RESULTS.md")
+    parser.add_argument("--html", type=pathlib.Path, help="where the HTML page goes; none by default")
+    options = parser.parse_args()
+    text, figures = page(options.results)
+    folder = options.out.parent / "results" / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in figures.items():
+        (folder / name).write_bytes(png)
+    options.out.write_text(_with_images(text, lambda name: f"results/figures/{name}"))
+    print(f"{options.out}: {len(figures)} figures")
+    if options.html:
+        options.html.write_text(html(text, figures))
+    return 0
+
+
+def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tuple[str, dict[str, bytes]]:
+    """Returns the whole page as Markdown, and its figures as PNG by the name that it calls them."""
+    parts, figures = [HEAD], {}
+    for module in STUDIES:
+        parts.append(f"## {module.TITLE}\n\n{explanation(module)}\n")
+        for scale in scales:
+            wanted, found = module.runs(scale), study.records(module, scale, results)
+            missing = [name for name in wanted if name not in found]
+            parts.append(f"**{scale}**: {len(found)} of {len(wanted)} runs. {_not_run(missing)}\n")
+            if not found:
+                continue
+            text, drawn = module.report(scale, found)
+            for name, figure in drawn.items():
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+                figures[f"{scale}_{name}.png"] = buffer.getvalue()
+            parts.append(_with_images(text, lambda name, scale=scale: f"{scale}_{name}"))
+    return "\n".join(parts).rstrip() + "\n", figures
+
+
+def explanation(module) -> str:
+    """A study's docstring without its commands."""
+    paragraphs = module.__doc__.strip().split("\n\n")
+    return "\n\n".join(p for p in paragraphs if not p.strip().startswith("python -m"))
+
+
+def html(text: str, figures: dict[str, bytes]) -> str:
+    """Returns the page with its figures inside."""
+    inside = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in figures.items()}
+    markdown = markdown_it.MarkdownIt("commonmark").enable("table")
+    markdown.validateLink = lambda url: True  # of images as data
+    body = markdown.render(_with_images(text, lambda name: inside[name]))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>msjax: results</title><style>{STYLE}</style>'
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def _not_run(missing):
+    if not missing:
+        return ""
+    some = "; ".join(missing[:6])
+    return f"Not run: {some}{f' and {len(missing) - 6} more' if len(missing) > 6 else ''}."
+
+
+def _with_images(text, place):
+    return re.sub(r"(!\[[^]]*\])\(([^)]*)\)", lambda found: f"{found[1]}({place(found[2])})", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

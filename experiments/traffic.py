@@ -1,0 +1,107 @@
+"""What has to be sent until the accuracy of training without compression is reached (the paper's Table 1).
+
+    python -m experiments.traffic --data-dir DIR        # the runs of experiments.convergence and both_directions
+
+"Paper" counts as it does: features on their way up, of training and of test samples, each epoch up to the first that
+reaches the target. "Real" counts features and gradients both ways, as messages where they are entropy-coded. Both are
+against the uncompressed run with the same target and seed; INF is a target never reached.
+"""
+
+import statistics
+import sys
+
+from experiments import both_directions, convergence, study
+
+TITLE = "Traffic to baseline accuracy (Table 1)"
+MARGINS = (0.0, 1.0, 3.0)  # points below the last epoch's accuracy without compression
+PUBLISHED = {  # at the accuracy of the baseline itself
+    "VGG19, CIFAR-10": {
+        "QU": ("INF", "9.92", "10.37"),
+        "SP": ("INF", "13.56", "13.56"),
+        "MS": ("13.11", "13.56", "13.63"),
+        "RT": ("INF", "13.71", "13.71"),
+    },
+    "ResNet18, CIFAR-100": {
+        "QU": ("INF", "INF", "INF"),
+        "SP": ("INF", "INF", "INF"),
+        "MS": ("12.53", "13.50", "12.29"),
+        "RT": ("INF", "INF", "INF"),
+    },
+    "ResNet34, ImageNet": {
+        "QU": ("INF", "INF", "INF"),
+        "SP": ("INF", "INF", "INF"),
+        "MS": ("INF", "13.20", "12.32"),
+        "RT": ("INF", "INF", "INF"),
+    },
+}
+ENTROPY = ("EntropyMask up", "EntropyMask up and down")
+
+
+def runs(scale):
+    found = convergence.runs(scale)
+    if scale != "paper":
+        found |= {name: cfg for name, cfg in both_directions.runs(scale).items() if name.startswith(ENTROPY)}
+    return found
+
+
+def report(scale, records):
+    lines = []
+    for setting in convergence.settings(scale):
+        groups = {}
+        for name, record in records.items():
+            *rest, codec, cut, seed = name.split(", ")
+            if study.label(*rest) == setting:
+                groups.setdefault((codec, cut), {})[seed] = record
+        if setting:
+            lines += [f"### {setting}", ""]
+        lines += [table(groups, PUBLISHED.get(setting, {})), ""]
+    return study.Page("\n".join(lines), {})
+
+
+def table(groups, published):
+    """One row a codec and cut; of each target what was saved, in both ways of counting."""
+    header = ["codec", "cut", "seeds"]
+    for margin in MARGINS:
+        below = f"baseline − {margin:g}" if margin else "baseline"
+        header += [f"{below}: paper", f"{below}: real"]
+    rows = []
+    plain = groups.get(("none", "medium"), {})
+    for codec in [*convergence.CODECS, *ENTROPY]:
+        for n, cut in enumerate(study.CUTS):
+            seeds = [seed for seed in groups.get((codec, cut), {}) if seed in plain]
+            if codec == "none" or not seeds:
+                continue
+            cells = []
+            for margin in MARGINS:
+                saved = [saving(groups[codec, cut][seed], plain[seed], margin) for seed in seeds]
+                cells += [_mean(factors) for factors in zip(*saved, strict=True)]
+            rows.append([codec, cut, str(len(seeds)), *cells, *([published[codec][n]] if published else [])])
+    return study.table([*header, *(["published"] if published else [])], rows)
+
+
+def saving(record, plain, margin):
+    """(paper's, real) factor by which less was sent to reach the target; None where it never was."""
+    target = plain["test"]["top1_percent"] - margin
+    epoch, plain_epoch = first_to_reach(record, target), first_to_reach(plain, target)
+    if epoch is None:
+        return None, None
+    # Without compression the bytes follow from the number of samples, at this record's own cut.
+    epochs = len(record["history"])
+    uncompressed = record["uncompressed_feature_bytes"] / epochs * plain_epoch["epoch"]
+    sent = record["traffic"]["paper_bytes"] / record["traffic"]["uplink_feature_bytes"]  # training and test samples
+    return uncompressed * sent / epoch["traffic"]["paper_bytes"], 2 * uncompressed / both_directions.moved(epoch)
+
+
+def first_to_reach(record, target):
+    return next((epoch for epoch in record["history"] if epoch["test"]["top1_percent"] >= target), None)
+
+
+def _mean(factors):
+    if None in factors:
+        reached = sum(factor is not None for factor in factors)
+        return "INF" if not reached else f"INF ({reached} of {len(factors)} reach it)"
+    return f"{statistics.mean(factors):.2f}×"
+
+
+if __name__ == "__main__":
+    sys.exit(study.main(sys.modules[__name__]))
