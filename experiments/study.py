@@ -2,8 +2,8 @@
 
 A study is a module of this package with
 
-    TITLE                        a line
-    runs(scale) -> {name: Config}    what has to be trained; `scale` is "smoke", "lite" or "paper"
+    TITLE                            a line
+    runs(scale) -> {name: Run}       what has to be trained or measured; `scale` is "smoke", "lite" or "paper"
     report(scale, records) -> Page   what comes out, of the records that there are, by name
 
 and is run with `python -m experiments.<study> --scale lite`. A run is known by its config: a finished one has a record
@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import pathlib
@@ -41,6 +42,19 @@ SCALES = ("smoke", "lite", "paper")
 CUTS = ("shallow", "medium", "deep")
 INTERRUPTED = 130
 Record = dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """A measurement on a trained network: `by` names "module:function", which gets the run's folder and its config.
+
+    It returns rows, JSON-ready dicts. A network whose folder is gone is trained anew.
+    """
+
+    config: Config
+    by: str
+
+
+Run = Config | Measured
 
 
 class Page(NamedTuple):
@@ -80,11 +94,14 @@ def with_cut(cfg: Config, cut: str) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=cut))
 
 
-def key(cfg: Config) -> str:
-    """The name of a run's record and folder: what it is, and a hash of all in which `cfg` differs from `Config()`.
+def key(run: Run) -> str:
+    """The name of a run's record and folder: what it is, and a hash of all in which its config differs from `Config()`.
 
     So a record outlives new fields of the config. Where the data lies and where the run folder is does not count.
     """
+    if isinstance(run, Measured):
+        return f"{run.by.partition(':')[0].rpartition('.')[2]}-{key(run.config)}"
+    cfg = run
     differing = _differing(config_lib.to_json(_nowhere(cfg)), config_lib.to_json(Config()))
     digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
     codecs = "-".join(type(codec).__name__.lower() for codec in (cfg.codec, cfg.grad_codec))
@@ -103,15 +120,15 @@ def _nowhere(cfg):
     return dataclasses.replace(cfg, data=data, out=Config.out)
 
 
-def record(scale: str, cfg: Config, results: pathlib.Path = RESULTS) -> Record | None:
-    """The record of the run `cfg`, or None where it has not been run."""
-    file = results / scale / f"{key(cfg)}.json"
+def record(scale: str, run: Run, results: pathlib.Path = RESULTS) -> Record | None:
+    """The record of a run or measurement, or None where there is none."""
+    file = results / scale / f"{key(run)}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def records(study: ModuleType, scale: str, results: pathlib.Path = RESULTS) -> dict[str, Record]:
     """The records that there are of a study's runs, by name."""
-    found = {name: record(scale, cfg, results) for name, cfg in study.runs(scale).items()}
+    found = {name: record(scale, run, results) for name, run in study.runs(scale).items()}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -138,41 +155,84 @@ def mean_and_deviation(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def train_and_record(scale: str, cfg: Config, command: str, results: pathlib.Path) -> Record:
-    """Trains `cfg`, or goes on with it, in its folder under `cfg.out`, and writes its record."""
-    from msjax import runs, simulate, train  # these start JAX
+def do(scale: str, run: Run, command: str, results: pathlib.Path = RESULTS) -> Record:
+    """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
+    from msjax import runs, simulate  # these start JAX
 
+    cfg = run.config if isinstance(run, Measured) else run
     simulate.split_cpu(cfg.clients)
-    folder, _ = runs.RunFolder.open_or_create(cfg, key(cfg))
-    summary = train.train(cfg, folder)
-    folder.close()
-    history = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    made = _measure(run) if isinstance(run, Measured) else _train(run)
     # Where the data lay on that machine says nothing about the result.
-    made = summary | {"config": config_lib.to_json(_nowhere(cfg)), "command": command, "history": history}
+    made |= {"config": config_lib.to_json(_nowhere(cfg)), "command": command}
     (results / scale).mkdir(parents=True, exist_ok=True)
-    file = results / scale / f"{key(cfg)}.json"
+    file = results / scale / f"{key(run)}.json"
     temporary = file.with_suffix(".tmp")
     temporary.write_text(runs.to_json(made, indent=1) + "\n")
     temporary.replace(file)
     return made
 
 
+def _train(cfg):
+    from msjax import runs, train
+
+    folder, cfg = runs.RunFolder.open_or_create(cfg, key(cfg))
+    summary = train.train(cfg, folder)
+    folder.close()
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    return summary | {"history": [json.loads(line) for line in lines]}
+
+
+def _measure(run):
+    from msjax import runs
+
+    folder = _folder(run.config)
+    if not (folder / _LAST_FILE).exists():
+        _train(run.config)
+    module, _, function = run.by.partition(":")
+    start = time.monotonic()
+    rows = getattr(importlib.import_module(module), function)(folder, run.config)
+    wall_seconds = round(time.monotonic() - start, 1)
+    return {"by": run.by, "wall_seconds": wall_seconds, "environment": runs.environment(), "rows": rows}
+
+
+_LAST_FILE = "summary.json"
+
+
+def _folder(cfg):
+    return pathlib.Path(cfg.out) / key(cfg)
+
+
 def run_missing(
-    scale: str, wanted: dict[str, Config], *, command: str, results: pathlib.Path = RESULTS, jobs: int = 1
+    scale: str, wanted: dict[str, Run], *, command: str, results: pathlib.Path = RESULTS, jobs: int = 1
 ) -> int:
-    """Runs those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
+    """Does those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
+
+    Measurements come last, and after the training of networks whose folders they need.
 
     Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
     keep the others from running.
     """
-    missing = {key(cfg): (name, cfg) for name, cfg in wanted.items() if record(scale, cfg, results) is None}
+    missing = {key(run): (name, run) for name, run in wanted.items() if record(scale, run, results) is None}
+    measured = {k: pair for k, pair in missing.items() if isinstance(pair[1], Measured)}
+    trained = {k: pair for k, pair in missing.items() if k not in measured}
+    for name, run in measured.values():
+        if not (_folder(run.config) / _LAST_FILE).exists():
+            trained.setdefault(key(run.config), (f"network of {name}", run.config))
     print(f"{len(wanted)} runs at scale {scale}, {len(missing)} to go", flush=True)
+    codes = _run_all(scale, trained, command, results, jobs)
+    if INTERRUPTED not in codes:
+        codes |= _run_all(scale, measured, command, results, jobs)
+    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
+
+
+def _run_all(scale, todo, command, results, jobs):
+    """The exit codes of all of `todo`, {key: (name, run)}."""
     stop, children, start = threading.Event(), set(), time.monotonic()
     shares = queue.SimpleQueue()
     for cores in _shares(jobs):
         shares.put(cores)
 
-    def run(cfg):
+    def process_of(run):
         if stop.is_set():
             return INTERRUPTED
         cores = shares.get()
@@ -180,13 +240,14 @@ def run_missing(
         arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, start_new_session=True)
         children.add(process)
-        process.communicate(json.dumps(config_lib.to_json(cfg)))
+        cfg, by = run if isinstance(run, Measured) else (run, None)
+        process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))
         children.remove(process)
         shares.put(cores)
         return process.returncode
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        names = {pool.submit(run, cfg): name for name, cfg in missing.values()}
+        names = {pool.submit(process_of, run): name for name, run in todo.values()}
         ended, codes = 0, set()
         left = set(names)
         while left:
@@ -203,7 +264,7 @@ def run_missing(
                 minutes = (time.monotonic() - start) / 60 / ended * len(left)
                 word = {0: "done", INTERRUPTED: "interrupted"}.get(future.result(), "failed")
                 print(f"{names[future]}: {word}; {len(left)} runs to go, about {minutes:.0f} min", flush=True)
-    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
+    return codes
 
 
 def _shares(jobs):
@@ -229,14 +290,14 @@ def main(*studies: ModuleType) -> int:
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    wanted = {name: cfg for study in studies for name, cfg in study.runs(options.scale).items()}
+    wanted = {name: run for study in studies for name, run in study.runs(options.scale).items()}
     if options.only:
-        wanted = {name: cfg for name, cfg in wanted.items() if name.startswith(tuple(options.only))}
+        wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}
         if not wanted:
             parser.error(f"--only must name runs of the study, got {options.only}")
     code = 0
     if not options.table:
-        wanted = {name: _placed(cfg, options) for name, cfg in wanted.items()}
+        wanted = {name: _placed(run, options) for name, run in wanted.items()}
         command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
         results = options.results.absolute()
         code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs)
@@ -247,19 +308,24 @@ def main(*studies: ModuleType) -> int:
     return code
 
 
-def _placed(cfg, options):
+def _placed(run, options):
+    if isinstance(run, Measured):
+        return run._replace(config=_placed(run.config, options))
+    cfg = run
     data = dataclasses.replace(cfg.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
     return dataclasses.replace(cfg, data=data, out=options.out)
 
 
 def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
-    """The process of one run: its config comes on standard input."""
+    """The process of one run: its config and what measures it come on standard input."""
     from msjax import train
 
     if cores:
         os.sched_setaffinity(0, map(int, cores))
     try:
-        train_and_record(scale, config_lib.from_json(json.load(sys.stdin)), command, pathlib.Path(results))
+        given = json.load(sys.stdin)
+        cfg = config_lib.from_json(given["config"])
+        do(scale, Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
     except train.Interrupted:
         return INTERRUPTED
     return 0

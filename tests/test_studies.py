@@ -1,5 +1,6 @@
 """Studies at smoke scale: runs are done once, go on after an interruption, and a report comes of what there is."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -63,11 +64,11 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd):
 
 
 def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
+    options = argparse.Namespace(data_dir=None, cache_dir=None, out=str(tmp_path / "runs"))
     for module in report.STUDIES:
-        for cfg in module.runs("smoke").values():
-            if study.record("smoke", cfg, tmp_path / "results") is None:
-                cfg = dataclasses.replace(cfg, out=str(tmp_path / "runs"))
-                study.train_and_record("smoke", cfg, "a command", tmp_path / "results")
+        for run in module.runs("smoke").values():
+            if study.record("smoke", run, tmp_path / "results") is None:
+                study.do("smoke", study._placed(run, options), "a command", tmp_path / "results")
     text, figures = report.page(tmp_path / "results", scales=["smoke"])
     for module in report.STUDIES:
         assert f"## {module.TITLE}" in text
@@ -119,7 +120,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     cfg = dataclasses.replace(study.base("smoke"), epochs=400, out=str(tmp_path / "runs"))
     program = [sys.executable, "-m", "experiments.study", "smoke", str(tmp_path / "results"), "a command"]
     process = subprocess.Popen(program, stdin=subprocess.PIPE, text=True)
-    process.stdin.write(json.dumps(config.to_json(cfg)))
+    process.stdin.write(json.dumps({"config": config.to_json(cfg), "by": None}))
     process.stdin.close()
     lines = tmp_path / "runs" / study.key(cfg) / "metrics.jsonl"
     for _ in range(1200):
@@ -135,7 +136,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     shorter = dataclasses.replace(cfg, epochs=done + 1)
     folder.rename(folder.parent / study.key(shorter))
     config.save(shorter, folder.parent / study.key(shorter) / "config.json")
-    text = json.dumps(config.to_json(shorter))
+    text = json.dumps({"config": config.to_json(shorter), "by": None})
     subprocess.run(program, input=text, text=True, check=True, timeout=300)
     made = study.record("smoke", shorter, tmp_path / "results")
     assert [epoch["epoch"] for epoch in made["history"]] == list(range(1, done + 2))
