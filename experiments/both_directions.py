@@ -28,19 +28,18 @@ ARMS = {
 
 
 def runs(scale):
-    return arms(study.base(scale), study.cuts(scale), study.seeds(scale))
+    found = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
+    return {name: cfg for name, cfg in found.items() if scale != "smoke" or not name.startswith("EntropyMask up,")}
 
 
 def arms(base, cuts, seeds):
     """`ARMS` of this network and schedule, at each cut."""
     found = {}
-    for seed in seeds:
-        for arm, (codec, grad_codec) in ARMS.items():
-            # Without compression the cut changes nothing but the bytes.
-            for cut in cuts if arm != "none" else ("medium",):
-                cfg = dataclasses.replace(base, codec=codec, grad_codec=grad_codec, seed=seed)
-                found[f"{arm}, {cut}, seed {seed}"] = study.with_cut(cfg, cut)
-    return found
+    for arm, (codec, grad_codec) in ARMS.items():
+        # Without compression the cut changes nothing but the bytes.
+        for cut in cuts if arm != "none" else ("medium",):
+            found[f"{arm}, {cut}"] = study.with_cut(dataclasses.replace(base, codec=codec, grad_codec=grad_codec), cut)
+    return study.with_seeds(found, seeds)
 
 
 def moved(record):
@@ -64,15 +63,12 @@ def report(scale, records, figure="both_directions"):
     rows = []
     plot = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = plot.subplots()
-    groups = {}
-    for name, record in records.items():
-        arm, cut, _ = name.split(", ")
-        groups.setdefault((cut, arm), []).append(record)
-    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get(("medium", "none"), [])}
+    groups = study.by_arm(records)
+    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get("none, medium", [])}
     for cut in study.CUTS:
         points = []
         for arm in ARMS:
-            if not (found := groups.get((cut, arm))):
+            if not (found := groups.get(f"{arm}, {cut}")):
                 continue
             accuracy = [r["test"]["top1_percent"] for r in found]
             megabytes = statistics.mean(moved(r) for r in found) / 1e6
@@ -88,8 +84,7 @@ def report(scale, records, figure="both_directions"):
             x, y, _ = zip(*points, strict=True)
             axes.plot(x, y, "o:", label=cut)
     axes.set(xscale="log", xlabel="features and gradients of the whole run, MB", ylabel="test top-1, %")
-    if groups:
-        axes.legend(title="cut")
+    study.legend([axes], title="cut")
     text = study.table(header, rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
     return study.Page(text, {figure: plot})
 

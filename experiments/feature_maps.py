@@ -10,12 +10,13 @@ the gradients those of the mean loss.
 import argparse
 import dataclasses
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import assemble, models, runs, simulate, step, train
+from msjax import assemble, config, models, runs, simulate, step, train
 
 
 def main() -> int:
@@ -32,34 +33,66 @@ def main() -> int:
     return 0
 
 
-def collect(run: str, *, samples: int, data_dir: str | None = None) -> dict[str, np.ndarray]:
-    """Returns features and gradients by cut; see above.
+class Network(NamedTuple):
+    """A trained network, whole, with the data that it was trained on."""
+
+    cfg: config.Config
+    job: train.Job
+    params: dict[str, Any]
+    stats: dict[str, Any]
+
+    def batch(self, samples: int) -> tuple[jax.Array, jax.Array]:
+        """The first training samples, not augmented: input of the network, and labels."""
+        images, labels = (jnp.asarray(np.asarray(array)[:samples]) for array in self.job.train.source)
+        return self.job.parts.preprocess(images), labels
+
+    def cuts(self, cut: int | str) -> tuple[models.Half, models.Half]:
+        """Client and server half of the network, cut anew."""
+        at = dataclasses.replace(self.cfg, model=dataclasses.replace(self.cfg.model, cut=str(cut)))
+        client, server = assemble.make_halves(at, self.job.info)[:2]
+        return _trained(client, self.params, self.stats), _trained(server, self.params, self.stats)
+
+    def named_cuts(self) -> list[str]:
+        return list(dict(assemble.make_model(self.cfg, self.job.info).named_cuts))
+
+
+def load(run: str, *, data_dir: str | None = None, cache_dir: str | None = None, trained: bool = True) -> Network:
+    """Returns the network of a run as it was last saved; as it was before the first step if not `trained`.
 
     Raises:
       ValueError: there is no such run, it has no checkpoint, or its clients have halves of their own.
     """
     folder, cfg = runs.RunFolder.open(run, read_only=True)
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir))
+    data = dataclasses.replace(
+        cfg.data, data_dir=data_dir or cfg.data.data_dir, cache_dir=cache_dir or cfg.data.cache_dir
+    )
+    cfg = dataclasses.replace(cfg, data=data)
     simulate.split_cpu(cfg.clients)
     job = train.prepare(cfg)
     if cfg.data.name in train.STREAMED:
         raise ValueError(f"the run's data set must fit in memory, got {cfg.data.name!r}")
     if job.parts.plan.averages_halves:
         raise ValueError(f"the run's clients must share one half, got mode.kind={cfg.mode.kind!r}")
-    found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
+    state = job.state
+    if trained:
+        found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
+        if found is None:
+            raise ValueError(f"the run must have a checkpoint, got {run!r} without one")
+        state = found[0][0]
     folder.close()
-    if found is None:
-        raise ValueError(f"the run must have a checkpoint, got {run!r} without one")
-    state = jax.device_get(found[0][0])
-    params = state.client.params | state.server.params
-    stats = state.client.stats | state.server.stats
-    images, labels = (jnp.asarray(np.asarray(array)[:samples]) for array in job.train.source)
-    x = job.parts.preprocess(images)
+    state = jax.device_get(state)
+    return Network(cfg, job, state.client.params | state.server.params, state.client.stats | state.server.stats)
+
+
+def collect(
+    run: str, *, samples: int, data_dir: str | None = None, cache_dir: str | None = None
+) -> dict[str, np.ndarray]:
+    """Returns features and gradients by cut; see above. Raises what `load` does."""
+    network = load(run, data_dir=data_dir, cache_dir=cache_dir)
+    x, labels = network.batch(samples)
     maps = {}
-    for name in dict(assemble.make_model(cfg, job.info).named_cuts):
-        at = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=name))
-        client, server = assemble.make_halves(at, job.info)[:2]
-        h, g = _at_cut(_trained(client, params, stats), _trained(server, params, stats), x, labels, cfg)
+    for name in network.named_cuts():
+        h, g = _at_cut(*network.cuts(name), x, labels, network.cfg)
         maps[f"{name}/features"], maps[f"{name}/gradients"] = np.asarray(h), np.asarray(g)
     return maps
 

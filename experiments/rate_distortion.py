@@ -10,6 +10,7 @@ of the source; real feature maps have neighbours that are alike, and no such lim
 and a plot.
 """
 
+import functools
 import pathlib
 import sys
 import time
@@ -52,12 +53,22 @@ def synthetic(values: int) -> dict[str, np.ndarray]:
     }
 
 
+@functools.partial(jax.jit, static_argnames="codec")
+def _encode(h, key, *, codec):
+    return codec.encode(h, key)
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def _decode(payload, like, *, codec):
+    return codec.decode(payload, like)
+
+
 def measure(h: np.ndarray, codec: compress.Codec) -> dict:
     """Returns real and nominal bits a value and the relative squared error of one codec."""
     key = jax.random.key(1) if codec.needs_key else None
-    payload = jax.device_get(jax.jit(codec.encode)(h, key))
+    payload = jax.device_get(_encode(h, key, codec=codec))
     message = wire.encode(payload, codec, h, compression="huffman")
-    decoded = jax.jit(lambda payload: codec.decode(payload, jax.ShapeDtypeStruct(h.shape, h.dtype)))(payload)
+    decoded = _decode(payload, h, codec=codec)
     error = float(jnp.sum((decoded - h) ** 2) / np.sum(h.astype(np.float64) ** 2))
     nominal = codec.payload_bytes(h)
     return {

@@ -14,9 +14,34 @@ from collections.abc import Iterable
 
 import markdown_it
 
-from experiments import both_directions, cifar10_lite, convergence, study, traffic
+from experiments import (
+    activations,
+    biased_gradients,
+    both_directions,
+    cifar10_lite,
+    clients,
+    compression_error,
+    convergence,
+    cut_sensitivity,
+    distributions,
+    mask_width,
+    study,
+    traffic,
+)
 
-STUDIES = (convergence, traffic, both_directions, cifar10_lite)
+STUDIES = (
+    compression_error,
+    convergence,
+    traffic,
+    both_directions,
+    cifar10_lite,
+    biased_gradients,
+    mask_width,
+    cut_sensitivity,
+    activations,
+    distributions,
+    clients,
+)
 HEAD = """# Results
 
 Made by `python -m experiments.report` from the records in `experiments/results/`; every record has its config, seeds,

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,9 +46,10 @@ Record = dict[str, Any]
 
 
 class Measured(NamedTuple):
-    """A measurement on a trained network: `by` names "module:function", which gets the run's folder and its config.
+    """A measurement on a trained network: `by` names "module:function".
 
-    It returns rows, JSON-ready dicts. A network whose folder is gone is trained anew.
+    That gets the run's folder, its config and the scale, and returns rows, JSON-ready dicts. A network whose folder is
+    gone is trained anew.
     """
 
     config: Config
@@ -88,6 +90,14 @@ def preset(name: str) -> Config:
 def seeds(scale: str) -> range:
     """Three at lite scale, where a run is short and differences are small; otherwise one."""
     return range(3 if scale == "lite" else 1)
+
+
+def legend(axes: Any, **options: Any) -> None:
+    """Matplotlib's legend, on the first of these axes with anything to explain."""
+    for one in axes:
+        if one.get_legend_handles_labels()[0]:
+            one.legend(**options)
+            return
 
 
 def with_cut(cfg: Config, cut: str) -> Config:
@@ -142,17 +152,35 @@ def label(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def with_seeds(arms: dict[str, Config], seeds: Iterable[int]) -> dict[str, Config]:
+    """Each of the arms with each seed, the first seed of all of them first: “arm, seed 0”, …"""
+    return {f"{arm}, seed {seed}": dataclasses.replace(cfg, seed=seed) for seed in seeds for arm, cfg in arms.items()}
+
+
+def by_arm(records: dict[str, Record]) -> dict[str, list[Record]]:
+    """The records of `with_seeds`, those of all seeds together."""
+    found = {}
+    for name, one in records.items():
+        found.setdefault(name.rpartition(", ")[0], []).append(one)
+    return found
+
+
+def top1(found: list[Record]) -> str:
+    """Test accuracy at the end, in percent, over seeds."""
+    return mean_and_deviation([one["test"]["top1_percent"] for one in found])
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """“mean ± standard deviation” of a sample, with two digits; without the second of a single value."""
+def mean_and_deviation(values: list[float], digits: int = 2) -> str:
+    """“mean ± standard deviation” of a sample; without the second of a single value."""
     if not values:
         return "–"
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def do(scale: str, run: Run, command: str, results: pathlib.Path = RESULTS) -> Record:
@@ -161,7 +189,7 @@ def do(scale: str, run: Run, command: str, results: pathlib.Path = RESULTS) -> R
 
     cfg = run.config if isinstance(run, Measured) else run
     simulate.split_cpu(cfg.clients)
-    made = _measure(run) if isinstance(run, Measured) else _train(run)
+    made = _measure(scale, run) if isinstance(run, Measured) else _train(run)
     # Where the data lay on that machine says nothing about the result.
     made |= {"config": config_lib.to_json(_nowhere(cfg)), "command": command}
     (results / scale).mkdir(parents=True, exist_ok=True)
@@ -182,7 +210,7 @@ def _train(cfg):
     return summary | {"history": [json.loads(line) for line in lines]}
 
 
-def _measure(run):
+def _measure(scale, run):
     from msjax import runs
 
     folder = _folder(run.config)
@@ -190,7 +218,7 @@ def _measure(run):
         _train(run.config)
     module, _, function = run.by.partition(":")
     start = time.monotonic()
-    rows = getattr(importlib.import_module(module), function)(folder, run.config)
+    rows = getattr(importlib.import_module(module), function)(folder, run.config, scale)
     wall_seconds = round(time.monotonic() - start, 1)
     return {"by": run.by, "wall_seconds": wall_seconds, "environment": runs.environment(), "rows": rows}
 
@@ -244,6 +272,8 @@ def _run_all(scale, todo, command, results, jobs):
         process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))
         children.remove(process)
         shares.put(cores)
+        if process.returncode == INTERRUPTED:
+            stop.set()
         return process.returncode
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -273,12 +303,14 @@ def _shares(jobs):
     return [cores[n::jobs] if jobs > 1 else [] for n in range(jobs)]
 
 
-def main(*studies: ModuleType) -> int:
-    """The command of these studies: runs what is missing and prints what comes out."""
+def main(*studies: ModuleType, description: str | None = None) -> int:
+    """The command of one study, or of several: does what is missing and prints what comes out."""
     parser = argparse.ArgumentParser(
-        description="\n".join(study.__doc__ for study in studies),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description or studies[0].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if len(studies) > 1:
+        by_name = {study.__name__.rpartition(".")[2]: study for study in studies}
+        parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(by_name)}; by default all")
     parser.add_argument("--scale", choices=SCALES, default="lite")
     parser.add_argument("--data-dir", help="a TFDS data directory")
     parser.add_argument("--cache-dir", help="where the decoded images are kept")
@@ -290,6 +322,10 @@ def main(*studies: ModuleType) -> int:
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if len(studies) > 1 and options.studies:
+        if unknown := set(options.studies) - by_name.keys():
+            parser.error(f"STUDY must be one of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
+        studies = [by_name[name] for name in options.studies]
     wanted = {name: run for study in studies for name, run in study.runs(options.scale).items()}
     if options.only:
         wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}

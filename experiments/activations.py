@@ -1,0 +1,49 @@
+"""Other activations than ReLU, so that features have signs (an open question of the paper).
+
+    python -m experiments.activations --data-dir DIR
+
+MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all.
+QU has 3 bits, from the least value to the largest. At the medium cut.
+"""
+
+import dataclasses
+import sys
+
+from experiments import study
+from msjax import compress
+
+TITLE = "Activations"
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "tanh")
+CODECS = {
+    "none": compress.Identity(),
+    "MS": compress.MaskEncoded(),
+    "MS, signed": compress.MaskEncoded(signed=True),
+    "QU": compress.Uniform(bits=3),
+    "EntropyMask, signed": compress.EntropyMask(error=0.07, signed=True),
+}
+
+
+def runs(scale):
+    base = study.with_cut(study.base(scale), "medium")
+    arms = {}
+    for activation in ACTIVATIONS if scale != "smoke" else ("tanh",):
+        for name, codec in CODECS.items():
+            if scale == "smoke" and name != "MS, signed":
+                continue
+            model = dataclasses.replace(base.model, activation=activation)
+            arms[f"{activation}, {name}"] = dataclasses.replace(base, model=model, codec=codec)
+    return study.with_seeds(arms, study.seeds(scale))
+
+
+def report(scale, records):
+    found = study.by_arm(records)
+    rows = []
+    for activation in ACTIVATIONS:
+        own = [found.get(f"{activation}, {name}", []) for name in CODECS]
+        if any(own):
+            rows.append([activation, *map(study.top1, own), "/".join(sorted({str(len(one)) for one in own}))])
+    return study.Page(study.table(["test top-1, %", *CODECS, "seeds"], rows) + "\n", {})
+
+
+if __name__ == "__main__":
+    sys.exit(study.main(sys.modules[__name__]))

@@ -1,0 +1,55 @@
+"""How many clients there are, and how unlike their data: even shares against Dirichlet's.
+
+    python -m experiments.clients --data-dir DIR
+
+A step has the same number of samples in all, so a client's part of it gets smaller, and its batch statistics with it.
+At the medium cut; α is the concentration of the Dirichlet distribution of labels, small where clients differ.
+"""
+
+import dataclasses
+import sys
+
+from experiments import study
+from msjax import compress
+
+TITLE = "Clients"
+COUNTS = (1, 2, 5, 10, 25, 50, 100)
+ALPHAS = (None, 1.0, 0.1)
+CODECS = {"none": compress.Identity(), "MS": compress.MaskEncoded()}
+
+
+def runs(scale):
+    base = study.with_cut(study.base(scale), "medium")
+    samples = base.clients * base.batch_size
+    arms = {}
+    for clients in COUNTS if scale != "smoke" else (4,):
+        # Unlike data with the usual number of clients; even shares with any.
+        for alpha in ALPHAS if clients == base.clients or scale == "smoke" else (None,):
+            for name, codec in CODECS.items():
+                data = dataclasses.replace(base.data, alpha=alpha)
+                batch_size = max(1, round(samples / clients))
+                arms[label(clients, alpha, name)] = dataclasses.replace(
+                    base, codec=codec, clients=clients, batch_size=batch_size, data=data
+                )
+    if scale == "smoke":
+        arms = {name: arms[name] for name in (label(4, 0.1, "MS"),)}
+    return study.with_seeds(arms, study.seeds(scale))
+
+
+def label(clients, alpha, codec):
+    return f"{clients} clients, {'even' if alpha is None else f'α = {alpha}'}, {codec}"
+
+
+def report(scale, records):
+    found = study.by_arm(records)
+    rows = []
+    for arm in dict.fromkeys(name.rpartition(", ")[0] for name in found):
+        own = [found.get(f"{arm}, {codec}", []) for codec in CODECS]
+        config = next(iter(filter(None, own)))[0]["config"]
+        cells = [arm, str(config["batch_size"]), *map(study.top1, own)]
+        rows.append([*cells, "/".join(sorted({str(len(one)) for one in own}))])
+    return study.Page(study.table(["clients", "samples each", *CODECS, "seeds"], rows) + "\n", {})
+
+
+if __name__ == "__main__":
+    sys.exit(study.main(sys.modules[__name__]))
