@@ -1,4 +1,4 @@
-"""Features and gradients compressed: `EntropyMask` up and down, and MS up alone, against no compression.
+"""Features and gradients compressed: `EntropyMask` up and down, or up alone, and MS up, against no compression.
 
     python -m experiments.both_directions --data-dir DIR       # a TFDS directory; without it CIFAR-10 is downloaded
 
@@ -17,19 +17,30 @@ from msjax import compress
 TITLE = "Both directions: accuracy against the bytes that really move"
 MS = compress.MaskEncoded()
 FEATURES = compress.EntropyMask(error=0.07)  # that of MS on these features
-GRADIENTS = compress.EntropyMask(bits=2.0, signed=True, rounding="stochastic")
 NONE = compress.Identity()
+
+
+def unbiased(bits):
+    return compress.EntropyMask(bits=bits, signed=True, rounding="stochastic")
+
+
 ARMS = {
     "none": (NONE, NONE),
     "MS up": (MS, NONE),
     "EntropyMask up": (FEATURES, NONE),
-    "EntropyMask up and down": (FEATURES, GRADIENTS),
+    # The same bits in all, more of them for the gradients or for the features.
+    "EntropyMask 1.1 up 2.0 down": (FEATURES, unbiased(2.0)),
+    "EntropyMask 2.0 up 1.1 down": (compress.EntropyMask(bits=2.0), unbiased(1.1)),
 }
 
 
 def runs(scale):
     found = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
-    return {name: cfg for name, cfg in found.items() if scale != "smoke" or not name.startswith("EntropyMask up,")}
+    return {
+        name: cfg
+        for name, cfg in found.items()
+        if scale != "smoke" or not name.startswith(("EntropyMask up", "EntropyMask 1.1"))
+    }
 
 
 def arms(base, cuts, seeds):

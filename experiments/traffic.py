@@ -34,7 +34,7 @@ PUBLISHED = {  # at the accuracy of the baseline itself
         "RT": ("INF", "INF", "INF"),
     },
 }
-ENTROPY = ("EntropyMask up", "EntropyMask up and down")
+ENTROPY = tuple(arm for arm in both_directions.ARMS if arm.startswith("EntropyMask"))
 
 
 def runs(scale):

@@ -167,16 +167,16 @@ def test_bytes_and_points_of_both_directions():
     records = {
         "none, medium, seed 0": made(0, 80.0, 1000e6, 1000e6),
         "none, medium, seed 1": made(1, 82.0, 1000e6, 1000e6),
-        "EntropyMask up and down, deep, seed 0": made(
+        "EntropyMask 2.0 up 1.1 down, deep, seed 0": made(
             0, 79.0, 200e6, 300e6, coded_uplink_bytes=40e6, coded_downlink_bytes=60e6
         ),
-        "EntropyMask up and down, deep, seed 1": made(
+        "EntropyMask 2.0 up 1.1 down, deep, seed 1": made(
             1, 80.8, 200e6, 300e6, coded_uplink_bytes=40e6, coded_downlink_bytes=60e6
         ),
     }
     page = both_directions.report("lite", records)
     assert "| medium | none | 2 | 81.00 ± 1.41 | 2,000 | 1.00× | 0.00 ± 0.00 |" in page.text
-    assert "| deep | EntropyMask up and down | 2 | 79.90 ± 1.27 | 100 | 20.00× | 1.10 ± 0.14 |" in page.text
+    assert "| deep | EntropyMask 2.0 up 1.1 down | 2 | 79.90 ± 1.27 | 100 | 20.00× | 1.10 ± 0.14 |" in page.text
     assert isinstance(page.figures["both_directions"], matplotlib.figure.Figure)
     assert "| cut |" in both_directions.report("lite", {}).text
 
