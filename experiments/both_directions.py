@@ -35,12 +35,9 @@ ARMS = {
 
 
 def runs(scale):
-    found = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
-    return {
-        name: cfg
-        for name, cfg in found.items()
-        if scale != "smoke" or not name.startswith(("EntropyMask up", "EntropyMask 1.1"))
-    }
+    wanted = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
+    left_out = ("EntropyMask up", "EntropyMask 1.1") if scale == "smoke" else ()
+    return {name: cfg for name, cfg in wanted.items() if not name.startswith(left_out)}
 
 
 def arms(base, cuts, seeds):
