@@ -7,6 +7,7 @@ python -m experiments.report --html report.html
 import argparse
 import base64
 import io
+import json
 import pathlib
 import re
 import sys
@@ -24,7 +25,9 @@ from experiments import (
     convergence,
     cut_sensitivity,
     distributions,
+    entropy_variants,
     mask_width,
+    rate_distortion,
     study,
     traffic,
 )
@@ -42,6 +45,10 @@ STUDIES = (
     distributions,
     clients,
 )
+WITH_A_RECORD_OF_THEIR_OWN = {
+    "Error against real bits, and the rate–distortion limit": rate_distortion,
+    "What `EntropyMask` might have been": entropy_variants,
+}
 HEAD = """# Results
 
 Made by `python -m experiments.report` from the records in `experiments/results/`; every record has its config, seeds,
@@ -89,6 +96,15 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
                 figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
                 figures[f"{scale}_{name}.png"] = buffer.getvalue()
             parts.append(_with_images(text, lambda name, scale=scale: f"{scale}_{name}"))
+    for title, module in WITH_A_RECORD_OF_THEIR_OWN.items():
+        file = results / f"{module.__name__.rpartition('.')[2]}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            made = f"`{found['command']}`, {found['wall_seconds'] / 60:.0f} minutes on {found['environment']['cpu']}."
+            parts.append(f"## {title}\n\n{explanation(module)}\n\n{made}\n\n{module.table(found['rows'])}\n")
+            if (picture := file.with_suffix(".png")).exists():
+                figures[picture.name] = picture.read_bytes()
+                parts.append(f"![{title}]({picture.name})\n")
     return "\n".join(parts).rstrip() + "\n", figures
 
 
