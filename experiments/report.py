@@ -24,6 +24,7 @@ from experiments import (
     compression_error,
     convergence,
     cut_sensitivity,
+    depth,
     distributions,
     entropy_variants,
     mask_width,
@@ -42,6 +43,7 @@ STUDIES = (
     mask_width,
     cut_sensitivity,
     activations,
+    depth,
     distributions,
     clients,
 )

@@ -46,6 +46,11 @@ def assert_trees_equal(got, want):
         ("resnet18", CIFAR, 10, 11_173_962),
         ("resnet18", CIFAR, 100, 11_220_132),
         ("resnet34", IMAGENET, 1000, 21_797_672),  # torchvision's
+        # 0.27 M, 0.46 M, 0.85 M and 1.7 M in arXiv 1512.03385, Table 6, without the 2,752 of two projections.
+        ("resnet20", CIFAR, 10, 269_722 + 2_752),
+        ("resnet32", CIFAR, 10, 464_154 + 2_752),
+        ("resnet56", CIFAR, 10, 853_018 + 2_752),
+        ("resnet110", CIFAR, 10, 1_727_962 + 2_752),
         ("vgg19", CIFAR, 10, 38_958_922),
         ("vgg19", IMAGENET, 1000, 143_678_248),  # torchvision's vgg19_bn
         ("vgg19", (64, 64, 3), 200, 46_028_808),
@@ -62,6 +67,7 @@ def test_parameter_counts_are_the_published_ones(name, input_shape, num_classes,
         ("resnet18", CIFAR, "paper", (2, 9, 13), ((32, 32, 64), (16, 16, 128), (8, 8, 256))),
         ("resnet34", IMAGENET, "paper", (2, 15, 27), ((56, 56, 64), (28, 28, 128), (14, 14, 256))),
         ("resnet18", CIFAR, "residual", (3, 9, 13), ((32, 32, 64), (16, 16, 128), (8, 8, 256))),
+        ("resnet20", CIFAR, "residual", (3, 7, 13), ((32, 32, 16), (32, 32, 16), (16, 16, 32))),
     ],
 )
 def test_the_papers_cuts_have_the_papers_shapes(name, input_shape, first_block, layers, shapes):

@@ -19,9 +19,15 @@ _MODELS = {
     "resnet9": (resnet9, 8),
     "resnet18": (resnet, 1),
     "resnet34": (resnet, 1),
+    "resnet20": (resnet, 1),
+    "resnet32": (resnet, 1),
+    "resnet56": (resnet, 1),
+    "resnet110": (resnet, 1),
     "vgg19": (vgg19, 32),
 }
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+# The networks that He et al. made for CIFAR, 6n + 2 layers; where the shape changes they have projections here, too.
+_STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
 _DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 NAMES = tuple(_MODELS)
 
@@ -72,7 +78,9 @@ def build(
     if first_block not in ("residual", "paper"):
         raise ValueError(f'first_block must be "residual" or "paper", got {first_block!r}')
     if name in _STAGES:
-        network = functools.partial(network, stages=_STAGES[name], first_block=first_block)
+        stages = _STAGES[name]
+        features = 64 if len(stages) == 4 else 16
+        network = functools.partial(network, stages=stages, first_features=features, first_block=first_block)
     elif first_block != "residual":
         raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
     dtype = _compute_dtype(dtype)

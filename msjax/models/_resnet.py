@@ -1,4 +1,4 @@
-"""ResNet18 and ResNet34 (He et al., arXiv 1512.03385), and the plain first block of the paper's program."""
+"""ResNets of basic blocks (He et al., arXiv 1512.03385), and the plain first block of the paper's program."""
 
 from flax import nnx
 
@@ -39,13 +39,14 @@ class PlainBlock(nnx.Module):
         return ACTIVATIONS[self.activation](self.conv2(self.conv1(x, train=train), train=train))
 
 
-def resnet(input_shape, num_classes, *, stages, first_block, scale, **options):
-    """Stem, `stages` of basic blocks with 64, 128, 256, 512 features, mean and one dense layer; no bias but there.
+def resnet(input_shape, num_classes, *, stages, first_features=64, first_block, scale, **options):
+    """Stem, `stages` of basic blocks, mean and one dense layer; no bias but there.
 
-    The stem is layer 1 and each block adds 2. Sides up to 64 get a 3×3 stem, larger ones 7×7 in steps of 2 and a
-    max-pool. See `build` for `first_block`.
+    The first stage has `first_features`, each further one twice as many. The stem is layer 1 and each block adds 2.
+    Sides up to 64 get a 3×3 stem, larger ones 7×7 in steps of 2 and a max-pool. "medium" and "deep" are the ends of the
+    last stages but two and but one. See `build` for `first_block`.
     """
-    features = scale(64)
+    features = scale(first_features)
     stem = {"kernel": 3} if max(input_shape[:2]) <= _SMALL else {"kernel": 7, "stride": 2, "pool": 3}
     stem |= {"in_features": input_shape[2], "features": features}
     blocks = [Block.of("stem", 1, ConvBlock, **stem, use_bias=False, **options)]
@@ -53,7 +54,7 @@ def resnet(input_shape, num_classes, *, stages, first_block, scale, **options):
     for stage, count in enumerate(stages, start=1):
         for i in range(count):
             layer += 2
-            shape = {"in_features": features, "features": scale(32 * 2**stage)}
+            shape = {"in_features": features, "features": scale(first_features * 2 ** (stage - 1))}
             name = f"stage{stage}_block{i + 1}"
             if layer == 3 and first_block == "paper":
                 # Numbered 2 as the paper does, though with the stem it is the third convolution.
@@ -65,6 +66,6 @@ def resnet(input_shape, num_classes, *, stages, first_block, scale, **options):
         ends.append(layer)
     shape = {"in_features": features, "num_classes": num_classes}
     blocks.append(Block.of("head", layer + 1, Head, **shape, dtype=options["dtype"]))
-    named = (("shallow", blocks[1].layer), ("medium", ends[1]), ("deep", ends[2]))
+    named = (("shallow", blocks[1].layer), ("medium", ends[-3]), ("deep", ends[-2]))
     note = "" if first_block == "paper" else '; cut 2 of the paper needs build(..., first_block="paper")'
     return tuple(blocks), named, note
