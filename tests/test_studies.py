@@ -46,21 +46,33 @@ def test_every_record_is_found_by_its_config():
             assert made["wall_seconds"] > 0 and made["command"].startswith("python -m experiments.")
 
 
-def test_a_run_is_done_once_and_reported(tmp_path, capfd):
+def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     arguments = ["--scale", "smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     name = "MS up, medium, seed 0"
-    program = [sys.executable, "-m", "experiments.both_directions", *arguments, "--only", name]
-    first = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
-    assert f"{name}: done; 0 runs to go" in first.stdout
+    monkeypatch.setattr(sys, "argv", ["experiments/both_directions.py", *arguments, "--only", name])
+    assert study.main(both_directions) == 0
+    assert f"{name}: done; 0 runs to go" in capfd.readouterr().out
     (file,) = (tmp_path / "results" / "smoke").iterdir()
     made = json.loads(file.read_text())
     assert 1.8 < 2 * made["uncompressed_feature_bytes"] / both_directions.moved(made) < 1.9
     assert made["environment"]["packages"]["jax"] and len(made["history"]) == made["config"]["epochs"]
+    assert made["command"] == "python -m experiments.both_directions --scale smoke"
 
-    second = subprocess.run(program, capture_output=True, text=True, timeout=100)
-    assert second.returncode == 0 and "1 runs at scale smoke, 0 to go" in second.stdout
-    assert f"| medium | MS up | 1 | {made['test']['top1_percent']:.2f} |" in second.stdout
+    assert study.main(both_directions) == 0
+    output = capfd.readouterr().out
+    assert "1 runs at scale smoke, 0 to go" in output
+    assert f"| medium | MS up | 1 | {made['test']['top1_percent']:.2f} |" in output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(["--only", "nothing"], "--only"), (["--jobs", "0"], "--jobs"), (["studio"], "STUDY must be one of")],
+)
+def test_wrong_options(wrong, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/run.py", *wrong])
+    with pytest.raises(SystemExit):
+        study.main(*report.STUDIES)
+    assert said in capsys.readouterr().err
 
 
 def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
