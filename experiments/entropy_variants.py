@@ -6,6 +6,13 @@ Every variant differs from the codec in one thing. Its curve of relative squared
 with some twenty steps, and read off at the errors of MS and of a seventh of that. "Huffman" is zlib's, real bytes;
 "entropy" is what an ideal arithmetic coder or rANS would come to, with the cost of describing its statistics, half of
 log2(values) a parameter (Rissanen, Ann. Statist. 14, 1986). Writes a record.
+
+What the record says. The parts that the codec has each earn their place: without conditional means or the dead zone
+features take 2 to 8 % more. Widening steps, a step for each channel, Hadamard rotation (which spreads the zeros) and
+product quantization cost more than they save. An ideal coder instead of zlib's Huffman code saves at most 4 %, as pairs
+of codes share a byte. Channels first would save 2 to 7 % for a transposition on either side, and is left to who
+arranges the features. Only contexts of neighbours save much, 6 to 27 %: no maintained library has such a coder, and one
+code after another, each waiting for its neighbours, is far from the speed that the rest has.
 """
 
 import pathlib

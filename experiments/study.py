@@ -10,7 +10,7 @@ and is run with `python -m experiments.<study> --scale lite`. A run is known by 
 in `experiments/results/<scale>/` and is never repeated, whichever study asks for it; an interrupted one goes on from
 its checkpoint in the run folder.
 
-smoke: seconds, on the embedded data, to see that a study works; its numbers mean nothing and are not recorded here.
+smoke: seconds, on the embedded data, to see that a study works; its numbers mean nothing and are not committed.
 lite: CIFAR-10, a narrow ResNet9 and a short schedule, about five minutes a run on two CPU cores; see `base`.
 paper: the published setting, for a GPU or TPU.
 """
@@ -326,7 +326,10 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
         if unknown := set(options.studies) - by_name.keys():
             parser.error(f"STUDY must be one of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
         studies = [by_name[name] for name in options.studies]
-    wanted = {name: run for study in studies for name, run in study.runs(options.scale).items()}
+    wanted = {}
+    for study in studies:
+        of = f"{study.__name__.rpartition('.')[2]}: " if len(studies) > 1 else ""
+        wanted |= {f"{of}{name}": run for name, run in study.runs(options.scale).items()}
     if options.only:
         wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}
         if not wanted:

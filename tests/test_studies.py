@@ -64,6 +64,24 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     assert f"| medium | MS up | 1 | {made['test']['top1_percent']:.2f} |" in output
 
 
+def test_several_studies_at_once(tmp_path, capfd, monkeypatch):
+    """Runs of the same name in two studies are two runs; with all records there, nothing is left to do."""
+    wanted = ["compression_error", "distributions"]
+    results = tmp_path / "results"
+    arguments = [*wanted, "--scale", "smoke", "--results", str(results), "--only", "distributions: seed 0", "none"]
+    monkeypatch.setattr(sys, "argv", ["experiments/run.py", *arguments])
+    asked = {}
+    monkeypatch.setattr(study, "run_missing", lambda scale, wanted, **options: asked.update(wanted) or 0)
+    assert study.main(*report.STUDIES) == 0
+    assert asked.keys() == {"distributions: seed 0"}
+    arguments = arguments[: arguments.index("--only")]
+    monkeypatch.setattr(sys, "argv", ["experiments/run.py", *arguments])
+    assert study.main(*report.STUDIES) == 0
+    assert asked.keys() == {"distributions: seed 0", "compression_error: seed 0"}
+    assert len({study.key(run) for run in asked.values()}) == 2
+    assert all(f"## {module.TITLE}" in capfd.readouterr().out for module in report.STUDIES[:1])
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [(["--only", "nothing"], "--only"), (["--jobs", "0"], "--jobs"), (["studio"], "STUDY must be one of")],
