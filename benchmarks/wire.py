@@ -31,18 +31,13 @@ WHOLE = (
 CODECS = (compress.MaskEncoded(), compress.MaskEncoded(bits=3), compress.TopK(), compress.Uniform(bits=3))
 
 
-def huffman(raw):
-    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(raw) + coder.flush()
-
-
 def zstd(parameters):
     return zstandard.ZstdCompressor(compression_params=parameters).compress, zstandard.ZstdDecompressor().decompress
 
 
 _from_level = zstandard.ZstdCompressionParameters.from_level
 CODERS = {
-    "zlib Huffman": (huffman, functools.partial(zlib.decompress, wbits=-15)),
+    "zlib Huffman": (wire.huffman, functools.partial(zlib.decompress, wbits=-15)),
     "zlib 1": (functools.partial(zlib.compress, level=1), zlib.decompress),
     "zlib 6": (functools.partial(zlib.compress, level=6), zlib.decompress),
     "zstd literals": zstd(_from_level(1, min_match=7, hash_log=6, strategy=zstandard.STRATEGY_FAST)),

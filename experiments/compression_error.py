@@ -44,9 +44,11 @@ def runs(scale):
 
 
 def measure(folder, cfg, scale):
-    maps = feature_maps.collect(str(folder), samples=250, data_dir=cfg.data.data_dir, cache_dir=cfg.data.cache_dir)
+    cuts = study.cuts(scale)
+    data = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
+    maps = feature_maps.collect(str(folder), samples=250, cuts=cuts, **data)
     rows = []
-    for cut in study.cuts(scale):
+    for cut in cuts:
         h = maps[f"{cut}/features"]
         kept = np.sort(np.abs(h.reshape(-1)))[-max(1, h.size // 100) :].astype(np.float64)
         alpha = float(np.sqrt(1 - np.sum(kept**2) / np.sum(h.astype(np.float64) ** 2)))

@@ -32,7 +32,8 @@ def runs(scale):
 
 
 def measure(folder, cfg, scale):
-    found = feature_maps.collect(str(folder), samples=100, data_dir=cfg.data.data_dir, cache_dir=cfg.data.cache_dir)
+    data = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
+    found = feature_maps.collect(str(folder), samples=100, cuts=study.cuts(scale), **data)
     found |= synthetic(1 << (12 if scale == "smoke" else 18), seed=cfg.seed)
     return [{"source": name, **statistics_of(h), **errors(h)} for name, h in found.items()]
 

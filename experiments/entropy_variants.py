@@ -25,8 +25,8 @@ import scipy.linalg
 import sklearn.cluster
 
 from benchmarks import timing
-from benchmarks.wire import huffman
 from experiments import rate_distortion
+from msjax import wire
 
 ROOT = pathlib.Path(__file__).parent
 ERRORS = (0.07, 0.01)
@@ -84,7 +84,7 @@ def huffman_bytes(codes, *, levels=15):
     base = levels + 1
     together = next(g for g in range(8, 0, -1) if base**g <= 256)
     digits = np.pad(symbols, (0, -symbols.size % together)).reshape(-1, together)
-    return 8 * len(huffman((digits * base ** np.arange(together)).sum(1).astype(np.uint8).tobytes()))
+    return 8 * len(wire.huffman((digits * base ** np.arange(together)).sum(1).astype(np.uint8).tobytes()))
 
 
 def channels_first(codes, **options):
@@ -151,7 +151,7 @@ def product(values: int) -> Callable:
         means = sklearn.cluster.MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0, max_iter=10)
         means.fit(vectors[np.random.default_rng(0).permutation(len(vectors))[:100_000]])
         codes = means.predict(vectors)
-        bits = 8 * len(huffman(codes.astype(np.uint8).tobytes())) + HALF * means.cluster_centers_.size
+        bits = 8 * len(wire.huffman(codes.astype(np.uint8).tobytes())) + HALF * means.cluster_centers_.size
         error = np.sum((vectors - means.cluster_centers_[codes]) ** 2) / np.sum(vectors**2)
         return bits / vectors.size, error
 

@@ -10,6 +10,7 @@ the gradients those of the mean loss.
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,13 +86,18 @@ def load(run: str, *, data_dir: str | None = None, cache_dir: str | None = None,
 
 
 def collect(
-    run: str, *, samples: int, data_dir: str | None = None, cache_dir: str | None = None
+    run: str,
+    *,
+    samples: int,
+    cuts: Iterable[str] | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns features and gradients by cut; see above. Raises what `load` does."""
+    """Returns features and gradients by cut, of all named ones or of `cuts`; see above. Raises what `load` does."""
     network = load(run, data_dir=data_dir, cache_dir=cache_dir)
     x, labels = network.batch(samples)
     maps = {}
-    for name in network.named_cuts():
+    for name in cuts or network.named_cuts():
         h, g = _at_cut(*network.cuts(name), x, labels, network.cfg)
         maps[f"{name}/features"], maps[f"{name}/gradients"] = np.asarray(h), np.asarray(g)
     return maps

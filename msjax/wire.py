@@ -236,13 +236,18 @@ def _decompressed(coded, raw):
     return out
 
 
+def huffman(raw: bytes | memoryview) -> bytes:
+    """Returns `raw` as a raw deflate stream (RFC 1951) without matches: Huffman codes alone."""
+    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(raw) + coder.flush()
+
+
 def _code(array, compression, *, cut):
     """(coding, buffer) of one array. Floats are not compressed: what deflate gains there is not worth its time."""
     array = np.ascontiguousarray(array)
     raw = memoryview(array.reshape(-1).view(np.uint8))
     if compression == "huffman" and array.dtype == np.uint8:
-        coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        coded = coder.compress(raw) + coder.flush()
+        coded = huffman(raw)
         if len(coded) < len(raw):
             return _HUFFMAN, coded
     if cut and array.dtype != np.uint8:
