@@ -30,13 +30,14 @@ ARMS = {
     "EntropyMask up": (FEATURES, NONE),
     # The same bits in all, more of them for the gradients or for the features.
     "EntropyMask 1.1 up 2.0 down": (FEATURES, unbiased(2.0)),
+    "EntropyMask 1.6 up 1.5 down": (compress.EntropyMask(bits=1.6), unbiased(1.5)),
     "EntropyMask 2.0 up 1.1 down": (compress.EntropyMask(bits=2.0), unbiased(1.1)),
 }
 
 
 def runs(scale):
     wanted = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
-    left_out = ("EntropyMask up", "EntropyMask 1.1") if scale == "smoke" else ()
+    left_out = ("EntropyMask up", "EntropyMask 1.1", "EntropyMask 1.6") if scale == "smoke" else ()
     return {name: cfg for name, cfg in wanted.items() if not name.startswith(left_out)}
 
 
