@@ -72,9 +72,11 @@ def main() -> int:
     text, figures = page(options.results)
     folder = options.out.parent / "results" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in figures.items():
+    # Those of studies with a record of their own lie beside it.
+    drawn = {name: png for name, png in figures.items() if not (options.results / name).exists()}
+    for name, png in drawn.items():
         (folder / name).write_bytes(png)
-    options.out.write_text(_with_images(text, lambda name: f"results/figures/{name}"))
+    options.out.write_text(_with_images(text, lambda name: f"results/{'figures/' * (name in drawn)}{name}"))
     print(f"{options.out}: {len(figures)} figures")
     if options.html:
         options.html.write_text(html(text, figures))
