@@ -60,22 +60,10 @@ def moved(record):
 
 
 def report(scale, records, figure="both_directions"):
-    header = [
-        "cut",
-        "compressed",
-        "seeds",
-        "test top-1, %",
-        "features and gradients, MB",
-        "fewer bytes",
-        "below “none”",
-    ]
-    rows = []
-    plot = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = plot.subplots()
     groups = study.by_arm(records)
     plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get("none, medium", [])}
+    rows = []
     for cut in study.CUTS:
-        points = []
         for arm in ARMS:
             if not (found := groups.get(f"{arm}, {cut}")):
                 continue
@@ -86,16 +74,32 @@ def report(scale, records, figure="both_directions"):
             lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
             cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
             rows.append([*cells, f"{saved:.2f}×", study.mean_and_deviation(lost)])
-            points.append((megabytes, statistics.mean(accuracy), arm))
-        for megabytes, accuracy, arm in points:
-            axes.annotate(arm, (megabytes, accuracy), (4, 4), textcoords="offset points", fontsize=7)
-        if points:
-            x, y, _ = zip(*points, strict=True)
-            axes.plot(x, y, "o:", label=cut)
-    axes.set(xscale="log", xlabel="features and gradients of the whole run, MB", ylabel="test top-1, %")
-    study.legend([axes], title="cut")
-    text = study.table(header, rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
-    return study.Page(text, {figure: plot})
+    names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/fewer bytes/below “none”"
+    text = study.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
+    return study.Page(text, {figure: plot(groups)})
+
+
+def plot(groups):
+    """A panel a cut: accuracy against bytes, with the standard deviation over seeds where there are several."""
+    figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(study.CUTS), sharex=True, sharey=True)
+    for axes, cut in zip(panels, study.CUTS, strict=True):
+        uncompressed = next((own[0] for arm in ARMS if (own := groups.get(f"{arm}, {cut}"))), None)
+        for color, arm in enumerate(ARMS):
+            found = groups.get(f"{arm}, {cut}" if arm != "none" else "none, medium")
+            if not found or uncompressed is None:
+                continue
+            sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else moved(found[0])
+            accuracy = [r["test"]["top1_percent"] for r in found]
+            deviation = statistics.stdev(accuracy) if len(found) > 1 else None
+            label = f"{arm} ({len(found)})"
+            axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=label)
+            if arm == "none":
+                axes.axhline(statistics.mean(accuracy), color="C0", linewidth=0.5)
+        axes.set(title=f"{cut} cut", xlabel="features and gradients of the run, MB", xscale="log")
+        study.legend([axes], title="compressed (seeds)", fontsize="x-small", loc="center right")
+    panels[0].set(ylabel="test top-1, %")
+    return figure
 
 
 if __name__ == "__main__":
