@@ -32,7 +32,7 @@ def runs(scale):
                 continue
             model = dataclasses.replace(base.model, activation=activation)
             arms[f"{activation}, {name}"] = dataclasses.replace(base, model=model, codec=codec)
-    return study.with_seeds(arms, study.seeds(scale))
+    return study.with_seeds(arms, study.seeds(scale, lite=1))
 
 
 def report(scale, records):

@@ -33,7 +33,7 @@ def runs(scale):
                 )
     if scale == "smoke":
         arms = {name: arms[name] for name in (label(4, 0.1, "MS"),)}
-    return study.with_seeds(arms, study.seeds(scale))
+    return study.with_seeds(arms, study.seeds(scale, lite=1))
 
 
 def label(clients, alpha, codec):

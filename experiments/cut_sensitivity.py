@@ -34,7 +34,7 @@ def runs(scale):
     for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:1]:
         for cut in cuts(scale):
             arms[f"{name}, {cut}"] = study.with_cut(dataclasses.replace(base, codec=codec), cut)
-    return study.with_seeds(arms, study.seeds(scale))
+    return study.with_seeds(arms, study.seeds(scale, lite=1))
 
 
 def report(scale, records):

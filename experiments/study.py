@@ -87,9 +87,9 @@ def preset(name: str) -> Config:
     return config_lib.load_preset(str(ROOT.parent / "configs" / f"{name}.py"))
 
 
-def seeds(scale: str) -> range:
-    """Three at lite scale, where a run is short and differences are small; otherwise one."""
-    return range(3 if scale == "lite" else 1)
+def seeds(scale: str, *, lite: int = 3) -> range:
+    """At lite scale three, since differences are small, or as many as a study of large ones says; otherwise one."""
+    return range(lite if scale == "lite" else 1)
 
 
 def legend(axes: Any, **options: Any) -> None:
