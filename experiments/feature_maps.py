@@ -9,6 +9,7 @@ the gradients those of the mean loss.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def collect(
     x, labels = network.batch(samples)
     maps = {}
     for name in cuts or network.named_cuts():
-        h, g = _at_cut(*network.cuts(name), x, labels, network.cfg)
+        h, g = _at_cut(*network.cuts(name), x, labels, label_smoothing=network.cfg.optim.label_smoothing)
         maps[f"{name}/features"], maps[f"{name}/gradients"] = np.asarray(h), np.asarray(g)
     return maps
 
@@ -109,12 +110,13 @@ def _trained(half: models.Half, params, stats) -> models.Half:
     return jax.tree.map(jnp.asarray, own)
 
 
-def _at_cut(client, server, x, labels, cfg):
+@functools.partial(jax.jit, static_argnames="label_smoothing")
+def _at_cut(client, server, x, labels, *, label_smoothing):
     """(features, gradients) of a batch, as in training."""
 
     def loss(h):
         logits, _ = server.apply(server.params, server.stats, h, train=True, key=jax.random.key(1))
-        return step.cross_entropy(logits, labels, cfg.optim.label_smoothing)
+        return step.cross_entropy(logits, labels, label_smoothing)
 
     h, _ = client.apply(client.params, client.stats, x, train=True, key=jax.random.key(0))
     return h, jax.grad(loss)(h)
