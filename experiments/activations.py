@@ -9,7 +9,8 @@ QU has 3 bits, from the least value to the largest. At the medium cut.
 import dataclasses
 import sys
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress
 
 TITLE = "Activations"
@@ -41,9 +42,9 @@ def report(scale, records):
     for activation in ACTIVATIONS:
         own = [found.get(f"{activation}, {name}", []) for name in CODECS]
         if any(own):
-            rows.append([activation, *map(study.top1, own), "/".join(sorted({str(len(one)) for one in own}))])
-    return study.Page(study.table(["test top-1, %", *CODECS, "seeds"], rows) + "\n", {})
+            rows.append([activation, *map(study.top1, own), study.counts(own)])
+    return study.Page(timing.table(["test top-1, %", *CODECS, "seeds"], rows) + "\n", {})
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -10,7 +10,6 @@ that its gradients are biased all the same. H and J are the smallest factors wit
 ‖ĝs − gs‖/‖ε‖ and ‖ĝc − gc‖/(H·‖ε‖), where ε is the features' error.
 """
 
-import dataclasses
 import functools
 import sys
 
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from experiments import feature_maps, study
+from benchmarks import timing
+from experiments import driver, feature_maps, study
 from msjax import compress, step
 
 TITLE = "Biased gradients (Theorem 1, Lemma 2)"
@@ -41,24 +41,18 @@ CODECS = {
 
 
 def runs(scale):
-    found = {}
-    for seed in study.seeds(scale):
-        cfg = dataclasses.replace(study.base(scale), codec=compress.Identity(), seed=seed)
-        found[f"seed {seed}"] = study.Measured(study.with_cut(cfg, "medium"), f"{__spec__.name}:measure")
-    return found
+    return study.measured(scale, f"{__spec__.name}:measure")
 
 
 def measure(folder, cfg, scale):
     codecs = dict(list(CODECS.items())[:: 6 if scale == "smoke" else 1])
     rows = []
     for state in STATES:
-        network = feature_maps.load(
-            str(folder), data_dir=cfg.data.data_dir, cache_dir=cfg.data.cache_dir, trained=state == "trained"
-        )
+        network = feature_maps.load(str(folder), trained=state == "trained", **study.places(cfg))
         x, labels = network.batch(SAMPLES)
         for cut in study.cuts(scale):
             client, server = network.cuts(cut)
-            exact = Exact.of(client, server, x, labels)
+            exact = Exact(client, server, x, labels)
             rows += [{"state": state, "cut": cut, "codec": n, **exact.compare(codec)} for n, codec in codecs.items()]
     return rows
 
@@ -66,10 +60,7 @@ def measure(folder, cfg, scale):
 class Exact:
     """A batch's features and gradients, as they are."""
 
-    @classmethod
-    def of(cls, client, server, x, labels):
-        self = cls()
-
+    def __init__(self, client, server, x, labels):
         def features(params):
             return client.apply(params, client.stats, x, train=True, key=jax.random.key(0))[0]
 
@@ -85,7 +76,6 @@ class Exact:
 
         self.gradients = jax.jit(gradients)
         self.of_parties = self.gradients(self.h)
-        return self
 
     def compare(self, codec):
         """Errors and biases of the features' and of both parties' gradients, relative; and Lemma 2's factors."""
@@ -133,7 +123,7 @@ def report(scale, records):
                 means = [f"{np.mean([row[name] for row in own]):.3f}" for name in names]
                 factors = [f"{np.mean([row[name] for row in own]):.3g}" for name in ("h", "j")]
                 lines.append([codec, *means, *factors])
-        parts += [f"Medium cut, {state}:", "", study.table(header, lines), ""]
+        parts += [f"Medium cut, {state}:", "", timing.table(header, lines), ""]
     lines = []
     for state in STATES:
         for cut in study.CUTS:
@@ -148,7 +138,7 @@ def report(scale, records):
         "The logarithms of the gradients' errors against that of the features', over all codecs. Theorem 3 has the",
         "error grow no faster than in proportion, a slope of 1:",
         "",
-        study.table(header, lines),
+        timing.table(header, lines),
         "",
         "![Gradient error against compression error](biased_gradients.png)",
         "",
@@ -156,21 +146,25 @@ def report(scale, records):
     return study.Page("\n".join(parts), {"biased_gradients": plot(rows)})
 
 
+def _kind(codec):
+    """What is before the comma of a name in `CODECS`."""
+    return codec.partition(",")[0]
+
+
 def plot(rows):
     figure = matplotlib.figure.Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, len(study.CUTS), sharex=True, sharey="row")
-    kinds = list(dict.fromkeys(name.partition(",")[0] for name in CODECS))
+    kinds = list(dict.fromkeys(map(_kind, CODECS)))
     for column, cut in enumerate(study.CUTS):
         for line, party in enumerate(("server", "client")):
             axes = panels[line, column]
-            for row in rows:
-                if row["cut"] == cut:
-                    kind = row["codec"].partition(",")[0]
-                    style = {"color": f"C{kinds.index(kind)}", "marker": "o" if row["state"] == "trained" else "x"}
-                    # One entry a kind in the legend.
-                    known = {text.get_label() for text in axes.get_lines()}
-                    name = kind if kind not in known else None
-                    axes.loglog(row["features_error"], row[f"{party}_error"], linestyle="", label=name, **style)
+            for color, kind in enumerate(kinds):
+                for state, marker in zip(STATES, "xo", strict=True):
+                    own = [r for r in rows if (r["state"], r["cut"]) == (state, cut) and _kind(r["codec"]) == kind]
+                    points = [(row["features_error"], row[f"{party}_error"]) for row in own]
+                    if points:
+                        name = kind if state == "trained" else None  # one entry a kind in the legend
+                        axes.loglog(*zip(*points, strict=True), marker, color=f"C{color}", label=name)
             axes.set(title=f"{party}, {cut} cut")
         panels[1, column].set(xlabel="‖ε‖/‖h‖")
     panels[0, 0].set(ylabel="relative error of the gradient (o trained, x not)")
@@ -179,4 +173,4 @@ def plot(rows):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -11,7 +11,8 @@ import sys
 
 import matplotlib.figure
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress
 
 TITLE = "Both directions: accuracy against the bytes that really move"
@@ -43,20 +44,15 @@ def runs(scale):
 
 def arms(base, cuts, seeds):
     """`ARMS` of this network and schedule, at each cut."""
-    found = {}
-    for arm, (codec, grad_codec) in ARMS.items():
-        # Without compression the cut changes nothing but the bytes.
-        for cut in cuts if arm != "none" else ("medium",):
-            found[f"{arm}, {cut}"] = study.with_cut(dataclasses.replace(base, codec=codec, grad_codec=grad_codec), cut)
-    return study.with_seeds(found, seeds)
+    found = {arm: dataclasses.replace(base, codec=up, grad_codec=down) for arm, (up, down) in ARMS.items()}
+    return study.with_seeds(study.at_cuts(found, cuts), seeds)
 
 
 def moved(record):
     """Bytes of features and gradients of a whole run, all clients, as messages where they are entropy-coded."""
     traffic = record["traffic"]
-    return traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"]) + traffic.get(
-        "coded_downlink_bytes", traffic["downlink_gradient_bytes"]
-    )
+    down = traffic.get("coded_downlink_bytes", traffic["downlink_gradient_bytes"])
+    return study.uplink_feature_bytes(traffic) + down
 
 
 def report(scale, records, figure="both_directions"):
@@ -75,7 +71,7 @@ def report(scale, records, figure="both_directions"):
             cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
             rows.append([*cells, f"{saved:.2f}×", study.mean_and_deviation(lost)])
     names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/fewer bytes/below “none”"
-    text = study.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
+    text = timing.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
     return study.Page(text, {figure: plot(groups)})
 
 
@@ -103,4 +99,4 @@ def plot(groups):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -5,7 +5,7 @@ python -m experiments.cifar10_lite --data-dir DIR       # half an hour a run on 
 
 import sys
 
-from experiments import both_directions, study
+from experiments import both_directions, driver, study
 
 TITLE = "CIFAR-10 in half an hour: both directions, 14 epochs"
 
@@ -25,4 +25,4 @@ def report(scale, records):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

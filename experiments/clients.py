@@ -9,7 +9,8 @@ At the medium cut; α is the concentration of the Dirichlet distribution of labe
 import dataclasses
 import sys
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress
 
 TITLE = "Clients"
@@ -47,9 +48,9 @@ def report(scale, records):
         own = [found.get(f"{arm}, {codec}", []) for codec in CODECS]
         config = next(iter(filter(None, own)))[0]["config"]
         cells = [arm, str(config["batch_size"]), *map(study.top1, own)]
-        rows.append([*cells, "/".join(sorted({str(len(one)) for one in own}))])
-    return study.Page(study.table(["clients", "samples each", *CODECS, "seeds"], rows) + "\n", {})
+        rows.append([*cells, study.counts(own)])
+    return study.Page(timing.table(["clients", "samples each", *CODECS, "seeds"], rows) + "\n", {})
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -8,14 +8,14 @@ payload as the paper counts it. Real bits are those of whole messages, Huffman-c
 have a smaller bound than QU is α < 1/2 with few values kept; α is ‖values MS does not keep‖/‖h‖.
 """
 
-import dataclasses
 import sys
 
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from experiments import feature_maps, rate_distortion, study
+from benchmarks import timing
+from experiments import driver, feature_maps, rate_distortion, study
 from msjax import compress
 
 TITLE = "Compression error (Figure 2)"
@@ -36,17 +36,12 @@ MORE = (
 
 
 def runs(scale):
-    found = {}
-    for seed in study.seeds(scale):
-        cfg = dataclasses.replace(study.base(scale), codec=compress.Identity(), seed=seed)
-        found[f"seed {seed}"] = study.Measured(study.with_cut(cfg, "medium"), f"{__spec__.name}:measure")
-    return found
+    return study.measured(scale, f"{__spec__.name}:measure")
 
 
 def measure(folder, cfg, scale):
     cuts = study.cuts(scale)
-    data = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
-    maps = feature_maps.collect(str(folder), samples=250, cuts=cuts, **data)
+    maps = feature_maps.collect(str(folder), samples=250, cuts=cuts, **study.places(cfg))
     rows = []
     for cut in cuts:
         h = maps[f"{cut}/features"]
@@ -95,7 +90,7 @@ def report(scale, records):
     ]
     text = (
         f"α, of 1 % kept: {'; '.join(alphas)}. Theorem 4 wants α < 1/2 for MS's bound to beat that of QU.\n\n"
-        f"{study.table(header, lines)}\n\n![Error against compression ratio](compression_error.png)\n"
+        f"{timing.table(header, lines)}\n\n![Error against compression ratio](compression_error.png)\n"
     )
     return study.Page(text, {"compression_error": plot(rows)})
 
@@ -122,4 +117,4 @@ def plot(rows):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

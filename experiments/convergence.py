@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import matplotlib.figure
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress, config
 
 TITLE = "Convergence and generalization (Figure 3)"
@@ -50,20 +51,24 @@ def runs(scale):
     arms = {}
     for setting, (base, _) in settings(scale).items():
         for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:2]:
-            # Without compression the cut changes nothing but the bytes.
-            for cut in study.cuts(scale) if name != "none" else ("medium",):
-                arms[study.label(setting, name, cut)] = study.with_cut(dataclasses.replace(base, codec=codec), cut)
-    return study.with_seeds(arms, study.seeds(scale))
+            arms[study.label(setting, name)] = dataclasses.replace(base, codec=codec)
+    return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
+
+
+def groups_of(setting, records):
+    """{(codec, cut): records of all seeds} of one setting."""
+    groups = {}
+    for name, found in study.by_arm(records).items():
+        *rest, codec, cut = name.split(", ")
+        if study.label(*rest) == setting:
+            groups[codec, cut] = found
+    return groups
 
 
 def report(scale, records):
     lines, figures = [], {}
     for number, (setting, (_, published)) in enumerate(settings(scale).items()):
-        groups = {}
-        for name, found in study.by_arm(records).items():
-            *rest, codec, cut = name.split(", ")
-            if study.label(*rest) == setting:
-                groups[codec, cut] = found
+        groups = groups_of(setting, records)
         if setting:
             lines += [f"### {setting}", ""]
         lines += [table(groups, published), ""]
@@ -79,13 +84,10 @@ def table(groups, published):
     header = ["codec", *study.CUTS, "seeds", *(["published, about"] if published else [])]
     rows = []
     for codec in CODECS:
-        cells, seeds = [], set()
-        for cut in study.CUTS:
-            found = groups.get((codec, "medium" if codec == "none" else cut), [])
-            cells.append(study.top1(found))
-            seeds.add(str(len(found)))
-        rows.append([codec, *cells, "/".join(sorted(seeds)), *([published[codec]] if published else [])])
-    return study.table(header, rows)
+        found = [groups.get((codec, "medium" if codec == "none" else cut), []) for cut in study.CUTS]
+        cells = [codec, *map(study.top1, found), study.counts(found)]
+        rows.append([*cells, *([published[codec]] if published else [])])
+    return timing.table(header, rows)
 
 
 def plot(groups):
@@ -111,4 +113,4 @@ def plot(groups):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -10,7 +10,8 @@ import dataclasses
 import statistics
 import sys
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress, models
 
 TITLE = "Cut sensitivity"
@@ -29,12 +30,9 @@ def cuts(scale):
 
 
 def runs(scale):
-    base = dataclasses.replace(study.base(scale), codec=compress.Identity())
-    arms = {"none, any": study.with_cut(base, "medium")}
-    for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:1]:
-        for cut in cuts(scale):
-            arms[f"{name}, {cut}"] = study.with_cut(dataclasses.replace(base, codec=codec), cut)
-    return study.with_seeds(arms, study.seeds(scale, lite=1))
+    codecs = {"none": compress.Identity()} | (CODECS if scale != "smoke" else {"MS": CODECS["MS"]})
+    arms = {name: dataclasses.replace(study.base(scale), codec=codec) for name, codec in codecs.items()}
+    return study.with_seeds(study.at_cuts(arms, cuts(scale)), study.seeds(scale, lite=1))
 
 
 def report(scale, records):
@@ -45,20 +43,13 @@ def report(scale, records):
         for name in CODECS:
             own = found.get(f"{name}, {cut}", [])
             cells.append(study.top1(own))
-            cells.append(f"{statistics.mean(map(bits, own)):.2f}" if own else "–")
+            cells.append(f"{statistics.mean(map(study.feature_bits, own)):.2f}" if own else "–")
         rows.append([cut, *cells])
     header = ["cut after layer", *(cell for name in CODECS for cell in (f"{name}: test top-1, %", "bits"))]
-    seeds = "/".join(sorted({str(len(own)) for own in found.values()}))
-    plain = study.top1(found.get("none, any", []))
-    return study.Page(f"No compression: {plain} %. Seeds: {seeds}.\n\n{study.table(header, rows)}\n", {})
-
-
-def bits(record):
-    """Bits a value of the features, as messages where they are entropy-coded."""
-    traffic = record["traffic"]
-    sent = traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"])
-    return 32 * sent / record["uncompressed_feature_bytes"]
+    seeds = study.counts(found.values())
+    plain = study.top1(found.get("none, medium", []))
+    return study.Page(f"No compression: {plain} %. Seeds: {seeds}.\n\n{timing.table(header, rows)}\n", {})
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

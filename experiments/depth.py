@@ -9,7 +9,8 @@ of three; the features there have as many values a sample as the width lets them
 import dataclasses
 import sys
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress
 from msjax.config import ModelConfig
 
@@ -38,11 +39,11 @@ def report(scale, records):
         own = [found.get(f"{depth} layers, {name}", []) for name in CODECS]
         if any(own):
             width = next(iter(filter(None, own)))[0]["config"]["model"]["width"]
-            seeds = "/".join(sorted({str(len(one)) for one in own}))
+            seeds = study.counts(own)
             rows.append([str(depth), f"{width:g}", *map(study.top1, own), seeds])
     header = ["layers", "width", *(f"{name}: test top-1, %" for name in CODECS), "seeds"]
-    return study.Page(study.table(header, rows) + "\n", {})
+    return study.Page(timing.table(header, rows) + "\n", {})
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -8,14 +8,14 @@ come). MS's advantage over another is the logarithm to base 2 of the ratio of th
 it as well as their rank correlation is far from 0.
 """
 
-import dataclasses
 import sys
 
 import matplotlib.figure
 import numpy as np
 import scipy.stats
 
-from experiments import feature_maps, rate_distortion, study
+from benchmarks import timing
+from experiments import driver, feature_maps, rate_distortion, study
 from msjax import compress
 
 TITLE = "Distributions"
@@ -24,16 +24,11 @@ OTHERS = ("QU", "SP")
 
 
 def runs(scale):
-    found = {}
-    for seed in study.seeds(scale):
-        cfg = dataclasses.replace(study.base(scale), codec=compress.Identity(), seed=seed)
-        found[f"seed {seed}"] = study.Measured(study.with_cut(cfg, "medium"), f"{__spec__.name}:measure")
-    return found
+    return study.measured(scale, f"{__spec__.name}:measure")
 
 
 def measure(folder, cfg, scale):
-    data = {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
-    found = feature_maps.collect(str(folder), samples=100, cuts=study.cuts(scale), **data)
+    found = feature_maps.collect(str(folder), samples=100, cuts=study.cuts(scale), **study.places(cfg))
     found |= synthetic(1 << (12 if scale == "smoke" else 18), seed=cfg.seed)
     return [{"source": name, **statistics_of(h), **errors(h)} for name, h in found.items()]
 
@@ -86,13 +81,13 @@ def report(scale, records):
         x = [row[statistic] for row in rows]
         found = [scipy.stats.spearmanr(x, [advantage(row, other) for row in rows]).statistic for other in OTHERS]
         lines.append([statistic, *(f"{value:+.2f}" for value in found)])
-    ranks = study.table(["rank correlation with MS's advantage over", *OTHERS], lines)
+    ranks = timing.table(["rank correlation with MS's advantage over", *OTHERS], lines)
     lines = []
     for source in dict.fromkeys(row["source"] for row in rows):
         own = [row for row in rows if row["source"] == source]
         cells = [f"{np.mean([row[name] for row in own]):.3g}" for name in (*STATISTICS, "MS", *OTHERS)]
         lines.append([source, *cells])
-    text = f"{ranks}\n\n{study.table(['source', *STATISTICS, 'error: MS', *OTHERS], lines)}\n"
+    text = f"{ranks}\n\n{timing.table(['source', *STATISTICS, 'error: MS', *OTHERS], lines)}\n"
     return study.Page(f"{text}\n![MS's advantage](distributions.png)\n", {"distributions": plot(rows)})
 
 
@@ -118,4 +113,4 @@ def plot(rows):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

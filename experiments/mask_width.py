@@ -11,7 +11,8 @@ import sys
 
 import matplotlib.figure
 
-from experiments import study
+from benchmarks import timing
+from experiments import driver, study
 from msjax import compress
 
 TITLE = "Mask width and ratio"
@@ -31,13 +32,9 @@ def runs(scale):
     return study.with_seeds(arms, study.seeds(scale))
 
 
-def bits(record):
-    return 32 * record["traffic"]["uplink_feature_bytes"] / record["uncompressed_feature_bytes"]
-
-
 def report(scale, records):
     found = study.by_arm(records)
-    rows = [[arm, f"{bits(own[0]):.2f}", study.top1(own), str(len(own))] for arm, own in found.items()]
+    rows = [[arm, f"{study.feature_bits(own[0]):.2f}", study.top1(own), str(len(own))] for arm, own in found.items()]
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     lines = {
@@ -45,14 +42,14 @@ def report(scale, records):
         "ratio, at 2 bits": [f"2 bits at {ratio:.1%}" if ratio != 0.99 else "2 bits" for ratio in RATIOS],
     }
     for name, arms in lines.items():
-        points = [(bits(found[arm][0]), _mean(found[arm])) for arm in arms if arm in found]
+        points = [(study.feature_bits(found[arm][0]), _mean(found[arm])) for arm in arms if arm in found]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
     if "none" in found:
         axes.axhline(_mean(found["none"]), color="k", linestyle="--", label="no compression")
     axes.set(xlabel="bits a value", ylabel="test top-1, %")
     study.legend([axes])
-    text = f"{study.table(['MS', 'bits a value', 'test top-1, %', 'seeds'], rows)}\n\n![Accuracy](mask_width.png)\n"
+    text = f"{timing.table(['MS', 'bits a value', 'test top-1, %', 'seeds'], rows)}\n\n![Accuracy](mask_width.png)\n"
     return study.Page(text, {"mask_width": figure})
 
 
@@ -61,4 +58,4 @@ def _mean(records):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -7,7 +7,7 @@ python -m experiments.run --scale paper --data-dir DIR                     # day
 
 import sys
 
-from experiments import report, study
+from experiments import driver, report
 
 if __name__ == "__main__":
-    sys.exit(study.main(*report.STUDIES, description=__doc__))
+    sys.exit(driver.main(*report.STUDIES, description=__doc__))

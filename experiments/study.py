@@ -1,4 +1,4 @@
-"""What the studies share: their training runs, each done once and recorded, and the command line.
+"""What the studies share: what a run is, where its record is, and how tables name it. `driver` does the runs.
 
 A study is a module of this package with
 
@@ -15,33 +15,23 @@ lite: CIFAR-10, a narrow ResNet9 and a short schedule, about five minutes a run 
 paper: the published setting, for a GPU or TPU.
 """
 
-import argparse
-import concurrent.futures
 import dataclasses
 import hashlib
-import importlib
 import json
-import os
 import pathlib
-import queue
-import signal
 import statistics
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from msjax import config as config_lib
+from msjax.compress import Identity
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
 
 ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results"
 SCALES = ("smoke", "lite", "paper")
 CUTS = ("shallow", "medium", "deep")
-INTERRUPTED = 130
 Record = dict[str, Any]
 
 
@@ -111,12 +101,11 @@ def key(run: Run) -> str:
     """
     if isinstance(run, Measured):
         return f"{run.by.partition(':')[0].rpartition('.')[2]}-{key(run.config)}"
-    cfg = run
-    differing = _differing(config_lib.to_json(_nowhere(cfg)), config_lib.to_json(Config()))
+    differing = _differing(config_lib.to_json(nowhere(run)), config_lib.to_json(Config()))
     digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
-    codecs = "-".join(type(codec).__name__.lower() for codec in (cfg.codec, cfg.grad_codec))
-    data = cfg.data.name.replace("/", "_")
-    return f"{cfg.model.name}-{data}-{cfg.model.cut}-{codecs}-seed{cfg.seed}-{digest[:8]}"
+    codecs = "-".join(type(codec).__name__.lower() for codec in (run.codec, run.grad_codec))
+    data = run.data.name.replace("/", "_")
+    return f"{run.model.name}-{data}-{run.model.cut}-{codecs}-seed{run.seed}-{digest[:8]}"
 
 
 def _differing(tree, default):
@@ -125,7 +114,8 @@ def _differing(tree, default):
     return {n: v for n, v in parts.items() if v != ({} if isinstance(v, dict) else default[n])}
 
 
-def _nowhere(cfg):
+def nowhere(cfg: Config) -> Config:
+    """The config without the places of one machine, which say nothing about the result."""
     data = dataclasses.replace(cfg.data, data_dir=None, cache_dir=None)
     return dataclasses.replace(cfg, data=data, out=Config.out)
 
@@ -152,6 +142,30 @@ def label(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def at_cuts(arms: dict[str, Config], cuts: Iterable[str]) -> dict[str, Config]:
+    """Each of the arms at each cut, “arm, cut”; at the medium one alone where nothing is compressed.
+
+    There the cut changes nothing but the bytes, and these are known.
+    """
+    plain = (Identity(), Identity())
+    return {
+        f"{arm}, {cut}": with_cut(cfg, cut)
+        for arm, cfg in arms.items()
+        for cut in (cuts if (cfg.codec, cfg.grad_codec) != plain else ("medium",))
+    }
+
+
+def measured(scale: str, by: str) -> dict[str, Measured]:
+    """The measurement `by` on a network that was trained without compression, of each seed."""
+    cfg = with_cut(dataclasses.replace(base(scale), codec=Identity()), "medium")
+    return {f"seed {seed}": Measured(dataclasses.replace(cfg, seed=seed), by) for seed in seeds(scale)}
+
+
+def places(cfg: Config) -> dict[str, str | None]:
+    """Where the data is on this machine, as keywords of `feature_maps`."""
+    return {"data_dir": cfg.data.data_dir, "cache_dir": cfg.data.cache_dir}
+
+
 def with_seeds(arms: dict[str, Config], seeds: Iterable[int]) -> dict[str, Config]:
     """Each of the arms with each seed, the first seed of all of them first: “arm, seed 0”, …"""
     return {f"{arm}, seed {seed}": dataclasses.replace(cfg, seed=seed) for seed in seeds for arm, cfg in arms.items()}
@@ -170,9 +184,19 @@ def top1(found: list[Record]) -> str:
     return mean_and_deviation([one["test"]["top1_percent"] for one in found])
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+def counts(groups: Iterable[list[Record]]) -> str:
+    """How many records, thus seeds, these arms have: “3”, or “1/3” where they differ."""
+    return "/".join(sorted({str(len(found)) for found in groups}))
+
+
+def uplink_feature_bytes(traffic: dict[str, int]) -> int:
+    """Bytes of the features, of all clients, as messages where they are entropy-coded."""
+    return traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"])
+
+
+def feature_bits(one: Record) -> float:
+    """Bits a value of the features, as `uplink_feature_bytes` counts them."""
+    return 32 * uplink_feature_bytes(one["traffic"]) / one["uncompressed_feature_bytes"]
 
 
 def mean_and_deviation(values: list[float], digits: int = 2) -> str:
@@ -181,194 +205,3 @@ def mean_and_deviation(values: list[float], digits: int = 2) -> str:
         return "–"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def do(scale: str, run: Run, command: str, results: pathlib.Path = RESULTS) -> Record:
-    """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
-    from msjax import runs, simulate  # these start JAX
-
-    cfg = run.config if isinstance(run, Measured) else run
-    simulate.split_cpu(cfg.clients)
-    made = _measure(scale, run) if isinstance(run, Measured) else _train(run)
-    # Where the data lay on that machine says nothing about the result.
-    made |= {"config": config_lib.to_json(_nowhere(cfg)), "command": command}
-    (results / scale).mkdir(parents=True, exist_ok=True)
-    file = results / scale / f"{key(run)}.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(runs.to_json(made, indent=1) + "\n")
-    temporary.replace(file)
-    return made
-
-
-def _train(cfg):
-    from msjax import runs, train
-
-    folder, cfg = runs.RunFolder.open_or_create(cfg, key(cfg))
-    summary = train.train(cfg, folder)
-    folder.close()
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    return summary | {"history": [json.loads(line) for line in lines]}
-
-
-def _measure(scale, run):
-    from msjax import runs
-
-    folder = _folder(run.config)
-    if not (folder / _LAST_FILE).exists():
-        _train(run.config)
-    module, _, function = run.by.partition(":")
-    start = time.monotonic()
-    rows = getattr(importlib.import_module(module), function)(folder, run.config, scale)
-    wall_seconds = round(time.monotonic() - start, 1)
-    return {"by": run.by, "wall_seconds": wall_seconds, "environment": runs.environment(), "rows": rows}
-
-
-_LAST_FILE = "summary.json"
-
-
-def _folder(cfg):
-    return pathlib.Path(cfg.out) / key(cfg)
-
-
-def run_missing(
-    scale: str, wanted: dict[str, Run], *, command: str, results: pathlib.Path = RESULTS, jobs: int = 1
-) -> int:
-    """Does those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
-
-    Measurements come last, and after the training of networks whose folders they need.
-
-    Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
-    keep the others from running.
-    """
-    missing = {key(run): (name, run) for name, run in wanted.items() if record(scale, run, results) is None}
-    measured = {k: pair for k, pair in missing.items() if isinstance(pair[1], Measured)}
-    trained = {k: pair for k, pair in missing.items() if k not in measured}
-    for name, run in measured.values():
-        if not (_folder(run.config) / _LAST_FILE).exists():
-            trained.setdefault(key(run.config), (f"network of {name}", run.config))
-    print(f"{len(wanted)} runs at scale {scale}, {len(missing)} to go", flush=True)
-    codes = _run_all(scale, trained, command, results, jobs)
-    if INTERRUPTED not in codes:
-        codes |= _run_all(scale, measured, command, results, jobs)
-    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
-
-
-def _run_all(scale, todo, command, results, jobs):
-    """The exit codes of all of `todo`, {key: (name, run)}."""
-    stop, children, start = threading.Event(), set(), time.monotonic()
-    shares = queue.SimpleQueue()
-    for cores in _shares(jobs):
-        shares.put(cores)
-
-    def process_of(run):
-        if stop.is_set():
-            return INTERRUPTED
-        cores = shares.get()
-        # Of a session of its own, so that Ctrl-C does not reach it twice.
-        arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
-        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, start_new_session=True)
-        children.add(process)
-        cfg, by = run if isinstance(run, Measured) else (run, None)
-        process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))
-        children.remove(process)
-        shares.put(cores)
-        if process.returncode == INTERRUPTED:
-            stop.set()
-        return process.returncode
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        names = {pool.submit(process_of, run): name for name, run in todo.values()}
-        ended, codes = 0, set()
-        left = set(names)
-        while left:
-            try:
-                now, left = concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                stop.set()
-                for process in tuple(children):
-                    process.send_signal(signal.SIGINT)
-                continue
-            for future in now:
-                ended += 1
-                codes.add(future.result())
-                minutes = (time.monotonic() - start) / 60 / ended * len(left)
-                word = {0: "done", INTERRUPTED: "interrupted"}.get(future.result(), "failed")
-                print(f"{names[future]}: {word}; {len(left)} runs to go, about {minutes:.0f} min", flush=True)
-    return codes
-
-
-def _shares(jobs):
-    """The cores of each of the runs at a time: all for a single one, which needs not be told."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return [cores[n::jobs] if jobs > 1 else [] for n in range(jobs)]
-
-
-def main(*studies: ModuleType, description: str | None = None) -> int:
-    """The command of one study, or of several: does what is missing and prints what comes out."""
-    parser = argparse.ArgumentParser(
-        description=description or studies[0].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if len(studies) > 1:
-        by_name = {study.__name__.rpartition(".")[2]: study for study in studies}
-        parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(by_name)}; by default all")
-    parser.add_argument("--scale", choices=SCALES, default="lite")
-    parser.add_argument("--data-dir", help="a TFDS data directory")
-    parser.add_argument("--cache-dir", help="where the decoded images are kept")
-    parser.add_argument("--out", default="runs", help="where the run folders are")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="where the records are")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
-    parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
-    parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
-    options = parser.parse_args()
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if len(studies) > 1 and options.studies:
-        if unknown := set(options.studies) - by_name.keys():
-            parser.error(f"STUDY must be one of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
-        studies = [by_name[name] for name in options.studies]
-    wanted = {}
-    for study in studies:
-        of = f"{study.__name__.rpartition('.')[2]}: " if len(studies) > 1 else ""
-        wanted |= {f"{of}{name}": run for name, run in study.runs(options.scale).items()}
-    if options.only:
-        wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}
-        if not wanted:
-            parser.error(f"--only must name runs of the study, got {options.only}")
-    code = 0
-    if not options.table:
-        wanted = {name: _placed(run, options) for name, run in wanted.items()}
-        command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
-        results = options.results.absolute()
-        code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs)
-    for study in studies:
-        print(
-            f"\n## {study.TITLE}\n\n{study.report(options.scale, records(study, options.scale, options.results)).text}"
-        )
-    return code
-
-
-def _placed(run, options):
-    if isinstance(run, Measured):
-        return run._replace(config=_placed(run.config, options))
-    cfg = run
-    data = dataclasses.replace(cfg.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
-    return dataclasses.replace(cfg, data=data, out=options.out)
-
-
-def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
-    """The process of one run: its config and what measures it come on standard input."""
-    from msjax import train
-
-    if cores:
-        os.sched_setaffinity(0, map(int, cores))
-    try:
-        given = json.load(sys.stdin)
-        cfg = config_lib.from_json(given["config"])
-        do(scale, Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
-    except train.Interrupted:
-        return INTERRUPTED
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_one_run(*sys.argv[1:]))

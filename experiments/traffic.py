@@ -10,7 +10,8 @@ against the uncompressed run with the same target and seed; INF is a target neve
 import statistics
 import sys
 
-from experiments import both_directions, convergence, study
+from benchmarks import timing
+from experiments import both_directions, convergence, driver, study
 
 TITLE = "Traffic to baseline accuracy (Table 1)"
 MARGINS = (0.0, 1.0, 3.0)  # points below the last epoch's accuracy without compression
@@ -47,11 +48,10 @@ def runs(scale):
 def report(scale, records):
     lines = []
     for setting in convergence.settings(scale):
-        groups = {}
-        for name, record in records.items():
-            *rest, codec, cut, seed = name.split(", ")
-            if study.label(*rest) == setting:
-                groups.setdefault((codec, cut), {})[seed] = record
+        groups = {
+            arm: {record["config"]["seed"]: record for record in found}
+            for arm, found in convergence.groups_of(setting, records).items()
+        }
         if setting:
             lines += [f"### {setting}", ""]
         lines += [table(groups, PUBLISHED.get(setting, {})), ""]
@@ -76,7 +76,7 @@ def table(groups, published):
                 saved = [saving(groups[codec, cut][seed], plain[seed], margin) for seed in seeds]
                 cells += [_mean(factors) for factors in zip(*saved, strict=True)]
             rows.append([codec, cut, str(len(seeds)), *cells, *([published[codec][n]] if published else [])])
-    return study.table([*header, *(["published"] if published else [])], rows)
+    return timing.table([*header, *(["published"] if published else [])], rows)
 
 
 def saving(record, plain, margin):
@@ -104,4 +104,4 @@ def _mean(factors):
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(sys.modules[__name__]))
+    sys.exit(driver.main(sys.modules[__name__]))

@@ -105,10 +105,10 @@ class RunFolder:
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl, whole or not at all."""
-        _replace(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
+        write_whole(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        _replace(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+        write_whole(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
         if "_checkpoints" in vars(self):
@@ -163,7 +163,8 @@ def _cpu_model():
     return platform.processor() or platform.machine()
 
 
-def _replace(path, text):
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes or rewrites a file, whole or not at all."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -13,7 +13,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import both_directions, entropy_variants, report, study, traffic
+from experiments import both_directions, driver, entropy_variants, report, study, traffic
 from msjax import compress, config
 
 
@@ -41,7 +41,8 @@ def test_every_record_is_found_by_its_config():
     for scale in study.SCALES:
         for file in (study.RESULTS / scale).glob("*.json"):
             made = json.loads(file.read_text())
-            assert study.key(config.from_json(made["config"])) == file.stem
+            cfg = config.from_json(made["config"])
+            assert study.key(study.Measured(cfg, made["by"]) if "by" in made else cfg) == file.stem
             assert made["config"]["data"].get("data_dir") is None
             assert made["wall_seconds"] > 0 and made["command"].startswith("python -m experiments.")
 
@@ -50,7 +51,7 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     arguments = ["--scale", "smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     name = "MS up, medium, seed 0"
     monkeypatch.setattr(sys, "argv", ["experiments/both_directions.py", *arguments, "--only", name])
-    assert study.main(both_directions) == 0
+    assert driver.main(both_directions) == 0
     assert f"{name}: done; 0 runs to go" in capfd.readouterr().out
     (file,) = (tmp_path / "results" / "smoke").iterdir()
     made = json.loads(file.read_text())
@@ -58,7 +59,7 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     assert made["environment"]["packages"]["jax"] and len(made["history"]) == made["config"]["epochs"]
     assert made["command"] == "python -m experiments.both_directions --scale smoke"
 
-    assert study.main(both_directions) == 0
+    assert driver.main(both_directions) == 0
     output = capfd.readouterr().out
     assert "1 runs at scale smoke, 0 to go" in output
     assert f"| medium | MS up | 1 | {made['test']['top1_percent']:.2f} |" in output
@@ -71,12 +72,12 @@ def test_several_studies_at_once(tmp_path, capfd, monkeypatch):
     arguments = [*wanted, "--scale", "smoke", "--results", str(results), "--only", "distributions: seed 0", "none"]
     monkeypatch.setattr(sys, "argv", ["experiments/run.py", *arguments])
     asked = {}
-    monkeypatch.setattr(study, "run_missing", lambda scale, wanted, **options: asked.update(wanted) or 0)
-    assert study.main(*report.STUDIES) == 0
+    monkeypatch.setattr(driver, "run_missing", lambda scale, wanted, **options: asked.update(wanted) or 0)
+    assert driver.main(*report.STUDIES) == 0
     assert asked.keys() == {"distributions: seed 0"}
     arguments = arguments[: arguments.index("--only")]
     monkeypatch.setattr(sys, "argv", ["experiments/run.py", *arguments])
-    assert study.main(*report.STUDIES) == 0
+    assert driver.main(*report.STUDIES) == 0
     assert asked.keys() == {"distributions: seed 0", "compression_error: seed 0"}
     assert len({study.key(run) for run in asked.values()}) == 2
     assert all(f"## {module.TITLE}" in capfd.readouterr().out for module in report.STUDIES[:1])
@@ -89,7 +90,7 @@ def test_several_studies_at_once(tmp_path, capfd, monkeypatch):
 def test_wrong_options(wrong, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments/run.py", *wrong])
     with pytest.raises(SystemExit):
-        study.main(*report.STUDIES)
+        driver.main(*report.STUDIES)
     assert said in capsys.readouterr().err
 
 
@@ -98,7 +99,7 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
     for module in report.STUDIES:
         for run in module.runs("smoke").values():
             if study.record("smoke", run, tmp_path / "results") is None:
-                study.do("smoke", study._placed(run, options), "a command", tmp_path / "results")
+                driver.do("smoke", driver._placed(run, options), "a command", tmp_path / "results")
     text, figures = report.page(tmp_path / "results", scales=["smoke"])
     for module in report.STUDIES:
         assert f"## {module.TITLE}" in text
@@ -148,7 +149,7 @@ def test_traffic_to_accuracy():
 
 def test_an_interrupted_run_goes_on(tmp_path):
     cfg = dataclasses.replace(study.base("smoke"), epochs=400, out=str(tmp_path / "runs"))
-    program = [sys.executable, "-m", "experiments.study", "smoke", str(tmp_path / "results"), "a command"]
+    program = [sys.executable, "-m", "experiments.driver", "smoke", str(tmp_path / "results"), "a command"]
     process = subprocess.Popen(program, stdin=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps({"config": config.to_json(cfg), "by": None}))
     process.stdin.close()
@@ -158,7 +159,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == study.INTERRUPTED
+    assert process.wait(60) == driver.INTERRUPTED
     done = len(lines.read_text().splitlines())
     assert 0 < done < 400 and not (tmp_path / "results").exists()
     # With as many epochs as were done, what is left is to say so.
@@ -175,7 +176,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_a_run_that_fails_does_not_keep_others_from_running(tmp_path, capfd):
     cfg = dataclasses.replace(study.base("smoke"), out=str(tmp_path / "runs"))
     wrong = study.with_cut(cfg, "nowhere")
-    code = study.run_missing("smoke", {"wrong": wrong, "right": cfg}, command="c", results=tmp_path / "results", jobs=2)
+    code = driver.run_missing(
+        "smoke", {"wrong": wrong, "right": cfg}, command="c", results=tmp_path / "results", jobs=2
+    )
     output = capfd.readouterr().out
     assert code == 1 and "wrong: failed" in output and "right: done" in output
     assert study.record("smoke", cfg, tmp_path / "results")["command"] == "c"

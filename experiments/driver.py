@@ -1,0 +1,206 @@
+"""Does the runs of studies, each in a process of its own, and is the command line of every study."""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import ModuleType
+
+from experiments import study
+from msjax import config as config_lib
+
+INTERRUPTED = 130
+
+
+def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.RESULTS) -> study.Record:
+    """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
+    from msjax import runs, simulate  # these start JAX
+
+    cfg = run.config if isinstance(run, study.Measured) else run
+    simulate.split_cpu(cfg.clients)
+    made = _measure(scale, run) if isinstance(run, study.Measured) else _train(run)
+    made |= {"config": config_lib.to_json(study.nowhere(cfg)), "command": command}
+    (results / scale).mkdir(parents=True, exist_ok=True)
+    runs.write_whole(results / scale / f"{study.key(run)}.json", runs.to_json(made, indent=1) + "\n")
+    return made
+
+
+def _train(cfg):
+    from msjax import runs, train
+
+    folder, cfg = runs.RunFolder.open_or_create(cfg, study.key(cfg))
+    summary = train.train(cfg, folder)
+    folder.close()
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    return summary | {"history": [json.loads(line) for line in lines]}
+
+
+def _measure(scale, run):
+    from msjax import runs
+
+    if not _is_trained(run.config):
+        _train(run.config)
+    module, _, function = run.by.partition(":")
+    start = time.monotonic()
+    rows = getattr(importlib.import_module(module), function)(_folder(run.config), run.config, scale)
+    wall_seconds = round(time.monotonic() - start, 1)
+    return {"by": run.by, "wall_seconds": wall_seconds, "environment": runs.environment(), "rows": rows}
+
+
+def _folder(cfg):
+    return pathlib.Path(cfg.out) / study.key(cfg)
+
+
+def _is_trained(cfg):
+    return (_folder(cfg) / "summary.json").exists()  # what a run writes last
+
+
+def run_missing(
+    scale: str, wanted: dict[str, study.Run], *, command: str, results: pathlib.Path = study.RESULTS, jobs: int = 1
+) -> int:
+    """Does those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
+
+    Measurements come last, and after the training of networks whose folders they need.
+
+    Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
+    keep the others from running.
+    """
+    missing = {study.key(run): (name, run) for name, run in wanted.items() if study.record(scale, run, results) is None}
+    measured = {k: pair for k, pair in missing.items() if isinstance(pair[1], study.Measured)}
+    trained = {k: pair for k, pair in missing.items() if k not in measured}
+    for name, run in measured.values():
+        if not _is_trained(run.config):
+            trained.setdefault(study.key(run.config), (f"network of {name}", run.config))
+    print(f"{len(wanted)} runs at scale {scale}, {len(missing)} to go", flush=True)
+    codes = _run_all(scale, trained, command, results, jobs)
+    if INTERRUPTED not in codes:
+        codes |= _run_all(scale, measured, command, results, jobs)
+    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
+
+
+def _run_all(scale, todo, command, results, jobs):
+    """The exit codes of all of `todo`, {key: (name, run)}."""
+    stop, children, start = threading.Event(), set(), time.monotonic()
+    shares = queue.SimpleQueue()
+    for cores in _shares(jobs):
+        shares.put(cores)
+
+    def process_of(run):
+        if stop.is_set():
+            return INTERRUPTED
+        cores = shares.get()
+        # Of a session of its own, so that Ctrl-C does not reach it twice.
+        arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
+        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        children.add(process)
+        cfg, by = run if isinstance(run, study.Measured) else (run, None)
+        process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))
+        children.remove(process)
+        shares.put(cores)
+        if process.returncode == INTERRUPTED:
+            stop.set()
+        return process.returncode
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        names = {pool.submit(process_of, run): name for name, run in todo.values()}
+        ended, codes = 0, set()
+        left = set(names)
+        while left:
+            try:
+                now, left = concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                stop.set()
+                for process in tuple(children):
+                    process.send_signal(signal.SIGINT)
+                continue
+            for future in now:
+                ended += 1
+                codes.add(future.result())
+                minutes = (time.monotonic() - start) / 60 / ended * len(left)
+                word = {0: "done", INTERRUPTED: "interrupted"}.get(future.result(), "failed")
+                print(f"{names[future]}: {word}; {len(left)} runs to go, about {minutes:.0f} min", flush=True)
+    return codes
+
+
+def _shares(jobs):
+    """The cores of each of the runs at a time: all for a single one, which needs not be told."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[n::jobs] if jobs > 1 else [] for n in range(jobs)]
+
+
+def main(*studies: ModuleType, description: str | None = None) -> int:
+    """The command of one study, or of several: does what is missing and prints what comes out."""
+    parser = argparse.ArgumentParser(
+        description=description or studies[0].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if len(studies) > 1:
+        by_name = {module.__name__.rpartition(".")[2]: module for module in studies}
+        parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(by_name)}; by default all")
+    parser.add_argument("--scale", choices=study.SCALES, default="lite")
+    parser.add_argument("--data-dir", help="a TFDS data directory")
+    parser.add_argument("--cache-dir", help="where the decoded images are kept")
+    parser.add_argument("--out", default="runs", help="where the run folders are")
+    parser.add_argument("--results", type=pathlib.Path, default=study.RESULTS, help="where the records are")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
+    parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if len(studies) > 1 and options.studies:
+        if unknown := set(options.studies) - by_name.keys():
+            parser.error(f"STUDY must be one of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
+        studies = [by_name[name] for name in options.studies]
+    wanted = {}
+    for module in studies:
+        of = f"{module.__name__.rpartition('.')[2]}: " if len(studies) > 1 else ""
+        wanted |= {f"{of}{name}": run for name, run in module.runs(options.scale).items()}
+    if options.only:
+        wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}
+        if not wanted:
+            parser.error(f"--only must name runs of the study, got {options.only}")
+    code = 0
+    if not options.table:
+        wanted = {name: _placed(run, options) for name, run in wanted.items()}
+        command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
+        results = options.results.absolute()
+        code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs)
+    for module in studies:
+        page = module.report(options.scale, study.records(module, options.scale, options.results))
+        print(f"\n## {module.TITLE}\n\n{page.text}")
+    return code
+
+
+def _placed(run, options):
+    if isinstance(run, study.Measured):
+        return run._replace(config=_placed(run.config, options))
+    data = dataclasses.replace(run.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    return dataclasses.replace(run, data=data, out=options.out)
+
+
+def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
+    """The process of one run: its config and what measures it come on standard input."""
+    from msjax import train
+
+    if cores:
+        os.sched_setaffinity(0, map(int, cores))
+    try:
+        given = json.load(sys.stdin)
+        cfg = config_lib.from_json(given["config"])
+        do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
+    except train.Interrupted:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_one_run(*sys.argv[1:]))
