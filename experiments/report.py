@@ -28,6 +28,7 @@ from experiments import (
     distributions,
     entropy_variants,
     mask_width,
+    not_images,
     rate_distortion,
     study,
     traffic,
@@ -46,6 +47,7 @@ STUDIES = (
     depth,
     distributions,
     clients,
+    not_images,
 )
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,

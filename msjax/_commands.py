@@ -132,7 +132,7 @@ def _models(arguments):
         description="Print each cut of a model: its feature map, and bytes a sample with each codec.",
     )
     parser.add_argument("name", nargs="?", choices=models.NAMES, help="default: all")
-    parser.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"))
+    parser.add_argument("--input-shape", type=int, nargs="+", metavar="N", help="H W C; of a text or table its length")
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--first-block", choices=("residual", "paper"), default="residual")
@@ -143,6 +143,7 @@ def _models(arguments):
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
     usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
+    usual |= {"mlp": ((108,), 2), "transformer": ((data.TEXT_LENGTH,), 2)}  # Adult, and texts of two classes
     console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
     for name in [options.name] if options.name else models.NAMES:
         shape, classes = usual.get(name, ((32, 32, 3), 10))

@@ -155,7 +155,7 @@ def _evaluate(trained, remote, options):
     plan, shapes = parts.plan, parts.shapes()
     programs = parts.programs(cfg.seed, numpy_encoder=options.encoder == "numpy")
     state = step.HalfState(trained.params, trained.stats, ())
-    own = parties.ClientData(ds.train_images, ds.train_labels, ds.test_images, ds.test_labels)
+    own = parties.ClientData(ds.train_inputs, ds.train_labels, ds.test_inputs, ds.test_labels)
     clients = [parties.Client(n, plan, shapes, programs, state, own, cfg.seed) for n in range(cfg.clients)]
     sums, seconds, sent, received = [], [], 0, 0
     for exchange in plan.step_exchanges(plan.epoch_steps - 1):

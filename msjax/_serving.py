@@ -167,9 +167,9 @@ class Serving:
         self.port = self._endpoint.port
         self._step_began = self._began = time.monotonic()
 
-    def _assemble(self, samples, test_samples, image_shape, num_classes):
-        # What pixels are normalised by is the clients' business.
-        self._info = assemble.SetInfo(image_shape, num_classes, (), ())
+    def _assemble(self, samples, test_samples, input_shape, num_classes):
+        # What inputs are normalised by is the clients' business.
+        self._info = assemble.SetInfo(input_shape, num_classes, (), ())
         return assemble.assemble(self.cfg, self._info, samples=samples, test_samples=test_samples)
 
     def train(self, on_epoch=lambda record: None):
@@ -263,14 +263,14 @@ class TakingPart:
     def _load(self, cfg):
         options = self._options
         ds = load_data(cfg, options)
-        self._info = assemble.SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
+        self._info = assemble.SetInfo(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
         own, samples = slice(None), len(ds.train_labels)
         if not options.own_data:
             pools, samples = assemble.share_out(cfg, lambda: ds.train_labels, samples)
             own = pools[options.number]
-        arrays = (ds.train_images[own], ds.train_labels[own], ds.test_images, ds.test_labels)
+        arrays = (ds.train_inputs[own], ds.train_labels[own], ds.test_inputs, ds.test_labels)
         self._data = parties.ClientData(*map(np.asarray, arrays))
-        return client_lib.Own(samples, len(ds.test_labels), ds.train_images.shape[1:], ds.num_classes)
+        return client_lib.Own(samples, len(ds.test_labels), ds.train_inputs.shape[1:], ds.num_classes)
 
     def _build(self, cfg, samples, test_samples):
         parts = assemble.assemble(cfg, self._info, samples=samples, test_samples=test_samples)
@@ -283,4 +283,4 @@ class TakingPart:
 def load_data(cfg: config.Config, options: ConnectOptions) -> data.Dataset:
     """The run's data set, as it is on this machine."""
     data_dir, cache_dir = options.data_dir or cfg.data.data_dir, options.cache_dir or cfg.data.cache_dir
-    return data.load(cfg.data.name, image_size=cfg.data.image_size, data_dir=data_dir, cache_dir=cache_dir)
+    return data.load(cfg.data.name, **cfg.data.form, data_dir=data_dir, cache_dir=cache_dir)

@@ -15,7 +15,7 @@ from msjax.protocol import Plan
 class SetInfo(NamedTuple):
     """What the network has to know of a data set."""
 
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -48,7 +48,8 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
       ValueError: a field of the config has a value that does not fit.
     """
     plan = Plan.of(cfg, samples=samples, test_samples=test_samples)
-    client, server, *head = make_halves(cfg, info)
+    model = make_model(cfg, info)
+    client, server, *head = _halves(cfg, model)
     optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=plan.epoch_steps)
     setup = step.Setup(
         client.apply,
@@ -60,7 +61,9 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
         head[0].apply if head else None,
     )
     augment = cfg.data.augment or data.default_augmentation(cfg.data.name)
-    preprocess = simulate.Preprocess(augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), cfg.dtype)
+    preprocess = simulate.Preprocess(
+        augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), str(model.input_dtype)
+    )
     return Assembly(
         plan,
         setup,
@@ -68,7 +71,7 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
         step.init_half(setup, client, *head),
         step.init_half(setup, server),
         cfg.codec.at_inference() if cfg.eval_compressed else None,
-        jax.ShapeDtypeStruct(info.image_shape, jnp.dtype(cfg.dtype)),
+        jax.ShapeDtypeStruct(info.input_shape, model.input_dtype),
     )
 
 
@@ -78,19 +81,24 @@ def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
     Raises:
       ValueError: a field of the config has a value that does not fit.
     """
-    return models.split(make_model(cfg, info), cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
+    return _halves(cfg, make_model(cfg, info))
+
+
+def _halves(cfg, model):
+    return models.split(model, cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
 
 
 def make_model(cfg: config.Config, info: SetInfo) -> models.Model:
     """Builds the model, whole; raises ValueError as `make_halves` does."""
     return models.build(
         cfg.model.name,
-        input_shape=info.image_shape,
+        input_shape=info.input_shape,
         num_classes=info.num_classes,
         width=cfg.model.width,
         activation=cfg.model.activation,
         first_block=cfg.model.first_block,
         dtype=jnp.dtype(cfg.dtype),
+        vocabulary=cfg.data.vocabulary,
     )
 
 
@@ -102,7 +110,7 @@ def share_out(cfg: config.Config, labels: Callable[[], np.ndarray], count: int) 
 
 
 def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the scheduled rate."""
+    """Returns AdamW, or SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the rate."""
     total = epochs * steps_per_epoch
     warmup = min(round(optim.warmup_epochs * steps_per_epoch), total // 2)
     if optim.schedule == "cosine":
@@ -114,5 +122,7 @@ def make_optimizer(optim: config.OptimConfig, *, epochs: int, steps_per_epoch: i
         rate = optax.constant_schedule(optim.learning_rate)
     if warmup:
         rate = optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), rate], [warmup])
+    if optim.kind == "adamw":
+        return optax.adamw(rate, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
     sgd = optax.sgd(rate, momentum=optim.momentum, nesterov=optim.nesterov)
     return optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)

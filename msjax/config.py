@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from msjax import compress
+from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
 
 CodecFlag = Annotated[
@@ -32,7 +32,8 @@ class ModelConfig:
     """The network and where it is cut."""
 
     name: str = "convnet"
-    """vgg19, resnet9, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet."""
+    """vgg19, resnet9, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp for
+    tables, transformer for texts."""
     cut: str = "medium"
     """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
     width: float = 1.0
@@ -48,30 +49,44 @@ class DataConfig:
     """The data set and its share-out among the clients."""
 
     name: str = "digits"
-    """digits (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or an image set in data_dir."""
+    """digits and the table breast_cancer (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or in
+    data_dir any set of images, texts (glue/sst2) or a table (adult)."""
     data_dir: str | None = None
     """A TFDS data directory; by default TFDS's own, with download."""
     cache_dir: str | None = None
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
     image_size: int | None = None
     """Side of the images; by default the set's own."""
+    text_length: int = data.TEXT_LENGTH
+    """Tokens of a text; longer ones are cut, shorter ones padded."""
+    vocabulary: int = data.VOCABULARY
+    """How many different tokens there are; words get theirs by a hash."""
     augment: Literal["none", "flip", "crop_flip"] | None = None
     """Augmentation of training images; by default what is usual for the set."""
     alpha: float | None = None
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
     draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """How inputs are made of what is stored, as keywords of `data.load`."""
+        return {"image_size": self.image_size, "text_length": self.text_length, "vocabulary": self.vocabulary}
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """SGD and its learning rate, for both halves."""
+    """How both halves are updated."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """sgd, as in the paper, or adamw, which transformers need."""
     learning_rate: float = 0.1
     """The peak rate."""
     momentum: float = 0.9
+    """Of sgd; of adamw, the decay of its first moment."""
     nesterov: bool = False
     weight_decay: float = 5e-4
-    """L2 penalty's factor, added to the gradient of every parameter before the momentum, as PyTorch's SGD does."""
+    """sgd: L2 penalty's factor, added to the gradient of every parameter before the momentum, as PyTorch's SGD does.
+    adamw: decoupled, times the learning rate (arXiv 1711.05101)."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """cosine to 0 over all epochs; steps multiplies by gamma at each of the milestones."""
     milestones: tuple[int, ...] = ()
@@ -128,14 +143,10 @@ class Config:
     """Where the run folder is made."""
 
     def __post_init__(self):
-        for name in ("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"):
+        for name, least in _LEAST.items():
             value = operator.attrgetter(name)(self)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("seed", "optim.warmup_epochs", "optim.weight_decay"):
-            value = operator.attrgetter(name)(self)
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, choices in _CHOICES.items():
             value = operator.attrgetter(name)(self)
             if value not in choices:
@@ -162,11 +173,18 @@ def _cut(cut):
     return int(cut) if str(cut).isdecimal() else cut
 
 
+_LEAST = {
+    **dict.fromkeys(("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"), 1),
+    **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay"), 0),
+    "data.text_length": 2,  # the token before the first word, and a word
+    "data.vocabulary": 3,  # that token, padding, and words
+}
 # Literal types are checked on the command line alone; presets and files are checked against this.
 _CHOICES = {
     "model.first_block": ("residual", "paper"),
     "data.augment": (None, "none", "flip", "crop_flip"),
     "mode.kind": ("parallel", "splitfed", "sequential"),
+    "optim.kind": ("sgd", "adamw"),
     "optim.schedule": ("cosine", "steps", "constant"),
     "dtype": ("float32", "bfloat16"),
 }

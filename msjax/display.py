@@ -14,13 +14,13 @@ _SECONDS_BETWEEN_LINES = 60  # where there is no terminal and an epoch is long
 
 
 class Progress:
-    """A live line in a terminal, plain lines elsewhere: images/s, accuracy, MB sent, time left."""
+    """A live line in a terminal, plain lines elsewhere: samples/s, accuracy, MB sent, time left."""
 
-    def __init__(self, title: str, *, total_steps: int, done_steps: int, images_per_step: float, quiet: bool = False):
+    def __init__(self, title: str, *, total_steps: int, done_steps: int, samples_per_step: float, quiet: bool = False):
         self._console = rich.console.Console(quiet=quiet)
         self._title = title
         self._total, self._done, self._first = total_steps, done_steps, done_steps
-        self._images_per_step = images_per_step
+        self._samples_per_step = samples_per_step
         self._start = self._last_line = time.monotonic()
         self._accuracy = "–"
         self._live = None
@@ -68,8 +68,8 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._first) / seconds
         left = (self._total - self._done) / rate if rate else 0.0
-        images = f"{rate * self._images_per_step:,.0f} images/s"
-        return f"{images}, test {self._accuracy}, {sent_bytes / 1e6:,.1f} MB sent, {left / 60:.1f} min left"
+        speed = f"{rate * self._samples_per_step:,.0f} samples/s"
+        return f"{speed}, test {self._accuracy}, {sent_bytes / 1e6:,.1f} MB sent, {left / 60:.1f} min left"
 
 
 def print_summaries(summaries: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from msjax import data
 class Split(NamedTuple):
     """One split of a data set, in memory or streamed."""
 
-    source: Any  # (images, labels) on the device, or a data.ImageStream
+    source: Any  # (inputs, labels) on the device, or a data.ImageStream
     count: int
 
     def labels(self) -> np.ndarray:
@@ -45,7 +45,7 @@ def eval_calls(count: int, clients: int, batch_size: int) -> list[np.ndarray]:
 
 
 def feed(split: Split, calls: list[np.ndarray], *, seed: int = 0, epoch: int = 0, done: int = 0) -> Iterator[tuple]:
-    """Yields (images, labels, order) for each call after the first `done` steps, as `simulate` takes them.
+    """Yields (inputs, labels, order) for each call after the first `done` steps, as `simulate` takes them.
 
     Streams come a step at a time; consecutive steps of one shape are read ahead together.
     """
@@ -57,8 +57,8 @@ def feed(split: Split, calls: list[np.ndarray], *, seed: int = 0, epoch: int = 0
         steps = np.concatenate(list(group))
         start = min(done, len(steps))
         done -= start
-        for images, labels in data.batches(split.source, steps, seed=seed, epoch=epoch, start=start):
-            yield images, labels, None
+        for inputs, labels in data.batches(split.source, steps, seed=seed, epoch=epoch, start=start):
+            yield inputs, labels, None
 
 
 def _after(calls, done):

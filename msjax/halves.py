@@ -33,7 +33,7 @@ class TrainedHalf(NamedTuple):
     config: config.Config
     """Of the run that trained it, without the paths of its machine."""
     info: assemble.SetInfo
-    """Of the data set: shape of the images, number of classes, and what pixels are normalised by."""
+    """Of the data set: shape of an input, number of classes, and what inputs are normalised by."""
     run: str
     """Names the run that trained it: halves of one run have the same."""
     step: int
@@ -96,7 +96,7 @@ def load(path: str | os.PathLike) -> TrainedHalf:
         cfg = config.from_json(json.loads(header["config"]))
         info = json.loads(header["info"])
         info = assemble.SetInfo(
-            tuple(info["image_shape"]), info["num_classes"], tuple(info["mean"]), tuple(info["std"])
+            tuple(info["input_shape"]), info["num_classes"], tuple(info["mean"]), tuple(info["std"])
         )
         part, run, step = header["part"], header["run"], int(header["step"])
     except (KeyError, ValueError, TypeError) as error:

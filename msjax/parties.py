@@ -143,11 +143,11 @@ class Programs:
         # Jitted, since one by one the operations on keys take longer than a small net's step.
         self._keys, self._one_key = (jax.jit(f, static_argnums=0) for f in (keys, one_key))
 
-        def preprocessed(images, key):
-            return preprocess(images, step.split_key(key).augment)
+        def preprocessed(inputs, key):
+            return preprocess(inputs, step.split_key(key).augment)
 
-        def test_forward(codec, state, images, key):
-            return (step.infer_features(setup.client, codec, state, preprocess(images), key),)
+        def test_forward(codec, state, inputs, key):
+            return (step.infer_features(setup.client, codec, state, preprocess(inputs), key),)
 
         def forward(codec, *args):
             return step.client_forward(dataclasses.replace(setup, codec=codec), *args)
@@ -211,11 +211,11 @@ NONE = simulate.Sums(0.0, 0, 0, 0)
 
 
 class ClientData(NamedTuple):
-    """What a client has: uint8 images (N, H, W, C) and int32 labels (N,), and the same to test on."""
+    """What a client has: inputs (N, …) as a `data.Dataset` has them and int32 labels (N,), and the same to test on."""
 
-    images: np.ndarray
+    inputs: np.ndarray
     labels: np.ndarray
-    test_images: np.ndarray
+    test_inputs: np.ndarray
     test_labels: np.ndarray
 
 
@@ -279,7 +279,7 @@ class Client:
         """Does in advance what of a coming exchange does not depend on the state: the batch of a training step."""
         if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
             key = self._key(exchange)
-            self._prepared = exchange, (self._programs.preprocess(self._images(exchange), key), key)
+            self._prepared = exchange, (self._programs.preprocess(self._inputs(exchange), key), key)
 
     def send(self, exchange: Exchange) -> Message:
         """The message of this client for an exchange that it takes part in."""
@@ -296,7 +296,7 @@ class Client:
             case Phase.GIVE:
                 return Message(self.half())
             case Phase.TEST:
-                (payload,) = self._programs.test_forward(self.state, self._images(exchange), self._key(exchange))
+                (payload,) = self._programs.test_forward(self.state, self._inputs(exchange), self._key(exchange))
                 return Message(payload, self._sent_labels(exchange))
             case Phase.RESULT:
                 tested, self._tested = self._tested, []
@@ -352,9 +352,9 @@ class Client:
         place = self._plan.place(exchange.step)
         return self._order(place.epoch)[place.start : place.stop]
 
-    def _images(self, exchange):
-        images = self._data.test_images if exchange.phase == Phase.TEST else self._data.images
-        return images[self._index(exchange)]
+    def _inputs(self, exchange):
+        inputs = self._data.test_inputs if exchange.phase == Phase.TEST else self._data.inputs
+        return inputs[self._index(exchange)]
 
     def _labels(self, exchange):
         labels = self._data.test_labels if exchange.phase == Phase.TEST else self._data.labels

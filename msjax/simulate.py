@@ -22,19 +22,19 @@ AXIS = "client"
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """From stored uint8 images to network input, on the device."""
+    """From inputs as a `data.Dataset` has them to those of the network, on the device."""
 
     augment: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str
 
-    def __call__(self, images, key=None):
-        """Images (…, H, W, C) as normalised floats; augmented with `key`, as they are without."""
+    def __call__(self, inputs, key=None):
+        """Inputs (B, …) as the network takes them; augmented with `key`, as they are without."""
         if key is not None:
-            images = data.augment(images, key, kind=self.augment)
+            inputs = data.augment(inputs, key, kind=self.augment)
         mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
-        return data.normalize(images, mean, std, jnp.dtype(self.dtype))
+        return data.normalize(inputs, mean, std, jnp.dtype(self.dtype))
 
 
 class Averages(NamedTuple):
@@ -142,20 +142,20 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 def make_train(
     setup: Setup, preprocess: Preprocess, *, clients: int, mesh: Mesh | None = None, averages: Averages | None = None
 ):
-    """Returns the jitted `train(state, sums, images, labels, order, key) -> (state, sums)`, which gives its state away.
+    """Returns the jitted `train(state, sums, inputs, labels, order, key) -> (state, sums)`, which gives its state away.
 
-    `order` is int32 (S, K, B): for each of S steps and each client the positions of its samples in `images` (N, H, W,
-    C) and `labels` (N,), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU
-    runs convolutions slower inside a loop. With `order` None, `images` (K, B, H, W, C) and `labels` (K, B) are
-    themselves one step's. A further argument `numbers`, int32 (K,), says which clients these are; by default all.
+    `order` is int32 (S, K, B): for each of S steps and each client the positions of its samples in `inputs` (N, …) and
+    `labels` (N,), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs
+    convolutions slower inside a loop. With `order` None, `inputs` (K, B, …) and `labels` (K, B) are themselves one
+    step's. A further argument `numbers`, int32 (K,), says which clients these are; by default all.
 
     With `averages` every client has a half of its own, see `fused_step`, and they are averaged at those steps.
     """
 
-    def train(state, sums, images, labels, order, numbers, key):
+    def train(state, sums, inputs, labels, order, numbers, key):
         def one_step(carry, batch):
             state, sums = carry
-            x, y = (images[batch], labels[batch]) if order is not None else batch
+            x, y = (inputs[batch], labels[batch]) if order is not None else batch
             keys = client_keys(key, state.step, numbers)
             x = jax.vmap(lambda x, key: preprocess(x, split_key(key).augment))(x, keys)
             axis = mesh and AXIS
@@ -167,7 +167,7 @@ def make_train(
                 state = state._replace(client=client)
             return (state, _add(sums, info, clients * y.shape[1])), None
 
-        return _repeat(one_step, (state, sums), images, labels, order)
+        return _repeat(one_step, (state, sums), inputs, labels, order)
 
     return _spread(train, clients, mesh, donate=(0, 1), own_halves=averages is not None)
 
@@ -181,19 +181,19 @@ def make_eval(
     mesh: Mesh | None,
     own_halves: bool = False,
 ):
-    """Returns the jitted `evaluate(state, sums, images, labels, order, key) -> sums`; arguments as in `make_train`.
+    """Returns the jitted `evaluate(state, sums, inputs, labels, order, key) -> sums`; arguments as in `make_train`.
 
     Each (B,) of `order` is one batch: it goes through the codec by itself, as a client's batch does. Where clients have
     halves of their own, they have just been averaged.
     """
 
-    def run(state, sums, images, labels, order, numbers, key):
+    def run(state, sums, inputs, labels, order, numbers, key):
         if own_halves:
             state = state._replace(client=jax.tree.map(lambda leaf: leaf[0], state.client))
 
         def one_step(carry, batch):
             sums, step = carry
-            x, y = (images[batch], labels[batch]) if order is not None else batch
+            x, y = (inputs[batch], labels[batch]) if order is not None else batch
             keys = client_keys(key, step, numbers)
             infos = jax.vmap(lambda x, y, key: evaluate(setup, state, preprocess(x), y, key, codec=codec))(x, y, keys)
             info = Info(infos.loss.mean(), infos.top1.sum(), infos.top5.sum())
@@ -201,15 +201,15 @@ def make_eval(
                 info = Info(jax.lax.pmean(info.loss, AXIS), *jax.lax.psum(info[1:3], AXIS))
             return (_add(sums, info, clients * y.shape[1]), step + 1), None
 
-        return _repeat(one_step, (sums, jnp.int32(0)), images, labels, order)[0]
+        return _repeat(one_step, (sums, jnp.int32(0)), inputs, labels, order)[0]
 
     return _spread(run, clients, mesh, donate=(1,), own_halves=own_halves)
 
 
-def _repeat(one_step, carry, images, labels, order):
+def _repeat(one_step, carry, inputs, labels, order):
     """`one_step` over the steps of `order`."""
     if order is None:
-        return one_step(carry, (images, labels))[0]
+        return one_step(carry, (inputs, labels))[0]
     if order.shape[0] == 1:
         return one_step(carry, order[0])[0]
     return jax.lax.scan(one_step, carry, order)[0]
@@ -219,10 +219,10 @@ def _spread(fun, clients: int, mesh: Mesh | None, donate: tuple[int, ...], own_h
     """`fun` jitted, its clients' numbers filled in, spread over the mesh."""
     everyone = np.arange(clients, dtype=np.int32)
 
-    def call(state: TrainState, sums: Sums, images: Any, labels: Any, order: Any, key: jax.Array, numbers: Any = None):
+    def call(state: TrainState, sums: Sums, inputs: Any, labels: Any, order: Any, key: jax.Array, numbers: Any = None):
         numbers = jnp.asarray(everyone if numbers is None else numbers)
         if mesh is None:
-            return fun(state, sums, images, labels, order, numbers, key)
+            return fun(state, sums, inputs, labels, order, numbers, key)
         everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
         batch = by_client if order is None else everywhere
         states = TrainState(by_client if own_halves else everywhere, everywhere, everywhere)
@@ -230,6 +230,6 @@ def _spread(fun, clients: int, mesh: Mesh | None, donate: tuple[int, ...], own_h
         out_specs = (states, everywhere) if 0 in donate else everywhere
         # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
         spread = jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return spread(state, sums, images, labels, order, numbers, key)
+        return spread(state, sums, inputs, labels, order, numbers, key)
 
     return jax.jit(call, donate_argnums=donate)

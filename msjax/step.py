@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from msjax import compress, models, wire
 
@@ -132,7 +132,7 @@ def head_features_like(setup: Setup, server: HalfState, features: Any) -> jax.Sh
     return jax.eval_shape(lambda p, s, h: setup.server(p, s, h, train=False)[0], server.params, server.stats, features)
 
 
-def client_forward(setup: Setup, client: HalfState, x: Float[Array, "b ..."], key: jax.Array) -> tuple[tuple, Pending]:
+def client_forward(setup: Setup, client: HalfState, x: Shaped[Array, "b ..."], key: jax.Array) -> tuple[tuple, Pending]:
     """One client's forward pass on its batch `x`: the payload for the server, and what the backward pass needs."""
     keys = split_key(key)
 
@@ -262,7 +262,7 @@ def client_update(setup: Setup, client: HalfState, update: ClientUpdate) -> Half
 def fused_step(
     setup: Setup,
     state: TrainState,
-    x: Float[Array, "k b ..."],
+    x: Shaped[Array, "k b ..."],
     y: Int[Array, "k b"],
     keys: jax.Array,
     *,
@@ -366,7 +366,7 @@ def average_halves(client: HalfState, *, axis_name: str | None = None) -> HalfSt
 def evaluate(
     setup: Setup,
     state: TrainState,
-    x: Float[Array, "b ..."],
+    x: Shaped[Array, "b ..."],
     y: Int[Array, "b"],
     key: jax.Array,
     *,
@@ -384,7 +384,7 @@ def evaluate(
 
 
 def infer_features(
-    apply: models.Apply, codec: compress.Codec, client: Any, x: Float[Array, "b ..."], key: Any
+    apply: models.Apply, codec: compress.Codec, client: Any, x: Shaped[Array, "b ..."], key: Any
 ) -> tuple:
     """A client's payload of a test batch, with running statistics; `client` is anything with `params` and `stats`."""
     h, _ = apply(client.params, client.stats, x, train=False)

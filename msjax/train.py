@@ -61,12 +61,12 @@ def _load(cfg, mesh):
             options["image_size"] = cfg.data.image_size
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
-        info = assemble.SetInfo(first.image_shape, first.num_classes, first.mean, first.std)
+        info = assemble.SetInfo(first.input_shape, first.num_classes, first.mean, first.std)
         return *(feed.Split(s, len(s)) for s in splits), info
-    ds = data.load(cfg.data.name, image_size=cfg.data.image_size, **options)
-    info = assemble.SetInfo(ds.train_images.shape[1:], ds.num_classes, ds.mean, ds.std)
+    ds = data.load(cfg.data.name, **cfg.data.form, **options)
+    info = assemble.SetInfo(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
     # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
-    splits = ((np.array(ds.train_images), ds.train_labels), (np.array(ds.test_images), ds.test_labels))
+    splits = ((np.array(ds.train_inputs), ds.train_labels), (np.array(ds.test_inputs), ds.test_labels))
     return *(feed.Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
 
 
@@ -169,7 +169,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
         title,
         total_steps=cfg.epochs * plan.epoch_steps,
         done_steps=done,
-        images_per_step=cfg.clients * plan.samples / plan.epoch_steps,
+        samples_per_step=cfg.clients * plan.samples / plan.epoch_steps,
         quiet=quiet,
     )
     start, earlier = time.monotonic(), progress["wall_seconds"]

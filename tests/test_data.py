@@ -16,6 +16,7 @@ import pytest
 
 from msjax import data
 from msjax.data import _cache, _images, _official, _tfds
+from msjax.data._records import Images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -53,7 +54,7 @@ def tiny(tmp_path, monkeypatch):
     splits = {"train": Records(40, (12, 10, 3), 3), "test": Records(12, (12, 10, 3), 3, seed=1)}
 
     def open_split(name, folder, split):
-        return _tfds.Split(splits[split], "image", "label", splits[split].images.shape[1:], 3)
+        return _tfds.Split(splits[split], Images("image", splits[split].images.shape[1:]), "label", 3)
 
     monkeypatch.setattr(_tfds, "open_split", open_split)
     monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
@@ -79,28 +80,28 @@ def forbid_tfds(monkeypatch):
 def test_digits():
     ds = data.load()
     assert ds.name == "digits" and ds.num_classes == 10
-    assert ds.train_images.shape == (1437, 8, 8, 1) and ds.test_images.shape == (360, 8, 8, 1)
-    assert ds.train_images.dtype == np.uint8 and ds.train_images.max() == 255
+    assert ds.train_inputs.shape == (1437, 8, 8, 1) and ds.test_inputs.shape == (360, 8, 8, 1)
+    assert ds.train_inputs.dtype == np.uint8 and ds.train_inputs.max() == 255
     assert ds.train_labels.dtype == ds.test_labels.dtype == np.int32
     assert (np.bincount(ds.test_labels) == 36).all()
-    pixels = ds.train_images / 255
+    pixels = ds.train_inputs / 255
     np.testing.assert_allclose(ds.mean, [pixels.mean()], rtol=1e-6)
     np.testing.assert_allclose(ds.std, [pixels.std()], rtol=1e-6)
     assert ds.mean.dtype == ds.std.dtype == np.float32
-    assert (data.load("digits").test_images == ds.test_images).all()
-    assert data.load("digits", image_size=16).train_images.shape == (1437, 16, 16, 1)
+    assert (data.load("digits").test_inputs == ds.test_inputs).all()
+    assert data.load("digits", image_size=16).train_inputs.shape == (1437, 16, 16, 1)
 
 
 def test_cache_round_trip(tiny):
     directory, splits = tiny
     ds = data.load("tiny", data_dir=directory)
-    np.testing.assert_array_equal(ds.train_images, splits["train"].images)
+    np.testing.assert_array_equal(ds.train_inputs, splits["train"].images)
     np.testing.assert_array_equal(ds.test_labels, splits["test"].labels)
     pixels = splits["train"].images / 255
     np.testing.assert_allclose(ds.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(ds.std, pixels.std((0, 1, 2)), rtol=1e-5)
-    assert isinstance(ds.train_images, np.memmap)
-    assert jnp.asarray(ds.train_images).shape == (40, 12, 10, 3)
+    assert isinstance(ds.train_inputs, np.memmap)
+    assert jnp.asarray(ds.train_inputs).shape == (40, 12, 10, 3)
     assert not list((directory.parent / "cache").glob(".*"))  # nothing half-written stays
 
 
@@ -113,24 +114,24 @@ def test_cache_hit_needs_neither_tfds_nor_the_directory(tiny, monkeypatch):
 
     monkeypatch.setattr(_tfds, "open_split", fail)
     forbid_tfds(monkeypatch)
-    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
+    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs, splits["train"].images)
     shutil.rmtree(directory)
-    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
+    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs, splits["train"].images)
     with pytest.raises(data.DataError, match=r"made from .*tfds: give that data_dir"):
         data.load("tiny", data_dir=directory / "elsewhere")
 
 
 def test_image_size_is_a_cache_key(tiny):
     directory, _ = tiny
-    assert data.load("tiny", data_dir=directory, image_size=6).train_images.shape == (40, 6, 6, 3)
-    assert data.load("tiny", data_dir=directory).train_images.shape == (40, 12, 10, 3)
+    assert data.load("tiny", data_dir=directory, image_size=6).train_inputs.shape == (40, 6, 6, 3)
+    assert data.load("tiny", data_dir=directory).train_inputs.shape == (40, 12, 10, 3)
     assert len(list((directory.parent / "cache").iterdir())) == 2
     with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         data.load("tiny", data_dir=directory, image_size=0)
 
 
 def flip_a_byte(entry):
-    path = entry / "train_images.npy"
+    path = entry / "train_inputs.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -143,10 +144,10 @@ def old_format(entry):
 
 DAMAGE = {
     "flipped bit": flip_a_byte,
-    "cut short": lambda e: (e / "test_images.npy").write_bytes((e / "test_images.npy").read_bytes()[:-5]),
+    "cut short": lambda e: (e / "test_inputs.npy").write_bytes((e / "test_inputs.npy").read_bytes()[:-5]),
     "file missing": lambda e: (e / "train_labels.npy").unlink(),
     "no metadata": lambda e: (e / "meta.json").unlink(),
-    "half metadata": lambda e: (e / "meta.json").write_text('{"format": 1, "arr'),
+    "half metadata": lambda e: (e / "meta.json").write_text('{"format": 2, "arr'),
     "not metadata": lambda e: (e / "meta.json").write_text("[]"),
     "old format": old_format,
 }
@@ -158,7 +159,7 @@ def test_damaged_cache_is_rebuilt_or_reported(tiny, monkeypatch, damage):
     data.load("tiny", data_dir=directory)
     (entry,) = (directory.parent / "cache").iterdir()
     DAMAGE[damage](entry)
-    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images)
+    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs, splits["train"].images)
     DAMAGE[damage](entry)
     shutil.rmtree(directory)
     with pytest.raises(data.DataError, match=r"does not exist.*The array cache .* cannot be used"):
@@ -170,7 +171,7 @@ def test_cache_follows_the_prepared_set(tiny):
     data.load("tiny", data_dir=directory)
     splits["train"].encoded.reverse()
     (directory / "tiny" / "1.0.0" / "dataset_info.json").write_text(json.dumps({"name": "tiny", "new": 1}))
-    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_images, splits["train"].images[::-1])
+    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs, splits["train"].images[::-1])
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):
@@ -309,11 +310,11 @@ def test_cifar_download(monkeypatch, tmp_path, name, label_bytes):
     serve(monkeypatch, tmp_path, name, [buffer.getvalue()])
     ds = data.load(name)
     raw = np.concatenate(records)
-    assert ds.train_images.shape == (6, 32, 32, 3) and ds.test_images.shape == (3, 32, 32, 3)
+    assert ds.train_inputs.shape == (6, 32, 32, 3) and ds.test_inputs.shape == (3, 32, 32, 3)
     np.testing.assert_array_equal(ds.train_labels, raw[:6, label_bytes - 1])
-    np.testing.assert_array_equal(ds.train_images[4][5, 7], raw[4, label_bytes:].reshape(3, 32, 32)[:, 5, 7])
+    np.testing.assert_array_equal(ds.train_inputs[4][5, 7], raw[4, label_bytes:].reshape(3, 32, 32)[:, 5, 7])
     monkeypatch.setattr(_official, "download", None)
-    np.testing.assert_array_equal(data.load(name).test_images, ds.test_images)  # from the cache
+    np.testing.assert_array_equal(data.load(name).test_inputs, ds.test_inputs)  # from the cache
 
 
 def test_mnist_download_and_checksum(monkeypatch, tmp_path):
@@ -325,7 +326,7 @@ def test_mnist_download_and_checksum(monkeypatch, tmp_path):
         contents.append(gzip.compress(bytes([0, 0, 8, 1]) + np.array([5], ">u4").tobytes() + labels.tobytes()))
     serve(monkeypatch, tmp_path, "mnist", contents)
     ds = data.load("mnist")
-    np.testing.assert_array_equal(ds.train_images[..., 0], x[0])
+    np.testing.assert_array_equal(ds.train_inputs[..., 0], x[0])
     np.testing.assert_array_equal(ds.test_labels, y[1])
     (tmp_path / "mnist1").write_bytes(contents[1] + b"x")
     with pytest.raises(data.DataError, match="other than the published one"):
@@ -359,10 +360,10 @@ def test_real_tfds(tmp_path):
     MsjaxTestShapes(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     name, where = "msjax_test_shapes", {"data_dir": tmp_path / "tfds", "cache_dir": tmp_path / "cache"}
     ds = data.load(name, **where)
-    assert ds.train_images.shape == (30, 6, 6, 1) and ds.test_images.shape == (9, 6, 6, 1) and ds.num_classes == 3
+    assert ds.train_inputs.shape == (30, 6, 6, 1) and ds.test_inputs.shape == (9, 6, 6, 1) and ds.num_classes == 3
     # TFDS shuffles when it writes: the same images, each with its label
     written = {x.tobytes(): y for x, y in zip(records["train"].images, records["train"].labels, strict=True)}
-    assert {x.tobytes(): y for x, y in zip(ds.train_images, ds.train_labels, strict=True)} == written
+    assert {x.tobytes(): y for x, y in zip(ds.train_inputs, ds.train_labels, strict=True)} == written
     source = data.stream(name, "test", image_size=6, **where)
     np.testing.assert_array_equal(source.labels(), ds.test_labels)
     for shard in (tmp_path / "tfds").glob("**/*train.array_record*"):
@@ -544,7 +545,9 @@ def photos(tmp_path, monkeypatch):
     more = Records(24, (64, 40, 3), 4, seed=1, encoding="jpeg")
     records.encoded += more.encoded
     records.labels = np.arange(48) % 4
-    monkeypatch.setattr(_tfds, "open_split", lambda *a: _tfds.Split(records, "image", "label", (None, None, 3), 4))
+    monkeypatch.setattr(
+        _tfds, "open_split", lambda *a: _tfds.Split(records, Images("image", (None, None, 3)), "label", 4)
+    )
     return {"data_dir": tmp_path / "tfds", "cache_dir": tmp_path / "cache", "image_size": 32}
 
 
@@ -554,7 +557,7 @@ def collect(source, indices, **options):
 
 def test_stream_is_deterministic_and_resumable(photos):
     source = data.stream("photos", **photos)
-    assert len(source) == 48 and source.image_shape == (32, 32, 3) and source.num_classes == 4
+    assert len(source) == 48 and source.input_shape == (32, 32, 3) and source.num_classes == 4
     indices = np.random.default_rng(0).permutation(48)[:40].reshape(2, 2, 10)
     one = collect(source, indices, seed=1, epoch=2, threads=1, prefetch=0)
     assert [x.shape for x, _ in one] == [(2, 10, 32, 32, 3)] * 2 and one[0][0].dtype == np.uint8
@@ -588,10 +591,10 @@ def test_stream_labels_are_kept(photos, monkeypatch):
     np.testing.assert_array_equal(data.stream("photos", **photos).labels(), np.arange(48) % 4)
 
 
-def test_images_of_many_sizes_need_image_size_or_a_stream(photos):
+def test_inputs_of_many_sizes_need_image_size_or_a_stream(photos):
     with pytest.raises(data.DataError, match=r"differ in size: give image_size.*data.stream"):
         data.load("photos", **(photos | {"image_size": None}))
-    assert data.load("photos", **photos).train_images.shape == (48, 32, 32, 3)
+    assert data.load("photos", **photos).train_inputs.shape == (48, 32, 32, 3)
 
 
 def test_stream_errors(photos):
@@ -619,9 +622,9 @@ def test_leaving_a_stream_early_stops_its_threads(photos):
 def test_batches_of_arrays():
     ds = data.load()
     indices = data.epoch_indices(data.partition(1437, 3), 12, seed=0, epoch=0).reshape(3, 4, 3).swapaxes(0, 1)
-    got = collect((ds.train_images, ds.train_labels), indices, start=1)
+    got = collect((ds.train_inputs, ds.train_labels), indices, start=1)
     assert len(got) == 3
-    np.testing.assert_array_equal(got[0][0], ds.train_images[indices[1]])
+    np.testing.assert_array_equal(got[0][0], ds.train_inputs[indices[1]])
     np.testing.assert_array_equal(got[0][1], ds.train_labels[indices[1]])
 
 

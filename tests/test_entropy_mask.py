@@ -41,9 +41,9 @@ def source(name):
     normal = rng.normal(size=D)
     if name == "features":
         ds = data.load("digits")
-        model = models.build("convnet", input_shape=ds.train_images.shape[1:], num_classes=10)
+        model = models.build("convnet", input_shape=ds.train_inputs.shape[1:], num_classes=10)
         client, _ = models.split(model, "medium")
-        x = jnp.asarray(ds.train_images, jnp.float32) / 16 - 0.5
+        x = jnp.asarray(ds.train_inputs, jnp.float32) / 16 - 0.5
         return client.apply(client.params, client.stats, x, train=True)[0]
     x = {
         "relu": lambda: np.maximum(normal, 0),

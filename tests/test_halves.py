@@ -26,7 +26,7 @@ def save(path, cfg=CFG):
 @pytest.mark.parametrize("head_cut", [None, "last"])
 def test_loaded_halves_compute_what_the_saved_did(tmp_path, head_cut):
     cfg = dataclasses.replace(CFG, mode=config.ModeConfig(head_cut=head_cut))
-    x = y = jax.random.normal(jax.random.key(0), (3, *INFO.image_shape))
+    x = y = jax.random.normal(jax.random.key(0), (3, *INFO.input_shape))
     for half in save(tmp_path, cfg):
         x, _ = half.apply(half.params, half.stats, x, train=False)
     client, server = (halves.load(tmp_path / f"{part}.safetensors") for part in ("client", "server"))

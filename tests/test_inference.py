@@ -54,7 +54,7 @@ def remote(address, **options):
 
 
 def features(half, batch, seed=0):
-    x = jax.random.normal(jax.random.key(seed), (batch, *INFO.image_shape))
+    x = jax.random.normal(jax.random.key(seed), (batch, *INFO.input_shape))
     h, _ = half.apply(half.params, half.stats, x, train=False)
     return h
 

@@ -30,7 +30,7 @@ def dataset(seed=0):
 
 def make_parties(cfg, **options):
     """A server and all clients, each with its share of the data alone."""
-    images, labels, test_images, test_labels = dataset()
+    images, labels, test_inputs, test_labels = dataset()
     pools, samples = assemble.share_out(cfg, lambda: labels, COUNT)
     info = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
     parts = assemble.assemble(cfg, info, samples=samples, test_samples=TEST_COUNT)
@@ -42,7 +42,7 @@ def make_parties(cfg, **options):
             shapes,
             programs,
             parts.client,
-            parties.ClientData(images[pool], labels[pool], test_images, test_labels),
+            parties.ClientData(images[pool], labels[pool], test_inputs, test_labels),
             cfg.seed,
         )
         for number, pool in enumerate(pools)

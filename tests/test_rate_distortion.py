@@ -62,7 +62,7 @@ def test_feature_maps_of_a_run(tmp_path):
         f"{cut}/{kind}" for cut in ("shallow", "medium", "deep") for kind in ("features", "gradients")
     }
     half = halves.load(tmp_path / "run/client.safetensors")
-    images = data.load("digits").train_images[:40]
+    images = data.load("digits").train_inputs[:40]
     x = (images / np.float32(255) - np.float32(half.info.mean)) / np.float32(half.info.std)
     half = half._replace(**jax.tree.map(jnp.asarray, {"params": half.params, "stats": half.stats}))
     h, _ = half.apply(half.params, half.stats, jnp.asarray(x, jnp.float32), train=True)

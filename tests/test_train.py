@@ -213,7 +213,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
 class FakeStream:
     """As `data.ImageStream`: what it yields tells what it was asked for."""
 
-    name, image_shape = "fake", (2, 2, 1)
+    name, input_shape = "fake", (2, 2, 1)
 
     def __len__(self):
         return 100

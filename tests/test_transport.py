@@ -142,7 +142,7 @@ def test_own_data_of_unequal_amounts(tmp_path, monkeypatch):
 
     def load_data(cfg, options):
         n = amounts[options.number]
-        return whole._replace(train_images=whole.train_images[-n:], train_labels=whole.train_labels[-n:])
+        return whole._replace(train_inputs=whole.train_inputs[-n:], train_labels=whole.train_labels[-n:])
 
     monkeypatch.setattr(_serving, "load_data", load_data)
     with net(tmp_path, SMALL) as it:
@@ -155,7 +155,7 @@ def test_own_data_of_unequal_amounts(tmp_path, monkeypatch):
     assert parts.plan.samples == 40
     clients = []
     for number, n in enumerate(amounts):
-        own = (whole.train_images[-n:], whole.train_labels[-n:], whole.test_images, whole.test_labels)
+        own = (whole.train_inputs[-n:], whole.train_labels[-n:], whole.test_inputs, whole.test_labels)
         own = parties.ClientData(*map(np.asarray, own))
         clients.append(parties.Client(number, parts.plan, shapes, programs, parts.client, own, SMALL.seed))
     for _ in parties.run(parts.plan, parties.Server(parts.plan, shapes, programs, parts.server), clients):
@@ -452,7 +452,7 @@ def stream(address, *messages, token=None):
 
 
 HELLO = pb.FromClient(hello=pb.Hello(protocol=1, client=0))
-READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=47, image_shape=(8, 8, 1), num_classes=10))
+READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=47, input_shape=(8, 8, 1), num_classes=10))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Data sets as arrays or streams, their division among clients, and augmentation on the device.
 
-    ds = data.load("cifar10", data_dir="tfds")                       # uint8 arrays, decoded once and cached
+    ds = data.load("cifar10", data_dir="tfds")                       # arrays, decoded once and cached
     pools = data.partition(ds.train_labels, num_clients=10)          # who holds which examples
     order = data.epoch_indices(pools, len(pools[0]), seed=0, epoch=0)  # [client, example]
-    images = data.augment(ds.train_images[order[:, :25]][0], key, kind="crop_flip")   # inside jit
+    images = data.augment(ds.train_inputs[order[:, :25]][0], key, kind="crop_flip")   # inside jit
     x = data.normalize(images, ds.mean, ds.std)
 
+Texts come as tokens, tables as columns; `normalize` takes all of them.
 Sets that do not fit in memory come through `stream`; `batches` reads either kind with the same loop. TensorFlow is
 never needed.
 """
@@ -13,11 +14,14 @@ never needed.
 from msjax.data._augment import AUGMENTATIONS, augment, crop_flip, default_augmentation, normalize
 from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._error import DataError
+from msjax.data._records import TEXT_LENGTH, VOCABULARY
 from msjax.data._sets import Dataset, load
 from msjax.data._stream import ImageStream, batches, stream
 
 __all__ = [
     "AUGMENTATIONS",
+    "TEXT_LENGTH",
+    "VOCABULARY",
     "DataError",
     "Dataset",
     "ImageStream",

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped, UInt8
 
 AUGMENTATIONS = ("crop_flip", "flip", "none")
 
@@ -47,15 +47,17 @@ def crop_flip(
 
 
 def augment(
-    images: UInt8[Array, "b h w c"], key: PRNGKeyArray | None = None, *, kind: str, padding: int = 4
-) -> UInt8[Array, "b h w c"]:
+    images: Shaped[Array, "b ..."], key: PRNGKeyArray | None = None, *, kind: str, padding: int = 4
+) -> Shaped[Array, "b ..."]:
     """Augment each image of a batch on its own: "crop_flip", "flip" or "none".
 
     "crop_flip" is the CIFAR augmentation of the paper: zero padding of 4, a uniformly random crop of the old size, a
-    horizontal flip with probability 1/2. "flip" leaves out the crop. Same key, same result.
+    horizontal flip with probability 1/2. "flip" leaves out the crop. "none" takes inputs of any kind, the others uint8
+    images (B, H, W, C). Same key, same result.
 
     Raises:
-        ValueError: `kind` is not one of `AUGMENTATIONS`, or it is random and there is no key.
+        ValueError: `kind` is not one of `AUGMENTATIONS`, or it is random and there is no key, or the inputs are no
+            images.
     """
     if kind not in AUGMENTATIONS:
         raise ValueError(f"kind must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
@@ -63,6 +65,8 @@ def augment(
         return images
     if key is None:
         raise ValueError(f"augment(kind={kind!r}) is random and needs a key")
+    if images.ndim != 4:
+        raise ValueError(f'data.augment must be "none" for inputs that are no images, got {kind!r}')
     b = images.shape[0]
     crop_key, flip_key = jax.random.split(key)
     flips = jax.random.bernoulli(flip_key, 0.5, (b,))
@@ -73,14 +77,24 @@ def augment(
 
 
 def normalize(
-    images: UInt8[Array, "... c"], mean: Any, std: Any, dtype: DTypeLike = jnp.float32
-) -> Float[Array, "... c"]:
-    """`(images / 255 - mean) / std` per channel, computed in float32 and cast to `dtype`.
+    inputs: Shaped[Array, "..."], mean: Any, std: Any, dtype: DTypeLike = jnp.float32
+) -> Shaped[Array, "..."]:
+    """Inputs of a `Dataset` as a network takes them: images and tables normalised, tokens as they are.
 
-    `mean` and `std` are of pixels / 255, length c. Computed as one multiply and add, so the last bit may differ from
-    the formula.
+    Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
+    float32 (..., F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
+    may differ from the formula; cast to `dtype`. Tokens, int32, need `dtype` int32.
+
+    Raises:
+        ValueError: tokens are to become floats, or the other way round: model and data set do not go together.
     """
-    c = images.shape[-1]
-    shape = (1,) * (images.ndim - 1) + (c,)
+    tokens, dtype = inputs.dtype == jnp.int32, jnp.dtype(dtype)
+    if tokens != (dtype == jnp.int32):
+        kind, other = ("tokens", "numbers") if tokens else ("numbers", "tokens")
+        raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}")
+    if tokens:
+        return inputs
+    shape = (1,) * (inputs.ndim - 1) + inputs.shape[-1:]
     mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
-    return (images.astype(jnp.float32) * (1 / (255 * std)) - mean / std).astype(dtype)
+    unit = 255 if inputs.dtype == jnp.uint8 else 1
+    return (inputs.astype(jnp.float32) * (1 / (unit * std)) - mean / std).astype(dtype)

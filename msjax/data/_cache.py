@@ -19,7 +19,7 @@ import numpy as np
 
 from msjax.data._error import DataError
 
-FORMAT = 1  # raise it when the layout or the meaning of an entry changes; older entries are then rebuilt
+FORMAT = 2  # raise it when the layout or the meaning of an entry changes; older entries are then rebuilt
 
 
 class Damaged(Exception):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _cache, _images, _official, _tfds
+from msjax.data import _cache, _images, _official, _records, _tfds
 from msjax.data._error import DataError
 
 _log = logging.getLogger("msjax")
@@ -27,20 +27,22 @@ STATISTICS = {
 
 
 class Dataset(NamedTuple):
-    """A data set in arrays; the images may be read-only memory maps.
+    """A data set in arrays; the inputs may be read-only memory maps.
 
     Attributes:
         name: as given to `load`.
-        train_images, test_images: uint8 [N, H, W, C].
+        train_inputs, test_inputs: images as uint8 [N, H, W, C]; texts as tokens, int32 [N, text_length]; a table as
+            float32 [N, columns], a class as a 1 among 0s.
         train_labels, test_labels: int32 [N], 0 <= label < num_classes.
         num_classes: number of classes.
-        mean, std: float32 [C], of pixels / 255; for `normalize`.
+        mean, std: for `normalize`: float32 [C], of pixels / 255; [columns] of a table, 0 and 1 where a column is of a
+            class; empty of texts.
     """
 
     name: str
-    train_images: np.ndarray
+    train_inputs: np.ndarray
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_inputs: np.ndarray
     test_labels: np.ndarray
     num_classes: int
     mean: np.ndarray
@@ -53,13 +55,19 @@ def load(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: int | None = None,
+    text_length: int = _records.TEXT_LENGTH,
+    vocabulary: int = _records.VOCABULARY,
 ) -> Dataset:
-    """Load an image-classification set as arrays, from the cache where it was decoded before.
+    """Load a classification set of images, texts or a table as arrays, from the cache where it was decoded before.
 
-    `digits` is embedded in scikit-learn: 8x8x1, 1,437 train and 360 test (36 a class), no download. Any other set is
-    looked for as `data_dir`/NAME/VERSION, prepared by TFDS as array_record; `cifar10`, `cifar100`, `mnist`,
-    `fashion_mnist` are otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.
-    The test images are the split `test`, else `validation` (ImageNet: `validation` first).
+    `digits` is embedded in scikit-learn: 8x8x1, 1,437 train and 360 test (36 a class), no download; so is a table,
+    `breast_cancer`: 30 columns, 455 train and 114 test (57 a class). Any other set is looked for as
+    `data_dir`/NAME/VERSION, prepared by TFDS as array_record; `cifar10`, `cifar100`, `mnist`, `fashion_mnist` are
+    otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.
+    The test data are the split `test`, else `validation` (ImageNet, and sets that hide the labels of `test`:
+    `validation` first).
+
+    A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
 
     The cache is keyed by name, directory and `image_size`. Where the prepared set is at hand, an entry made from
     another version of it is rebuilt; where it is not, the entry alone is enough: neither TFDS nor the directory is
@@ -70,22 +78,30 @@ def load(
         data_dir: TFDS data directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
         cache_dir: where decoded arrays are kept; by default $MSJAX_CACHE, $XDG_CACHE_HOME/msjax or ~/.cache/msjax.
         image_size: resize the shorter side to this and crop the middle; needed where a set's images differ in size.
+        text_length: tokens of a text, the one before its first word included; longer ones are cut, shorter ones padded.
+        vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
 
     Raises:
-        DataError: the set is unknown, missing, unreadable or not an image-classification set; no network; a package is
-            missing.
-        ValueError: `image_size` is not positive.
+        DataError: the set is unknown, missing, unreadable or not a classification set of one of these kinds; no
+            network; a package is missing.
+        ValueError: `image_size`, `text_length` or `vocabulary` is too small.
     """
     check_image_size(image_size)
+    _records.check_tokens(text_length, vocabulary)
     if name == "digits":
         return _digits(image_size)
+    if name == "breast_cancer":
+        return _breast_cancer()
     arrays, meta = _cached(name, data_dir, cache_dir, image_size)
     mean, std = STATISTICS.get(name, (meta["mean"], meta["std"]))
+    inputs = [arrays["train_inputs"], arrays["test_inputs"]]
+    if meta["kind"] == "text":
+        inputs = [_records.tokens(hashes, text_length, vocabulary) for hashes in inputs]
     return Dataset(
         name,
-        arrays["train_images"],
+        inputs[0],
         np.asarray(arrays["train_labels"]),
-        arrays["test_images"],
+        inputs[1],
         np.asarray(arrays["test_labels"]),
         meta["num_classes"],
         np.asarray(mean, np.float32),
@@ -100,33 +116,43 @@ def check_image_size(image_size: int | None) -> None:
 
 
 def _digits(image_size: int | None) -> Dataset:
-    """scikit-learn's digits; 36 of each class, drawn once and for all, are the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            "the digits set comes with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    bunch = load_digits()
+    """scikit-learn's digits."""
+    bunch = _embedded("digits")
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int32)
     if image_size is not None:
         images = _resized(images, image_size)
+    return _split("digits", images, bunch.target, 36, _measure)
+
+
+def _breast_cancer() -> Dataset:
+    """scikit-learn's copy of Breast Cancer Wisconsin (Diagnostic)."""
+    bunch = _embedded("breast_cancer")
+    everything = np.ones(bunch.data.shape[1], bool)
+    return _split(
+        "breast_cancer", bunch.data.astype(np.float32), bunch.target, 57, lambda x: _measure_columns(x, everything)
+    )
+
+
+def _embedded(name: str) -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DataError(
+            f"the {name} set comes with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
+    return getattr(datasets, f"load_{name}")()
+
+
+def _split(name: str, inputs: np.ndarray, labels: np.ndarray, test_of_class: int, measure: Callable) -> Dataset:
+    """Of each class so many, drawn once and for all, are the test set."""
+    labels = labels.astype(np.int32)
+    classes = int(labels.max()) + 1
     rng = np.random.default_rng(0)
-    test = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:36] for c in range(10)])
+    test = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:test_of_class] for c in range(classes)])
     is_test = np.zeros(len(labels), bool)
     is_test[test] = True
-    mean, std = _measure(images[~is_test])
-    return Dataset(
-        "digits",
-        images[~is_test],
-        labels[~is_test],
-        images[is_test],
-        labels[is_test],
-        10,
-        np.asarray(mean, np.float32),
-        np.asarray(std, np.float32),
-    )
+    mean, std = (np.asarray(v, np.float32) for v in measure(inputs[~is_test]))
+    return Dataset(name, inputs[~is_test], labels[~is_test], inputs[is_test], labels[is_test], classes, mean, std)
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
@@ -152,12 +178,34 @@ def _measure(images: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a constant channel must not divide by zero
 
 
+def _measure_columns(table: np.ndarray, is_number: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and std of the columns that are numbers; 0 and 1 of the others, and 1 for a constant."""
+    mean, std = table.mean(0, np.float64), table.std(0, np.float64)
+    return np.where(is_number, mean, 0).tolist(), np.where(is_number & (std > 0), std, 1).tolist()
+
+
 class _Part(NamedTuple):
-    """One split to be written: `read(lo, hi)` gives images [n, H, W, C] and labels [n]."""
+    """One split to be written: `read(lo, hi)` gives inputs [n, *shape] of this dtype and labels [n]."""
 
     count: int
-    image_shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+    dtype: type = np.uint8
+    is_number: np.ndarray | None = None
+    """bool [columns]: which columns of a table are numbers, not classes."""
+
+    @property
+    def kind(self) -> str:
+        """What `Dataset.train_inputs` are."""
+        return {np.uint8: "image", np.uint32: "text", np.float32: "table"}[self.dtype]
+
+    def statistics(self, inputs: np.ndarray) -> tuple[list[float], list[float]]:
+        """Mean and std as `Dataset` has them."""
+        if self.kind == "image":
+            return _measure(inputs)
+        if self.kind == "text":
+            return [], []
+        return _measure_columns(inputs, self.is_number)
 
 
 def _cached(
@@ -227,7 +275,25 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
 
 
 def _from_tfds(name: str, split: _tfds.Split, image_size: int | None) -> _Part:
-    h, w, c = split.image_shape
+    count, inputs = len(split.records), split.inputs
+
+    def records(lo: int, hi: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+        found = _tfds.read(name, split, range(lo, hi))
+        return found, _tfds.labels(name, split, found)
+
+    if isinstance(inputs, _records.Columns):
+
+        def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+            found, labels = records(lo, hi)
+            return _records.columns_of(found, inputs), labels
+
+        return _Part(count, (inputs.width,), read, np.float32, inputs.is_number)
+    if isinstance(inputs, _records.Texts):
+        # All of them at once: how wide the array is follows from the longest.
+        found, labels = records(0, count)
+        hashes = _records.word_hashes(_records.texts_of(found, inputs))
+        return _Part(count, hashes.shape[1:], lambda lo, hi: (hashes[lo:hi], labels[lo:hi]), np.uint32)
+    h, w, c = inputs.shape
     _images.pillow()  # say so now, not in a worker
     if image_size is not None:
         h = w = image_size
@@ -236,14 +302,14 @@ def _from_tfds(name: str, split: _tfds.Split, image_size: int | None) -> _Part:
             f"the images of {name} differ in size: give image_size to load them as arrays, or use data.stream"
         )
 
-    def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
-        records = _tfds.read(name, split, range(lo, hi))
-        decoded = [_images.decode(r[split.image_key], c) for r in records]
+    def read_images(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        found, labels = records(lo, hi)
+        decoded = [_images.decode(r[inputs.key], c) for r in found]
         if image_size is not None:
             decoded = [_images.resize_center_crop(x, image_size, image_size) for x in decoded]
-        return np.stack([_images.to_array(x) for x in decoded]), _tfds.labels(name, split, records)
+        return np.stack([_images.to_array(x) for x in decoded]), labels
 
-    return _Part(len(split.records), (h, w, c), read)
+    return _Part(count, (h, w, c), read_images)
 
 
 def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
@@ -251,16 +317,17 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
     _log.info("decoding %s into the array cache %s", meta["name"], entry)
     with _cache.writing(entry) as draft:
         for split, part in parts.items():
-            images = draft.array(f"{split}_images", (part.count, *part.image_shape), np.uint8)
+            inputs = draft.array(f"{split}_inputs", (part.count, *part.shape), part.dtype)
             labels = draft.array(f"{split}_labels", (part.count,), np.int32)
 
-            def fill(lo: int, part: _Part = part, images: np.ndarray = images, labels: np.ndarray = labels) -> None:
+            def fill(lo: int, part: _Part = part, inputs: np.ndarray = inputs, labels: np.ndarray = labels) -> None:
                 hi = min(lo + 500, part.count)
-                images[lo:hi], labels[lo:hi] = part.read(lo, hi)
+                inputs[lo:hi], labels[lo:hi] = part.read(lo, hi)
 
             for_each(fill, range(0, part.count, 500))
             if split == "train":
-                meta["mean"], meta["std"] = _measure(images)
+                meta["kind"] = part.kind
+                meta["mean"], meta["std"] = part.statistics(inputs)
         draft.meta = meta
 
 

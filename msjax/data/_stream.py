@@ -10,6 +10,7 @@ import numpy as np
 
 from msjax.data import _cache, _images, _sets, _tfds
 from msjax.data._error import DataError
+from msjax.data._records import Images
 
 _AUGMENT = 3  # keeps this stream of random numbers apart from those of _clients
 
@@ -20,7 +21,7 @@ class ImageStream:
     Attributes:
         name, split: what it was opened as.
         num_classes: number of classes.
-        image_shape: (size, size, C) of what `batches` yields.
+        input_shape: (size, size, C) of what `batches` yields.
         mean, std: float32 [C], of pixels / 255; for `normalize`. Published values; ImageNet's for sets that have none.
         random_crop: whether images are cropped at random (training) or in the middle (test).
     """
@@ -38,9 +39,9 @@ class ImageStream:
     ):
         self.name, self.split, self.random_crop = name, split, random_crop
         self.num_classes = source.num_classes
-        self.image_shape = (image_size, image_size, source.image_shape[2])
+        self.input_shape = (image_size, image_size, source.inputs.shape[2])
         mean, std = _sets.STATISTICS.get(name, _sets.STATISTICS["imagenet2012"])
-        channels = self.image_shape[2]
+        channels = self.input_shape[2]
         self.mean, self.std = (
             np.resize(np.asarray(v if len(v) == channels else np.mean(v), np.float32), channels) for v in (mean, std)
         )
@@ -70,12 +71,12 @@ class ImageStream:
 
     def fetch(self, indices: np.ndarray, entropy: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [n, size, size, C], labels int32 [n]; the crop of example i depends on (*entropy, i) alone."""
-        size = self.image_shape[0]
+        size = self.input_shape[0]
         records = _tfds.read(self.name, self._source, indices)
-        images = np.empty((len(records), *self.image_shape), np.uint8)
+        images = np.empty((len(records), *self.input_shape), np.uint8)
         for j, (index, record) in enumerate(zip(indices, records, strict=True)):
             try:
-                image = _images.decode(record[self._source.image_key], self.image_shape[2])
+                image = _images.decode(record[self._source.inputs.key], self.input_shape[2])
                 if self.random_crop:
                     image = _images.random_resized_crop(
                         image, size, np.random.default_rng([_AUGMENT, *entropy, int(index)])
@@ -121,6 +122,8 @@ def stream(
     directory, asked = _tfds.root(data_dir)
     folder = _tfds.find(name, directory, asked)
     source = _tfds.open_split(name, folder, split)
+    if not isinstance(source.inputs, Images):
+        raise DataError(f"{name} in {folder} has no images; only they are streamed, other sets are loaded whole")
     digest = _tfds.digest(folder)
     entry = f"{name.replace('/', '--')}-labels-{split}-{_tfds.place(directory, asked)}"
     return ImageStream(
@@ -146,7 +149,7 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (images uint8 [*batch, H, W, C], labels int32 [*batch]) for each step of an epoch.
 
-    `source` is an `ImageStream`, or a pair (images, labels) of arrays such as `(ds.train_images, ds.train_labels)`;
+    `source` is an `ImageStream`, or a pair (images, labels) of arrays such as `(ds.train_inputs, ds.train_labels)`;
     pairs come as they are. Random crops depend on (seed, epoch, step, index) alone: not on the number of threads, on
     `start`, nor on which other examples are in the batch.
 
@@ -199,7 +202,7 @@ def _streamed(
                 parts = [future.result() for future in pending.popleft()]
                 submit()
                 yield (
-                    np.concatenate([x for x, _ in parts]).reshape(*batch_shape, *source.image_shape),
+                    np.concatenate([x for x, _ in parts]).reshape(*batch_shape, *source.input_shape),
                     np.concatenate([y for _, y in parts]).reshape(batch_shape),
                 )
         finally:

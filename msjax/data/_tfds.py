@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msjax.data._error import DataError
+from msjax.data._records import Columns, Images, Texts
 
 _NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?")
 _PREPARE = "`tfds build {name} --file_format=array_record --data_dir=DIR`"
@@ -109,9 +110,8 @@ class Split(NamedTuple):
     """One split of a prepared set, images still encoded: `records.__getitems__([i, ...])` gives dicts."""
 
     records: Sequence[dict[str, Any]]
-    image_key: str
+    inputs: Images | Texts | Columns
     label_key: str
-    image_shape: tuple[int | None, int | None, int]
     num_classes: int
 
 
@@ -121,29 +121,30 @@ def open_split(name: str, folder: Path, split: str) -> Split:
     try:
         builder = tfds.builder_from_directory(os.fspath(folder))
         info = builder.info
+        features = dict(info.features) if hasattr(info.features, "keys") else {}
         keys = info.supervised_keys
-        image_key, label_key = keys if keys and len(keys) == 2 else ("image", "label")
+        input_key, label_key = keys if keys and len(keys) == 2 else (None, "label")
+        label = features.get(label_key)
+        inputs = _inputs(tfds, name, folder, features, input_key, label_key)
+        if inputs is None or not isinstance(label, tfds.features.ClassLabel):
+            raise DataError(
+                f"{name} in {folder} is no set of images, texts or a table with a class label each: its features are "
+                f"{', '.join(sorted(features))}"
+            )
         if split == "train":
             wanted = ["train"]
         else:  # the labels of ImageNet's test split were never published
             wanted = ["validation", "test"] if name.startswith("imagenet") else ["test", "validation"]
-        chosen = next((s for s in wanted if s in info.splits), None)
-        features = info.features
-        known = sorted(features.keys()) if hasattr(features, "keys") else []
-        image, label = (features[k] if k in known else None for k in (image_key, label_key))
-        if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-            raise DataError(f"{name} in {folder} is no image-classification set: its features are {', '.join(known)}")
-        if chosen is None:
+        there = [s for s in wanted if s in info.splits]
+        if not there:
             raise DataError(
                 f"{name} in {folder} has no {' or '.join(wanted)} split; it has {', '.join(sorted(info.splits))}"
             )
-        h, w, channels = image.shape
-        if image.np_dtype != "uint8" or channels not in (None, 1, 3):
-            raise DataError(
-                f"{name} in {folder}: images must be uint8 with 1 or 3 channels, got {image.np_dtype} {image.shape}"
-            )
-        records = builder.as_data_source(chosen, decoders={image_key: tfds.decode.SkipDecoding()})
-        records.__getitems__([0])
+        decoders = {inputs.key: tfds.decode.SkipDecoding()} if isinstance(inputs, Images) else None
+        for chosen in there:
+            records = builder.as_data_source(chosen, decoders=decoders)
+            if records.__getitems__([0])[0][label_key] >= 0:
+                break  # else its labels are hidden, as those of the test splits of GLUE
     except DataError:
         raise
     except Exception as error:  # whatever is wrong with the files, TFDS says it in its own way
@@ -151,7 +152,34 @@ def open_split(name: str, folder: Path, split: str) -> Split:
             f"TFDS cannot read {name} in {folder} ({type(error).__name__}: {error}). The copy may be incomplete: "
             f"prepare or copy it again"
         ) from error
-    return Split(records, image_key, label_key, (h, w, channels or 3), label.num_classes)
+    return Split(records, inputs, label_key, label.num_classes)
+
+
+def _inputs(tfds, name, folder, features, input_key, label_key):
+    """What is classified: the images, else the texts, else all columns of a table; None where there are none."""
+    kinds = tfds.features
+    others = {k: f for k, f in features.items() if k != label_key and input_key in (None, k)}
+    images = [k for k, f in others.items() if isinstance(f, kinds.Image)]
+    if images:
+        h, w, channels = others[images[0]].shape
+        if np.dtype(others[images[0]].np_dtype) != np.uint8 or channels not in (None, 1, 3) or len(images) > 1:
+            raise DataError(
+                f"{name} in {folder}: there must be one image, uint8 with 1 or 3 channels, got "
+                + ", ".join(f"{k} {others[k].np_dtype} {others[k].shape}" for k in images)
+            )
+        return Images(images[0], (h, w, channels or 3))
+    if texts := [k for k, f in others.items() if isinstance(f, kinds.Text)]:
+        return Texts(tuple(sorted(texts)))
+    columns = {}
+    for key in sorted(others):
+        feature = others[key]
+        if isinstance(feature, kinds.ClassLabel):
+            columns[key] = feature.num_classes
+        elif feature.shape == () and np.dtype(feature.np_dtype).kind in "fiub":
+            columns[key] = 0
+        else:
+            return None
+    return Columns(tuple(columns), tuple(columns.values())) if columns else None
 
 
 def prepare(name: str, directory: Path) -> None:

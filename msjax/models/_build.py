@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from msjax.models._convnet import convnet
 from msjax.models._layers import ACTIVATIONS
+from msjax.models._mlp import mlp
 from msjax.models._model import Model
 from msjax.models._resnet import resnet
 from msjax.models._resnet9 import resnet9
+from msjax.models._transformer import transformer
 from msjax.models._vgg import vgg19
 
-# Each with the smallest side that leaves at least one pixel.
+# Each with the smallest side that leaves at least one pixel; those of 0 take no images.
 _MODELS = {
     "convnet": (convnet, 2),
     "resnet9": (resnet9, 8),
@@ -24,7 +26,10 @@ _MODELS = {
     "resnet56": (resnet, 1),
     "resnet110": (resnet, 1),
     "vgg19": (vgg19, 32),
+    "mlp": (mlp, 0),
+    "transformer": (transformer, 0),
 }
+_TOKENS = ("transformer",)
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 # The networks that He et al. made for CIFAR, 6n + 2 layers; where the shape changes they have projections here, too.
 _STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
@@ -35,14 +40,18 @@ NAMES = tuple(_MODELS)
 def build(
     name: str,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     num_classes: int,
     width: float = 1.0,
     activation: str = "relu",
     dtype: Any = jnp.float32,
     first_block: str = "residual",
+    vocabulary: int = 8192,
 ) -> Model:
-    """The model `name` for images (n, *input_shape), channels last, as a description without arrays.
+    """The model `name` for inputs (n, *input_shape), as a description without arrays.
+
+    Images are (n, h, w, c), channels last; `mlp` takes columns of a table (n, f), or inputs of any shape as such;
+    `transformer` tokens, int32 (n, length), of which there are `vocabulary`.
 
     - `width` multiplies every channel count and hidden dense width, rounded half up and at least 1: 0.25 gives
       ResNet18 stages of 16, 32, 64, 128.
@@ -65,10 +74,7 @@ def build(
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     network, smallest = _MODELS[name]
     input_shape = tuple(input_shape)
-    if len(input_shape) != 3 or any(not isinstance(n, int) or n < 1 for n in input_shape):
-        raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape}")
-    if min(input_shape[:2]) < smallest:
-        raise ValueError(f"input_shape must have sides of at least {smallest} for {name}, got {input_shape}")
+    _check_shape(name, input_shape, smallest)
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
     if not (math.isfinite(width) and width > 0):
@@ -85,8 +91,26 @@ def build(
         raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
     dtype = _compute_dtype(dtype)
     scale = functools.partial(_scale, width)
+    if name in _TOKENS:
+        if not isinstance(vocabulary, int) or vocabulary < 1:
+            raise ValueError(f"vocabulary must be a positive integer, got {vocabulary!r}")
+        network = functools.partial(network, vocabulary=vocabulary)
     blocks, named_cuts, note = network(input_shape, num_classes, scale=scale, activation=activation, dtype=dtype)
-    return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note)
+    return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note, takes_tokens=name in _TOKENS)
+
+
+def _check_shape(name, shape, smallest):
+    """Texts have one axis, images three and sides that leave a pixel, tables any."""
+    if name in _TOKENS:
+        fits, rule = len(shape) == 1, "one positive integer (tokens of a text)"
+    elif smallest:
+        fits, rule = len(shape) == 3, "three positive integers (height, width, channels)"
+    else:
+        fits, rule = len(shape) > 0, "positive integers"
+    if not fits or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"input_shape must be {rule} for {name}, got {shape}")
+    if smallest and min(shape[:2]) < smallest:
+        raise ValueError(f"input_shape must have sides of at least {smallest} for {name}, got {shape}")
 
 
 def _scale(width, features):

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -53,9 +54,15 @@ class Model:
     """
 
     name: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     num_classes: int
     dtype: Any
     blocks: tuple[Block, ...]
     named_cuts: tuple[tuple[str, int], ...]
     note: str = ""
+    takes_tokens: bool = False
+    """Whether the inputs are int32 tokens, not numbers of `dtype`."""
+
+    @property
+    def input_dtype(self) -> Any:
+        return jnp.dtype("int32") if self.takes_tokens else self.dtype

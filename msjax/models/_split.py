@@ -7,9 +7,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from msjax.models._model import Block, Model, graphdef
 
@@ -34,7 +33,7 @@ class Apply:
         self,
         params: PyTree,
         stats: PyTree,
-        x: Float[Array, "n ..."],
+        x: Shaped[Array, "n ..."],
         *,
         train: bool,
         key: Key[Array, ""] | None = None,
@@ -126,7 +125,7 @@ def resolve_cut(model: Model, cut: int | str) -> int:
 def list_cuts(model: Model) -> list[Cut]:
     """Every cut with the feature map's shape per sample, found from shapes alone."""
     names = {layer: name for name, layer in model.named_cuts}
-    h = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    h = jax.ShapeDtypeStruct((1, *model.input_shape), model.input_dtype)
     cuts = []
     for block in model.blocks[:-1]:
         h = jax.eval_shape(lambda x, block=block: block.create(jax.random.key(0))(x, train=False, key=None), h)

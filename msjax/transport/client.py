@@ -105,7 +105,7 @@ class Own(NamedTuple):
     samples: int
     """How many it draws in an epoch."""
     test_samples: int
-    image_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
     num_classes: int
 
 

@@ -58,7 +58,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             run=trained.run,
             config=json.dumps(config.to_json(trained.config)),
             step=trained.step,
-            image_shape=trained.info.image_shape,
+            input_shape=trained.info.input_shape,
             num_classes=trained.info.num_classes,
         )
 
@@ -102,7 +102,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 def _feature_shapes(cfg, info):
     """Shape and dtype of what one sample is at the cut, and behind the server."""
     client, server, *_ = jax.eval_shape(lambda: assemble.make_halves(cfg, info))
-    x = jax.ShapeDtypeStruct((1, *info.image_shape), np.dtype(cfg.dtype))
+    x = jax.ShapeDtypeStruct((1, *info.input_shape), assemble.make_model(cfg, info).input_dtype)
     found = []
     for half in (client, server):
         x = jax.eval_shape(lambda p, s, x, half=half: half.apply(p, s, x, train=False)[0], half.params, half.stats, x)

@@ -72,7 +72,7 @@ class Coordinator:
     """The state of a run that clients see, between their threads and the one that trains.
 
     Args:
-      assemble: from (samples, test_samples, image_shape, num_classes) to the run's parts, called when all clients have
+      assemble: from (samples, test_samples, input_shape, num_classes) to the run's parts, called when all clients have
         said what data they have.
       store: of checkpoints: `latest()`, `save(step, server, extra)`, `restore(step, server)`.
       compression: of the answers' bytes, as `msjax.wire` takes it.
@@ -238,7 +238,7 @@ class Coordinator:
                 self._changed.wait(1.0)
             readies = [self._sessions[c].ready for c in sorted(everyone)]
             for ready in readies:
-                self._ready_info = self._ready_info or (tuple(ready.image_shape), ready.num_classes)
+                self._ready_info = self._ready_info or (tuple(ready.input_shape), ready.num_classes)
                 self._check_data(ready)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             self.parts = self._assemble(samples, tests, *self._ready_info)
@@ -249,9 +249,9 @@ class Coordinator:
                 self._admit(self._sessions[client])
 
     def _check_data(self, ready):
-        if self._ready_info != (tuple(ready.image_shape), ready.num_classes):
+        if self._ready_info != (tuple(ready.input_shape), ready.num_classes):
             raise _messages.ProtocolError(
-                f"all clients must have images of one shape and one number of classes, got {tuple(ready.image_shape)}, "
+                f"all clients must have inputs of one shape and one number of classes, got {tuple(ready.input_shape)}, "
                 f"{ready.num_classes} beside {self._ready_info}"
             )
 

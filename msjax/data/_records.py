@@ -1,0 +1,94 @@
+"""What a prepared set's records hold: images, texts or the columns of a table; texts and tables as arrays."""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TEXT_LENGTH, VOCABULARY = 64, 8192
+"""Defaults: tokens of a text, and how many different ones there are."""
+PAD, START = 0, 1
+"""The token behind a text's end, and the one before its first word; words take the numbers from 2 on."""
+_LONGEST = 1024  # words of a text that are kept in the cache
+
+
+class Images(NamedTuple):
+    """Encoded images in one feature; a side that varies is None."""
+
+    key: str
+    shape: tuple[int | None, int | None, int]
+
+
+class Texts(NamedTuple):
+    """Texts in one feature, or in several that are read one after the other."""
+
+    keys: tuple[str, ...]
+
+
+class Columns(NamedTuple):
+    """A table's features: each a number, or one of `classes[i]` classes (0 for a number)."""
+
+    keys: tuple[str, ...]
+    classes: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """How many columns the array has: one a number, one a class."""
+        return sum(c or 1 for c in self.classes)
+
+    @property
+    def is_number(self) -> np.ndarray:
+        """bool (width,)."""
+        return np.concatenate([[c == 0] * (c or 1) for c in self.classes]).astype(bool)
+
+
+def word_hashes(texts: Iterable[str]) -> np.ndarray:
+    """uint32 (N, longest): CRC-32 of each word, lower-cased, split at white space; 0 behind a text's end.
+
+    Words beyond the first 1,024 of a text are left out.
+    """
+    rows = [[zlib.crc32(word.encode()) or 1 for word in text.lower().split()[:_LONGEST]] for text in texts]
+    hashes = np.zeros((len(rows), max(map(len, rows), default=0)), np.uint32)
+    for row, found in zip(hashes, rows, strict=True):
+        row[: len(found)] = found
+    return hashes
+
+
+def tokens(hashes: np.ndarray, length: int, vocabulary: int) -> np.ndarray:
+    """int32 (N, length): `START`, then the words as 2 … vocabulary − 1 by their hashes, then `PAD`.
+
+    By hashes rather than by a list of words (the "hashing trick", arXiv 0902.2206), so that clients who have never seen
+    each other's texts number words alike. Words may share a number.
+    """
+    found = np.full((len(hashes), length), PAD, np.int32)
+    found[:, 0] = START
+    words = np.asarray(hashes[:, : length - 1])
+    found[:, 1 : 1 + words.shape[1]] = np.where(words == 0, PAD, 2 + words % np.uint32(vocabulary - 2))
+    return found
+
+
+def check_tokens(length: int, vocabulary: int) -> None:
+    """Room for the start and a word, and numbers for both."""
+    if length < 2:
+        raise ValueError(f"text_length must be at least 2, got {length}")
+    if vocabulary < 3:
+        raise ValueError(f"vocabulary must be at least 3, got {vocabulary}")
+
+
+def texts_of(records: Sequence[dict[str, Any]], inputs: Texts) -> list[str]:
+    """The text of each record."""
+
+    def text(value):
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+    return [" ".join(text(record[key]) for key in inputs.keys) for record in records]
+
+
+def columns_of(records: Sequence[dict[str, Any]], inputs: Columns) -> np.ndarray:
+    """float32 (n, width): numbers as they are, a class as a 1 among 0s; all 0 where it is none of the classes."""
+    parts = []
+    for key, classes in zip(inputs.keys, inputs.classes, strict=True):
+        values = np.asarray([record[key] for record in records])
+        parts.append(values[:, None] == np.arange(classes) if classes else values[:, None])
+    return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
