@@ -190,15 +190,17 @@ def test_transformer():
     assert models.count_params(model) == 50 * 32 + 12 * 32 + 4 * block + 2 * 32 + 32 * 3 + 3
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (4, 12)), jnp.int32)
     whole = models.whole(model, seed=1)
-    logits, stats = whole.apply(whole.params, whole.stats, tokens, train=True)
+    logits, stats = whole.apply(whole.params, whole.stats, tokens, train=True, key=jax.random.key(2))
     assert logits.shape == (4, 3) and logits.dtype == jnp.float32 and stats == {}
     for cut in (1, "shallow", "deep"):
         client, server = models.split(model, cut, seed=1)
-        h, _ = client.apply(client.params, client.stats, tokens, train=True)
-        assert_close(server.apply(server.params, server.stats, h, train=True)[0], logits, 1e-5)
+        h, _ = client.apply(client.params, client.stats, tokens, train=True, key=jax.random.key(2))
+        found, _ = server.apply(server.params, server.stats, h, train=True, key=jax.random.key(2))
+        assert_close(found, logits, 1e-5)
     # Every token is seen, and so is its place.
+    plain, _ = whole.apply(whole.params, whole.stats, tokens, train=False)
     swapped = tokens[:, [0, *range(11, 0, -1)]]
-    assert (whole.apply(whole.params, whole.stats, swapped, train=False)[0] != logits).all()
+    assert (whole.apply(whole.params, whole.stats, swapped, train=False)[0] != plain).all() and (plain != logits).all()
 
 
 @pytest.mark.parametrize(
