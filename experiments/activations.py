@@ -3,7 +3,8 @@
     python -m experiments.activations --data-dir DIR
 
 MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all.
-QU has 3 bits, from the least value to the largest. At the medium cut.
+QU has 3 bits, from the least value to the largest. At the medium cut; "before ReLU" cuts before its activation, which
+the server then applies.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from experiments import driver, study
 from msjax import compress
 
 TITLE = "Activations"
-ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "tanh")
+BEFORE = "before ReLU"
+ACTIVATIONS = ("relu", BEFORE, "leaky_relu", "gelu", "silu", "tanh")
 CODECS = {
     "none": compress.Identity(),
     "MS": compress.MaskEncoded(),
@@ -31,7 +33,10 @@ def runs(scale):
         for name, codec in CODECS.items():
             if scale == "smoke" and name != "MS, signed":
                 continue
-            model = dataclasses.replace(base.model, activation=activation)
+            if activation == BEFORE and name == "none":
+                continue  # it is that of ReLU
+            own = {"cut_before_activation": True} if activation == BEFORE else {"activation": activation}
+            model = dataclasses.replace(base.model, **own)
             arms[f"{activation}, {name}"] = dataclasses.replace(base, model=model, codec=codec)
     return study.with_seeds(arms, study.seeds(scale, lite=1))
 

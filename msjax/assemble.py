@@ -85,7 +85,8 @@ def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
 
 
 def _halves(cfg, model):
-    return models.split(model, cfg.cut, head_cut=cfg.head_cut, seed=cfg.seed)
+    before = cfg.model.cut_before_activation
+    return models.split(model, cfg.cut, head_cut=cfg.head_cut, cut_before_activation=before, seed=cfg.seed)
 
 
 def make_model(cfg: config.Config, info: SetInfo) -> models.Model:

@@ -40,6 +40,8 @@ class ModelConfig:
     """Multiplier of the channel counts."""
     activation: str = "relu"
     """relu, leaky_relu, gelu, silu or tanh."""
+    cut_before_activation: bool = False
+    """Whether the server applies the activation that the client's last layer ends with, so that features have signs."""
     first_block: Literal["residual", "paper"] = "residual"
     """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
 

@@ -324,3 +324,33 @@ def test_the_narrow_convolution_has_the_gradients_of_the_plain_one(shape):
     plain = gradients(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), [(1, 1), (1, 1)], **options))
     for a, b in zip(found, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "activation"),
+    [("convnet", 2, "tanh"), ("convnet", 4, "relu"), ("resnet9", "medium", "gelu"), ("resnet20", "shallow", "silu")],
+)
+def test_cut_before_the_activation(name, cut, activation):
+    """The same network, whose features have both signs."""
+    shape = (8, 8, 1) if name == "convnet" else (16, 16, 3)
+    model = models.build(name, input_shape=shape, num_classes=5, width=0.125, activation=activation)
+    x = jax.random.normal(jax.random.key(1), (4, *shape))
+    plain, before = (models.split(model, cut, cut_before_activation=b) for b in (False, True))
+    found = []
+    for client, server in (plain, before):
+        h, client_stats = client.apply(client.params, client.stats, x, train=True)
+        y, server_stats = server.apply(server.params, server.stats, h, train=True)
+        found.append((h, y, client_stats, server_stats))
+    assert (found[1][0] < -0.5).any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1:], found[1][1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "activation", "said"),
+    [("resnet9", 4, "relu", "a block that ends with one, got residual4"), ("convnet", 2, "gelu", "before a pool")],
+)
+def test_cuts_without_an_activation_to_cut_before(name, cut, activation, said):
+    shape = (8, 8, 1) if name == "convnet" else (16, 16, 3)
+    model = models.build(name, input_shape=shape, num_classes=5, width=0.125, activation=activation)
+    with pytest.raises(ValueError, match=f"cut_before_activation must .*{said}"):
+        models.split(model, cut, cut_before_activation=True)

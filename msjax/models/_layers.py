@@ -18,6 +18,12 @@ ACTIVATIONS = MappingProxyType(
     }
 )
 
+
+def activation(name):
+    """One of `ACTIVATIONS`, or "identity" where the cut comes before it."""
+    return ACTIVATIONS.get(name, lambda x: x)
+
+
 # torchvision's initialisation. The paper's program keeps PyTorch's default, whose variance is 6 times smaller where
 # in = out; behind batch normalisation the scale does not change the forward pass, only the first steps' effective rate.
 _CONV_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -75,27 +81,29 @@ class ConvNorm(nnx.Module):
 class ConvBlock(nnx.Module):
     """Convolution, batch normalisation, activation and, where `pool` is 2 or 3, max-pool in steps of 2."""
 
-    def __init__(self, in_features, features, *, kernel=3, stride=1, use_bias, pool=0, activation, dtype, rngs):
-        self.activation, self.pool = activation, pool
+    def __init__(
+        self, in_features, features, *, kernel=3, stride=1, use_bias, pool=0, activation, activate=True, dtype, rngs
+    ):
+        self.activation, self.pool = activation if activate else "identity", pool
         self.conv = ConvNorm(
             in_features, features, kernel=kernel, stride=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x, *, train, key=None):
-        h = ACTIVATIONS[self.activation](self.conv(x, train=train))
+        h = activation(self.activation)(self.conv(x, train=train))
         return max_pool(h, self.pool, padding=(self.pool - 1) // 2) if self.pool else h
 
 
 class DenseBlock(nnx.Module):
     """Flatten, dense layer, activation, dropout: (n, ...) -> (n, features)."""
 
-    def __init__(self, in_features, features, *, dropout_rate=0.0, activation, dtype, rngs):
-        self.activation = activation
+    def __init__(self, in_features, features, *, dropout_rate=0.0, activation, activate=True, dtype, rngs):
+        self.activation = activation if activate else "identity"
         self.dense = nnx.Linear(in_features, features, dtype=dtype, kernel_init=_DENSE_INIT, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate)
 
     def __call__(self, x, *, train, key=None):
-        h = ACTIVATIONS[self.activation](self.dense(x.reshape(x.shape[0], -1)))
+        h = activation(self.activation)(self.dense(x.reshape(x.shape[0], -1)))
         return self.dropout(h, deterministic=not train, rngs=key)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Hashable
 from typing import Any
 
@@ -34,6 +35,19 @@ class Block:
     def needs_key(self) -> bool:
         """Whether training draws random numbers here."""
         return dict(self.options).get("dropout_rate", 0) > 0
+
+    def without_activation(self) -> "Block":
+        """The block without the activation that it ends with.
+
+        Raises ValueError where it ends with none, or with something that does not commute with it.
+        """
+        options = dict(self.options)
+        if "activate" not in inspect.signature(self.module.__init__).parameters:
+            raise ValueError(f"cut_before_activation must be at a block that ends with one, got {self.name}")
+        commutes = options["activation"] in ("relu", "leaky_relu", "tanh") or not options.get("pool")
+        if not commutes or options.get("dropout_rate"):
+            raise ValueError(f"cut_before_activation must not be before a pool or dropout, got {self.name}")
+        return dataclasses.replace(self, options=(*self.options, ("activate", False)))
 
     def create(self, key) -> nnx.Module:
         """The module with parameters drawn from `key`."""

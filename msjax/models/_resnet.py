@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from msjax.models._layers import ACTIVATIONS, ConvBlock, ConvNorm, Head
+from msjax.models._layers import ConvBlock, ConvNorm, Head, activation
 from msjax.models._model import Block
 
 _SMALL = 64  # the largest side that gets the 3×3 stem: CIFAR's 32 and Tiny ImageNet's 64
@@ -11,8 +11,8 @@ _SMALL = 64  # the largest side that gets the 3×3 stem: CIFAR's 32 and Tiny Ima
 class BasicBlock(nnx.Module):
     """Two 3×3 convolutions beside a skip connection, projected where the shape changes."""
 
-    def __init__(self, in_features, features, *, stride=1, activation, dtype, rngs):
-        self.activation = activation
+    def __init__(self, in_features, features, *, stride=1, activation, activate=True, dtype, rngs):
+        self.activation, self.last = activation, activation if activate else "identity"
         self.conv1 = ConvNorm(in_features, features, stride=stride, dtype=dtype, rngs=rngs)
         self.conv2 = ConvNorm(features, features, dtype=dtype, rngs=rngs)
         same = stride == 1 and in_features == features
@@ -21,22 +21,21 @@ class BasicBlock(nnx.Module):
         )
 
     def __call__(self, x, *, train, key=None):
-        act = ACTIVATIONS[self.activation]
-        h = self.conv2(act(self.conv1(x, train=train)), train=train)
+        h = self.conv2(activation(self.activation)(self.conv1(x, train=train)), train=train)
         skip = x if self.shortcut is None else self.shortcut(x, train=train)
-        return act(h + skip)
+        return activation(self.last)(h + skip)
 
 
 class PlainBlock(nnx.Module):
     """The paper's first block at cut 2: conv-bn-conv-bn-activation, with no skip and no activation in between."""
 
-    def __init__(self, in_features, features, *, activation, dtype, rngs):
-        self.activation = activation
+    def __init__(self, in_features, features, *, activation, activate=True, dtype, rngs):
+        self.activation = activation if activate else "identity"
         self.conv1 = ConvNorm(in_features, features, dtype=dtype, rngs=rngs)
         self.conv2 = ConvNorm(features, features, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, train, key=None):
-        return ACTIVATIONS[self.activation](self.conv2(self.conv1(x, train=train), train=train))
+        return activation(self.activation)(self.conv2(self.conv1(x, train=train), train=train))
 
 
 def resnet(input_shape, num_classes, *, stages, first_features=64, first_block, scale, **options):

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from msjax.models._layers import ACTIVATIONS, ConvBlock, ConvNorm, Head
+from msjax.models._layers import ConvBlock, ConvNorm, Head, activation
 from msjax.models._model import Block
 
 _HEAD = {"pool": "max", "scale": 0.125}  # Page's; the scale is as if the softmax had temperature 8
@@ -11,12 +11,12 @@ _HEAD = {"pool": "max", "scale": 0.125}  # Page's; the scale is as if the softma
 class PoolBlock(nnx.Module):
     """Convolution, max-pool, normalisation, activation: pooled before rather than after, it normalises a quarter."""
 
-    def __init__(self, in_features, features, *, activation, dtype, rngs):
-        self.activation = activation
+    def __init__(self, in_features, features, *, activation, activate=True, dtype, rngs):
+        self.activation = activation if activate else "identity"
         self.conv = ConvNorm(in_features, features, pool=2, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, train, key=None):
-        return ACTIVATIONS[self.activation](self.conv(x, train=train))
+        return activation(self.activation)(self.conv(x, train=train))
 
 
 class Residual(nnx.Module):

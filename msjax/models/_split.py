@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
+from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model, graphdef
 
 
@@ -19,10 +20,12 @@ class Apply:
     """Consecutive blocks of a model as one pure function; hashable and equal by value, so that `jit` need not retrace.
 
     `first` is the place of `blocks[0]` in the model: random numbers depend on a block's place, not on the cut.
+    `activation`, if the cut came before it, is that of the block before, which is applied first.
     """
 
     blocks: tuple[Block, ...]
     first: int = 0
+    activation: str | None = None
 
     @property
     def needs_key(self) -> bool:
@@ -50,6 +53,8 @@ class Apply:
             names = ", ".join(block.name for block in self.blocks if block.needs_key)
             raise ValueError(f"key must be given when train is True, for the dropout in {names}; got None")
         new_stats = {}
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x)
         for place, block in enumerate(self.blocks, self.first):
             # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
             states = (tree[block.name] for tree in (params, stats) if block.name in tree)
@@ -83,14 +88,25 @@ class Cut(NamedTuple):
     dtype: Any
 
 
-def split(model: Model, cut: int | str, *, head_cut: int | str | None = None, seed: int = 0) -> tuple[Half, ...]:
+def split(
+    model: Model,
+    cut: int | str,
+    *,
+    head_cut: int | str | None = None,
+    cut_before_activation: bool = False,
+    seed: int = 0,
+) -> tuple[Half, ...]:
     """The client half, up to and including layer `cut`, and the server half, with parameters drawn from `seed`.
 
     `cut` is a layer number, or "shallow", "medium" or "deep". A block's parameters depend on the seed and the block,
     never on the cut, and `server` after `client` computes what `whole` does. With `head_cut`, of the same kind or
     "last" for the cut before the last block, there is a third part, the head: what lies behind layer `head_cut`.
 
-    Raises ValueError for a cut that is not a block boundary, naming those that are, or a `head_cut` not behind `cut`.
+    With `cut_before_activation` the server applies the activation that the client's last block ends with: features are
+    then those before it, with both signs. A max-pool behind a monotone activation is still the client's.
+
+    Raises ValueError for a cut that is not a block boundary, naming those that are, a `head_cut` not behind `cut`, or a
+    block at the cut that ends with no activation.
     """
 
     def end(layer):
@@ -102,7 +118,13 @@ def split(model: Model, cut: int | str, *, head_cut: int | str | None = None, se
         if layer <= resolve_cut(model, cut):
             raise ValueError(f"head_cut must be behind cut {cut!r}, got {head_cut!r}")
         places.insert(2, end(layer))
-    return tuple(_half(model, start, stop, seed) for start, stop in itertools.pairwise(places))
+    client, server, *head = (_half(model, start, stop, seed) for start, stop in itertools.pairwise(places))
+    if cut_before_activation:
+        *blocks, last = client.apply.blocks
+        client = client._replace(apply=dataclasses.replace(client.apply, blocks=(*blocks, last.without_activation())))
+        activation = dict(last.options)["activation"]
+        server = server._replace(apply=dataclasses.replace(server.apply, activation=activation))
+    return client, server, *head
 
 
 def whole(model: Model, *, seed: int = 0) -> Half:
