@@ -34,8 +34,19 @@ class Setting(NamedTuple):
 
 
 def settings(scale):
-    if scale != "paper":
-        return {"": Setting(study.base(scale), {})}
+    """Where not at paper scale, the first has three seeds, and what is new in the others one."""
+    base = study.base(scale)
+    if scale == "smoke":
+        return {"": Setting(base, {})}
+    if scale == "lite":
+        # For ImageNet, and for a set of many classes: 100 images of each of 200, made as small as those of CIFAR.
+        tiny = config.DataConfig(name="tiny_imagenet", image_size=32)
+        narrow = dataclasses.replace(base.model, name="resnet18", width=0.125)
+        return {
+            "": Setting(base, {}),
+            "ResNet9, Tiny ImageNet at 32²": Setting(dataclasses.replace(base, data=tiny, epochs=8), {}),
+            "ResNet18, CIFAR-10": Setting(dataclasses.replace(base, model=narrow), {}),
+        }
     presets = {
         "VGG19, CIFAR-10": ("vgg19_cifar10", ("93.8", "93.3–93.7", "89–93", "91–93.5", "–")),
         "ResNet18, CIFAR-100": ("resnet18_cifar100", ("77.8", "77.1–77.7", "62–76.3", "75.8–76.2", "74.4–75.5")),
@@ -48,11 +59,14 @@ def settings(scale):
 
 
 def runs(scale):
-    arms = {}
+    found = {}
     for setting, (base, _) in settings(scale).items():
+        arms = {}
         for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:2]:
             arms[study.label(setting, name)] = dataclasses.replace(base, codec=codec)
-    return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
+        seeds = study.seeds(scale, lite=1 if setting else 3)
+        found |= study.with_seeds(study.at_cuts(arms, study.cuts(scale)), seeds)
+    return found
 
 
 def groups_of(setting, records):
