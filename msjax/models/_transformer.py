@@ -45,18 +45,18 @@ class EncoderBlock(nnx.Module):
 
 
 class TokenHead(nnx.Module):
-    """Layer normalisation of the first token, and a dense layer: (n, length, c) -> float32 (n, classes)."""
+    """Layer normalisation, the mean over the tokens, and a dense layer: (n, length, c) -> float32 (n, classes)."""
 
     def __init__(self, in_features, num_classes, *, dtype, rngs):
         self.norm = nnx.LayerNorm(in_features, dtype=dtype, rngs=rngs)
         self.head = Head(in_features, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, train, key=None):
-        return self.head(self.norm(jax.lax.index_in_dim(x, 0, axis=1, keepdims=False)), train=train)
+        return self.head(self.norm(x).mean(1), train=train)
 
 
 def transformer(input_shape, num_classes, *, scale, vocabulary, activation, dtype):
-    """Embedding and position (layer 1), four blocks of 128 features (2 to 5), and what is made of the first token.
+    """Embedding and position (layer 1), four blocks of 128 features (2 to 5), and the mean over tokens.
 
     Dropout is 0.2 behind the embedding, 0.1 in the blocks.
     The skip connections' sum is cut, so features have both signs and no normalisation. Padding is a token like others,
