@@ -177,9 +177,9 @@ def _cut(cut):
 
 _LEAST = {
     **dict.fromkeys(("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"), 1),
+    "data.text_length": 1,
+    "data.vocabulary": 2,  # words, and padding
     **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay"), 0),
-    "data.text_length": 2,  # the token before the first word, and a word
-    "data.vocabulary": 3,  # that token, padding, and words
 }
 # Literal types are checked on the command line alone; presets and files are checked against this.
 _CHOICES = {

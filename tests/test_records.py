@@ -88,19 +88,19 @@ def test_words_become_tokens():
     assert hashes.shape == (3, 5) and hashes.dtype == np.uint32
     assert hashes[0, 0] == hashes[2, 1] and (hashes[1] == 0).all() and (hashes[0, 2:] == 0).all()
     found = _records.tokens(hashes, 4, 100)
-    assert found.dtype == np.int32 and (found[:, 0] == _records.START).all()
-    assert found[0, 1] == found[2, 2] and found[0, 3] == _records.PAD and (found[1, 1:] == _records.PAD).all()
-    words = found[:, 1:][found[:, 1:] != _records.PAD]
-    assert len(words) == 5 and words.min() >= 2 and words.max() < 100  # two, none, and the first three of five
+    assert found.dtype == np.int32 and found.shape == (3, 4)
+    assert found[0, 0] == found[2, 1] and (found[0, 2:] == _records.PAD).all() and (found[1] == _records.PAD).all()
+    words = found[found != _records.PAD]
+    assert len(words) == 6 and words.min() >= 1 and words.max() < 100  # two, none, and the first four of five
     # What a word's number is does not depend on the other texts: parties need not agree on a list of words.
-    np.testing.assert_array_equal(_records.tokens(_records.word_hashes(["good one"]), 4, 100)[0, 1], found[0, 1])
+    np.testing.assert_array_equal(_records.tokens(_records.word_hashes(["good one"]), 4, 100)[0, 0], found[0, 0])
     assert _records.tokens(hashes, 9, 100).shape == (3, 9)
-    assert set(_records.tokens(hashes, 6, 3).ravel()) == {0, 1, 2}
+    assert set(_records.tokens(hashes, 6, 2).ravel()) == {0, 1}
 
 
 def test_words_are_spread_over_the_vocabulary():
-    found = _records.tokens(_records.word_hashes([" ".join(f"w{n}" for n in range(1000))]), 1001, 66)[0, 1:]
-    counts = np.bincount(found - 2, minlength=64)
+    found = _records.tokens(_records.word_hashes([" ".join(f"w{n}" for n in range(1000))]), 1000, 65)[0]
+    counts = np.bincount(found - 1, minlength=64)
     assert np.sum((counts - 1000 / 64) ** 2 / (1000 / 64)) < 110  # chi-square of 63 degrees, p below 0.001
 
 
@@ -164,10 +164,10 @@ def test_wrong_sets_and_options(tmp_path, monkeypatch, reviews):
     place, _ = reviews
     with pytest.raises(data.DataError, match=r"reviews .* has no images; only they are streamed"):
         data.stream("reviews", **place)
-    with pytest.raises(ValueError, match="text_length must be at least 2, got 1"):
-        data.load("reviews", text_length=1, **place)
-    with pytest.raises(ValueError, match=r"data.vocabulary must be at least 3, got 2"):
-        config.Config(data=config.DataConfig(vocabulary=2))
+    with pytest.raises(ValueError, match="text_length must be at least 1, got 0"):
+        data.load("reviews", text_length=0, **place)
+    with pytest.raises(ValueError, match=r"data.vocabulary must be at least 2, got 1"):
+        config.Config(data=config.DataConfig(vocabulary=1))
     with pytest.raises(ValueError, match=r'data.augment must be "none" for inputs that are no images'):
         data.augment(jnp.zeros((2, 3), jnp.int32), jax.random.key(0), kind="crop_flip")
     with pytest.raises(
@@ -199,7 +199,7 @@ def test_transformer():
         assert_close(found, logits, 1e-5)
     # Every token is seen, and so is its place.
     plain, _ = whole.apply(whole.params, whole.stats, tokens, train=False)
-    swapped = tokens[:, [0, *range(11, 0, -1)]]
+    swapped = tokens[:, ::-1]
     assert (whole.apply(whole.params, whole.stats, swapped, train=False)[0] != plain).all() and (plain != logits).all()
 
 

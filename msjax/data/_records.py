@@ -8,8 +8,8 @@ import numpy as np
 
 TEXT_LENGTH, VOCABULARY = 64, 8192
 """Defaults: tokens of a text, and how many different ones there are."""
-PAD, START = 0, 1
-"""The token behind a text's end, and the one before its first word; words take the numbers from 2 on."""
+PAD = 0
+"""The token behind a text's end; words take the numbers from 1 on."""
 _LONGEST = 1024  # words of a text that are kept in the cache
 
 
@@ -56,24 +56,23 @@ def word_hashes(texts: Iterable[str]) -> np.ndarray:
 
 
 def tokens(hashes: np.ndarray, length: int, vocabulary: int) -> np.ndarray:
-    """int32 (N, length): `START`, then the words as 2 … vocabulary − 1 by their hashes, then `PAD`.
+    """int32 (N, length): the words as 1 … vocabulary − 1 by their hashes, then `PAD`.
 
     By hashes rather than by a list of words (the "hashing trick", arXiv 0902.2206), so that clients who have never seen
     each other's texts number words alike. Words may share a number.
     """
     found = np.full((len(hashes), length), PAD, np.int32)
-    found[:, 0] = START
-    words = np.asarray(hashes[:, : length - 1])
-    found[:, 1 : 1 + words.shape[1]] = np.where(words == 0, PAD, 2 + words % np.uint32(vocabulary - 2))
+    words = np.asarray(hashes[:, :length])
+    found[:, : words.shape[1]] = np.where(words == 0, PAD, 1 + words % np.uint32(vocabulary - 1))
     return found
 
 
 def check_tokens(length: int, vocabulary: int) -> None:
-    """Room for the start and a word, and numbers for both."""
-    if length < 2:
-        raise ValueError(f"text_length must be at least 2, got {length}")
-    if vocabulary < 3:
-        raise ValueError(f"vocabulary must be at least 3, got {vocabulary}")
+    """Room for a word, and numbers for words and padding."""
+    if length < 1:
+        raise ValueError(f"text_length must be at least 1, got {length}")
+    if vocabulary < 2:
+        raise ValueError(f"vocabulary must be at least 2, got {vocabulary}")
 
 
 def texts_of(records: Sequence[dict[str, Any]], inputs: Texts) -> list[str]:

@@ -78,7 +78,7 @@ def load(
         data_dir: TFDS data directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
         cache_dir: where decoded arrays are kept; by default $MSJAX_CACHE, $XDG_CACHE_HOME/msjax or ~/.cache/msjax.
         image_size: resize the shorter side to this and crop the middle; needed where a set's images differ in size.
-        text_length: tokens of a text, the one before its first word included; longer ones are cut, shorter ones padded.
+        text_length: tokens of a text; longer ones are cut, shorter ones padded.
         vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
 
     Raises:
