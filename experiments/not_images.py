@@ -60,7 +60,7 @@ def settings(scale):
         optim=OptimConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.01, warmup_epochs=0.2),
         clients=10,
         batch_size=25,
-        epochs=5 if full else 3,
+        epochs=5 if full else 2,
     )
     return {
         "MLP, Adult": Setting(table, codecs(signed=False)),
