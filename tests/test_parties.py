@@ -1,6 +1,8 @@
 """The parties apart compute what the fused program computes, in every mode; and the script that they follow."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -59,18 +61,40 @@ MODES = [
 ]
 
 
+class Finished(NamedTuple):
+    """The parties of `SMALL` in a mode, at the end of the run."""
+
+    plan: protocol.Plan
+    server: parties.Server
+    clients: list[parties.Client]
+    exchanges: list[protocol.Exchange]
+    first_epoch: tuple
+    """What the server had counted after it, in training and in test."""
+    before: tuple
+    """The parameters of the server and of the first client before the run."""
+
+
+@functools.cache
+def finished(mode):
+    plan, server, clients = make_parties(dataclasses.replace(SMALL, mode=mode))
+    before = jax.tree.map(np.asarray, (server.state.params, clients[0].state.params))
+    exchanges = []
+    for exchange in parties.run(plan, server, clients):
+        exchanges.append(exchange)
+        if exchange.step == plan.epoch_steps - 1:
+            first_epoch = server.train, server.test
+    return Finished(plan, server, clients, exchanges, first_epoch, before)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_parties_train(mode):
-    cfg = dataclasses.replace(SMALL, mode=mode)
-    plan, server, clients = make_parties(cfg)
-    before = jax.tree.map(np.asarray, (server.state.params, clients[0].state.params))
-    seen = list(parties.run(plan, server, clients))
-    assert seen == list(plan.exchanges())
+    plan, server, clients, exchanges, _, before = finished(mode)
+    assert exchanges == list(plan.exchanges())
     after = (server.state.params, clients[-1].state.params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
     assert all(m > 0 for m in jax.tree.leaves(moved))
-    assert server.train.samples == cfg.epochs * COUNT
-    assert server.test.samples == cfg.epochs * TEST_COUNT
+    assert server.train.samples == SMALL.epochs * COUNT
+    assert server.test.samples == SMALL.epochs * TEST_COUNT
     if mode.kind != "sequential":
         for client in clients[1:]:
             for a, b in zip(jax.tree.leaves(clients[0].state[:2]), jax.tree.leaves(client.state[:2]), strict=True):
@@ -134,10 +158,7 @@ def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     (state, _), _ = folder.restore((train.prepare(cfg).state, train.simulate.zero_sums(job.mesh)))
     folder.close()
 
-    plan, server, clients = make_parties(cfg)
-    for exchange in parties.run(plan, server, clients):
-        if exchange.step == plan.epoch_steps - 1:
-            first_epoch = server.train, server.test
+    plan, server, clients, _, first_epoch, _ = finished(mode)
     assert int(state.step) == plan.total_steps
     client = jax.tree.map(lambda leaf: leaf[0], state.client) if plan.averages_halves else state.client
     # The order of summation differs, and with it now and then a code that lies on the edge between two.
