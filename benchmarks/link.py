@@ -240,7 +240,7 @@ class Net:
         def build(*_):
             return self.clients.setdefault(number, case.client(number))
 
-        own = client_lib.Own(len(case.own.labels), 0, case.own.images.shape[1:], 10)
+        own = client_lib.Own(len(case.own.labels), 0, case.own.inputs.shape[1:], 10)
         return client_lib.Runner(
             number, connect, lambda cfg: own, build, ClientStore(folder), checkpoint_steps=10**9, retry_seconds=0.0
         )

@@ -30,6 +30,15 @@ STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "tes
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 
+SLOW = ("studies", "transport", "parties", "processes", "step", "metrics", "entropy_mask", "train", "records")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, so that no process is alone with one at the end."""
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def strict(request):
     """Implicit dtype and rank promotion raise in the tests of `msjax.compress`."""

@@ -78,9 +78,11 @@ def test_bytes_of_entropy_coded_messages():
     y = jnp.concatenate([y] * 8, axis=1)
     info = jax.jit(functools.partial(step.fused_step, setup))(state, x, y, keys)[1]
     features = step.features_like(setup, state.client, x[0])
-    payloads = [step.client_forward(setup, state.client, x[k], keys[k])[0] for k in range(CLIENTS)]
+    forward = jax.jit(lambda x, key: step.client_forward(setup, state.client, x, key)[0])
+    payloads = [forward(x[k], keys[k]) for k in range(CLIENTS)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *payloads)
-    _, replies, _ = step.server_step(setup, state.server, stacked, y, keys, features)
+    backward = jax.jit(lambda payloads: step.server_step(setup, state.server, payloads, y, keys, features)[1])
+    replies = backward(stacked)
     replies = [jax.tree.map(lambda leaf, k=k: leaf[k], replies) for k in range(CLIENTS)]
     up = sum(len(wire.encode(payload, codec, features)) for payload in payloads)
     down = sum(len(wire.encode(reply, grad_codec, features)) for reply in replies)
