@@ -413,6 +413,36 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
                 np.testing.assert_array_equal(a, b)
 
 
+class Mute:
+    """A connection that loses every request from a step on."""
+
+    def __init__(self, connection, step):
+        self._connection, self._step = connection, step
+
+    def send(self, message):
+        if message.WhichOneof("kind") != "request" or message.request.key.step < self._step:
+            self._connection.send(message)
+
+    def receive(self, seconds):
+        return self._connection.receive(seconds)
+
+    def close(self):
+        self._connection.close()
+
+
+def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
+    """The next then begins as the first would have, with the half that all draw from the seed."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, policy=server_lib.Policy(deadline_seconds=5.0, stragglers="drop")) as it:
+        it.start_client(0, wrap=lambda c: Mute(c, 1))
+        for number in range(1, cfg.clients):
+            it.start_client(number)
+        it.wait_for_step(4)
+        assert not it.failures, it.failures
+        it.serving.coordinator.stop("enough")
+        it.join("server")
+
+
 def test_full_disks(tmp_path, monkeypatch):
     """Checkpoints that cannot be written are missed, and nothing else."""
 

@@ -283,7 +283,8 @@ class Runner:
             return False
         exchange = self._exchange
         form = self._party.shapes.down(exchange)
-        payload = _messages.decode(answer.payload, form)
+        # No half is handed on before one was given: not even later, if those whose turn it was were dropped.
+        payload = _messages.decode(answer.payload, form, optional=self._exchange.phase == Phase.TAKE)
         self._party.receive(exchange, parties.Message(payload))
         self._store.prune(answer.saved_step)
         self._send_half = answer.send_half
