@@ -141,8 +141,11 @@ def test_plan():
     assert keys == sorted(set(keys))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "spread"),
+    [(mode, False) for mode in MODES] + [(mode, True) for mode in MODES if mode.kind != "sequential"],
+    ids=str,
+)
 def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     """`msjax train`, on one device and on several, against the parties, in every mode."""
     cfg = dataclasses.replace(SMALL, mode=mode, out=str(tmp_path))
@@ -152,7 +155,7 @@ def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     if not spread:
         monkeypatch.setattr(train.simulate, "make_mesh", lambda clients: None)
     job = train.prepare(cfg)
-    assert (job.mesh is not None) == (spread and mode.kind != "sequential")
+    assert (job.mesh is not None) == spread
     folder = runs.RunFolder.create(cfg, "run")
     summary = train.train(cfg, folder, job=job, quiet=True)
     (state, _), _ = folder.restore((train.prepare(cfg).state, train.simulate.zero_sums(job.mesh)))

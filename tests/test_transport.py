@@ -389,7 +389,7 @@ def test_straggler_is_waited_for(tmp_path):
         assert it.serving.metrics.stragglers._value.get() > 0
 
 
-@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[3]], ids=str)
+@pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=str)
 def test_dropped_straggler_comes_back(tmp_path, mode):
     """The others go on without it; when it is back it takes part again, with the others' half."""
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=8)
