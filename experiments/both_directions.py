@@ -88,13 +88,15 @@ def plot(groups):
             sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else moved(found[0])
             accuracy = [r["test"]["top1_percent"] for r in found]
             deviation = statistics.stdev(accuracy) if len(found) > 1 else None
-            label = f"{arm} ({len(found)})"
-            axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=label)
+            axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=arm)
             if arm == "none":
                 axes.axhline(statistics.mean(accuracy), color="C0", linewidth=0.5)
         axes.set(title=f"{cut} cut", xlabel="features and gradients of the run, MB", xscale="log")
-        study.legend([axes], title="compressed (seeds)", fontsize="x-small", loc="center right")
     panels[0].set(ylabel="test top-1, %")
+    drawn = {}
+    for axes in panels:
+        drawn |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
