@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from msjax.data import VOCABULARY
 from msjax.models._convnet import convnet
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._mlp import mlp
@@ -46,7 +47,7 @@ def build(
     activation: str = "relu",
     dtype: Any = jnp.float32,
     first_block: str = "residual",
-    vocabulary: int = 8192,
+    vocabulary: int = VOCABULARY,
 ) -> Model:
     """The model `name` for inputs (n, *input_shape), as a description without arrays.
 
