@@ -57,7 +57,7 @@ def moved(record):
 
 def report(scale, records, figure="both_directions"):
     groups = study.by_arm(records)
-    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in groups.get("none, medium", [])}
+    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in study.at_cut(groups, "none", study.PLAIN_CUT)}
     rows = []
     for cut in study.CUTS:
         for arm in ARMS:
@@ -82,7 +82,7 @@ def plot(groups):
     for axes, cut in zip(panels, study.CUTS, strict=True):
         uncompressed = next((own[0] for arm in ARMS if (own := groups.get(f"{arm}, {cut}"))), None)
         for color, arm in enumerate(ARMS):
-            found = groups.get(f"{arm}, {cut}" if arm != "none" else "none, medium")
+            found = study.at_cut(groups, arm, cut)
             if not found or uncompressed is None:
                 continue
             sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else moved(found[0])

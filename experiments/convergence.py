@@ -69,14 +69,11 @@ def runs(scale):
     return found
 
 
-def groups_of(setting, records):
-    """{(codec, cut): records of all seeds} of one setting."""
-    groups = {}
-    for name, found in study.by_arm(records).items():
-        *rest, codec, cut = name.split(", ")
-        if study.label(*rest) == setting:
-            groups[codec, cut] = found
-    return groups
+def groups_of(setting, records, arms=tuple(CODECS)):
+    """{(codec, cut): records of all seeds} of one setting; without compression, the same at all cuts."""
+    groups = study.by_arm(records)
+    found = {(arm, cut): study.at_cut(groups, study.label(setting, arm), cut) for arm in arms for cut in study.CUTS}
+    return {at: records for at, records in found.items() if records}
 
 
 def report(scale, records):
@@ -98,7 +95,7 @@ def table(groups, published):
     header = ["codec", *study.CUTS, "seeds", *(["published, about"] if published else [])]
     rows = []
     for codec in CODECS:
-        found = [groups.get((codec, "medium" if codec == "none" else cut), []) for cut in study.CUTS]
+        found = [groups.get((codec, cut), []) for cut in study.CUTS]
         cells = [codec, *map(study.top1, found), study.counts(found)]
         rows.append([*cells, *([published[codec]] if published else [])])
     return timing.table(header, rows)
@@ -110,7 +107,7 @@ def plot(groups):
     axes = figure.subplots(2, len(study.CUTS), sharex=True, sharey="row")
     for column, cut in enumerate(study.CUTS):
         for codec in CODECS:
-            found = groups.get((codec, "medium" if codec == "none" else cut), [])
+            found = groups.get((codec, cut), [])
             if not found:
                 continue
             epochs = [epoch["epoch"] for epoch in found[0]["history"]]

@@ -82,7 +82,7 @@ def report(scale, records):
     for name, (_, own) in settings(scale).items():
         rows = []
         for codec in own:
-            at = [found.get(f"{name}, {codec}, {'medium' if codec == 'none' else cut}", []) for cut in study.CUTS]
+            at = [study.at_cut(found, f"{name}, {codec}", cut) for cut in study.CUTS]
             bits = [f"{statistics.mean(map(study.feature_bits, one)):.2f}" if one else "–" for one in at]
             rows.append([codec, *map(study.top1, at), " / ".join(bits), study.counts(at)])
         header = ["test top-1, %", *study.CUTS, "bits a value, at the cuts", "seeds"]

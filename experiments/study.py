@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results"
 SCALES = ("smoke", "lite", "paper")
 CUTS = ("shallow", "medium", "deep")
+PLAIN_CUT = "medium"
 Record = dict[str, Any]
 
 
@@ -143,7 +144,7 @@ def label(*parts: str) -> str:
 
 
 def at_cuts(arms: dict[str, Config], cuts: Iterable[str]) -> dict[str, Config]:
-    """Each of the arms at each cut, “arm, cut”; at the medium one alone where nothing is compressed.
+    """Each of the arms at each cut, “arm, cut”; at `PLAIN_CUT` alone where nothing is compressed.
 
     There the cut changes nothing but the bytes, and these are known.
     """
@@ -151,13 +152,18 @@ def at_cuts(arms: dict[str, Config], cuts: Iterable[str]) -> dict[str, Config]:
     return {
         f"{arm}, {cut}": with_cut(cfg, cut)
         for arm, cfg in arms.items()
-        for cut in (cuts if (cfg.codec, cfg.grad_codec) != plain else ("medium",))
+        for cut in (cuts if (cfg.codec, cfg.grad_codec) != plain else (PLAIN_CUT,))
     }
+
+
+def at_cut(groups: dict[str, list[Record]], arm: str, cut: str) -> list[Record]:
+    """The records of an arm at a cut, as `at_cuts` and `by_arm` name them; of “none”, those of the one cut it has."""
+    return groups.get(f"{arm}, {PLAIN_CUT if arm.endswith('none') else cut}", [])
 
 
 def measured(scale: str, by: str) -> dict[str, Measured]:
     """The measurement `by` on a network that was trained without compression, of each seed."""
-    cfg = with_cut(dataclasses.replace(base(scale), codec=Identity()), "medium")
+    cfg = with_cut(dataclasses.replace(base(scale), codec=Identity()), PLAIN_CUT)
     return {f"seed {seed}": Measured(dataclasses.replace(cfg, seed=seed), by) for seed in seeds(scale)}
 
 

@@ -36,6 +36,7 @@ PUBLISHED = {  # at the accuracy of the baseline itself
     },
 }
 ENTROPY = tuple(arm for arm in both_directions.ARMS if arm.startswith("EntropyMask"))
+ARMS = (*convergence.CODECS, *ENTROPY)
 
 
 def runs(scale):
@@ -50,7 +51,7 @@ def report(scale, records):
     for setting in convergence.settings(scale):
         groups = {
             arm: {record["config"]["seed"]: record for record in found}
-            for arm, found in convergence.groups_of(setting, records).items()
+            for arm, found in convergence.groups_of(setting, records, ARMS).items()
         }
         if setting:
             lines += [f"### {setting}", ""]
@@ -65,8 +66,8 @@ def table(groups, published):
         below = f"baseline − {margin:g}" if margin else "baseline"
         header += [f"{below}: paper", f"{below}: real"]
     rows = []
-    plain = groups.get(("none", "medium"), {})
-    for codec in [*convergence.CODECS, *ENTROPY]:
+    plain = groups.get(("none", study.PLAIN_CUT), {})
+    for codec in ARMS:
         for n, cut in enumerate(study.CUTS):
             seeds = [seed for seed in groups.get((codec, cut), {}) if seed in plain]
             if codec == "none" or not seeds:

@@ -263,7 +263,7 @@ class TakingPart:
     def _load(self, cfg):
         options = self._options
         ds = load_data(cfg, options)
-        self._info = assemble.SetInfo(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
+        self._info = assemble.SetInfo.of(ds)
         own, samples = slice(None), len(ds.train_labels)
         if not options.own_data:
             pools, samples = assemble.share_out(cfg, lambda: ds.train_labels, samples)

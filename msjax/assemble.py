@@ -20,6 +20,11 @@ class SetInfo(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @classmethod
+    def of(cls, ds: data.Dataset) -> "SetInfo":
+        """That of a set in arrays."""
+        return cls(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
+
 
 class Assembly(NamedTuple):
     """The parts of a run, before its first step."""
@@ -61,9 +66,8 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
         head[0].apply if head else None,
     )
     augment = cfg.data.augment or data.default_augmentation(cfg.data.name)
-    preprocess = simulate.Preprocess(
-        augment, tuple(map(float, info.mean)), tuple(map(float, info.std)), str(model.input_dtype)
-    )
+    mean, std = (tuple(map(float, values)) for values in (info.mean, info.std))
+    preprocess = simulate.Preprocess(augment, mean, std, str(model.input_dtype), cfg.data.crop_padding)
     return Assembly(
         plan,
         setup,
@@ -98,6 +102,7 @@ def make_model(cfg: config.Config, info: SetInfo) -> models.Model:
         width=cfg.model.width,
         activation=cfg.model.activation,
         first_block=cfg.model.first_block,
+        conv_init=cfg.model.conv_init,
         dtype=jnp.dtype(cfg.dtype),
         vocabulary=cfg.data.vocabulary,
     )

@@ -44,6 +44,8 @@ class ModelConfig:
     """Whether the server applies the activation that the client's last layer ends with, so that features have signs."""
     first_block: Literal["residual", "paper"] = "residual"
     """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
+    conv_init: Literal["he_normal", "dirac"] = "he_normal"
+    """dirac: 3×3 convolutions start as identities, which helps short schedules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class DataConfig:
     """How many different tokens there are; words get theirs by a hash."""
     augment: Literal["none", "flip", "crop_flip"] | None = None
     """Augmentation of training images; by default what is usual for the set."""
+    crop_padding: int = 4
+    """Pixels that crop_flip pads on each side before it crops; fewer suit short schedules."""
     alpha: float | None = None
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
     draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
@@ -179,11 +183,12 @@ _LEAST = {
     **dict.fromkeys(("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"), 1),
     "data.text_length": 1,
     "data.vocabulary": 2,  # words, and padding
-    **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay"), 0),
+    **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), 0),
 }
 # Literal types are checked on the command line alone; presets and files are checked against this.
 _CHOICES = {
     "model.first_block": ("residual", "paper"),
+    "model.conv_init": ("he_normal", "dirac"),
     "data.augment": (None, "none", "flip", "crop_flip"),
     "mode.kind": ("parallel", "splitfed", "sequential"),
     "optim.kind": ("sgd", "adamw"),

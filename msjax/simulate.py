@@ -28,11 +28,12 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str
+    padding: int = 4
 
     def __call__(self, inputs, key=None):
         """Inputs (B, …) as the network takes them; augmented with `key`, as they are without."""
         if key is not None:
-            inputs = data.augment(inputs, key, kind=self.augment)
+            inputs = data.augment(inputs, key, kind=self.augment, padding=self.padding)
         mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
         return data.normalize(inputs, mean, std, jnp.dtype(self.dtype))
 

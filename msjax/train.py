@@ -64,7 +64,7 @@ def _load(cfg, mesh):
         info = assemble.SetInfo(first.input_shape, first.num_classes, first.mean, first.std)
         return *(feed.Split(s, len(s)) for s in splits), info
     ds = data.load(cfg.data.name, **cfg.data.form, **options)
-    info = assemble.SetInfo(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
+    info = assemble.SetInfo.of(ds)
     # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
     splits = ((np.array(ds.train_inputs), ds.train_labels), (np.array(ds.test_inputs), ds.test_labels))
     return *(feed.Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info

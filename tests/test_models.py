@@ -155,6 +155,25 @@ def test_seeds_give_other_parameters():
     assert not np.array_equal(one, other)
 
 
+def test_dirac_convolutions_start_as_identities():
+    """All but the stem's and the 1×1 ones, as far as their channels go."""
+    plain, dirac = (models.whole(tiny("resnet18", conv_init=name)).params for name in ("he_normal", "dirac"))
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), plain, dirac)
+    flat = jax.tree_util.tree_flatten_with_path(changed)[0]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, differs in flat if differs}
+    assert names == {
+        f"stage{stage}_block{n}/conv{conv}/conv/kernel" for stage in (1, 2, 3, 4) for n in (1, 2) for conv in (1, 2)
+    }
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4, 2))
+    for stage, outputs in ((1, 2), (2, 4)):
+        kernel = dirac[f"stage{stage}_block1"]["conv1"]["conv"]["kernel"]
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        assert y.shape[-1] == outputs
+        np.testing.assert_array_equal(y[..., :2], x)
+        drawn = plain[f"stage{stage}_block1"]["conv1"]["conv"]["kernel"]
+        np.testing.assert_array_equal(kernel[..., 2:], drawn[..., 2:])
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_gets_a_gradient_through_vmap_and_statistics_get_a_client_axis(name):
     client, server = tiny_halves(name)
@@ -270,6 +289,8 @@ def test_bfloat16_features_and_float32_state():
         ({"dtype": "float16"}, TypeError, "dtype must be float32 or bfloat16, got 'float16'"),
         ({"dtype": "half-ish"}, TypeError, "dtype must be float32 or bfloat16, got 'half-ish'"),
         ({"first_block": "plain"}, ValueError, "first_block must be"),
+        ({"conv_init": "zeros"}, ValueError, 'conv_init must be "he_normal" or "dirac", got'),
+        ({"conv_init": "dirac", "name": "mlp"}, ValueError, 'conv_init must be "he_normal" for mlp'),
         ({"first_block": "paper", "name": "vgg19"}, ValueError, 'first_block must be "residual" for vgg19'),
     ],
 )

@@ -13,9 +13,10 @@ never needed.
 
 from msjax.data._augment import AUGMENTATIONS, augment, crop_flip, default_augmentation, normalize
 from msjax.data._clients import epoch_indices, epoch_order, partition
+from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
-from msjax.data._sets import Dataset, load
+from msjax.data._sets import load
 from msjax.data._stream import ImageStream, batches, stream
 
 __all__ = [

@@ -43,6 +43,15 @@ def resize_center_crop(image: Any, crop: int, resize: int) -> Any:
     return image.crop((left, top, left + crop, top + crop)) if (w, h) != (crop, crop) else image
 
 
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, size, size, C] of images [N, H, W, C]: each one's shorter side to `size`, middle kept."""
+    if images.shape[1:3] == (size, size):
+        return images
+    from_array = pillow().fromarray
+    squeezed = images[..., 0] if images.shape[-1] == 1 else images
+    return np.stack([to_array(resize_center_crop(from_array(x), size, size)) for x in squeezed])
+
+
 def random_resized_crop(image: Any, size: int, rng: np.random.Generator) -> Any:
     """8..100 % of the area, aspect ratio 3/4..4/3, resized to `size` x `size`: torchvision's RandomResizedCrop."""
     w, h = image.size

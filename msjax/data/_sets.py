@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _cache, _images, _official, _records, _tfds
+from msjax.data import _cache, _embedded, _images, _official, _records, _tfds
+from msjax.data._dataset import Dataset, measure_columns, measure_images
 from msjax.data._error import DataError
 
 _log = logging.getLogger("msjax")
@@ -24,29 +25,6 @@ STATISTICS = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
-
-
-class Dataset(NamedTuple):
-    """A data set in arrays; the inputs may be read-only memory maps.
-
-    Attributes:
-        name: as given to `load`.
-        train_inputs, test_inputs: images as uint8 [N, H, W, C]; texts as tokens, int32 [N, text_length]; a table as
-            float32 [N, columns], a class as a 1 among 0s.
-        train_labels, test_labels: int32 [N], 0 <= label < num_classes.
-        num_classes: number of classes.
-        mean, std: for `normalize`: float32 [C], of pixels / 255; [columns] of a table, 0 and 1 where a column is of a
-            class; empty of texts.
-    """
-
-    name: str
-    train_inputs: np.ndarray
-    train_labels: np.ndarray
-    test_inputs: np.ndarray
-    test_labels: np.ndarray
-    num_classes: int
-    mean: np.ndarray
-    std: np.ndarray
 
 
 def load(
@@ -89,9 +67,9 @@ def load(
     check_image_size(image_size)
     _records.check_tokens(text_length, vocabulary)
     if name == "digits":
-        return _digits(image_size)
+        return _embedded.digits(image_size)
     if name == "breast_cancer":
-        return _breast_cancer()
+        return _embedded.breast_cancer()
     arrays, meta = _cached(name, data_dir, cache_dir, image_size)
     mean, std = STATISTICS.get(name, (meta["mean"], meta["std"]))
     inputs = [arrays["train_inputs"], arrays["test_inputs"]]
@@ -115,75 +93,6 @@ def check_image_size(image_size: int | None) -> None:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
 
 
-def _digits(image_size: int | None) -> Dataset:
-    """scikit-learn's digits."""
-    bunch = _embedded("digits")
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    if image_size is not None:
-        images = _resized(images, image_size)
-    return _split("digits", images, bunch.target, 36, _measure)
-
-
-def _breast_cancer() -> Dataset:
-    """scikit-learn's copy of Breast Cancer Wisconsin (Diagnostic)."""
-    bunch = _embedded("breast_cancer")
-    everything = np.ones(bunch.data.shape[1], bool)
-    return _split(
-        "breast_cancer", bunch.data.astype(np.float32), bunch.target, 57, lambda x: _measure_columns(x, everything)
-    )
-
-
-def _embedded(name: str) -> Any:
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise DataError(
-            f"the {name} set comes with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    return getattr(datasets, f"load_{name}")()
-
-
-def _split(name: str, inputs: np.ndarray, labels: np.ndarray, test_of_class: int, measure: Callable) -> Dataset:
-    """Of each class so many, drawn once and for all, are the test set."""
-    labels = labels.astype(np.int32)
-    classes = int(labels.max()) + 1
-    rng = np.random.default_rng(0)
-    test = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:test_of_class] for c in range(classes)])
-    is_test = np.zeros(len(labels), bool)
-    is_test[test] = True
-    mean, std = (np.asarray(v, np.float32) for v in measure(inputs[~is_test]))
-    return Dataset(name, inputs[~is_test], labels[~is_test], inputs[is_test], labels[is_test], classes, mean, std)
-
-
-def _resized(images: np.ndarray, size: int) -> np.ndarray:
-    """Each image's shorter side to `size`, middle kept."""
-    if images.shape[1:3] == (size, size):
-        return images
-    from_array = _images.pillow().fromarray
-    squeezed = images[..., 0] if images.shape[-1] == 1 else images
-    return np.stack([_images.to_array(_images.resize_center_crop(from_array(x), size, size)) for x in squeezed])
-
-
-def _measure(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per-channel mean and std of pixels / 255, exactly, from a histogram a channel."""
-    channels = images.shape[-1]
-    counts = np.zeros((channels, 256), np.int64)
-    for lo in range(0, len(images), 1024):
-        for c in range(channels):
-            counts[c] += np.bincount(images[lo : lo + 1024, ..., c].ravel(), minlength=256)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    levels = np.arange(256) / 255
-    mean = share @ levels
-    std = np.sqrt(share @ levels**2 - mean**2)
-    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a constant channel must not divide by zero
-
-
-def _measure_columns(table: np.ndarray, is_number: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and std of the columns that are numbers; 0 and 1 of the others, and 1 for a constant."""
-    mean, std = table.mean(0, np.float64), table.std(0, np.float64)
-    return np.where(is_number, mean, 0).tolist(), np.where(is_number & (std > 0), std, 1).tolist()
-
-
 class _Part(NamedTuple):
     """One split to be written: `read(lo, hi)` gives inputs [n, *shape] of this dtype and labels [n]."""
 
@@ -202,10 +111,10 @@ class _Part(NamedTuple):
     def statistics(self, inputs: np.ndarray) -> tuple[list[float], list[float]]:
         """Mean and std as `Dataset` has them."""
         if self.kind == "image":
-            return _measure(inputs)
+            return measure_images(inputs)
         if self.kind == "text":
             return [], []
-        return _measure_columns(inputs, self.is_number)
+        return measure_columns(inputs, self.is_number)
 
 
 def _cached(
@@ -269,7 +178,7 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
 
     def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         x = images[lo:hi]
-        return (x if image_size is None else _resized(np.ascontiguousarray(x), image_size)), labels[lo:hi]
+        return (x if image_size is None else _images.resized(np.ascontiguousarray(x), image_size)), labels[lo:hi]
 
     return _Part(len(images), shape, read)
 

@@ -1,5 +1,6 @@
 """From a name and options to a model."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -47,6 +48,7 @@ def build(
     activation: str = "relu",
     dtype: Any = jnp.float32,
     first_block: str = "residual",
+    conv_init: str = "he_normal",
     vocabulary: int = VOCABULARY,
 ) -> Model:
     """The model `name` for inputs (n, *input_shape), as a description without arrays.
@@ -64,6 +66,8 @@ def build(
       first block is conv-bn-conv-bn-relu, without its skip and without the ReLU in between, all of it on the client,
       and the server starts at the second block. "shallow" is then cut 2, as the paper numbers it. The program does so
       at that cut only; its cuts 9 and 13, 15 and 27 are in the residual network.
+    - `conv_init`: "he_normal", or "dirac", where 3×3 convolutions behind the first block start as identities, as far as
+      their channels go: short schedules gain by it.
 
     VGG19 needs sides of 32 or more: its dense layers follow 512×h/32×w/32 flattened values. ResNets take a 3×3 stem
     for sides up to 64, else 7×7 with max-pool. Convolutions start as in torchvision (He normal, fan-out), dense layers
@@ -84,6 +88,10 @@ def build(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if first_block not in ("residual", "paper"):
         raise ValueError(f'first_block must be "residual" or "paper", got {first_block!r}')
+    if conv_init not in ("he_normal", "dirac"):
+        raise ValueError(f'conv_init must be "he_normal" or "dirac", got {conv_init!r}')
+    if conv_init != "he_normal" and not smallest:
+        raise ValueError(f'conv_init must be "he_normal" for {name}, which has no convolutions, got {conv_init!r}')
     if name in _STAGES:
         stages = _STAGES[name]
         features = 64 if len(stages) == 4 else 16
@@ -97,6 +105,8 @@ def build(
             raise ValueError(f"vocabulary must be a positive integer, got {vocabulary!r}")
         network = functools.partial(network, vocabulary=vocabulary)
     blocks, named_cuts, note = network(input_shape, num_classes, scale=scale, activation=activation, dtype=dtype)
+    if conv_init == "dirac":
+        blocks = (blocks[0], *(dataclasses.replace(block, dirac=True) for block in blocks[1:]))
     return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note, takes_tokens=name in _TOKENS)
 
 

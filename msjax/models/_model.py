@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from msjax.models._layers import make_dirac
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -25,6 +27,8 @@ class Block:
     layer: int
     module: type[nnx.Module]
     options: tuple[tuple[str, Hashable], ...] = ()
+    dirac: bool = False
+    """Whether its 3×3 convolutions start as identities, see `make_dirac`."""
 
     @classmethod
     def of(cls, name: str, layer: int, module: type[nnx.Module], **options: Hashable) -> "Block":
@@ -51,7 +55,10 @@ class Block:
 
     def create(self, key) -> nnx.Module:
         """The module with parameters drawn from `key`."""
-        return self.module(**dict(self.options), rngs=nnx.Rngs(key))
+        module = self.module(**dict(self.options), rngs=nnx.Rngs(key))
+        if self.dirac:
+            make_dirac(module)
+        return module
 
 
 @functools.cache
