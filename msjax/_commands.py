@@ -149,7 +149,7 @@ def _models(arguments):
         shape, classes = usual.get(name, ((32, 32, 3), 10))
         shape = tuple(options.input_shape or shape)
         classes = classes if options.num_classes is None else options.num_classes
-        first_block = options.first_block if name.startswith("resnet") else "residual"
+        first_block = options.first_block if options.name or name in models.RESNETS else "residual"
         model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block)
         count = models.count_params(model) / 1e6
         title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"

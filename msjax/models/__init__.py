@@ -9,7 +9,7 @@ A `Model` is a description without arrays, so `build`, `list_cuts` and `count_pa
 draws the parameters.
 """
 
-from msjax.models._build import NAMES, build
+from msjax.models._build import NAMES, RESNETS, build
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model
 from msjax.models._split import Apply, Cut, Half, count_params, list_cuts, resolve_cut, split, whole
@@ -17,6 +17,7 @@ from msjax.models._split import Apply, Cut, Half, count_params, list_cuts, resol
 __all__ = [
     "ACTIVATIONS",
     "NAMES",
+    "RESNETS",
     "Apply",
     "Block",
     "Cut",

@@ -37,6 +37,8 @@ _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
 _DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 NAMES = tuple(_MODELS)
+RESNETS = tuple(_STAGES)
+"""Those that have a `first_block`."""
 
 
 def build(
