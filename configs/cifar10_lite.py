@@ -9,10 +9,10 @@ from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(name="resnet9", cut="medium", width=0.375, conv_init="dirac"),
+        model=ModelConfig(name="resnet9t", cut="medium", width=0.25, conv_init="dirac"),
         data=DataConfig(name="cifar10", crop_padding=2),
         optim=OptimConfig(learning_rate=0.3, nesterov=True, weight_decay=7e-4, warmup_epochs=2.0, label_smoothing=0.1),
         clients=10,
         batch_size=25,
-        epochs=11,
+        epochs=16,
     )

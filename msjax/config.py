@@ -32,8 +32,8 @@ class ModelConfig:
     """The network and where it is cut."""
 
     name: str = "convnet"
-    """vgg19, resnet9, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp for
-    tables, transformer for texts."""
+    """vgg19, resnet9, resnet9t, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp
+    for tables, transformer for texts."""
     cut: str = "medium"
     """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
     width: float = 1.0

@@ -482,7 +482,7 @@ def stream(address, *messages, token=None):
 
 
 HELLO = pb.FromClient(hello=pb.Hello(protocol=1, client=0))
-READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=47, input_shape=(8, 8, 1), num_classes=10))
+READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=42, input_shape=(8, 8, 1), num_classes=10))
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,13 @@ class Residual(nnx.Module):
         return x + self.conv2(self.conv1(x, train=train), train=train)
 
 
-def resnet9(input_shape, num_classes, *, scale, **options):
+def resnet9(input_shape, num_classes, *, scale, features=(64, 128, 256, 512), **options):
     """Convolutions 1, 2, 5, 6 (a max-pool after each but the first), residual pairs 3–4 and 7–8, and a dense layer.
 
     Stands for the paper's networks where a CPU must train: its maps at the cuts 2, 5 and 6 go through the same sizes
     as VGG19's, 16×16, 8×8 and 4×4 for 32×32 images. Deviation from Page: the dense layer has a bias.
     """
-    f1, f2, f3, f4 = (scale(f) for f in (64, 128, 256, 512))
+    f1, f2, f3, f4 = map(scale, features)
     blocks = (
         Block.of("conv1", 1, ConvBlock, in_features=input_shape[2], features=f1, use_bias=False, **options),
         Block.of("conv2", 2, PoolBlock, in_features=f1, features=f2, **options),
