@@ -111,7 +111,7 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
                 train.prepare(run)
                 made = trained[codecs] | {"config": config.to_json(run)}
                 (results / "smoke" / f"{study.key(run)}.json").write_text(json.dumps(made))
-    text, figures = report.page(tmp_path / "results", scales=["smoke"])
+    text, figures = report.page(results, scales=["smoke"])
     for module in report.STUDIES:
         assert f"## {module.TITLE}" in text
     assert "Not run" not in text and "python -m experiments." in text
@@ -121,7 +121,7 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
     page = report.html(text, figures)
     assert page.count("data:image/png;base64,") == text.count(".png)") and "<table>" in page
     # The codecs' bytes are what the paper says, in the report as everywhere.
-    made = study.record("smoke", both_directions.runs("smoke")["MS up, medium, seed 0"], tmp_path / "results")
+    made = study.record("smoke", both_directions.runs("smoke")["MS up, medium, seed 0"], results)
     assert 13 < made["uncompressed_feature_bytes"] / made["traffic"]["uplink_feature_bytes"] < 14
 
 
