@@ -16,7 +16,7 @@ from msjax import _commands, _serving, assemble, config, halves, parties
 
 MSJAX = (sys.executable, "-c", "from msjax.cli import main; main()")
 SECONDS = 240
-RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "9", "--checkpoint-steps", "10")
+RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "14", "--checkpoint-steps", "10")
 
 
 class Shell:
@@ -101,6 +101,9 @@ def test_killed_processes_end_like_others(tmp_path, shell):
     kill(clients[1])
     clients[1] = shell.client(1)
     shell.wait_for_checkpoint(run, 80)
+    kill(server)
+    server = shell.serve("--resume", str(run), "--checkpoint-steps", "10")
+    shell.wait_for_checkpoint(run, 130)
     for process in (server, *clients):
         kill(process)
     server, clients = shell.serve("--resume", str(run)), [shell.client(0), shell.client(1)]
