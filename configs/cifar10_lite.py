@@ -14,5 +14,6 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=0.3, nesterov=True, weight_decay=7e-4, warmup_epochs=2.0, label_smoothing=0.1),
         clients=10,
         batch_size=25,
-        epochs=16,
+        epochs=18,
+        test_every=3,
     )

@@ -195,9 +195,7 @@ class Serving:
             record = {"epoch": epoch + 1, "step": exchange.step + 1, "train": party.train.means()}
             if party.test.samples:
                 record["test"] = party.test.means()
-            traffic = sum(
-                (metrics.epoch_traffic(self.coordinator.shapes, epoch=e) for e in range(epoch + 1)), metrics.Traffic()
-            )
+            traffic = metrics.run_traffic(self.coordinator.shapes, epoch + 1)
             record |= {
                 "traffic": traffic.to_json() | self.metrics.totals(),
                 "seconds": round(time.monotonic() - self._began, 3),

@@ -141,6 +141,8 @@ class Config:
     """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the network, and of the features that are sent. Parameters are float32."""
+    test_every: int = 1
+    """Epochs between two tests; the last epoch always ends with one. Each test costs time and a test set of features."""
     eval_compressed: bool = True
     """Whether test features go through the codec, as in the paper."""
     compare: bool = False
@@ -180,7 +182,7 @@ def _cut(cut):
 
 
 _LEAST = {
-    **dict.fromkeys(("clients", "batch_size", "epochs", "mode.average_steps", "mode.turn_steps"), 1),
+    **dict.fromkeys(("clients", "batch_size", "epochs", "test_every", "mode.average_steps", "mode.turn_steps"), 1),
     "data.text_length": 1,
     "data.vocabulary": 2,  # words, and padding
     **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), 0),

@@ -53,7 +53,8 @@ class Progress:
 
     def epoch(self, record: dict[str, Any], epochs: int, sent_bytes: int) -> None:
         """Shows a finished epoch's record."""
-        self._accuracy = f"{record['test']['top1_percent']:.2f} %"
+        if "test" in record:
+            self._accuracy = f"{record['test']['top1_percent']:.2f} %"
         line = (
             f"{self._title} epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.4f}, "
             f"train {record['train']['top1_percent']:.2f} %, test {self._accuracy}, {self._status(sent_bytes)}"
@@ -100,10 +101,11 @@ def draw_curves(history: list[dict[str, Any]], title: str, path: pathlib.Path) -
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    epochs = [record["epoch"] for record in history]
     for split, style in (("train", "--"), ("test", "-")):
-        loss.plot(epochs, [record[split]["loss"] for record in history], style, label=split)
-        accuracy.plot(epochs, [record[split]["top1_percent"] for record in history], style, label=split)
+        found = [record for record in history if split in record]
+        epochs = [record["epoch"] for record in found]
+        loss.plot(epochs, [record[split]["loss"] for record in found], style, label=split)
+        accuracy.plot(epochs, [record[split]["top1_percent"] for record in found], style, label=split)
     loss.set(xlabel="epoch", ylabel="loss, nats")
     accuracy.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     loss.legend()
@@ -121,7 +123,7 @@ def tensorboard(path: pathlib.Path, *, first_epoch: int):
 
     def write(record: dict[str, Any]) -> None:
         for group in ("train", "test", "traffic"):
-            for name, value in record[group].items():
+            for name, value in record.get(group, {}).items():
                 writer.add_scalar(f"{group}/{name}", value, record["epoch"])
         writer.flush()
 

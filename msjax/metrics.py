@@ -59,11 +59,16 @@ def count(shapes: Shapes, exchanges: Iterable[Exchange]) -> Traffic:
     return total
 
 
-def epoch_traffic(shapes: Shapes, *, epoch: int = 1) -> Traffic:
-    """Returns the bytes of an epoch, counted from 0; the first one of sequential training lacks a hand-over."""
+def epoch_traffic(shapes: Shapes, epoch: int) -> Traffic:
+    """Returns the bytes of an epoch, counted from 0."""
     plan = shapes.plan
     steps = range(epoch * plan.epoch_steps, (epoch + 1) * plan.epoch_steps)
     return count(shapes, (exchange for step in steps for exchange in plan.step_exchanges(step)))
+
+
+def run_traffic(shapes: Shapes, epochs: int) -> Traffic:
+    """Returns the bytes of the first `epochs` epochs."""
+    return sum((epoch_traffic(shapes, epoch) for epoch in range(epochs)), Traffic())
 
 
 def _of(shapes, exchange):

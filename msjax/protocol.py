@@ -71,6 +71,7 @@ class Plan:
     Attributes:
       samples: of each client in an epoch.
       test_samples: of the test set that the clients share out; 0 for no tests.
+      test_every: epochs between two tests.
     """
 
     mode: ModeConfig
@@ -79,10 +80,11 @@ class Plan:
     test_samples: int
     batch_size: int
     epochs: int
+    test_every: int = 1
 
     @classmethod
     def of(cls, cfg: Config, *, samples: int, test_samples: int) -> "Plan":
-        return cls(cfg.mode, cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs)
+        return cls(cfg.mode, cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
 
     @property
     def sequential(self) -> bool:
@@ -130,6 +132,10 @@ class Plan:
         within = step % self.epoch_steps
         return self.mode.kind == "parallel" or place.epoch_ends or (within + 1) % self.mode.average_steps == 0
 
+    def tests(self, epoch: int) -> bool:
+        """Whether the test set goes through after epoch `epoch`, counted from 0."""
+        return self.test_samples > 0 and ((epoch + 1) % self.test_every == 0 or epoch == self.epochs - 1)
+
     def test_clients(self) -> int:
         """Over how many clients a round of the test is spread."""
         return 1 if self.sequential else self.clients
@@ -140,7 +146,7 @@ class Plan:
             yield from self.step_exchanges(step)
 
     def step_exchanges(self, step: int) -> Iterator[Exchange]:
-        """Yields those of one step, with the test behind it where it ends an epoch."""
+        """Yields those of one step, with the test behind it where it ends an epoch that has one."""
         place = self.place(step)
         relayed = self.sequential and self.clients > 1
         if relayed and place.turn_starts:
@@ -152,7 +158,7 @@ class Plan:
             yield Exchange(step, Phase.AVERAGE, place.clients)
         if relayed and place.turn_ends:
             yield Exchange(step, Phase.GIVE, place.clients)
-        if place.epoch_ends and self.test_samples:
+        if place.epoch_ends and self.tests(place.epoch):
             yield from self._test(step, place)
 
     def _test(self, step, place):

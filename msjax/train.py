@@ -161,7 +161,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     )
     evaluate = Evaluator(cfg, job)
     key = simulate.train_key(cfg.seed)
-    per_epoch = metrics.epoch_traffic(job.shapes)
+    traffic = metrics.run_traffic(job.shapes, len(history))
     done = int(state.step)
     steps_per_call = 1 if jax.default_backend() == "cpu" or cfg.data.name in STREAMED else STEPS_PER_CALL
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
@@ -186,6 +186,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
             order = data.epoch_indices(job.pools, plan.samples, seed=cfg.seed, epoch=epoch)
             calls = _calls(plan, order, epoch, steps_per_call)
             first = done - epoch * plan.epoch_steps
+            earlier_bytes, traffic = traffic.uplink_bytes, traffic + metrics.epoch_traffic(job.shapes, epoch)
             epoch_start = time.monotonic()
             for images, labels, index in feed.feed(job.train, calls, seed=cfg.seed, epoch=epoch, done=first):
                 clients = np.asarray(plan.place(done).clients, np.int32)
@@ -194,14 +195,16 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
                 done += steps
                 # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
                 jax.block_until_ready(sums.samples)
-                bar.step(steps, per_epoch.uplink_bytes * done // plan.epoch_steps)
+                part = (done - epoch * plan.epoch_steps) / plan.epoch_steps
+                bar.step(steps, earlier_bytes + round(part * (traffic.uplink_bytes - earlier_bytes)))
                 if stopped():
                     progress["train_seconds"] += time.monotonic() - epoch_start
                     save()
                     raise Interrupted
             progress["train_seconds"] += time.monotonic() - epoch_start
-            traffic = per_epoch * (epoch + 1)
-            record = {"epoch": epoch + 1, "step": done, "train": sums.means(), "test": evaluate(state)}
+            record = {"epoch": epoch + 1, "step": done, "train": sums.means()}
+            if plan.tests(epoch):
+                record["test"] = evaluate(state)
             record |= {"traffic": traffic.to_json(), "seconds": round(wall(), 3)}
             if cfg.codec.entropy_coded or cfg.grad_codec.entropy_coded:
                 record["traffic"] |= _coded(sums, history)

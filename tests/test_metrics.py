@@ -22,8 +22,9 @@ def nbytes(tree):
     ids=str,
 )
 def test_traffic_is_what_the_parties_send(codec, mode):
-    """Over two epochs with a smaller last step, whose k is rounded down by itself."""
-    cfg = dataclasses.replace(SMALL, codec=codec, grad_codec=compress.StochasticUniform(bits=4), mode=mode)
+    """Over two epochs, the second with a test, and a smaller last step, whose k is rounded down by itself."""
+    grad_codec = compress.StochasticUniform(bits=4)
+    cfg = dataclasses.replace(SMALL, codec=codec, grad_codec=grad_codec, mode=mode, test_every=2)
     plan, server, clients = make_parties(cfg)
     sent = {"uplink_bytes": 0, "downlink_bytes": 0, "paper_bytes": 0}
     handle = server.handle
@@ -42,12 +43,12 @@ def test_traffic_is_what_the_parties_send(codec, mode):
     server.handle = counting
     for _ in parties.run(plan, server, clients):
         pass
-    traffic = metrics.epoch_traffic(clients[0].shapes, epoch=0) + metrics.epoch_traffic(clients[0].shapes, epoch=1)
+    traffic = metrics.run_traffic(clients[0].shapes, 2)
     assert {name: getattr(traffic, name) for name in sent} == sent
     assert (traffic + traffic).uplink_bytes == (traffic * 2).uplink_bytes == 2 * traffic.uplink_bytes
     if mode.head_cut is not None:
         assert traffic.uplink_label_bytes == 0 and traffic.uplink_gradient_bytes > 0
-    alone = metrics.epoch_traffic(make_parties(dataclasses.replace(cfg, clients=1))[2][0].shapes)
+    alone = metrics.epoch_traffic(make_parties(dataclasses.replace(cfg, clients=1))[2][0].shapes, 0)
     assert alone.uplink_synchronization_bytes == alone.downlink_synchronization_bytes == 0
 
 
@@ -57,7 +58,7 @@ def test_papers_accounting_of_an_epoch(compressed):
     codec = compress.MaskEncoded()
     cfg = config.Config(codec=codec, clients=1, batch_size=6, epochs=1, eval_compressed=compressed)
     job = train.prepare(cfg)
-    traffic = metrics.epoch_traffic(job.shapes)
+    traffic = metrics.epoch_traffic(job.shapes, 0)
     tested = traffic.paper_bytes - traffic.uplink_feature_bytes
     if compressed:
         assert tested == 60 * codec.payload_bytes(job.shapes.features(6)) and job.test.count == 60 * 6

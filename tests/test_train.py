@@ -22,6 +22,7 @@ SMALL = config.Config(
     clients=3,
     batch_size=64,
     epochs=3,
+    test_every=2,
 )
 
 
@@ -46,7 +47,8 @@ def test_run_folder_is_complete(whole_run):
     path, summary = whole_run
     assert config.load(path / "config.json") == dataclasses.replace(SMALL, out=str(path.parent))
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert [(r["epoch"], "test" in r) for r in records] == [(1, False), (2, True), (3, True)]
+    assert records[1]["traffic"]["paper_bytes"] > 2 * records[0]["traffic"]["paper_bytes"]
     assert records[-1]["test"] == summary["test"] == json.loads((path / "summary.json").read_text())["test"]
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((path / "tensorboard").glob("events*"))
