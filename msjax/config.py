@@ -142,7 +142,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the network, and of the features that are sent. Parameters are float32."""
     test_every: int = 1
-    """Epochs between two tests; the last one ends with a test in any case. A test costs time and a test set of features."""
+    """Epochs between two tests, each of which costs time and a test set of features; the last epoch always has one."""
     eval_compressed: bool = True
     """Whether test features go through the codec, as in the paper."""
     compare: bool = False
