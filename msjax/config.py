@@ -67,7 +67,7 @@ class DataConfig:
     """How many different tokens there are; words get theirs by a hash."""
     augment: Literal["none", "flip", "crop_flip"] | None = None
     """Augmentation of training images; by default what is usual for the set."""
-    crop_padding: int = 4
+    crop_padding: int = data.CROP_PADDING
     """Pixels that crop_flip pads on each side before it crops; fewer suit short schedules."""
     alpha: float | None = None
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still

@@ -28,7 +28,7 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str
-    padding: int = 4
+    padding: int = data.CROP_PADDING
 
     def __call__(self, inputs, key=None):
         """Inputs (B, …) as the network takes them; augmented with `key`, as they are without."""

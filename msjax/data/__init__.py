@@ -11,7 +11,7 @@ Sets that do not fit in memory come through `stream`; `batches` reads either kin
 never needed.
 """
 
-from msjax.data._augment import AUGMENTATIONS, augment, crop_flip, default_augmentation, normalize
+from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, default_augmentation, normalize
 from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
@@ -21,6 +21,7 @@ from msjax.data._stream import ImageStream, batches, stream
 
 __all__ = [
     "AUGMENTATIONS",
+    "CROP_PADDING",
     "TEXT_LENGTH",
     "VOCABULARY",
     "DataError",

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped, UInt8
 
 AUGMENTATIONS = ("crop_flip", "flip", "none")
+CROP_PADDING = 4  # the paper's, for 32×32
 
 # ImageNet's random crop needs the full-size image and is taken on the host (`data.stream`), so only the flip is left.
 _DEFAULT = {
@@ -25,7 +26,11 @@ def default_augmentation(name: str) -> str:
 
 
 def crop_flip(
-    images: UInt8[Array, "b h w c"], offsets: Int[ArrayLike, "b 2"], flips: Bool[ArrayLike, " b"], *, padding: int = 4
+    images: UInt8[Array, "b h w c"],
+    offsets: Int[ArrayLike, "b 2"],
+    flips: Bool[ArrayLike, " b"],
+    *,
+    padding: int = CROP_PADDING,
 ) -> UInt8[Array, "b h w c"]:
     """Pad with zeros, crop each image at its own offset, and mirror those flagged; nothing random.
 
@@ -47,11 +52,11 @@ def crop_flip(
 
 
 def augment(
-    images: Shaped[Array, "b ..."], key: PRNGKeyArray | None = None, *, kind: str, padding: int = 4
+    images: Shaped[Array, "b ..."], key: PRNGKeyArray | None = None, *, kind: str, padding: int = CROP_PADDING
 ) -> Shaped[Array, "b ..."]:
     """Augment each image of a batch on its own: "crop_flip", "flip" or "none".
 
-    "crop_flip" is the CIFAR augmentation of the paper: zero padding of 4, a uniformly random crop of the old size, a
+    "crop_flip" is the CIFAR augmentation of the paper: zero padding (of 4), a uniformly random crop of the old size, a
     horizontal flip with probability 1/2. "flip" leaves out the crop. "none" takes inputs of any kind, the others uint8
     images (B, H, W, C). Same key, same result.
 
