@@ -298,7 +298,7 @@ def fused_step(
 
     def total_loss(params, meters):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((client_axis, None), None, client_axis, 0, 0, 0)
+        axes = ((client_axis, None), 0, client_axis, 0, 0, 0)
         losses, aux = jax.vmap(client_loss, in_axes=axes)(params, meters, state.client.stats, x, y, keys)
         return losses.sum(), (losses, *aux)
 
@@ -306,8 +306,9 @@ def fused_step(
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     params = (state.client.params, state.server.params)
-    grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, jnp.zeros(2, jnp.float32))
-    (client_grads, server_grads), (grads_down, grads_up) = grads
+    grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, jnp.zeros((x.shape[0], 2), jnp.float32))
+    (client_grads, server_grads), gradient_bytes = grads
+    grads_down, grads_up = gradient_bytes.sum(0)
     losses, (client_stats, server_stats), counts, (features_up, features_down) = aux
     if own_halves:
         client = jax.vmap(lambda *half: _update(setup, *half))(state.client, client_grads, client_stats)

@@ -69,10 +69,14 @@ def test_fused_step_equals_the_parties_steps(codec, grad_codec):
     assert all(m > 0 for m in jax.tree.leaves(moved)), "the step must move every parameter of the client"
 
 
-def test_bytes_of_entropy_coded_messages():
+@pytest.mark.parametrize(
+    "grad_codec",
+    [compress.Identity(), compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic")],
+    ids=["plain gradient", "coded gradient"],
+)
+def test_bytes_of_entropy_coded_messages(grad_codec):
     """The fused step knows about how long the messages are that the parties would send."""
     codec = compress.EntropyMask(error=0.05)
-    grad_codec = compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic")
     setup, state, x, y, keys = make(codec, grad_codec)
     x = jnp.concatenate([x] * 8, axis=1) + 0.1 * jax.random.normal(jax.random.key(2), (CLIENTS, 8 * BATCH, 8, 8, 1))
     y = jnp.concatenate([y] * 8, axis=1)
