@@ -2,7 +2,9 @@
 
     python -m experiments.both_directions --data-dir DIR       # a TFDS directory; without it CIFAR-10 is downloaded
 
-What moves in a step is the feature map up and its gradient down; the paper counts, and MS saves, the first alone.
+What crosses the cut in a step is the feature map up and its gradient down; the paper counts, and MS saves, the first
+alone. "Of everything" is with labels and with what keeps the clients' halves equal (their gradients up, the mean down),
+which grows with the client's part of the network.
 """
 
 import dataclasses
@@ -48,11 +50,10 @@ def arms(base, cuts, seeds):
     return study.with_seeds(study.at_cuts(found, cuts), seeds)
 
 
-def moved(record):
-    """Bytes of features and gradients of a whole run, all clients, as messages where they are entropy-coded."""
-    traffic = record["traffic"]
-    down = traffic.get("coded_downlink_bytes", traffic["downlink_gradient_bytes"])
-    return study.uplink_feature_bytes(traffic) + down
+def saved(record, *, everything=False):
+    """By which factor less crossed the cut than without compression; or less was sent in all."""
+    beside = study.other_bytes(record["traffic"]) if everything else 0
+    return (2 * record["uncompressed_feature_bytes"] + beside) / (study.cut_bytes(record["traffic"]) + beside)
 
 
 def report(scale, records, figure="both_directions"):
@@ -64,13 +65,13 @@ def report(scale, records, figure="both_directions"):
             if not (found := groups.get(f"{arm}, {cut}")):
                 continue
             accuracy = [r["test"]["top1_percent"] for r in found]
-            megabytes = statistics.mean(moved(r) for r in found) / 1e6
-            saved = statistics.mean(2 * r["uncompressed_feature_bytes"] / moved(r) for r in found)
+            megabytes = statistics.mean(study.cut_bytes(r["traffic"]) for r in found) / 1e6
+            factors = [statistics.mean(saved(r, everything=e) for r in found) for e in (False, True)]
             seeds = [r["config"]["seed"] for r in found]
             lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
             cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
-            rows.append([*cells, f"{saved:.2f}×", study.mean_and_deviation(lost)])
-    names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/fewer bytes/below “none”"
+            rows.append([*cells, *(f"{factor:.2f}×" for factor in factors), study.mean_and_deviation(lost)])
+    names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/saved/saved of everything/below “none”"
     text = timing.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
     return study.Page(text, {figure: plot(groups)})
 
@@ -85,7 +86,7 @@ def plot(groups):
             found = study.at_cut(groups, arm, cut)
             if not found or uncompressed is None:
                 continue
-            sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else moved(found[0])
+            sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else study.cut_bytes(found[0]["traffic"])
             accuracy = [r["test"]["top1_percent"] for r in found]
             deviation = statistics.stdev(accuracy) if len(found) > 1 else None
             axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=arm)

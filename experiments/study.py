@@ -201,6 +201,17 @@ def uplink_feature_bytes(traffic: dict[str, int]) -> int:
     return traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"])
 
 
+def cut_bytes(traffic: dict[str, int]) -> int:
+    """Bytes of features and gradients, both ways over the cut, of all clients; as messages where entropy-coded."""
+    return uplink_feature_bytes(traffic) + traffic.get("coded_downlink_bytes", traffic["downlink_gradient_bytes"])
+
+
+def other_bytes(traffic: dict[str, int]) -> int:
+    """Bytes of labels, and of what keeps the clients' halves equal, both ways: no codec of the cut changes them."""
+    names = ("uplink_label_bytes", "uplink_synchronization_bytes", "downlink_synchronization_bytes")
+    return sum(traffic[name] for name in names)
+
+
 def feature_bits(one: Record) -> float:
     """Bits a value of the features, as `uplink_feature_bytes` counts them."""
     return 32 * uplink_feature_bytes(one["traffic"]) / one["uncompressed_feature_bytes"]

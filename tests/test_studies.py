@@ -55,7 +55,8 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     assert f"{name}: done; 0 runs to go" in capfd.readouterr().out
     (file,) = (tmp_path / "results" / "smoke").iterdir()
     made = json.loads(file.read_text())
-    assert 1.8 < 2 * made["uncompressed_feature_bytes"] / both_directions.moved(made) < 1.9
+    assert 1.8 < both_directions.saved(made) < 1.9
+    assert 1.0 < both_directions.saved(made, everything=True) < both_directions.saved(made)
     assert made["environment"]["packages"]["jax"] and len(made["history"]) == made["config"]["epochs"]
     assert made["command"] == "python -m experiments.both_directions --scale smoke"
 
@@ -136,7 +137,9 @@ def test_traffic_to_accuracy():
                 "traffic": {
                     "uplink_feature_bytes": 10 * (n + 1),
                     "downlink_gradient_bytes": 100 * (n + 1),
-                    "paper_bytes": 12 * (n + 1),
+                    "uplink_label_bytes": 1 * (n + 1),
+                    "uplink_synchronization_bytes": 10 * (n + 1),
+                    "downlink_synchronization_bytes": 11 * (n + 1),
                 }
                 | (
                     {"coded_uplink_bytes": coded[0] * (n + 1), "coded_downlink_bytes": coded[1] * (n + 1)}
@@ -149,11 +152,11 @@ def test_traffic_to_accuracy():
         return {"history": history, "uncompressed_feature_bytes": 300, **history[-1]}
 
     plain = made([50, 60, 70])
-    assert traffic.saving(made([50, 60, 70]), plain, 0.0) == pytest.approx((10, 200 / 110))
-    assert traffic.saving(made([50, 71, 60]), plain, 0.0) == pytest.approx((15, 600 / 220))
-    assert traffic.saving(made([50, 60, 69.5]), plain, 0.0) == (None, None)
-    assert traffic.saving(made([50, 60, 69.5]), plain, 1.0) == pytest.approx((10, 200 / 110))
-    assert traffic.saving(made([50, 60, 70], coded=(4, 6)), plain, 0.0) == pytest.approx((10, 20))
+    assert traffic.saving(made([50, 60, 70]), plain, 0.0) == pytest.approx((10, 200 / 110, 222 / 132))
+    assert traffic.saving(made([50, 71, 60]), plain, 0.0) == pytest.approx((15, 600 / 220, 666 / 264))
+    assert traffic.saving(made([50, 60, 69.5]), plain, 0.0) == (None, None, None)
+    assert traffic.saving(made([50, 60, 69.5]), plain, 1.0) == pytest.approx((10, 200 / 110, 222 / 132))
+    assert traffic.saving(made([50, 60, 70], coded=(4, 6)), plain, 0.0) == pytest.approx((25, 20, 222 / 32))
     assert traffic._mean([None, None]) == "INF" and traffic._mean([2.0, 4.0]) == "3.00×"
     assert traffic._mean([None, 4.0]) == "INF (1 of 2 reach it)"
 
@@ -196,11 +199,15 @@ def test_a_run_that_fails_does_not_keep_others_from_running(tmp_path, capfd):
     assert study.record("smoke", wrong, tmp_path / "results") is None
 
 
+SYNCHRONIZATION = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
+
+
 def test_bytes_and_points_of_both_directions():
     """Of made-up records: bytes both ways, coded ones where there are any, and losses in pairs of seeds."""
 
     def made(seed, top1, up, down, **coded):
         traffic = {"uplink_feature_bytes": up, "downlink_gradient_bytes": down, **coded}
+        traffic |= {"uplink_label_bytes": 0, **dict.fromkeys(SYNCHRONIZATION, 450e6)}
         return {
             "traffic": traffic,
             "test": {"top1_percent": top1},
@@ -219,8 +226,8 @@ def test_bytes_and_points_of_both_directions():
         ),
     }
     page = both_directions.report("lite", records)
-    assert "| medium | none | 2 | 81.00 ± 1.41 | 2,000 | 1.00× | 0.00 ± 0.00 |" in page.text
-    assert "| deep | EntropyMask 2.0 up 1.1 down | 2 | 79.90 ± 1.27 | 100 | 20.00× | 1.10 ± 0.14 |" in page.text
+    assert "| medium | none | 2 | 81.00 ± 1.41 | 2,000 | 1.00× | 1.00× | 0.00 ± 0.00 |" in page.text
+    assert "| deep | EntropyMask 2.0 up 1.1 down | 2 | 79.90 ± 1.27 | 100 | 20.00× | 2.90× | 1.10 ± 0.14 |" in page.text
     assert isinstance(page.figures["both_directions"], matplotlib.figure.Figure)
     assert "| cut |" in both_directions.report("lite", {}).text
 
