@@ -3,8 +3,8 @@
     python -m experiments.activations --data-dir DIR
 
 MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all.
-QU has 3 bits, from the least value to the largest. At the medium cut; "before ReLU" cuts before its activation, which
-the server then applies.
+QU has 3 bits, from the least value to the largest; `EntropyMask` a target in error, and signs where there are any. At
+the medium cut; "before ReLU" cuts before its activation, which the server then applies.
 """
 
 import dataclasses
@@ -17,24 +17,30 @@ from msjax import compress
 TITLE = "Activations"
 BEFORE = "before ReLU"
 ACTIVATIONS = ("relu", BEFORE, "leaky_relu", "gelu", "silu", "tanh")
-CODECS = {
-    "none": compress.Identity(),
-    "MS": compress.MaskEncoded(),
-    "MS, signed": compress.MaskEncoded(signed=True),
-    "QU": compress.Uniform(bits=3),
-    "EntropyMask, signed": compress.EntropyMask(error=0.07, signed=True),
-}
+CODECS = ("none", "MS", "MS, signed", "QU", "EntropyMask")
+
+
+def codecs(activation):
+    """Those that make sense of `CODECS`: without signs the signed MS is MS."""
+    signed = activation != "relu"
+    found = {
+        "none": compress.Identity(),
+        "MS": compress.MaskEncoded(),
+        "MS, signed": compress.MaskEncoded(signed=True),
+        "QU": compress.Uniform(bits=3),
+        "EntropyMask": compress.EntropyMask(error=0.07, signed=signed),
+    }
+    left_out = {"relu": ("MS, signed",), BEFORE: ("none",)}.get(activation, ())  # "none" is that of ReLU
+    return {name: codec for name, codec in found.items() if name not in left_out}
 
 
 def runs(scale):
     base = study.with_cut(study.base(scale), "medium")
     arms = {}
     for activation in ACTIVATIONS if scale != "smoke" else ("tanh",):
-        for name, codec in CODECS.items():
+        for name, codec in codecs(activation).items():
             if scale == "smoke" and name != "MS, signed":
                 continue
-            if activation == BEFORE and name == "none":
-                continue  # it is that of ReLU
             own = {"cut_before_activation": True} if activation == BEFORE else {"activation": activation}
             model = dataclasses.replace(base.model, **own)
             arms[f"{activation}, {name}"] = dataclasses.replace(base, model=model, codec=codec)
@@ -45,10 +51,13 @@ def report(scale, records):
     found = study.by_arm(records)
     rows = []
     for activation in ACTIVATIONS:
-        own = [found.get(f"{activation}, {name}", []) for name in CODECS]
-        if any(own):
-            rows.append([activation, *map(study.top1, own), study.counts(own)])
-    return study.Page(timing.table(["test top-1, %", *CODECS, "seeds"], rows) + "\n", {})
+        own = {name: found.get(f"{activation}, {name}", []) for name in CODECS}
+        if any(own.values()):
+            if activation == BEFORE:
+                own["none"] = found.get("relu, none", [])
+            cells = [f"{study.top1(r)} ({study.feature_bits(r[0]):.2f})" if r else "–" for r in own.values()]
+            rows.append([activation, *cells, study.counts(r for r in own.values() if r)])
+    return study.Page(timing.table(["test top-1, % (bits a value)", *CODECS, "seeds"], rows) + "\n", {})
 
 
 if __name__ == "__main__":

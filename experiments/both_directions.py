@@ -81,16 +81,17 @@ def plot(groups):
     figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, len(study.CUTS), sharex=True, sharey=True)
     for axes, cut in zip(panels, study.CUTS, strict=True):
-        uncompressed = next((own[0] for arm in ARMS if (own := groups.get(f"{arm}, {cut}"))), None)
+        any_at_cut = next((own[0] for arm in ARMS if (own := groups.get(f"{arm}, {cut}"))), None)
         for color, arm in enumerate(ARMS):
             found = study.at_cut(groups, arm, cut)
-            if not found or uncompressed is None:
+            if not found or any_at_cut is None:
                 continue
-            sent = 2 * uncompressed["uncompressed_feature_bytes"] if arm == "none" else study.cut_bytes(found[0]["traffic"])
+            plain = arm == "none"
+            sent = 2 * any_at_cut["uncompressed_feature_bytes"] if plain else study.cut_bytes(found[0]["traffic"])
             accuracy = [r["test"]["top1_percent"] for r in found]
             deviation = statistics.stdev(accuracy) if len(found) > 1 else None
             axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=arm)
-            if arm == "none":
+            if plain:
                 axes.axhline(statistics.mean(accuracy), color="C0", linewidth=0.5)
         axes.set(title=f"{cut} cut", xlabel="features and gradients of the run, MB", xscale="log")
     panels[0].set(ylabel="test top-1, %")

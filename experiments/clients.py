@@ -14,7 +14,7 @@ from experiments import driver, study
 from msjax import compress
 
 TITLE = "Clients"
-COUNTS = (1, 2, 5, 10, 25, 50, 100)
+COUNTS = (1, 2, 5, 10, 25, 50, 125)
 ALPHAS = (None, 1.0, 0.1)
 CODECS = {"none": compress.Identity(), "MS": compress.MaskEncoded()}
 

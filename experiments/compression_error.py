@@ -4,8 +4,10 @@
 
 The features of one batch at each cut of a network trained without compression, through each codec at a range of rates.
 Errors are squared and relative, ‖h − ĥ‖²/‖h‖², as in the paper's bounds (31)–(33); the ratio is 1 − bits/32, of the
-payload as the paper counts it. Real bits are those of whole messages, Huffman-coded. Theorem 4's condition for MS to
-have a smaller bound than QU is α < 1/2 with few values kept; α is ‖values MS does not keep‖/‖h‖.
+payload as the paper counts it; of `EntropyMask`, which has no size before it is coded, that of the messages. Real bits
+are those of whole messages, Huffman-coded. At about 2.32 bits QU has 3, the nearest above; "QU at equal bits" is
+interpolated between 2 and 3. Theorem 4's condition for MS to have a smaller bound than QU at equal size is α < 1/2 with
+few values kept; α is ‖values MS does not keep‖/‖h‖. The paper's figure has RT > SP ≫ QU > MS.
 """
 
 import sys
@@ -84,6 +86,12 @@ def report(scale, records):
             within = all(row["error"] <= row["bound"] * 1.001 for row in own) if bounds else None
             cells += [f"{np.mean(bounds):.3g}" if bounds else "–", {True: "yes", False: "**no**", None: "–"}[within]]
             lines.append(cells)
+    for cut in study.CUTS:
+        widths = [f"Uniform(bits={bits})" for bits in (2, 3)]
+        own = [row | {"bits": row["nominal_bits"]} for row in rows if row["cut"] == cut and row["codec"] in widths]
+        if own:
+            error, limit = (_equal([r | {"error": r[name]} for r in own]) for name in ("error", "bound"))
+            lines.append(["QU at equal bits", cut, "2.32", "–", f"{error:.4f}", f"{limit:.3g}", "–"])
     alphas = [
         f"{cut} {study.mean_and_deviation(sorted({row['alpha'] for row in rows if row['cut'] == cut}))}"
         for cut in study.CUTS
@@ -93,6 +101,11 @@ def report(scale, records):
         f"{timing.table(header, lines)}\n\n![Error against compression ratio](compression_error.png)\n"
     )
     return study.Page(text, {"compression_error": plot(rows)})
+
+
+def _equal(rows):
+    """The error at 2.32 bits, between those of other rates."""
+    return rate_distortion.at(rows, "bits", 2.32, "error")
 
 
 def plot(rows):

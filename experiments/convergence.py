@@ -2,7 +2,7 @@
 
     python -m experiments.convergence --data-dir DIR
 
-Codecs have the paper's settings: QU with 3 bits, SP and RT at 95.875 %, MS with 2 bits at 99 %, all about 2.32 bits.
+Codecs have the paper's settings: SP and RT at 95.875 %, MS with 2 bits at 99 %, all 2.32 bits a value; QU has 3.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     python -m experiments.distributions --data-dir DIR
 
 Features and gradients at each cut of a trained network, and synthetic sources of many sparsities, tails and skews, all
-through MS, QU and SP at about 2.32 bits (3.32 for MS where values have signs, and SP and QU as near to that as they
-come). MS's advantage over another is the logarithm to base 2 of the ratio of their squared errors; a statistic predicts
-it as well as their rank correlation is far from 0.
+through MS at 2.32 bits, 3.32 where values have signs, and QU and SP at as many: of QU, which has whole bits, the
+logarithm of the error is interpolated between the two nearest. MS's advantage over another is the logarithm to base 2
+of the ratio of their squared errors; a statistic predicts it as well as their rank correlation is far from 0.
 """
 
 import sys
@@ -21,6 +21,7 @@ from msjax import compress
 TITLE = "Distributions"
 STATISTICS = ("zeros", "kurtosis", "skewness", "largest / deviation", "energy of the top 1 %")
 OTHERS = ("QU", "SP")
+TINY = 1e-12  # an error that counts as none
 
 
 def runs(scale):
@@ -62,16 +63,20 @@ def statistics_of(h):
 
 def errors(h):
     signed = bool((h < 0).any())
-    codecs = {
-        "MS": compress.MaskEncoded(signed=signed),
-        "QU": compress.Uniform(bits=3),
-        "SP": compress.TopK(ratio=1 - (2.32 + signed - 1) / 32),
+    bits = 2.32 + signed
+    uniform = []
+    for width in (2 + signed, 3 + signed):
+        error = rate_distortion.measure(h, compress.Uniform(bits=width))["error"]
+        uniform.append({"bits": width, "error": max(error, TINY)})
+    return {
+        "MS": rate_distortion.measure(h, compress.MaskEncoded(signed=signed))["error"],
+        "QU": rate_distortion.at(uniform, "bits", bits, "error"),
+        "SP": rate_distortion.measure(h, compress.TopK(ratio=1 - (bits - 1) / 32))["error"],
     }
-    return {name: rate_distortion.measure(h, codec)["error"] for name, codec in codecs.items()}
 
 
 def advantage(row, other):
-    return float(np.log2(max(row[other], 1e-12) / max(row["MS"], 1e-12)))
+    return float(np.log2(max(row[other], TINY) / max(row["MS"], TINY)))
 
 
 def report(scale, records):

@@ -25,12 +25,14 @@ def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.R
     """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
     from msjax import runs, simulate  # these start JAX
 
+    file = results / scale / f"{study.key(run)}.json"
     cfg = run.config if isinstance(run, study.Measured) else run
     simulate.split_cpu(cfg.clients)
     made = _measure(scale, run) if isinstance(run, study.Measured) else _train(run)
     made |= {"config": config_lib.to_json(study.nowhere(cfg)), "command": command}
-    (results / scale).mkdir(parents=True, exist_ok=True)
-    runs.write_whole(results / scale / f"{study.key(run)}.json", runs.to_json(made, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():  # of a network that is trained anew for a measurement the record stands
+        runs.write_whole(file, runs.to_json(made, indent=1) + "\n")
     return made
 
 

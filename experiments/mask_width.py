@@ -2,55 +2,87 @@
 
     python -m experiments.mask_width --data-dir DIR
 
-Is 2 bits at 99 % the best trade? Widths at the paper's ratio, ratios at the paper's width, at the medium cut.
+Is 2 bits at 99 % the best trade? Widths at the paper's ratio, ratios at the paper's width, at the medium cut; widths
+also on a table and on texts, where features have signs and MS a sign bit more. One bit marks the kept values alone:
+that is SP, at MS's bits with 95.875 %.
 """
 
 import dataclasses
 import statistics
 import sys
+from typing import NamedTuple
 
 import matplotlib.figure
 
 from benchmarks import timing
-from experiments import driver, study
+from experiments import driver, not_images, study
 from msjax import compress
+from msjax.config import Config
 
 TITLE = "Mask width and ratio"
-WIDTHS = (1, 2, 3, 4)
 RATIOS = (0.9, 0.97, 0.99, 0.997, 0.999)
-ARMS = {
-    "none": compress.Identity(),
-    **{f"{bits} bits": compress.MaskEncoded(bits=bits) for bits in WIDTHS},
-    **{f"2 bits at {ratio:.1%}": compress.MaskEncoded(ratio=ratio) for ratio in RATIOS if ratio != 0.99},
-}
+
+
+class Setting(NamedTuple):
+    """A network on a data set, and its codecs."""
+
+    base: Config
+    codecs: dict[str, compress.Codec]
+
+
+def widths(*, signed):
+    return {f"{bits} bits": compress.MaskEncoded(bits=bits, signed=signed) for bits in (1, 2, 3, 4)}
+
+
+def settings(scale):
+    base, none = study.base(scale), {"none": compress.Identity()}
+    if scale == "smoke":
+        return {"": Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)})}
+    ratios = {f"2 bits at {ratio:.1%}": compress.MaskEncoded(ratio=ratio) for ratio in RATIOS if ratio != 0.99}
+    sp = {"1 bit at 95.9% (SP)": compress.TopK(ratio=0.95875)}
+    found = {"": Setting(base, none | widths(signed=False) | sp | ratios)}
+    for name, (other, codecs) in not_images.settings(scale).items():
+        found[name] = Setting(other, none | widths(signed=codecs["MS"].signed))
+    return found
 
 
 def runs(scale):
-    arms = ARMS if scale != "smoke" else {name: ARMS[name] for name in ("none", "1 bits")}
-    base = study.with_cut(study.base(scale), "medium")
-    arms = {name: dataclasses.replace(base, codec=codec) for name, codec in arms.items()}
+    arms = {}
+    for setting, (base, codecs) in settings(scale).items():
+        at_medium = study.with_cut(base, "medium")
+        for name, codec in codecs.items():
+            arms[study.label(setting, name)] = dataclasses.replace(at_medium, codec=codec)
     return study.with_seeds(arms, study.seeds(scale))
 
 
 def report(scale, records):
     found = study.by_arm(records)
-    rows = [[arm, f"{study.feature_bits(own[0]):.2f}", study.top1(own), str(len(own))] for arm, own in found.items()]
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    lines = {
-        "width, at 99 %": [f"{bits} bits" for bits in WIDTHS],
-        "ratio, at 2 bits": [f"2 bits at {ratio:.1%}" if ratio != 0.99 else "2 bits" for ratio in RATIOS],
-    }
+    shown = settings(scale)
+    lines = []
+    figure = matplotlib.figure.Figure(figsize=(5.5 * len(shown), 4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (setting, (_, codecs)) in zip(panels, shown.items(), strict=True):
+        own = {name: found[label] for name in codecs if (label := study.label(setting, name)) in found}
+        rows = [[n, f"{study.feature_bits(r[0]):.2f}", study.top1(r), str(len(r))] for n, r in own.items()]
+        lines += [f"### {setting}", ""] if setting else []
+        lines += [timing.table(["MS", "bits a value", "test top-1, %", "seeds"], rows), ""]
+        _draw(axes, own)
+        axes.set(title=setting, xlabel="bits a value", ylabel="test top-1, %")
+    return study.Page("\n".join([*lines, "![Accuracy](mask_width.png)", ""]), {"mask_width": figure})
+
+
+def _draw(axes, found):
+    """Accuracy against bits: a line over the widths, one over the ratios."""
+    by_ratio = [f"2 bits at {ratio:.1%}" if ratio != 0.99 else "2 bits" for ratio in RATIOS]
+    lines = {"width, at 99 %": list(widths(signed=False)), "ratio, at 2 bits": by_ratio}
+    lines["1 bit, at 95.9 %"] = ["1 bit at 95.9% (SP)"]
     for name, arms in lines.items():
         points = [(study.feature_bits(found[arm][0]), _mean(found[arm])) for arm in arms if arm in found]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
     if "none" in found:
         axes.axhline(_mean(found["none"]), color="k", linestyle="--", label="no compression")
-    axes.set(xlabel="bits a value", ylabel="test top-1, %")
     study.legend([axes])
-    text = f"{timing.table(['MS', 'bits a value', 'test top-1, %', 'seeds'], rows)}\n\n![Accuracy](mask_width.png)\n"
-    return study.Page(text, {"mask_width": figure})
 
 
 def _mean(records):

@@ -3,8 +3,8 @@
     python -m experiments.not_images --data-dir DIR       # a TFDS directory with glue/sst2 and adult
 
 The transformer has LayerNorm and GELU, and is cut between blocks, where its features have both signs: there codecs are
-the signed ones, MS with 3.32 bits in all. The MLP has ReLU. QU has 3 bits, SP 95.875 %, `EntropyMask` a target in
-error, that of MS on images.
+the signed ones, MS with 3.32 bits in all. The MLP has ReLU. SP has MS's bits, QU 3, `EntropyMask` a target in error,
+that of MS on images. SST-2 is tested on 872 sentences: one standard error is 1.4 points.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def codecs(*, signed):
         "none": compress.Identity(),
         "MS": compress.MaskEncoded(signed=signed),
         "QU": compress.Uniform(bits=3),
-        "SP": compress.TopK(ratio=0.95875),
+        "SP": compress.TopK(ratio=0.9275 if signed else 0.95875),
         "EntropyMask": compress.EntropyMask(error=0.07, signed=signed),
     }
 
