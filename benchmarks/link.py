@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -213,6 +214,7 @@ class Net:
             ServerStore(folder / "server", {}),
             server_lib.Policy(),
             self.metrics,
+            run=uuid.uuid4().hex,
             checkpoint_steps=10**9,
         )
         workers = futures.ThreadPoolExecutor(2 * clients + 8)
@@ -242,7 +244,13 @@ class Net:
 
         own = client_lib.Own(len(case.own.labels), 0, case.own.inputs.shape[1:], 10)
         return client_lib.Runner(
-            number, connect, lambda cfg: own, build, ClientStore(folder), checkpoint_steps=10**9, retry_seconds=0.0
+            number,
+            connect,
+            lambda cfg: own,
+            build,
+            lambda run: ClientStore(folder),
+            checkpoint_steps=10**9,
+            retry_seconds=0.0,
         )
 
     def train(self, on_step: Callable[[], None]) -> None:

@@ -39,8 +39,10 @@ def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.R
 def _train(cfg):
     from msjax import runs, train
 
+    # Before there is a folder, so that a data set that is not there leaves none behind.
+    job = train.prepare(cfg)
     folder, cfg = runs.RunFolder.open_or_create(cfg, study.key(cfg))
-    summary = train.train(cfg, folder)
+    summary = train.train(cfg, folder, job=job)
     folder.close()
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     return summary | {"history": [json.loads(line) for line in lines]}
@@ -191,7 +193,7 @@ def _placed(run, options):
 
 def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
     """The process of one run: its config and what measures it come on standard input."""
-    from msjax import train
+    from msjax import data, train
 
     if cores:
         os.sched_setaffinity(0, map(int, cores))
@@ -201,6 +203,9 @@ def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
         do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
     except train.Interrupted:
         return INTERRUPTED
+    except (ValueError, OSError, data.DataError) as error:
+        print(f"{given['config']['model']['name']}, {given['config']['data']['name']}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

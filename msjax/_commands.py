@@ -92,6 +92,8 @@ def _eval(arguments):
     parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
     parser.add_argument("--data-dir", help="where the data set is on this machine")
     options = parser.parse_args(arguments)
+    if options.run.endswith(".safetensors"):
+        raise ValueError(f"the run must be a folder; a half is tested with --server, got {options.run!r} without it")
     folder, cfg = runs.RunFolder.open(options.run, read_only=True)
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
@@ -160,7 +162,14 @@ def _models(arguments):
             table.add_column(str(codec) if options.codec else type(codec).__name__, justify="right")
         for cut in models.list_cuts(model):
             batch = jax.ShapeDtypeStruct((options.batch_size, *cut.shape), cut.dtype)
-            sizes = [f"{codec.payload_bytes(batch) / options.batch_size:,.0f}" for codec in codecs]
+            sizes = [_size(codec, batch) for codec in codecs]
             table.add_row(str(cut.layer), cut.name or "", cut.block, "×".join(map(str, cut.shape)), *sizes)
         console.print(table)
+    if any(codec.entropy_coded for codec in codecs):
+        console.print("*: before lossless coding, to a few times less; how far depends on the values.")
     return 0
+
+
+def _size(codec, batch):
+    """Bytes a sample."""
+    return f"{codec.payload_bytes(batch) / batch.shape[0]:,.0f}" + "*" * codec.entropy_coded

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import shutil
 import signal
 import statistics
 import threading
@@ -53,6 +54,8 @@ def serve(arguments: list[str], default: config.Config) -> int:
         )
     if where.resume:
         folder, cfg = runs.RunFolder.open(where.resume)
+        if (folder.path / "summary.json").exists():
+            raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
         serving = Serving(cfg, options, folder.path)
     else:
@@ -67,7 +70,13 @@ def serve(arguments: list[str], default: config.Config) -> int:
         # Before there is a folder, so that options that do not work leave none behind.
         options.check_run(cfg)
         folder = runs.RunFolder.create(cfg, where.name)
-        serving = Serving(cfg, options, folder.path)
+        try:
+            serving = Serving(cfg, options, folder.path)
+        except (ValueError, OSError):  # an address that cannot be had
+            shutil.rmtree(folder.path)
+            with contextlib.suppress(OSError):  # other runs
+                folder.path.parent.rmdir()
+            raise
     _log()
     print(
         f"msjax serve: listening on {options.listen} for {cfg.clients} clients; run folder: {folder.path}", flush=True
@@ -158,7 +167,7 @@ def _evaluate(trained, remote, options):
     own = parties.ClientData(ds.train_inputs, ds.train_labels, ds.test_inputs, ds.test_labels)
     clients = [parties.Client(n, plan, shapes, programs, state, own, cfg.seed) for n in range(cfg.clients)]
     sums, seconds, sent, received = [], [], 0, 0
-    for exchange in plan.step_exchanges(plan.epoch_steps - 1):
+    for exchange in plan.step_exchanges(plan.total_steps - 1):  # the last epoch always has a test
         if exchange.phase == Phase.RESULT:
             sums += [clients[n].send(exchange).sums for n in exchange.clients]
         if exchange.phase != Phase.TEST:

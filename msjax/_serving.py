@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+import uuid
 from concurrent import futures
 from typing import Literal
 
@@ -53,6 +54,8 @@ class ListenOptions:
         for name in ("max_megabytes", "max_messages_per_second"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port must be in 1..65535, got {self.metrics_port}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ class ServeOptions(ListenOptions):
     def check_run(self, cfg: config.Config) -> None:
         """Raises ValueError also for a run that cannot be served."""
         self.check()
+        if self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
         if cfg.data.name in train.STREAMED:
             raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
 
@@ -114,6 +119,16 @@ class ClientOptions(ConnectOptions):
     answer_seconds: float = 600.0
     """After how long an answer counts as lost, and the request is repeated."""
 
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        if self.number < 0:
+            raise ValueError(f"number must be at least 0, got {self.number}")
+        if self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
+        for name in ("retry_seconds", "answer_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
     def folder(self) -> pathlib.Path:
         return pathlib.Path(self.state or f"client{self.number}")
 
@@ -126,15 +141,21 @@ class Endpoint:
         # A stream holds a thread for as long as it lasts.
         workers = futures.ThreadPoolExecutor(2 * streams + 8, thread_name_prefix="rpc")
         limits = client_lib.channel_options(options.max_megabytes << 20)
-        limits.append(("grpc.max_concurrent_streams", streams + 8))
+        # Two servers must not share a port unawares, and their clients with it.
+        limits += [("grpc.max_concurrent_streams", streams + 8), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=2 * streams + 8)
         split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if options.tls:
-            self.port = self._server.add_secure_port(options.listen, options.tls.server())
-        else:
-            self.port = self._server.add_insecure_port(options.listen)
+        try:
+            if options.tls:
+                self.port = self._server.add_secure_port(options.listen, options.tls.server())
+            else:
+                self.port = self._server.add_insecure_port(options.listen)
+        except RuntimeError as error:
+            raise ValueError(
+                f"listen must be a free host:port, and tls files in PEM format, got {options.listen!r}: {error}"
+            ) from None
         self._server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._close_metrics = metrics.serve(options.metrics_port) if options.metrics_port else lambda: None
@@ -143,6 +164,14 @@ class Endpoint:
         self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self._server.stop(grace=5).wait()
         self._close_metrics()
+
+
+def _run_name(folder):
+    """Names the run of a folder, also when it is resumed."""
+    file = folder / "run"
+    if not file.exists():
+        runs.write_whole(file, uuid.uuid4().hex)
+    return file.read_text()
 
 
 class Serving:
@@ -159,6 +188,7 @@ class Serving:
             ServerStore(folder / "checkpoints", self.progress),
             options.policy,
             self.metrics,
+            run=_run_name(folder),
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
         )
@@ -222,15 +252,15 @@ class TakingPart:
     """A client of a training run, not yet connected."""
 
     def __init__(self, options: ClientOptions):
+        options.check()
         self._options, self._token = options, options.token()
         self._epoch = None
-        self._store = ClientStore(options.folder() / "checkpoints")
         self.runner = client_lib.Runner(
             options.number,
             lambda: client_lib.Connection(options.server, options.tls, self._token),
             self._load,
             self._build,
-            self._store,
+            lambda run: ClientStore(options.folder() / "checkpoints" / run),
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
             answer_seconds=options.answer_seconds,
@@ -280,5 +310,4 @@ class TakingPart:
 
 def load_data(cfg: config.Config, options: ConnectOptions) -> data.Dataset:
     """The run's data set, as it is on this machine."""
-    data_dir, cache_dir = options.data_dir or cfg.data.data_dir, options.cache_dir or cfg.data.cache_dir
-    return data.load(cfg.data.name, **cfg.data.form, data_dir=data_dir, cache_dir=cache_dir)
+    return data.load(cfg.data.name, **cfg.data.form, data_dir=options.data_dir, cache_dir=options.cache_dir)

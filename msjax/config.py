@@ -241,8 +241,15 @@ def save(config: Config, path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> Config:
-    """Reads what `save` wrote."""
-    return from_json(json.loads(path.read_text()))
+    """Reads what `save` wrote.
+
+    Raises:
+      ValueError: the file is damaged, or of another version.
+    """
+    try:
+        return from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_preset(path: str) -> Config:

@@ -74,24 +74,39 @@ class Progress:
 
 
 def print_summaries(summaries: list[dict[str, Any]]) -> None:
-    """Prints finished runs beside each other: accuracy, bytes, and what of the features was saved."""
+    """Prints finished runs beside each other: accuracy, bytes, and what of the features was saved.
+
+    Bytes of entropy-coded codecs are those of messages, where they are known by direction.
+    """
     table = rich.table.Table()
     table.add_column("codec", min_width=24)
     for name in ("top-1, %", "features up, MB", "saved", "all up, MB", "all down, MB", "seconds"):
         table.add_column(name, justify="right")
     for s in summaries:
-        traffic = s["traffic"]
+        traffic, gradients = s["traffic"], s["config"]["grad_codec"]
+        features, up, down = _as_sent(traffic)
         table.add_row(
-            s["config"]["codec"],
+            s["config"]["codec"] + (f"\ngradients: {gradients}" if gradients != "Identity()" else ""),
             f"{s['test']['top1_percent']:.2f}",
-            f"{traffic['uplink_feature_bytes'] / 1e6:,.2f}",
-            f"{s['uncompressed_feature_bytes'] / traffic['uplink_feature_bytes']:.2f}×",
-            f"{traffic['uplink_bytes'] / 1e6:,.2f}",
-            f"{traffic['downlink_bytes'] / 1e6:,.2f}",
+            f"{features / 1e6:,.2f}",
+            f"{s['uncompressed_feature_bytes'] / features:.2f}×",
+            f"{up / 1e6:,.2f}",
+            f"{down / 1e6:,.2f}",
             f"{s['wall_seconds']:.1f}",
         )
     # A fixed width where there is no terminal, so that a log shows whole columns.
     rich.console.Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _as_sent(traffic):
+    """Bytes of the features up, of all up and of all down; where entropy-coded, as messages."""
+    features, up, down = (traffic[name] for name in ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes"))
+    # U-shaped, features and gradients go both ways and are counted as one.
+    if "coded_uplink_bytes" in traffic and not traffic["uplink_gradient_bytes"]:
+        coded = traffic["coded_uplink_bytes"]
+        up, features = up - features + coded, coded
+        down += traffic["coded_downlink_bytes"] - traffic["downlink_gradient_bytes"]
+    return features, up, down
 
 
 def draw_curves(history: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:

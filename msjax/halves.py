@@ -3,6 +3,9 @@
     trained = halves.load("server.safetensors")
     y, _ = trained.apply(trained.params, trained.stats, h, train=False)
 
+A client's half takes inputs as its data set gives them, normalised: `data.normalize(x, info.mean, info.std)` of its
+`info`; a server's takes features.
+
 The file is in the safetensors format: float32 arrays by name, `params/BLOCK/…` and `stats/BLOCK/…`, and in its header
 what they are. Reading it executes nothing, and other frameworks read it too.
 """

@@ -125,6 +125,10 @@ def test_uniform_corners():
         (lambda: compress.from_string("TopK(ratio=__import__('os'))"), "codec must be one of .* got .TopK"),
         (lambda: compress.from_string("TopK(bits=3)"), "codec 'TopK.bits=3.': .*bits"),
         (lambda: compress.from_string("Uniform(bits=9)"), "bits must be an integer in 1..8, got 9"),
+        (
+            lambda: TopK(0.5).decode(TopK(0.5).encode(jnp.ones(4)), jnp.ones(8)),
+            "payload must have arrays of shapes",
+        ),
         (lambda: compress.uniform_error_bound(jnp.ones(3), 0), "bits must be an integer in 1..8, got 0"),
         (lambda: compress.topk_error_bound(jnp.ones(3), 2.0), r"ratio must be a number in \[0, 1\), got 2.0"),
         (lambda: compress.mask_encoded_error_bound(jnp.ones(3), 0.5, 9), "bits must be an integer in 1..8, got 9"),

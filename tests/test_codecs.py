@@ -219,6 +219,14 @@ def test_is_its_configuration(codec):
     assert codec.payload_bytes(like) == reference.payload_bytes(type(codec).__name__, (6, 7), 2, fields_of(codec))
 
 
+def test_numpy_scalars_and_ints_are_taken_for_what_they_are(unchecked):
+    """So that the text of every codec can be read back, and equal codecs have equal texts."""
+    made = compress.MaskEncoded(ratio=np.float32(0.75), bits=np.int64(3), signed=np.bool_(True))
+    assert made == compress.from_string(repr(made)) and repr(made) == repr(compress.MaskEncoded(0.75, 3, signed=True))
+    assert repr(compress.TopK(ratio=0)) == repr(compress.TopK(ratio=0.0))
+    assert repr(compress.EntropyMask(bits=2)) == repr(compress.EntropyMask(bits=np.float64(2.0)))
+
+
 def test_figure_1():
     h = jnp.array([[2.2, 0.8, 1.2, 0.4], [1.8, 0.2, 3.1, 2.0], [2.1, 0.2, 1.1, 1.7], [0.3, 2.8, 1.4, 0.9]])
     floor, nearest, topk = MaskEncoded(0.75, rounding="floor"), MaskEncoded(0.75), TopK(0.75)

@@ -119,6 +119,10 @@ def test_shapes_without_end(tmp_path, monkeypatch):
             there.receive()
         with pytest.raises(Refused, match="takes no new ones"):
             there.receive()
+        with remote(address) as again:  # what was met before is answered all the same
+            h = features(client, 2)
+            again.send(CODEC.encode(h), CODEC, like(h))
+            again.receive()
 
 
 def test_a_message_that_is_too_long(tmp_path):
@@ -126,6 +130,8 @@ def test_a_message_that_is_too_long(tmp_path):
     h = features(client, 300)
     assert compress.Identity().payload_bytes(h) > 1 << 20
     with served(tmp_path, max_megabytes=1) as address, remote(address) as there:
+        with pytest.raises(ValueError, match="listen must be a free host:port"), served(tmp_path, listen=address):
+            pass
         there.send((h,), compress.Identity(), like(h))
         with pytest.raises(Refused, match="larger than max"):
             there.receive()
@@ -229,6 +235,12 @@ def test_tokens_file(tmp_path):
         path.write_text(f"0 bob\n{line}\n")
         with pytest.raises(ValueError, match="lines of a client's number and its token, got line 2"):
             Tokens(str(path))
+    for wrong in ("sha256:", "sha256:zz", "sha256:" + "a" * 63):
+        path.write_text(f"0 {wrong}")
+        with pytest.raises(ValueError, match="64 hexadecimal digits, in line 1"):
+            Tokens(str(path))
+    path.write_text("0 sha256:81B637D8FCD2C6DA6359E6963113A1170DE795E4B725B84D1E0B4CFD9EC58CE9")
+    assert Tokens(str(path)).accept(0, "bob") and not Tokens(str(path)).accept(0, "bo")
     path.write_text("")
     assert not Tokens(str(path)).accept(0, None) and not Tokens(str(path)).accept_any("")
     path.write_text("0 bob\n")

@@ -108,6 +108,8 @@ def test_killed_processes_end_like_others(tmp_path, shell):
         kill(process)
     server, clients = shell.serve("--resume", str(run)), [shell.client(0), shell.client(1)]
     shell.wait(server, *clients)
+    shell.wait(shell.serve("--resume", str(run)), status=2)
+    assert "must be a run that is not finished" in (tmp_path / "serve.log").read_text()
 
     server, clients = expected(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
@@ -158,6 +160,12 @@ def test_a_stopped_server_says_how_to_go_on(tmp_path, shell):
         (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
         (("serve", "--data.name", "imagenet2012"), "must be a set that fits in memory"),
         (("serve", "--tokens", "none"), "No such file"),
+        (("serve", "--listen", "localhost:port"), "listen must be a free host:port"),
+        (("serve", "--metrics-port", "99999"), "metrics_port must be in 1..65535, got 99999"),
+        (("serve", "--checkpoint-steps", "0"), "checkpoint_steps must be at least 1, got 0"),
+        (("serve", "--policy.min-clients", "0"), "min_clients must be at least 1, got 0"),
+        (("client", "--number", "-1"), "number must be at least 0, got -1"),
+        (("client", "--number", "0", "--tls.certificate", "none"), "a certificate and its key together"),
         (("serve", "--half", "none"), "No such file"),
         (("client", "--number", "0", "--server", "example.org:1"), "is not this machine: give certificates"),
         (("client", "--number", "0", "--token-file", "none"), "No such file"),

@@ -123,10 +123,15 @@ def test_eval_batches_cover_each_sample_once(count):
 
 
 def test_the_table_sets_a_single_run_against_no_compression(capsys):
-    traffic = {"uplink_feature_bytes": 100, "uplink_bytes": 150, "downlink_bytes": 1000}
-    summary = {"config": {"codec": "MaskEncoded()"}, "test": {"top1_percent": 90.0}, "wall_seconds": 1.0}
-    train.display.print_summaries([summary | {"traffic": traffic, "uncompressed_feature_bytes": 1380}])
-    assert "13.80×" in capsys.readouterr().out
+    traffic = {"uplink_feature_bytes": 100, "uplink_gradient_bytes": 0, "uplink_bytes": 150}
+    traffic |= {"downlink_gradient_bytes": 900, "downlink_bytes": 1000}
+    configs = {"codec": "MaskEncoded()", "grad_codec": "Identity()"}
+    summary = {"config": configs, "test": {"top1_percent": 90.0}, "wall_seconds": 1.0}
+    summary |= {"traffic": traffic, "uncompressed_feature_bytes": 1380}
+    coded = summary | {"traffic": traffic | {"coded_uplink_bytes": 20, "coded_downlink_bytes": 30}}
+    train.display.print_summaries([summary, coded | {"config": configs | {"grad_codec": "EntropyMask()"}}])
+    out = capsys.readouterr().out
+    assert "13.80×" in out and "69.00×" in out and "gradients: EntropyMask()" in out
 
 
 def rates(optim, epochs, steps):

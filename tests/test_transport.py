@@ -192,6 +192,19 @@ def test_client_that_lost_its_memory(tmp_path, mode):
             it.start_client(1)
         it.join()
         assert_equal_to_program(it, cfg)
+    if mode.kind == "sequential":
+        return
+    # Another run of clients that have checkpoints of the first one is none the wiser.
+    (tmp_path / "server").rename(tmp_path / "first")
+    cfg = dataclasses.replace(cfg, seed=1)
+    with net(tmp_path, cfg) as it:
+        for number in range(cfg.clients):
+            it.start_client(number)
+        it.wait_for_step(5)
+        kill(it, 1)
+        it.start_client(1)
+        it.join()
+        assert_equal_to_program(it, cfg)
 
 
 def kill(it, number):
@@ -494,6 +507,7 @@ READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=42, input_shape=(8
         ([pb.FromClient(hello=pb.Hello(protocol=1, client=4))], grpc.StatusCode.INVALID_ARGUMENT, "0..3"),
         ([HELLO, HELLO], grpc.StatusCode.INVALID_ARGUMENT, "unexpected hello"),
         ([HELLO, pb.FromClient(request=pb.Request())], grpc.StatusCode.INVALID_ARGUMENT, "before the start"),
+        ([HELLO, pb.FromClient(ready=pb.Ready())], grpc.StatusCode.INVALID_ARGUMENT, "at least one sample"),
     ],
 )
 def test_strangers_are_turned_away(tmp_path, messages, code, says):
@@ -501,3 +515,43 @@ def test_strangers_are_turned_away(tmp_path, messages, code, says):
         found = stream(it.address, *messages)
         it.serving.coordinator.stop("test")
         assert found[0] == code and says in found[1]
+        assert it.serving.metrics.refused._value.get() == 1
+
+
+def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        coordinator = it.serving.coordinator
+        first, other = (coordinator.join(pb.Hello(client=number), "here") for number in (0, 1))
+        assert it.serving.metrics.connected._value.get() == 2
+        coordinator.ready(first, READY.ready)
+        unlike = pb.Ready(samples=25, test_samples=42, input_shape=(9, 8, 1), num_classes=10)
+        with pytest.raises(server_lib._messages.ProtocolError, match=r"got \(\(9, 8, 1\), 10\) beside \(\(8, 8, 1\)"):
+            coordinator.ready(other, unlike)
+        coordinator.ready(other, READY.ready)
+        assert it.server_thread.is_alive()
+        coordinator.stop("test")
+
+
+def test_clients_hear_of_a_server_that_fails(tmp_path):
+    def fail(*_):
+        raise ValueError("a shape that does not fit")
+
+    with net(tmp_path, SMALL) as it:
+        it.serving.coordinator._assemble = fail
+        for number in range(SMALL.clients):
+            it.start_client(number)
+        it.join()
+        assert str(it.failures.pop("server")) == "a shape that does not fit"
+        assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}
+
+
+def test_a_message_that_is_too_long_is_not_repeated(tmp_path):
+    with net(tmp_path, SMALL, max_megabytes=1) as it:
+        connection = client_lib.Connection(it.address, client_lib.TlsFiles(), None)
+        connection.send(HELLO)
+        assert connection.receive(10).WhichOneof("kind") == "welcome"
+        connection.send(pb.FromClient(request=pb.Request(payload=bytes(2 << 20))))
+        with pytest.raises(client_lib.Refused, match="larger than max"):
+            connection.receive(10)
+        connection.close()
+        it.serving.coordinator.stop("test")

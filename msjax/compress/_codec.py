@@ -65,8 +65,17 @@ class Codec(abc.ABC):
         """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`).
 
         The payload's arrays may be NumPy's, as they come off a wire.
+
+        Raises:
+          ValueError: the payload is not that of an array like `like`.
         """
         self._check(like)
+        wanted, given = self._payload_like(like), jax.tree.leaves(payload)
+        if [np.shape(leaf) for leaf in given] != [leaf.shape for leaf in wanted]:
+            raise ValueError(
+                f"payload must have arrays of shapes {', '.join(str(leaf.shape) for leaf in wanted)}, as that of "
+                f"{jnp.dtype(like.dtype).name}{list(like.shape)}, got {', '.join(str(np.shape(g)) for g in given)}"
+            )
         return self._decode(jax.tree.map(jnp.asarray, payload), like)
 
     def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
@@ -103,6 +112,8 @@ class Codec(abc.ABC):
         return self._decode(self._encode(h, key), h)
 
     def _check(self, h, key=...):
+        if not hasattr(h, "dtype"):
+            raise TypeError(f"h must be an array, got {type(h).__name__}")
         if jnp.dtype(h.dtype).name not in FLOAT_DTYPES:
             raise TypeError(f"h must be one of {', '.join(FLOAT_DTYPES)}, got {jnp.dtype(h.dtype).name}")
         if self.needs_key and key is None:
@@ -121,6 +132,8 @@ class VectorCodec(Codec):
     granularity: Granularity = dataclasses.field(default="tensor", kw_only=True)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name), str(field.type)))
         check_choice("granularity", self.granularity, ("tensor", "sample"))
 
     @abc.abstractmethod
@@ -188,6 +201,14 @@ class VectorCodec(Codec):
 def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array of a payload; an int is the length of a vector."""
     return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
+
+
+def _plain(value, wanted):
+    """A NumPy scalar, or an int for a float or bool, as what it is meant for: equal codecs print the same text."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if "float" in wanted and type(value) is int:
+        return float(value)
+    return bool(value) if "bool" in wanted and type(value) is int and value in (0, 1) else value
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

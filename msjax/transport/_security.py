@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import ipaddress
 import pathlib
+import re
 import time
 
 import grpc
@@ -37,6 +38,8 @@ class TlsFiles:
         return grpc.ssl_server_credentials([pair], self._read("authority"), require_client_auth=True)
 
     def client(self) -> grpc.ChannelCredentials:
+        if (self.key is None) != (self.certificate is None):
+            raise ValueError("tls needs a certificate and its key together")
         return grpc.ssl_channel_credentials(self._read("authority"), self._read("key"), self._read("certificate"))
 
     def __bool__(self):
@@ -102,8 +105,13 @@ class Tokens:
                 raise ValueError(
                     f"tokens must be lines of a client's number and its token, got line {number} of {path}"
                 )
-            hashed = token.startswith("sha256:")
-            self._hashes[int(client)] = token[7:] if hashed else hashlib.sha256(token.encode()).hexdigest()
+            if token.startswith("sha256:"):
+                hashed = token.removeprefix("sha256:").lower()
+                if not re.fullmatch("[0-9a-f]{64}", hashed):
+                    raise ValueError(f"tokens: sha256: needs 64 hexadecimal digits, in line {number} of {path}")
+            else:
+                hashed = hashlib.sha256(token.encode()).hexdigest()
+            self._hashes[int(client)] = hashed
 
     def accept(self, client: int, token: str | None) -> bool:
         if self._hashes is None:

@@ -4,6 +4,7 @@ import json
 import logging
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ class Connection:
                 self._inbox.put(message)
             self._inbox.put(_Lost("the server closed the stream"))
         except grpc.RpcError as error:
-            refused = error.code() in _FINAL
+            # A message that is too large will be so again; the code alone may also mean too many calls.
+            refused = error.code() in _FINAL or "larger than max" in (error.details() or "")
             self._inbox.put(Refused(error.details()) if refused else _Lost(error.details()))
 
     def send(self, message: pb.FromClient) -> None:
@@ -116,7 +118,8 @@ class Runner:
       connect: makes a `Connection`.
       load: from the run's config to the client's `Own`.
       build: from (config, samples, test_samples) to the `parties.Client`, as it is before the first step.
-      store: of checkpoints: `steps()`, `save(step, state)`, `restore(step, state)`, `prune(step)`.
+      open_store: from the run's name to its store of checkpoints, with `steps()`, `save(step, state)`,
+        `restore(step, state)`, `prune(step)`, `close()`.
       answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
       retry_seconds: for how long a lost connection is tried again.
     """
@@ -127,7 +130,7 @@ class Runner:
         connect: Callable[[], Connection],
         load: Callable[[config.Config], Own],
         build: Callable[..., parties.Client],
-        store: Any,
+        open_store: Callable[[str], Any],
         *,
         checkpoint_steps: int = 100,
         compression: str | None = None,
@@ -135,7 +138,8 @@ class Runner:
         retry_seconds: float = 600.0,
     ):
         self.config: config.Config | None = None  # of the run, once the server has told it
-        self._number, self._connect, self._load, self._build, self._store = number, connect, load, build, store
+        self._number, self._connect, self._load, self._build = number, connect, load, build
+        self._open_store, self._store = open_store, None
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
         self._answer_seconds, self._retry_seconds = answer_seconds, retry_seconds
         self.run, self._generation = "", 0
@@ -202,8 +206,13 @@ class Runner:
     def _welcome(self, connection, welcome):
         if welcome.protocol != _messages.PROTOCOL:
             raise Refused(f"the server's protocol is {welcome.protocol}, this client's {_messages.PROTOCOL}")
-        if welcome.run != self.run:
-            self.run, self._generation, self._request = welcome.run, 0, None
+        if self.run and welcome.run != self.run:
+            raise Refused("the server now serves another run, for which this client must be started anew")
+        if self._store is None:
+            # It becomes a folder's name.
+            if not re.fullmatch("[0-9a-f]{32}", welcome.run):
+                raise Refused(f"the run's name must be 32 hexadecimal digits, got {welcome.run!r}")
+            self.run, self._store = welcome.run, self._open_store(welcome.run)
         if self._data is None:
             self.config = config.from_json(json.loads(welcome.config))
             self._data = self._load(self.config)

@@ -85,9 +85,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 f"features must be {self._features.dtype}[batch, {', '.join(map(str, self._features.shape))}], "
                 f"got {like.dtype}{list(like.shape)}"
             )
-        self._seen.add((message.codec, like.shape))
-        if len(self._seen) > _MAX_SHAPES:
+        form = message.codec, like.shape
+        if form not in self._seen and len(self._seen) >= _MAX_SHAPES:
             raise wire.WireError(f"this server has met {_MAX_SHAPES} codecs and batch sizes and takes no new ones")
+        self._seen.add(form)
         return message
 
     def _answer(self, message, number):

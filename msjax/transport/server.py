@@ -7,9 +7,9 @@ import dataclasses
 import json
 import logging
 import queue
+import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class Policy:
     def __post_init__(self):
         if not self.deadline_seconds > 0:
             raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
+        if self.min_clients < 1:
+            raise ValueError(f"min_clients must be at least 1, got {self.min_clients}")
         if self.stragglers not in ("wait", "drop", "stop"):
             raise ValueError(f"stragglers must be wait, drop or stop, got {self.stragglers!r}")
 
@@ -75,6 +77,7 @@ class Coordinator:
       assemble: from (samples, test_samples, input_shape, num_classes) to the run's parts, called when all clients have
         said what data they have.
       store: of checkpoints: `latest()`, `save(step, server, extra)`, `restore(step, server)`.
+      run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
       compression: of the answers' bytes, as `msjax.wire` takes it.
     """
 
@@ -86,13 +89,14 @@ class Coordinator:
         policy: Policy,
         metrics: Any,
         *,
+        run: str,
         checkpoint_steps: int = 100,
         compression: str | None = None,
     ):
         self.cfg, self.policy, self.metrics = cfg, policy, metrics
         self._assemble, self._store = assemble, store
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
-        self.run = uuid.uuid4().hex
+        self.run = run
         # The lock guards all below; whatever changes is announced on it.
         self._changed = threading.Condition()
         self._sessions: dict[int, _Session] = {}
@@ -106,7 +110,7 @@ class Coordinator:
         self._halves_from: int | None = None
         self._lost_state = False
         self._stop: str | None = None
-        self._ready_info: tuple | None = None
+        self._ready: pb.Ready | None = None  # of a client at the start: what data all must have
         self.parts: Assembly | None = None
         self.shapes: parties.Shapes | None = None
         self.party: parties.Server | None = None
@@ -120,20 +124,34 @@ class Coordinator:
             if (old := self._sessions.get(hello.client)) is not None:
                 old.close()
             self._sessions[hello.client] = session
+            self.metrics.connected.set(len(self._sessions))
             known = hello.run == self.run and hello.generation == self._generation and hello.generation > 0
             session.continues = known and hello.client in self._begun
             self._changed.notify_all()
-        cfg = json.dumps(config.to_json(self.cfg))
+        # Where data lies here is of no use elsewhere.
+        local = dataclasses.replace(self.cfg.data, data_dir=None, cache_dir=None)
+        cfg = json.dumps(config.to_json(dataclasses.replace(self.cfg, data=local)))
         session.send(pb.FromServer(welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=cfg)))
         log.info("client %d joined from %s", hello.client, peer)
         return session
 
     def ready(self, session: _Session, ready: pb.Ready) -> None:
-        """A client has its data; it starts when all have, or at once where the run is under way."""
+        """A client has its data; it starts when all have, or at once where the run is under way.
+
+        Raises:
+          ProtocolError: there is none, or it is unlike that of the others.
+        """
+        if not ready.samples:
+            raise _messages.ProtocolError("a client must have at least one sample to train on, got 0")
         with self._changed:
+            others = (s.ready for s in self._sessions.values() if s.ready is not None and s is not session)
+            if (other := self._ready or next(others, None)) is not None and _kind_of(ready) != _kind_of(other):
+                raise _messages.ProtocolError(
+                    "all clients must have inputs of one shape and one number of classes, got "
+                    f"{_kind_of(ready)} beside {_kind_of(other)}"
+                )
             session.ready = ready
             if self.party is not None:
-                self._check_data(ready)
                 self._admit(session)
             self._changed.notify_all()
 
@@ -192,6 +210,7 @@ class Coordinator:
         with self._changed:
             if self._sessions.get(session.client) is session:
                 del self._sessions[session.client]
+                self.metrics.connected.set(len(self._sessions))
                 log.info("client %d left", session.client)
             self._changed.notify_all()
 
@@ -219,10 +238,10 @@ class Coordinator:
                     break
                 except _Again:
                     self._go_back()
-        except Stopped as stopped:
-            self._finish(error=str(stopped))
+        except Exception as error:  # whatever it is, clients are not to wait for a server that is gone
+            self._finish(error=str(error))
             raise
-        self._save(self.parts.plan.total_steps)
+        # No checkpoint of the end: were the server killed now, clients could not go on from there.
         self._finish()
 
     def _gather(self):
@@ -237,23 +256,15 @@ class Coordinator:
                 self._check_stop()
                 self._changed.wait(1.0)
             readies = [self._sessions[c].ready for c in sorted(everyone)]
-            for ready in readies:
-                self._ready_info = self._ready_info or (tuple(ready.input_shape), ready.num_classes)
-                self._check_data(ready)
+            self._ready = readies[0]
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
-            self.parts = self._assemble(samples, tests, *self._ready_info)
+            self.parts = self._assemble(samples, tests, *_kind_of(self._ready))
             self.shapes = self.parts.shapes()
             self._build()
-            self._generation = 1
+            # Unlike those of another process that served this run.
+            self._generation = secrets.randbits(48) + 1
             for client in sorted(everyone):
                 self._admit(self._sessions[client])
-
-    def _check_data(self, ready):
-        if self._ready_info != (tuple(ready.input_shape), ready.num_classes):
-            raise _messages.ProtocolError(
-                f"all clients must have inputs of one shape and one number of classes, got {tuple(ready.input_shape)}, "
-                f"{ready.num_classes} beside {self._ready_info}"
-            )
 
     def _build(self):
         """The server's half from the last checkpoint, or new."""
@@ -427,6 +438,11 @@ def _tuple(key):
     return key.step, key.phase, key.number
 
 
+def _kind_of(ready):
+    """Shape of an input, and number of classes."""
+    return tuple(ready.input_shape), ready.num_classes
+
+
 class Servicer(split_pb2_grpc.SplitServicer):
     """The RPCs: authentication, and the pumping of messages between streams and the coordinator."""
 
@@ -435,7 +451,11 @@ class Servicer(split_pb2_grpc.SplitServicer):
         self._max_messages_per_second = max_messages_per_second
 
     def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> Iterator[pb.FromServer]:
-        hello = self._hello(requests, context)
+        try:
+            hello = self._hello(requests, context)
+        except Exception:  # how gRPC leaves a call that is aborted
+            self._coordinator.metrics.refused.inc()
+            raise
         session = self._coordinator.join(hello, context.peer())
         reader = threading.Thread(target=self._read, args=(requests, context, session), daemon=True)
         reader.start()
@@ -446,6 +466,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         finally:
             self._coordinator.leave(session)
         if session.fault:
+            self._coordinator.metrics.refused.inc()
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, session.fault)
 
     def _hello(self, requests, context):
