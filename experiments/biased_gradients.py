@@ -122,6 +122,8 @@ def _flat(tree):
 
 def report(scale, records):
     rows = [row for record in records.values() for row in record.get("rows", [])]
+    if not rows:
+        return study.Page("", {})  # trained networks alone say nothing of gradients
     parts = []
     names = ("features_error", "features_bias", "server_error", "server_bias", "client_error", "client_bias")
     header = ["codec", "‖ε‖/‖h‖", "its bias", "server's gradient: error", "bias", "client's: error", "bias", "H", "J"]

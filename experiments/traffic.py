@@ -59,7 +59,7 @@ def report(scale, records):
         }
         if setting:
             lines += [f"### {setting}", ""]
-        for way, title in WAYS.items():
+        for way, title in WAYS.items() if any(groups.values()) else ():
             lines += [f"{title}:", "", table(groups, PUBLISHED.get(setting, {}) if way == "paper" else {}, way), ""]
     return study.Page("\n".join(lines), {})
 
