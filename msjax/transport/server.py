@@ -382,6 +382,7 @@ class Coordinator:
             return  # saved before TAKE
         if exchange.phase == Phase.FEATURES and not all(r.saved for r in self._requests.values()):
             log.warning("no checkpoint at step %d: a client could not save", step)
+            self.metrics.failed_saves.inc()
             return
         self._save(step)
 
