@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import shutil
 import signal
 import statistics
 import threading
@@ -73,8 +72,10 @@ def serve(arguments: list[str], default: config.Config) -> int:
         try:
             serving = Serving(cfg, options, folder.path)
         except (ValueError, OSError):  # an address that cannot be had
-            shutil.rmtree(folder.path)
-            with contextlib.suppress(OSError):  # other runs
+            for made in ("config.json", "run"):
+                (folder.path / made).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where there is something else
+                folder.path.rmdir()
                 folder.path.parent.rmdir()
             raise
     _log()
