@@ -206,7 +206,7 @@ def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDty
 def _plain(value, wanted):
     """A NumPy scalar, or an int for a float or bool, as what it is meant for: equal codecs print the same text."""
     value = value.item() if isinstance(value, np.generic) else value
-    if "float" in wanted and type(value) is int:
+    if "float" in wanted and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     return bool(value) if "bool" in wanted and type(value) is int and value in (0, 1) else value
 

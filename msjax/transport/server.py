@@ -241,7 +241,7 @@ class Coordinator:
         except Exception as error:  # whatever it is, clients are not to wait for a server that is gone
             self._finish(error=str(error))
             raise
-        # No checkpoint of the end: were the server killed now, clients could not go on from there.
+        self._save(self.parts.plan.total_steps)
         self._finish()
 
     def _gather(self):
