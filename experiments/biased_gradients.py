@@ -41,8 +41,6 @@ CODECS = {
         for e in (0.07, 0.01)
     },
 }
-
-
 TRAINED_WITH = (*(f"MS, {bits} bits" for bits in (1, 2, 3, 4)), "QU, 3 bits", "SP, 95.9%", "RT, 95.9%")
 
 
@@ -121,7 +119,7 @@ def _flat(tree):
 
 
 def report(scale, records):
-    rows = [row for record in records.values() for row in record.get("rows", [])]
+    rows = study.measurements(records)
     if not rows:
         return study.Page("", {})  # trained networks alone say nothing of gradients
     parts = []
@@ -154,7 +152,7 @@ def report(scale, records):
         "",
         "Training with the codec, medium cut, against the features' error in the trained network:",
         "",
-        _trend(rows, study.by_arm({name: r for name, r in records.items() if "rows" not in r})),
+        _trend(rows, study.by_arm(study.trained(records))),
         "",
         "![Gradient error against compression error](biased_gradients.png)",
         "",

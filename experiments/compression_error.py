@@ -71,7 +71,7 @@ def bound(codec, h):
 
 
 def report(scale, records):
-    rows = [row for record in records.values() for row in record["rows"]]
+    rows = study.measurements(records)
     header = ["codec at about 2.32 bits", "cut", "bits", "real bits", "error", "bound", "error is within it"]
     lines = []
     for codec in EQUAL:

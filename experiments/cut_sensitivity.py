@@ -58,8 +58,7 @@ def measure(folder, cfg, scale):
 
 
 def report(scale, records):
-    measured = [row for record in records.values() for row in record.get("rows", [])]
-    found = study.by_arm({name: one for name, one in records.items() if "rows" not in one})
+    measured, found = study.measurements(records), study.by_arm(study.trained(records))
     budgets, error = budget(measured, MEAN_BITS)
     rows = []
     for cut in cuts(scale):

@@ -80,7 +80,7 @@ def advantage(row, other):
 
 
 def report(scale, records):
-    rows = [row for record in records.values() for row in record["rows"]]
+    rows = study.measurements(records)
     lines = []
     for statistic in STATISTICS:
         x = [row[statistic] for row in rows]

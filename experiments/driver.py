@@ -29,7 +29,7 @@ def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.R
     cfg = run.config if isinstance(run, study.Measured) else run
     simulate.split_cpu(cfg.clients)
     made = _measure(scale, run) if isinstance(run, study.Measured) else _train(run)
-    made |= {"config": config_lib.to_json(study.nowhere(cfg)), "command": command}
+    made |= {"config": config_lib.to_json(config_lib.without_paths(cfg)), "command": command}
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():  # of a network that is trained anew for a measurement the record stands
         runs.write_whole(file, runs.to_json(made, indent=1) + "\n")

@@ -103,7 +103,7 @@ def key(run: Run) -> str:
     """
     if isinstance(run, Measured):
         return f"{run.by.partition(':')[0].rpartition('.')[2]}-{key(run.config)}"
-    differing = _differing(config_lib.to_json(nowhere(run)), config_lib.to_json(Config()))
+    differing = _differing(config_lib.to_json(config_lib.without_paths(run)), config_lib.to_json(Config()))
     digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
     codecs = "-".join(type(codec).__name__.lower() for codec in (run.codec, run.grad_codec))
     data = run.data.name.replace("/", "_")
@@ -114,12 +114,6 @@ def _differing(tree, default):
     """The part of `tree` that is not as in `default`."""
     parts = {n: _differing(v, default[n]) if isinstance(v, dict) else v for n, v in tree.items()}
     return {n: v for n, v in parts.items() if v != ({} if isinstance(v, dict) else default[n])}
-
-
-def nowhere(cfg: Config) -> Config:
-    """The config without the places of one machine, which say nothing about the result."""
-    data = dataclasses.replace(cfg.data, data_dir=None, cache_dir=None)
-    return dataclasses.replace(cfg, data=data, out=Config.out)
 
 
 def record(scale: str, run: Run, results: pathlib.Path = RESULTS) -> Record | None:
@@ -184,6 +178,16 @@ def by_arm(records: dict[str, Record]) -> dict[str, list[Record]]:
     for name, one in records.items():
         found.setdefault(name.rpartition(", ")[0], []).append(one)
     return found
+
+
+def measurements(records: dict[str, Record]) -> list[dict[str, Any]]:
+    """The rows of all records of a `Measured`."""
+    return [row for record in records.values() for row in record.get("rows", [])]
+
+
+def trained(records: dict[str, Record]) -> dict[str, Record]:
+    """The records that are not of a `Measured`."""
+    return {name: record for name, record in records.items() if "rows" not in record}
 
 
 def top1(found: list[Record]) -> str:

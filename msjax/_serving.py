@@ -25,6 +25,17 @@ from msjax.transport._store import ClientStore, ServerStore
 log = logging.getLogger("msjax.client")
 
 
+def _check_positive(options, *names):
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
+
+
+def _check_checkpoint_steps(options):
+    if options.checkpoint_steps < 1:
+        raise ValueError(f"checkpoint_steps must be at least 1, got {options.checkpoint_steps}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ListenOptions:
     """Where a server listens, and whom it lets in."""
@@ -51,9 +62,7 @@ class ListenOptions:
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
-        for name in ("max_megabytes", "max_messages_per_second"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        _check_positive(self, "max_megabytes", "max_messages_per_second")
         if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port must be in 1..65535, got {self.metrics_port}")
 
@@ -69,8 +78,7 @@ class ServeOptions(ListenOptions):
     def check_run(self, cfg: config.Config) -> None:
         """Raises ValueError also for a run that cannot be served."""
         self.check()
-        if self.checkpoint_steps < 1:
-            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
+        _check_checkpoint_steps(self)
         if cfg.data.name in train.STREAMED:
             raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
 
@@ -123,11 +131,8 @@ class ClientOptions(ConnectOptions):
         """Raises ValueError for options that cannot work."""
         if self.number < 0:
             raise ValueError(f"number must be at least 0, got {self.number}")
-        if self.checkpoint_steps < 1:
-            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
-        for name in ("retry_seconds", "answer_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        _check_checkpoint_steps(self)
+        _check_positive(self, "retry_seconds", "answer_seconds")
 
     def folder(self) -> pathlib.Path:
         return pathlib.Path(self.state or f"client{self.number}")

@@ -235,6 +235,12 @@ def from_json(tree: dict[str, Any]) -> Config:
         raise ValueError(f"config does not fit this version of msjax: {error}") from None
 
 
+def without_paths(config: Config) -> Config:
+    """Returns the config without where data and runs lie on one machine, which says nothing on another."""
+    local = dataclasses.replace(config.data, data_dir=None, cache_dir=None)
+    return dataclasses.replace(config, data=local, out=Config.out)
+
+
 def save(config: Config, path: pathlib.Path) -> None:
     """Writes the resolved config as JSON."""
     path.write_text(json.dumps(to_json(config), indent=2) + "\n")

@@ -10,7 +10,6 @@ The file is in the safetensors format: float32 arrays by name, `params/BLOCK/…
 what they are. Reading it executes nothing, and other frameworks read it too.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -60,14 +59,12 @@ def save(
     Raises:
       OSError: it cannot be written.
     """
-    local = dataclasses.replace(cfg.data, data_dir=None, cache_dir=None)
-    cfg = dataclasses.replace(cfg, data=local, out=config.Config.out)
     header = {
         "format": _FORMAT,
         "part": part,
         "run": run,
         "step": str(step),
-        "config": json.dumps(config.to_json(cfg)),
+        "config": json.dumps(config.to_json(config.without_paths(cfg))),
         "info": json.dumps({name: np.asarray(value).tolist() for name, value in info._asdict().items()}),
     }
     arrays = {name: np.asarray(leaf) for name, leaf in _by_name(half.params, half.stats)}

@@ -128,9 +128,7 @@ class Coordinator:
             known = hello.run == self.run and hello.generation == self._generation and hello.generation > 0
             session.continues = known and hello.client in self._begun
             self._changed.notify_all()
-        # Where data lies here is of no use elsewhere.
-        local = dataclasses.replace(self.cfg.data, data_dir=None, cache_dir=None)
-        cfg = json.dumps(config.to_json(dataclasses.replace(self.cfg, data=local)))
+        cfg = json.dumps(config.to_json(config.without_paths(self.cfg)))
         session.send(pb.FromServer(welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=cfg)))
         log.info("client %d joined from %s", hello.client, peer)
         return session
