@@ -214,6 +214,7 @@ class Serving:
         party, steps = self.coordinator.party, self.coordinator.parts.plan.total_steps
         path = self.folder / "server.safetensors"
         halves.save(path, "server", party.state, self.cfg, self._info, run=self.coordinator.run, step=steps)
+        self.coordinator.end()
         return self.summary()
 
     def _count(self, exchange):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from msjax.transport import split_pb2 as pb
 
 from .test_parties import MODES, SMALL, dataset, make_parties
 
-SECONDS = 120  # after which a test gives up
+SECONDS = 240  # after which a test gives up
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +27,25 @@ def random_data(monkeypatch):
     monkeypatch.setattr(data, "load", lambda *args, **options: ds)
 
 
-@functools.cache
+assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
+ONCE, ASSEMBLED, PROGRAMS = threading.RLock(), {}, {}
+
+
 def assemble_once(cfg, samples, test_samples):
-    info = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
-    return assemble_anew(cfg, info, samples=samples, test_samples=test_samples)
+    with ONCE:
+        key = cfg, samples, test_samples
+        if key not in ASSEMBLED:
+            info = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
+            ASSEMBLED[key] = assemble_anew(cfg, info, samples=samples, test_samples=test_samples)
+        return ASSEMBLED[key]
+
+
+def programs_once(parts, seed, *, numpy_encoder=False):
+    with ONCE:
+        key = id(parts), seed, numpy_encoder  # of parts that are kept
+        if key not in PROGRAMS:
+            PROGRAMS[key] = programs_anew(parts, seed, numpy_encoder=numpy_encoder)
+        return PROGRAMS[key]
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +55,6 @@ def compiled_once(monkeypatch):
         assemble, "assemble", lambda cfg, info, samples, test_samples: assemble_once(cfg, samples, test_samples)
     )
     monkeypatch.setattr(assemble.Assembly, "programs", programs_once)
-
-
-assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
-PROGRAMS = {}
-
-
-def programs_once(parts, seed, **options):
-    key = (id(parts), seed, *options.items())
-    if key not in PROGRAMS:
-        PROGRAMS[key] = programs_anew(parts, seed, **options)
-    return PROGRAMS[key]
 
 
 class Net:
@@ -85,6 +88,7 @@ class Net:
             try:
                 self.finals[name] = target()
             except Exception as error:
+                error.add_note(f"in {name}")
                 self.failures[name] = error
 
         self.threads[name] = threading.Thread(target=run, daemon=True)
@@ -101,7 +105,8 @@ class Net:
     def join(self, *names):
         for name in names or list(self.threads):
             self.threads[name].join(SECONDS)
-            assert not self.threads[name].is_alive(), f"{name} hangs"
+            if self.threads[name].is_alive():
+                raise AssertionError(f"{name} hangs") from next(iter(self.failures.values()), None)
 
     def close(self):
         self.serving.close()
@@ -151,7 +156,7 @@ def test_own_data_of_unequal_amounts(tmp_path, monkeypatch):
         it.join()
         assert not it.failures, it.failures
     parts = assemble_once(SMALL, min(amounts), len(whole.test_labels))
-    shapes, programs = parts.shapes(), programs_once(parts, SMALL.seed, numpy_encoder=False)
+    shapes, programs = parts.shapes(), programs_once(parts, SMALL.seed)
     assert parts.plan.samples == 40
     clients = []
     for number, n in enumerate(amounts):
@@ -268,8 +273,8 @@ class Flaky:
             raise client_lib._Lost("the answer was lost")
         return message
 
-    def close(self):
-        self._connection.close()
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
 
 
 @pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
@@ -350,7 +355,41 @@ def test_line_that_is_cut(tmp_path):
         assert it.serving.metrics.restarts._value.get() == 0
 
 
-def silent_from(number, step):
+def test_last_answer_is_lost(tmp_path, caplog):
+    """By two clients. One comes back for it, and gets it though training has ended; the other is not waited for."""
+    dead = RuntimeError("dead")
+
+    def losing(number, error):
+        class Losing:
+            def __init__(self, connection):
+                self._connection = connection
+
+            def receive(self, seconds):
+                message = self._connection.receive(seconds)
+                last = it.runners[number]._exchange is not None and it.runners[number]._following is None
+                if last and message.WhichOneof("kind") == "answer" and not it.serving.coordinator._ended:
+                    while not it.serving.coordinator._ended:
+                        time.sleep(0.01)
+                    raise error
+                return message
+
+            def __getattr__(self, name):
+                return getattr(self._connection, name)
+
+        return Losing
+
+    with net(tmp_path, SMALL, policy=server_lib.Policy(deadline_seconds=5.0)) as it:
+        for number, wrap in enumerate([lambda c: c, losing(1, client_lib._Lost("lost")), losing(2, dead), lambda c: c]):
+            it.start_client(number, wrap=wrap)
+        it.join()
+        assert it.failures == {2: dead}
+        assert "clients [2] did not hear that training has ended" in caplog.text
+        it.failures.clear()
+        it.finals[2] = it.finals[3]
+        assert_equal_to_program(it, SMALL)
+
+
+def silent_from(step):
     """A client that never answers again from `step` on, but keeps its line open."""
 
     class Silent:
@@ -371,7 +410,7 @@ def test_straggler_stops_the_run(tmp_path):
     policy = server_lib.Policy(deadline_seconds=1.0, stragglers="stop")
     with net(tmp_path, SMALL, policy=policy) as it:
         for number in range(SMALL.clients):
-            it.start_client(number, wrap=silent_from(2, 3) if number == 2 else lambda c: c)
+            it.start_client(number, wrap=silent_from(3) if number == 2 else lambda c: c)
         it.join("server", 0, 1, 3)
         assert isinstance(it.failures["server"], server_lib.Stopped) and "[2]" in str(it.failures["server"])
         for number in (0, 1, 3):
@@ -426,28 +465,11 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
                 np.testing.assert_array_equal(a, b)
 
 
-class Mute:
-    """A connection that loses every request from a step on."""
-
-    def __init__(self, connection, step):
-        self._connection, self._step = connection, step
-
-    def send(self, message):
-        if message.WhichOneof("kind") != "request" or message.request.key.step < self._step:
-            self._connection.send(message)
-
-    def receive(self, seconds):
-        return self._connection.receive(seconds)
-
-    def close(self):
-        self._connection.close()
-
-
 def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
     """The next then begins as the first would have, with the half that all draw from the seed."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
     with net(tmp_path, cfg, policy=server_lib.Policy(deadline_seconds=5.0, stragglers="drop")) as it:
-        it.start_client(0, wrap=lambda c: Mute(c, 1))
+        it.start_client(0, wrap=silent_from(1))
         for number in range(1, cfg.clients):
             it.start_client(number)
         it.wait_for_step(4)

@@ -1,5 +1,6 @@
 """A client's end of the network: it follows the script, repeats what was lost, and goes back where it is told to."""
 
+import contextlib
 import json
 import logging
 import queue
@@ -80,9 +81,17 @@ class Connection:
             raise message
         return message
 
-    def close(self) -> None:
+    def finish(self, seconds: float) -> None:
+        """Says that nothing more will come, and waits for the server to end the stream."""
         self._outbox.put(None)
+        with contextlib.suppress(_Lost, Refused):
+            while True:
+                self.receive(seconds)
+
+    def close(self) -> None:
+        """Breaks the stream off, unless it has ended."""
         self._stream.cancel()
+        self._outbox.put(None)
         self._channel.close()
 
 
@@ -157,7 +166,7 @@ class Runner:
 
         Raises:
           Refused: the server turned the client away, or stopped.
-          ConnectionError: the server was away for longer than `retry_seconds`.
+          ConnectionError: the server was away for longer than `retry_seconds`, with steps left to do.
         """
         self._on_exchange = on_exchange
         self._last_contact = time.monotonic()
@@ -169,6 +178,9 @@ class Runner:
                 return self._party
             except _Lost as lost:
                 away = time.monotonic() - self._last_contact
+                if away > self._retry_seconds and self._party is not None and self._exchange is None:
+                    log.warning("all steps are done, but the server did not say so: %s", lost)
+                    return self._party
                 if away > self._retry_seconds:
                     raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}") from None
                 wait = 0.1 if away < 1 else min(10.0, wait * 2)
@@ -201,7 +213,9 @@ class Runner:
                 case "finished":
                     if message.finished.error:
                         raise Refused(f"the server stopped: {message.finished.error}")
-                    return
+                    if self._request is None:  # else it has yet to get the last answer
+                        connection.finish(seconds=10.0)
+                        return
 
     def _welcome(self, connection, welcome):
         if welcome.protocol != _messages.PROTOCOL:

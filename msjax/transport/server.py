@@ -34,7 +34,8 @@ class Policy:
     """What the server does about clients that are late."""
 
     deadline_seconds: float = 300.0
-    """How long an exchange waits for a client, from when the first of the others has come."""
+    """How long an exchange waits for a client, from when the first of the others has come, and the end for all to hear
+    of it."""
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
@@ -62,6 +63,8 @@ class _Session:
         self.ready: pb.Ready | None = None
         self.fault = ""  # why the stream ends, where the client is to blame
         self.continues = False  # it knows where it is
+        self.started = False  # it was told to start, or that it has started
+        self.ended = False  # it was told that training has ended
 
     def send(self, message: pb.FromServer) -> None:
         self.outbox.put(message)
@@ -109,6 +112,8 @@ class Coordinator:
         self._answered: dict[int, pb.FromServer] = {}
         self._halves_from: int | None = None
         self._lost_state = False
+        self._ended = False
+        self._content: set[int] = set()  # who has heard of the end and has all its answers
         self._stop: str | None = None
         self._ready: pb.Ready | None = None  # of a client at the start: what data all must have
         self.parts: Assembly | None = None
@@ -155,12 +160,12 @@ class Coordinator:
 
     def _admit(self, session):
         client = session.client
-        if session.continues:
-            session.send(self._start_message())
-            # It repeats its last request, if it had sent one.
-        elif client not in self._begun:
+        if session.continues or client not in self._begun:
+            # In the first case it repeats its last request, if it had sent one.
             self._begun.add(client)
-            session.send(self._start_message())
+            self._start(session)
+        elif self._ended:
+            pass
         elif client in self._active and self.policy.stragglers != "drop":
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._lost_state = True
@@ -168,13 +173,22 @@ class Coordinator:
             self._active.discard(client)
             self._pending.pop(client, None)
             self._returning.add(client)
+        if self._ended:
+            self._tell_end(session)
         self._changed.notify_all()
 
-    def _start_message(self, **fields):
+    def _start(self, session, **fields):
         fields = {"step": self._start_step, **fields}
         plan = self.parts.plan
         numbers = {"samples": plan.samples, "test_samples": plan.test_samples}
-        return pb.FromServer(start=pb.Start(generation=self._generation, **numbers, **fields))
+        session.send(pb.FromServer(start=pb.Start(generation=self._generation, **numbers, **fields)))
+        session.started = True
+
+    def _tell_end(self, session):
+        """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
+        session.ended = session.started and session.client in self._active
+        error = "" if session.ended else "training ended while this client was away; its half is not the trained one"
+        session.send(pb.FromServer(finished=pb.Finished(error=error)))
 
     def receive(self, session: _Session, request: pb.Request) -> None:
         """A client's message of an exchange.
@@ -192,6 +206,8 @@ class Coordinator:
             answered = self._answered.get(session.client)
             if answered is not None and answered.answer.key == request.key:
                 session.send(answered)
+                if self._ended:
+                    self._tell_end(session)
                 return
         exchange = _messages.from_key(self.parts.plan, request.key, session.client)
         message = _messages.from_request(request, self.shapes, exchange)
@@ -202,6 +218,13 @@ class Coordinator:
                 return  # a duplicate of long ago
             self._pending[session.client] = (exchange, request, message)
             self.metrics.received(session.client, request)
+            self._changed.notify_all()
+
+    def farewell(self, session: _Session) -> None:
+        """A client has nothing more to say."""
+        with self._changed:
+            if session.ended:
+                self._content.add(session.client)
             self._changed.notify_all()
 
     def leave(self, session: _Session) -> None:
@@ -221,7 +244,7 @@ class Coordinator:
     # -- What the training thread calls. ---------------------------------------------------------------------------
 
     def train(self, on_exchange: Callable[[Exchange], None] = lambda exchange: None) -> None:
-        """Trains to the end.
+        """Trains to the end, of which the clients hear from `end`.
 
         Raises:
           Stopped: `stop` was called, or the policy says so.
@@ -237,10 +260,32 @@ class Coordinator:
                 except _Again:
                     self._go_back()
         except Exception as error:  # whatever it is, clients are not to wait for a server that is gone
-            self._finish(error=str(error))
+            self._fail(str(error))
             raise
-        self._save(self.parts.plan.total_steps)
-        self._finish()
+
+    def end(self) -> None:
+        """Tells the clients that training has ended, and waits until they have heard it.
+
+        One whose last answer was lost asks for it again; how long that may take is the policy's deadline.
+
+        Raises:
+          Stopped: `stop` was called.
+        """
+        with self._changed:
+            self._ended = True
+            for session in self._sessions.values():
+                if session.ready is not None:
+                    self._tell_end(session)
+            deadline = time.monotonic() + self.policy.deadline_seconds
+            while missing := sorted(self._active - self._content):
+                self._check_stop()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    log.warning("clients %s did not hear that training has ended", missing)
+                    break
+                self._changed.wait(min(1.0, left))
+            for session in self._sessions.values():
+                session.close()
 
     def _gather(self):
         """Waits until all clients are ready, and starts."""
@@ -294,7 +339,7 @@ class Coordinator:
             for client, session in self._sessions.items():
                 if session.ready is not None:
                     self._begun.add(client)
-                    session.send(self._start_message())
+                    self._start(session)
 
     def _exchange(self, exchange):
         messages = self._collect(exchange)
@@ -420,13 +465,13 @@ class Coordinator:
             self._active.add(client)
             self._answered.pop(client, None)
             log.info("client %d comes back at step %d", client, step)
-            self._sessions[client].send(self._start_message(step=step, half=half))
+            self._start(self._sessions[client], step=step, half=half)
 
     def _check_stop(self):
         if self._stop is not None:
             raise Stopped(self._stop)
 
-    def _finish(self, error: str = ""):
+    def _fail(self, error: str):
         with self._changed:
             for session in self._sessions.values():
                 session.send(pb.FromServer(finished=pb.Finished(error=error)))
@@ -502,6 +547,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                         self._coordinator.receive(session, message.request)
                     case kind:
                         raise _messages.ProtocolError(f"unexpected {kind}")
+            self._coordinator.farewell(session)
         except _messages.ProtocolError as error:
             log.warning("client %d: %s", session.client, error)
             session.fault = str(error)
