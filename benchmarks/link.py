@@ -313,8 +313,8 @@ class _Lockstep:
             self._together.wait()
         return message
 
-    def close(self):
-        self._connection.close()
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
 
 
 # -- The measurements. ---------------------------------------------------------------------------------------------

@@ -210,12 +210,13 @@ class Serving:
     def train(self, on_epoch=lambda record: None):
         """Trains to the end, writes the server's half and the summary, and returns this."""
         self._on_epoch = on_epoch
-        self.coordinator.train(self._count)
+        self.coordinator.train(self._count, self._save_half)
+        return self.summary()
+
+    def _save_half(self):
         party, steps = self.coordinator.party, self.coordinator.parts.plan.total_steps
         path = self.folder / "server.safetensors"
         halves.save(path, "server", party.state, self.cfg, self._info, run=self.coordinator.run, step=steps)
-        self.coordinator.end()
-        return self.summary()
 
     def _count(self, exchange):
         """After each exchange: the metrics, and an epoch's record at its end."""

@@ -35,14 +35,15 @@ class EntropyMask(VectorCodec):
     """Uniform quantization with a dead zone, conditional means and outliers, for lossless coding in `msjax.wire`.
 
     A value x becomes the code nearest to x/step; what is beyond the last code is an outlier and travels in 16 bits. The
-    payload is made to be entropy-coded, as `msjax.wire` always does with it: nominal `payload_bytes` are about four
+    payload is made to be entropy-coded, as `msjax.wire` always does with it: nominal `payload_bytes` are four or eight
     bits an element, real bytes what `bits` or `error` ask for. `wire.estimate_bytes` predicts them within `jit`.
 
     Attributes:
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.
       bits: the real bits an element to aim at, instead of an error, without the header of a message.
-      levels: codes of values that are no outliers, 2 to 255; odd where signed. The default of 15 puts two codes in a
-        byte. Fewer serve low rates: with 5, three codes fill a byte.
+      levels: codes of values that are no outliers, 2 to 255; odd where signed. By default what the target needs where
+        tails are no heavier than Student's t with 4 degrees of freedom: 15, which puts two codes in a byte, or 63 or
+        255, one in a byte. Fewer serve low rates: with 5, three codes fill a byte.
       ratio: at most k = ⌊(1 − ratio)·d⌋ values (at least 1) are outliers; the step is never so fine that there
         would be more in the sample, whatever the target. Further ones get the last code.
       signed: False codes a negative value as 0, for features behind a ReLU.
@@ -64,7 +65,7 @@ class EntropyMask(VectorCodec):
     not finite, everything decodes to NaN. An outlier beyond 65504 steps gets that value.
 
     Bias: "nearest" is biased, though by its conditional means not in the sum. "stochastic" is unbiased for all values
-    up to 2048 steps, while there are no more than k outliers; its variance is at most step²/4 a value. A target below
+    up to 2048 steps, while there are no more than k outliers; its variance is at most step²/4 a value. A target beyond
     what `levels` and `ratio` allow is not reached: see `ratio`.
 
     >>> import jax, jax.numpy as jnp
@@ -76,7 +77,7 @@ class EntropyMask(VectorCodec):
 
     error: float | None = None
     bits: float | None = None
-    levels: int = 15
+    levels: int | None = None
     ratio: float = 0.99
     signed: bool = False
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -92,6 +93,8 @@ class EntropyMask(VectorCodec):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
         if self.error is not None and self.bits is not None:
             raise ValueError(f"bits must be None where error is given, got {self.bits!r}")
+        if self.levels is None:
+            object.__setattr__(self, "levels", self._enough_levels())
         if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= 255:
             raise ValueError(f"levels must be an integer in 2..255, got {self.levels!r}")
         check_ratio(self.ratio)
@@ -101,6 +104,14 @@ class EntropyMask(VectorCodec):
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
         if not (_is_number(self.dead_zone) and 0 <= self.dead_zone < 0.5):
             raise ValueError(f"dead_zone must be a number in [0, 0.5), got {self.dead_zone!r}")
+
+    def _enough_levels(self):
+        """The fewest of 15, 63 and 255 that reach the target before `ratio` stops the step."""
+        if self.bits is not None:
+            limits = (2.75, 4.75) if self.signed else (2.5, 4.0)
+            return (15, 63, 255)[sum(self.bits > limit for limit in limits)]
+        limits = (0.02, 0.0015) if self.signed else (0.01, 0.001)
+        return (15, 63, 255)[sum((self.error or _DEFAULT_ERROR) < limit for limit in limits)]
 
     @property
     def needs_key(self) -> bool:

@@ -243,8 +243,10 @@ class Coordinator:
 
     # -- What the training thread calls. ---------------------------------------------------------------------------
 
-    def train(self, on_exchange: Callable[[Exchange], None] = lambda exchange: None) -> None:
-        """Trains to the end, of which the clients hear from `end`.
+    def train(
+        self, on_exchange: Callable[[Exchange], None] = lambda exchange: None, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Trains to the end, calls `on_end`, and returns when the clients have heard of it.
 
         Raises:
           Stopped: `stop` was called, or the policy says so.
@@ -262,14 +264,15 @@ class Coordinator:
         except Exception as error:  # whatever it is, clients are not to wait for a server that is gone
             self._fail(str(error))
             raise
+        try:
+            on_end()
+        finally:
+            self._end()
 
-    def end(self) -> None:
+    def _end(self):
         """Tells the clients that training has ended, and waits until they have heard it.
 
         One whose last answer was lost asks for it again; how long that may take is the policy's deadline.
-
-        Raises:
-          Stopped: `stop` was called.
         """
         with self._changed:
             self._ended = True
