@@ -81,6 +81,21 @@ def test_bits_are_on_target_and_predicted(name, bits, levels, rounding):
     assert estimate == pytest.approx(sent, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ("relu", "normal", "laplace", "features"))
+@pytest.mark.parametrize("options, levels", [({"bits": 2.5}, 15), ({"bits": 3.5}, 63), ({"error": 1e-3}, (63, 255))])
+def test_levels_follow_from_the_target(name, options, levels):
+    """With 15, on a ReLU's output, 3.5 bits would be 2.76, and the error at least 0.004."""
+    h, signed = source(name), name in SIGNED
+    codec = EntropyMask(**options, signed=signed)
+    assert codec.levels == (levels[signed] if isinstance(levels, tuple) else levels)
+    assert codec == eval(repr(codec))
+    decoded, sent, _ = send(codec, h)
+    if codec.bits is None:
+        assert relative_error(h, decoded) == pytest.approx(codec.error, rel=0.1)
+    else:
+        assert 8 * sent / h.size == pytest.approx(codec.bits, rel=0.03)
+
+
 def test_goals_on_relu_of_normal():
     """The squared error of MS is 0.0289 at 2.32 bits; the rate–distortion limit there is 0.00188."""
     h = source("relu")

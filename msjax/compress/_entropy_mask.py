@@ -41,9 +41,9 @@ class EntropyMask(VectorCodec):
     Attributes:
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.
       bits: the real bits an element to aim at, instead of an error, without the header of a message.
-      levels: codes of values that are no outliers, 2 to 255; odd where signed. By default what the target needs where
-        tails are no heavier than Student's t with 4 degrees of freedom: 15, which puts two codes in a byte, or 63 or
-        255, one in a byte. Fewer serve low rates: with 5, three codes fill a byte.
+      levels: codes of values that are no outliers, 2 to 255; odd where signed. By default 15, 63 or 255, as the target
+        needs where tails are no heavier than Student's t with 4 degrees of freedom and, for `bits`, half of the values
+        at most are zeros. 15 put two codes in a byte. Fewer serve low rates: with 5, three codes fill a byte.
       ratio: at most k = ⌊(1 − ratio)·d⌋ values (at least 1) are outliers; the step is never so fine that there
         would be more in the sample, whatever the target. Further ones get the last code.
       signed: False codes a negative value as 0, for features behind a ReLU.
