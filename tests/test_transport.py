@@ -417,25 +417,30 @@ def test_straggler_stops_the_run(tmp_path):
             assert isinstance(it.failures[number], client_lib.Refused) and "[2]" in str(it.failures[number])
 
 
-def test_straggler_is_waited_for(tmp_path):
-    policy = server_lib.Policy(deadline_seconds=0.2, stragglers="wait")
-    slow = []
+def late_once(step, seconds):
+    """A client whose first request of a step is late."""
+    late = []
 
-    class Slow:
+    class Late:
         def __init__(self, connection):
             self._connection = connection
 
         def send(self, message):
-            if message.WhichOneof("kind") == "request" and message.request.key.step == 2 and not slow:
-                slow.append(time.sleep(1.0))
+            if message.WhichOneof("kind") == "request" and message.request.key.step == step and not late:
+                late.append(time.sleep(seconds))
             self._connection.send(message)
 
         def __getattr__(self, name):
             return getattr(self._connection, name)
 
+    return Late
+
+
+def test_straggler_is_waited_for(tmp_path):
+    policy = server_lib.Policy(deadline_seconds=0.2, stragglers="wait")
     with net(tmp_path, SMALL, policy=policy) as it:
         for number in range(SMALL.clients):
-            it.start_client(number, wrap=Slow if number == 2 else lambda c: c)
+            it.start_client(number, wrap=late_once(2, 1.0) if number == 2 else lambda c: c)
         it.join()
         assert_equal_to_program(it, SMALL)
         assert it.serving.metrics.stragglers._value.get() > 0
@@ -476,6 +481,17 @@ def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
         assert not it.failures, it.failures
         it.serving.coordinator.stop("enough")
         it.join("server")
+
+
+def test_dropped_from_its_last_turn(tmp_path):
+    """There is nothing left to come back to but the end, of which it hears."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, policy=server_lib.Policy(deadline_seconds=4.0, stragglers="drop")) as it:
+        for number in range(cfg.clients):
+            it.start_client(number, wrap=late_once(15, 6.0) if number == 1 else lambda c: c)
+        it.join()
+        assert not it.failures, it.failures
+        assert it.serving.metrics.stragglers._value.get() > 0
 
 
 def test_full_disks(tmp_path, monkeypatch):
@@ -527,6 +543,7 @@ READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=42, input_shape=(8
         ([pb.FromClient()], grpc.StatusCode.INVALID_ARGUMENT, "Hello"),
         ([pb.FromClient(hello=pb.Hello(protocol=9))], grpc.StatusCode.FAILED_PRECONDITION, "protocol must be 1"),
         ([pb.FromClient(hello=pb.Hello(protocol=1, client=4))], grpc.StatusCode.INVALID_ARGUMENT, "0..3"),
+        ([HELLO, pb.FromClient(farewell=pb.Farewell())], grpc.StatusCode.INVALID_ARGUMENT, "before the end"),
         ([HELLO, HELLO], grpc.StatusCode.INVALID_ARGUMENT, "unexpected hello"),
         ([HELLO, pb.FromClient(request=pb.Request())], grpc.StatusCode.INVALID_ARGUMENT, "before the start"),
         ([HELLO, pb.FromClient(ready=pb.Ready())], grpc.StatusCode.INVALID_ARGUMENT, "at least one sample"),

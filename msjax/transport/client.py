@@ -82,8 +82,8 @@ class Connection:
         return message
 
     def finish(self, seconds: float) -> None:
-        """Says that nothing more will come, and waits for the server to end the stream."""
-        self._outbox.put(None)
+        """Bids farewell, and waits for the server to end the stream."""
+        self.send(pb.FromClient(farewell=pb.Farewell()))
         with contextlib.suppress(_Lost, Refused):
             while True:
                 self.receive(seconds)
@@ -172,11 +172,13 @@ class Runner:
         self._last_contact = time.monotonic()
         wait, told = 0.1, ""
         while True:
-            connection = self._connect()
+            connection, contact = self._connect(), self._last_contact
             try:
                 self._attend(connection)
                 return self._party
             except _Lost as lost:
+                if self._last_contact > contact:  # it was there until now
+                    self._last_contact = time.monotonic()
                 away = time.monotonic() - self._last_contact
                 if away > self._retry_seconds and self._party is not None and self._exchange is None:
                     log.warning("all steps are done, but the server did not say so: %s", lost)
@@ -213,9 +215,14 @@ class Runner:
                 case "finished":
                     if message.finished.error:
                         raise Refused(f"the server stopped: {message.finished.error}")
-                    if self._request is None:  # else it has yet to get the last answer
+                    if self._party is not None and self._request is None:
                         connection.finish(seconds=10.0)
                         return
+                    if message.finished.dropped and not self._has_trained():
+                        raise Refused("training ended while this client was away; its half is not the trained one")
+                    if message.finished.dropped:
+                        return
+                    self._send(connection)  # the last answer was lost
 
     def _welcome(self, connection, welcome):
         if welcome.protocol != _messages.PROTOCOL:
@@ -233,8 +240,9 @@ class Runner:
         connection.send(pb.FromClient(ready=pb.Ready(**self._data._asdict())))
 
     def _start(self, start):
-        """Goes to where the server says, unless this is the generation that the client is in already."""
-        if start.generation == self._generation and self._party is not None and not start.half:
+        """Goes to where the server says, unless the client has been there already."""
+        known = start.generation == self._generation and self._party is not None and not start.half
+        if known and (self._exchange is None or start.step <= self._exchange.step):
             return
         if self._party is None:
             self._party = self._build(self.config, start.samples, start.test_samples)
@@ -294,6 +302,11 @@ class Runner:
             log.error("no checkpoint at step %d: %s", exchange.step, error)
             return False
         return True
+
+    def _has_trained(self):
+        """Whether nothing but tests are left."""
+        left = (self._exchange, self._following, *self._script)
+        return self._party is not None and all(e is None or e.phase in (Phase.TEST, Phase.RESULT) for e in left)
 
     def _send(self, connection):
         if self._request is not None:

@@ -63,8 +63,7 @@ class _Session:
         self.ready: pb.Ready | None = None
         self.fault = ""  # why the stream ends, where the client is to blame
         self.continues = False  # it knows where it is
-        self.started = False  # it was told to start, or that it has started
-        self.ended = False  # it was told that training has ended
+        self.started = False
 
     def send(self, message: pb.FromServer) -> None:
         self.outbox.put(message)
@@ -160,12 +159,12 @@ class Coordinator:
 
     def _admit(self, session):
         client = session.client
-        if session.continues or client not in self._begun:
+        if (session.continues and client in self._active) or client not in self._begun:
             # In the first case it repeats its last request, if it had sent one.
             self._begun.add(client)
             self._start(session)
         elif self._ended:
-            pass
+            self._active.discard(client)
         elif client in self._active and self.policy.stragglers != "drop":
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._lost_state = True
@@ -186,9 +185,8 @@ class Coordinator:
 
     def _tell_end(self, session):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        session.ended = session.started and session.client in self._active
-        error = "" if session.ended else "training ended while this client was away; its half is not the trained one"
-        session.send(pb.FromServer(finished=pb.Finished(error=error)))
+        dropped = not session.started or session.client not in self._active
+        session.send(pb.FromServer(finished=pb.Finished(dropped=dropped)))
 
     def receive(self, session: _Session, request: pb.Request) -> None:
         """A client's message of an exchange.
@@ -221,10 +219,15 @@ class Coordinator:
             self._changed.notify_all()
 
     def farewell(self, session: _Session) -> None:
-        """A client has nothing more to say."""
+        """A client has heard of the end, and has all its answers.
+
+        Raises:
+          ProtocolError: there was no end.
+        """
         with self._changed:
-            if session.ended:
-                self._content.add(session.client)
+            if not self._ended:
+                raise _messages.ProtocolError("a farewell before the end")
+            self._content.add(session.client)
             self._changed.notify_all()
 
     def leave(self, session: _Session) -> None:
@@ -261,13 +264,11 @@ class Coordinator:
                     break
                 except _Again:
                     self._go_back()
+            on_end()
         except Exception as error:  # whatever it is, clients are not to wait for a server that is gone
             self._fail(str(error))
             raise
-        try:
-            on_end()
-        finally:
-            self._end()
+        self._end()
 
     def _end(self):
         """Tells the clients that training has ended, and waits until they have heard it.
@@ -281,9 +282,8 @@ class Coordinator:
                     self._tell_end(session)
             deadline = time.monotonic() + self.policy.deadline_seconds
             while missing := sorted(self._active - self._content):
-                self._check_stop()
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self._stop is not None:
                     log.warning("clients %s did not hear that training has ended", missing)
                     break
                 self._changed.wait(min(1.0, left))
@@ -293,13 +293,13 @@ class Coordinator:
     def _gather(self):
         """Waits until all clients are ready, and starts."""
         everyone = set(range(self.cfg.clients))
-
-        def all_ready():
-            return {c for c, s in self._sessions.items() if s.ready is not None} >= everyone
-
+        told = time.monotonic()
         with self._changed:
-            while not all_ready():
+            while missing := everyone - {c for c, s in self._sessions.items() if s.ready is not None}:
                 self._check_stop()
+                if time.monotonic() - told > self.policy.deadline_seconds:
+                    log.warning("training waits for clients %s to be ready", sorted(missing))
+                    told = time.monotonic()
                 self._changed.wait(1.0)
             readies = [self._sessions[c].ready for c in sorted(everyone)]
             self._ready = readies[0]
@@ -548,9 +548,11 @@ class Servicer(split_pb2_grpc.SplitServicer):
                         self._coordinator.ready(session, message.ready)
                     case "request":
                         self._coordinator.receive(session, message.request)
+                    case "farewell":
+                        self._coordinator.farewell(session)
+                        break
                     case kind:
                         raise _messages.ProtocolError(f"unexpected {kind}")
-            self._coordinator.farewell(session)
         except _messages.ProtocolError as error:
             log.warning("client %d: %s", session.client, error)
             session.fault = str(error)

@@ -24,43 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmsjax/transport/split.proto\x12\x08msjax.v1\"~\n\nFromClient\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.msjax.v1.HelloH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.msjax.v1.ReadyH\x00\x12$\n\x07request\x18\x03 \x01(\x0b\x32\x11.msjax.v1.RequestH\x00\x42\x06\n\x04kind\"\xa8\x01\n\nFromServer\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.msjax.v1.WelcomeH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.msjax.v1.StartH\x00\x12\"\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.msjax.v1.AnswerH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.msjax.v1.FinishedH\x00\x42\x06\n\x04kind\"J\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"8\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\"X\n\x05Ready\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x02 \x01(\x04\x12\x13\n\x0binput_shape\x18\x03 \x03(\r\x12\x13\n\x0bnum_classes\x18\x04 \x01(\r\"^\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x04 \x01(\x04\x12\x0c\n\x04half\x18\x05 \x01(\x0c\"2\n\x03Key\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05phase\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\r\"A\n\x04Sums\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0c\n\x04top1\x18\x02 \x01(\x04\x12\x0c\n\x04top5\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\"\x95\x01\n\x07Request\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1a\n\x03key\x18\x02 \x01(\x0b\x32\r.msjax.v1.Key\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06labels\x18\x04 \x01(\x0c\x12\x1c\n\x04sums\x18\x05 \x01(\x0b\x32\x0e.msjax.v1.Sums\x12\r\n\x05saved\x18\x06 \x01(\x08\x12\x0c\n\x04half\x18\x07 \x01(\x0c\"p\n\x06\x41nswer\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1a\n\x03key\x18\x02 \x01(\x0b\x32\r.msjax.v1.Key\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x12\n\nsaved_step\x18\x04 \x01(\x04\x12\x11\n\tsend_half\x18\x05 \x01(\x08\"*\n\x08\x46inished\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"t\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x13\n\x0binput_shape\x18\x05 \x03(\r\x12\x13\n\x0bnum_classes\x18\x06 \x01(\r\"\x1b\n\x08\x46\x65\x61tures\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x1a\n\x07Outputs\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32\xb2\x01\n\x05Split\x12\x37\n\x05Train\x12\x14.msjax.v1.FromClient\x1a\x14.msjax.v1.FromServer(\x01\x30\x01\x12<\n\x08\x44\x65scribe\x12\x19.msjax.v1.DescribeRequest\x1a\x15.msjax.v1.Description\x12\x32\n\x05Infer\x12\x12.msjax.v1.Features\x1a\x11.msjax.v1.Outputs(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmsjax/transport/split.proto\x12\x08msjax.v1\"\xa6\x01\n\nFromClient\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.msjax.v1.HelloH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.msjax.v1.ReadyH\x00\x12$\n\x07request\x18\x03 \x01(\x0b\x32\x11.msjax.v1.RequestH\x00\x12&\n\x08\x66\x61rewell\x18\x04 \x01(\x0b\x32\x12.msjax.v1.FarewellH\x00\x42\x06\n\x04kind\"\xa8\x01\n\nFromServer\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.msjax.v1.WelcomeH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.msjax.v1.StartH\x00\x12\"\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.msjax.v1.AnswerH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.msjax.v1.FinishedH\x00\x42\x06\n\x04kind\"\n\n\x08\x46\x61rewell\"J\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"8\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\"X\n\x05Ready\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x02 \x01(\x04\x12\x13\n\x0binput_shape\x18\x03 \x03(\r\x12\x13\n\x0bnum_classes\x18\x04 \x01(\r\"^\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x04 \x01(\x04\x12\x0c\n\x04half\x18\x05 \x01(\x0c\"2\n\x03Key\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05phase\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\r\"A\n\x04Sums\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0c\n\x04top1\x18\x02 \x01(\x04\x12\x0c\n\x04top5\x18\x03 \x01(\x04\x12\x0f\n\x07samples\x18\x04 \x01(\x04\"\x95\x01\n\x07Request\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1a\n\x03key\x18\x02 \x01(\x0b\x32\r.msjax.v1.Key\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06labels\x18\x04 \x01(\x0c\x12\x1c\n\x04sums\x18\x05 \x01(\x0b\x32\x0e.msjax.v1.Sums\x12\r\n\x05saved\x18\x06 \x01(\x08\x12\x0c\n\x04half\x18\x07 \x01(\x0c\"p\n\x06\x41nswer\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x1a\n\x03key\x18\x02 \x01(\x0b\x32\r.msjax.v1.Key\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x12\n\nsaved_step\x18\x04 \x01(\x04\x12\x11\n\tsend_half\x18\x05 \x01(\x08\"*\n\x08\x46inished\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\"\x11\n\x0f\x44\x65scribeRequest\"t\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x13\n\x0binput_shape\x18\x05 \x03(\r\x12\x13\n\x0bnum_classes\x18\x06 \x01(\r\"\x1b\n\x08\x46\x65\x61tures\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x1a\n\x07Outputs\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32\xb2\x01\n\x05Split\x12\x37\n\x05Train\x12\x14.msjax.v1.FromClient\x1a\x14.msjax.v1.FromServer(\x01\x30\x01\x12<\n\x08\x44\x65scribe\x12\x19.msjax.v1.DescribeRequest\x1a\x15.msjax.v1.Description\x12\x32\n\x05Infer\x12\x12.msjax.v1.Features\x1a\x11.msjax.v1.Outputs(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'msjax.transport.split_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FROMCLIENT']._serialized_start=41
-  _globals['_FROMCLIENT']._serialized_end=167
-  _globals['_FROMSERVER']._serialized_start=170
-  _globals['_FROMSERVER']._serialized_end=338
-  _globals['_HELLO']._serialized_start=340
-  _globals['_HELLO']._serialized_end=414
-  _globals['_WELCOME']._serialized_start=416
-  _globals['_WELCOME']._serialized_end=472
-  _globals['_READY']._serialized_start=474
-  _globals['_READY']._serialized_end=562
-  _globals['_START']._serialized_start=564
-  _globals['_START']._serialized_end=658
-  _globals['_KEY']._serialized_start=660
-  _globals['_KEY']._serialized_end=710
-  _globals['_SUMS']._serialized_start=712
-  _globals['_SUMS']._serialized_end=777
-  _globals['_REQUEST']._serialized_start=780
-  _globals['_REQUEST']._serialized_end=929
-  _globals['_ANSWER']._serialized_start=931
-  _globals['_ANSWER']._serialized_end=1043
-  _globals['_FINISHED']._serialized_start=1045
-  _globals['_FINISHED']._serialized_end=1087
-  _globals['_DESCRIBEREQUEST']._serialized_start=1089
-  _globals['_DESCRIBEREQUEST']._serialized_end=1106
-  _globals['_DESCRIPTION']._serialized_start=1108
-  _globals['_DESCRIPTION']._serialized_end=1224
-  _globals['_FEATURES']._serialized_start=1226
-  _globals['_FEATURES']._serialized_end=1253
-  _globals['_OUTPUTS']._serialized_start=1255
-  _globals['_OUTPUTS']._serialized_end=1281
-  _globals['_SPLIT']._serialized_start=1284
-  _globals['_SPLIT']._serialized_end=1462
+  _globals['_FROMCLIENT']._serialized_start=42
+  _globals['_FROMCLIENT']._serialized_end=208
+  _globals['_FROMSERVER']._serialized_start=211
+  _globals['_FROMSERVER']._serialized_end=379
+  _globals['_FAREWELL']._serialized_start=381
+  _globals['_FAREWELL']._serialized_end=391
+  _globals['_HELLO']._serialized_start=393
+  _globals['_HELLO']._serialized_end=467
+  _globals['_WELCOME']._serialized_start=469
+  _globals['_WELCOME']._serialized_end=525
+  _globals['_READY']._serialized_start=527
+  _globals['_READY']._serialized_end=615
+  _globals['_START']._serialized_start=617
+  _globals['_START']._serialized_end=711
+  _globals['_KEY']._serialized_start=713
+  _globals['_KEY']._serialized_end=763
+  _globals['_SUMS']._serialized_start=765
+  _globals['_SUMS']._serialized_end=830
+  _globals['_REQUEST']._serialized_start=833
+  _globals['_REQUEST']._serialized_end=982
+  _globals['_ANSWER']._serialized_start=984
+  _globals['_ANSWER']._serialized_end=1096
+  _globals['_FINISHED']._serialized_start=1098
+  _globals['_FINISHED']._serialized_end=1140
+  _globals['_DESCRIBEREQUEST']._serialized_start=1142
+  _globals['_DESCRIBEREQUEST']._serialized_end=1159
+  _globals['_DESCRIPTION']._serialized_start=1161
+  _globals['_DESCRIPTION']._serialized_end=1277
+  _globals['_FEATURES']._serialized_start=1279
+  _globals['_FEATURES']._serialized_end=1306
+  _globals['_OUTPUTS']._serialized_start=1308
+  _globals['_OUTPUTS']._serialized_end=1334
+  _globals['_SPLIT']._serialized_start=1337
+  _globals['_SPLIT']._serialized_end=1515
 # @@protoc_insertion_point(module_scope)
