@@ -88,7 +88,7 @@ def test_levels_follow_from_the_target(name, options, levels):
     h, signed = source(name), name in SIGNED
     codec = EntropyMask(**options, signed=signed)
     assert codec.levels == (levels[signed] if isinstance(levels, tuple) else levels)
-    assert codec == eval(repr(codec))
+    assert codec == compress.from_string(repr(codec))
     decoded, sent, _ = send(codec, h)
     if codec.bits is None:
         assert relative_error(h, decoded) == pytest.approx(codec.error, rel=0.1)

@@ -247,11 +247,22 @@ def test_server_that_died(tmp_path, mode):
         assert_equal_to_program(it, cfg)
 
 
-class Flaky:
+class Wrapped:
+    """A connection around another."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+
+class Flaky(Wrapped):
     """A connection whose messages are lost, doubled or late, by the draws of a seeded generator."""
 
     def __init__(self, connection, rng):
-        self._connection, self._rng, self._kept = connection, rng, None
+        super().__init__(connection)
+        self._rng, self._kept = rng, None
 
     def send(self, message):
         if message.WhichOneof("kind") != "request":
@@ -272,9 +283,6 @@ class Flaky:
         if message.WhichOneof("kind") == "answer" and self._rng.random() < 0.05:
             raise client_lib._Lost("the answer was lost")
         return message
-
-    def __getattr__(self, name):
-        return getattr(self._connection, name)
 
 
 @pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
@@ -360,10 +368,7 @@ def test_last_answer_is_lost(tmp_path, caplog):
     dead = RuntimeError("dead")
 
     def losing(number, error):
-        class Losing:
-            def __init__(self, connection):
-                self._connection = connection
-
+        class Losing(Wrapped):
             def receive(self, seconds):
                 message = self._connection.receive(seconds)
                 last = it.runners[number]._exchange is not None and it.runners[number]._following is None
@@ -372,9 +377,6 @@ def test_last_answer_is_lost(tmp_path, caplog):
                         time.sleep(0.01)
                     raise error
                 return message
-
-            def __getattr__(self, name):
-                return getattr(self._connection, name)
 
         return Losing
 
@@ -392,16 +394,10 @@ def test_last_answer_is_lost(tmp_path, caplog):
 def silent_from(step):
     """A client that never answers again from `step` on, but keeps its line open."""
 
-    class Silent:
-        def __init__(self, connection):
-            self._connection = connection
-
+    class Silent(Wrapped):
         def send(self, message):
             if message.WhichOneof("kind") != "request" or message.request.key.step < step:
                 self._connection.send(message)
-
-        def __getattr__(self, name):
-            return getattr(self._connection, name)
 
     return Silent
 
@@ -421,17 +417,11 @@ def late_once(step, seconds):
     """A client whose first request of a step is late."""
     late = []
 
-    class Late:
-        def __init__(self, connection):
-            self._connection = connection
-
+    class Late(Wrapped):
         def send(self, message):
             if message.WhichOneof("kind") == "request" and message.request.key.step == step and not late:
                 late.append(time.sleep(seconds))
             self._connection.send(message)
-
-        def __getattr__(self, name):
-            return getattr(self._connection, name)
 
     return Late
 

@@ -108,10 +108,11 @@ class EntropyMask(VectorCodec):
     def _enough_levels(self):
         """The fewest of 15, 63 and 255 that reach the target before `ratio` stops the step."""
         if self.bits is not None:
-            limits = (2.75, 4.75) if self.signed else (2.5, 4.0)
-            return (15, 63, 255)[sum(self.bits > limit for limit in limits)]
-        limits = (0.02, 0.0015) if self.signed else (0.01, 0.001)
-        return (15, 63, 255)[sum((self.error or _DEFAULT_ERROR) < limit for limit in limits)]
+            beyond = [self.bits > limit for limit in ((2.75, 4.75) if self.signed else (2.5, 4.0))]
+        else:
+            error = self.error or _DEFAULT_ERROR
+            beyond = [error < limit for limit in ((0.02, 0.0015) if self.signed else (0.01, 0.001))]
+        return (15, 63, 255)[sum(beyond)]
 
     @property
     def needs_key(self) -> bool:

@@ -180,10 +180,10 @@ class Runner:
                 if self._last_contact > contact:  # it was there until now
                     self._last_contact = time.monotonic()
                 away = time.monotonic() - self._last_contact
-                if away > self._retry_seconds and self._party is not None and self._exchange is None:
-                    log.warning("all steps are done, but the server did not say so: %s", lost)
-                    return self._party
                 if away > self._retry_seconds:
+                    if self._party is not None and self._exchange is None:
+                        log.warning("all steps are done, but the server did not say so: %s", lost)
+                        return self._party
                     raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}") from None
                 wait = 0.1 if away < 1 else min(10.0, wait * 2)
                 if str(lost) != told:
@@ -218,9 +218,9 @@ class Runner:
                     if self._party is not None and self._request is None:
                         connection.finish(seconds=10.0)
                         return
-                    if message.finished.dropped and not self._has_trained():
-                        raise Refused("training ended while this client was away; its half is not the trained one")
                     if message.finished.dropped:
+                        if not self._has_trained():
+                            raise Refused("training ended while this client was away; its half is not the trained one")
                         return
                     self._send(connection)  # the last answer was lost
 

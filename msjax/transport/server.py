@@ -163,8 +163,6 @@ class Coordinator:
             # In the first case it repeats its last request, if it had sent one.
             self._begun.add(client)
             self._start(session)
-        elif self._ended:
-            self._active.discard(client)
         elif client in self._active and self.policy.stragglers != "drop":
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._lost_state = True
@@ -185,7 +183,9 @@ class Coordinator:
 
     def _tell_end(self, session):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        dropped = not session.started or session.client not in self._active
+        if not session.started:  # it does not know where the run was, and there is nothing to go back to
+            self._active.discard(session.client)
+        dropped = session.client not in self._active
         session.send(pb.FromServer(finished=pb.Finished(dropped=dropped)))
 
     def receive(self, session: _Session, request: pb.Request) -> None:
