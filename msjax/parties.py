@@ -108,7 +108,7 @@ def test_index(plan: Plan, number: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _test_calls(plan):
-    return feed.eval_calls(plan.test_samples, plan.test_clients(), plan.batch_size)
+    return feed.eval_calls(plan.test_samples, len(plan.test_clients()), plan.batch_size)
 
 
 class Programs:

@@ -136,9 +136,9 @@ class Plan:
         """Whether the test set goes through after epoch `epoch`, counted from 0."""
         return self.test_samples > 0 and ((epoch + 1) % self.test_every == 0 or epoch == self.epochs - 1)
 
-    def test_clients(self) -> int:
-        """Over how many clients a round of the test is spread."""
-        return 1 if self.sequential else self.clients
+    def test_clients(self) -> tuple[int, ...]:
+        """The clients that a round of the test is spread over; in turns the last, which has the trained half."""
+        return (self.clients - 1,) if self.sequential else tuple(range(self.clients))
 
     def exchanges(self, start: int = 0) -> Iterator[Exchange]:
         """Yields the exchanges of the run from step `start` on."""
@@ -159,13 +159,12 @@ class Plan:
         if relayed and place.turn_ends:
             yield Exchange(step, Phase.GIVE, place.clients)
         if place.epoch_ends and self.tests(place.epoch):
-            yield from self._test(step, place)
+            yield from self._test(step)
 
-    def _test(self, step, place):
-        testing = set()
-        for number, call in enumerate(feed.eval_calls(self.test_samples, self.test_clients(), self.batch_size)):
-            # In turns the last client has the trained half; else all are equal at the end of an epoch.
-            clients = place.clients if self.sequential else tuple(range(call.shape[1]))
+    def _test(self, step):
+        everyone, testing = self.test_clients(), set()
+        for number, call in enumerate(feed.eval_calls(self.test_samples, len(everyone), self.batch_size)):
+            clients = everyone[: call.shape[1]]
             testing |= set(clients)
             yield Exchange(step, Phase.TEST, clients, number)
         if self.mode.head_cut is not None:

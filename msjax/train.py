@@ -76,7 +76,8 @@ class Evaluator:
     def __init__(self, cfg: config.Config, job: Job):
         self._job = job
         parts = job.parts
-        self._calls = feed.eval_calls(job.test.count, parts.plan.test_clients(), cfg.batch_size)
+        self._clients = parts.plan.test_clients()
+        self._calls = feed.eval_calls(job.test.count, len(self._clients), cfg.batch_size)
         self._key = simulate.test_key(cfg.seed)
         self._programs = {
             clients: simulate.make_eval(
@@ -87,15 +88,16 @@ class Evaluator:
                 mesh=mesh,
                 own_halves=parts.plan.averages_halves,
             )
-            for clients, mesh in {1: None, parts.plan.test_clients(): job.mesh}.items()
+            for clients, mesh in {1: None, len(self._clients): job.mesh}.items()
         }
 
     def __call__(self, state: step.TrainState) -> dict[str, float]:
         """Returns the mean loss in nats, and top-1 and top-5 accuracy in percent."""
         sums = simulate.zero_sums(self._job.mesh)
         for n, (images, labels, order) in enumerate(feed.feed(self._job.test, self._calls)):
-            run = self._programs[self._calls[n].shape[1]]
-            sums = run(state, sums, images, labels, order, jax.random.fold_in(self._key, n))
+            clients = self._calls[n].shape[1]
+            key, numbers = jax.random.fold_in(self._key, n), np.int32(self._clients[:clients])
+            sums = self._programs[clients](state, sums, images, labels, order, key, numbers)
         return sums.means()
 
 

@@ -14,7 +14,7 @@ from msjax import compress, models, simulate, step, wire
 CLIENTS, BATCH = 8, 6
 CODECS = [
     (compress.Identity(), compress.Identity()),
-    (compress.MaskEncoded(ratio=0.9), compress.Identity()),
+    (compress.RandK(ratio=0.5, granularity="sample"), compress.RandK(ratio=0.5)),
     (compress.MaskEncoded(ratio=0.9, granularity="sample"), compress.StochasticUniform(bits=8)),
     (compress.RandTopK(ratio=0.8), compress.MaskEncoded(ratio=0.9, bits=4, signed=True)),
 ]
@@ -50,11 +50,19 @@ def party_step(setup, state, x, y, keys):
 
 
 def assert_close(a, b, tolerance):
-    """Every leaf of two trees agrees to `tolerance` of the largest value in it."""
+    """Every leaf of two trees agrees to `tolerance` of its norm."""
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        left, right = np.asarray(left), np.asarray(right)
-        scale = max(1e-3, np.abs(left).max(initial=0))
-        np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale)
+        left, right = np.float64(left), np.float64(right)
+        assert np.linalg.norm(left - right) <= tolerance * max(1e-3, np.linalg.norm(right)), (left, right)
+
+
+def tolerance(*codecs):
+    """How far apart two sums of different order may lead.
+
+    A value that lies on the edge between two codes may get either; which values do, differs from machine to machine,
+    and one alone moves a small gradient by some percent. Only codecs without such edges show small mistakes.
+    """
+    return 1e-5 if all(isinstance(codec, compress.Identity | compress.RandK) for codec in codecs) else 0.1
 
 
 @pytest.mark.parametrize(("codec", "grad_codec"), CODECS, ids=str)
@@ -62,8 +70,7 @@ def test_fused_step_equals_the_parties_steps(codec, grad_codec):
     setup, state, x, y, keys = make(codec, grad_codec)
     fused, fused_info = jax.jit(functools.partial(step.fused_step, setup))(state, x, y, keys)
     parties, parties_info = party_step(setup, state, x, y, keys)
-    # The order of summation differs; so may the code of a value that lies on the edge between two.
-    assert_close(fused, parties, 2e-4)
+    assert_close(fused, parties, tolerance(codec, grad_codec))
     assert_close(fused_info, parties_info, 1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.client.params, fused.client.params)
     assert all(m > 0 for m in jax.tree.leaves(moved)), "the step must move every parameter of the client"
@@ -108,13 +115,13 @@ def test_shard_map_equals_vmap(codec, grad_codec):
         train = simulate.make_train(setup, preprocess, clients=CLIENTS, mesh=m)
         copy = jax.tree.map(jnp.array, state)
         results.append(train(copy, simulate.zero_sums(), images, labels, order, jax.random.key(9)))
-    assert_close(results[0], results[1], 2e-4)
-    assert_close(results[0], results[2], 2e-4)
+    assert_close(results[0], results[1], tolerance(codec, grad_codec))
+    assert_close(results[0], results[2], tolerance(codec, grad_codec))
     assert int(results[0][1].samples) == 2 * CLIENTS * 4
 
 
 def test_streamed_batches_give_the_same_step_as_resident_ones():
-    setup, state, *_ = make(*CODECS[1])
+    setup, state, *_ = make(*CODECS[2])
     images = jnp.asarray(np.random.default_rng(1).integers(0, 256, (64, 8, 8, 1)), jnp.uint8)
     labels = jnp.arange(64, dtype=jnp.int32) % 10
     order = np.arange(64, dtype=np.int32).reshape(1, CLIENTS, 8)
@@ -129,7 +136,7 @@ def test_streamed_batches_give_the_same_step_as_resident_ones():
 
 
 def test_train_does_not_recompile_and_donates_its_state():
-    setup, state, *_ = make(*CODECS[1])
+    setup, state, *_ = make(*CODECS[2])
     images = jnp.zeros((64, 8, 8, 1), jnp.uint8)
     labels = jnp.zeros(64, jnp.int32)
     order = np.zeros((1, CLIENTS, 4), np.int32)

@@ -255,7 +255,7 @@ def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
     evaluate = train.Evaluator(cfg, job)
     keys = []
 
-    def program(state, sums, images, labels, order, key):
+    def program(state, sums, images, labels, order, key, numbers):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return sums._replace(samples=sums.samples + 1)
 
