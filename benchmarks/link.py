@@ -40,11 +40,12 @@ import numpy as np
 from benchmarks import proxy, timing
 from msjax import assemble, compress, config, metrics, parties
 from msjax.transport import client as client_lib
-from msjax.transport import server as server_lib
 from msjax.transport import split_pb2_grpc
 from msjax.transport._metrics import Metrics
 from msjax.transport._security import TlsFiles, Tokens
 from msjax.transport._store import ClientStore, ServerStore
+from msjax.transport.coordinator import Coordinator, Policy
+from msjax.transport.server import Servicer
 
 CUTS = ("shallow", "medium", "deep")
 # At the paper's rates: SP, RT and MS have the same size, 13.8 times smaller than float32; QU has the next, 3 bits.
@@ -208,18 +209,18 @@ class Net:
     def __init__(self, case: Case, folder: pathlib.Path, *, link: dict[str, Any] | None, lockstep: bool):
         self.case, self.metrics = case, Metrics()
         clients = case.cfg.clients
-        self.coordinator = server_lib.Coordinator(
+        self.coordinator = Coordinator(
             case.cfg,
             lambda *_: case.parts,
             ServerStore(folder / "server", {}),
-            server_lib.Policy(),
+            Policy(),
             self.metrics,
             run=uuid.uuid4().hex,
             checkpoint_steps=10**9,
         )
         workers = futures.ThreadPoolExecutor(2 * clients + 8)
         self._server = grpc.server(workers, options=client_lib.channel_options(-1))
-        split_pb2_grpc.add_SplitServicer_to_server(server_lib.Servicer(self.coordinator, Tokens(None)), self._server)
+        split_pb2_grpc.add_SplitServicer_to_server(Servicer(self.coordinator, Tokens(None)), self._server)
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
         self.link = None if link is None else proxy.Proxy(address, **link)

@@ -13,22 +13,15 @@ import jax
 import tyro
 
 from msjax import assemble, config, halves, parties, runs, step
-from msjax._serving import (
-    ClientOptions,
-    ConnectOptions,
-    Endpoint,
-    ListenOptions,
-    ServeOptions,
-    Serving,
-    TakingPart,
-    load_data,
-)
+from msjax._serving import Serving, TakingPart, check_serve, load_data
 from msjax.protocol import Phase
 from msjax.transport import inference
 from msjax.transport._metrics import Metrics
 from msjax.transport._security import Tokens
 from msjax.transport.client import Refused
-from msjax.transport.server import Stopped
+from msjax.transport.coordinator import Stopped
+from msjax.transport.options import ClientOptions, ConnectOptions, ListenOptions, ServeOptions
+from msjax.transport.server import Endpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,7 @@ def serve(arguments: list[str], default: config.Config) -> int:
         flags = tyro.cli(_ServeFlags, args=rest, default=default, prog="msjax serve", description=description)
         cfg, options = _part(config.Config, flags), _part(ServeOptions, flags)
         # Before there is a folder, so that options that do not work leave none behind.
-        options.check_run(cfg)
+        check_serve(cfg, options)
         folder = runs.RunFolder.create(cfg, where.name)
         try:
             serving = Serving(cfg, options, folder.path)

@@ -10,12 +10,14 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from msjax import _serving, assemble, compress, config, halves, models
+from msjax import assemble, compress, config, halves, models
 from msjax.transport import inference
 from msjax.transport import split_pb2 as pb
 from msjax.transport._metrics import Metrics
 from msjax.transport._security import TlsFiles, Tokens, check_plaintext
 from msjax.transport.client import Refused
+from msjax.transport.options import ListenOptions
+from msjax.transport.server import Endpoint
 
 INFO = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
 CODEC = compress.MaskEncoded(ratio=0.9)
@@ -33,11 +35,11 @@ def make(path, **mode):
 
 @contextlib.contextmanager
 def served(path, **options):
-    options = _serving.ListenOptions(**{"listen": "localhost:0", **options})
+    options = ListenOptions(**{"listen": "localhost:0", **options})
     trained = halves.load(path / "server.safetensors")
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     servicer = inference.Servicer(trained, Tokens(options.tokens), compression=options.compression, **limits)
-    endpoint = _serving.Endpoint(options, servicer, Metrics(), streams=4)
+    endpoint = Endpoint(options, servicer, Metrics(), streams=4)
     try:
         yield f"localhost:{endpoint.port}"
     finally:

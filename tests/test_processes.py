@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from msjax import _commands, _serving, assemble, config, halves, parties
+from msjax.transport.options import ClientOptions
 
 MSJAX = (sys.executable, "-c", "from msjax.cli import main; main()")
 SECONDS = 240
@@ -83,7 +84,7 @@ def kill(process):
 def expected(path):
     """The states of server and clients at the end, from one calm program."""
     cfg = config.load(path / "runs/run/config.json")
-    taking_part = [_serving.TakingPart(_serving.ClientOptions(number=n, state=str(path / "x"))) for n in (0, 1)]
+    taking_part = [_serving.TakingPart(ClientOptions(number=n, state=str(path / "x"))) for n in (0, 1)]
     own = [part._load(cfg) for part in taking_part]
     clients = [part._build(cfg, own[0].samples, own[0].test_samples) for part in taking_part]
     parts = assemble.assemble(cfg, taking_part[0]._info, samples=own[0].samples, test_samples=own[0].test_samples)

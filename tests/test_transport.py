@@ -13,8 +13,10 @@ import pytest
 
 from msjax import _serving, assemble, compress, data, parties
 from msjax.transport import client as client_lib
-from msjax.transport import server as server_lib
 from msjax.transport import split_pb2 as pb
+from msjax.transport._messages import ProtocolError
+from msjax.transport.coordinator import Policy, Stopped
+from msjax.transport.options import ClientOptions, ServeOptions
 
 from .test_parties import MODES, SMALL, dataset, make_parties
 
@@ -62,7 +64,7 @@ class Net:
 
     def __init__(self, path, cfg, **options):
         self.path, self.cfg = path, cfg
-        self.server_options = _serving.ServeOptions(listen="localhost:0", checkpoint_steps=2, **options)
+        self.server_options = ServeOptions(listen="localhost:0", checkpoint_steps=2, **options)
         self.runners, self.threads, self.failures, self.finals = {}, {}, {}, {}
         self.address = None
         self.start_server()
@@ -76,7 +78,7 @@ class Net:
 
     def start_client(self, number, wrap=lambda connection: connection, **options):
         options = {"server": self.address, "checkpoint_steps": 2, "answer_seconds": 20.0, **options}
-        options = _serving.ClientOptions(number=number, state=str(self.path / f"client{number}"), **options)
+        options = ClientOptions(number=number, state=str(self.path / f"client{number}"), **options)
         runner = _serving.TakingPart(options).runner
         connect = runner._connect
         runner._connect = lambda: wrap(connect())
@@ -380,7 +382,7 @@ def test_last_answer_is_lost(tmp_path, caplog):
 
         return Losing
 
-    with net(tmp_path, SMALL, policy=server_lib.Policy(deadline_seconds=5.0)) as it:
+    with net(tmp_path, SMALL, policy=Policy(deadline_seconds=5.0)) as it:
         for number, wrap in enumerate([lambda c: c, losing(1, client_lib._Lost("lost")), losing(2, dead), lambda c: c]):
             it.start_client(number, wrap=wrap)
         it.join()
@@ -403,12 +405,12 @@ def silent_from(step):
 
 
 def test_straggler_stops_the_run(tmp_path):
-    policy = server_lib.Policy(deadline_seconds=1.0, stragglers="stop")
+    policy = Policy(deadline_seconds=1.0, stragglers="stop")
     with net(tmp_path, SMALL, policy=policy) as it:
         for number in range(SMALL.clients):
             it.start_client(number, wrap=silent_from(3) if number == 2 else lambda c: c)
         it.join("server", 0, 1, 3)
-        assert isinstance(it.failures["server"], server_lib.Stopped) and "[2]" in str(it.failures["server"])
+        assert isinstance(it.failures["server"], Stopped) and "[2]" in str(it.failures["server"])
         for number in (0, 1, 3):
             assert isinstance(it.failures[number], client_lib.Refused) and "[2]" in str(it.failures[number])
 
@@ -427,7 +429,7 @@ def late_once(step, seconds):
 
 
 def test_straggler_is_waited_for(tmp_path):
-    policy = server_lib.Policy(deadline_seconds=0.2, stragglers="wait")
+    policy = Policy(deadline_seconds=0.2, stragglers="wait")
     with net(tmp_path, SMALL, policy=policy) as it:
         for number in range(SMALL.clients):
             it.start_client(number, wrap=late_once(2, 1.0) if number == 2 else lambda c: c)
@@ -440,7 +442,7 @@ def test_straggler_is_waited_for(tmp_path):
 def test_dropped_straggler_comes_back(tmp_path, mode):
     """The others go on without it; when it is back it takes part again, with the others' half."""
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=8)
-    policy = server_lib.Policy(deadline_seconds=2.0, stragglers="drop")
+    policy = Policy(deadline_seconds=2.0, stragglers="drop")
     with net(tmp_path, cfg, policy=policy) as it:
         for number in range(cfg.clients):
             it.start_client(number)
@@ -463,7 +465,7 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
 def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
     """The next then begins as the first would have, with the half that all draw from the seed."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
-    with net(tmp_path, cfg, policy=server_lib.Policy(deadline_seconds=5.0, stragglers="drop")) as it:
+    with net(tmp_path, cfg, policy=Policy(deadline_seconds=5.0, stragglers="drop")) as it:
         it.start_client(0, wrap=silent_from(1))
         for number in range(1, cfg.clients):
             it.start_client(number)
@@ -476,7 +478,7 @@ def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
 def test_dropped_from_its_last_turn(tmp_path):
     """There is nothing left to come back to but the end, of which it hears."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
-    with net(tmp_path, cfg, policy=server_lib.Policy(deadline_seconds=4.0, stragglers="drop")) as it:
+    with net(tmp_path, cfg, policy=Policy(deadline_seconds=4.0, stragglers="drop")) as it:
         for number in range(cfg.clients):
             it.start_client(number, wrap=late_once(15, 6.0) if number == 1 else lambda c: c)
         it.join()
@@ -554,7 +556,7 @@ def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
         assert it.serving.metrics.connected._value.get() == 2
         coordinator.ready(first, READY.ready)
         unlike = pb.Ready(samples=25, test_samples=42, input_shape=(9, 8, 1), num_classes=10)
-        with pytest.raises(server_lib._messages.ProtocolError, match=r"got \(\(9, 8, 1\), 10\) beside \(\(8, 8, 1\)"):
+        with pytest.raises(ProtocolError, match=r"got \(\(9, 8, 1\), 10\) beside \(\(8, 8, 1\)"):
             coordinator.ready(other, unlike)
         coordinator.ready(other, READY.ready)
         assert it.server_thread.is_alive()
