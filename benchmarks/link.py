@@ -250,7 +250,6 @@ class Net:
             lambda cfg: own,
             build,
             lambda run: ClientStore(folder),
-            checkpoint_steps=10**9,
             retry_seconds=0.0,
         )
 

@@ -78,16 +78,21 @@ def report(scale, records):
 
 
 def budget(measured, mean_bits):
-    """({cut: bits}, error): the rates of `EntropyMask` at which the error is the same and their mean as wanted."""
-    by_cut = {}
-    for row in measured:
-        if row["codec"].startswith("EntropyMask"):
-            by_cut.setdefault(row["cut"], []).append(row)
+    """({cut: bits}, error): the rates of `EntropyMask` at which the error is the same and their mean as wanted.
+
+    The rate that gives an error is the mean of those of all seeds.
+    """
+    by_cut = study.grouped([row for row in measured if row["codec"].startswith("EntropyMask")], "cut")
     if not by_cut:
         return {}, None
     errors = [row["error"] for rows in by_cut.values() for row in rows]
     tried = np.geomspace(min(errors), max(errors), 200)
-    bits = np.array([[rate_distortion.at(rows, "error", e, "bits") for e in tried] for rows in by_cut.values()])
+
+    def rate(rows, error):
+        own = study.grouped(rows, "seed").values()
+        return np.mean([rate_distortion.at(one, "error", error, "bits") for one in own])
+
+    bits = np.array([[rate(rows, error) for error in tried] for rows in by_cut.values()])
     best = int(np.argmin(np.abs(bits.mean(0) - mean_bits)))
     return dict(zip(by_cut, bits[:, best].tolist(), strict=True)), float(tried[best])
 

@@ -88,7 +88,7 @@ def run_missing(
     codes = _run_all(scale, trained, command, results, jobs)
     if INTERRUPTED not in codes:
         codes |= _run_all(scale, measured, command, results, jobs)
-    return INTERRUPTED if INTERRUPTED in codes else int(codes > {0})
+    return INTERRUPTED if INTERRUPTED in codes else int(bool(codes - {0}))
 
 
 def _run_all(scale, todo, command, results, jobs):
@@ -158,6 +158,7 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
     parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are told to stop, as by Ctrl-C
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if len(studies) > 1 and options.studies:

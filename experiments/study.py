@@ -181,8 +181,16 @@ def by_arm(records: dict[str, Record]) -> dict[str, list[Record]]:
 
 
 def measurements(records: dict[str, Record]) -> list[dict[str, Any]]:
-    """The rows of all records of a `Measured`."""
-    return [row for record in records.values() for row in record.get("rows", [])]
+    """The rows of all records of a `Measured`, each with its seed."""
+    return [row | {"seed": r["config"]["seed"]} for r in records.values() for row in r.get("rows", [])]
+
+
+def grouped(rows: list[dict[str, Any]], by: str) -> dict[Any, list[dict[str, Any]]]:
+    """Rows by what they have under a name."""
+    found = {}
+    for row in rows:
+        found.setdefault(row[by], []).append(row)
+    return found
 
 
 def trained(records: dict[str, Record]) -> dict[str, Record]:

@@ -45,6 +45,8 @@ def serve(arguments: list[str], default: config.Config) -> int:
             where.half, tyro.cli(ListenOptions, args=rest, prog="msjax serve --half", description=description)
         )
     if where.resume:
+        if where.config or where.name:
+            raise ValueError("--resume takes the run's own config, got also --config or --name")
         folder, cfg = runs.RunFolder.open(where.resume)
         if (folder.path / "summary.json").exists():
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
@@ -91,8 +93,9 @@ def _infer(path, options):
     """Serves a trained half until a signal comes."""
     trained = halves.load(path)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
-    servicer = inference.Servicer(trained, Tokens(options.tokens), compression=options.compression, **limits)
-    endpoint = Endpoint(options, servicer, Metrics(), streams=64)
+    metrics = Metrics()
+    servicer = inference.Servicer(trained, Tokens(options.tokens), metrics, compression=options.compression, **limits)
+    endpoint = Endpoint(options, servicer, metrics, streams=64)
     _log()
     print(f"msjax serve: listening on {options.listen}, answering with {path}", flush=True)
     done = threading.Event()

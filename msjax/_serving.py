@@ -57,6 +57,7 @@ class Serving:
         self._endpoint = Endpoint(options, servicer, self.metrics, cfg.clients)
         self.port = self._endpoint.port
         self._step_began = self._began = time.monotonic()
+        self._earlier: dict[str, float] | None = None
 
     def _assemble(self, samples, test_samples, input_shape, num_classes):
         # What inputs are normalised by is the clients' business.
@@ -89,22 +90,26 @@ class Serving:
             if party.test.samples:
                 record["test"] = party.test.means()
             traffic = metrics.run_traffic(self.coordinator.shapes, epoch + 1)
-            record |= {
-                "traffic": traffic.to_json() | self.metrics.totals(),
-                "seconds": round(time.monotonic() - self._began, 3),
-            }
+            record |= self._so_far(traffic)
             party.train = party.test = parties.NONE
             self.progress["history"].append(record)
-            (self.folder / "metrics.jsonl").write_text(
-                "".join(runs.to_json(r) + "\n" for r in self.progress["history"])
-            )
+            runs.write_history(self.folder, self.progress["history"])
             self._on_epoch(record)
+
+    def _so_far(self, traffic):
+        """What was sent and how long it took, with what an earlier process had recorded of this run."""
+        now = self.metrics.totals() | {"seconds": time.monotonic() - self._began}
+        if self._earlier is None:
+            last = self.progress["history"][-1] if self.progress["history"] else {}
+            self._earlier = {name: (last.get("traffic", {}) | last).get(name, 0) for name in now}
+        total = {name: value + self._earlier[name] for name, value in now.items()}
+        return {"seconds": round(total.pop("seconds"), 3), "traffic": traffic.to_json() | total}
 
     def summary(self):
         last = self.progress["history"][-1]
         summary = {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": runs.environment()}
-        (self.folder / "summary.json").write_text(runs.to_json(summary, indent=2) + "\n")
+        runs.write_summary(self.folder, summary)
         return summary
 
     def close(self):
@@ -124,7 +129,6 @@ class TakingPart:
             self._load,
             self._build,
             lambda run: ClientStore(options.folder() / "checkpoints" / run),
-            checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
             answer_seconds=options.answer_seconds,
             retry_seconds=options.retry_seconds,
@@ -136,14 +140,15 @@ class TakingPart:
         Raises:
           Refused, ConnectionError: see `Runner.train`.
         """
-        party = self.runner.train(self._tell)
-        plan = self._plan
-        if self._options.number not in plan.place(plan.total_steps - 1).clients:
-            return None
-        path = self._options.folder() / "client.safetensors"
-        run, steps = self.runner.run, plan.total_steps
-        halves.save(path, "client", party.state, self.runner.config, self._info, run=run, step=steps)
-        return path
+        self._path = None
+        self.runner.train(self._tell, self._save_half)
+        return self._path
+
+    def _save_half(self, party):
+        if party.keeps_result:
+            self._path = self._options.folder() / "client.safetensors"
+            run, steps = self.runner.run, party.end
+            halves.save(self._path, "client", party.state, self.runner.config, self._info, run=run, step=steps)
 
     def _tell(self, exchange):
         place = self._plan.place(exchange.step)

@@ -251,6 +251,20 @@ class Client:
         """Whether its state outlives a turn; if not it is handed one at each turn's beginning."""
         return not self._plan.sequential or self._plan.clients == 1
 
+    @property
+    def keeps_result(self) -> bool:
+        """Whether it has the trained half at the end: in turns the last client alone."""
+        return self.keeps_state or self.number in self._plan.place(self.end - 1).clients
+
+    @property
+    def end(self) -> int:
+        """The number of steps of the run."""
+        return self._plan.total_steps
+
+    def needs_state(self, at: int) -> bool:
+        """Whether the half that it has before step `at` counts."""
+        return self.keeps_result if at == self.end else self.keeps_state
+
     def script(self, start: int = 0) -> Iterator[Exchange]:
         """Yields this client's exchanges from step `start` on."""
         return (exchange for exchange in self._plan.exchanges(start) if self.number in exchange.clients)
@@ -404,9 +418,8 @@ class Server:
                 keys = self._programs.keys(exchange, clients)
                 payloads = _stack([m.payload for m in messages])
                 if self._programs.setup.head is not None:
-                    answers, self._pending = self._programs.server_forward(
-                        self.state, payloads, keys, features=form.like
-                    )
+                    answers, pending = self._programs.server_forward(self.state, payloads, keys, features=form.like)
+                    self._pending = pending, clients
                 else:
                     y = np.stack([m.labels for m in messages])
                     self.state, answers, info = self._programs.server_step(
@@ -416,14 +429,17 @@ class Server:
                 return _unstack(answers, len(clients))
             case Phase.GRADIENT:
                 form = self._shapes.up(exchange)
-                keys = self._programs.keys(exchange, clients)
-                payloads = _stack([m.payload for m in messages])
+                (pending, everyone), self._pending = self._pending, None
+                keys = self._programs.keys(exchange, everyone)
+                # Of those who sent features some may have been dropped since: theirs is anyone's payload, masked.
+                here, came = np.isin(everyone, clients), dict(zip(clients, messages, strict=True))
+                payloads = _stack([came.get(client, messages[0]).payload for client in everyone])
                 self.state, answers = self._programs.server_backward(
-                    self.state, self._pending, payloads, keys, features=form.like
+                    self.state, pending, payloads, keys, here, features=form.like
                 )
-                self._pending = None
                 self.train = total([self.train, *(m.sums for m in messages)])
-                return _unstack(answers, len(clients))
+                answers = dict(zip(everyone, _unstack(answers, len(everyone)), strict=True))
+                return [answers[client] for client in clients]
             case Phase.AVERAGE:
                 mean = self._programs.mean(np.stack([np.asarray(m.payload[0]) for m in messages]))
                 return [Message((mean,))] * len(messages)

@@ -103,16 +103,19 @@ class RunFolder:
         found = self._checkpoints.restore(step, args=args)
         return found.state, found.progress
 
-    def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Rewrites metrics.jsonl, whole or not at all."""
-        write_whole(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        write_whole(self.path / "summary.json", to_json(summary, indent=2) + "\n")
-
     def close(self) -> None:
         if "_checkpoints" in vars(self):
             self._checkpoints.close()
+
+
+def write_history(folder: pathlib.Path, history: list[dict[str, Any]]) -> None:
+    """Rewrites metrics.jsonl, whole or not at all."""
+    write_whole(folder / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
+
+
+def write_summary(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json, which a run that is finished has."""
+    write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
 
 
 def to_json(record: Any, **options: Any) -> str:

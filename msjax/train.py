@@ -213,12 +213,13 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
             history.append(record)
             sums = simulate.zero_sums(job.mesh)
             save()
-            folder.write_history(history)
+            runs.write_history(folder.path, history)
             write_events(record)
             bar.epoch(record, cfg.epochs, traffic.uplink_bytes)
             if stopped():
                 raise Interrupted
         bar.note(f"run folder: {folder.path}")
+    runs.write_history(folder.path, history)  # again, for a process that died before it had
     display.draw_curves(history, f"{title}: {cfg.codec}", folder.path / "curves.png")
     summary = {
         "test": history[-1]["test"],
@@ -238,7 +239,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     for part, half in (("client", one_half(state, plan)), ("server", state.server)):
         path = folder.path / f"{part}.safetensors"
         halves.save(path, part, half, cfg, job.info, run=run, step=done)
-    folder.write_summary(summary)
+    runs.write_summary(folder.path, summary)
     return summary
 
 

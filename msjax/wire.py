@@ -106,7 +106,7 @@ def decode(
     Args:
       expect: codec and shape and dtype that the message must have. Without it the message's own are taken, whatever
         they are.
-      max_bytes: most bytes that the features may take, decoded, and the payload's arrays.
+      max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded.
 
     Raises:
       WireError: anything about `data` is wrong; it is the only exception, and no more than `max_bytes` is allocated.
@@ -141,9 +141,10 @@ def decode(
 def estimate_bytes(
     payload: Any, codec: compress.Codec, like: Any, *, compression: str | None = None
 ) -> Float32[Array, ""]:
-    """Returns about how many bytes `encode` would return, inside `jit`: within 2 % on feature maps, exact uncompressed.
+    """Returns about how many bytes `encode` would return, inside `jit`.
 
-    Arguments are those of `encode`; the payload's arrays are JAX's.
+    Within 2 % on feature maps of some thousand values or more; uncompressed to the rounding of a float32. Arguments are
+    those of `encode`; the payload's arrays are JAX's.
     """
     arrays = jax.tree.leaves(payload)
     total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * len(arrays))))

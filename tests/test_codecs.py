@@ -227,6 +227,25 @@ def test_numpy_scalars_and_ints_are_taken_for_what_they_are(unchecked):
     assert repr(compress.EntropyMask(bits=2)) == repr(compress.EntropyMask(bits=np.float64(2.0)))
 
 
+@pytest.mark.parametrize("codec", DEFAULTS, ids=case_id)
+def test_with_64_bits_switched_on(codec):
+    """The payload is the same, of an array that is long enough for every algorithm."""
+    h = jax.random.normal(KEY, (40_000,))
+    key = KEY if codec.needs_key else None
+    expected = codec.encode(h, key)
+    with jax.enable_x64(True):
+        payload = codec.encode(h, key)
+        decoded = codec.decode(tuple(payload), h)
+    assert decoded.dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, payload, expected)
+
+
+def test_an_array_of_numpy_within_jit(unchecked):
+    h = np.ones(1000, np.float32)
+    payload = jax.jit(lambda key: compress.RandK().encode(h, key))(KEY)
+    jax.tree.map(np.testing.assert_array_equal, payload, compress.RandK().encode(jnp.asarray(h), KEY))
+
+
 def test_figure_1():
     h = jnp.array([[2.2, 0.8, 1.2, 0.4], [1.8, 0.2, 3.1, 2.0], [2.1, 0.2, 1.1, 1.7], [0.3, 2.8, 1.4, 0.9]])
     floor, nearest, topk = MaskEncoded(0.75, rounding="floor"), MaskEncoded(0.75), TopK(0.75)

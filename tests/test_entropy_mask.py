@@ -173,6 +173,39 @@ def test_corners(rounding):
     assert bool((decoded[7::5000] < 0).all())
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [EntropyMask(bits=2.0), EntropyMask(bits=1.1, signed=True, rounding="stochastic"), EntropyMask(error=0.01)],
+    ids=str,
+)
+def test_few_values_that_count(codec):
+    """Of sparse and of very uneven arrays the sample tells little, or nothing; what there is counts nevertheless."""
+    rng = np.random.default_rng(0)
+    roundtrip = jax.jit(lambda h: codec.roundtrip(h, KEY))
+    cases = [rng.normal(size=(250, 2000)).astype(np.float32)]
+    cases[0][1:] *= 1e-6
+    for count in (1, 2, 10, 100, 3000):
+        cases.append(np.zeros(500_000, np.float32))
+        cases[-1][rng.choice(cases[-1].size, count, replace=False)] = 1 + rng.random(count)
+    for h in map(np.ravel, cases):
+        h = h if codec.signed else np.abs(h)
+        error = np.sum(np.square(roundtrip(jnp.asarray(h)) - h)) / np.sum(h**2)
+        assert error < 0.015, (np.count_nonzero(h), error)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_what_is_not_finite_stays_alone(scale):
+    h = np.abs(np.asarray(source("normal")[:100_000])) * np.float32(scale)
+    for bad in (np.nan, np.inf):
+        h[3] = bad
+        decoded = np.asarray(EntropyMask(error=0.01).roundtrip(jnp.asarray(h)))
+        rest = np.delete(h, 3).astype(np.float64)
+        assert not np.isfinite(decoded[3])
+        assert np.sum((np.delete(decoded, 3) - rest) ** 2) / np.sum(rest**2) == pytest.approx(0.01, rel=0.2)
+    exactly_one = np.append(np.arange(20, dtype=np.float32), np.float32(np.inf))  # as many outliers as may be
+    assert np.isfinite(EntropyMask().roundtrip(jnp.asarray(exactly_one))[:20]).all()
+
+
 def test_negative_values_are_zero_unless_signed():
     h = source("normal")[:5000]
     decoded = EntropyMask(error=0.01).roundtrip(h)

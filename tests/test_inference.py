@@ -34,12 +34,13 @@ def make(path, **mode):
 
 
 @contextlib.contextmanager
-def served(path, **options):
+def served(path, metrics=None, **options):
     options = ListenOptions(**{"listen": "localhost:0", **options})
     trained = halves.load(path / "server.safetensors")
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
-    servicer = inference.Servicer(trained, Tokens(options.tokens), compression=options.compression, **limits)
-    endpoint = Endpoint(options, servicer, Metrics(), streams=4)
+    metrics = metrics or Metrics()
+    servicer = inference.Servicer(trained, Tokens(options.tokens), metrics, compression=options.compression, **limits)
+    endpoint = Endpoint(options, servicer, metrics, streams=4)
     try:
         yield f"localhost:{endpoint.port}"
     finally:
@@ -156,16 +157,18 @@ def test_who_is_too_fast_is_held_back(tmp_path):
 def test_a_client_half_does_not_serve(tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match="half must be that of a server, got that of a client"):
-        inference.Servicer(halves.load(tmp_path / "client.safetensors"), Tokens(None))
+        inference.Servicer(halves.load(tmp_path / "client.safetensors"), Tokens(None), Metrics())
 
 
-def test_tokens(tmp_path):
+def test_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://localhost:1")  # what is sent in the open goes to no proxy
+    metrics = Metrics()
     client, _ = make(tmp_path)
     h = features(client, 2)
     # echo -n bob | sha256sum
     bob = "81b637d8fcd2c6da6359e6963113a1170de795e4b725b84d1e0b4cfd9ec58ce9"
     (tmp_path / "tokens").write_text(f"# of two clients\n0 alice\n1 sha256:{bob}\n")
-    with served(tmp_path, tokens=str(tmp_path / "tokens")) as address:
+    with served(tmp_path, metrics, tokens=str(tmp_path / "tokens")) as address:
         for token in (None, "mallory", bob):
             with remote(address, token=token) as there:
                 with pytest.raises(Refused, match="no such token"):
@@ -173,9 +176,13 @@ def test_tokens(tmp_path):
                 there.send(CODEC.encode(h), CODEC, like(h))
                 with pytest.raises(Refused, match="no such token"):
                     there.receive()
+        assert metrics.refused._value.get() == 6 and metrics.totals() == {"received_bytes": 0, "sent_bytes": 0}
         for token in ("alice", "bob"):
             with remote(address, token=token) as there:
                 assert there.describe().run == "r"
+                sent = there.send(CODEC.encode(h), CODEC, like(h))
+                assert there.receive().like.shape == (2, 10)
+        assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
 
 
 class Authority:

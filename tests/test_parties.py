@@ -1,5 +1,6 @@
 """The parties apart compute what the fused program computes, in every mode; and the script that they follow."""
 
+import copy
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -122,6 +123,22 @@ def test_clients_that_encode_with_numpy(mode):
     jax.tree.map(np.testing.assert_array_equal, *ends)
     with pytest.raises(ValueError, match="codec must not be random to encode with NumPy, got RandK"):
         make_parties(dataclasses.replace(cfg, codec=compress.RandK()), numpy_encoder=True)
+
+
+def test_a_gradient_that_does_not_come():
+    """U-shaped: the server's step is that of the clients whose gradients have come, though all sent features."""
+    plan, server, clients = make_parties(dataclasses.replace(SMOOTH, mode=MODES[1]))
+    features, gradient = list(plan.step_exchanges(0))[:2]
+    without = copy.copy(server)  # a server that the last client has sent nothing
+    answers = server.handle(features, {c.number: c.send(features) for c in clients})
+    without.handle(features, {c.number: c.send(features) for c in clients[:-1]})
+    for client in clients:
+        client.receive(features, answers[client.number])
+    messages = {c.number: c.send(gradient) for c in clients[:-1]}
+    found, expected = server.handle(gradient, messages), without.handle(gradient, messages)
+    assert_close(server.state.params, without.state.params, 1e-5)
+    assert_close([m.payload for m in found.values()], [m.payload for m in expected.values()], 1e-5)
+    assert found.keys() == messages.keys()
 
 
 def test_plan():

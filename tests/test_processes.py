@@ -45,7 +45,7 @@ class Shell:
     def client(self, number):
         """The second one encodes with NumPy, which makes no difference."""
         where = ("--server", self.address, "--state", f"client{number}", "--encoder", ("jax", "numpy")[number])
-        return self.start(f"client{number}", "client", "--number", str(number), *where, "--checkpoint-steps", "10")
+        return self.start(f"client{number}", "client", "--number", str(number), *where)
 
     def wait_for_checkpoint(self, folder, step):
         """Until there is one of this step or a later one; the run must still be under way."""

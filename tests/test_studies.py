@@ -197,6 +197,7 @@ def test_a_run_that_fails_does_not_keep_others_from_running(tmp_path, capfd):
     assert code == 1 and "wrong: failed" in output and "right: done" in output
     assert study.record("smoke", cfg, tmp_path / "results")["command"] == "c"
     assert study.record("smoke", wrong, tmp_path / "results") is None
+    assert driver.run_missing("smoke", {"wrong": wrong}, command="c", results=tmp_path / "results") == 1
 
 
 SYNCHRONIZATION = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from msjax import _serving, assemble, compress, data, parties
+from msjax.protocol import Phase
 from msjax.transport import client as client_lib
 from msjax.transport import split_pb2 as pb
 from msjax.transport._messages import ProtocolError
@@ -64,7 +65,7 @@ class Net:
 
     def __init__(self, path, cfg, **options):
         self.path, self.cfg = path, cfg
-        self.server_options = ServeOptions(listen="localhost:0", checkpoint_steps=2, **options)
+        self.server_options = ServeOptions(**{"listen": "localhost:0", "checkpoint_steps": 2, **options})
         self.runners, self.threads, self.failures, self.finals = {}, {}, {}, {}
         self.address = None
         self.start_server()
@@ -77,7 +78,7 @@ class Net:
         self.server_thread = self._thread("server", self.serving.train)
 
     def start_client(self, number, wrap=lambda connection: connection, **options):
-        options = {"server": self.address, "checkpoint_steps": 2, "answer_seconds": 20.0, **options}
+        options = {"server": self.address, "answer_seconds": 20.0, **options}
         options = ClientOptions(number=number, state=str(self.path / f"client{number}"), **options)
         runner = _serving.TakingPart(options).runner
         connect = runner._connect
@@ -188,9 +189,13 @@ def test_network_equals_one_program(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
 def test_client_that_lost_its_memory(tmp_path, mode):
-    """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same."""
+    """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same.
+
+    So they do where it could be dropped, but too few would be left; and, where there is no checkpoint, to the start.
+    """
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
-    with net(tmp_path, cfg) as it:
+    policy = Policy(stragglers="drop", min_clients=cfg.clients)
+    with net(tmp_path, cfg, policy=policy, checkpoint_steps=2 if mode.kind != "sequential" else 1000) as it:
         for number in range(cfg.clients):
             it.start_client(number)
         for step in (3, 5) if mode.kind != "sequential" else (9, 17):
@@ -199,6 +204,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
             it.start_client(1)
         it.join()
         assert_equal_to_program(it, cfg)
+        assert [epoch["epoch"] for epoch in it.serving.progress["history"]] == [1, 2, 3]
     if mode.kind == "sequential":
         return
     # Another run of clients that have checkpoints of the first one is none the wiser.
@@ -247,6 +253,8 @@ def test_server_that_died(tmp_path, mode):
         it.start_server(it.address)
         it.join()
         assert_equal_to_program(it, cfg)
+        received = [epoch["traffic"]["received_bytes"] for epoch in it.serving.progress["history"]]
+        assert received == sorted(received) and received[0] > 0
 
 
 class Wrapped:
@@ -366,7 +374,10 @@ def test_line_that_is_cut(tmp_path):
 
 
 def test_last_answer_is_lost(tmp_path, caplog):
-    """By two clients. One comes back for it, and gets it though training has ended; the other is not waited for."""
+    """By two clients. One comes back for it, and gets it though training has ended; the other is not waited for.
+
+    A third dies when it hears of the end, and is started again: it has its half.
+    """
     dead = RuntimeError("dead")
 
     def losing(number, error):
@@ -382,9 +393,20 @@ def test_last_answer_is_lost(tmp_path, caplog):
 
         return Losing
 
-    with net(tmp_path, SMALL, policy=Policy(deadline_seconds=5.0)) as it:
-        for number, wrap in enumerate([lambda c: c, losing(1, client_lib._Lost("lost")), losing(2, dead), lambda c: c]):
+    class Dying(Wrapped):
+        def receive(self, seconds):
+            message = self._connection.receive(seconds)
+            if message.WhichOneof("kind") == "finished":
+                raise dead
+            return message
+
+    with net(tmp_path, SMALL, policy=Policy(deadline_seconds=10.0)) as it:
+        for number, wrap in enumerate([lambda c: c, losing(1, client_lib._Lost("lost")), losing(2, dead), Dying]):
             it.start_client(number, wrap=wrap)
+        it.join(3)
+        assert it.failures.pop(3) is dead
+        it.runners[3]._store.close()
+        it.start_client(3)
         it.join()
         assert it.failures == {2: dead}
         assert "clients [2] did not hear that training has ended" in caplog.text
@@ -415,13 +437,15 @@ def test_straggler_stops_the_run(tmp_path):
             assert isinstance(it.failures[number], client_lib.Refused) and "[2]" in str(it.failures[number])
 
 
-def late_once(step, seconds):
-    """A client whose first request of a step is late."""
+def late_once(step, seconds, phase=None):
+    """A client whose first request of a step, or of an exchange of it, is late."""
     late = []
 
     class Late(Wrapped):
         def send(self, message):
-            if message.WhichOneof("kind") == "request" and message.request.key.step == step and not late:
+            key = message.request.key
+            now = message.WhichOneof("kind") == "request" and key.step == step and phase in (None, key.phase)
+            if now and not late:
                 late.append(time.sleep(seconds))
             self._connection.send(message)
 
@@ -450,7 +474,15 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
         kill(it, 2)
         steps_alone = 6 if mode.kind != "sequential" else 20
         it.wait_for_step(2 + steps_alone)
+        if mode.kind != "sequential":  # the first that is asked for its half dies of it, and comes back, too
+            asked = it.runners[0]._take
+            it.runners[0]._take = lambda answer: 1 / 0 if answer.send_half else asked(answer)
         it.start_client(2)
+        if mode.kind != "sequential":
+            it.join(0)
+            assert isinstance(it.failures.pop(0), ZeroDivisionError)
+            it.runners[0]._store.close()
+            it.start_client(0)
         it.join()
         assert not it.failures, it.failures
         halves = [it.finals[n].state for n in range(cfg.clients)]
@@ -475,15 +507,30 @@ def test_first_in_turn_is_dropped_before_it_gives_a_half(tmp_path):
         it.join("server")
 
 
-def test_dropped_from_its_last_turn(tmp_path):
-    """There is nothing left to come back to but the end, of which it hears."""
+def test_dropped_from_its_turn(tmp_path):
+    """It comes back for its next. After its last it hears of the end: the last client lacks the trained half then."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
-    with net(tmp_path, cfg, policy=Policy(deadline_seconds=4.0, stragglers="drop")) as it:
+    late = {n: late_once(step, 4.0, Phase.FEATURES) for n, step in ((0, 1), (1, 15), (3, 21))}
+    with net(tmp_path, cfg, policy=Policy(deadline_seconds=3.0, stragglers="drop")) as it:
         for number in range(cfg.clients):
-            it.start_client(number, wrap=late_once(15, 6.0) if number == 1 else lambda c: c)
+            it.start_client(number, wrap=late.get(number, lambda c: c))
         it.join()
+        assert str(it.failures.pop(3)).endswith("its half is not the trained one")
         assert not it.failures, it.failures
-        assert it.serving.metrics.stragglers._value.get() > 0
+        assert it.serving.metrics.stragglers._value.get() == 3  # each once
+
+
+def test_dropped_between_features_and_gradient(tmp_path):
+    """U-shaped, where the server waits for its gradient with the features of all."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[1])
+    late = late_once(2, 5.0, phase=Phase.GRADIENT)
+    with net(tmp_path, cfg, policy=Policy(deadline_seconds=2.0, stragglers="drop")) as it:
+        for number in range(cfg.clients):
+            it.start_client(number, wrap=late if number == 1 else lambda c: c)
+        it.join("server")
+        assert "server" not in it.failures
+        assert it.serving.metrics.stragglers._value.get() == 1
+        assert [epoch["epoch"] for epoch in it.serving.progress["history"]] == [1, 2]
 
 
 def test_full_disks(tmp_path, monkeypatch):

@@ -7,9 +7,9 @@
     codec.payload_bytes(h)                     # from the shape alone
     y = compress.straight_through(codec, h)    # as a layer: the gradient passes through
 
-Needs JAX alone; works in Flax Linen, Flax NNX, Equinox, Haiku or none of them, under `jit`, `vmap`, `grad` and
-`shard_map`. A random codec takes a `key`. Across a sharded axis, call a codec inside `shard_map`, once a client: a
-selection over the whole array would gather it.
+Needs JAX and jaxtyping alone; works in Flax Linen, Flax NNX, Equinox, Haiku or none of them, under `jit`, `vmap`,
+`shard_map` and, through `straight_through`, `grad`. A random codec takes a `key`. Across a sharded axis, call a codec
+inside `shard_map`, once a client: a selection over the whole array would gather it.
 """
 
 from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -41,10 +42,10 @@ class Codec(abc.ABC):
 
         Raises:
           TypeError: `h` has another dtype.
-          ValueError: the codec is random and `key` is None.
+          ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
         """
         self._check(h, key)
-        return self._encode(h, key)
+        return self._encode(jnp.asarray(h), key)
 
     def encode_numpy(self, h: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the payload that `encode` gives, bit for bit, as NumPy arrays and made by NumPy alone.
@@ -70,18 +71,18 @@ class Codec(abc.ABC):
           ValueError: the payload is not that of an array like `like`.
         """
         self._check(like)
-        wanted, given = self._payload_like(like), jax.tree.leaves(payload)
-        if [np.shape(leaf) for leaf in given] != [leaf.shape for leaf in wanted]:
-            raise ValueError(
-                f"payload must have arrays of shapes {', '.join(str(leaf.shape) for leaf in wanted)}, as that of "
-                f"{jnp.dtype(like.dtype).name}{list(like.shape)}, got {', '.join(str(np.shape(g)) for g in given)}"
-            )
-        return self._decode(jax.tree.map(jnp.asarray, payload), like)
+        wanted = self._payload_like(like)
+        given = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
+        forms = [", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) for leaves in (given, wanted)]
+        if forms[0] != forms[1]:
+            of = f"{jnp.dtype(like.dtype).name}{list(like.shape)}"
+            raise ValueError(f"payload must be {forms[1]}, as that of {of}, got {forms[0]}")
+        return self._decode(type(wanted)(*map(jnp.asarray, given)), like)
 
     def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
         self._check(h, key)
-        return self._roundtrip(h, key)
+        return self._roundtrip(jnp.asarray(h), key)
 
     def payload_like(self, like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
@@ -116,6 +117,8 @@ class Codec(abc.ABC):
             raise TypeError(f"h must be an array, got {type(h).__name__}")
         if jnp.dtype(h.dtype).name not in FLOAT_DTYPES:
             raise TypeError(f"h must be one of {', '.join(FLOAT_DTYPES)}, got {jnp.dtype(h.dtype).name}")
+        if math.prod(h.shape) >= 1 << 31:
+            raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
         if self.needs_key and key is None:
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
 
@@ -208,7 +211,7 @@ def _plain(value, wanted):
     value = value.item() if isinstance(value, np.generic) else value
     if "float" in wanted and type(value) is int and abs(value) < 1 << 53:
         return float(value)
-    return bool(value) if "bool" in wanted and type(value) is int and value in (0, 1) else value
+    return bool(value) if "bool" in wanted and type(value) in (int, float) and value in (0, 1) else value
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

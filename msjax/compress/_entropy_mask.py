@@ -14,7 +14,9 @@ from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
 
 _SAMPLE = 1 << 14  # values that the step is chosen from
 _PER_OCTAVE = 64  # steps are powers of 2^(1/64), so that programs which round otherwise still choose the same
-_FINEST, _COARSEST = -40 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest value
+_FINEST, _COARSEST = -15 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest value, which float16 is to hold in steps
+_FINEST_WHOLE = -11 * _PER_OCTAVE  # and here as a whole number
+_TELLING = 64  # values of the sample that are not zero: fewer say little of the others
 _DEFAULT_ERROR = 0.07
 _HALF_MAX = 65504.0
 
@@ -40,10 +42,12 @@ class EntropyMask(VectorCodec):
 
     Attributes:
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.
+        Unsigned, what negative values lose comes on top.
       bits: the real bits an element to aim at, instead of an error, without the header of a message.
       levels: codes of values that are no outliers, 2 to 255; odd where signed. By default 15, 63 or 255, as the target
         needs where tails are no heavier than Student's t with 4 degrees of freedom and, for `bits`, half of the values
         at most are zeros. 15 put two codes in a byte. Fewer serve low rates: with 5, three codes fill a byte.
+        `dataclasses.replace` keeps them: give `levels=None` along with another target.
       ratio: at most k = ⌊(1 − ratio)·d⌋ values (at least 1) are outliers; the step is never so fine that there
         would be more in the sample, whatever the target. Further ones get the last code.
       signed: False codes a negative value as 0, for features behind a ReLU.
@@ -62,11 +66,12 @@ class EntropyMask(VectorCodec):
     Arithmetic is float32; the result has the input's dtype.
 
     Corners: all zeros decode to zeros. NaN and Inf are outliers; where more than k values are outliers and any value is
-    not finite, everything decodes to NaN. An outlier beyond 65504 steps gets that value.
+    not finite, everything decodes to NaN. The step is at least the largest value / 32768, stochastic / 2048: values
+    that are so much smaller than that all decode to zero, or at random to a step, whatever the target.
 
-    Bias: "nearest" is biased, though by its conditional means not in the sum. "stochastic" is unbiased for all values
-    up to 2048 steps, while there are no more than k outliers; its variance is at most step²/4 a value. A target beyond
-    what `levels` and `ratio` allow is not reached: see `ratio`.
+    Bias: "nearest" is biased, though by its conditional means not in the sum. "stochastic" is unbiased while there are
+    no more than k outliers; its variance is at most step²/4 a value. A target beyond what `levels` and `ratio` allow is
+    not reached: see `ratio`.
 
     >>> import jax, jax.numpy as jnp
     >>> h = jax.nn.relu(jax.random.normal(jax.random.key(0), (100_000,)))
@@ -167,7 +172,8 @@ class EntropyMask(VectorCodec):
         outliers = jnp.where(positions < d, outliers, jnp.float32(0)).astype(jnp.float16)
         codes = self._with_sign(jnp.where(beyond, most, codes), x).astype(jnp.uint8)
         codes = _select.put(codes, positions, jnp.full(positions.size, self.levels, jnp.uint8))
-        step = jnp.where((positions[-1] < d) & ~finite, jnp.float32(jnp.nan), step)
+        crowded = jnp.sum(beyond, dtype=jnp.int32) > positions.size
+        step = jnp.where(crowded & ~finite, jnp.float32(jnp.nan), step)
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):
@@ -210,9 +216,10 @@ class EntropyMask(VectorCodec):
         d, g = x.size, self._per_byte
         bytes_ = -(-d // g)
         n = min(bytes_, _SAMPLE // g)
-        low, high = _select.ends(x)
-        finite = jnp.isfinite(low) & jnp.isfinite(high)
-        largest = jnp.where(finite, jnp.maximum(self._magnitude(low), self._magnitude(high)), jnp.float32(1))
+        finite = jnp.isfinite(x)
+        low, high = _select.ends(jnp.where(finite, x, jnp.zeros((), x.dtype)))
+        finite = jnp.all(finite)
+        largest = jnp.maximum(self._magnitude(low), self._magnitude(high))
         # Neighbours that share a byte, spread as the sample of `_select` is.
         group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
         values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
@@ -244,7 +251,13 @@ class EntropyMask(VectorCodec):
             # The sample's bytes tell what single codes do not: what neighbours share, and what Huffman's code wastes.
             bits *= self._entropy(sample, _step(at)) / self._sampled_bits(values, _step(at), bytes_)
             at = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
+        # Where the sample has met few values, the rest is spread over all levels.
+        few = jnp.sum(sample.sorted > 0, dtype=jnp.int32) < _TELLING
+        spread = _first(lambda at: _step(at) * self._most >= largest * scale, sample.sorted)
+        at = jnp.where(few & (n < bytes_), jnp.minimum(at, spread), at)
         at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
+        if self.needs_key:
+            at = jnp.maximum(at, _FINEST_WHOLE)
         means = self._means(sample, _step(at), jnp.where((n == bytes_) | lonely, jnp.float32(0), jnp.float32(1)))
         step = jnp.where(largest > 0, jnp.ldexp(_step(at), octave), jnp.float32(0))
         return step, means, finite

@@ -89,4 +89,4 @@ def subset(key: jax.Array, among: UInt32[Array, "w"], k: Int32[Array, ""]) -> UI
 
 
 def _count(mask):
-    return jnp.sum(lax.population_count(mask).astype(jnp.int32))
+    return jnp.sum(lax.population_count(mask).astype(jnp.int32), dtype=jnp.int32)

@@ -168,7 +168,7 @@ def _candidates(x, scores, k, most):
         # The barrier keeps what is computed from `x` in the loop, and so out of memory.
         values, threshold = lax.optimization_barrier((x, threshold))
         words = _bits.pack_words(_kept(_order(scores(values)), threshold, last))
-        count = jnp.sum(lax.population_count(words).astype(jnp.int32))
+        count = jnp.sum(lax.population_count(words).astype(jnp.int32), dtype=jnp.int32)
         enough = count >= k
         return _Search(
             words,
@@ -202,9 +202,9 @@ def _kth_largest(order, k):
 def _cumulative_sum(x):
     """jnp.cumsum in int32, in rows of 256, which XLA runs better."""
     rows = jnp.pad(x.astype(jnp.int32), (0, -x.size % 256)).reshape(-1, 256)
-    totals = jnp.sum(rows, axis=1)
-    before = jnp.cumsum(totals) - totals
-    return (jnp.cumsum(rows, axis=1) + before[:, None]).reshape(-1)[: x.size]
+    totals = jnp.sum(rows, axis=1, dtype=jnp.int32)
+    before = jnp.cumsum(totals, dtype=jnp.int32) - totals
+    return (jnp.cumsum(rows, axis=1, dtype=jnp.int32) + before[:, None]).reshape(-1)[: x.size]
 
 
 def _order(score):

@@ -28,7 +28,8 @@ class Uniform(VectorCodec):
     result has the input's dtype.
 
     A constant array is exact. NaN or ±Inf anywhere, or a spread beyond float32's maximum, make everything decode to
-    NaN. Bias: biased; the error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error:
+    NaN; a spread whose reciprocal is no normal float32, above 8e37, may make everything decode to the minimum. Bias:
+    biased; the error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error:
     `uniform_error_bound`. Source: arXiv 2408.13787, section 3.
 
     >>> import jax.numpy as jnp

@@ -26,10 +26,10 @@ class Metrics:
         self.failed_saves = Counter("failed_saves", "Checkpoints that could not be written", **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
-    def received(self, client: int, request: pb.Request) -> None:
+    def received(self, client: int | str, request: pb.Request | pb.Features) -> None:
         self._received.labels(client).inc(request.ByteSize())
 
-    def sent(self, client: int, answer: pb.Answer) -> None:
+    def sent(self, client: int | str, answer: pb.Answer | pb.Outputs) -> None:
         self._sent.labels(client).inc(answer.ByteSize())
 
     def waited(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of one party, by step; each is whole or not there."""
 
+import copy
 import functools
 import pathlib
 from typing import Any
@@ -51,7 +52,7 @@ class ServerStore(ClientStore):
 
     def __init__(self, path: pathlib.Path, progress: dict[str, Any]):
         super().__init__(path)
-        self._progress = progress
+        self._progress, self._at_first = progress, copy.deepcopy(progress)
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -73,6 +74,7 @@ class ServerStore(ClientStore):
         """What there is before the first step."""
         party.train = party.test = NONE
         self._progress.clear()
+        self._progress.update(copy.deepcopy(self._at_first))
 
 
 def _save(manager, step, tree, progress):

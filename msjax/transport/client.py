@@ -46,7 +46,7 @@ class Connection:
         if tls:
             self._channel = grpc.secure_channel(address, tls.client(), options)
         else:
-            self._channel = grpc.insecure_channel(address, options)
+            self._channel = grpc.insecure_channel(address, [*options, NO_PROXY])
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | Exception] = queue.Queue()
         metadata = [("authorization", f"Bearer {token}")] if token else None
@@ -95,6 +95,10 @@ class Connection:
         self._channel.close()
 
 
+NO_PROXY = ("grpc.enable_http_proxy", 0)
+"""For what is sent in the open: it must not leave the machine for a proxy that the environment names."""
+
+
 def channel_options(max_bytes: int) -> list[tuple[str, Any]]:
     """gRPC's options: messages up to `max_bytes` (-1 for any), and pings that find a dead link within half a minute."""
     return [
@@ -141,7 +145,6 @@ class Runner:
         build: Callable[..., parties.Client],
         open_store: Callable[[str], Any],
         *,
-        checkpoint_steps: int = 100,
         compression: str | None = None,
         answer_seconds: float = 600.0,
         retry_seconds: float = 600.0,
@@ -149,7 +152,7 @@ class Runner:
         self.config: config.Config | None = None  # of the run, once the server has told it
         self._number, self._connect, self._load, self._build = number, connect, load, build
         self._open_store, self._store = open_store, None
-        self._checkpoint_steps, self._compression = checkpoint_steps, compression
+        self._compression = compression
         self._answer_seconds, self._retry_seconds = answer_seconds, retry_seconds
         self.run, self._generation = "", 0
         self._data = None
@@ -161,14 +164,18 @@ class Runner:
         self._early: pb.FromClient | None = None  # the following exchange's, where it could be made already
         self._send_half = False
 
-    def train(self, on_exchange: Callable[[Any], None] = lambda exchange: None) -> parties.Client:
-        """Trains to the end and returns the client as it then is.
+    def train(
+        self,
+        on_exchange: Callable[[Any], None] = lambda exchange: None,
+        on_end: Callable[[parties.Client], None] = lambda party: None,
+    ) -> parties.Client:
+        """Trains to the end, calls `on_end`, lets the server know, and returns the client as it then is.
 
         Raises:
           Refused: the server turned the client away, or stopped.
           ConnectionError: the server was away for longer than `retry_seconds`, with steps left to do.
         """
-        self._on_exchange = on_exchange
+        self._on_exchange, self._on_end = on_exchange, on_end
         self._last_contact = time.monotonic()
         wait, told = 0.1, ""
         while True:
@@ -183,6 +190,7 @@ class Runner:
                 if away > self._retry_seconds:
                     if self._party is not None and self._exchange is None:
                         log.warning("all steps are done, but the server did not say so: %s", lost)
+                        on_end(self._party)
                         return self._party
                     raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}") from None
                 wait = 0.1 if away < 1 else min(10.0, wait * 2)
@@ -216,13 +224,21 @@ class Runner:
                     if message.finished.error:
                         raise Refused(f"the server stopped: {message.finished.error}")
                     if self._party is not None and self._request is None:
+                        self._on_end(self._party)
                         connection.finish(seconds=10.0)
                         return
                     if message.finished.dropped:
-                        if not self._has_trained():
-                            raise Refused("training ended while this client was away; its half is not the trained one")
+                        self._end_apart()
                         return
                     self._send(connection)  # the last answer was lost
+
+    def _end_apart(self):
+        """The run has ended without this client."""
+        if self._party is not None and not self._party.keeps_result:
+            log.warning("training ended while this client was away")
+        elif self._party is None or not self._has_trained():
+            raise Refused("training ended while this client was away; its half is not the trained one")
+        self._on_end(self._party)
 
     def _welcome(self, connection, welcome):
         if welcome.protocol != _messages.PROTOCOL:
@@ -234,6 +250,7 @@ class Runner:
             if not re.fullmatch("[0-9a-f]{32}", welcome.run):
                 raise Refused(f"the run's name must be 32 hexadecimal digits, got {welcome.run!r}")
             self.run, self._store = welcome.run, self._open_store(welcome.run)
+        self._checkpoint_steps = welcome.checkpoint_steps  # that of a server that was started anew may be another
         if self._data is None:
             self.config = config.from_json(json.loads(welcome.config))
             self._data = self._load(self.config)
@@ -252,10 +269,10 @@ class Runner:
         if start.half:
             payload = _messages.decode(start.half, party.shapes.half())
             party.adopt(payload, start.step)
-        elif start.step == 0 or not party.keeps_state:
-            party.state = self._initial
         elif start.step in self._store.steps():
             party.state = self._store.restore(start.step, self._initial)
+        elif start.step == 0 or not party.needs_state(start.step):
+            party.state = self._initial
         else:
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
         party.begin()
@@ -268,7 +285,9 @@ class Runner:
         """Goes on to the next exchange and makes its request."""
         self._exchange, self._following = self._following, next(self._script, None)
         self._request, self._early = self._early, None
-        if self._request is None and self._exchange is not None:
+        if self._exchange is None:
+            self._save_at(self._party.end)  # should this process die before it has written its half
+        elif self._request is None:
             self._request = self._make(self._exchange)
 
     def _make(self, exchange):
@@ -291,15 +310,15 @@ class Runner:
 
     def _save(self, exchange):
         """Whether there is a checkpoint of the state before this step, where there should be one."""
-        party = self._party
-        if not party.may_checkpoint(exchange, self._checkpoint_steps):
-            return False
-        if exchange.step in self._store.steps():
+        return self._party.may_checkpoint(exchange, self._checkpoint_steps) and self._save_at(exchange.step)
+
+    def _save_at(self, step):
+        if step in self._store.steps():
             return True
         try:
-            self._store.save(exchange.step, party.state)
+            self._store.save(step, self._party.state)
         except OSError as error:
-            log.error("no checkpoint at step %d: %s", exchange.step, error)
+            log.error("no checkpoint at step %d: %s", step, error)
             return False
         return True
 

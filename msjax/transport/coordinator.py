@@ -132,7 +132,10 @@ class Coordinator:
             session.continues = known and hello.client in self._begun
             self._changed.notify_all()
         cfg = json.dumps(config.to_json(config.without_paths(self.cfg)))
-        session.send(pb.FromServer(welcome=pb.Welcome(protocol=_messages.PROTOCOL, run=self.run, config=cfg)))
+        welcome = pb.Welcome(
+            protocol=_messages.PROTOCOL, run=self.run, config=cfg, checkpoint_steps=self._checkpoint_steps
+        )
+        session.send(pb.FromServer(welcome=welcome))
         log.info("client %d joined from %s", hello.client, peer)
         return session
 
@@ -162,7 +165,11 @@ class Coordinator:
             # In the first case it repeats its last request, if it had sent one.
             self._begun.add(client)
             self._start(session)
-        elif client in self._active and self.policy.stragglers != "drop":
+        elif client in self._active and self._ended:
+            pass
+        elif client in self._active and (
+            self.policy.stragglers != "drop" or len(self._active) <= self.policy.min_clients
+        ):
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._lost_state = True
         else:
@@ -182,8 +189,8 @@ class Coordinator:
 
     def _tell_end(self, session):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        if not session.started:  # it does not know where the run was, and there is nothing to go back to
-            self._active.discard(session.client)
+        if session.client in self._active and not session.started:  # it may have a checkpoint of the end
+            self._start(session, step=self.parts.plan.total_steps)
         dropped = session.client not in self._active
         session.send(pb.FromServer(finished=pb.Finished(dropped=dropped)))
 
@@ -316,7 +323,9 @@ class Coordinator:
         self.party = parties.Server(self.parts.plan, self.shapes, self._programs, self.parts.server)
         step = self._store.latest()
         self._start_step = step or 0
-        if step is not None:
+        if step is None:
+            self._store.forget(self.party)
+        else:
             self._store.restore(step, self.party)
 
     def _go_back(self):
@@ -436,21 +445,21 @@ class Coordinator:
 
     def _wants_half(self, exchange):
         """Whether the answers of this exchange are the last of a step that someone waits to come back after."""
-        if not self._returning or self._halves_from is not None or self.parts.plan.sequential:
+        asked_already = self._halves_from in self._active
+        if not self._returning or asked_already or self.parts.plan.sequential:
             return False
         last = [e for e in self.parts.plan.step_exchanges(exchange.step) if e.phase <= Phase.AVERAGE][-1]
         return exchange == last and exchange.step + 1 < self.parts.plan.total_steps
 
     def _let_in(self, exchange):
         """Starts the clients that came back, where they can: with the half that another has brought."""
-        here = [c for c in sorted(self._returning) if c in self._sessions]
-        if exchange.phase != Phase.FEATURES or not here:
+        here = [c for c in sorted(self._returning & set(exchange.clients)) if c in self._sessions]
+        # In turns each is handed a half when its own begins.
+        sequential = self.parts.plan.sequential
+        if exchange.phase != (Phase.TAKE if sequential else Phase.FEATURES) or not here:
             return
-        plan, half, step = self.parts.plan, b"", exchange.step
-        if plan.sequential:
-            # It is handed a half when its turn begins.
-            step = next((s for s in range(step, plan.total_steps) if plan.place(s).turn_starts), plan.total_steps)
-        else:
+        half = b""
+        if not sequential:
             donor = self._pending.get(self._halves_from)
             if donor is None or donor[0] != exchange:
                 return
@@ -461,8 +470,8 @@ class Coordinator:
             self._returning.discard(client)
             self._active.add(client)
             self._answered.pop(client, None)
-            log.info("client %d comes back at step %d", client, step)
-            self._start(self._sessions[client], step=step, half=half)
+            log.info("client %d comes back at step %d", client, exchange.step)
+            self._start(self._sessions[client], step=exchange.step, half=half)
 
     def _check_stop(self):
         if self._stop is not None:

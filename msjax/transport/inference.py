@@ -13,9 +13,12 @@ from msjax import assemble, config, halves, step, wire
 from msjax.compress import Codec, Identity
 from msjax.transport import _messages, split_pb2_grpc
 from msjax.transport import split_pb2 as pb
+from msjax.transport._metrics import Metrics
 from msjax.transport._security import Rate, TlsFiles, Tokens
-from msjax.transport.client import Refused, channel_options
+from msjax.transport.client import NO_PROXY, Refused, channel_options
 
+ANYONE = "any"
+"""The client in metrics: who asks has no number."""
 _MAX_SHAPES = 64  # of features and codecs that are compiled for in the life of a server
 
 
@@ -32,6 +35,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         self,
         trained: halves.TrainedHalf,
         tokens: Tokens,
+        metrics: Metrics,
         *,
         max_bytes: int = 1 << 30,
         max_messages_per_second: float = 1000.0,
@@ -39,7 +43,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
     ):
         if trained.part != "server":
             raise ValueError(f"half must be that of a server, got that of a {trained.part}")
-        self._trained, self._tokens, self._max_bytes = trained, tokens, max_bytes
+        self._trained, self._tokens, self._metrics, self._max_bytes = trained, tokens, metrics, max_bytes
         self._half = step.HalfState(trained.params, trained.stats, ())
         self._compression, self._max_messages_per_second = compression, max_messages_per_second
         cfg, info = trained.config, trained.info
@@ -67,14 +71,19 @@ class Servicer(split_pb2_grpc.SplitServicer):
         rate = Rate(self._max_messages_per_second)
         for number, request in enumerate(requests):
             rate.wait()
+            self._metrics.received(ANYONE, request)
             try:
                 message = self._read(request)
             except wire.WireError as error:
+                self._metrics.refused.inc()
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            yield pb.Outputs(payload=self._answer(message, number))
+            outputs = pb.Outputs(payload=self._answer(message, number))
+            self._metrics.sent(ANYONE, outputs)
+            yield outputs
 
     def _authenticate(self, context):
         if not self._tokens.accept_any(_messages.token(context)):
+            self._metrics.refused.inc()
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
 
     def _read(self, request):
@@ -125,7 +134,7 @@ class Remote:
         if tls:
             self._channel = grpc.secure_channel(address, tls.client(), options)
         else:
-            self._channel = grpc.insecure_channel(address, options)
+            self._channel = grpc.insecure_channel(address, [*options, NO_PROXY])
         self._stub = split_pb2_grpc.SplitStub(self._channel)
         self._metadata = [("authorization", f"Bearer {token}")] if token else None
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()

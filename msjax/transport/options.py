@@ -16,11 +16,6 @@ def _check_positive(options, *names):
             raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
 
 
-def _check_checkpoint_steps(options):
-    if options.checkpoint_steps < 1:
-        raise ValueError(f"checkpoint_steps must be at least 1, got {options.checkpoint_steps}")
-
-
 @dataclasses.dataclass(frozen=True)
 class ListenOptions:
     """Where a server listens, and whom it lets in."""
@@ -58,12 +53,13 @@ class ServeOptions(ListenOptions):
 
     policy: Policy = dataclasses.field(default_factory=Policy)
     checkpoint_steps: int = 100
-    """Steps between two checkpoints; a run that is interrupted goes back to the last."""
+    """Steps between two checkpoints, also of the clients; a run that is interrupted goes back to the last."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
         super().check()
-        _check_checkpoint_steps(self)
+        if self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +99,6 @@ class ClientOptions(ConnectOptions):
     """Folder for this client's checkpoints and its half at the end; by default clientNUMBER."""
     own_data: bool = False
     """Train on all of the data set that is here; by default on this client's share, as a simulation does."""
-    checkpoint_steps: int = 100
-    """As of the server."""
     retry_seconds: float = 600.0
     """For how long a server that is away is tried again."""
     answer_seconds: float = 600.0
@@ -114,7 +108,6 @@ class ClientOptions(ConnectOptions):
         """Raises ValueError for options that cannot work."""
         if self.number < 0:
             raise ValueError(f"number must be at least 0, got {self.number}")
-        _check_checkpoint_steps(self)
         _check_positive(self, "retry_seconds", "answer_seconds")
 
     def folder(self) -> pathlib.Path:
