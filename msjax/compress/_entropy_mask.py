@@ -161,9 +161,13 @@ class EntropyMask(VectorCodec):
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
         d, most = x.size, jnp.float32(self._most)
         step, means, finite = self._choose(x)
-        steps = self._magnitude(x) * jnp.where(step > 0, 1 / step, jnp.float32(0))
-        codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
-        beyond = ~(codes <= most)  # NaN is, too
+
+        def quantize(x):
+            steps = self._magnitude(x) * jnp.where(step > 0, 1 / step, jnp.float32(0))
+            codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
+            return steps, codes, ~(codes <= most)  # NaN is beyond, too
+
+        steps, codes, beyond = quantize(x)
         positions = _select.positions(beyond, _select.num_kept(self.ratio, d))
         # Whole steps where that is unbiased: float16 holds them up to 2048.
         outliers = (codes if self.needs_key else steps)[jnp.minimum(positions, d - 1)]
@@ -172,8 +176,11 @@ class EntropyMask(VectorCodec):
         outliers = jnp.where(positions < d, outliers, jnp.float32(0)).astype(jnp.float16)
         codes = self._with_sign(jnp.where(beyond, most, codes), x).astype(jnp.uint8)
         codes = _select.put(codes, positions, jnp.full(positions.size, self.levels, jnp.uint8))
-        crowded = jnp.sum(beyond, dtype=jnp.int32) > positions.size
-        step = jnp.where(crowded & ~finite, jnp.float32(jnp.nan), step)
+        # Counted where it matters alone, as it takes time.
+        many = lax.cond(
+            finite, lambda x: x[0] != x[0], lambda x: jnp.sum(quantize(x)[2], dtype=jnp.int32) > positions.size, x
+        )
+        step = jnp.where(many, jnp.float32(jnp.nan), step)
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):
@@ -216,9 +223,11 @@ class EntropyMask(VectorCodec):
         d, g = x.size, self._per_byte
         bytes_ = -(-d // g)
         n = min(bytes_, _SAMPLE // g)
-        finite = jnp.isfinite(x)
-        low, high = _select.ends(jnp.where(finite, x, jnp.zeros((), x.dtype)))
-        finite = jnp.all(finite)
+        low, high = _select.ends(x)
+        finite = jnp.isfinite(low) & jnp.isfinite(high)
+        low, high = lax.cond(
+            finite, lambda x: (low, high), lambda x: _select.ends(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))), x
+        )
         largest = jnp.maximum(self._magnitude(low), self._magnitude(high))
         # Neighbours that share a byte, spread as the sample of `_select` is.
         group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
