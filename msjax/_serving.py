@@ -1,4 +1,4 @@
-"""The ends of the network as programs: a server that trains, one that only answers, and a client."""
+"""The ends of training over a network as programs: a server and a client."""
 
 import logging
 import pathlib
@@ -41,7 +41,7 @@ class Serving:
     def __init__(self, cfg: config.Config, options: ServeOptions, folder: pathlib.Path):
         check_serve(cfg, options)
         self.cfg, self.folder = cfg, folder
-        self.progress = {"history": []}
+        self.progress = {}
         self.metrics = Metrics()
         self.coordinator = Coordinator(
             cfg,
@@ -75,6 +75,11 @@ class Serving:
         path = self.folder / "server.safetensors"
         halves.save(path, "server", party.state, self.cfg, self._info, run=self.coordinator.run, step=steps)
 
+    @property
+    def history(self) -> list[dict]:
+        """The epochs' records."""
+        return self.progress.setdefault("history", [])
+
     def _count(self, exchange):
         """After each exchange: the metrics, and an epoch's record at its end."""
         self.metrics.exchanges.labels(exchange.phase.name).inc()
@@ -92,21 +97,21 @@ class Serving:
             traffic = metrics.run_traffic(self.coordinator.shapes, epoch + 1)
             record |= self._so_far(traffic)
             party.train = party.test = parties.NONE
-            self.progress["history"].append(record)
-            runs.write_history(self.folder, self.progress["history"])
+            self.history.append(record)
+            runs.write_history(self.folder, self.history)
             self._on_epoch(record)
 
     def _so_far(self, traffic):
         """What was sent and how long it took, with what an earlier process had recorded of this run."""
         now = self.metrics.totals() | {"seconds": time.monotonic() - self._began}
         if self._earlier is None:
-            last = self.progress["history"][-1] if self.progress["history"] else {}
+            last = self.history[-1] if self.history else {}
             self._earlier = {name: (last.get("traffic", {}) | last).get(name, 0) for name in now}
         total = {name: value + self._earlier[name] for name, value in now.items()}
         return {"seconds": round(total.pop("seconds"), 3), "traffic": traffic.to_json() | total}
 
     def summary(self):
-        last = self.progress["history"][-1]
+        last = self.history[-1]
         summary = {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": runs.environment()}
         runs.write_summary(self.folder, summary)

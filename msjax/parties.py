@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import data, feed, simulate, step
+from msjax import data, simulate, step
 from msjax.compress import Codec, Identity
 from msjax.protocol import Exchange, Phase, Plan
 
@@ -108,7 +108,7 @@ def test_index(plan: Plan, number: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _test_calls(plan):
-    return feed.eval_calls(plan.test_samples, len(plan.test_clients()), plan.batch_size)
+    return plan.test_calls()
 
 
 class Programs:
@@ -254,7 +254,7 @@ class Client:
     @property
     def keeps_result(self) -> bool:
         """Whether it has the trained half at the end: in turns the last client alone."""
-        return self.keeps_state or self.number in self._plan.place(self.end - 1).clients
+        return self.number in self._plan.test_clients()
 
     @property
     def end(self) -> int:

@@ -21,6 +21,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from msjax import feed
 from msjax.config import Config, ModeConfig
 
@@ -140,6 +142,10 @@ class Plan:
         """The clients that a round of the test is spread over; in turns the last, which has the trained half."""
         return (self.clients - 1,) if self.sequential else tuple(range(self.clients))
 
+    def test_calls(self) -> list[np.ndarray]:
+        """The positions in the test set that the rounds of a test are about: int32 (1, K, B) each."""
+        return feed.eval_calls(self.test_samples, len(self.test_clients()), self.batch_size)
+
     def exchanges(self, start: int = 0) -> Iterator[Exchange]:
         """Yields the exchanges of the run from step `start` on."""
         for step in range(start, self.total_steps):
@@ -162,9 +168,9 @@ class Plan:
             yield from self._test(step)
 
     def _test(self, step):
-        everyone, testing = self.test_clients(), set()
-        for number, call in enumerate(feed.eval_calls(self.test_samples, len(everyone), self.batch_size)):
-            clients = everyone[: call.shape[1]]
+        testing = set()
+        for number, call in enumerate(self.test_calls()):
+            clients = self.test_clients()[: call.shape[1]]
             testing |= set(clients)
             yield Exchange(step, Phase.TEST, clients, number)
         if self.mode.head_cut is not None:

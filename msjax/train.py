@@ -76,8 +76,7 @@ class Evaluator:
     def __init__(self, cfg: config.Config, job: Job):
         self._job = job
         parts = job.parts
-        self._clients = parts.plan.test_clients()
-        self._calls = feed.eval_calls(job.test.count, len(self._clients), cfg.batch_size)
+        self._clients, self._calls = parts.plan.test_clients(), parts.plan.test_calls()
         self._key = simulate.test_key(cfg.seed)
         self._programs = {
             clients: simulate.make_eval(
@@ -155,6 +154,7 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
     state = job.state
     if (found := folder.restore((state, sums))) is not None:
         (state, sums), progress = found
+        runs.write_history(folder.path, progress["history"])  # a process may have died between the state and this
     history = progress["history"]
     plan = job.parts.plan
     averages = simulate.Averages(cfg.mode.average_steps, plan.epoch_steps) if plan.averages_halves else None
@@ -219,7 +219,6 @@ def train(cfg: config.Config, folder: runs.RunFolder, *, job: Job | None = None,
             if stopped():
                 raise Interrupted
         bar.note(f"run folder: {folder.path}")
-    runs.write_history(folder.path, history)  # again, for a process that died before it had
     display.draw_curves(history, f"{title}: {cfg.codec}", folder.path / "curves.png")
     summary = {
         "test": history[-1]["test"],

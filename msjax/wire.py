@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from msjax import compress
+from msjax.compress._codec import check_payload
 from msjax.compress._huffman import coded_bytes as huffman_bytes
 
 VERSION = 1
@@ -88,9 +89,7 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
         raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
     layout = _layout(codec, like)
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
-    if [(a.shape, a.dtype) for a in arrays] != [(form.shape, form.dtype) for form in layout]:
-        found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
-        raise ValueError(f"payload must be what {codec} makes of {like.dtype}{list(like.shape)}, got {found}")
+    check_payload(codec, like, layout, arrays)
     compression = _compression(codec, compression)
     coded = [_code(array, compression, cut=codec.entropy_coded) for array in arrays]
     body = [_header(codec, like, [(coding, len(buffer)) for coding, buffer in coded]), *(buffer for _, buffer in coded)]

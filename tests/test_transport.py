@@ -180,7 +180,7 @@ def test_network_equals_one_program(tmp_path, mode):
             it.start_client(number)
         it.join()
         assert_equal_to_program(it, cfg)
-        history = it.serving.progress["history"]
+        history = it.serving.history
         assert [r["epoch"] for r in history] == [1, 2]
         assert history[0]["test"].keys() == {"loss", "top1_percent", "top5_percent"}
         text = it.serving.metrics.text()
@@ -204,7 +204,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
             it.start_client(1)
         it.join()
         assert_equal_to_program(it, cfg)
-        assert [epoch["epoch"] for epoch in it.serving.progress["history"]] == [1, 2, 3]
+        assert [epoch["epoch"] for epoch in it.serving.history] == [1, 2, 3]
     if mode.kind == "sequential":
         return
     # Another run of clients that have checkpoints of the first one is none the wiser.
@@ -253,7 +253,7 @@ def test_server_that_died(tmp_path, mode):
         it.start_server(it.address)
         it.join()
         assert_equal_to_program(it, cfg)
-        received = [epoch["traffic"]["received_bytes"] for epoch in it.serving.progress["history"]]
+        received = [epoch["traffic"]["received_bytes"] for epoch in it.serving.history]
         assert received == sorted(received) and received[0] > 0
 
 
@@ -487,7 +487,7 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
         assert not it.failures, it.failures
         halves = [it.finals[n].state for n in range(cfg.clients)]
         assert int(it.serving.coordinator.party.train.samples) == 0
-        samples = it.serving.progress["history"]
+        samples = it.serving.history
         assert len(samples) == cfg.epochs
         if mode.kind != "sequential":
             for a, b in zip(jax.tree.leaves(halves[0][:2]), jax.tree.leaves(halves[2][:2]), strict=True):
@@ -530,7 +530,7 @@ def test_dropped_between_features_and_gradient(tmp_path):
         it.join("server")
         assert "server" not in it.failures
         assert it.serving.metrics.stragglers._value.get() == 1
-        assert [epoch["epoch"] for epoch in it.serving.progress["history"]] == [1, 2]
+        assert [epoch["epoch"] for epoch in it.serving.history] == [1, 2]
 
 
 def test_full_disks(tmp_path, monkeypatch):

@@ -73,10 +73,7 @@ class Codec(abc.ABC):
         self._check(like)
         wanted = self._payload_like(like)
         given = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
-        forms = [", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) for leaves in (given, wanted)]
-        if forms[0] != forms[1]:
-            of = f"{jnp.dtype(like.dtype).name}{list(like.shape)}"
-            raise ValueError(f"payload must be {forms[1]}, as that of {of}, got {forms[0]}")
+        check_payload(self, like, wanted, given)
         return self._decode(type(wanted)(*map(jnp.asarray, given)), like)
 
     def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
@@ -204,6 +201,14 @@ class VectorCodec(Codec):
 def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array of a payload; an int is the length of a vector."""
     return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
+
+
+def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:
+    """Raises ValueError where the arrays `given` have not the shapes and dtypes of the payload `wanted`."""
+    if [(leaf.shape, leaf.dtype) for leaf in given] != [(leaf.shape, leaf.dtype) for leaf in wanted]:
+        found, right = (", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) for leaves in (given, wanted))
+        of = f"{jnp.dtype(like.dtype).name}{list(like.shape)}"
+        raise ValueError(f"payload must be what {codec} makes of {of}, got {found} instead of {right}")
 
 
 def _plain(value, wanted):

@@ -1,6 +1,5 @@
 """Checkpoints of one party, by step; each is whole or not there."""
 
-import copy
 import functools
 import pathlib
 from typing import Any
@@ -52,7 +51,7 @@ class ServerStore(ClientStore):
 
     def __init__(self, path: pathlib.Path, progress: dict[str, Any]):
         super().__init__(path)
-        self._progress, self._at_first = progress, copy.deepcopy(progress)
+        self._progress = progress
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -74,7 +73,6 @@ class ServerStore(ClientStore):
         """What there is before the first step."""
         party.train = party.test = NONE
         self._progress.clear()
-        self._progress.update(copy.deepcopy(self._at_first))
 
 
 def _save(manager, step, tree, progress):

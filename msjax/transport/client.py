@@ -42,11 +42,7 @@ class Connection:
     """One stream to the server."""
 
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
-        options = channel_options(max_bytes)
-        if tls:
-            self._channel = grpc.secure_channel(address, tls.client(), options)
-        else:
-            self._channel = grpc.insecure_channel(address, [*options, NO_PROXY])
+        self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | Exception] = queue.Queue()
         metadata = [("authorization", f"Bearer {token}")] if token else None
@@ -95,8 +91,13 @@ class Connection:
         self._channel.close()
 
 
-NO_PROXY = ("grpc.enable_http_proxy", 0)
-"""For what is sent in the open: it must not leave the machine for a proxy that the environment names."""
+def open_channel(address: str, tls: TlsFiles, max_bytes: int) -> grpc.Channel:
+    """A channel to `address`, with TLS where there are files for it; options as `channel_options`."""
+    options = channel_options(max_bytes)
+    if tls:
+        return grpc.secure_channel(address, tls.client(), options)
+    # What is sent in the open must not leave the machine for a proxy that the environment names.
+    return grpc.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)])
 
 
 def channel_options(max_bytes: int) -> list[tuple[str, Any]]:

@@ -161,12 +161,12 @@ class Coordinator:
 
     def _admit(self, session):
         client = session.client
-        if (session.continues and client in self._active) or client not in self._begun:
+        if self._ended:
+            self._tell_end(session)
+        elif (session.continues and client in self._active) or client not in self._begun:
             # In the first case it repeats its last request, if it had sent one.
             self._begun.add(client)
             self._start(session)
-        elif client in self._active and self._ended:
-            pass
         elif client in self._active and (
             self.policy.stragglers != "drop" or len(self._active) <= self.policy.min_clients
         ):
@@ -176,8 +176,6 @@ class Coordinator:
             self._active.discard(client)
             self._pending.pop(client, None)
             self._returning.add(client)
-        if self._ended:
-            self._tell_end(session)
         self._changed.notify_all()
 
     def _start(self, session, **fields):
@@ -189,7 +187,8 @@ class Coordinator:
 
     def _tell_end(self, session):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        if session.client in self._active and not session.started:  # it may have a checkpoint of the end
+        if session.client in self._active and not (session.started or session.continues):
+            # It does not know where it is, but may have a checkpoint of the end.
             self._start(session, step=self.parts.plan.total_steps)
         dropped = session.client not in self._active
         session.send(pb.FromServer(finished=pb.Finished(dropped=dropped)))

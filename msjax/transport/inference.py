@@ -15,7 +15,7 @@ from msjax.transport import _messages, split_pb2_grpc
 from msjax.transport import split_pb2 as pb
 from msjax.transport._metrics import Metrics
 from msjax.transport._security import Rate, TlsFiles, Tokens
-from msjax.transport.client import NO_PROXY, Refused, channel_options
+from msjax.transport.client import Refused, open_channel
 
 ANYONE = "any"
 """The client in metrics: who asks has no number."""
@@ -129,12 +129,7 @@ class Remote:
     """
 
     def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None, *, max_bytes: int = -1):
-        options = channel_options(max_bytes)
-        tls = tls or TlsFiles()
-        if tls:
-            self._channel = grpc.secure_channel(address, tls.client(), options)
-        else:
-            self._channel = grpc.insecure_channel(address, [*options, NO_PROXY])
+        self._channel = open_channel(address, tls or TlsFiles(), max_bytes)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
         self._metadata = [("authorization", f"Bearer {token}")] if token else None
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()
