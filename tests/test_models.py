@@ -326,24 +326,37 @@ def test_a_users_own_model():
     assert models.count_params(dataclasses.replace(model, blocks=blocks[:2])) == 2
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 6, 8, 5), (2, 4, 4, 64, 16), (1, 1, 1, 4, 4)], ids=str)
-def test_the_narrow_convolution_has_the_gradients_of_the_plain_one(shape):
+@pytest.mark.parametrize(
+    ("kernel", "stride", "shape"),
+    [
+        (3, 1, (3, 7, 6, 8, 5)),
+        (3, 1, (1, 1, 1, 4, 4)),
+        (3, 2, (3, 8, 6, 4, 5)),
+        (3, 2, (2, 7, 5, 3, 4)),
+        (3, 2, (1, 1, 1, 2, 3)),
+        (1, 1, (2, 4, 3, 4, 5)),
+        (1, 2, (2, 8, 7, 4, 5)),
+    ],
+    ids=str,
+)
+def test_the_convolution_has_the_gradients_of_the_plain_one(kernel, stride, shape):
     n, h, w, i, o = shape
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, n, h, w, i)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, i, o)), jnp.float32)
-    g = jnp.asarray(rng.normal(size=(2, n, h, w, o)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(kernel, kernel, i, o)), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(2, n, -(-h // stride), -(-w // stride), o)), jnp.float32)
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def gradients(conv):
-        def total(x, kernel):
-            return jnp.vdot(jax.vmap(lambda x: conv(x, kernel))(x), g)
+        def total(x, weights):
+            y = jax.vmap(lambda x: conv(x, weights, (stride, stride), [(kernel // 2,) * 2] * 2, **layout))(x)
+            return jnp.vdot(y, g), y
 
-        return jax.jit(jax.grad(total, argnums=(0, 1)))(x, kernel)
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(x, weights)
 
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    found = gradients(lambda x, k: _conv.conv_general_dilated(x, k, (1, 1), [(1, 1), (1, 1)], **options))
-    plain = gradients(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), [(1, 1), (1, 1)], **options))
-    for a, b in zip(found, plain, strict=True):
+    found, plain = (gradients(conv) for conv in (_conv.conv_general_dilated, jax.lax.conv_general_dilated))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
