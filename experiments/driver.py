@@ -16,6 +16,7 @@ import time
 from types import ModuleType
 
 from experiments import study
+from msjax import cli
 from msjax import config as config_lib
 
 INTERRUPTED = 130
@@ -104,7 +105,8 @@ def _run_all(scale, todo, command, results, jobs):
         cores = shares.get()
         # Of a session of its own, so that Ctrl-C does not reach it twice.
         arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
-        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        options = {"text": True, "start_new_session": True, "env": cli.LARGE_PAGES | os.environ}
+        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, **options)
         children.add(process)
         cfg, by = run if isinstance(run, study.Measured) else (run, None)
         process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))

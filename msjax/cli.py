@@ -1,5 +1,6 @@
 """The command line: `msjax train | eval | models | serve | client`."""
 
+import os
 import sys
 
 HELP = """\
@@ -23,6 +24,12 @@ commands:
 `msjax COMMAND --help` lists a command's options.
 """
 
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""An environment in which glibc takes large pages for large arrays.
+
+XLA allocates its arrays afresh in every step, on a CPU; a ResNet18 step became 1.2 to 1.3 times faster.
+"""
+
 
 def main() -> None:
     """The entry point of the `msjax` script."""
@@ -37,6 +44,9 @@ def main() -> None:
         return
     if arguments[0] not in ("train", "eval", "models", "serve", "client"):
         sys.exit(f"msjax: unknown command {arguments[0]!r}; see msjax --help")
+    if sys.platform == "linux" and sys.executable and not LARGE_PAGES.keys() & os.environ.keys():
+        # The C library reads it when the process starts, so it starts anew.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | LARGE_PAGES)
     # Imported here, so that the help above does not wait for JAX.
     from msjax import _commands
 
