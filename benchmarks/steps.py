@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps                          # an eighth of the width, 32 samples: minutes on a CPU
     python -m benchmarks.steps --width 1 --batch 256 --image 224    # the paper's, on a GPU
-    python -m benchmarks.steps --only torch --width 0.25 --batch 250
+    python -m benchmarks.steps --only torch --width 0.25 1 --batch 250 --clients 10
 
 Both steps of a pair run in turn in one process, on synthetic images. A step is what `msjax train` runs: preprocessing,
 both halves, the codec at the cut, the optimizer, donated buffers. Needs `pip install -e '.[bench]'`.
@@ -23,7 +23,7 @@ CUTS = ("shallow", "medium", "deep")
 
 def main() -> int:
     parser = timing.parser(__doc__)
-    parser.add_argument("--width", type=float, default=0.125, help="of the networks")
+    parser.add_argument("--width", type=float, nargs="+", default=[0.125], help="of the networks")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all clients")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--image", type=int, default=64, help="side of ResNet34's images; 224 in the paper")
@@ -32,25 +32,27 @@ def main() -> int:
     simulate.split_cpu(options.clients)
     start = time.monotonic()
     rows = []
-    if options.only != "torch":
-        for name, classes, side in (("vgg19", 10, 32), ("resnet18", 100, 32), ("resnet34", 1000, options.image)):
-            rows += [with_codec(name, classes, side, cut, options) for cut in CUTS]
-    if options.only != "codec":
-        rows.append(beside_torch(options))
+    for width in options.width:
+        if options.only != "torch":
+            for name, classes, side in (("vgg19", 10, 32), ("resnet18", 100, 32), ("resnet34", 1000, options.image)):
+                rows += [with_codec(name, classes, side, cut, width, options) for cut in CUTS]
+        if options.only != "codec":
+            rows.append(beside_torch(width, options))
     print(table(rows))
     if options.out:
         timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     return 0
 
 
-def with_codec(name: str, classes: int, side: int, cut: str, options) -> dict:
+def with_codec(name: str, classes: int, side: int, cut: str, width: float, options) -> dict:
     """Returns the medians of a step without compression and with MS."""
     codecs = {"identity": compress.Identity(), "ms": compress.MaskEncoded()}
-    steps = {key: make_step(name, classes, side, cut, codec, options) for key, codec in codecs.items()}
+    steps = {key: make_step(name, classes, side, cut, codec, width, options) for key, codec in codecs.items()}
     seconds = timing.interleaved({key: call for key, (call, _) in steps.items()}, repeats=options.repeats)
     return {
         "kind": "codec",
         "model": name,
+        "width": width,
         "cut": cut,
         "image": side,
         **{f"{key}_seconds": value for key, value in seconds.items()},
@@ -58,16 +60,16 @@ def with_codec(name: str, classes: int, side: int, cut: str, options) -> dict:
     }
 
 
-def beside_torch(options) -> dict:
+def beside_torch(width: float, options) -> dict:
     """Returns the medians of the uncompressed ResNet18 step here and in PyTorch."""
     import torch
 
     from benchmarks import torch_resnet
 
-    call, compile_seconds = make_step("resnet18", 10, 32, "medium", compress.Identity(), options)
+    call, compile_seconds = make_step("resnet18", 10, 32, "medium", compress.Identity(), width, options)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    network = torch_resnet.resnet18(10, width=options.width).to(device)
-    ours = models.build("resnet18", input_shape=(32, 32, 3), num_classes=10, width=options.width)
+    network = torch_resnet.resnet18(10, width=width).to(device)
+    ours = models.build("resnet18", input_shape=(32, 32, 3), num_classes=10, width=width)
     if sum(p.numel() for p in network.parameters()) != models.count_params(ours):
         raise RuntimeError("the two networks have different numbers of parameters")
     x, y = torch.randn(options.batch, 32, 32, 3, device=device), torch.randint(10, (options.batch,), device=device)
@@ -82,6 +84,7 @@ def beside_torch(options) -> dict:
     return {
         "kind": "torch",
         "model": "resnet18",
+        "width": width,
         "cut": "–",
         "image": 32,
         "identity_seconds": seconds["identity"],
@@ -90,9 +93,9 @@ def beside_torch(options) -> dict:
     }
 
 
-def make_step(name, classes, side, cut, codec, options):
+def make_step(name, classes, side, cut, codec, width, options):
     """(a call that runs the next step, seconds to compile it)."""
-    model = models.build(name, input_shape=(side, side, 3), num_classes=classes, width=options.width)
+    model = models.build(name, input_shape=(side, side, 3), num_classes=classes, width=width)
     client, server = models.split(model, cut)
     optimizer = assemble.make_optimizer(config.OptimConfig(), epochs=1, steps_per_epoch=10**6)
     setup = step.Setup(client.apply, server.apply, codec, compress.Identity(), optimizer)
@@ -125,10 +128,10 @@ def table(rows: list[dict]) -> str:
         first, second = (row[f"{key}_seconds"] for key in pair)
         what = {"codec": "MS against none", "torch": "against PyTorch"}[row["kind"]]
         compile_seconds = row.get("ms_compile_seconds", row["identity_compile_seconds"])
-        cells = [f"{row['model']}, {row['image']}²", row["cut"], what]
+        cells = [f"{row['model']}, {row['image']}²", f"{row['width']:g}", row["cut"], what]
         cells += [f"{first * 1e3:.1f}", f"{second * 1e3:.1f}", f"{first / second:.3f}", f"{compile_seconds:.1f}"]
         lines.append(cells)
-    header = ["model", "cut", "what", "step, ms", "other step, ms", "ratio", "first step, s"]
+    header = ["model", "width", "cut", "what", "step, ms", "other step, ms", "ratio", "first step, s"]
     return timing.table(header, lines)
 
 

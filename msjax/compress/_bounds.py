@@ -1,5 +1,8 @@
 """The paper's bounds on the squared compression error, (31)–(33) of arXiv 2408.13787, for non-negative features."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -20,6 +23,7 @@ def topk_error_bound(h: Float[Array, "..."], ratio: float) -> Float32[Array, ""]
     return _norm2(h) * jnp.float32((h.size - k) / max(h.size, 1))
 
 
+@functools.partial(jax.jit, static_argnames=("ratio", "bits"))
 def mask_encoded_error_bound(h: Float[Array, "..."], ratio: float, bits: int) -> Float32[Array, ""]:
     """Returns (33), α·√(d − k)/(2^bits − 1) · ‖h‖²: at least ‖h − ĥ‖² of `MaskEncoded(ratio, bits)`, either rounding.
 
