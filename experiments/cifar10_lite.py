@@ -10,7 +10,7 @@ from experiments import both_directions, driver, study
 TITLE = "CIFAR-10 in half an hour: both directions"
 
 
-ARMS = ("none", "MS up", "EntropyMask 2.0")
+ARMS = ("none", "MS up", "EntropyMask 1.6")
 
 
 def runs(scale):
