@@ -115,7 +115,7 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
     text, figures = report.page(results, scales=["smoke"])
     for module in report.STUDIES:
         assert f"## {module.TITLE}" in text
-    assert "Not run" not in text and "python -m experiments." in text
+    assert "Not run" not in text and "python -m experiments." in text and "| QU at equal bits | medium |" in text
     for name in figures:
         assert f"({name})" in text
     assert set(re.findall(r"\(([^)]*\.png)\)", text)) == set(figures)
