@@ -160,7 +160,9 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
     parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are told to stop, as by Ctrl-C
+    # Runs are told to stop by either; a shell that runs something in the background has it ignore the second.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if len(studies) > 1 and options.studies:
@@ -198,13 +200,14 @@ def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
     """The process of one run: its config and what measures it come on standard input."""
     from msjax import data, train
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if cores:
         os.sched_setaffinity(0, map(int, cores))
     try:
         given = json.load(sys.stdin)
         cfg = config_lib.from_json(given["config"])
         do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
-    except train.Interrupted:
+    except (train.Interrupted, KeyboardInterrupt):
         return INTERRUPTED
     except (ValueError, OSError, data.DataError) as error:
         print(f"{given['config']['model']['name']}, {given['config']['data']['name']}: {error}", file=sys.stderr)

@@ -61,7 +61,7 @@ class Page(NamedTuple):
 def base(scale: str) -> Config:
     """The network, data and schedule that a study varies, where it is not about those."""
     if scale == "smoke":
-        return Config(model=ModelConfig(name="convnet", width=0.5), clients=2, batch_size=64, epochs=1)
+        return Config(model=ModelConfig(name="convnet", width=0.25), clients=2, batch_size=64, epochs=1)
     if scale == "paper":
         return preset("vgg19_cifar10")
     return Config(

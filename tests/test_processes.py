@@ -17,7 +17,7 @@ from msjax.transport.options import ClientOptions
 
 MSJAX = (sys.executable, "-c", "from msjax.cli import main; main()")
 SECONDS = 240
-RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "14", "--checkpoint-steps", "10")
+RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "10", "--checkpoint-steps", "10")
 
 
 class Shell:
@@ -98,13 +98,13 @@ def expected(path):
 def test_killed_processes_end_like_others(tmp_path, shell):
     run = tmp_path / "runs/run"
     server, clients = shell.serve(*RUN, "--name", "run"), [shell.client(0), shell.client(1)]
-    shell.wait_for_checkpoint(run, 30)
+    shell.wait_for_checkpoint(run, 20)
     kill(clients[1])
     clients[1] = shell.client(1)
-    shell.wait_for_checkpoint(run, 80)
+    shell.wait_for_checkpoint(run, 50)
     kill(server)
     server = shell.serve("--resume", str(run), "--checkpoint-steps", "10")
-    shell.wait_for_checkpoint(run, 130)
+    shell.wait_for_checkpoint(run, 90)
     for process in (server, *clients):
         kill(process)
     server, clients = shell.serve("--resume", str(run)), [shell.client(0), shell.client(1)]
