@@ -1,5 +1,5 @@
 """`python -m msjax`."""
 
-from msjax.cli import main
+from msjax.cli import script
 
-main()
+script()

@@ -31,8 +31,17 @@ XLA allocates its arrays afresh in every step, on a CPU; a ResNet18 step became 
 """
 
 
+def script() -> None:
+    """The entry point of the `msjax` script: `main` in a process with large pages, unless GLIBC_TUNABLES is set."""
+    works = sys.argv[1:2] and sys.argv[1] in ("train", "eval", "serve", "client")
+    if works and sys.platform == "linux" and not LARGE_PAGES.keys() & os.environ.keys():
+        # The C library reads it when the process starts, so it starts anew.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | LARGE_PAGES)
+    main()
+
+
 def main() -> None:
-    """The entry point of the `msjax` script."""
+    """The command line."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -44,9 +53,6 @@ def main() -> None:
         return
     if arguments[0] not in ("train", "eval", "models", "serve", "client"):
         sys.exit(f"msjax: unknown command {arguments[0]!r}; see msjax --help")
-    if sys.platform == "linux" and sys.executable and not LARGE_PAGES.keys() & os.environ.keys():
-        # The C library reads it when the process starts, so it starts anew.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | LARGE_PAGES)
     # Imported here, so that the help above does not wait for JAX.
     from msjax import _commands
 
