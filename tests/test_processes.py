@@ -30,7 +30,7 @@ class Shell:
             self.address = f"localhost:{s.getsockname()[1]}"
 
     def start(self, name, *arguments):
-        # Later processes of a test need not compile again.
+        # Later processes need not compile again.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with (self._path / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -69,9 +69,15 @@ class Shell:
                 process.wait()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where all tests here keep compiled programs: most run the same ones."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def shell(tmp_path, tmp_path_factory):
-    it = Shell(tmp_path, tmp_path_factory.mktemp("compiled"))
+def shell(tmp_path, compiled):
+    it = Shell(tmp_path, compiled)
     yield it
     it.close()
 

@@ -245,7 +245,7 @@ def test_texts_are_learned(reviews, tmp_path):
         codec=config.MaskEncoded(signed=True),
         clients=2,
         batch_size=30,
-        epochs=8,
+        epochs=5,
         out=str(tmp_path),
     )
     assert trained(cfg, tmp_path)["test"]["top1_percent"] > 90
