@@ -128,7 +128,7 @@ def plot(rows):
                 axes.semilogy(x, limit, "--", color=f"C{color}", linewidth=0.8)
         axes.set(title=f"{cut} cut", xlabel="compression ratio, 1 − bits/32", xlim=(0.78, 0.98))
     figure.axes[0].set(ylabel="relative squared error")
-    study.legend(figure.axes, fontsize="small")
+    study.legend(figure.axes[::-1], fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
