@@ -37,15 +37,17 @@ ARMS = {
     "EntropyMask 2.0 up 1.1 down": (compress.EntropyMask(bits=2.0), unbiased(1.1)),
 }
 
+LOSING = "EntropyMask 1.1"  # lost more from the start: one seed
+
 
 def runs(scale):
     wanted = arms(study.base(scale), study.cuts(scale), study.seeds(scale))
-    if scale == "smoke":
-        left_out = ("EntropyMask up", "EntropyMask 1.1", "EntropyMask 1.6")
-    else:
-        # The second allocation lost more from the start.
-        left_out = tuple(name for name, cfg in wanted.items() if name.startswith("EntropyMask 1.1") and cfg.seed)
-    return {name: cfg for name, cfg in wanted.items() if not name.startswith(left_out)}
+    left_out = ("EntropyMask up", LOSING, "EntropyMask 1.6") if scale == "smoke" else ()
+    return {
+        name: cfg
+        for name, cfg in wanted.items()
+        if not name.startswith(left_out) and not (cfg.seed and name.startswith(LOSING))
+    }
 
 
 def arms(base, cuts, seeds):

@@ -31,9 +31,9 @@ EQUAL = (  # about 2.32 bits
 )
 MORE = (
     *(compress.Uniform(bits=bits) for bits in (2, 4, 5, 6)),
-    *(compress.EntropyMask(bits=b, levels=n) for b, n in ((1.0, 15), (1.5, 15), (3.0, 31), (4.0, 63))),
+    *(kind(ratio=r) for kind in (compress.TopK, compress.RandTopK) for r in (0.81, 0.85, 0.9, 0.93, 0.97)),
     *(compress.MaskEncoded(ratio=r) for r in (0.85, 0.9, 0.93, 0.95, 0.97, 0.997)),
-    *(kind(ratio=r) for kind in (compress.RandTopK, compress.TopK) for r in (0.81, 0.85, 0.9, 0.93, 0.97)),
+    *(compress.EntropyMask(bits=b, levels=n) for b, n in ((1.0, 15), (1.5, 15), (3.0, 31), (4.0, 63))),
 )
 FEW = (compress.Uniform(bits=2), compress.Uniform(bits=3), compress.TopK(ratio=0.95875), compress.MaskEncoded())
 

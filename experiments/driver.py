@@ -105,7 +105,7 @@ def _run_all(scale, todo, command, results, jobs):
         cores = shares.get()
         # Of a session of its own, so that Ctrl-C does not reach it twice.
         arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
-        options = {"text": True, "start_new_session": True, "env": cli.LARGE_PAGES | os.environ}
+        options = {"text": True, "start_new_session": True, "env": os.environ | cli.large_pages()}
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, **options)
         children.add(process)
         cfg, by = run if isinstance(run, study.Measured) else (run, None)

@@ -24,6 +24,7 @@ commands:
 `msjax COMMAND --help` lists a command's options.
 """
 
+COMPUTING = ("train", "eval", "serve", "client")
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """An environment in which glibc takes large pages for large arrays.
 
@@ -31,12 +32,16 @@ XLA allocates its arrays afresh in every step, on a CPU; a ResNet18 step became 
 """
 
 
+def large_pages() -> dict[str, str]:
+    """What the environment of a new process lacks for large pages: nothing where it says itself, or not on Linux."""
+    return LARGE_PAGES if sys.platform == "linux" and not LARGE_PAGES.keys() & os.environ.keys() else {}
+
+
 def script() -> None:
     """The entry point of the `msjax` script: `main` in a process with large pages, unless GLIBC_TUNABLES is set."""
-    works = sys.argv[1:2] and sys.argv[1] in ("train", "eval", "serve", "client")
-    if works and sys.platform == "linux" and not LARGE_PAGES.keys() & os.environ.keys():
+    if sys.argv[1:] and sys.argv[1] in COMPUTING and large_pages():
         # The C library reads it when the process starts, so it starts anew.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | LARGE_PAGES)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | large_pages())
     main()
 
 
@@ -51,7 +56,7 @@ def main() -> None:
 
         print(importlib.metadata.version("msjax"))
         return
-    if arguments[0] not in ("train", "eval", "models", "serve", "client"):
+    if arguments[0] not in (*COMPUTING, "models"):
         sys.exit(f"msjax: unknown command {arguments[0]!r}; see msjax --help")
     # Imported here, so that the help above does not wait for JAX.
     from msjax import _commands
