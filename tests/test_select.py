@@ -195,3 +195,22 @@ def test_num_kept_is_exact_for_decimals(numerator, d):
 @given(ratio=st.floats(0, 1, exclude_max=True), d=st.integers(0, 10**9))
 def test_num_kept_of_any_ratio(ratio, d):
     assert _select.num_kept(ratio, d) == reference.num_kept(ratio, d)
+
+
+def test_kth_by_sorting_as_by_bits():
+    """What a GPU does of few values, and what the others do."""
+    rng = np.random.default_rng(0)
+    for orders in (rng.integers(0, 2**32, 301, np.uint32), rng.integers(5, 8, 300, np.uint32), np.full(7, 2**32 - 1)):
+        orders = orders.astype(np.uint32)
+        for k in (1, 3, orders.size):
+            expected = np.sort(orders)[orders.size - k]
+            assert _select._kth_by_sorting(jnp.asarray(orders), k) == expected
+            assert _select._kth_by_bits(jnp.asarray(orders), k) == expected
+
+
+@pytest.mark.parametrize("platform, loops", (("cuda", 1), ("rocm", 1), ("tpu", 2), ("cpu", 2)))
+def test_lowers_for_every_platform(platform, loops):
+    """The loop that looks for the candidates, and, where that is not done by sorting, the one for the k-th of them."""
+    x = jax.ShapeDtypeStruct((2 * _select.DIRECT,), jnp.float32)
+    find = jax.jit(lambda x: _select.select(x, 300, by_magnitude=False))
+    assert jax.export.export(find, platforms=[platform])(x).mlir_module().count("stablehlo.while") == loops
