@@ -17,20 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import timing, torch_ms
+from benchmarks import CODECS, OPERATIONS, timing, torch_ms
 from msjax import compress
-
-CODECS = (
-    compress.MaskEncoded(),
-    compress.MaskEncoded(signed=True),
-    compress.TopK(),
-    compress.RandTopK(),
-    compress.RandK(ratio=0.95875),
-    compress.Uniform(bits=2),
-    compress.StochasticUniform(bits=2),
-    compress.EntropyMask(),
-)
-OPERATIONS = ("encode", "decode", "roundtrip")
 
 
 def main() -> int:

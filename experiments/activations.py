@@ -2,8 +2,7 @@
 
     python -m experiments.activations --data-dir DIR
 
-MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all.
-QU has 3 bits, from the least value to the largest; `EntropyMask` a target in error, and signs where there are any. At
+MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all. At
 the medium cut; "before ReLU" cuts before its activation, which the server then applies.
 """
 
@@ -17,21 +16,17 @@ from msjax import compress
 TITLE = "Activations"
 BEFORE = "before ReLU"
 ACTIVATIONS = ("relu", BEFORE, "leaky_relu", "gelu", "silu", "tanh")
-CODECS = ("none", "MS", "MS, signed", "QU", "EntropyMask")
+CODECS = {
+    "none": compress.Identity(),
+    "MS": compress.MaskEncoded(),
+    "MS, signed": compress.MaskEncoded(signed=True),
+}
 
 
 def codecs(activation):
     """Those that make sense of `CODECS`: without signs the signed MS is MS."""
-    signed = activation != "relu"
-    found = {
-        "none": compress.Identity(),
-        "MS": compress.MaskEncoded(),
-        "MS, signed": compress.MaskEncoded(signed=True),
-        "QU": compress.Uniform(bits=3),
-        "EntropyMask": compress.EntropyMask(error=0.07, signed=signed),
-    }
     left_out = {"relu": ("MS, signed",), BEFORE: ("none",)}.get(activation, ())  # "none" is that of ReLU
-    return {name: codec for name, codec in found.items() if name not in left_out}
+    return {name: codec for name, codec in CODECS.items() if name not in left_out}
 
 
 def runs(scale):

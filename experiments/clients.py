@@ -14,8 +14,8 @@ from experiments import driver, study
 from msjax import compress
 
 TITLE = "Clients"
-COUNTS = (1, 2, 5, 10, 25, 50, 125)
-ALPHAS = (None, 1.0, 0.1)
+COUNTS = {"smoke": (4,), "lite": (1, 10, 50), "paper": (1, 2, 5, 10, 25, 50, 125)}
+ALPHAS = {"smoke": (0.1,), "lite": (None, 0.1), "paper": (None, 1.0, 0.1)}
 CODECS = {"none": compress.Identity(), "MS": compress.MaskEncoded()}
 
 
@@ -23,17 +23,15 @@ def runs(scale):
     base = study.with_cut(study.base(scale), "medium")
     samples = base.clients * base.batch_size
     arms = {}
-    for clients in COUNTS if scale != "smoke" else (4,):
+    for clients in COUNTS[scale]:
         # Unlike data with the usual number of clients; even shares with any.
-        for alpha in ALPHAS if clients == base.clients or scale == "smoke" else (None,):
-            for name, codec in CODECS.items():
+        for alpha in ALPHAS[scale] if clients == base.clients or scale == "smoke" else (None,):
+            for name, codec in CODECS.items() if scale != "smoke" else (("MS", CODECS["MS"]),):
                 data = dataclasses.replace(base.data, alpha=alpha)
                 batch_size = max(1, round(samples / clients))
                 arms[label(clients, alpha, name)] = dataclasses.replace(
                     base, codec=codec, clients=clients, batch_size=batch_size, data=data
                 )
-    if scale == "smoke":
-        arms = {name: arms[name] for name in (label(4, 0.1, "MS"),)}
     return study.with_seeds(arms, study.seeds(scale, lite=1))
 
 

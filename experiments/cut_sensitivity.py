@@ -20,7 +20,6 @@ from msjax import compress, models
 TITLE = "Cut sensitivity"
 CODECS = {
     "MS": compress.MaskEncoded(),
-    "1 bit": compress.EntropyMask(bits=1.0),
     "0.5 bits": compress.EntropyMask(bits=0.5, levels=5),
 }
 RATES = (compress.MaskEncoded(), *(compress.EntropyMask(bits=b, levels=15) for b in (0.25, 0.5, 1.0, 1.5, 2.0)))

@@ -20,7 +20,7 @@ from msjax import compress
 from msjax.config import Config
 
 TITLE = "Mask width and ratio"
-RATIOS = (0.9, 0.97, 0.99, 0.997, 0.999)
+RATIOS = (0.9, 0.99, 0.999)
 
 
 class Setting(NamedTuple):
@@ -28,6 +28,7 @@ class Setting(NamedTuple):
 
     base: Config
     codecs: dict[str, compress.Codec]
+    lite_seeds: int
 
 
 def widths(*, signed):
@@ -37,22 +38,24 @@ def widths(*, signed):
 def settings(scale):
     base, none = study.base(scale), {"none": compress.Identity()}
     if scale == "smoke":
-        return {"": Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)})}
+        return {"": Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)}, 1)}
     ratios = {f"2 bits at {ratio:.1%}": compress.MaskEncoded(ratio=ratio) for ratio in RATIOS if ratio != 0.99}
     sp = {"1 bit at 95.9% (SP)": compress.TopK(ratio=0.95875)}
-    found = {"": Setting(base, none | widths(signed=False) | sp | ratios)}
-    for name, (other, codecs) in not_images.settings(scale).items():
-        found[name] = Setting(other, none | widths(signed=codecs["MS"].signed))
+    found = {"": Setting(base, none | widths(signed=False) | sp | ratios, 1)}
+    for name, (other, codecs, seeds) in not_images.settings(scale).items():
+        found[name] = Setting(other, none | widths(signed=codecs["MS"].signed), seeds)
     return found
 
 
 def runs(scale):
-    arms = {}
-    for setting, (base, codecs) in settings(scale).items():
+    found = {}
+    for setting, (base, codecs, seeds) in settings(scale).items():
         at_medium = study.with_cut(base, "medium")
-        for name, codec in codecs.items():
-            arms[study.label(setting, name)] = dataclasses.replace(at_medium, codec=codec)
-    return study.with_seeds(arms, study.seeds(scale))
+        arms = {
+            study.label(setting, name): dataclasses.replace(at_medium, codec=codec) for name, codec in codecs.items()
+        }
+        found |= study.with_seeds(arms, study.seeds(scale, lite=seeds))
+    return found
 
 
 def report(scale, records):
@@ -61,7 +64,7 @@ def report(scale, records):
     lines = []
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(shown), 4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (setting, (_, codecs)) in zip(panels, shown.items(), strict=True):
+    for axes, (setting, (_, codecs, _)) in zip(panels, shown.items(), strict=True):
         own = {name: found[label] for name in codecs if (label := study.label(setting, name)) in found}
         rows = [[n, f"{study.feature_bits(r[0]):.2f}", study.top1(r), str(len(r))] for n, r in own.items()]
         lines += [f"### {setting}", ""] if setting else []

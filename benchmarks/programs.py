@@ -1,0 +1,102 @@
+"""What XLA makes of the codecs for a GPU, compiled on a machine that has none: launches, memory, compile time.
+
+    python -m benchmarks.programs                       # 16 M values, for an H100; about two minutes
+
+Says whether every codec compiles for a GPU, how many kernels one call launches, and what it takes beside its input and
+output. It says nothing of time, which `benchmarks.codecs` measures on a GPU. Launches within a loop are those of one
+round: the selection's loop has one on nearly all inputs. Needs `pip install -e '.[cuda]'`.
+"""
+
+import os
+import re
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks import CODECS, OPERATIONS, timing
+
+TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""An H100, as XLA's compiler wants it described."""
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while")
+"""Instructions that launch nothing."""
+
+
+def main() -> int:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--size", type=float, default=16, help="millions (2^20) of values")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    options = parser.parse_args()
+    start = time.monotonic()
+    topology = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=TARGET)
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    rows = [compiled_for(device, codec, options.size, dtype) for dtype in options.dtypes for codec in CODECS]
+    print(table(rows))
+    if options.out:
+        timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
+    return 0
+
+
+def compiled_for(device: jax.sharding.Sharding, codec, size: float, dtype: str) -> dict:
+    """Returns, of each operation on `size`·2²⁰ values: launches, those of a loop's round, extra bytes, seconds."""
+    h = jax.ShapeDtypeStruct((int(size * 2**20),), dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if codec.needs_key else None
+    row = {"codec": str(codec), "values": h.size, "dtype": dtype, "input_bytes": h.size * jnp.dtype(dtype).itemsize}
+    for operation in OPERATIONS:
+        if operation == "decode":
+            fun, arguments = (lambda payload: codec.decode(payload, h)), (codec.payload_like(h),)
+        else:
+            fun, arguments = getattr(codec, operation), (h, key)
+        start = time.perf_counter()
+        program = jax.jit(fun, in_shardings=device, out_shardings=device).lower(*arguments).compile()
+        row[f"{operation}_compile_seconds"] = round(time.perf_counter() - start, 1)
+        row[f"{operation}_launches"], row[f"{operation}_launches_a_round"] = launches(program.as_text())
+        row[f"{operation}_extra_bytes"] = program.memory_analysis().temp_size_in_bytes
+    return row
+
+
+def launches(program: str) -> tuple[int, int]:
+    """(launches outside loops, launches of a round of all loops) of an optimized program, as text."""
+    counts, of_loops, current = {}, [], None
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            current = "ENTRY" if head[1] else head[2]
+            counts[current] = 0
+        elif current and (instruction := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*?\s([a-z][a-z\-]*)\(", line)):
+            counts[current] += instruction[1] not in FREE
+            if instruction[1] == "while":
+                of_loops += re.findall(r"(?:condition|body)=%?([\w.\-]+)", line)
+    return counts["ENTRY"], sum(counts[name] for name in of_loops)
+
+
+def table(rows: list[dict]) -> str:
+    """Returns launches (and those of a round of a loop) and extra memory, as a Markdown table."""
+    header = ["codec", "dtype", *(f"{op}: launches (a round)" for op in OPERATIONS), "extra, × input", "compiled in, s"]
+    lines = []
+    for row in rows:
+        counts = [f"{row[f'{op}_launches']} ({row[f'{op}_launches_a_round']})" for op in OPERATIONS]
+        extra = max(row[f"{op}_extra_bytes"] for op in OPERATIONS) / row["input_bytes"]
+        seconds = max(row[f"{op}_compile_seconds"] for op in OPERATIONS)
+        lines.append([f"`{row['codec']}`", row["dtype"], *counts, f"{extra:.2f}", f"{seconds:.1f}"])
+    return timing.table(header, lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
