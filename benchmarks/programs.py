@@ -1,18 +1,15 @@
 """What XLA makes of the codecs for a GPU, compiled on a machine that has none: launches, memory, compile time.
 
-    python -m benchmarks.programs                       # 16 M values, for an H100; about two minutes
+    JAX_PLATFORMS=cpu python -m benchmarks.programs     # 16 M values, for an H100; minutes
 
 Says whether every codec compiles for a GPU, how many kernels one call launches, and what it takes beside its input and
 output. It says nothing of time, which `benchmarks.codecs` measures on a GPU. Launches within a loop are those of one
 round: the selection's loop has one on nearly all inputs. Needs `pip install -e '.[cuda]'`.
 """
 
-import os
 import re
 import sys
 import time
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +41,8 @@ def main() -> int:
     parser.add_argument("--size", type=float, default=16, help="millions (2^20) of values")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     options = parser.parse_args()
+    if jax.config.jax_platforms != "cpu":  # else JAX looks for the GPU, and without one forgets all of CUDA
+        parser.error(f"JAX_PLATFORMS must be cpu in the environment, got {jax.config.jax_platforms}")
     start = time.monotonic()
     topology = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=TARGET)
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import timing
+from benchmarks import programs, timing
 
 
 def test_every_round_calls_all_and_the_median_is_each_contenders_own(monkeypatch):
@@ -75,3 +75,36 @@ def test_wire():
     ways = [wire.whole_way("s", h, codec, 1) for codec in wire.WHOLE]
     assert all(0 < row["message_bytes"] < h.nbytes and row["receive_seconds"] > 0 for row in ways)
     assert wire.table(rows).count("\n") == 2 and wire.whole_table(ways).count("\n") == 1 + len(wire.WHOLE)
+
+
+def test_launches_of_a_program():
+    """Those of the loop's condition and body are a round's; what launches nothing is not counted."""
+    program = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %d = f32[8]{0} add(%p, %p)
+}
+
+%body.1 (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %v = f32[8]{0} get-tuple-element(%state), index=1
+  %w = f32[8]{0} fusion(%v), kind=kLoop, calls=%fused
+  %s = (f32[8]{0}, s32[8]{0}) sort(%w), dimensions={0}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %w)
+}
+
+%cond.1 (state: (s32[], f32[8])) -> pred[] {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  ROOT %less = pred[] fusion(%state), kind=kLoop, calls=%other
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %c = s32[] copy(%zero)
+  %y = (f32[8]{0}, s32[]) fusion(%x), kind=kInput, calls=%fused
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%cond.1, body=%body.1
+  ROOT %z = f32[8]{0} bitcast(%y)
+}
+"""
+    assert programs.launches(program) == (2, 3)
