@@ -1,10 +1,11 @@
-"""What XLA makes of the codecs for a GPU, compiled on a machine that has none: launches, memory, compile time.
+"""What XLA makes of the codecs for a GPU or TPU, compiled on a machine that has none: launches, memory, compile time.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.programs     # 16 M values, for an H100; minutes
+    JAX_PLATFORMS=cpu python -m benchmarks.programs               # 16 M values, for an H100; minutes
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.programs --chip v5e --size 4
 
-Says whether every codec compiles for a GPU, how many kernels one call launches, and what it takes beside its input and
-output. It says nothing of time, which `benchmarks.codecs` measures on a GPU. Launches within a loop are those of one
-round: the selection's loop has one on nearly all inputs. Needs `pip install -e '.[cuda]'`.
+Says whether every codec compiles for the chip, how many kernels one call launches, and what it takes beside its input
+and output. It says nothing of time, which `benchmarks.codecs` measures on the chip itself. Launches within a loop are
+those of one round: the selection's loop has one on nearly all inputs. Needs `pip install -e '.[cuda]'`, or `'.[tpu]'`.
 """
 
 import re
@@ -17,7 +18,7 @@ from jax.experimental import topologies
 
 from benchmarks import CODECS, OPERATIONS, timing
 
-TARGET = """
+H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
@@ -31,20 +32,25 @@ runtime_version { major: 13 }
 dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""An H100, as XLA's compiler wants it described."""
+"""As XLA's compiler wants it described."""
+CHIPS = {
+    "h100": {"topology_name": "h100", "platform": "cuda", "topology": "1x1x1", "target_config": H100},
+    "v5e": {"topology_name": "v5e:2x2", "platform": "tpu"},
+}
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while")
 """Instructions that launch nothing."""
 
 
 def main() -> int:
     parser = timing.parser(__doc__)
+    parser.add_argument("--chip", choices=CHIPS, default="h100")
     parser.add_argument("--size", type=float, default=16, help="millions (2^20) of values")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     options = parser.parse_args()
     if jax.config.jax_platforms != "cpu":  # else JAX looks for the GPU, and without one forgets all of CUDA
         parser.error(f"JAX_PLATFORMS must be cpu in the environment, got {jax.config.jax_platforms}")
     start = time.monotonic()
-    topology = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=TARGET)
+    topology = topologies.get_topology_desc(**CHIPS[options.chip])
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     rows = [compiled_for(device, codec, options.size, dtype) for dtype in options.dtypes for codec in CODECS]
     print(table(rows))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax.compress import _bits
+from msjax.compress import _bits, _bits_tpu
 
 from . import reference
 
@@ -52,3 +52,27 @@ def test_vmap(bits):
 def test_packed_bytes(bits):
     for d in range(34):
         assert _bits.packed_bytes(d, bits) == len(reference.pack([0] * d, bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_on_a_tpu(bits):
+    """By products of matrices: the same bytes and words."""
+    rng = np.random.default_rng(bits)
+    for d in (0, 1, 333, 128 * 8, 3001):
+        codes = jnp.asarray(rng.integers(0, 2**bits, d).astype(np.uint8))
+        packed = _bits_tpu.pack(codes, bits)
+        np.testing.assert_array_equal(packed, _bits.pack(codes, bits), strict=True)
+        np.testing.assert_array_equal(_bits_tpu.unpack(packed, bits, d), codes, strict=True)
+
+
+def test_words_on_a_tpu():
+    rng = np.random.default_rng(0)
+    for d in (0, 5, 700, 128 * 32, 9001):
+        mask = jnp.asarray(rng.random(d) < 0.5)
+        words = _bits._pack_words_on_tpu(mask)
+        np.testing.assert_array_equal(words, _bits.pack_words(mask), strict=True)
+        np.testing.assert_array_equal(_bits._unpack_words_on_tpu(words, d), mask, strict=True)
+        np.testing.assert_array_equal(_bits_tpu.to_bytes(words), _bits.to_bytes(words), strict=True)
+        for cut in range(0, 8, 3):
+            packed = _bits.as_bytes(words, max(0, d - 8 * cut))
+            np.testing.assert_array_equal(_bits_tpu.to_words(packed), _bits._bitcast_to_words(packed), strict=True)

@@ -1,11 +1,14 @@
 """Packing of small codes into bytes, least significant bit first, by way of 32-bit words."""
 
+import functools
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
+
+from msjax.compress import _bits_tpu
 
 
 def packed_bytes(d: int, bits: int) -> int:
@@ -17,6 +20,11 @@ def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
     """Packs d codes < 2^bits into ⌈d·bits/8⌉ bytes; code i fills bits i·bits … (i+1)·bits − 1; spare bits are zero."""
     if bits == 8:
         return codes
+    by_words, on_tpu = (functools.partial(by, bits=bits) for by in (_pack_by_words, _bits_tpu.pack))
+    return lax.platform_dependent(codes, tpu=on_tpu, default=by_words)
+
+
+def _pack_by_words(codes, bits):
     d = codes.shape[0]
     word, shift = _layout(bits)
     per_group, last = word.shape[1], word[0, -1]
@@ -29,16 +37,21 @@ def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
         if spilt.any():
             inside |= jnp.where(spilt, groups >> jnp.asarray((32 - shift) % 32), jnp.uint32(0))
         words.append(jnp.sum(inside, axis=1, dtype=jnp.uint32))
-    return _bytes(jnp.stack(words, axis=1).reshape(-1))[: packed_bytes(d, bits)]
+    return _bitcast_to_bytes(jnp.stack(words, axis=1).reshape(-1))[: packed_bytes(d, bits)]
 
 
 def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     """The inverse of `pack`."""
     if bits == 8:
         return packed
+    by_words, on_tpu = (functools.partial(by, bits=bits, d=d) for by in (_unpack_by_words, _bits_tpu.unpack))
+    return lax.platform_dependent(packed, tpu=on_tpu, default=by_words)
+
+
+def _unpack_by_words(packed, bits, d):
     word, shift = _layout(bits)
     last = word[0, -1]
-    groups = _words(packed, (last + 1) * 4).reshape(-1, last + 1)
+    groups = _bitcast_to_words(packed, (last + 1) * 4).reshape(-1, last + 1)
     codes = groups[:, word[0]] >> jnp.asarray(shift)
     if (shift + bits > 32).any():
         following = groups[:, np.minimum(word[0] + 1, last)] << jnp.asarray((32 - shift) % 32)
@@ -48,12 +61,29 @@ def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
 
 def pack_words(mask: Bool[Array, "d"]) -> UInt32[Array, "w"]:
     """⌈d/32⌉ words of 32 entries each, the first in the lowest bit."""
+    return lax.platform_dependent(mask, tpu=_pack_words_on_tpu, default=_pack_words_by_sums)
+
+
+def _pack_words_on_tpu(mask):
+    return _bits_tpu.to_words(_bits_tpu.pack(mask.astype(jnp.uint8), 1))
+
+
+def _pack_words_by_sums(mask):
     rows = jnp.pad(mask, (0, -mask.shape[0] % 32)).reshape(-1, 32)
     return jnp.sum(rows.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None], axis=1, dtype=jnp.uint32)
 
 
 def unpack_words(words: UInt32[Array, "w"], d: int) -> Bool[Array, "d"]:
     """The inverse of `pack_words`."""
+    on_tpu, by_shifts = (functools.partial(by, d=d) for by in (_unpack_words_on_tpu, _unpack_words_by_shifts))
+    return lax.platform_dependent(words, tpu=on_tpu, default=by_shifts)
+
+
+def _unpack_words_on_tpu(words, d):
+    return _bits_tpu.unpack(_bits_tpu.to_bytes(words), 1, d) == 1
+
+
+def _unpack_words_by_shifts(words, d):
     bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)
     return bits.reshape(-1)[:d] == 1
 
@@ -65,12 +95,17 @@ def ones(d: int) -> UInt32[Array, "w"]:
 
 def as_bytes(words: UInt32[Array, "w"], d: int) -> UInt8[Array, "b"]:
     """The first ⌈d/8⌉ bytes of packed words: what `pack` makes of d codes of one bit."""
-    return _bytes(words)[: packed_bytes(d, 1)]
+    return to_bytes(words)[: packed_bytes(d, 1)]
+
+
+def to_bytes(words: UInt32[Array, "w"]) -> UInt8[Array, "b"]:
+    """The four bytes of each word, the lowest first."""
+    return lax.platform_dependent(words, tpu=_bits_tpu.to_bytes, default=_bitcast_to_bytes)
 
 
 def as_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
     """The inverse of `as_bytes`."""
-    return _words(packed, 4)
+    return lax.platform_dependent(packed, tpu=_bits_tpu.to_words, default=_bitcast_to_words)
 
 
 def nth_set(words: UInt32[Array, "n"], n: Int32[Array, "n"]) -> Int32[Array, "n"]:
@@ -89,9 +124,9 @@ def _layout(bits):
     return first // 32, (first % 32).astype(np.uint32)
 
 
-def _bytes(words):
+def _bitcast_to_bytes(words):
     return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
 
 
-def _words(packed, multiple):
+def _bitcast_to_words(packed, multiple=4):
     return lax.bitcast_convert_type(jnp.pad(packed, (0, -packed.size % multiple)).reshape(-1, 4), jnp.uint32)

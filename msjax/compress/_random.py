@@ -32,7 +32,7 @@ def uniform(key: jax.Array, d: int) -> Float32[Array, "d"]:
     """
     own_key, shared_key = jax.random.split(key)
     groups = -(-d // 32)
-    own = lax.bitcast_convert_type(words(own_key, groups * 8), jnp.uint8).reshape(groups, 32).astype(jnp.uint32)
+    own = _bits.to_bytes(words(own_key, groups * 8)).reshape(groups, 32).astype(jnp.uint32)
     shared = words(shared_key, groups)[:, None] >> jnp.uint32(16)
     return ((own << jnp.uint32(16)) | shared).astype(jnp.float32).reshape(-1)[:d] * jnp.float32(2**-24)
 

@@ -1,0 +1,76 @@
+"""The packing of `_bits` as a TPU does it: bytes and codes find their places by products with matrices of 0 and 1.
+
+Where few neighbours become one, XLA's TPU pads every row of them to 128, which takes eight times the array, and takes a
+minute to compile it. Bytes are exact in bfloat16, and each place of a product gets one of them, or parts that share no
+bit.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, UInt8, UInt32
+
+_LANES = 128
+
+
+def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
+    """`_bits.pack`, for fewer than 8 bits."""
+    places, shift, width = _layout(bits)
+    rows = _rows(codes, places.shape[0])
+    packed = _placed(rows << shift & jnp.uint32(255), places)
+    if 8 % bits:  # some codes go on in the next byte
+        packed |= _placed(rows >> (jnp.uint32(8) - shift), jnp.pad(places, ((0, 0), (1, 0)))[:, :width])
+    return packed.astype(jnp.uint8).reshape(-1)[: -(-codes.size * bits // 8)]
+
+
+def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
+    """`_bits.unpack`, for fewer than 8 bits."""
+    places, shift, width = _layout(bits)
+    rows = _rows(packed, width)
+    codes = _placed(rows, places.T) >> shift
+    if 8 % bits:
+        following = _placed(rows, jnp.pad(places, ((0, 0), (1, 0)))[:, :width].T)
+        codes |= following << (jnp.uint32(8) - shift)
+    return (codes & jnp.uint32(2**bits - 1)).astype(jnp.uint8).reshape(-1)[:d]
+
+
+def to_bytes(words: UInt32[Array, "w"]) -> UInt8[Array, "b"]:
+    """The four bytes of each word, the lowest first."""
+    rows = _rows(words, _LANES)
+    parts = [_placed(rows >> jnp.uint32(8 * n) & jnp.uint32(255), _every_fourth(n).T) for n in range(4)]
+    return sum(parts[1:], parts[0]).astype(jnp.uint8).reshape(-1)[: 4 * words.size]
+
+
+def to_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
+    """The inverse of `to_bytes`; what is missing of the last word is zero."""
+    rows = _rows(packed, 4 * _LANES)
+    parts = [_placed(rows, _every_fourth(n)) << jnp.uint32(8 * n) for n in range(4)]
+    return sum(parts[1:], parts[0]).reshape(-1)[: -(-packed.size // 4)]
+
+
+def _layout(bits):
+    """(matrix of which code begins in which byte, shift of each within it, bytes) of a row that fills whole bytes."""
+    group = math.gcd(bits, 8)
+    codes, width = _LANES * 8 // group, _LANES * bits // group
+    first = lax.iota(jnp.uint32, codes) * jnp.uint32(bits)
+    return _one_hot(first // jnp.uint32(8), width), (first % jnp.uint32(8))[None], width
+
+
+def _every_fourth(n):
+    """The matrix that takes byte n of every word."""
+    return _one_hot(lax.iota(jnp.uint32, _LANES) * jnp.uint32(4) + jnp.uint32(n), 4 * _LANES).T
+
+
+def _one_hot(places, n):
+    return (places[:, None] == lax.iota(jnp.uint32, n)[None]).astype(jnp.bfloat16)
+
+
+def _rows(x, n):
+    return jnp.pad(x, (0, -x.size % n)).reshape(-1, n).astype(jnp.uint32)
+
+
+def _placed(rows, places):
+    """The product of `rows`, numbers below 256, and a matrix."""
+    product = jnp.dot(rows.astype(jnp.bfloat16), places, preferred_element_type=jnp.float32)
+    return product.astype(jnp.int32).astype(jnp.uint32)
