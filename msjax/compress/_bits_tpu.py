@@ -16,22 +16,21 @@ _LANES = 128
 
 def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
     """`_bits.pack`, for fewer than 8 bits."""
-    places, shift, width = _layout(bits)
-    rows = _rows(codes, places.shape[0])
-    packed = _placed(rows << shift & jnp.uint32(255), places)
+    here, following, shift = _layout(bits)
+    rows = _rows(codes, here.shape[0])
+    packed = _placed(rows << shift & jnp.uint32(255), here)
     if 8 % bits:  # some codes go on in the next byte
-        packed |= _placed(rows >> (jnp.uint32(8) - shift), jnp.pad(places, ((0, 0), (1, 0)))[:, :width])
+        packed |= _placed(rows >> (jnp.uint32(8) - shift), following)
     return packed.astype(jnp.uint8).reshape(-1)[: -(-codes.size * bits // 8)]
 
 
 def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     """`_bits.unpack`, for fewer than 8 bits."""
-    places, shift, width = _layout(bits)
-    rows = _rows(packed, width)
-    codes = _placed(rows, places.T) >> shift
+    here, following, shift = _layout(bits)
+    rows = _rows(packed, here.shape[1])
+    codes = _placed(rows, here.T) >> shift
     if 8 % bits:
-        following = _placed(rows, jnp.pad(places, ((0, 0), (1, 0)))[:, :width].T)
-        codes |= following << (jnp.uint32(8) - shift)
+        codes |= _placed(rows, following.T) << (jnp.uint32(8) - shift)
     return (codes & jnp.uint32(2**bits - 1)).astype(jnp.uint8).reshape(-1)[:d]
 
 
@@ -50,11 +49,14 @@ def to_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
 
 
 def _layout(bits):
-    """(matrix of which code begins in which byte, shift of each within it, bytes) of a row that fills whole bytes."""
+    """Of a row of codes that fills whole bytes: matrices of the byte that each begins in and of the one behind it, and
+    its shift in the former.
+    """
     group = math.gcd(bits, 8)
     codes, width = _LANES * 8 // group, _LANES * bits // group
     first = lax.iota(jnp.uint32, codes) * jnp.uint32(bits)
-    return _one_hot(first // jnp.uint32(8), width), (first % jnp.uint32(8))[None], width
+    byte = first // jnp.uint32(8)
+    return _one_hot(byte, width), _one_hot(byte + jnp.uint32(1), width), (first % jnp.uint32(8))[None]
 
 
 def _every_fourth(n):
