@@ -1,4 +1,10 @@
-"""What compression costs in time: `python -m benchmarks.codecs`, `python -m benchmarks.steps`."""
+"""What compression costs in time and memory: `python -m benchmarks.codecs`, `programs`, `steps`, `wire`, `link`.
+
+Here is what `codecs`, which needs PyTorch, and `programs`, which does not, have in common.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 from msjax import compress
 
@@ -13,3 +19,8 @@ CODECS = (
     compress.EntropyMask(),
 )
 OPERATIONS = ("encode", "decode", "roundtrip")
+
+
+def call_of(codec: compress.Codec, operation: str, like: Any) -> Callable:
+    """The operation on an array like `like`: `decode` takes a payload, the others an array and a key."""
+    return (lambda payload: codec.decode(payload, like)) if operation == "decode" else getattr(codec, operation)

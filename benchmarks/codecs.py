@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import CODECS, OPERATIONS, timing, torch_ms
+from benchmarks import CODECS, OPERATIONS, call_of, timing, torch_ms
 from msjax import compress
 
 
@@ -78,13 +78,9 @@ def has_numpy(codec) -> bool:
 def prepared(codec, operation, h):
     """(a call of the compiled operation, (seconds to compile it, bytes it takes beside its input and output))."""
     key = jax.random.key(1) if codec.needs_key else None
-    if operation == "decode":
-        payload = codec.encode(h, key)
-        fun, arguments = (lambda payload: codec.decode(payload, jax.ShapeDtypeStruct(h.shape, h.dtype))), (payload,)
-    else:
-        fun, arguments = getattr(codec, operation), (h, key)
+    arguments = (codec.encode(h, key),) if operation == "decode" else (h, key)
     start = time.perf_counter()
-    compiled = jax.jit(fun).lower(*arguments).compile()
+    compiled = jax.jit(call_of(codec, operation, jax.ShapeDtypeStruct(h.shape, h.dtype))).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return (lambda: compiled(*arguments)), (seconds, memory and memory.temp_size_in_bytes)

@@ -1,11 +1,13 @@
-"""What XLA makes of the codecs for a GPU or TPU, compiled on a machine that has none: launches, memory, compile time.
+"""What XLA makes of the codecs for a GPU or TPU, compiled where there is none: instructions, memory, compile time.
 
     JAX_PLATFORMS=cpu python -m benchmarks.programs               # 16 M values, for an H100; minutes
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.programs --chip v5e --size 4
 
-Says whether every codec compiles for the chip, how many kernels one call launches, and what it takes beside its input
-and output. It says nothing of time, which `benchmarks.codecs` measures on the chip itself. Launches within a loop are
-those of one round: the selection's loop has one on nearly all inputs. Needs `pip install -e '.[cuda]'`, or `'.[tpu]'`.
+Says whether every codec compiles for the chip, of how many instructions its program is, and what it takes beside its
+input and output. It says nothing of time, which `benchmarks.codecs` measures on the chip itself. On a GPU an
+instruction is a kernel to launch, a sort is many: XLA without a GPU cannot plan CUB's, which it would take beside one.
+Those within loops count once, however many rounds there are: `MaskEncoded`'s search has one on nearly all inputs,
+`RandTopK` and `RandK` draw in up to sixteen. Needs `pip install -e '.[cuda]'`, or `'.[tpu]'`.
 """
 
 import re
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from benchmarks import CODECS, OPERATIONS, timing
+from benchmarks import CODECS, OPERATIONS, call_of, timing
 
 H100 = """
 gpu_device_info {
@@ -38,65 +40,70 @@ CHIPS = {
     "v5e": {"topology_name": "v5e:2x2", "platform": "tpu"},
 }
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while")
-"""Instructions that launch nothing."""
+"""Instructions that do nothing by themselves."""
 
 
 def main() -> int:
-    parser = timing.parser(__doc__)
+    parser = timing.parser(__doc__, repeats=False)
     parser.add_argument("--chip", choices=CHIPS, default="h100")
-    parser.add_argument("--size", type=float, default=16, help="millions (2^20) of values")
+    parser.add_argument("--size", type=float, default=16.0, help="millions (2^20) of values")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     options = parser.parse_args()
     if jax.config.jax_platforms != "cpu":  # else JAX looks for the GPU, and without one forgets all of CUDA
         parser.error(f"JAX_PLATFORMS must be cpu in the environment, got {jax.config.jax_platforms}")
     start = time.monotonic()
     topology = topologies.get_topology_desc(**CHIPS[options.chip])
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    rows = [compiled_for(device, codec, options.size, dtype) for dtype in options.dtypes for codec in CODECS]
+    chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    rows = [compiled_for(chip, codec, options.size, dtype) for dtype in options.dtypes for codec in CODECS]
     print(table(rows))
     if options.out:
         timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     return 0
 
 
-def compiled_for(device: jax.sharding.Sharding, codec, size: float, dtype: str) -> dict:
-    """Returns, of each operation on `size`·2²⁰ values: launches, those of a loop's round, extra bytes, seconds."""
+def compiled_for(chip: jax.sharding.Sharding, codec, size: float, dtype: str) -> dict:
+    """Returns, of each operation on `size`·2²⁰ values: instructions, those within loops, extra bytes, seconds."""
     h = jax.ShapeDtypeStruct((int(size * 2**20),), dtype)
     key = jax.eval_shape(lambda: jax.random.key(0)) if codec.needs_key else None
     row = {"codec": str(codec), "values": h.size, "dtype": dtype, "input_bytes": h.size * jnp.dtype(dtype).itemsize}
     for operation in OPERATIONS:
-        if operation == "decode":
-            fun, arguments = (lambda payload: codec.decode(payload, h)), (codec.payload_like(h),)
-        else:
-            fun, arguments = getattr(codec, operation), (h, key)
+        arguments = (codec.payload_like(h),) if operation == "decode" else (h, key)
+        call = jax.jit(call_of(codec, operation, h), in_shardings=chip, out_shardings=chip)
         start = time.perf_counter()
-        program = jax.jit(fun, in_shardings=device, out_shardings=device).lower(*arguments).compile()
+        program = call.lower(*arguments).compile()
         row[f"{operation}_compile_seconds"] = round(time.perf_counter() - start, 1)
-        row[f"{operation}_launches"], row[f"{operation}_launches_a_round"] = launches(program.as_text())
+        outside, within = instructions(program.as_text())
+        row |= {f"{operation}_instructions": outside, f"{operation}_instructions_within_loops": within}
         row[f"{operation}_extra_bytes"] = program.memory_analysis().temp_size_in_bytes
     return row
 
 
-def launches(program: str) -> tuple[int, int]:
-    """(launches outside loops, launches of a round of all loops) of an optimized program, as text."""
+def instructions(program: str) -> tuple[int, int]:
+    """(instructions outside loops, within loops) of an optimized program, as text."""
     counts, of_loops, current = {}, [], None
     for line in program.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
             current = "ENTRY" if head[1] else head[2]
             counts[current] = 0
-        elif current and (instruction := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*?\s([a-z][a-z\-]*)\(", line)):
-            counts[current] += instruction[1] not in FREE
-            if instruction[1] == "while":
+        elif current and (found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*?\s([a-z][a-z\-]*)\(", line)):
+            counts[current] += found[1] not in FREE
+            if found[1] == "while":
                 of_loops += re.findall(r"(?:condition|body)=%?([\w.\-]+)", line)
     return counts["ENTRY"], sum(counts[name] for name in of_loops)
 
 
 def table(rows: list[dict]) -> str:
-    """Returns launches (and those of a round of a loop) and extra memory, as a Markdown table."""
-    header = ["codec", "dtype", *(f"{op}: launches (a round)" for op in OPERATIONS), "extra, × input", "compiled in, s"]
+    """Returns instructions (and those within loops) and extra memory, as a Markdown table."""
+    header = [
+        "codec",
+        "dtype",
+        *(f"{op}: instructions (in loops)" for op in OPERATIONS),
+        "extra, × input",
+        "compiled in, s",
+    ]
     lines = []
     for row in rows:
-        counts = [f"{row[f'{op}_launches']} ({row[f'{op}_launches_a_round']})" for op in OPERATIONS]
+        counts = [f"{row[f'{op}_instructions']} ({row[f'{op}_instructions_within_loops']})" for op in OPERATIONS]
         extra = max(row[f"{op}_extra_bytes"] for op in OPERATIONS) / row["input_bytes"]
         seconds = max(row[f"{op}_compile_seconds"] for op in OPERATIONS)
         lines.append([f"`{row['codec']}`", row["dtype"], *counts, f"{extra:.2f}", f"{seconds:.1f}"])

@@ -43,10 +43,11 @@ def interleaved(contenders: dict[str, Callable[[], Any]], *, repeats: int, warmu
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that every benchmark has."""
+def parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every benchmark has; `repeats` where it measures time."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="calls of each contender; the median counts")
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=15, help="calls of each contender; the median counts")
     parser.add_argument("--out", type=pathlib.Path, help="where the JSON record and the plot go, without a suffix")
     return parser
 

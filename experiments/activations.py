@@ -39,7 +39,7 @@ def runs(scale):
             own = {"cut_before_activation": True} if activation == BEFORE else {"activation": activation}
             model = dataclasses.replace(base.model, **own)
             arms[f"{activation}, {name}"] = dataclasses.replace(base, model=model, codec=codec)
-    return study.with_seeds(arms, study.seeds(scale, lite=1))
+    return study.with_seeds(arms, study.seeds(scale))
 
 
 def report(scale, records):

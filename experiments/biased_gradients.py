@@ -48,7 +48,7 @@ def runs(scale):
     base = study.with_cut(study.base(scale), "medium")
     arms = {f"training, {name}": dataclasses.replace(base, codec=CODECS[name]) for name in TRAINED_WITH}
     few = dict(list(arms.items())[: 1 if scale == "smoke" else None])
-    return study.measured(scale, f"{__spec__.name}:measure") | study.with_seeds(few, study.seeds(scale, lite=1))
+    return study.measured(scale, f"{__spec__.name}:measure") | study.with_seeds(few, study.seeds(scale))
 
 
 def measure(folder, cfg, scale):

@@ -32,7 +32,7 @@ def runs(scale):
                 arms[label(clients, alpha, name)] = dataclasses.replace(
                     base, codec=codec, clients=clients, batch_size=batch_size, data=data
                 )
-    return study.with_seeds(arms, study.seeds(scale, lite=1))
+    return study.with_seeds(arms, study.seeds(scale))
 
 
 def label(clients, alpha, codec):

@@ -27,7 +27,7 @@ CODECS = {
 
 
 CLOSE = ("none", "MS", "QU")
-"""Less than a point apart, so that one seed does not tell which is better."""
+"""About a point apart or less, so that one seed does not tell which is better."""
 
 
 class Setting(NamedTuple):
@@ -35,21 +35,22 @@ class Setting(NamedTuple):
 
     base: config.Config
     published: dict[str, str]
+    cuts: tuple[str, ...] = study.CUTS
 
 
 def settings(scale):
-    """At lite scale the first has all three cuts, and three seeds of what is close; the others the medium cut."""
+    """At lite scale the first has all three cuts, and three seeds of what is close; the others the medium cut, and one."""
     base = study.base(scale)
     if scale == "smoke":
-        return {"": Setting(base, {})}
+        return {"": Setting(base, {}, study.cuts(scale))}
     if scale == "lite":
         # For ImageNet, and for a set of many classes: 100 images of each of 200, made as small as those of CIFAR.
         tiny = config.DataConfig(name="tiny_imagenet", image_size=32)
         narrow = dataclasses.replace(base.model, name="resnet18", width=0.125)
         return {
             "": Setting(base, {}),
-            "ResNet9, Tiny ImageNet at 32²": Setting(dataclasses.replace(base, data=tiny, epochs=8), {}),
-            "ResNet18, CIFAR-10": Setting(dataclasses.replace(base, model=narrow), {}),
+            "ResNet9, Tiny ImageNet at 32²": Setting(dataclasses.replace(base, data=tiny, epochs=8), {}, ("medium",)),
+            "ResNet18, CIFAR-10": Setting(dataclasses.replace(base, model=narrow), {}, ("medium",)),
         }
     presets = {
         "VGG19, CIFAR-10": ("vgg19_cifar10", ("93.8", "93.3–93.7", "89–93", "91–93.5", "–")),
@@ -63,14 +64,13 @@ def settings(scale):
 
 
 def runs(scale):
-    found = {}
-    for setting, (base, _) in settings(scale).items():
-        cuts = ("medium",) if setting and scale == "lite" else study.cuts(scale)
+    all_of_it, close = {}, {}
+    for setting, (base, _, cuts) in settings(scale).items():
         for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:2]:
-            arm = {study.label(setting, name): dataclasses.replace(base, codec=codec)}
-            seeds = study.seeds(scale, lite=3 if name in CLOSE and not setting else 1)
-            found |= study.with_seeds(study.at_cuts(arm, cuts), seeds)
-    return found
+            arms = study.at_cuts({study.label(setting, name): dataclasses.replace(base, codec=codec)}, cuts)
+            all_of_it |= arms
+            close |= arms if name in CLOSE and not setting else {}
+    return study.with_seeds(all_of_it, study.seeds(scale)) | study.with_seeds(close, study.seeds(scale, lite=3))
 
 
 def groups_of(setting, records, arms=tuple(CODECS)):
@@ -82,34 +82,34 @@ def groups_of(setting, records, arms=tuple(CODECS)):
 
 def report(scale, records):
     lines, figures = [], {}
-    for number, (setting, (_, published)) in enumerate(settings(scale).items()):
+    for number, (setting, (_, published, cuts)) in enumerate(settings(scale).items()):
         groups = groups_of(setting, records)
         if setting:
             lines += [f"### {setting}", ""]
-        lines += [table(groups, published), ""]
+        lines += [table(groups, published, cuts), ""]
         if groups:
             figure = f"convergence{number or ''}"
-            figures[figure] = plot(groups)
+            figures[figure] = plot(groups, cuts)
             lines += [f"![Loss and accuracy by epoch]({figure}.png)", ""]
     return study.Page("\n".join(lines), figures)
 
 
-def table(groups, published):
+def table(groups, published, cuts):
     """Final test accuracy: one row a codec, one column a cut."""
-    header = ["codec", *study.CUTS, "seeds", *(["published, about"] if published else [])]
+    header = ["codec", *cuts, "seeds", *(["published, about"] if published else [])]
     rows = []
     for codec in CODECS:
-        found = [groups.get((codec, cut), []) for cut in study.CUTS]
+        found = [groups.get((codec, cut), []) for cut in cuts]
         cells = [codec, *map(study.top1, found), study.counts(found)]
         rows.append([*cells, *([published[codec]] if published else [])])
     return timing.table(header, rows)
 
 
-def plot(groups):
+def plot(groups, cuts):
     """A panel a cut: accuracy above, training loss below; the mean over seeds."""
-    figure = matplotlib.figure.Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, len(study.CUTS), sharex=True, sharey="row")
-    for column, cut in enumerate(study.CUTS):
+    figure = matplotlib.figure.Figure(figsize=(2 + 3 * len(cuts), 6), layout="constrained")
+    axes = figure.subplots(2, len(cuts), sharex=True, sharey="row", squeeze=False)
+    for column, cut in enumerate(cuts):
         for codec in CODECS:
             found = groups.get((codec, cut), [])
             if not found:

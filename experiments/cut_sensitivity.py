@@ -2,10 +2,10 @@
 
     python -m experiments.cut_sensitivity --data-dir DIR
 
-MS spends 2.32 bits a value wherever the cut is; so does `EntropyMask` with a target of bits, fewer. How sensitive a cut
-is can be measured without training with it: the error of the gradients of both halves, relative to their norm, in a
-network trained without compression, at several rates. The budget of a cut is the bits at which that error is the same
-at all cuts, one bit a value on average over them: `EntropyMask(bits=…)` takes it as it is.
+MS spends 2.32 bits a value wherever the cut is, `EntropyMask(bits=0.5)` 0.5. How sensitive a cut is can be measured
+without training with it: the error of the gradients of both halves, relative to their norm, in a network trained
+without compression, at several rates. The budget of a cut is the bits at which that error is the same at all cuts, one
+bit a value on average over them: `EntropyMask(bits=…)` takes it as it is.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def cuts(scale):
 def runs(scale):
     codecs = {"none": compress.Identity()} | (CODECS if scale != "smoke" else {"MS": CODECS["MS"]})
     arms = {name: dataclasses.replace(study.base(scale), codec=codec) for name, codec in codecs.items()}
-    trained = study.with_seeds(study.at_cuts(arms, cuts(scale)), study.seeds(scale, lite=1))
+    trained = study.with_seeds(study.at_cuts(arms, cuts(scale)), study.seeds(scale))
     return trained | study.measured(scale, f"{__spec__.name}:measure")
 
 

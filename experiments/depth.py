@@ -32,7 +32,7 @@ def runs(scale):
         model = ModelConfig(name=f"resnet{depth}", width=round(width * (depths[0] / depth) ** 0.5, 3))
         for name, codec in codecs.items():
             arms[f"{depth} layers, {name}"] = dataclasses.replace(base, model=model, codec=codec)
-    return study.with_seeds(arms, study.seeds(scale, lite=1))
+    return study.with_seeds(arms, study.seeds(scale))
 
 
 def report(scale, records):

@@ -10,25 +10,15 @@ that is SP, at MS's bits with 95.875 %.
 import dataclasses
 import statistics
 import sys
-from typing import NamedTuple
 
 import matplotlib.figure
 
 from benchmarks import timing
 from experiments import driver, not_images, study
 from msjax import compress
-from msjax.config import Config
 
 TITLE = "Mask width and ratio"
 RATIOS = (0.9, 0.99, 0.999)
-
-
-class Setting(NamedTuple):
-    """A network on a data set, and its codecs."""
-
-    base: Config
-    codecs: dict[str, compress.Codec]
-    lite_seeds: int
 
 
 def widths(*, signed):
@@ -38,12 +28,12 @@ def widths(*, signed):
 def settings(scale):
     base, none = study.base(scale), {"none": compress.Identity()}
     if scale == "smoke":
-        return {"": Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)}, 1)}
+        return {"": not_images.Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)}, 1)}
     ratios = {f"2 bits at {ratio:.1%}": compress.MaskEncoded(ratio=ratio) for ratio in RATIOS if ratio != 0.99}
     sp = {"1 bit at 95.9% (SP)": compress.TopK(ratio=0.95875)}
-    found = {"": Setting(base, none | widths(signed=False) | sp | ratios, 1)}
+    found = {"": not_images.Setting(base, none | widths(signed=False) | sp | ratios, 1)}
     for name, (other, codecs, seeds) in not_images.settings(scale).items():
-        found[name] = Setting(other, none | widths(signed=codecs["MS"].signed), seeds)
+        found[name] = not_images.Setting(other, none | widths(signed=codecs["MS"].signed), seeds)
     return found
 
 

@@ -133,6 +133,7 @@ def to_json(record: Any, **options: Any) -> str:
 
 # Settings outside the config that change how fast a run is.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
+_COMPILERS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt", "libtpu")  # where they are installed
 
 
 def environment() -> dict[str, Any]:
@@ -141,7 +142,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages} | {n: v for n in _COMPILERS if (v := _version(n))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_cores": os.cpu_count(),

@@ -3,12 +3,14 @@
 import argparse
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import benchmarks
 from benchmarks import programs, timing
+from msjax import compress
 
 
 def test_every_round_calls_all_and_the_median_is_each_contenders_own(monkeypatch):
@@ -77,8 +79,8 @@ def test_wire():
     assert wire.table(rows).count("\n") == 2 and wire.whole_table(ways).count("\n") == 1 + len(wire.WHOLE)
 
 
-def test_launches_of_a_program():
-    """Those of the loop's condition and body are a round's; what launches nothing is not counted."""
+def test_instructions_of_a_program():
+    """Those of a loop's condition and body are counted apart, what does nothing by itself not at all."""
     program = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %fused (p: f32[8]) -> f32[8] {
@@ -107,4 +109,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %z = f32[8]{0} bitcast(%y)
 }
 """
-    assert programs.launches(program) == (2, 3)
+    assert programs.instructions(program) == (2, 3)
+
+
+def test_programs():
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    row = programs.compiled_for(here, compress.Uniform(), 1 / 32, "float32")
+    assert all(row[f"{op}_instructions"] > 0 and row[f"{op}_extra_bytes"] >= 0 for op in benchmarks.OPERATIONS)
+    assert len(programs.table([row]).splitlines()) == 3

@@ -55,24 +55,44 @@ def test_packed_bytes(bits):
 
 
 @pytest.mark.parametrize("bits", range(1, 8))
-def test_on_a_tpu(bits):
-    """By products of matrices: the same bytes and words."""
+def test_pack_by_products_of_matrices(bits):
+    """As a TPU does it."""
     rng = np.random.default_rng(bits)
     for d in (0, 1, 333, 128 * 8, 3001):
-        codes = jnp.asarray(rng.integers(0, 2**bits, d).astype(np.uint8))
-        packed = _bits_tpu.pack(codes, bits)
-        np.testing.assert_array_equal(packed, _bits.pack(codes, bits), strict=True)
+        codes = rng.integers(0, 2**bits, d).astype(np.uint8)
+        packed = _bits_tpu.pack(jnp.asarray(codes), bits)
+        assert list(np.asarray(packed)) == reference.pack(codes, bits) and packed.dtype == jnp.uint8
         np.testing.assert_array_equal(_bits_tpu.unpack(packed, bits, d), codes, strict=True)
+    rows = jnp.asarray(rng.integers(0, 2**bits, (3, 200)).astype(np.uint8))
+    packed = jax.vmap(lambda row: _bits_tpu.pack(row, bits))(rows)
+    np.testing.assert_array_equal(jax.vmap(lambda row: _bits_tpu.unpack(row, bits, 200))(packed), rows, strict=True)
 
 
-def test_words_on_a_tpu():
+def test_words_by_products_of_matrices():
     rng = np.random.default_rng(0)
     for d in (0, 5, 700, 128 * 32, 9001):
         mask = jnp.asarray(rng.random(d) < 0.5)
-        words = _bits._pack_words_on_tpu(mask)
-        np.testing.assert_array_equal(words, _bits.pack_words(mask), strict=True)
-        np.testing.assert_array_equal(_bits._unpack_words_on_tpu(words, d), mask, strict=True)
-        np.testing.assert_array_equal(_bits_tpu.to_bytes(words), _bits.to_bytes(words), strict=True)
-        for cut in range(0, 8, 3):
-            packed = _bits.as_bytes(words, max(0, d - 8 * cut))
+        words = _bits_tpu.pack_words(mask)
+        np.testing.assert_array_equal(words, _bits._pack_words_by_sums(mask), strict=True)
+        np.testing.assert_array_equal(_bits_tpu.unpack_words(words, d), mask, strict=True)
+        np.testing.assert_array_equal(_bits_tpu.to_bytes(words), _bits._bitcast_to_bytes(words), strict=True)
+        for missing in range(0, 8, 3):
+            packed = _bits.as_bytes(words, max(0, d - 8 * missing))
             np.testing.assert_array_equal(_bits_tpu.to_words(packed), _bits._bitcast_to_words(packed), strict=True)
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda", "tpu"))
+def test_products_are_for_tpus(platform):
+    def all_of_it(codes):
+        packed, words = _bits.pack(codes, 3), _bits.pack_words(codes > 3)
+        return _bits.unpack(packed, 3, 96), _bits.unpack_words(words, 96), _bits.to_words(_bits.to_bytes(words))
+
+    exported = jax.export.export(jax.jit(all_of_it), platforms=[platform])(jax.ShapeDtypeStruct((96,), jnp.uint8))
+    assert ("dot_general" in exported.mlir_module()) == (platform == "tpu")
+
+
+def test_an_axis_that_is_explicitly_sharded():
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Explicit,))
+    codes = jnp.asarray(np.arange(64, dtype=np.uint8) % 4)
+    sharded = jax.device_put(codes, jax.NamedSharding(mesh, jax.P("c")))
+    np.testing.assert_array_equal(jax.jit(lambda c: _bits.pack(c, 2))(sharded), _bits.pack(codes, 2))

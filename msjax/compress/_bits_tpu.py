@@ -1,24 +1,24 @@
 """The packing of `_bits` as a TPU does it: bytes and codes find their places by products with matrices of 0 and 1.
 
-Where few neighbours become one, XLA's TPU pads every row of them to 128, which takes eight times the array, and takes a
-minute to compile it. Bytes are exact in bfloat16, and each place of a product gets one of them, or parts that share no
-bit.
+The short rows that `_bits` reshapes to, of 4 or 32, a TPU pads to 128 each: many times the array. Bytes are exact in
+bfloat16, and each place of a product gets one of them, or parts that share no bit. Compiled for a TPU, and compared on
+a CPU; never run on one so far.
 """
 
 import math
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, Bool, UInt8, UInt32
 
 _LANES = 128
 
 
 def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
     """`_bits.pack`, for fewer than 8 bits."""
-    here, following, shift = _layout(bits)
+    here, following, shift = _places(bits)
     rows = _rows(codes, here.shape[0])
-    packed = _placed(rows << shift & jnp.uint32(255), here)
+    packed = _placed((rows << shift) & jnp.uint32(255), here)
     if 8 % bits:  # some codes go on in the next byte
         packed |= _placed(rows >> (jnp.uint32(8) - shift), following)
     return packed.astype(jnp.uint8).reshape(-1)[: -(-codes.size * bits // 8)]
@@ -26,7 +26,7 @@ def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
 
 def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     """`_bits.unpack`, for fewer than 8 bits."""
-    here, following, shift = _layout(bits)
+    here, following, shift = _places(bits)
     rows = _rows(packed, here.shape[1])
     codes = _placed(rows, here.T) >> shift
     if 8 % bits:
@@ -34,21 +34,31 @@ def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     return (codes & jnp.uint32(2**bits - 1)).astype(jnp.uint8).reshape(-1)[:d]
 
 
+def pack_words(mask: Bool[Array, "d"]) -> UInt32[Array, "w"]:
+    """`_bits.pack_words`."""
+    return to_words(pack(mask.astype(jnp.uint8), 1))
+
+
+def unpack_words(words: UInt32[Array, "w"], d: int) -> Bool[Array, "d"]:
+    """`_bits.unpack_words`."""
+    return unpack(to_bytes(words), 1, d) == 1
+
+
 def to_bytes(words: UInt32[Array, "w"]) -> UInt8[Array, "b"]:
-    """The four bytes of each word, the lowest first."""
+    """`_bits.to_bytes`."""
     rows = _rows(words, _LANES)
-    parts = [_placed(rows >> jnp.uint32(8 * n) & jnp.uint32(255), _every_fourth(n).T) for n in range(4)]
+    parts = [_placed((rows >> jnp.uint32(8 * n)) & jnp.uint32(255), _every_fourth(n)) for n in range(4)]
     return sum(parts[1:], parts[0]).astype(jnp.uint8).reshape(-1)[: 4 * words.size]
 
 
 def to_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
-    """The inverse of `to_bytes`; what is missing of the last word is zero."""
+    """`_bits.to_words`."""
     rows = _rows(packed, 4 * _LANES)
-    parts = [_placed(rows, _every_fourth(n)) << jnp.uint32(8 * n) for n in range(4)]
+    parts = [_placed(rows, _every_fourth(n).T) << jnp.uint32(8 * n) for n in range(4)]
     return sum(parts[1:], parts[0]).reshape(-1)[: -(-packed.size // 4)]
 
 
-def _layout(bits):
+def _places(bits):
     """Of a row of codes that fills whole bytes: matrices of the byte that each begins in and of the one behind it, and
     its shift in the former.
     """
@@ -60,8 +70,8 @@ def _layout(bits):
 
 
 def _every_fourth(n):
-    """The matrix that takes byte n of every word."""
-    return _one_hot(lax.iota(jnp.uint32, _LANES) * jnp.uint32(4) + jnp.uint32(n), 4 * _LANES).T
+    """The matrix that makes a word byte n of four."""
+    return _one_hot(lax.iota(jnp.uint32, _LANES) * jnp.uint32(4) + jnp.uint32(n), 4 * _LANES)
 
 
 def _one_hot(places, n):

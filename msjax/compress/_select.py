@@ -190,7 +190,7 @@ def _candidates(x, scores, k, most):
 
 
 def _kth_largest(order, k):
-    """The k-th largest of few: on a GPU, where 32 rounds of small kernels take longer, by sorting."""
+    """The k-th largest of few: on a GPU, where a round of the other way is several launches, by sorting."""
     by_sorting = functools.partial(_kth_by_sorting, k=k)
     return lax.platform_dependent(order, cuda=by_sorting, rocm=by_sorting, default=functools.partial(_kth_by_bits, k=k))
 

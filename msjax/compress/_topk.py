@@ -52,7 +52,7 @@ class Sparsifier(VectorCodec):
         return SparsePayload(x[_select.packed_positions(kept, k, x.size)], _bits.as_bytes(kept, x.size))
 
     def _decode_vector(self, payload, like):
-        kept = _select.packed_positions(_bits.as_words(payload.mask), payload.values.size, like.size)
+        kept = _select.packed_positions(_bits.to_words(payload.mask), payload.values.size, like.size)
         return _select.put(jnp.zeros(like.size, like.dtype), kept, self._scaled(payload.values, like))
 
     def _roundtrip_vector(self, x, key):
