@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 
 def settings(scale):
-    """At lite scale the first has all three cuts, and three seeds of what is close; the others the medium cut, and one."""
+    """At lite scale the first has all three cuts, and three seeds of what is close; the others the medium cut, once."""
     base = study.base(scale)
     if scale == "smoke":
         return {"": Setting(base, {}, study.cuts(scale))}
