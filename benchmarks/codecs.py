@@ -80,7 +80,7 @@ def prepared(codec, operation, h):
     key = jax.random.key(1) if codec.needs_key else None
     arguments = (codec.encode(h, key),) if operation == "decode" else (h, key)
     start = time.perf_counter()
-    compiled = jax.jit(call_of(codec, operation, jax.ShapeDtypeStruct(h.shape, h.dtype))).lower(*arguments).compile()
+    compiled = jax.jit(call_of(codec, operation, h)).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return (lambda: compiled(*arguments)), (seconds, memory and memory.temp_size_in_bytes)

@@ -22,11 +22,12 @@ CODECS = {"none": compress.Identity(), "MS": compress.MaskEncoded()}
 def runs(scale):
     base = study.with_cut(study.base(scale), "medium")
     samples = base.clients * base.batch_size
+    codecs = CODECS if scale != "smoke" else {"MS": CODECS["MS"]}
     arms = {}
     for clients in COUNTS[scale]:
         # Unlike data with the usual number of clients; even shares with any.
         for alpha in ALPHAS[scale] if clients == base.clients or scale == "smoke" else (None,):
-            for name, codec in CODECS.items() if scale != "smoke" else (("MS", CODECS["MS"]),):
+            for name, codec in codecs.items():
                 data = dataclasses.replace(base.data, alpha=alpha)
                 batch_size = max(1, round(samples / clients))
                 arms[label(clients, alpha, name)] = dataclasses.replace(

@@ -24,8 +24,6 @@ CODECS = {
     "SP": compress.TopK(ratio=0.95875),
     "RT": compress.RandTopK(ratio=0.95875),
 }
-
-
 CLOSE = ("none", "MS", "QU")
 """About a point apart or less, so that one seed does not tell which is better."""
 
@@ -69,7 +67,8 @@ def runs(scale):
         for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:2]:
             arms = study.at_cuts({study.label(setting, name): dataclasses.replace(base, codec=codec)}, cuts)
             all_of_it |= arms
-            close |= arms if name in CLOSE and not setting else {}
+            if name in CLOSE and not setting:
+                close |= arms
     return study.with_seeds(all_of_it, study.seeds(scale)) | study.with_seeds(close, study.seeds(scale, lite=3))
 
 

@@ -28,10 +28,10 @@ def widths(*, signed):
 def settings(scale):
     base, none = study.base(scale), {"none": compress.Identity()}
     if scale == "smoke":
-        return {"": not_images.Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)}, 1)}
+        return {"": not_images.Setting(base, none | {"1 bits": compress.MaskEncoded(bits=1)})}
     ratios = {f"2 bits at {ratio:.1%}": compress.MaskEncoded(ratio=ratio) for ratio in RATIOS if ratio != 0.99}
     sp = {"1 bit at 95.9% (SP)": compress.TopK(ratio=0.95875)}
-    found = {"": not_images.Setting(base, none | widths(signed=False) | sp | ratios, 1)}
+    found = {"": not_images.Setting(base, none | widths(signed=False) | sp | ratios)}
     for name, (other, codecs, seeds) in not_images.settings(scale).items():
         found[name] = not_images.Setting(other, none | widths(signed=codecs["MS"].signed), seeds)
     return found

@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
     base: Config
     codecs: dict[str, compress.Codec]
-    lite_seeds: int
+    lite_seeds: int = 1
 
 
 def settings(scale):
@@ -46,9 +46,7 @@ def settings(scale):
     if scale == "smoke":
         data, model = DataConfig(name="breast_cancer"), ModelConfig(name="mlp", width=0.5)
         few = {name: codec for name, codec in codecs(signed=False).items() if name in ("none", "MS")}
-        return {
-            "MLP, breast cancer": Setting(Config(model=model, data=data, clients=2, batch_size=32, epochs=1), few, 1)
-        }
+        return {"MLP, breast cancer": Setting(Config(model=model, data=data, clients=2, batch_size=32, epochs=1), few)}
     table = Config(
         model=ModelConfig(name="mlp"),
         data=DataConfig(name="adult"),
@@ -68,7 +66,7 @@ def settings(scale):
     )
     return {
         "MLP, Adult": Setting(table, codecs(signed=False), 3),
-        "transformer, SST-2": Setting(text, codecs(signed=True), 1),
+        "transformer, SST-2": Setting(text, codecs(signed=True)),
     }
 
 

@@ -39,9 +39,9 @@ def large_pages() -> dict[str, str]:
 
 def script() -> None:
     """The entry point of the `msjax` script: `main` in a process with large pages, unless GLIBC_TUNABLES is set."""
-    if sys.argv[1:] and sys.argv[1] in COMPUTING and large_pages():
+    if sys.argv[1:] and sys.argv[1] in COMPUTING and (lacking := large_pages()):
         # The C library reads it when the process starts, so it starts anew.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | large_pages())
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | lacking)
     main()
 
 
