@@ -18,6 +18,8 @@ import numpy as np
 from benchmarks import timing
 from msjax import assemble, compress, config, models, simulate, step
 
+NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
+"""Number of classes and side of an image; ResNet34's side is an option."""
 CUTS = ("shallow", "medium", "deep")
 
 
@@ -27,6 +29,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all clients")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--image", type=int, default=64, help="side of ResNet34's images; 224 in the paper")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to compare codecs in")
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="of these")
     parser.add_argument("--only", choices=("codec", "torch"), help="one of the two comparisons")
     options = parser.parse_args()
     simulate.split_cpu(options.clients)
@@ -34,8 +38,9 @@ def main() -> int:
     rows = []
     for width in options.width:
         if options.only != "torch":
-            for name, classes, side in (("vgg19", 10, 32), ("resnet18", 100, 32), ("resnet34", 1000, options.image)):
-                rows += [with_codec(name, classes, side, cut, width, options) for cut in CUTS]
+            for name in options.networks:
+                classes, side = NETWORKS[name]
+                rows += [with_codec(name, classes, side or options.image, cut, width, options) for cut in options.cuts]
         if options.only != "codec":
             rows.append(beside_torch(width, options))
     print(table(rows))

@@ -37,7 +37,7 @@ def runs(scale):
 
 
 def label(clients, alpha, codec):
-    return f"{clients} clients, {'even' if alpha is None else f'α = {alpha}'}, {codec}"
+    return f"{clients} client{'s' * (clients > 1)}, {'even' if alpha is None else f'α = {alpha}'}, {codec}"
 
 
 def report(scale, records):
