@@ -2,8 +2,9 @@
 
     python -m experiments.activations --data-dir DIR
 
-MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all. At
-the medium cut; "before ReLU" cuts before its activation, which the server then applies.
+MS as the paper has it takes negative values for zeros; `signed=True` gives each code a sign bit, 3.32 bits in all. Both
+decode to the same where no negative value reaches half a step, a sixth of the smallest kept value. At the medium cut;
+"before ReLU" cuts before its activation, which the server then applies.
 """
 
 import dataclasses

@@ -42,6 +42,8 @@ CORNERS = [  # (MaskEncoded options, input, what it decodes to); k = 2 of 8 unle
     ("all negative, unsigned", {}, [-1, -2, -3, -4, -5, -6, -7, -8], [-1, -2, 0, 0, 0, 0, 0, 0]),
     ("negative values, signed", {"signed": True}, [-9, 3, -1, 6, -4, 1, 2, 0], [-9, 4, 0, 6, -4, 0, 2, 0]),
     ("signed ties", {"signed": True}, [3, -3, 3, -3, 0, 0, 0, -1], [3, -3, 2, -2, 0, 0, 0, -1]),
+    ("negative values under half a step", {}, [-0.4, 3, -0.4, 6, -0.3, 1, 2, 0], [0, 3, 0, 6, 0, 1, 2, 0]),
+    ("the same, signed", {"signed": True}, [-0.4, 3, -0.4, 6, -0.3, 1, 2, 0], [0, 3, 0, 6, 0, 1, 2, 0]),
     ("one bit is top-k", {"bits": 1}, [1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 0, 0, 7, 8]),
     ("one bit, signed", {"bits": 1, "signed": True}, [-8, 2, 3, 4, 5, 6, -7, 1], [-8, 0, 0, 0, 0, 0, -7, 0]),
     ("k = 0 becomes 1", {"ratio": 0.99}, [0, 3, 2, 1, 0, 0, 1.4, 1.6], [0, 3, 2, 1, 0, 0, 1, 2]),
