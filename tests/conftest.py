@@ -11,6 +11,7 @@ flags = [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compiled a good half faster
+    "--xla_cpu_parallel_codegen_split_count=1",  # and a tenth more: no parts for threads that the processes leave idle
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort at a flag that they no longer know
     flags.append("--xla_cpu_use_fusion_emitters=false")  # and that in half the time again
@@ -63,6 +64,13 @@ def forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_collection_finish(session):
+    """Tracing makes many objects of short life: looking through all that was imported for every few costs a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def relative_error(h, decoded):
 
 @functools.cache
 def source(name):
-    """Float32 (D,) of a distribution, or a feature map of digits."""
+    """Float32 (D,) of a distribution, or of a feature map of digits."""
     rng = np.random.default_rng(1)
     normal = rng.normal(size=D)
     if name == "features":
@@ -44,14 +44,14 @@ def source(name):
         model = models.build("convnet", input_shape=ds.train_inputs.shape[1:], num_classes=10)
         client, _ = models.split(model, "medium")
         x = jnp.asarray(ds.train_inputs, jnp.float32) / 16 - 0.5
-        return client.apply(client.params, client.stats, x, train=True)[0]
+        return client.apply(client.params, client.stats, x, train=True)[0].ravel()[:D]
     x = {
         "relu": lambda: np.maximum(normal, 0),
         "normal": lambda: normal * 1e-6,
         "laplace": lambda: rng.laplace(size=D) * 1e4,
         "heavy": lambda: rng.standard_t(3, D),
         "sparse": lambda: normal.clip(0) * (rng.random(D) < 0.4),
-        "pooled": lambda: np.maximum(normal, 0).reshape(-1, 4).max(1),
+        "pooled": lambda: np.maximum(rng.normal(size=(D, 4)), 0).max(1),
     }[name]()
     return jnp.asarray(x, jnp.float32)
 
@@ -111,7 +111,7 @@ def test_goals_on_relu_of_normal():
 
 
 def test_stochastic_rounding_is_unbiased():
-    h = jnp.concatenate([source("heavy")[:4000], jnp.float32([100.0, -70.0, 0.0, 1e-3])])
+    h = jnp.concatenate([source("heavy")[:2000], jnp.float32([100.0, -70.0, 0.0, 1e-3])])
     codec = EntropyMask(bits=1.5, signed=True, rounding="stochastic", ratio=0.9)
     many = 2000
     decode = jax.jit(jax.vmap(lambda key: codec.roundtrip(h, key)))
@@ -209,11 +209,11 @@ def test_what_is_not_finite_stays_alone(scale):
 
 def test_negative_values_are_zero_unless_signed():
     h = source("normal")[:5000]
-    decoded = EntropyMask(error=0.01).roundtrip(h)
+    decoded = jax.jit(EntropyMask(error=0.01).roundtrip)(h)
     zero = float(jnp.unique(decoded[h < 0])[0])
     assert bool((decoded[h < 0] == zero).all()) and 0 <= zero < float(jnp.abs(h).max()) / 20
-    mirrored = EntropyMask(signed=True)
-    np.testing.assert_array_equal(mirrored.roundtrip(-h), -mirrored.roundtrip(h))
+    mirrored = jax.jit(EntropyMask(signed=True).roundtrip)
+    np.testing.assert_array_equal(mirrored(-h), -mirrored(h))
 
 
 @pytest.mark.parametrize(
