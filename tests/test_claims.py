@@ -16,6 +16,7 @@ from msjax import compress
 from msjax.compress import Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
 
 from . import reference
+from .test_codecs import encode
 
 DEFAULTS = tuple(cls() for cls in compress.CODECS)
 KEY = jax.random.key(0)
@@ -24,11 +25,6 @@ KEY = jax.random.key(0)
 @functools.partial(jax.jit, static_argnums=0)
 def jitted(codec, h):
     return codec.decode(codec.encode(h), h), codec.roundtrip(h)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def jitted_encode(codec, h):
-    return codec.encode(h)
 
 
 CORNERS = [  # (MaskEncoded options, input, what it decodes to); k = 2 of 8 unless a ratio says otherwise
@@ -91,7 +87,7 @@ def test_scalar_and_one_sample_at_a_time(codec):
 def test_multiplies_before_it_divides(bits, tenths):
     """Multiples of a step (255 of 25.5 in 8 bits) keep their code; x/τ·(2^b − 1) would floor 74 of them one too low."""
     h = np.arange(tenths, dtype=np.float32) / np.float32(10)
-    codes = jitted_encode(MaskEncoded(0.999, bits=bits, rounding="floor"), jnp.asarray(h)).codes
+    codes = encode(MaskEncoded(0.999, bits=bits, rounding="floor"), jnp.asarray(h)).codes
     expected = reference.ms_codes(h, 0.999, bits, "floor", False)[1]
     assert reference.unpack(codes, bits, tenths) == expected
     assert bits != 8 or expected == list(range(256))
