@@ -94,7 +94,7 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
         for scale in scales:
             wanted, found = module.runs(scale), study.records(module, scale, results)
             missing = [name for name in wanted if name not in found]
-            parts.append(f"**{scale}**: {len(found)} of {len(wanted)} runs. {_not_run(missing)}\n")
+            parts.append(f"**{scale}**: {len(found)} of {len(wanted)} runs.{_not_run(missing)}\n")
             if not found:
                 continue
             text, drawn = module.report(scale, found)
@@ -137,7 +137,7 @@ def _not_run(missing):
     if not missing:
         return ""
     some = "; ".join(missing[:6])
-    return f"Not run: {some}{f' and {len(missing) - 6} more' if len(missing) > 6 else ''}."
+    return f" Not run: {some}{f' and {len(missing) - 6} more' if len(missing) > 6 else ''}."
 
 
 def _with_images(text, place):
