@@ -25,13 +25,11 @@ def networks(scale):
     # Four times as wide as published at the paper's scale for the shallowest; at lite scale four channels for the
     # deepest, the fewest for which convolutions are fast on a CPU.
     width = {"smoke": 0.125, "lite": 0.6, "paper": 4.0}[scale]
-    found = {
-        f"{depth} layers": ModelConfig(name=f"resnet{depth}", width=round(width * (DEPTHS[0] / depth) ** 0.5, 3))
-        for depth in DEPTHS
-    }
-    shallowest, deepest = found[f"{DEPTHS[0]} layers"], found[f"{DEPTHS[-1]} layers"]
-    narrow = dataclasses.replace(shallowest, width=deepest.width)
-    return found | {f"{DEPTHS[0]} layers as narrow as {DEPTHS[-1]}": narrow}
+    widths = {depth: round(width * (DEPTHS[0] / depth) ** 0.5, 3) for depth in DEPTHS}
+    found = {f"{depth} layers": ModelConfig(name=f"resnet{depth}", width=width) for depth, width in widths.items()}
+    shallow, deep = DEPTHS[0], DEPTHS[-1]
+    narrow = ModelConfig(name=f"resnet{shallow}", width=widths[deep])
+    return found | {f"{shallow} layers as narrow as {deep}": narrow}
 
 
 def runs(scale):
