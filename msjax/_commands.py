@@ -138,6 +138,7 @@ def _models(arguments):
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--first-block", choices=("residual", "paper"), default="residual")
+    parser.add_argument("--shortcut", choices=("projection", "zero_padding"), default="projection")
     parser.add_argument("--batch-size", type=int, default=256, help="samples that are compressed together")
     parser.add_argument("--codec", action="append", help="default: each, at the paper's settings")
     options = parser.parse_args(arguments)
@@ -151,8 +152,9 @@ def _models(arguments):
         shape, classes = usual.get(name, ((32, 32, 3), 10))
         shape = tuple(options.input_shape or shape)
         classes = classes if options.num_classes is None else options.num_classes
-        first_block = options.first_block if options.name or name in models.RESNETS else "residual"
-        model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, first_block=first_block)
+        resnet = {"first_block": options.first_block, "shortcut": options.shortcut}
+        resnet = resnet if options.name or name in models.RESNETS else {}
+        model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, **resnet)
         count = models.count_params(model) / 1e6
         title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"
         table = rich.table.Table(title=title)

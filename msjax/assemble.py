@@ -102,6 +102,7 @@ def make_model(cfg: config.Config, info: SetInfo) -> models.Model:
         width=cfg.model.width,
         activation=cfg.model.activation,
         first_block=cfg.model.first_block,
+        shortcut=cfg.model.shortcut,
         conv_init=cfg.model.conv_init,
         dtype=jnp.dtype(cfg.dtype),
         vocabulary=cfg.data.vocabulary,

@@ -44,6 +44,8 @@ class ModelConfig:
     """Whether the server applies the activation that the client's last layer ends with, so that features have signs."""
     first_block: Literal["residual", "paper"] = "residual"
     """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
+    shortcut: Literal["projection", "zero_padding"] = "projection"
+    """ResNets: where the shape changes, a 1×1 convolution, or every second pixel and zero channels (option A)."""
     conv_init: Literal["he_normal", "dirac"] = "he_normal"
     """dirac: 3×3 convolutions start as identities, which helps short schedules."""
 
@@ -190,6 +192,7 @@ _LEAST = {
 # Literal types are checked on the command line alone; presets and files are checked against this.
 _CHOICES = {
     "model.first_block": ("residual", "paper"),
+    "model.shortcut": ("projection", "zero_padding"),
     "model.conv_init": ("he_normal", "dirac"),
     "data.augment": (None, "none", "flip", "crop_flip"),
     "mode.kind": ("parallel", "splitfed", "sequential"),

@@ -12,6 +12,7 @@ from flax import nnx
 from msjax import models
 from msjax.models import _conv
 from msjax.models._layers import ConvNorm, max_pool
+from msjax.models._resnet import BasicBlock
 
 CIFAR, IMAGENET, DIGITS = (32, 32, 3), (224, 224, 3), (8, 8, 1)
 TINY = {  # what really runs: two to four channels
@@ -58,6 +59,12 @@ def assert_trees_equal(got, want):
 )
 def test_parameter_counts_are_the_published_ones(name, input_shape, num_classes, expected):
     assert models.count_params(models.build(name, input_shape=input_shape, num_classes=num_classes)) == expected
+
+
+@pytest.mark.parametrize(("n", "expected"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
+def test_zero_padding_gives_the_counts_of_he_et_al(n, expected):
+    model = models.build(f"resnet{n}", input_shape=CIFAR, num_classes=10, shortcut="zero_padding")
+    assert models.count_params(model) == expected
 
 
 @pytest.mark.parametrize(
@@ -291,6 +298,12 @@ def test_bfloat16_features_and_float32_state():
         ({"first_block": "plain"}, ValueError, "first_block must be"),
         ({"conv_init": "zeros"}, ValueError, 'conv_init must be "he_normal" or "dirac", got'),
         ({"conv_init": "dirac", "name": "mlp"}, ValueError, 'conv_init must be "he_normal" for mlp'),
+        ({"shortcut": "identity"}, ValueError, 'shortcut must be "projection" or "zero_padding", got \'identity\''),
+        (
+            {"shortcut": "zero_padding", "name": "vgg19"},
+            ValueError,
+            "shortcut must be .* for vgg19, not one of resnet18",
+        ),
         ({"first_block": "paper", "name": "vgg19"}, ValueError, 'first_block must be "residual" for vgg19'),
     ],
 )
@@ -389,3 +402,31 @@ def test_cuts_without_an_activation_to_cut_before(name, cut, activation, said):
     model = models.build(name, input_shape=shape, num_classes=5, width=0.125, activation=activation)
     with pytest.raises(ValueError, match=f"cut_before_activation must .*{said}"):
         models.split(model, cut, cut_before_activation=True)
+
+
+@pytest.mark.parametrize(("side", "stride", "channels", "features"), [(6, 2, 4, 8), (5, 2, 3, 6), (4, 1, 2, 5)])
+def test_the_zero_padding_shortcut_against_numpy(side, stride, channels, features):
+    """Option A: every second pixel, and zero channels on both sides, a quarter of all for twice as many."""
+    options = {"stride": stride, "activation": "relu", "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    block = BasicBlock(channels, features, shortcut="zero_padding", **options)
+    assert block.shortcut is None
+    block.conv2.norm.scale[...] = jnp.zeros(features)  # nothing but the shortcut is left
+    x = np.asarray(jax.random.normal(jax.random.key(1), (2, side, side, channels)))
+    want = np.zeros((2, -(-side // stride), -(-side // stride), features), np.float32)
+    for row in range(want.shape[1]):
+        for column in range(want.shape[2]):
+            for channel in range(channels):
+                at = channel + (features - channels) // 2
+                want[:, row, column, at] = np.maximum(x[:, stride * row, stride * column, channel], 0)
+    np.testing.assert_array_equal(block(jnp.asarray(x), train=False), want)
+
+
+def test_zero_padding_takes_the_projections_alone_away():
+    shapes = {"input_shape": CIFAR, "num_classes": 10, "width": 1 / 8}
+    padded, projected = (
+        models.whole(models.build("resnet20", **shapes, shortcut=shortcut)).params
+        for shortcut in ("zero_padding", "projection")
+    )
+    for name in ("stage2_block1", "stage3_block1"):
+        del projected[name]["shortcut"]
+    assert_trees_equal(padded, projected)

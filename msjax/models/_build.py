@@ -35,12 +35,12 @@ _MODELS = {
 }
 _TOKENS = ("transformer",)
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-# The networks that He et al. made for CIFAR, 6n + 2 layers; where the shape changes they have projections here, too.
+# The networks that He et al. made for CIFAR, 6n + 2 layers.
 _STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
 _DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 NAMES = tuple(_MODELS)
 RESNETS = tuple(_STAGES)
-"""Those that have a `first_block`."""
+"""Those that have a `first_block` and a `shortcut`."""
 
 
 def build(
@@ -52,6 +52,7 @@ def build(
     activation: str = "relu",
     dtype: Any = jnp.float32,
     first_block: str = "residual",
+    shortcut: str = "projection",
     conv_init: str = "he_normal",
     vocabulary: int = VOCABULARY,
 ) -> Model:
@@ -70,6 +71,11 @@ def build(
       first block is conv-bn-conv-bn-relu, without its skip and without the ReLU in between, all of it on the client,
       and the server starts at the second block. "shallow" is then cut 2, as the paper numbers it. The program does so
       at that cut only; its cuts 9 and 13, 15 and 27 are in the residual network.
+    - `shortcut` (ResNets): what the skip connection does where the shape changes (arXiv 1512.03385, section 3.3).
+      "projection", option B, is a 1×1 convolution with normalisation, as in torchvision's networks. "zero_padding",
+      option A, takes every second pixel and puts zero channels around the others, half of what is missing on each
+      side, without parameters: He et al.'s choice for CIFAR-10, so that published weights of resnet20 to resnet110
+      mostly need it. The default is "projection" for all of them.
     - `conv_init`: "he_normal", or "dirac", where 3×3 convolutions behind the first block start as identities, as far as
       their channels go: short schedules gain by it.
 
@@ -92,6 +98,8 @@ def build(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if first_block not in ("residual", "paper"):
         raise ValueError(f'first_block must be "residual" or "paper", got {first_block!r}')
+    if shortcut not in ("projection", "zero_padding"):
+        raise ValueError(f'shortcut must be "projection" or "zero_padding", got {shortcut!r}')
     if conv_init not in ("he_normal", "dirac"):
         raise ValueError(f'conv_init must be "he_normal" or "dirac", got {conv_init!r}')
     if conv_init != "he_normal" and not smallest:
@@ -99,7 +107,10 @@ def build(
     if name in _STAGES:
         stages = _STAGES[name]
         features = 64 if len(stages) == 4 else 16
-        network = functools.partial(network, stages=stages, first_features=features, first_block=first_block)
+        shape = {"stages": stages, "first_features": features}
+        network = functools.partial(network, **shape, first_block=first_block, shortcut=shortcut)
+    elif shortcut != "projection":
+        raise ValueError(f'shortcut must be "projection" for {name}, not one of {", ".join(RESNETS)}, got {shortcut!r}')
     elif first_block != "residual":
         raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
     dtype = _compute_dtype(dtype)
