@@ -6,12 +6,13 @@
     logits, server_stats = server.apply(server.params, server.stats, h, train=True)
 
 A `Model` is a description without arrays, so `build`, `list_cuts` and `count_params` cost next to nothing; `split`
-draws the parameters.
+draws the parameters, or takes those that `load_weights` read from a file in PyTorch's names; `save_weights` writes one.
 """
 
 from msjax.models._build import NAMES, RESNETS, build
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model
+from msjax.models._pytorch import load_weights, save_weights
 from msjax.models._split import Apply, Cut, Half, count_params, list_cuts, resolve_cut, split, whole
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "build",
     "count_params",
     "list_cuts",
+    "load_weights",
     "resolve_cut",
+    "save_weights",
     "split",
     "whole",
 ]

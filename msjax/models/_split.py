@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
@@ -95,6 +96,7 @@ def split(
     head_cut: int | str | None = None,
     cut_before_activation: bool = False,
     seed: int = 0,
+    weights: Half | None = None,
 ) -> tuple[Half, ...]:
     """The client half, up to and including layer `cut`, and the server half, with parameters drawn from `seed`.
 
@@ -105,9 +107,14 @@ def split(
     With `cut_before_activation` the server applies the activation that the client's last block ends with: features are
     then those before it, with both signs. A max-pool behind a monotone activation is still the client's.
 
-    Raises ValueError for a cut that is not a block boundary, naming those that are, a `head_cut` not behind `cut`, or a
-    block at the cut that ends with no activation.
+    `weights`, the model without a cut as `load_weights` or `whole` gives it, is divided among the parts instead of
+    parameters drawn from `seed`.
+
+    Raises ValueError for a cut that is not a block boundary, naming those that are, a `head_cut` not behind `cut`, a
+    block at the cut that ends with no activation, or `weights` of another model.
     """
+    if weights is not None:
+        check_state(model, weights.params, weights.stats)
 
     def end(layer):
         return 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
@@ -118,7 +125,7 @@ def split(
         if layer <= resolve_cut(model, cut):
             raise ValueError(f"head_cut must be behind cut {cut!r}, got {head_cut!r}")
         places.insert(2, end(layer))
-    client, server, *head = (_half(model, start, stop, seed) for start, stop in itertools.pairwise(places))
+    client, server, *head = (_half(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
     if cut_before_activation:
         *blocks, last = client.apply.blocks
         client = client._replace(apply=dataclasses.replace(client.apply, blocks=(*blocks, last.without_activation())))
@@ -157,12 +164,41 @@ def list_cuts(model: Model) -> list[Cut]:
 
 def count_params(model: Model) -> int:
     """The number of trained parameters, found from shapes alone; batch statistics do not count."""
-    params = jax.eval_shape(functools.partial(whole, model)).params
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(whole_shapes(model).params))
 
 
-def _half(model, start, end, seed):
-    """Blocks start:end with their initial state."""
+@functools.cache
+def whole_shapes(model: Model) -> Half:
+    """`whole` with shapes and dtypes in place of arrays."""
+    return jax.eval_shape(functools.partial(whole, model))
+
+
+def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
+    """Raises ValueError where these are not the arrays of the whole model, by name and shape."""
+    shapes = whole_shapes(model)
+    found, expected = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in (
+            jax.tree.leaves_with_path({"params": params, "stats": stats}),
+            jax.tree.leaves_with_path({"params": shapes.params, "stats": shapes.stats}),
+        )
+    )
+    if found != expected:
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        some = "; ".join(f"{name} is {found.get(name)} rather than {expected.get(name)}" for name in wrong[:3])
+        raise ValueError(f"weights must be the arrays of the whole {model.name}, but {some}")
+
+
+def _half(model, start, end, seed, weights=None):
+    """Blocks start:end with their initial state, or with that of `weights`."""
+    if weights is not None:
+        # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
+        blocks = model.blocks[start:end]
+        params, stats = (
+            jax.tree.map(jnp.array, {block.name: tree[block.name] for block in blocks if block.name in tree})
+            for tree in (weights.params, weights.stats)
+        )
+        return Half(Apply(blocks, start), params, stats)
     params, stats = {}, {}
     for place, block in enumerate(model.blocks[start:end], start):
         module = block.create(jax.random.fold_in(jax.random.key(seed), place))
