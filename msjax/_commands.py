@@ -95,6 +95,7 @@ def _eval(arguments):
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a half is tested with --server, got {options.run!r} without it")
     folder, cfg = runs.RunFolder.open(options.run, read_only=True)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))  # the checkpoint has newer ones
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
     if options.uncompressed:

@@ -154,7 +154,9 @@ def evaluate(arguments: list[str]) -> int:
 def _evaluate(trained, remote, options):
     """Tests as a training run does, batch by batch with the same keys; each client's share is computed here."""
     cfg = dataclasses.replace(
-        trained.config, eval_compressed=trained.config.eval_compressed and not options.uncompressed
+        trained.config,
+        model=dataclasses.replace(trained.config.model, weights=None),  # those it was trained from
+        eval_compressed=trained.config.eval_compressed and not options.uncompressed,
     )
     ds = load_data(cfg, options)
     parts = assemble.assemble(cfg, trained.info, samples=cfg.batch_size, test_samples=len(ds.test_labels))

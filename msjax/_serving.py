@@ -25,6 +25,8 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     options.check()
     if cfg.data.name in train.STREAMED:
         raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
+    if cfg.model.weights is not None:  # a file here, which the clients do not have
+        raise ValueError(f"model.weights must be None for msjax serve, got {cfg.model.weights!r}")
 
 
 def _run_name(folder):
@@ -164,7 +166,7 @@ class TakingPart:
     def _load(self, cfg):
         options = self._options
         ds = load_data(cfg, options)
-        self._info = assemble.SetInfo.of(ds)
+        self._info = assemble.SetInfo.of(ds).normalised_as(cfg.data)
         own, samples = slice(None), len(ds.train_labels)
         if not options.own_data:
             pools, samples = assemble.share_out(cfg, lambda: ds.train_labels, samples)

@@ -25,6 +25,19 @@ class SetInfo(NamedTuple):
         """That of a set in arrays."""
         return cls(ds.train_inputs.shape[1:], ds.num_classes, ds.mean, ds.std)
 
+    def normalised_as(self, cfg: config.DataConfig) -> "SetInfo":
+        """With the config's `mean` and `std` where it has them.
+
+        Raises:
+          ValueError: they are not as many as the inputs have channels.
+        """
+        if cfg.mean is None:
+            return self
+        for name, values in (("mean", cfg.mean), ("std", cfg.std)):
+            if len(values) != self.input_shape[-1]:
+                raise ValueError(f"data.{name} must have {self.input_shape[-1]} numbers, got {values}")
+        return self._replace(mean=cfg.mean, std=cfg.std)
+
 
 class Assembly(NamedTuple):
     """The parts of a run, before its first step."""
@@ -54,7 +67,8 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
     """
     plan = Plan.of(cfg, samples=samples, test_samples=test_samples)
     model = make_model(cfg, info)
-    client, server, *head = _halves(cfg, model)
+    weights = None if cfg.model.weights is None else models.load_weights(cfg.model.weights, model)
+    client, server, *head = _halves(cfg, model, weights)
     optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=plan.epoch_steps)
     setup = step.Setup(
         client.apply,
@@ -82,15 +96,19 @@ def assemble(cfg: config.Config, info: SetInfo, *, samples: int, test_samples: i
 def make_halves(cfg: config.Config, info: SetInfo) -> tuple[models.Half, ...]:
     """Builds the model and cuts it: into client and server, and where the run is U-shaped a head.
 
+    The weights are drawn from the seed; the file `cfg.model.weights`, which may be on another machine, is not read.
+
     Raises:
       ValueError: a field of the config has a value that does not fit.
     """
     return _halves(cfg, make_model(cfg, info))
 
 
-def _halves(cfg, model):
+def _halves(cfg, model, weights=None):
     before = cfg.model.cut_before_activation
-    return models.split(model, cfg.cut, head_cut=cfg.head_cut, cut_before_activation=before, seed=cfg.seed)
+    return models.split(
+        model, cfg.cut, head_cut=cfg.head_cut, cut_before_activation=before, seed=cfg.seed, weights=weights
+    )
 
 
 def make_model(cfg: config.Config, info: SetInfo) -> models.Model:

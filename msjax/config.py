@@ -6,6 +6,7 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 import dataclasses
 import importlib.util
 import json
+import math
 import operator
 import pathlib
 from typing import Annotated, Any, Literal
@@ -48,6 +49,8 @@ class ModelConfig:
     """ResNets: where the shape changes, a 1×1 convolution, or every second pixel and zero channels (option A)."""
     conv_init: Literal["he_normal", "dirac"] = "he_normal"
     """dirac: 3×3 convolutions start as identities, which helps short schedules."""
+    weights: str | None = None
+    """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,10 @@ class DataConfig:
     """How many different tokens there are; words get theirs by a hash."""
     augment: Literal["none", "flip", "crop_flip"] | None = None
     """Augmentation of training images; by default what is usual for the set."""
+    mean: tuple[float, ...] | None = None
+    """What is subtracted from inputs, channel by channel of pixels in [0, 1]; by default the set's own mean."""
+    std: tuple[float, ...] | None = None
+    """What they are then divided by; by default the set's own. Set both to what model.weights were trained with."""
     crop_padding: int = data.CROP_PADDING
     """Pixels that crop_flip pads on each side before it crops; fewer suit short schedules."""
     alpha: float | None = None
@@ -165,6 +172,10 @@ class Config:
             raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
         if not 0 <= self.optim.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}")
+        if (self.data.mean is None) != (self.data.std is None):
+            raise ValueError(f"data.mean and data.std must be given together, got {self.data.mean} and {self.data.std}")
+        if self.data.std is not None and not all(0 < s < math.inf for s in self.data.std):
+            raise ValueError(f"data.std must be above 0 and finite, got {self.data.std}")
         if self.optim.schedule == "steps" and not self.optim.milestones:
             raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
 
@@ -225,9 +236,11 @@ def from_json(tree: dict[str, Any]) -> Config:
     try:
         optim = dict(tree.pop("optim", {}))
         optim["milestones"] = tuple(optim.get("milestones", ()))
+        data_fields = dict(tree.pop("data", {}))
+        data_fields |= {name: tuple(data_fields[name]) for name in ("mean", "std") if data_fields.get(name) is not None}
         return Config(
             model=ModelConfig(**tree.pop("model", {})),
-            data=DataConfig(**tree.pop("data", {})),
+            data=DataConfig(**data_fields),
             optim=OptimConfig(**optim),
             mode=ModeConfig(**tree.pop("mode", {})),
             codec=compress.from_string(tree.pop("codec")),
@@ -239,9 +252,15 @@ def from_json(tree: dict[str, Any]) -> Config:
 
 
 def without_paths(config: Config) -> Config:
-    """Returns the config without where data and runs lie on one machine, which says nothing on another."""
+    """Returns the config without where data and runs lie on one machine, which says nothing on another.
+
+    Of `model.weights` the file's name is left, which is part of what a run is.
+    """
     local = dataclasses.replace(config.data, data_dir=None, cache_dir=None)
-    return dataclasses.replace(config, data=local, out=Config.out)
+    weights = config.model.weights and pathlib.PurePath(config.model.weights).name
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, weights=weights), data=local, out=Config.out
+    )
 
 
 def save(config: Config, path: pathlib.Path) -> None:

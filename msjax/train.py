@@ -62,9 +62,9 @@ def _load(cfg, mesh):
         splits = [data.stream(cfg.data.name, split, **options) for split in ("train", "test")]
         first = splits[0]
         info = assemble.SetInfo(first.input_shape, first.num_classes, first.mean, first.std)
-        return *(feed.Split(s, len(s)) for s in splits), info
+        return *(feed.Split(s, len(s)) for s in splits), info.normalised_as(cfg.data)
     ds = data.load(cfg.data.name, **cfg.data.form, **options)
-    info = assemble.SetInfo.of(ds)
+    info = assemble.SetInfo.of(ds).normalised_as(cfg.data)
     # Copied off the cache's memory map: on a CPU JAX would use that itself, and wait for the disk in every step.
     splits = ((np.array(ds.train_inputs), ds.train_labels), (np.array(ds.test_inputs), ds.test_labels))
     return *(feed.Split(simulate.replicate(arrays, mesh), len(arrays[1])) for arrays in splits), info
