@@ -33,7 +33,7 @@ check = beartype.beartype(
 )  # an int is a float, as for every type checker
 jaxtyping.install_import_hook("msjax", f"{__name__}.check")
 
-collect_ignore = ["fuzz_wire.py"]  # a program, of a library that the tests do without
+collect_ignore = ["fuzz_wire.py", "torch_networks.py"]  # of libraries that the tests do without
 
 STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""

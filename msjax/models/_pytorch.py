@@ -46,7 +46,8 @@ def load_weights(path: str | os.PathLike, model: Model) -> Half:
     tests use them alike here and in PyTorch. They differ in how training estimates them: PyTorch's is the unbiased
     variance, of which flax's, the biased one, is (n - 1)/n, n being the pixels of a batch.
 
-    The file does not say what inputs are normalised by.
+    The file does not say what inputs are normalised by, nor the activation. The plain first block of
+    `build(..., first_block="paper")` takes the residual one's weights, but computes something else with them.
 
     Raises:
       ValueError: the model has no names in PyTorch, the file is not a safetensors file, or its names, shapes or dtypes
@@ -141,8 +142,10 @@ def _entries(model):
         raise ValueError(f"model must be one that has names in PyTorch, {known}, got {model.name!r}")
     grid = tuple(side // 32 for side in model.input_shape[:2])
     shapes = whole_shapes(model)
+    leaves = jax.tree.leaves_with_path({"params": shapes.params, "stats": shapes.stats})
+    places = {block.name: place for place, block in enumerate(model.blocks)}
     entries = {}
-    for keys, leaf in jax.tree.leaves_with_path({"params": shapes.params, "stats": shapes.stats}):
+    for keys, leaf in sorted(leaves, key=lambda pair: places[pair[0][1].key]):
         path = tuple(key.key for key in keys)
         name = f"{modules[path[1:-1]]}.{_LEAVES[path[-1]]}"
         entries[name] = _Entry(path, leaf.shape, grid if name == flattened else None)
