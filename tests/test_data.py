@@ -1,6 +1,7 @@
 """Data: sets, cache, errors, clients, order, augmentation, streams. Needs neither network nor prepared data."""
 
 import builtins
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from msjax import data
-from msjax.data import _cache, _images, _official, _tfds
+from msjax.data import _cache, _images, _official, _registry, _tfds
 from msjax.data._records import Images
 
 Image = pytest.importorskip("PIL.Image")
@@ -54,7 +55,7 @@ def tiny(tmp_path, monkeypatch):
     splits = {"train": Records(40, (12, 10, 3), 3), "test": Records(12, (12, 10, 3), 3, seed=1)}
 
     def open_split(name, folder, split):
-        return _tfds.Split(splits[split], Images("image", splits[split].images.shape[1:]), "label", 3)
+        return _tfds.Records(splits[split], Images("image", splits[split].images.shape[1:]), "label", 3)
 
     monkeypatch.setattr(_tfds, "open_split", open_split)
     monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
@@ -284,7 +285,8 @@ def serve(monkeypatch, tmp_path, name, contents):
     for i, content in enumerate(contents):
         (tmp_path / f"{name}{i}").write_bytes(content)
         sources.append(((tmp_path / f"{name}{i}").as_uri(), hashlib.sha256(content).hexdigest()))
-    monkeypatch.setitem(_official.SOURCES, name, sources)
+    entry = dataclasses.replace(_registry.find(name), sources=tuple(sources))
+    monkeypatch.setattr(_registry, "ENTRIES", {**_registry.ENTRIES, name: entry})
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "default"))
     monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "default").mkdir()
@@ -546,7 +548,7 @@ def photos(tmp_path, monkeypatch):
     records.encoded += more.encoded
     records.labels = np.arange(48) % 4
     monkeypatch.setattr(
-        _tfds, "open_split", lambda *a: _tfds.Split(records, Images("image", (None, None, 3)), "label", 4)
+        _tfds, "open_split", lambda *a: _tfds.Records(records, Images("image", (None, None, 3)), "label", 4)
     )
     return {"data_dir": tmp_path / "tfds", "cache_dir": tmp_path / "cache", "image_size": 32}
 

@@ -169,7 +169,8 @@ def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     """`msjax train`, on one device and on several, against the parties, in every mode."""
     cfg = dataclasses.replace(SMOOTH, mode=mode, out=str(tmp_path))
     arrays = dataset()
-    ds = train.data.Dataset("random", *arrays, 10, np.float32([0.5]), np.float32([0.25]))
+    splits = (train.data.Arrays(*arrays[:2]), train.data.Arrays(*arrays[2:]))
+    ds = train.data.Dataset("random", *splits, 10, np.float32([0.5]), np.float32([0.25]))
     monkeypatch.setattr(train.data, "load", lambda *args, **options: ds)
     if not spread:
         monkeypatch.setattr(train.simulate, "make_mesh", lambda clients: None)

@@ -26,7 +26,10 @@ SECONDS = 240  # after which a test gives up
 
 @pytest.fixture(autouse=True)
 def random_data(monkeypatch):
-    ds = data.Dataset("random", *dataset(), 10, np.float32([0.5]), np.float32([0.25]))
+    arrays = dataset()
+    ds = data.Dataset(
+        "random", data.Arrays(*arrays[:2]), data.Arrays(*arrays[2:]), 10, np.float32([0.5]), np.float32([0.25])
+    )
     monkeypatch.setattr(data, "load", lambda *args, **options: ds)
 
 

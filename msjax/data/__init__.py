@@ -7,32 +7,37 @@
     x = data.normalize(images, ds.mean, ds.std)
 
 Texts come as tokens, tables as columns; `normalize` takes all of them.
-Sets that do not fit in memory come through `stream`; `batches` reads either kind with the same loop. TensorFlow is
-never needed.
+A `Dataset` has two `Split`s, `train` and `test`, in memory (`Arrays`) or streamed (`ImageStream`); `batches` reads
+either kind with the same loop. TensorFlow is never needed.
 """
 
-from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, default_augmentation, normalize
+from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
+from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
-from msjax.data._dataset import Dataset
+from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
+from msjax.data._load import load
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
-from msjax.data._sets import load
-from msjax.data._stream import ImageStream, batches, stream
+from msjax.data._registry import default_augmentation, is_streamed
+from msjax.data._stream import ImageStream, stream
 
 __all__ = [
     "AUGMENTATIONS",
     "CROP_PADDING",
     "TEXT_LENGTH",
     "VOCABULARY",
+    "Arrays",
     "DataError",
     "Dataset",
     "ImageStream",
+    "Split",
     "augment",
     "batches",
     "crop_flip",
     "default_augmentation",
     "epoch_indices",
     "epoch_order",
+    "is_streamed",
     "load",
     "normalize",
     "partition",

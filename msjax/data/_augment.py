@@ -10,20 +10,6 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped, UInt8
 AUGMENTATIONS = ("crop_flip", "flip", "none")
 CROP_PADDING = 4  # the paper's, for 32×32
 
-# ImageNet's random crop needs the full-size image and is taken on the host (`data.stream`), so only the flip is left.
-_DEFAULT = {
-    "cifar10": "crop_flip",
-    "cifar100": "crop_flip",
-    "tiny_imagenet": "crop_flip",
-    "fashion_mnist": "crop_flip",
-    "imagenet2012": "flip",
-}
-
-
-def default_augmentation(name: str) -> str:
-    """The usual one of `AUGMENTATIONS` for a data set; "none" for digits, mnist and sets not known here."""
-    return _DEFAULT.get(name, "none")
-
 
 def crop_flip(
     images: UInt8[Array, "b h w c"],
@@ -86,6 +72,8 @@ def normalize(
 ) -> Shaped[Array, "..."]:
     """Inputs of a `Dataset` as a network takes them: images and tables normalised, tokens as they are.
 
+    Where `mean` is None, numbers are only cast.
+
     Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
     float32 (..., F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
     may differ from the formula; cast to `dtype`. Tokens, int32, need `dtype` int32.
@@ -99,6 +87,8 @@ def normalize(
         raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}")
     if tokens:
         return inputs
+    if mean is None:
+        return inputs.astype(dtype)
     shape = (1,) * (inputs.ndim - 1) + inputs.shape[-1:]
     mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
     unit = 255 if inputs.dtype == jnp.uint8 else 1

@@ -5,30 +5,27 @@ from typing import Any
 
 import numpy as np
 
-from msjax.data import _images
-from msjax.data._dataset import Dataset, measure_columns, measure_images
+from msjax.data import _images, _registry
+from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
+from msjax.data._measure import measure_columns, measure_images
 
 
-def digits(image_size: int | None) -> Dataset:
-    """scikit-learn's digits."""
-    bunch = _embedded("digits")
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    if image_size is not None:
-        images = _images.resized(images, image_size)
-    return _split("digits", images, bunch.target, 36, measure_images)
+def load(name: str, image_size: int | None) -> Dataset:
+    """`digits`, or `breast_cancer`: scikit-learn's copy of Breast Cancer Wisconsin (Diagnostic)."""
+    bunch = _bunch(name)
+    if name == "digits":
+        inputs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+        if image_size is not None:
+            inputs = _images.resized(inputs, image_size)
+        return _split(name, inputs, bunch.target, measure_images)
+    every_column = np.ones(bunch.data.shape[1], bool)
+    inputs = bunch.data.astype(np.float32)
+    return _split(name, inputs, bunch.target, lambda table: measure_columns(table, every_column))
 
 
-def breast_cancer() -> Dataset:
-    """scikit-learn's copy of Breast Cancer Wisconsin (Diagnostic)."""
-    bunch = _embedded("breast_cancer")
-    everything = np.ones(bunch.data.shape[1], bool)
-    return _split(
-        "breast_cancer", bunch.data.astype(np.float32), bunch.target, 57, lambda x: measure_columns(x, everything)
-    )
-
-
-def _embedded(name: str) -> Any:
+def _bunch(name: str) -> Any:
+    """As scikit-learn has it."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -38,13 +35,13 @@ def _embedded(name: str) -> Any:
     return getattr(datasets, f"load_{name}")()
 
 
-def _split(name: str, inputs: np.ndarray, labels: np.ndarray, test_of_class: int, measure: Callable) -> Dataset:
-    """Of each class so many, drawn once and for all, are the test set."""
-    labels = labels.astype(np.int32)
-    classes = int(labels.max()) + 1
+def _split(name: str, inputs: np.ndarray, labels: np.ndarray, measure: Callable) -> Dataset:
+    """Of each class so many as the registry says, drawn once and for all, are the test set."""
+    entry, labels = _registry.find(name), labels.astype(np.int32)
     rng = np.random.default_rng(0)
-    test = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:test_of_class] for c in range(classes)])
+    order = [rng.permutation(np.flatnonzero(labels == c))[: entry.test_of_class] for c in range(entry.num_classes)]
     is_test = np.zeros(len(labels), bool)
-    is_test[test] = True
+    is_test[np.concatenate(order)] = True
     mean, std = (np.asarray(v, np.float32) for v in measure(inputs[~is_test]))
-    return Dataset(name, inputs[~is_test], labels[~is_test], inputs[is_test], labels[is_test], classes, mean, std)
+    splits = (Arrays(inputs[chosen], labels[chosen]) for chosen in (~is_test, is_test))
+    return Dataset(name, *splits, entry.num_classes, mean, std, entry.augment)

@@ -1,5 +1,5 @@
-"""The one exception for data that cannot be had."""
+"""The one exception for data that cannot be had or used."""
 
 
-class DataError(RuntimeError):
-    """A data set is missing, unreadable or damaged; the message says what was looked for, where, and what to do."""
+class DataError(ValueError):
+    """A data set is missing, unreadable, damaged or breaks a rule; the message says what was found and what to do."""

@@ -1,4 +1,4 @@
-"""Sets that fit in memory: decoded once into the array cache, returned as memory-mapped arrays."""
+"""Sets that fit in memory: decoded once into the array cache, read from there as memory-mapped arrays."""
 
 import logging
 import os
@@ -9,82 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _cache, _embedded, _images, _official, _records, _tfds
-from msjax.data._dataset import Dataset, measure_columns, measure_images
+from msjax.data import _cache, _images, _official, _records, _registry, _tfds
 from msjax.data._error import DataError
+from msjax.data._measure import measure_columns, measure_images
 
 _log = logging.getLogger("msjax")
-
-# Per-channel (mean, std) of pixels / 255, as published; what is not here is measured on the training images.
-STATISTICS = {
-    # The paper's. Its std is the usual one of the CIFAR-10 literature, the mean over images of each image's own; the
-    # pixels' is about 0.25.
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "mnist": ((0.1307,), (0.3081,)),
-    "fashion_mnist": ((0.2860,), (0.3530,)),
-}
-
-
-def load(
-    name: str = "digits",
-    *,
-    data_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    image_size: int | None = None,
-    text_length: int = _records.TEXT_LENGTH,
-    vocabulary: int = _records.VOCABULARY,
-) -> Dataset:
-    """Load a classification set of images, texts or a table as arrays, from the cache where it was decoded before.
-
-    `digits` is embedded in scikit-learn: 8x8x1, 1,437 train and 360 test (36 a class), no download; so is a table,
-    `breast_cancer`: 30 columns, 455 train and 114 test (57 a class). Any other set is looked for as
-    `data_dir`/NAME/VERSION, prepared by TFDS as array_record; `cifar10`, `cifar100`, `mnist`, `fashion_mnist` are
-    otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.
-    The test data are the split `test`, else `validation` (ImageNet, and sets that hide the labels of `test`:
-    `validation` first).
-
-    A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
-
-    The cache is keyed by name, directory and `image_size`. Where the prepared set is at hand, an entry made from
-    another version of it is rebuilt; where it is not, the entry alone is enough: neither TFDS nor the directory is
-    needed then.
-
-    Args:
-        name: `set` or `set/config`.
-        data_dir: TFDS data directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-        cache_dir: where decoded arrays are kept; by default $MSJAX_CACHE, $XDG_CACHE_HOME/msjax or ~/.cache/msjax.
-        image_size: resize the shorter side to this and crop the middle; needed where a set's images differ in size.
-        text_length: tokens of a text; longer ones are cut, shorter ones padded.
-        vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
-
-    Raises:
-        DataError: the set is unknown, missing, unreadable or not a classification set of one of these kinds; no
-            network; a package is missing.
-        ValueError: `image_size`, `text_length` or `vocabulary` is too small.
-    """
-    check_image_size(image_size)
-    _records.check_tokens(text_length, vocabulary)
-    if name == "digits":
-        return _embedded.digits(image_size)
-    if name == "breast_cancer":
-        return _embedded.breast_cancer()
-    arrays, meta = _cached(name, data_dir, cache_dir, image_size)
-    mean, std = STATISTICS.get(name, (meta["mean"], meta["std"]))
-    inputs = [arrays["train_inputs"], arrays["test_inputs"]]
-    if meta["kind"] == "text":
-        inputs = [_records.tokens(hashes, text_length, vocabulary) for hashes in inputs]
-    return Dataset(
-        name,
-        inputs[0],
-        np.asarray(arrays["train_labels"]),
-        inputs[1],
-        np.asarray(arrays["test_labels"]),
-        meta["num_classes"],
-        np.asarray(mean, np.float32),
-        np.asarray(std, np.float32),
-    )
 
 
 def check_image_size(image_size: int | None) -> None:
@@ -105,7 +34,7 @@ class _Part(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What `Dataset.train_inputs` are."""
+        """What the inputs are."""
         return {np.uint8: "image", np.uint32: "text", np.float32: "table"}[self.dtype]
 
     def statistics(self, inputs: np.ndarray) -> tuple[list[float], list[float]]:
@@ -117,7 +46,7 @@ class _Part(NamedTuple):
         return measure_columns(inputs, self.is_number)
 
 
-def _cached(
+def cached(
     name: str, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None, image_size: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and metadata of a set: from the cache, else decoded or downloaded into it."""
@@ -127,7 +56,7 @@ def _cached(
     stem = f"{name.replace('/', '--')}-{image_size or 'native'}-"
     problems: list[str] = []
 
-    def cached(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def read(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         try:
             return _cache.read(entry, digest)
         except _cache.Damaged as damage:
@@ -137,20 +66,20 @@ def _cached(
 
     folder = _tfds.locate(name, directory)
     entry, digest = caches / (stem + _tfds.place(directory, asked)), _tfds.digest(folder) if folder else None
-    if found := cached(entry, digest):
+    if found := read(entry, digest):
         return found
     try:
         if folder is None and asked:
             _tfds.check_root(directory)
-        if folder is None and name in _official.SOURCES:
+        if folder is None and _registry.find(name).sources:
             entry, digest = caches / (stem + "official"), _official.digest(name)
-            if found := cached(entry, digest):
+            if found := read(entry, digest):
                 return found
             looked = (
                 f"looked for {name} in {directory} (has {', '.join(_tfds.prepared(directory)) or 'no prepared set'})"
             )
             parts = {s: _from_arrays(x, y, image_size) for s, x, y in _official.download(name, looked)}
-            num_classes, source = _official.NUM_CLASSES[name], _official.SOURCES[name][0][0]
+            num_classes, source = _registry.find(name).num_classes, _registry.find(name).sources[0][0]
         else:
             folder = _tfds.find(name, directory, asked)
             digest = _tfds.digest(folder)
@@ -165,7 +94,7 @@ def _cached(
         if problems:
             raise DataError(f"{error}. {'. '.join(problems)}") from error
         raise
-    if found := cached(entry, digest):
+    if found := read(entry, digest):
         return found
     raise DataError(
         f"the array cache {entry} cannot be read after it was written; try again, or name another cache_dir"
@@ -183,7 +112,7 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
     return _Part(len(images), shape, read)
 
 
-def _from_tfds(name: str, split: _tfds.Split, image_size: int | None) -> _Part:
+def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part:
     count, inputs = len(split.records), split.inputs
 
     def records(lo: int, hi: int) -> tuple[list[dict[str, Any]], np.ndarray]:

@@ -1,22 +1,21 @@
 """Sets that do not fit in memory: decoded and cropped on the host by threads, in the order asked for."""
 
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 
-from msjax.data import _cache, _images, _sets, _tfds
+from msjax.data import _cache, _images, _registry, _sets, _tfds
 from msjax.data._error import DataError
 from msjax.data._records import Images
 
+IMAGE_SIZE = 224  # of the crops, by default
 _AUGMENT = 3  # keeps this stream of random numbers apart from those of _clients
 
 
 class ImageStream:
-    """One split of a prepared TFDS set with random access; made by `stream`, read by `batches`.
+    """One split of a prepared TFDS set, a `Split`; made by `stream`, read by `batches`.
 
     Attributes:
         name, split: what it was opened as.
@@ -26,11 +25,13 @@ class ImageStream:
         random_crop: whether images are cropped at random (training) or in the middle (test).
     """
 
+    in_memory = False
+
     def __init__(
         self,
         name: str,
         split: str,
-        source: _tfds.Split,
+        source: _tfds.Records,
         *,
         image_size: int,
         random_crop: bool,
@@ -40,15 +41,26 @@ class ImageStream:
         self.name, self.split, self.random_crop = name, split, random_crop
         self.num_classes = source.num_classes
         self.input_shape = (image_size, image_size, source.inputs.shape[2])
-        mean, std = _sets.STATISTICS.get(name, _sets.STATISTICS["imagenet2012"])
+        known = _registry.find(name if _registry.find(name).mean else "imagenet2012")
         channels = self.input_shape[2]
         self.mean, self.std = (
-            np.resize(np.asarray(v if len(v) == channels else np.mean(v), np.float32), channels) for v in (mean, std)
+            np.resize(np.asarray(v if len(v) == channels else np.mean(v), np.float32), channels)
+            for v in (known.mean, known.std)
         )
         self._source, self._labels_entry, self._digest = source, labels_entry, digest
 
     def __len__(self) -> int:
         return len(self._source.records)
+
+    @property
+    def input_like(self) -> jax.ShapeDtypeStruct:
+        """uint8 (size, size, C)."""
+        return jax.ShapeDtypeStruct(self.input_shape, np.uint8)
+
+    @property
+    def label_like(self) -> jax.ShapeDtypeStruct:
+        """int32 ()."""
+        return jax.ShapeDtypeStruct((), np.int32)
 
     def labels(self) -> np.ndarray:
         """int32 [N] labels of the whole split; read once (every record is), then kept in the array cache."""
@@ -69,7 +81,7 @@ class ImageStream:
             return np.array(out)
         return np.asarray(found[0]["labels"])
 
-    def fetch(self, indices: np.ndarray, entropy: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def fetch(self, indices: np.ndarray, entropy: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [n, size, size, C], labels int32 [n]; the crop of example i depends on (*entropy, i) alone."""
         size = self.input_shape[0]
         records = _tfds.read(self.name, self._source, indices)
@@ -95,10 +107,10 @@ def stream(
     *,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
-    image_size: int = 224,
+    image_size: int = IMAGE_SIZE,
     random_crop: bool | None = None,
 ) -> ImageStream:
-    """Open a prepared TFDS set for reading in batches; nothing is decoded yet.
+    """Open a prepared TFDS set of images for reading in batches; nothing is decoded yet.
 
     Training images get a random-resized-crop (8..100 % of the area, aspect 3/4..4/3) to `image_size`; flip them on the
     device with `augment(kind="flip")`. Test images get their shorter side resized to `image_size` * 256/224 and the
@@ -135,75 +147,3 @@ def stream(
         labels_entry=_cache.directory(cache_dir) / entry,
         digest=digest,
     )
-
-
-def batches(
-    source: ImageStream | tuple[np.ndarray, np.ndarray],
-    indices: np.ndarray,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
-    threads: int | None = None,
-    prefetch: int = 2,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (images uint8 [*batch, H, W, C], labels int32 [*batch]) for each step of an epoch.
-
-    `source` is an `ImageStream`, or a pair (images, labels) of arrays such as `(ds.train_inputs, ds.train_labels)`;
-    pairs come as they are. Random crops depend on (seed, epoch, step, index) alone: not on the number of threads, on
-    `start`, nor on which other examples are in the batch.
-
-    Args:
-        indices: int [steps, *batch], for example [steps, client, example].
-        seed, epoch: choose the crops.
-        start: first step to yield, to go on where an interrupted run stopped.
-        threads: how many decode; default: as many as cores.
-        prefetch: how many steps are read ahead of the consumer.
-
-    Raises:
-        IndexError: an index is negative or too large.
-        DataError: reading or decoding fails.
-        ValueError: `start` is out of range, or `indices` has no batch axis.
-    """
-    indices = np.asarray(indices)
-    count = len(source) if isinstance(source, ImageStream) else len(source[1])
-    if indices.ndim < 2 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"indices must be integers [steps, *batch], got {indices.dtype} {indices.shape}")
-    if not 0 <= start <= len(indices):
-        raise ValueError(f"start must be in 0..{len(indices)} (the number of steps), got {start}")
-    if indices.size and (indices.min() < 0 or indices.max() >= count):
-        raise IndexError(f"indices must be in 0..{count - 1}, got {indices.min()}..{indices.max()}")
-    if isinstance(source, ImageStream):
-        return _streamed(source, indices, (seed, epoch), start, threads or os.cpu_count() or 1, prefetch)
-    images, labels = source
-    return ((images[i], labels[i]) for i in indices[start:])
-
-
-def _streamed(
-    source: ImageStream, indices: np.ndarray, entropy: tuple[int, int], start: int, threads: int, prefetch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of a step as tasks of a pool, `prefetch` steps ahead; leaving the loop early cancels the rest."""
-    batch_shape = indices.shape[1:]
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[list[Future]] = deque()
-        steps = iter(range(start, len(indices)))
-
-        def submit() -> None:
-            if (step := next(steps, None)) is not None:
-                flat = indices[step].reshape(-1)
-                pending.append(
-                    [pool.submit(source.fetch, flat[i : i + 16], (*entropy, step)) for i in range(0, len(flat), 16)]
-                )
-
-        try:
-            for _ in range(max(prefetch, 0) + 1):
-                submit()
-            while pending:
-                parts = [future.result() for future in pending.popleft()]
-                submit()
-                yield (
-                    np.concatenate([x for x, _ in parts]).reshape(*batch_shape, *source.input_shape),
-                    np.concatenate([y for _, y in parts]).reshape(batch_shape),
-                )
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -16,16 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msjax.data import _registry
 from msjax.data._error import DataError
 from msjax.data._records import Columns, Images, Texts
 
 _NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?")
 _PREPARE = "`tfds build {name} --file_format=array_record --data_dir=DIR`"
-_MANUAL = (
-    "ImageNet has to be fetched by hand from https://image-net.org/download-images: put ILSVRC2012_img_train.tar and "
-    "ILSVRC2012_img_val.tar into DIR/downloads/manual and, with tensorflow installed (once, on any machine), run "
-    "`tfds build imagenet2012 --file_format=array_record --data_dir=DIR`; then give DIR as data_dir (--data.data-dir)"
-)
 
 
 def check_name(name: str) -> None:
@@ -106,7 +102,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
-class Split(NamedTuple):
+class Records(NamedTuple):
     """One split of a prepared set, images still encoded: `records.__getitems__([i, ...])` gives dicts."""
 
     records: Sequence[dict[str, Any]]
@@ -115,7 +111,7 @@ class Split(NamedTuple):
     num_classes: int
 
 
-def open_split(name: str, folder: Path, split: str) -> Split:
+def open_split(name: str, folder: Path, split: str) -> Records:
     """Open "train" or "test" of a prepared set; "test" is the labelled set-aside split, `test` or `validation`."""
     tfds = import_tfds(f"reading {name}")
     try:
@@ -131,10 +127,7 @@ def open_split(name: str, folder: Path, split: str) -> Split:
                 f"{name} in {folder} is no set of images, texts or a table with a class label each: its features are "
                 f"{', '.join(sorted(features))}"
             )
-        if split == "train":
-            wanted = ["train"]
-        else:  # the labels of ImageNet's test split were never published
-            wanted = ["validation", "test"] if name.startswith("imagenet") else ["test", "validation"]
+        wanted = ("train",) if split == "train" else _registry.test_splits(name)
         there = [s for s in wanted if s in info.splits]
         if not there:
             raise DataError(
@@ -152,7 +145,7 @@ def open_split(name: str, folder: Path, split: str) -> Split:
             f"TFDS cannot read {name} in {folder} ({type(error).__name__}: {error}). The copy may be incomplete: "
             f"prepare or copy it again"
         ) from error
-    return Split(records, inputs, label_key, label.num_classes)
+    return Records(records, inputs, label_key, label.num_classes)
 
 
 def _inputs(tfds, name, folder, features, input_key, label_key):
@@ -186,8 +179,8 @@ def prepare(name: str, directory: Path) -> None:
     """Download and prepare a set that TFDS knows, as array_record; most builders need tensorflow for that step."""
     there = ", ".join(prepared(directory)) if directory.is_dir() else ""
     looked = f"looked for {name} in {directory}" + (f" (which has {there})" if there else " (which has none)")
-    if name == "imagenet2012":
-        raise DataError(f"{looked}. {_MANUAL}")
+    if by_hand := _registry.find(name).by_hand:
+        raise DataError(f"{looked}. {by_hand}")
     tfds = import_tfds(f"{looked}; downloading it")
     try:
         builder = tfds.builder(name, data_dir=os.fspath(directory), file_format="array_record")
@@ -242,7 +235,7 @@ def require_network(host: str, looked: str) -> None:
         ) from error
 
 
-def read(name: str, split: Split, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+def read(name: str, split: Records, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
     """Records by index, images still encoded."""
     try:
         return list(split.records.__getitems__([int(i) for i in indices]))
@@ -252,7 +245,7 @@ def read(name: str, split: Split, indices: Sequence[int] | np.ndarray) -> list[d
         ) from error
 
 
-def labels(name: str, split: Split, records: Sequence[dict[str, Any]]) -> np.ndarray:
+def labels(name: str, split: Records, records: Sequence[dict[str, Any]]) -> np.ndarray:
     """int32 labels of records, all of them known."""
     found = np.asarray([r[split.label_key] for r in records], np.int32)
     if found.size and not (found.min() >= 0 and found.max() < split.num_classes):

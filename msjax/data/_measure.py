@@ -1,0 +1,23 @@
+"""Mean and standard deviation of a split, for `normalize`."""
+
+import numpy as np
+
+
+def measure_images(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per-channel mean and std of pixels / 255, exactly, from a histogram a channel."""
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for lo in range(0, len(images), 1024):
+        for c in range(channels):
+            counts[c] += np.bincount(images[lo : lo + 1024, ..., c].ravel(), minlength=256)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    levels = np.arange(256) / 255
+    mean = share @ levels
+    std = np.sqrt(share @ levels**2 - mean**2)
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a constant channel must not divide by zero
+
+
+def measure_columns(table: np.ndarray, is_number: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and std of the columns that are numbers; 0 and 1 of the others, and 1 for a constant."""
+    mean, std = table.mean(0, np.float64), table.std(0, np.float64)
+    return np.where(is_number, mean, 0).tolist(), np.where(is_number & (std > 0), std, 1).tolist()
