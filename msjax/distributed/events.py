@@ -1,0 +1,162 @@
+"""What happens to a run, as its membership hears of it.
+
+Sessions are named by the caller: one name for each connection, never used again. Times are seconds on the caller's
+clock. Payloads are the caller's: here is only whose they are.
+"""
+
+import dataclasses
+import enum
+
+Key = tuple[int, ...]
+"""What tells an exchange from the others of its run; keys increase along the run."""
+
+
+class Entrance(enum.Enum):
+    """Whether a client that was dropped may come back with an exchange."""
+
+    CLOSED = "closed"
+    FREE = "free"
+    """It needs nothing: the exchange itself hands it what it goes on with."""
+    WITH_PART = "with part"
+    """It goes on with the model part that another client brings in this exchange."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeInfo:
+    """What membership has to know of an exchange."""
+
+    key: Key
+    step: int
+    clients: tuple[int, ...]
+    """Who takes part, unless dropped."""
+    entrance: Entrance = Entrance.CLOSED
+    donors: tuple[int, ...] = ()
+    """Those of `clients` whose next exchange is an entrance `WITH_PART`: its answer may ask one to bring its part."""
+
+
+# -- Events: what the clients do. ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A client has opened a session."""
+
+    client: int
+    session: int
+    instance: str
+    """Names the client's process: one that is started again has another."""
+    peer: str
+    """Its address, for people to read."""
+    generation: int = 0
+    """The generation in which the client knows where it is; 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SaidReady:
+    """A client has its data and can start."""
+
+    client: int
+    session: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Requested:
+    """A client's message of an exchange has come."""
+
+    client: int
+    session: int
+    generation: int
+    key: Key
+    brings_part: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BrokeProtocol:
+    """A client has sent what it may not."""
+
+    client: int
+    session: int
+    fault: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SaidGoodbye:
+    """A client has heard of the end and has all its answers."""
+
+    client: int
+    session: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A session has ended, whoever ended it."""
+
+    client: int
+    session: int
+
+
+# -- Events: what the caller does. ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TimePassed:
+    """Nothing happened; a deadline may have passed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """After `RestoreCheckpoint`: the server is as it was before step `step`."""
+
+    step: int
+    clients: tuple[int, ...] | None = None
+    """Who can go on from there by themselves; None for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """After `Advance`: the answers are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The next exchange of the run; comes after `Restored` and after `Computed`."""
+
+    exchange: ExchangeInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """Instead of `Opened`, where no exchange is left: the state is that after all `step` steps."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StopAsked:
+    """The run is to stop at the next opportunity."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The server cannot go on."""
+
+    reason: str
+
+
+Event = (
+    Joined
+    | SaidReady
+    | Requested
+    | BrokeProtocol
+    | SaidGoodbye
+    | Left
+    | TimePassed
+    | Restored
+    | Computed
+    | Opened
+    | Ended
+    | StopAsked
+    | Failed
+)

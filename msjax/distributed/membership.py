@@ -1,0 +1,203 @@
+"""Who takes part in a run, and what its server does next: a pure state machine.
+
+`transitions.transition(state, event, now)` returns the next state and the actions that follow from it (`events`,
+`actions`). There is no clock in here, no thread, no network and no payload. The caller hands in what happens, in order,
+carries the actions out, in order, and hands in `TimePassed` at `Membership.wake_at`. Its own work are two actions that
+events answer: `RestoreCheckpoint` with `Restored`, and `Advance` with `Computed`; after either, `Opened` names the next
+exchange, or `Ended` says that none is left.
+
+    GATHERING  --all ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
+                                   ^               |                '--- a client has lost its memory ---.
+                                   |               '--no exchange left-->  ENDING  -->  OVER             |
+                                   '---------------------------------------------------------------------'
+
+A reason to stop leads from every stage to OVER, from those in which the caller works once it has done so.
+
+A client is active or dropped. Exchanges wait for those that are active; the messages of one that is dropped never
+count. It comes back at an exchange that is an entrance, if it has shown since that it is alive.
+"""
+
+import dataclasses
+import enum
+from typing import Literal
+
+from msjax.distributed.events import ExchangeInfo, Key, Requested
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What the server does about clients that are late."""
+
+    deadline_seconds: float = 300.0
+    """How long an exchange waits for a client, from when the first of the others has come; the end for all to hear of
+    it; and a new session for its client to be ready."""
+    stragglers: Literal["wait", "drop", "stop"] = "wait"
+    """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
+    min_clients: int = 1
+    """drop: where fewer than these would be left, wait all the same."""
+
+    def __post_init__(self):
+        if not self.deadline_seconds > 0:
+            raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
+        if self.min_clients < 1:
+            raise ValueError(f"min_clients must be at least 1, got {self.min_clients}")
+        if self.stragglers not in ("wait", "drop", "stop"):
+            raise ValueError(f"stragglers must be wait, drop or stop, got {self.stragglers!r}")
+
+
+class Stage(enum.Enum):
+    GATHERING = "gathering"
+    """Until all clients are ready."""
+    RESTORING = "restoring"
+    """The caller makes the server's state; a new generation begins."""
+    COLLECTING = "collecting"
+    """Messages of an exchange are waited for."""
+    ADVANCING = "advancing"
+    """The caller answers an exchange, or opens the next."""
+    ENDING = "ending"
+    """All steps are done, and clients hear of it."""
+    OVER = "over"
+
+
+class Memory(enum.Enum):
+    """What a client must have kept to go on with the generation under way, should its session be lost."""
+
+    OF_CHECKPOINT = "of checkpoint"
+    """It has sent nothing yet: what it has on its disk will do."""
+    OF_NOTHING = "of nothing"
+    """It was let in at the open exchange and has sent nothing yet: it can be let in again."""
+    OF_ALL = "of all"
+    """It has sent something, and what follows from that is known to itself alone."""
+
+
+class Verdict(enum.Enum):
+    """What becomes of a client's message."""
+
+    NEW = "new"
+    REPEAT = "repeat"
+    """It has been answered: the answer was lost."""
+    SIGN_OF_LIFE = "sign of life"
+    """It does not count, but the client is there again."""
+    IGNORED = "ignored"
+    """A late copy, or of a generation or a session that is over."""
+    FAULT = "fault"
+    """A client may not send that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A connection of a client that is alive, as far as is known."""
+
+    name: int
+    instance: str
+    peer: str
+    generation: int
+    ready_by: float
+    ready: bool = False
+    admitted: bool = False
+    """Whether the client has been told, in this session and generation, where the run is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    session: Session | None = None
+    active: bool = True
+    alive: bool = False
+    """Of one that is not active: whether it has said something since it was dropped."""
+    memory: Memory = Memory.OF_CHECKPOINT
+    message: Key | None = None
+    """Of which exchange its message is that waits for an answer."""
+    brings_part: bool = False
+    answered: Key | None = None
+    goodbye: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return self.session is not None and self.session.ready
+
+    @property
+    def returning(self) -> bool:
+        """Whether it waits to be let in."""
+        return self.ready and not self.active and self.alive
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """The state of a run's membership; begin with `Membership.begin`."""
+
+    policy: Policy
+    clients: tuple[Client, ...]
+    generation: int
+    deadline: float | None
+    stage: Stage = Stage.GATHERING
+    step: int = 0
+    """Where the generation began; once the run has ended, its number of steps."""
+    exchange: ExchangeInfo | None = None
+    """The last that was opened in this generation."""
+    collected: tuple[int, ...] = ()
+    """Whose messages are being answered."""
+    donor: int | None = None
+    """Who was asked to bring its part to the next entrance."""
+    extended: bool = False
+    """Whether the deadline has been moved for those that were let in at this exchange."""
+    lost_memory: bool = False
+    stop: str | None = None
+
+    @classmethod
+    def begin(cls, policy: Policy, *, clients: int, generation: int, now: float) -> "Membership":
+        """Nobody has come yet.
+
+        Args:
+          generation: the first one, above 0, and unlike those of another process that served this run.
+
+        Raises:
+          ValueError: an argument is out of range.
+        """
+        if clients < 1:
+            raise ValueError(f"clients must be at least 1, got {clients}")
+        if generation < 1:
+            raise ValueError(f"generation must be at least 1, got {generation}")
+        return cls(policy, (Client(),) * clients, generation, now + policy.deadline_seconds)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        return tuple(c for c, client in enumerate(self.clients) if client.active)
+
+    @property
+    def sessions(self) -> tuple[int, ...]:
+        """The names of those that are alive."""
+        return tuple(client.session.name for client in self.clients if client.session is not None)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When `TimePassed` is due; None where nothing is waited for with a deadline."""
+        times = [c.session.ready_by for c in self.clients if c.session is not None and not c.session.ready]
+        return min(times + ([] if self.deadline is None else [self.deadline]), default=None)
+
+    def session_of(self, client: int, name: int) -> Session | None:
+        """The client's session, if it is still this one."""
+        session = self.clients[client].session
+        return session if session is not None and session.name == name else None
+
+    def verdict(self, request: Requested) -> Verdict:
+        """What `transition` will do with a message; asked before the caller decodes the payload."""
+        client, session = self.clients[request.client], self.session_of(request.client, request.session)
+        if session is None:
+            return Verdict.IGNORED
+        if self.stage is Stage.GATHERING:
+            return Verdict.FAULT
+        if not client.active and session.ready:
+            return Verdict.SIGN_OF_LIFE
+        if request.generation != self.generation or not session.admitted:
+            return Verdict.IGNORED
+        if request.key == client.answered:
+            return Verdict.REPEAT
+        # Older than what is under way: a duplicate of long ago. So is what is being answered.
+        known = [key for key in (client.answered, client.message) if key is not None]
+        if any(request.key < key for key in known) or self.stage not in (Stage.COLLECTING, Stage.ADVANCING):
+            return Verdict.IGNORED
+        if self.exchange is not None and (
+            request.key < self.exchange.key or (request.key == self.exchange.key and self.stage is Stage.ADVANCING)
+        ):
+            return Verdict.IGNORED
+        return Verdict.NEW

@@ -1,0 +1,340 @@
+"""How the membership of a run changes: `transition`, and nothing else."""
+
+import dataclasses
+
+from msjax.distributed import actions as do
+from msjax.distributed import events as ev
+from msjax.distributed.membership import Client, Membership, Memory, Session, Stage, Verdict
+
+
+def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membership, tuple[do.Action, ...]]:
+    """Returns the state after an event, and what the caller has to do, in order.
+
+    Raises:
+      ValueError: the caller's part of the run is out of order.
+    """
+    turn = _Transition(state, now)
+    turn.take(event)
+    turn.settle()
+    return turn.state, tuple(turn.actions)
+
+
+class _Transition:
+    """One transition under way: `take` notes what has happened, `settle` draws what follows from it and the time."""
+
+    def __init__(self, state: Membership, now: float):
+        self.state, self.now, self.actions = state, now, []
+
+    def _set(self, **changes):
+        self.state = dataclasses.replace(self.state, **changes)
+
+    def _set_client(self, client, **changes):
+        clients = list(self.state.clients)
+        clients[client] = dataclasses.replace(clients[client], **changes)
+        self._set(clients=tuple(clients))
+
+    def _set_session(self, client, **changes):
+        session = dataclasses.replace(self.state.clients[client].session, **changes)
+        self._set_client(client, session=session)
+
+    def _do(self, action):
+        self.actions.append(action)
+
+    def _later(self):
+        return self.now + self.state.policy.deadline_seconds
+
+    # -- What has happened. ----------------------------------------------------------------------------------------
+
+    def take(self, event):
+        if self.state.stage is Stage.OVER:
+            if isinstance(event, ev.Joined):  # a client that is late; another server may be there at its next try
+                self._do(do.CloseSession(event.session))
+            return
+        match event:
+            case ev.Joined():
+                self._join(event)
+            case ev.SaidReady(client, name):
+                self._ready(client, name)
+            case ev.Requested():
+                self._request(event)
+            case ev.BrokeProtocol(client, name, fault):
+                if self.state.session_of(client, name) is not None:
+                    self._close(client, fault)
+            case ev.SaidGoodbye(client, name):
+                self._goodbye(client, name)
+            case ev.Left(client, name):
+                if self.state.session_of(client, name) is not None:
+                    self._set_client(client, session=None)
+                    self._do(do.Inform(f"client {client} left"))
+            case ev.Restored(step, able):
+                self._expect(Stage.RESTORING)
+                self._restored(step, able)
+            case ev.Computed():
+                self._expect(Stage.ADVANCING)
+                self._answer()
+            case ev.Opened(exchange):
+                self._expect(Stage.ADVANCING)
+                self._open(exchange)
+            case ev.Ended(step):
+                self._expect(Stage.ADVANCING)
+                self._set(stage=Stage.ENDING, step=step, deadline=self._later())
+                for client, it in enumerate(self.state.clients):
+                    if it.ready:
+                        self._tell_end(client)
+            case ev.StopAsked(reason):
+                self._set(stop=self.state.stop or reason)
+            case ev.Failed(reason):
+                self._stop(reason)
+
+    def _expect(self, stage):
+        if self.state.stage is not stage:
+            raise ValueError(f"stage must be {stage.value} for this event, got {self.state.stage.value}")
+
+    def _join(self, event):
+        client, old = event.client, self.state.clients[event.client].session
+        if old is not None and old.instance != event.instance:
+            # Two processes that take themselves for the same client would undo each other's work, in turns.
+            taken = f"client_id must be of one process at a time, got {client}, which a process at {old.peer} has"
+            self._do(do.RefuseSession(event.session, taken))
+            self._do(do.Warn(f"turned {event.peer} away: {taken}"))
+            return
+        if old is not None:
+            self._do(do.CloseSession(old.name))
+        session = Session(event.session, event.instance, event.peer, event.generation, self._later())
+        self._set_client(client, session=session)
+        self._do(do.Inform(f"client {client} joined from {event.peer}"))
+        self._do(do.WelcomeClient(client, event.session))
+
+    def _ready(self, client, name):
+        session = self.state.session_of(client, name)
+        if session is None or session.ready:
+            return
+        self._set_session(client, ready=True)
+        if self.state.stage is Stage.ENDING:
+            self._tell_end(client)
+        elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):
+            self._admit(client)
+
+    def _admit(self, client):
+        it, state = self.state.clients[client], self.state
+        if not it.active:
+            self._set_client(client, alive=True)
+        elif it.memory is Memory.OF_CHECKPOINT or (
+            it.memory is Memory.OF_ALL and it.session.generation == state.generation
+        ):
+            # In the second case it stays where it is, and repeats its last message, if it had sent one.
+            self._start(client, state.step)
+        elif it.memory is Memory.OF_NOTHING and self._can_enter(client):
+            self._enter(client)
+        elif self._can_do_without(1):
+            self._drop(client, alive=True)
+        else:
+            # It was in the run and does not know where: all go back to the last checkpoint.
+            self._set(lost_memory=True)
+
+    def _request(self, event):
+        client = event.client
+        match self.state.verdict(event):
+            case Verdict.NEW:
+                it = {"memory": Memory.OF_ALL, "message": event.key, "brings_part": event.brings_part}
+                self._set_client(client, **it)
+            case Verdict.REPEAT:
+                self._do(do.ResendAnswer(client, event.session))
+                if self.state.stage is Stage.ENDING:
+                    self._tell_end(client)
+            case Verdict.SIGN_OF_LIFE:
+                self._set_client(client, alive=True)
+            case Verdict.FAULT:
+                self._close(client, "a request before the start")
+
+    def _goodbye(self, client, name):
+        if self.state.session_of(client, name) is None:
+            return
+        if self.state.stage is Stage.ENDING:
+            self._set_client(client, goodbye=True)
+            self._close(client)
+        else:
+            self._close(client, "a goodbye before the end")
+
+    def _restored(self, step, able):
+        if able is not None and not able:
+            raise ValueError("clients must be at least one, got none: nobody has the checkpoint")
+        clients = []
+        for c, client in enumerate(self.state.clients):
+            active = able is None or c in able
+            # A client that was let in after the checkpoint has to be let in again.
+            alive = client.ready and (client.active or client.alive)
+            clients.append(Client(session=client.session, active=active, alive=alive))
+        self._set(clients=tuple(clients), step=step, stage=Stage.ADVANCING, lost_memory=False)
+        for c, client in enumerate(clients):
+            if client.active and client.ready:
+                self._start(c, step)
+
+    def _answer(self):
+        for c in self.state.collected:
+            client = self.state.clients[c]
+            if client.active:
+                admitted = client.session is not None and client.session.admitted
+                self._set_client(c, message=None, brings_part=False, answered=self.state.exchange.key)
+                # One that has come back since asks again, once it has been told where the run is.
+                self._do(do.SendAnswer(c, client.session.name if admitted else None))
+        self._set(collected=())
+
+    def _open(self, exchange):
+        last = self.state.exchange
+        if self.state.collected or (last is not None and exchange.key <= last.key):
+            raise ValueError(f"key must be above that of the last exchange, answered, got {exchange.key}")
+        # The clock runs from the first message on: while none has come, it is not one that is late.
+        deadline = self._later() if len(exchange.clients) == 1 else None
+        self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=deadline, extended=False)
+
+    # -- What follows. ---------------------------------------------------------------------------------------------
+
+    def settle(self):
+        for c, client in enumerate(self.state.clients):
+            if client.session is not None and not client.session.ready and self.now >= client.session.ready_by:
+                # It keeps its client's place from others. One that loads its data for long comes again with it.
+                self._do(do.Warn(f"client {c} at {client.session.peer} was not ready in time: its session is closed"))
+                self._close(c)
+        match self.state.stage:
+            case Stage.GATHERING:
+                self._gather()
+            case Stage.COLLECTING if self.state.stop is not None:
+                self._stop(self.state.stop)
+            case Stage.COLLECTING if self.state.lost_memory:
+                self._restore(again=True)
+            case Stage.COLLECTING:
+                self._let_in()
+                self._collect()
+            case Stage.ENDING:
+                self._end()
+
+    def _gather(self):
+        missing = [c for c, client in enumerate(self.state.clients) if not client.ready]
+        if self.state.stop is not None:
+            self._stop(self.state.stop)
+        elif not missing:
+            self._restore(again=False)
+        elif self.now >= self.state.deadline:
+            self._do(do.Warn(f"training waits for clients {missing} to be ready"))
+            self._set(deadline=self._later())
+
+    def _restore(self, *, again):
+        state = self.state
+        for c, client in enumerate(state.clients):
+            if client.session is not None:
+                self._set_session(c, admitted=False)
+        generation = state.generation + again  # what was sent in the last one does not count in the next
+        self._set(stage=Stage.RESTORING, generation=generation, exchange=None, donor=None, deadline=None)
+        self._do(do.RestoreCheckpoint(again))
+
+    def _let_in(self):
+        exchange = self.state.exchange
+        for c in exchange.clients:
+            if self.state.clients[c].returning and self._can_enter(c):
+                self._set_client(c, active=True, message=None, answered=None)
+                self._do(do.Inform(f"client {c} comes back at step {exchange.step}"))
+                self._enter(c)
+                if not self.state.extended:  # it has as long as the others; but a client that flaps, not for ever
+                    self._set(extended=True, deadline=self._later())
+
+    def _can_enter(self, client):
+        state, exchange = self.state, self.state.exchange
+        if state.stage is not Stage.COLLECTING or client not in exchange.clients:
+            return False
+        if exchange.entrance is ev.Entrance.WITH_PART and state.donor is not None:
+            donor = state.clients[state.donor]
+            return donor.message == exchange.key and donor.brings_part
+        return exchange.entrance is ev.Entrance.FREE
+
+    def _enter(self, client):
+        exchange = self.state.exchange
+        part_from = self.state.donor if exchange.entrance is ev.Entrance.WITH_PART else None
+        self._set_client(client, memory=Memory.OF_NOTHING)
+        self._start(client, exchange.step, part_from)
+
+    def _collect(self):
+        state, exchange = self.state, self.state.exchange
+        expected = [c for c in exchange.clients if state.clients[c].active]
+        there = [c for c in expected if state.clients[c].message == exchange.key]
+        if len(there) == len(expected):
+            self._advance(there)
+            return
+        if state.deadline is None and any(client.message is not None for client in state.clients):
+            # Those whose turn is later wait as well.
+            self._set(deadline=self._later())
+        elif state.deadline is not None and self.now >= state.deadline:
+            self._late([c for c in expected if c not in there], there)
+
+    def _late(self, missing, there):
+        policy, step = self.state.policy, self.state.exchange.step
+        self._do(do.CountStragglers(len(missing)))
+        if policy.stragglers == "stop":
+            self._stop(f"clients {missing} did not answer within {policy.deadline_seconds} s")
+        elif self._can_do_without(len(missing)):
+            self._do(do.Warn(f"step {step} goes on without clients {missing}"))
+            for c in missing:
+                self._drop(c, alive=False)
+            self._advance(there)
+        else:
+            self._do(do.Warn(f"step {step} waits for clients {missing}"))
+            self._set(deadline=self._later())
+
+    def _can_do_without(self, count):
+        policy = self.state.policy
+        return policy.stragglers == "drop" and len(self.state.active) - count >= policy.min_clients
+
+    def _drop(self, client, *, alive):
+        self._set_client(client, active=False, alive=alive, message=None, brings_part=False, answered=None)
+        if self.state.donor == client:
+            self._set(donor=None)
+
+    def _advance(self, there):
+        state, exchange = self.state, self.state.exchange
+        donor = None if exchange.entrance is ev.Entrance.WITH_PART else state.donor
+        asked = None
+        if donor is None and any(client.returning for client in state.clients):
+            donor = asked = min(set(there) & set(exchange.donors), default=None)
+        self._set(stage=Stage.ADVANCING, collected=tuple(there), deadline=None, donor=donor)
+        self._do(do.Advance(exchange, tuple(there), asked))
+
+    def _end(self):
+        missing = [c for c in self.state.active if not self.state.clients[c].goodbye]
+        late = self.now >= self.state.deadline or self.state.stop is not None
+        if missing and not late:
+            return
+        if missing:
+            self._do(do.Warn(f"clients {missing} did not hear that training has ended"))
+        for name in self.state.sessions:
+            self._do(do.CloseSession(name))
+        self._over(do.Finish())
+
+    # -- Parts of both. --------------------------------------------------------------------------------------------
+
+    def _start(self, client, step, part_from=None):
+        self._set_session(client, admitted=True)
+        self._do(do.StartClient(client, self.state.clients[client].session.name, step, part_from))
+
+    def _tell_end(self, client):
+        """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
+        it = self.state.clients[client]
+        if it.active and not (it.session.admitted or it.session.generation == self.state.generation):
+            # It does not know where it is, but may have a checkpoint of the end.
+            self._start(client, self.state.step)
+        self._set_session(client, admitted=True)
+        self._do(do.TellEnd(client, it.session.name, dropped=not it.active))
+
+    def _close(self, client, fault=""):
+        self._do(do.CloseSession(self.state.clients[client].session.name, fault))
+        self._set_client(client, session=None)
+
+    def _stop(self, reason):
+        for name in self.state.sessions:
+            self._do(do.TellFailure(name, reason))
+            self._do(do.CloseSession(name))
+        self._over(do.StopRun(reason))
+
+    def _over(self, last):
+        clients = tuple(dataclasses.replace(client, session=None) for client in self.state.clients)
+        self._set(stage=Stage.OVER, clients=clients, deadline=None)
+        self._do(last)

@@ -1,0 +1,140 @@
+"""A run as its membership sees it, for tests: a script of exchanges, and a caller that does the server's work."""
+
+from msjax.distributed import actions as do
+from msjax.distributed import events as ev
+from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.membership import Membership, Policy, Stage
+from msjax.distributed.transitions import transition
+
+TAKE, FEATURES, AVERAGE, GIVE, TEST = range(1, 6)
+
+
+def script(kind, clients, steps):
+    """The exchanges of a run: `parallel` with a test by the first two clients after odd steps, or in `turns`."""
+    everyone, out = tuple(range(clients)), []
+    for step in range(steps):
+        if kind == "turns":
+            turn = (step % clients,)
+            out.append(ExchangeInfo((step, TAKE), step, turn, Entrance.FREE))
+            out += [ExchangeInfo((step, phase), step, turn) for phase in (FEATURES, GIVE)]
+            continue
+        tests = step % 2 == 1
+        donors = () if step == steps - 1 else everyone
+        out.append(ExchangeInfo((step, FEATURES), step, everyone, Entrance.WITH_PART))
+        out.append(ExchangeInfo((step, AVERAGE), step, everyone, donors=donors[2:] if tests else donors))
+        if tests:
+            out.append(ExchangeInfo((step, TEST), step, everyone[:2], donors=donors[:2]))
+    return out
+
+
+class Run:
+    """Events in, actions out; every method returns the actions that followed.
+
+    Args:
+      works: whether the server's work is done as soon as it is asked for.
+      policy: the fields of the policy; deadlines are of 10 seconds.
+    """
+
+    def __init__(self, kind="parallel", clients=3, steps=4, *, works=True, checkpoint=(0, None), **policy):
+        self.exchanges, self.steps = script(kind, clients, steps), steps
+        self.policy = Policy(**{"deadline_seconds": 10.0, **policy})
+        self.now, self.works, self.checkpoint = 0.0, works, checkpoint
+        self.state = Membership.begin(self.policy, clients=clients, generation=7, now=self.now)
+        self.log, self.todo, self.names = [], [], 0
+
+    @property
+    def stage(self) -> Stage:
+        return self.state.stage
+
+    @property
+    def everyone(self):
+        return range(len(self.state.clients))
+
+    def say(self, event):
+        self.state, actions = transition(self.state, event, self.now)
+        self.log += actions
+        self.todo += [a for a in actions if isinstance(a, do.RestoreCheckpoint | do.Advance)]
+        said = list(actions)
+        while self.works and self.todo:
+            said += self.work()
+        return said
+
+    def work(self):
+        """Does what the server has to do next."""
+        works, self.works = self.works, False
+        match self.todo.pop(0):
+            case do.RestoreCheckpoint():
+                step, clients = self.checkpoint
+                said = self.say(ev.Restored(step, clients))
+                said += self._open(next((e for e in self.exchanges if e.step == step), None))
+            case do.Advance(exchange):
+                said = self.say(ev.Computed())
+                at = self.exchanges.index(exchange) + 1
+                said += self._open(self.exchanges[at] if at < len(self.exchanges) else None)
+        self.works = works
+        return said
+
+    def _open(self, exchange):
+        return self.say(ev.Ended(self.steps) if exchange is None else ev.Opened(exchange))
+
+    def session(self, client):
+        return self.state.clients[client].session
+
+    def join(self, client, instance="", generation=0):
+        self.names += 1
+        return self.say(ev.Joined(client, self.names, instance or f"process {client}", f"host {client}", generation))
+
+    def ready(self, client):
+        return self.say(ev.SaidReady(client, self.session(client).name))
+
+    def come(self, client, **fields):
+        return self.join(client, **fields) + self.ready(client)
+
+    def reconnect(self, client):
+        """With its memory."""
+        return self.come(client, generation=self.state.generation)
+
+    def crash(self, client):
+        """The process of a client dies, and is there again with no memory."""
+        said = self.leave(client)
+        return said + self.come(client, instance=f"another of {client}, {self.names}")
+
+    def leave(self, client):
+        return self.say(ev.Left(client, self.session(client).name))
+
+    def send(self, *clients, key=None, part=False, generation=None):
+        """The messages of these clients for the open exchange, or that of `key`."""
+        said = []
+        for client in clients:
+            fields = generation or self.state.generation, key or self.state.exchange.key, part
+            said += self.say(ev.Requested(client, self.session(client).name, *fields))
+        return said
+
+    def goodbye(self, client):
+        return self.say(ev.SaidGoodbye(client, self.session(client).name))
+
+    def wait(self, seconds):
+        self.now += seconds
+        return self.say(ev.TimePassed())
+
+    def begin(self):
+        """All come and are ready."""
+        for client in self.everyone:
+            self.come(client)
+        return self
+
+    def go_to(self, key):
+        """Everyone active does its part until the exchange of `key` is open."""
+        while self.state.exchange.key != key:
+            self.send(*[c for c in self.state.exchange.clients if self.state.clients[c].active])
+        return self
+
+    def go_to_end(self):
+        while self.stage is Stage.COLLECTING:
+            self.send(*[c for c in self.state.exchange.clients if self.state.clients[c].active])
+        return self
+
+
+def of(actions, *kinds):
+    """Those actions that are of these kinds."""
+    return [a for a in actions if isinstance(a, kinds)]

@@ -1,0 +1,611 @@
+"""Membership by examples: each corner that a fault, or a deployer, has found."""
+
+import pytest
+
+from msjax.distributed import actions as do
+from msjax.distributed import events as ev
+from msjax.distributed.events import ExchangeInfo
+from msjax.distributed.membership import Membership, Policy, Stage
+
+from .membership_run import AVERAGE, FEATURES, TAKE, TEST, Run, of
+
+# -- The beginning. ------------------------------------------------------------------------------------------------
+
+
+def test_training_begins_when_all_clients_are_ready():
+    run = Run(works=False)
+    assert of(run.join(0), do.WelcomeClient) == [do.WelcomeClient(0, 1)]
+    run.ready(0), run.come(1), run.join(2)
+    assert run.stage is Stage.GATHERING
+    assert run.ready(2) == [do.RestoreCheckpoint(again=False)]
+    assert of(run.work(), do.StartClient) == [do.StartClient(c, c + 1, 0) for c in range(3)]
+    assert run.stage is Stage.COLLECTING and run.state.generation == 7
+
+
+def test_a_client_that_leaves_before_the_start_is_waited_for():
+    run = Run()
+    run.come(0), run.come(1), run.leave(1), run.come(2)
+    assert run.stage is Stage.GATHERING
+    run.come(1)
+    assert run.stage is Stage.COLLECTING
+
+
+def test_who_is_not_ready_is_said_after_every_deadline():
+    run = Run()
+    run.come(1)
+    for _ in range(2):
+        assert not of(run.wait(9.0), do.Warn)
+        assert of(run.wait(1.0), do.Warn) == [do.Warn("training waits for clients [0, 2] to be ready")]
+    assert run.stage is Stage.GATHERING
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_session_that_is_never_ready_is_closed_after_the_deadline_and_its_place_is_free(begun):
+    """One that loads its data for long finds that out, connects again, and is ready at once."""
+    run = Run()
+    if begun:
+        run.begin().leave(0)
+    run.join(0, instance="hangs")
+    name = run.session(0).name
+    assert run.state.wake_at == 10.0
+    assert do.CloseSession(name) in run.wait(10.0)
+    assert run.session(0) is None
+    assert of(run.join(0, instance="another"), do.WelcomeClient)
+
+
+def test_a_client_that_has_not_heard_of_the_start_is_told_again_and_nobody_goes_back():
+    run = Run().begin()
+    run.leave(0)
+    assert of(run.come(0), do.StartClient, do.RestoreCheckpoint) == [do.StartClient(0, 4, 0)]
+
+
+def test_ready_said_twice_is_heard_once():
+    run = Run().begin()
+    assert run.ready(0) == []
+
+
+def test_those_who_cannot_go_on_from_the_checkpoint_are_let_in_like_dropped_ones():
+    """A server that was started again from a checkpoint of when client 2 was away."""
+    run = Run(checkpoint=(2, (0, 1))).begin()
+    assert of(run.log, do.StartClient) == [do.StartClient(0, 1, 2), do.StartClient(1, 2, 2)]
+    assert run.state.active == (0, 1)
+    assert of(run.go_to((2, AVERAGE)).send(0, 1), do.StartClient) == []
+    assert of(run.log, do.Advance)[-1].asks_part_of == 0
+    assert do.StartClient(2, 3, 3, part_from=0) in run.send(0, part=True)
+
+
+# -- Exchanges. ----------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_is_advanced_when_the_last_message_is_in():
+    run = Run(works=False).begin()
+    run.work()
+    first = run.state.exchange
+    assert run.send(2, 0) == []
+    assert run.send(1) == [do.Advance(first, (0, 1, 2), None)]
+    assert of(run.work(), do.SendAnswer) == [do.SendAnswer(c, c + 1) for c in range(3)]
+    assert run.state.exchange.key == (0, AVERAGE)
+
+
+def test_a_message_that_comes_before_its_exchange_is_kept():
+    run = Run("turns").begin()
+    assert run.send(1, key=(1, TAKE)) == []
+    run.go_to((0, AVERAGE + 1))
+    assert [a.exchange.key for a in of(run.send(0), do.Advance)] == [(0, AVERAGE + 1), (1, TAKE)]
+
+
+def test_a_message_of_a_client_that_has_left_counts():
+    run = Run().begin()
+    run.send(0)
+    run.leave(0)
+    said = run.send(1, 2)
+    assert of(said, do.Advance)[0].clients == (0, 1, 2)
+    assert do.SendAnswer(0, None) in said  # it is kept for it
+    run.reconnect(0)
+    assert run.send(0, key=(0, FEATURES)) == [do.ResendAnswer(0, 4)]
+
+
+def test_the_caller_cannot_take_exchanges_out_of_order():
+    run = Run(works=False).begin()
+    with pytest.raises(ValueError, match="stage must be advancing for this event, got restoring"):
+        run.say(ev.Computed())
+    with pytest.raises(ValueError, match="at least one, got none"):
+        run.say(ev.Restored(2, ()))
+    run.work()
+    run.send(0, 1, 2)
+    with pytest.raises(ValueError, match=r"above that of the last exchange, answered, got \(0, 3\)"):
+        run.say(ev.Opened(run.exchanges[1]))
+    run.say(ev.Computed())
+    with pytest.raises(ValueError, match=r"above that of the last exchange, answered, got \(0, 2\)"):
+        run.say(ev.Opened(run.exchanges[0]))
+
+
+# -- Repeats and late copies. --------------------------------------------------------------------------------------
+
+
+def test_what_was_answered_is_answered_again_and_what_is_older_is_ignored():
+    run = Run().begin()
+    run.send(0, 1, 2)
+    assert run.send(0, key=(0, FEATURES)) == [do.ResendAnswer(0, 1)]
+    run.send(0, 1, 2)
+    assert run.send(0, key=(0, FEATURES)) == []
+    assert run.send(0, key=(0, AVERAGE)) == [do.ResendAnswer(0, 1)]
+
+
+def test_an_old_copy_does_not_undo_the_message_that_waits():
+    run = Run().begin().go_to((1, FEATURES))
+    run.send(0)
+    run.send(0, key=(0, FEATURES)), run.send(0, key=(0, AVERAGE))
+    assert run.state.clients[0].message == (1, FEATURES)
+
+
+def test_a_repeat_while_its_answer_is_computed_is_ignored():
+    run = Run(works=False).begin()
+    run.work()
+    run.send(0, 1, 2)
+    assert run.send(0) == []
+    assert of(run.work(), do.SendAnswer, do.ResendAnswer) == [do.SendAnswer(c, c + 1) for c in range(3)]
+    assert run.state.clients[0].message is None
+
+
+def test_messages_of_an_older_session_or_before_the_start_message_are_ignored():
+    run = Run().begin()
+    run.join(0, generation=7)
+    assert run.say(ev.Requested(0, 1, 7, (0, FEATURES))) == []
+    assert run.send(0) == []  # not ready yet
+    run.send(1, 2)
+    assert run.state.exchange.key == (0, FEATURES)
+
+
+def test_an_answer_is_not_sent_before_the_client_knows_where_the_run_is():
+    run = Run().begin()
+    run.send(0, 1)
+    run.join(0, generation=7)
+    assert do.SendAnswer(0, None) in run.send(2)
+
+
+# -- Connections. --------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_has_kept_its_memory_stays_where_it_is():
+    run = Run().begin().go_to((2, AVERAGE))
+    run.leave(1)
+    assert of(run.reconnect(1), do.StartClient, do.RestoreCheckpoint) == [do.StartClient(1, 4, 0)]
+
+
+def test_a_client_without_memory_takes_all_back_to_the_checkpoint_in_a_new_generation():
+    run = Run().begin().go_to((2, AVERAGE))
+    run.checkpoint = (2, None)
+    run.send(0)
+    said = run.crash(1)
+    assert of(said, do.RestoreCheckpoint) == [do.RestoreCheckpoint(again=True)]
+    assert [a.step for a in of(said, do.StartClient)] == [2, 2, 2]
+    assert run.state.generation == 8 and run.state.exchange.key == (2, FEATURES)
+    assert run.send(0, generation=7) == [] and run.state.clients[0].message is None
+    assert of(run.send(0, 1, 2), do.Advance)[0].exchange.key == (2, FEATURES)
+
+
+def test_one_that_was_away_when_all_went_back_is_told_when_it_comes():
+    run = Run().begin().go_to((1, FEATURES))
+    run.leave(0)
+    run.crash(1)
+    assert of(run.come(0, generation=7), do.StartClient) == [do.StartClient(0, 5, 0)]
+
+
+def test_memory_that_is_lost_while_an_answer_is_computed_takes_all_back_after_it():
+    run = Run(works=False).begin()
+    run.work()
+    run.send(0, 1, 2)
+    assert not of(run.crash(1), do.RestoreCheckpoint)
+    assert of(run.work(), do.RestoreCheckpoint)
+
+
+def test_of_two_live_processes_with_one_client_id_the_second_is_refused():
+    run = Run().begin()
+    said = run.join(1, instance="another process")
+    assert of(said, do.RefuseSession) == [
+        do.RefuseSession(4, "client_id must be of one process at a time, got 1, which a process at host 1 has")
+    ]
+    assert run.session(1).name == 2
+    run.say(ev.Left(1, 4))  # of the refused one: not of the first
+    run.say(ev.Requested(1, 4, 7, (0, FEATURES)))
+    assert run.session(1).name == 2 and run.state.clients[1].message is None
+
+
+def test_a_process_replaces_its_own_older_session():
+    run = Run().begin()
+    said = run.join(1)
+    assert do.CloseSession(2) in said and do.WelcomeClient(1, 4) in said
+    run.say(ev.Left(1, 2))
+    assert run.session(1).name == 4
+
+
+def test_a_new_process_takes_over_once_the_first_is_known_to_be_dead():
+    run = Run().begin().go_to((1, FEATURES))
+    assert of(run.join(1, instance="new"), do.RefuseSession)
+    run.leave(1)
+    assert of(run.join(1, instance="new"), do.WelcomeClient)
+    assert of(run.ready(1), do.RestoreCheckpoint)
+
+
+def test_who_breaks_the_protocol_is_turned_away_alone():
+    run = Run()
+    run.come(0), run.come(1)
+    assert run.say(ev.Requested(0, 1, 7, (0, FEATURES))) == [do.CloseSession(1, "a request before the start")]
+    assert run.goodbye(1) == [do.CloseSession(2, "a goodbye before the end")]
+    run.begin()
+    assert run.say(ev.BrokeProtocol(0, run.session(0).name, "no such exchange"))[0].fault == "no such exchange"
+    assert run.stage is Stage.COLLECTING
+
+
+# -- Deadlines. ----------------------------------------------------------------------------------------------------
+
+
+def test_the_clock_of_an_exchange_runs_from_its_first_message():
+    run = Run(stragglers="stop").begin()
+    assert run.state.wake_at is None
+    run.wait(100.0)
+    run.send(0)
+    assert run.state.wake_at == 110.0
+    assert not of(run.wait(9.9), do.StopRun)
+    assert of(run.wait(0.1), do.StopRun) == [do.StopRun("clients [1, 2] did not answer within 10.0 s")]
+
+
+def test_the_clock_of_an_exchange_of_one_client_runs_from_its_beginning():
+    run = Run("turns", stragglers="stop").begin()
+    assert of(run.wait(10.0), do.StopRun)
+
+
+def test_the_clock_runs_for_those_who_wait_for_a_later_exchange():
+    """A test by clients 0 and 1, which are both gone: client 2 has sent its features of the next step."""
+    run = Run(stragglers="drop").begin().go_to((1, TEST))
+    assert run.state.wake_at is None
+    run.send(2, key=(2, FEATURES))
+    said = run.wait(10.0)
+    assert [(a.exchange.key, a.clients) for a in of(said, do.Advance)] == [((1, TEST), ()), ((2, FEATURES), (2,))]
+
+
+def test_wait_says_who_is_late_after_every_deadline():
+    run = Run(stragglers="wait").begin()
+    run.send(0)
+    for _ in range(2):
+        assert run.wait(10.0) == [do.CountStragglers(2), do.Warn("step 0 waits for clients [1, 2]")]
+    assert of(run.send(1, 2), do.Advance)[0].clients == (0, 1, 2)
+
+
+def test_stop_tells_everyone():
+    run = Run(stragglers="stop").begin()
+    run.send(0, 1)
+    said = run.wait(10.0)
+    assert {a.session for a in of(said, do.TellFailure)} == {1, 2, 3}
+    assert said[-1] == do.StopRun("clients [2] did not answer within 10.0 s") and run.stage is Stage.OVER
+
+
+def test_drop_goes_on_without_the_late():
+    run = Run(stragglers="drop").begin()
+    run.send(0, 1)
+    said = run.wait(10.0)
+    assert said[0] == do.CountStragglers(1) and of(said, do.Advance)[0].clients == (0, 1)
+    assert run.state.active == (0, 1)
+    assert of(run.send(0, 1), do.Advance)[0].clients == (0, 1)
+
+
+@pytest.mark.parametrize(("min_clients", "dropped"), [(1, True), (2, True), (3, False)])
+def test_min_clients_is_how_few_may_be_left_behind_a_deadline(min_clients, dropped):
+    """Two of three are left: as many as `min_clients` are enough."""
+    run = Run(stragglers="drop", min_clients=min_clients).begin()
+    run.send(0, 1)
+    assert bool(of(run.wait(10.0), do.Advance)) == dropped
+    assert run.state.active == ((0, 1) if dropped else (0, 1, 2))
+
+
+@pytest.mark.parametrize(("min_clients", "dropped"), [(1, True), (2, True), (3, False)])
+def test_min_clients_is_how_few_may_be_left_by_one_that_lost_its_memory(min_clients, dropped):
+    run = Run(stragglers="drop", min_clients=min_clients).begin().go_to((1, FEATURES))
+    assert bool(of(run.crash(2), do.RestoreCheckpoint)) != dropped
+    assert run.state.active == ((0, 1) if dropped else (0, 1, 2))
+
+
+def test_min_clients_counts_those_whose_turn_it_is_not():
+    run = Run(stragglers="drop", min_clients=3).begin().go_to((1, TEST))
+    run.send(0)
+    run.wait(10.0)
+    assert run.state.active == (0, 1, 2)
+    run = Run("turns", stragglers="drop", min_clients=2).begin()
+    run.wait(10.0)
+    assert run.state.active == (1, 2)
+    run.wait(10.0)
+    assert run.state.active == (1, 2)
+
+
+def test_exchanges_of_dropped_clients_alone_are_passed_over():
+    run = Run("turns", stragglers="drop").begin()
+    said = run.wait(10.0)
+    assert [(a.exchange.key[1], a.clients) for a in of(said, do.Advance)] == [(TAKE, ()), (FEATURES, ()), (4, ())]
+    assert run.state.exchange.key == (1, TAKE)
+
+
+# -- Coming back. --------------------------------------------------------------------------------------------------
+
+
+def dropped(key, *, client=2, kind="parallel", **policy):
+    """A run that has gone on without a client at the exchange of `key`."""
+    run = Run(kind, stragglers="drop", steps=8, **policy).begin().go_to(key)
+    run.send(*[c for c in run.state.exchange.clients if c != client])
+    run.wait(10.0)
+    assert client not in run.state.active
+    return run
+
+
+def test_a_dropped_client_comes_back_with_the_part_that_another_brings():
+    run = dropped((0, FEATURES))
+    assert run.send(2, key=(0, FEATURES)) == []  # late, and alive
+    assert of(run.send(0, 1), do.Advance)[0].asks_part_of == 0
+    said = run.send(1)
+    assert not of(said, do.StartClient)
+    assert do.StartClient(2, 3, 1, part_from=0) in run.send(0, part=True)
+    assert run.state.exchange.key == (1, FEATURES)  # it is waited for
+    assert of(run.send(2), do.Advance)[0].clients == (0, 1, 2)
+
+
+def test_after_a_test_the_part_comes_with_the_features_and_not_before():
+    """Who takes part in the test is asked by its answer, who does not by that of the average."""
+    run = dropped((1, FEATURES), client=0)
+    run.send(0)
+    asked = of(run.send(1, 2), do.Advance)[0]
+    assert asked.exchange.key == (1, AVERAGE) and asked.asks_part_of == 2
+    run = dropped((1, AVERAGE))
+    run.send(2)
+    asked = of(run.send(0, 1), do.Advance)[0]
+    assert asked.exchange.key == (1, TEST) and asked.asks_part_of == 0
+
+
+def test_a_dropped_client_that_says_nothing_is_not_let_in():
+    """Its line is open, but nothing comes: to wait for it once more would take a deadline in every other step."""
+    run = dropped((0, FEATURES)).go_to((4, FEATURES))
+    assert all(a.asks_part_of is None for a in of(run.log, do.Advance))
+    run.leave(2)
+    run.reconnect(2)
+    run.send(0, 1), run.send(0, 1)
+    assert of(run.log, do.Advance)[-1].asks_part_of == 0
+
+
+def test_the_messages_of_a_dropped_client_do_not_count():
+    run = dropped((0, FEATURES))
+    run.send(2, key=(0, AVERAGE)), run.send(2, key=(0, FEATURES))
+    assert run.state.clients[2].message is None
+    assert of(run.send(0, 1), do.Advance)[0].clients == (0, 1)
+
+
+def test_one_that_lost_its_memory_comes_back_like_a_dropped_one_where_enough_are_left():
+    run = Run(stragglers="drop").begin().go_to((1, FEATURES))
+    run.send(0, 2)
+    said = run.crash(2)
+    assert not of(said, do.RestoreCheckpoint, do.StartClient)
+    assert of(run.send(1), do.Advance)[0].clients == (0, 1)
+
+
+def test_a_message_that_the_lost_client_alone_held_up_advances():
+    run = Run(stragglers="drop").begin()
+    run.send(0, 1, 2)
+    run.send(0, 1)
+    assert of(run.crash(2), do.Advance)[0].clients == (0, 1)
+
+
+def test_the_donor_dies_and_another_is_asked():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    assert run.state.donor == 0
+    run.crash(0)
+    run.go_to((1, TEST))
+    assert of(run.send(1), do.Advance)[0].asks_part_of == 1
+    said = run.send(1, part=True)
+    assert [(a.client, a.part_from) for a in of(said, do.StartClient)] == [(0, 1), (2, 1)]
+
+
+def test_a_donor_that_brings_nothing_is_asked_anew():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    assert not of(run.send(0, 1), do.StartClient)
+    run.go_to((1, TEST))
+    assert of(run.send(0, 1), do.Advance)[0].asks_part_of == 0
+
+
+def test_who_has_gone_again_is_not_let_in_and_not_waited_for():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    run.leave(2)
+    assert of(run.send(1), do.StartClient) == []
+    assert of(run.send(0, part=True), do.Advance)[0].clients == (0, 1)
+
+
+def test_one_that_has_joined_but_is_not_ready_is_not_let_in():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    run.join(2, generation=7)
+    assert of(run.send(0, part=True), do.StartClient) == []
+    assert do.StartClient(2, 4, 1, part_from=0) in run.ready(2)  # the exchange is still open
+
+
+def test_one_that_is_let_in_has_as_long_as_the_others_had_but_only_once():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    run.send(1)
+    run.wait(9.0)
+    run.send(0, part=True)
+    assert run.state.wake_at == run.now + 10.0
+    run.wait(9.0)
+    run.crash(2)
+    assert run.state.wake_at == run.now + 1.0
+    assert of(run.wait(1.0), do.Advance)[0].clients == (0, 1)
+
+
+def test_one_that_was_let_in_and_did_not_hear_of_it_is_let_in_again():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    run.send(0, part=True)
+    run.leave(2)
+    assert do.StartClient(2, 4, 1, part_from=0) in run.reconnect(2)
+    assert do.StartClient(2, 5, 1, part_from=0) in run.crash(2)
+    run.send(1, 2)  # now it must know itself where it is
+    assert not of(run.crash(2), do.StartClient)
+
+
+def test_a_late_copy_from_before_it_was_dropped_does_not_count_after_it_is_let_in():
+    run = dropped((0, FEATURES))
+    run.send(2)
+    run.send(0, 1)
+    run.send(0, part=True)
+    run.send(2, key=(0, FEATURES))
+    assert run.state.clients[2].message is None
+    run.send(2), run.send(2, key=(0, FEATURES))
+    assert run.state.clients[2].message == (1, FEATURES)
+
+
+def test_in_turns_a_dropped_client_comes_back_when_its_own_begins():
+    run = dropped((0, FEATURES), client=0, kind="turns")
+    run.send(0, key=(0, FEATURES))
+    said = []
+    while run.state.exchange.key != (3, TAKE):
+        said += run.send(*run.state.exchange.clients)
+    assert of(said, do.StartClient) == [do.StartClient(0, 1, 3)]
+    assert of(run.send(0), do.Advance)[0].clients == (0,)
+
+
+def test_a_client_that_was_let_in_after_the_checkpoint_is_let_in_again_after_going_back():
+    """It has no checkpoint of that step."""
+    run = dropped((0, FEATURES), min_clients=3, clients=4)
+    run.checkpoint = (1, (0, 1, 3))
+    run.send(2)
+    run.send(0, 1, 3)
+    run.send(0, part=True), run.send(1, 2, 3)
+    assert run.state.active == (0, 1, 2, 3)
+    run.crash(1)  # four are more than enough
+    said = run.crash(3)
+    assert [(a.client, a.step) for a in of(said, do.StartClient)] == [(0, 1), (1, 1), (3, 1)]
+    run.send(0, 1, 3)
+    assert of(run.send(0, 1, 3), do.Advance)[0].asks_part_of == 3
+
+
+# -- The end. ------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_is_over_when_all_have_said_goodbye():
+    run = Run().begin().go_to_end()
+    assert of(run.log, do.TellEnd) == [do.TellEnd(c, c + 1, dropped=False) for c in range(3)]
+    assert run.goodbye(0) == [do.CloseSession(1)]
+    run.goodbye(1)
+    assert run.goodbye(2)[-1] == do.Finish() and run.stage is Stage.OVER
+
+
+def test_goodbyes_are_waited_for_as_long_as_the_deadline():
+    run = Run().begin().go_to_end()
+    run.goodbye(0)
+    assert run.state.wake_at == 10.0
+    said = run.wait(10.0)
+    assert do.Warn("clients [1, 2] did not hear that training has ended") in said
+    assert of(said, do.CloseSession) == [do.CloseSession(2), do.CloseSession(3)] and said[-1] == do.Finish()
+
+
+def test_one_whose_last_answer_was_lost_asks_again_and_hears_of_the_end_again():
+    run = Run().begin().go_to_end()
+    run.leave(0)
+    assert of(run.reconnect(0), do.StartClient, do.TellEnd) == [do.TellEnd(0, 4, dropped=False)]
+    last = run.exchanges[-1].key
+    assert run.send(0, key=last) == [do.ResendAnswer(0, 4), do.TellEnd(0, 4, dropped=False)]
+
+
+def test_one_without_memory_may_have_a_checkpoint_of_the_end():
+    run = Run().begin().go_to_end()
+    assert of(run.crash(0), do.StartClient, do.TellEnd) == [do.StartClient(0, 4, 4), do.TellEnd(0, 4, dropped=False)]
+
+
+def test_a_client_that_was_dropped_and_not_let_in_is_told_so_and_not_waited_for():
+    run = Run(stragglers="drop").begin().go_to((3, AVERAGE))
+    run.send(0, 1)
+    run.wait(10.0)
+    run.go_to_end()
+    assert do.TellEnd(2, 3, dropped=True) in run.log
+    run.goodbye(0)
+    assert run.goodbye(1)[-1] == do.Finish()
+
+
+def test_one_that_comes_after_the_end_finds_a_closed_door():
+    run = Run().begin().go_to_end()
+    for client in run.everyone:
+        run.goodbye(client)
+    assert run.join(0) == [do.CloseSession(4)]
+    assert run.say(ev.Left(0, 4)) == [] and run.state.wake_at is None
+
+
+def test_a_run_that_is_at_its_end_already_tells_those_who_come():
+    run = Run(checkpoint=(4, None)).begin()
+    assert run.stage is Stage.ENDING and len(of(run.log, do.TellEnd)) == 3
+
+
+# -- Stops. --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_is_heeded_at_the_next_opportunity():
+    run = Run()
+    run.join(0)
+    assert run.say(ev.StopAsked("enough")) == [
+        do.TellFailure(1, "enough"),
+        do.CloseSession(1),
+        do.StopRun("enough"),
+    ]
+    run = Run(works=False).begin()
+    assert run.say(ev.StopAsked("enough")) == []
+    assert of(run.work(), do.StopRun)
+    run = Run(works=False).begin()
+    run.work()
+    run.send(0, 1, 2)
+    assert run.say(ev.StopAsked("enough")) == [] == run.say(ev.StopAsked("more"))
+    said = run.work()
+    assert of(said, do.SendAnswer) and said[-1] == do.StopRun("enough")
+
+
+def test_a_stop_at_the_end_waits_for_nobody():
+    run = Run().begin().go_to_end()
+    assert run.say(ev.StopAsked("enough"))[-1] == do.Finish()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_all_hear_of_a_server_that_fails(works):
+    run = Run(works=works).begin()
+    run.join(0)
+    said = run.say(ev.Failed("a shape that does not fit"))
+    assert len(of(said, do.TellFailure)) == 3 and said[-1] == do.StopRun("a shape that does not fit")
+
+
+# -- Arguments. ----------------------------------------------------------------------------------------------------
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(ValueError, match="deadline_seconds must be above 0, got 0"):
+        Policy(deadline_seconds=0)
+    with pytest.raises(ValueError, match="min_clients must be at least 1, got 0"):
+        Policy(min_clients=0)
+    with pytest.raises(ValueError, match="clients must be at least 1, got 0"):
+        Membership.begin(Policy(), clients=0, generation=1, now=0.0)
+    with pytest.raises(ValueError, match="generation must be at least 1, got 0"):
+        Membership.begin(Policy(), clients=1, generation=0, now=0.0)
+
+
+def test_stragglers_must_be_known(unchecked):
+    with pytest.raises(ValueError, match="stragglers must be wait, drop or stop, got 'kick'"):
+        Policy(stragglers="kick")
+
+
+def test_states_are_values():
+    """An equal state is the same state: it can be kept, compared and replayed."""
+    run, again = Run().begin(), Run().begin()
+    run.send(0), again.send(0)
+    assert run.state == again.state and hash(run.state) == hash(again.state)
+    assert ExchangeInfo((0, 1), 0, (0,)) == ExchangeInfo((0, 1), 0, (0,))
