@@ -80,6 +80,9 @@ class Run:
     def session(self, client):
         return self.state.clients[client].session
 
+    def session_is_not(self, client, name):
+        return self.state.session_of(client, name) is None
+
     def join(self, client, instance="", generation=0):
         self.names += 1
         return self.say(ev.Joined(client, self.names, instance or f"process {client}", f"host {client}", generation))

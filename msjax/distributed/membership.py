@@ -192,12 +192,9 @@ class Membership:
             return Verdict.IGNORED
         if request.key == client.answered:
             return Verdict.REPEAT
-        # Older than what is under way: a duplicate of long ago. So is what is being answered.
-        known = [key for key in (client.answered, client.message) if key is not None]
-        if any(request.key < key for key in known) or self.stage not in (Stage.COLLECTING, Stage.ADVANCING):
+        if self.stage not in (Stage.COLLECTING, Stage.ADVANCING):
             return Verdict.IGNORED
-        if self.exchange is not None and (
-            request.key < self.exchange.key or (request.key == self.exchange.key and self.stage is Stage.ADVANCING)
-        ):
-            return Verdict.IGNORED
+        open_key = () if self.exchange is None else self.exchange.key
+        if request.key < open_key or (request.key == open_key and self.stage is Stage.ADVANCING):
+            return Verdict.IGNORED  # a duplicate of long ago, or of what is being answered
         return Verdict.NEW
