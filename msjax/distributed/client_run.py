@@ -1,0 +1,131 @@
+"""What a client itself does in a run: its part of the network, its checkpoints, and the request it is at."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from msjax import parties
+from msjax.protocol import Exchange, Phase
+from msjax.transport import _messages
+from msjax.transport import split_pb2 as pb
+
+log = logging.getLogger("msjax.client")
+
+
+class Refused(Exception):
+    """The server turned this client away, or the run ended before its time."""
+
+
+class ClientRun:
+    """A client from when it is first told to start.
+
+    Args:
+      party: the client as it is before the first step.
+      store: of checkpoints, with `steps()`, `save(step, state)`, `restore(step, state)`, `prune(step)`.
+      compression: of the requests' bytes, as `msjax.wire` takes it.
+    """
+
+    def __init__(self, party: parties.Client, store: Any, compression: str | None = None):
+        self.party, self._store, self._compression = party, store, compression
+        self._initial = party.state
+        self.generation = 0
+        self.checkpoint_steps = 0
+        self.exchange: Exchange | None = None
+        """Where it is; None at the end."""
+        self.request: pb.FromClient | None = None
+        """What it says there, until it is answered."""
+        self._following: Exchange | None = None
+        self._early: pb.FromClient | None = None  # the following request, where it could be made already
+        self._schedule: Iterator[Exchange] = iter(())
+        self._brings_part = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it is at the end, with all its answers."""
+        return self.generation > 0 and self.exchange is None
+
+    def start(self, start: pb.Start) -> None:
+        """Goes to where the server says, unless it has been there already.
+
+        Raises:
+          Refused: it has no checkpoint of this step, and cannot go on without.
+        """
+        known = start.generation == self.generation and not start.half
+        if known and (self.exchange is None or start.step <= self.exchange.step):
+            return
+        self.generation = start.generation
+        party = self.party
+        party.begin()
+        if start.half:
+            party.adopt(_messages.decode(start.half, party.shapes.half()), start.step)
+        elif start.step in self._store.steps():
+            party.state = self._store.restore(start.step, self._initial)
+        elif start.step == 0 or not party.needs_state(start.step):
+            party.state = self._initial
+        else:
+            raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
+        self._schedule = party.script(start.step)
+        self._following = next(self._schedule, None)
+        self._brings_part, self._early = False, None
+        self._next()
+
+    def take(self, answer: pb.Answer) -> Exchange | None:
+        """Goes on with an answer; returns the exchange that it ends, None where it is a repeated one."""
+        request = self.request and self.request.request
+        if request is None or answer.generation != self.generation or answer.key != request.key:
+            return None
+        exchange = self.exchange
+        form = self.party.shapes.down(exchange)
+        # No part is handed on before one was given: not even later, if those whose turn it was were dropped.
+        payload = _messages.decode(answer.payload, form, optional=exchange.phase == Phase.TAKE)
+        self.party.receive(exchange, parties.Message(payload))
+        self._store.prune(answer.saved_step)
+        self._brings_part = answer.send_half
+        self._next()
+        return exchange
+
+    def prepare(self) -> None:
+        """While the request is on its way: does what can be done of the exchange behind it without its answer."""
+        following = self._following
+        if following is None or self._early is not None:
+            return
+        if following.phase == self.exchange.phase == Phase.TEST:  # the part does not change in a test
+            self._early = self._make(following)
+        else:
+            self.party.prepare(following)
+
+    def has_trained(self) -> bool:
+        """Whether nothing but tests are left; to be asked once, at the end."""
+        left = (self.exchange, self._following, *self._schedule)
+        return self.generation > 0 and all(e is None or e.phase in (Phase.TEST, Phase.RESULT) for e in left)
+
+    def _next(self):
+        """Goes on to the next exchange and makes its request."""
+        self.exchange, self._following = self._following, next(self._schedule, None)
+        self.request, self._early = self._early, None
+        if self.exchange is None:
+            self._save_at(self.party.end)  # should this process die before it has written its part
+        elif self.request is None:
+            self.request = self._make(self.exchange)
+
+    def _make(self, exchange):
+        party = self.party
+        fields = {"generation": self.generation, "saved": self._save(exchange), "compression": self._compression}
+        if self._brings_part:
+            fields["half"] = _messages.encode(party.half(), party.shapes.half(), self._compression)
+            self._brings_part = False
+        return _messages.to_request(party.send(exchange), exchange, party.shapes.up(exchange), **fields)
+
+    def _save(self, exchange):
+        """Whether there is a checkpoint of the state before this step, where there should be one."""
+        return self.party.may_checkpoint(exchange, self.checkpoint_steps) and self._save_at(exchange.step)
+
+    def _save_at(self, step):
+        if step in self._store.steps():
+            return True
+        try:
+            self._store.save(step, self.party.state)
+        except OSError as error:
+            log.error("no checkpoint at step %d: %s", step, error)
+            return False
+        return True

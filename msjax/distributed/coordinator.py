@@ -1,0 +1,303 @@
+"""The server's side of a run, without I/O: what clients say goes in, what they are told comes out.
+
+`transitions` decides, `server_run` computes; this module stands between them and the messages. It is for one thread.
+Who carries messages puts them in a queue, from any thread; that one thread hands them to `Coordinator.handle`, one
+after the other, and sends what this yields.
+"""
+
+import contextlib
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from msjax import config, parties
+from msjax.assemble import Assembly
+from msjax.distributed import actions as do
+from msjax.distributed import events as ev
+from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
+from msjax.distributed.membership import Membership, Policy, Stage, Verdict
+from msjax.distributed.server_run import Came, ServerRun
+from msjax.distributed.transitions import transition
+from msjax.protocol import Exchange
+from msjax.transport import _messages
+from msjax.transport import split_pb2 as pb
+
+log = logging.getLogger("msjax.server")
+
+
+class Stopped(Exception):
+    """Training ended before its time; the last checkpoint is what there is to go on from."""
+
+
+class Coordinator:
+    """One run, from the first client to the last goodbye.
+
+    Args:
+      assemble: from (samples, test_samples, input_shape, num_classes) to the run's parts, called when all clients have
+        said what data they have.
+      store, progress: see `ServerRun`.
+      run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
+      compression: of the answers' bytes, as `msjax.wire` takes it.
+      on_exchange: called after each exchange, once its answers are sent.
+      on_end: called after the last, before the clients hear of the end.
+      generation: the first, where it is not drawn.
+    """
+
+    def __init__(
+        self,
+        cfg: config.Config,
+        assemble: Callable[..., Assembly],
+        store: Any,
+        policy: Policy,
+        metrics: Any,
+        *,
+        run: str,
+        progress: dict[str, Any],
+        checkpoint_steps: int = 100,
+        compression: str | None = None,
+        on_exchange: Callable[[Exchange], None] = lambda exchange: None,
+        on_end: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        generation: int | None = None,
+    ):
+        self.cfg, self.metrics, self.name = cfg, metrics, run
+        self._assemble, self._store, self._progress = assemble, store, progress
+        self._checkpoint_steps, self._compression = checkpoint_steps, compression
+        self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
+        # Unlike those of another process that served this run.
+        generation = secrets.randbits(48) + 1 if generation is None else generation
+        self.membership = Membership.begin(policy, clients=cfg.clients, generation=generation, now=clock())
+        self.run: ServerRun | None = None
+        """Once all clients were ready."""
+        self._clients: dict[int, int] = {}  # whose a session is
+        self._readies: dict[int, pb.Ready] = {}  # by client
+        self._came: dict[int, Came] = {}
+        self._computed: dict[int, parties.Message] = {}
+        self._encoded: dict[int, bytes] = {}  # by identity: an average, which is the same for all, is encoded once
+        self._answers: dict[int, pb.FromServer] = {}
+        self._asked: int | None = None
+        self._opened_at = 0.0
+
+    @property
+    def wake_at(self) -> float | None:
+        """When `Tick` is due; None where nothing has a deadline."""
+        return self.membership.wake_at
+
+    @property
+    def over(self) -> bool:
+        return self.membership.stage is Stage.OVER
+
+    def handle(self, event: Received | Lost | Stop | Tick) -> Iterator[Send | Close]:
+        """Does what follows from an event, and yields what is to be sent as soon as it is there. Take all of it.
+
+        Raises:
+          Stopped: the run has ended before its time, as somebody or the policy wanted.
+          Exception: whatever went wrong; the clients have been told.
+        """
+        try:
+            match event:
+                case Received():
+                    yield from self._receive(event)
+                case Lost(session) if (client := self._clients.pop(session, None)) is not None:
+                    yield from self._follow(ev.Left(client, session))
+                case Stop(reason):
+                    yield from self._follow(ev.StopAsked(reason))
+                case Tick():
+                    yield from self._follow(ev.TimePassed())
+        except Stopped:
+            raise
+        except Exception as error:  # clients are not to wait for a server that is gone
+            with contextlib.suppress(Stopped):
+                yield from self._follow(ev.Failed(str(error)))
+            raise error
+
+    def _follow(self, event):
+        """Carries out what follows from an event, and from the server's own work."""
+        todo: deque[Callable[[], ev.Event]] = deque([lambda: event])
+        while todo:
+            self.membership, actions = transition(self.membership, todo.popleft()(), self._clock())
+            self.metrics.connected.set(len(self.membership.sessions))
+            for action in actions:
+                match action:
+                    case do.RestoreCheckpoint(again):
+                        todo += [lambda again=again: self._restore(again), self._open_next]
+                    case do.Advance():
+                        todo += [lambda action=action: self._advance(action), self._exchange_done]
+                    case do.StopRun(reason):
+                        raise Stopped(reason)
+                    case _:
+                        yield from self._tell(action)
+
+    # -- What clients say. -----------------------------------------------------------------------------------------
+
+    def _receive(self, event):
+        session, client = event.session, self._clients.get(event.session)
+        try:
+            follows = self._hello(event) if client is None else self._said(client, session, event.message)
+        except _messages.ProtocolError as error:
+            fault = str(error)
+        except Exception:
+            log.exception("client %s", client)
+            fault = "internal error"
+        else:
+            yield from self._follow(follows)
+            return
+        log.warning("%s: %s", event.peer if client is None else f"client {client}", fault)
+        self.metrics.refused.inc()
+        if client is None:
+            yield Close(session, fault, final=True)
+        else:
+            yield from self._follow(ev.BrokeProtocol(client, session, fault))
+
+    def _hello(self, event):
+        if event.message.WhichOneof("kind") != "hello":
+            raise _messages.ProtocolError("the first message must be Hello")
+        hello = event.message.hello
+        if hello.protocol != _messages.PROTOCOL:
+            raise _messages.ProtocolError(f"protocol must be {_messages.PROTOCOL}, got {hello.protocol}")
+        if hello.client >= self.cfg.clients:
+            raise _messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
+        self._clients[event.session] = hello.client
+        generation = hello.generation if hello.run == self.name else 0
+        return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
+
+    def _said(self, client, session, message):
+        match message.WhichOneof("kind"):
+            case "ready":
+                return self._ready(client, session, message.ready)
+            case "request":
+                return self._request(client, session, message.request)
+            case "farewell":
+                return ev.SaidGoodbye(client, session)
+            case kind:
+                raise _messages.ProtocolError(f"unexpected {kind}")
+
+    def _ready(self, client, session, ready):
+        if not ready.samples:
+            raise _messages.ProtocolError("a client must have at least one sample to train on, got 0")
+        # Before the start what counts is what those have said who are still here.
+        here = [c for c, it in enumerate(self.membership.clients) if self.run is not None or (it.ready and c != client)]
+        other = next((self._readies[c] for c in here), None)
+        if other is not None and _kind_of(ready) != _kind_of(other):
+            raise _messages.ProtocolError(
+                "all clients must have inputs of one shape and one number of classes, got "
+                f"{_kind_of(ready)} beside {_kind_of(other)}"
+            )
+        if self.run is None:
+            self._readies[client] = ready
+        return ev.SaidReady(client, session)
+
+    def _request(self, client, session, request):
+        key = (request.key.step, request.key.phase, request.key.number)
+        event = ev.Requested(client, session, request.generation, key, bool(request.half))
+        if self.membership.verdict(event) is Verdict.NEW:
+            exchange = _messages.from_key(self.run.parts.plan, request.key, client)
+            self._came[client] = Came(exchange, request, _messages.from_request(request, self.run.shapes, exchange))
+            self.metrics.received(client, request)
+        return event
+
+    # -- What the server does itself. ------------------------------------------------------------------------------
+
+    def _restore(self, again):
+        if self.run is None:
+            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
+            parts = self._assemble(samples, tests, *_kind_of(readies[0]))
+            self.run = ServerRun(
+                parts,
+                self.cfg.seed,
+                self._store,
+                self._progress,
+                checkpoint_steps=self._checkpoint_steps,
+                failed_save=self.metrics.failed_saves.inc,
+            )
+        step, clients = self.run.restore()
+        if again:
+            log.warning("going back to step %d", step)
+            self.metrics.restarts.inc()
+        self._answers.clear()
+        self._came.clear()
+        return ev.Restored(step, clients)
+
+    def _open_next(self):
+        self._opened_at = self._clock()
+        info = self.run.next_exchange()
+        if info is not None:
+            return ev.Opened(info)
+        self._on_end()
+        return ev.Ended(self.run.parts.plan.total_steps)
+
+    def _advance(self, action):
+        self.metrics.waited(self._clock() - self._opened_at)
+        self._computed = self.run.answer({client: self._came.pop(client) for client in action.clients})
+        self._encoded, self._asked = {}, action.asks_part_of
+        return ev.Computed()
+
+    def _exchange_done(self):
+        self._computed = {}
+        self._on_exchange(self.run.exchange)
+        return self._open_next()
+
+    # -- What clients are told. ------------------------------------------------------------------------------------
+
+    def _tell(self, action):
+        match action:
+            case do.WelcomeClient(_, session):
+                yield Send(session, self._welcome())
+            case do.StartClient(_, session, step, part_from):
+                yield Send(session, self._start(step, part_from))
+            case do.SendAnswer(client, session):
+                self._answers[client] = self._answer(client)
+                if session is not None:
+                    yield Send(session, self._answers[client])
+                self.metrics.sent(client, self._answers[client].answer)
+            case do.ResendAnswer(client, session):
+                yield Send(session, self._answers[client])
+            case do.TellEnd(_, session, dropped):
+                yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped)))
+            case do.TellFailure(session, reason):
+                yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
+            case do.RefuseSession(session, reason):
+                self.metrics.refused.inc()
+                self._clients.pop(session, None)
+                yield Close(session, reason)
+            case do.CloseSession(session, fault):
+                self._clients.pop(session, None)
+                yield Close(session, fault, final=bool(fault))
+            case do.CountStragglers(count):
+                self.metrics.stragglers.inc(count)
+            case do.Warn(text):
+                log.warning("%s", text)
+            case do.Inform(text):
+                log.info("%s", text)
+
+    def _welcome(self):
+        cfg = json.dumps(config.to_json(config.without_paths(self.cfg)))
+        welcome = {"protocol": _messages.PROTOCOL, "run": self.name, "config": cfg}
+        return pb.FromServer(welcome=pb.Welcome(checkpoint_steps=self._checkpoint_steps, **welcome))
+
+    def _start(self, step, part_from):
+        plan = self.run.parts.plan
+        numbers = {"samples": plan.samples, "test_samples": plan.test_samples}
+        half = b"" if part_from is None else self._came[part_from].request.half
+        return pb.FromServer(start=pb.Start(generation=self.membership.generation, step=step, half=half, **numbers))
+
+    def _answer(self, client):
+        out, run, payload = pb.FromServer(), self.run, self._computed[client].payload
+        if id(payload) not in self._encoded:
+            form = run.shapes.down(run.exchange)
+            self._encoded[id(payload)] = _messages.encode(payload, form, self._compression)
+        out.answer.payload = self._encoded[id(payload)]
+        out.answer.generation, out.answer.send_half = self.membership.generation, client == self._asked
+        out.answer.key.CopyFrom(_messages.to_key(run.exchange))
+        out.answer.saved_step = run.saved_step
+        return out
+
+
+def _kind_of(ready):
+    """Shape of an input, and number of classes."""
+    return tuple(ready.input_shape), ready.num_classes

@@ -1,0 +1,122 @@
+"""What the server itself does in a run: its part of the network, its checkpoints, and the schedule of exchanges."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from msjax import parties
+from msjax.assemble import Assembly
+from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.protocol import Exchange, Phase
+from msjax.transport import split_pb2 as pb
+
+log = logging.getLogger("msjax.server")
+
+_CLIENTS = "checkpoint_clients"
+
+
+class Came(NamedTuple):
+    """A client's message of an exchange: as it came, and what it says."""
+
+    exchange: Exchange
+    request: pb.Request
+    message: parties.Message
+
+
+class ServerRun:
+    """Made when all clients are ready; `restore` comes first.
+
+    Args:
+      store: of checkpoints: `latest()`, `save(step, server)`, `restore(step, server)`, `forget(server)`.
+      progress: what the store saves with each checkpoint and brings back.
+      failed_save: called where a checkpoint could not be written.
+    """
+
+    def __init__(
+        self,
+        parts: Assembly,
+        seed: int,
+        store: Any,
+        progress: dict[str, Any],
+        *,
+        checkpoint_steps: int,
+        failed_save: Callable[[], None],
+    ):
+        self.parts, self.shapes, self._programs = parts, parts.shapes(), parts.programs(seed)
+        self._store, self._progress, self._failed_save = store, progress, failed_save
+        self._checkpoint_steps, self._start_step = checkpoint_steps, 0
+        self._schedule: Iterator[Exchange] = iter(())
+        self.party: parties.Server | None = None
+        self.exchange: Exchange | None = None
+        """The last that was opened."""
+
+    def restore(self) -> tuple[int, tuple[int, ...] | None]:
+        """Goes to the last checkpoint, or the beginning.
+
+        Returns:
+          The step, and which clients can go on from there by themselves; None for all.
+        """
+        party = parties.Server(self.parts.plan, self.shapes, self._programs, self.parts.server)
+        step = self._store.latest()
+        if step is None:
+            self._store.forget(party)
+        else:
+            self._store.restore(step, party)
+        self.party, self._start_step = party, step or 0
+        self._schedule = self.parts.plan.exchanges(self._start_step)
+        clients = self._progress.get(_CLIENTS)
+        return self._start_step, None if clients is None or self._alone(self._start_step) else tuple(clients)
+
+    def _alone(self, step):
+        """Whether the server has all that clients need to go on before this step."""
+        return step == 0 or self.parts.plan.sequential
+
+    def next_exchange(self) -> ExchangeInfo | None:
+        """Opens the next exchange; None where none is left."""
+        self.exchange = next(self._schedule, None)
+        return None if self.exchange is None else _info(self.parts.plan, self.exchange)
+
+    def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
+        """The answers of the open exchange to the clients whose messages came."""
+        if not came:
+            return {}  # everyone who should have taken part was dropped
+        self._maybe_save(came)
+        return self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+
+    @property
+    def saved_step(self) -> int:
+        """That of the last checkpoint."""
+        return self._store.latest() or 0
+
+    def _maybe_save(self, came):
+        """Saves where the schedule allows and every client has."""
+        exchange, plan = self.exchange, self.parts.plan
+        relayed = plan.sequential and plan.clients > 1
+        # In turns the server holds the part that goes round when a turn begins, and no client has to save anything.
+        if exchange.phase != (Phase.TAKE if relayed else Phase.FEATURES):
+            return
+        if not plan.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
+            return
+        if not relayed and not all(it.request.saved for it in came.values()):
+            log.warning("no checkpoint at step %d: a client could not save", exchange.step)
+            self._failed_save()
+            return
+        self._progress[_CLIENTS] = sorted(came)
+        try:
+            self._store.save(exchange.step, self.party)
+        except OSError as error:
+            # Training goes on; what is lost, should the server die, is the time since the last checkpoint.
+            log.error("no checkpoint at step %d: %s", exchange.step, error)
+            self._failed_save()
+
+
+def _info(plan, exchange):
+    """What membership has to know of an exchange."""
+    entrance = {True: Phase.TAKE, False: Phase.FEATURES}[plan.sequential]
+    kind, donors = Entrance.CLOSED, ()
+    if exchange.phase == entrance:
+        kind = Entrance.FREE if plan.sequential else Entrance.WITH_PART
+    if not plan.sequential and exchange.step + 1 < plan.total_steps:
+        later = [e for e in plan.step_exchanges(exchange.step) if e.key > exchange.key]
+        donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
+    return ExchangeInfo(exchange.key, exchange.step, exchange.clients, kind, donors)

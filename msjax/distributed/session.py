@@ -1,0 +1,226 @@
+"""A client's side of a run, without I/O: what the server says goes in, what the client says comes out.
+
+`ClientSession` outlives connections. Who carries messages connects it, tells it what arrives, and connects it again:
+
+    session = ClientSession(…)
+    while not session.done:
+        wait until session.next_deadline; connect; send session.on_connected()
+        for every message that is received before session.next_deadline: send session.on_message(message)
+        session.on_lost(why)
+"""
+
+import json
+import logging
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from msjax import config, parties
+from msjax.distributed.channel import ConnectionLost
+from msjax.distributed.client_run import ClientRun, Refused
+from msjax.protocol import Exchange
+from msjax.transport import _messages
+from msjax.transport import split_pb2 as pb
+
+log = logging.getLogger("msjax.client")
+
+GOODBYE_SECONDS = 10.0
+"""How long a client that has said goodbye waits for the server to end the connection."""
+
+
+class DataSummary(NamedTuple):
+    """What a client says of its data."""
+
+    samples: int
+    """How many it draws in an epoch."""
+    test_samples: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+
+class ClientSession:
+    """Takes one client through a run: repeats what was lost, and goes back where it is told to.
+
+    Args:
+      client_id: in 0 … K − 1.
+      load: from the run's config to the client's `DataSummary`.
+      build: from (config, samples, test_samples) to the `parties.Client`, as it is before the first step.
+      open_store: from the run's name to its store of checkpoints; see `ClientRun`.
+      compression: of the requests' bytes, as `msjax.wire` takes it.
+      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
+      retry_seconds: for how long a lost connection is tried again.
+      on_exchange: called after each exchange of this client.
+      on_end: called at the end of training with the client as it then is.
+      instance: names this process; drawn by default.
+      draw: a factor for the time to the next try, so that not all clients try at once.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        load: Callable[[config.Config], DataSummary],
+        build: Callable[..., parties.Client],
+        open_store: Callable[[str], Any],
+        *,
+        compression: str | None = None,
+        answer_seconds: float = 600.0,
+        retry_seconds: float = 600.0,
+        on_exchange: Callable[[Exchange], None] = lambda exchange: None,
+        on_end: Callable[[parties.Client], None] = lambda party: None,
+        clock: Callable[[], float] = time.monotonic,
+        instance: str | None = None,
+        draw: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
+    ):
+        self.client_id = client_id
+        self._load, self._build, self._open_store = load, build, open_store
+        self._compression, self._answer_seconds, self._retry_seconds = compression, answer_seconds, retry_seconds
+        self._on_exchange, self._on_end, self._clock, self._draw = on_exchange, on_end, clock, draw
+        self._instance = uuid.uuid4().hex if instance is None else instance
+        self.config: config.Config | None = None
+        """Of the run, once the server has told it."""
+        self.name = ""
+        """Of the run."""
+        self.run: ClientRun | None = None
+        """Once the server has told this client to start."""
+        self.done = False
+        """Whether training has ended, and there is nothing left to say."""
+        self._store: Any = None
+        self._data: DataSummary | None = None
+        self._checkpoint_steps = 0
+        self._connected = self._leaving = False
+        self._next_deadline: float | None = clock()  # at once
+        self._last_contact = clock()
+        self._heard = False  # anything over this connection
+        self._wait, self._told = 0.1, ""
+
+    @property
+    def next_deadline(self) -> float | None:
+        """Connected: when to give the connection up, None for never. Not connected: when to connect."""
+        return self._next_deadline
+
+    @property
+    def party(self) -> parties.Client | None:
+        return self.run and self.run.party
+
+    def on_connected(self) -> Iterator[pb.FromClient]:
+        """There is a connection: yields what to send. Take all of it, and send each before taking the next."""
+        self._connected, self._heard, self._leaving = True, False, False
+        generation = 0 if self.run is None else self.run.generation
+        hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
+        yield pb.FromClient(hello=pb.Hello(protocol=_messages.PROTOCOL, **hello))
+        self._wait_for_more()
+
+    def on_message(self, message: pb.FromServer) -> Iterator[pb.FromClient]:
+        """Something has come: yields what to send, as `on_connected` does.
+
+        Raises:
+          Refused: the run has ended before its time, or cannot be this client's.
+          ProtocolError: it makes no sense.
+        """
+        self._heard, self._last_contact = True, self._clock()
+        match message.WhichOneof("kind"):
+            case "welcome":
+                yield self._welcome(message.welcome)
+            case "start":
+                self._start(message.start)
+                yield from self._requests()
+            case "answer":
+                exchange = None if self.run is None else self.run.take(message.answer)
+                if exchange is not None:
+                    yield from self._requests()
+                    self._on_exchange(exchange)
+            case "finished":
+                yield from self._finished(message.finished)
+        self._wait_for_more()
+
+    def on_lost(self, lost: ConnectionLost) -> None:
+        """The connection is lost, was not to be had, or `next_deadline` has passed.
+
+        Raises:
+          Refused: the server turned this client away.
+          ConnectionError: the server has been away for too long, with steps left to do.
+        """
+        if self._leaving or self.done:
+            self.done = True
+            return
+        if lost.final:
+            raise Refused(str(lost))
+        self._connected, now = False, self._clock()
+        if self._heard:  # it was there until now
+            self._last_contact, self._heard = now, False
+        away = now - self._last_contact
+        if away > self._retry_seconds:
+            if self.run is None or not self.run.done:
+                raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}")
+            log.warning("all steps are done, but the server did not say so: %s", lost)
+            self._on_end(self.party)
+            self.done = True
+            return
+        self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
+        if str(lost) != self._told:
+            log.warning("%s; trying again for up to %.0f s", lost, self._retry_seconds - away)
+            self._told = str(lost)
+        self._next_deadline = now + self._wait * self._draw()
+
+    def _wait_for_more(self):
+        if self._leaving:
+            self._next_deadline = self._clock() + GOODBYE_SECONDS
+        elif self.run is not None and self.run.request is not None:
+            self._next_deadline = self._clock() + self._answer_seconds
+        else:  # until training has begun, the server waits for the other clients, however long they take
+            self._next_deadline = None
+
+    def _welcome(self, welcome):
+        if welcome.protocol != _messages.PROTOCOL:
+            raise Refused(f"the server's protocol is {welcome.protocol}, this client's {_messages.PROTOCOL}")
+        if self.name and welcome.run != self.name:
+            raise Refused("the server now serves another run, for which this client must be started anew")
+        if self._store is None:
+            # It becomes a folder's name.
+            if not re.fullmatch("[0-9a-f]{32}", welcome.run):
+                raise Refused(f"the run's name must be 32 hexadecimal digits, got {welcome.run!r}")
+            self.name, self._store = welcome.run, self._open_store(welcome.run)
+        self._checkpoint_steps = welcome.checkpoint_steps  # that of a server that was started anew may be another
+        if self.run is not None:
+            self.run.checkpoint_steps = self._checkpoint_steps
+        if self._data is None:
+            self.config = config.from_json(json.loads(welcome.config))
+            self._data = self._load(self.config)
+        return pb.FromClient(ready=pb.Ready(**self._data._asdict()))
+
+    def _start(self, start):
+        if self.run is None:
+            party = self._build(self.config, start.samples, start.test_samples)
+            self.run = ClientRun(party, self._store, self._compression)
+            self.run.checkpoint_steps = self._checkpoint_steps
+        self.run.start(start)
+
+    def _requests(self):
+        """The request that it is at, if any; what is behind it is prepared once this is sent."""
+        if self.run.request is not None:
+            yield self.run.request
+            self.run.prepare()
+
+    def _finished(self, finished):
+        if finished.error:
+            raise Refused(f"the server stopped: {finished.error}")
+        if self.run is not None and self.run.done:
+            self._on_end(self.party)
+            self._leaving = True
+            yield pb.FromClient(farewell=pb.Farewell())
+        elif finished.dropped:
+            self._end_apart()
+        elif self.run is not None:
+            yield from self._requests()  # the last answer was lost
+
+    def _end_apart(self):
+        """The run has ended without this client."""
+        if self.run is not None and not self.party.keeps_result:
+            log.warning("training ended while this client was away")
+        elif self.run is None or not self.run.has_trained():
+            raise Refused("training ended while this client was away; its part is not the trained one")
+        self._on_end(self.party)
+        self.done = True

@@ -1,0 +1,225 @@
+"""A server and clients in one thread, over lines in memory, on a clock of their own; and what may go wrong there."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from msjax import assemble, parties
+from msjax.distributed.channel import Clock, MemoryNetwork
+from msjax.distributed.coordinator import Coordinator
+from msjax.distributed.loop import Loop
+from msjax.distributed.membership import Policy
+from msjax.distributed.session import ClientSession, DataSummary
+from msjax.transport._metrics import Metrics
+from msjax.transport._store import ClientStore, ServerStore
+
+from .test_parties import COUNT, dataset, make_parties
+
+RUN = "0" * 31 + "1"
+HOURS = 24 * 3600.0  # of the run's clock: who waits that long waits for ever
+
+
+def through_bytes(message):
+    """What arrives is what was written, and no object that the sender may still change."""
+    return type(message).FromString(message.SerializeToString())
+
+
+class Net:
+    """A run whose parties have folders of their own under `path`, kept when they die.
+
+    Args:
+      latency: seconds that a message takes; nothing else takes any time.
+      policy: the fields of the policy.
+    """
+
+    def __init__(self, path: pathlib.Path, cfg, *, checkpoint_steps=2, run=RUN, latency=0.01, **policy):
+        self.path, self.cfg, self.checkpoint_steps, self.run_name = path, cfg, checkpoint_steps, run
+        self.policy, self.latency = Policy(**policy), latency
+        self.clock = Clock()
+        self.network = MemoryNetwork(self.clock, through_bytes)
+        self.network.faults = self._faults
+        self.loop = Loop(self.network, self.clock)
+        self.rules: list[Callable] = []
+        self.stores, self.finals, self.instances = {}, {}, {}
+        self.metrics = Metrics()
+        self.step = 0
+        """Which the server has begun."""
+        self.order: list[tuple] = []
+        """Generations and exchanges as the server did them."""
+        self.start_server()
+
+    # -- Parties. --------------------------------------------------------------------------------------------------
+
+    def start_server(self, **options):
+        self.progress = {}
+        self.stores["server"] = ServerStore(self.path / "server", self.progress)
+        self.server = Coordinator(
+            self.cfg,
+            self.assemble,
+            self.stores["server"],
+            self.policy,
+            self.metrics,
+            run=self.run_name,
+            progress=self.progress,
+            checkpoint_steps=self.checkpoint_steps,
+            on_exchange=self._count,
+            clock=self.clock,
+            **options,
+        )
+        self.loop.start_server(self.server)
+
+    def assemble(self, samples, test_samples, input_shape, num_classes):
+        info = assemble.SetInfo(input_shape, num_classes, (0.5,), (0.25,))
+        return assemble.assemble(self.cfg, info, samples=samples, test_samples=test_samples)
+
+    def start_client(self, client, name=None, **options):
+        """A new process of a client; `name` where there is one already."""
+        instance = self.instances[client] = self.instances.get(client, 0) + 1
+
+        name = client if name is None else name
+
+        def open_store(run):
+            self.stores[name] = ClientStore(self.path / f"client{client}" / run)
+            return self.stores[name]
+
+        self.loop.add(
+            ClientSession(
+                client,
+                lambda cfg: self.load(client, cfg),
+                lambda cfg, samples, test_samples: self.build(client, cfg, samples, test_samples),
+                open_store,
+                on_end=lambda party: self.finals.__setitem__(client, party),
+                clock=self.clock,
+                instance=f"{client}.{instance}",
+                draw=lambda: 1.0,
+                **{"answer_seconds": 20.0, **options},
+            ),
+            name,
+        )
+
+    def start_clients(self):
+        for client in range(self.cfg.clients):
+            self.start_client(client)
+        return self
+
+    def own_data(self, client, cfg):
+        """Which of the training samples are this client's, and how many it draws in an epoch."""
+        pools, samples = assemble.share_out(cfg, lambda: dataset()[1], COUNT)
+        return pools[client], samples
+
+    def load(self, client, cfg):
+        _, samples = self.own_data(client, cfg)
+        return DataSummary(samples, len(dataset()[3]), (8, 8, 1), 10)
+
+    def build(self, client, cfg, samples, test_samples):
+        images, labels, test_inputs, test_labels = dataset()
+        own, _ = self.own_data(client, cfg)
+        data = parties.ClientData(images[own], labels[own], test_inputs, test_labels)
+        parts = self.assemble(samples, test_samples, (8, 8, 1), 10)
+        programs = parts.programs(cfg.seed)
+        return parties.Client(client, parts.plan, parts.shapes(), programs, parts.client, data, cfg.seed)
+
+    def _count(self, exchange):
+        """As a program would: an epoch's record at its end, which the checkpoints keep."""
+        run = self.server.run
+        self.step = max(self.step, exchange.step)
+        self.order.append((self.server.membership.generation, exchange.key))
+        place = run.parts.plan.place(exchange.step)
+        if place.epoch_ends and exchange == list(run.parts.plan.step_exchanges(exchange.step))[-1]:
+            self.progress.setdefault("history", []).append(place.epoch + 1)
+            run.party.train = run.party.test = parties.NONE
+
+    @property
+    def epochs(self):
+        """Those that the server has recorded."""
+        return self.progress["history"]
+
+    # -- Time. -----------------------------------------------------------------------------------------------------
+
+    def run(self, *clients, seconds=HOURS):
+        """Until all are done, or these clients."""
+        until = (lambda: not any(c in self.loop.clients for c in clients)) if clients else None
+        self.loop.run(until, seconds=seconds)
+
+    def run_to(self, step):
+        """Until the server has done an exchange of this step."""
+        self.loop.run(lambda: self.step >= step, seconds=HOURS)
+        assert not self.failures, self.failures
+
+    @property
+    def failures(self):
+        return self.loop.failures
+
+    def counted(self, name):
+        """One of the server's counters."""
+        return getattr(self.metrics, name)._value.get()
+
+    # -- Faults. ---------------------------------------------------------------------------------------------------
+
+    def kill(self, client):
+        """Its process dies: nothing is said or saved."""
+        self.loop.kill(client)
+        if client in self.stores:
+            self.stores.pop(client).close()
+
+    def restart(self, client, **options):
+        self.kill(client)
+        self.start_client(client, **options)
+
+    def kill_server(self):
+        self.loop.kill_server()
+        self.stores.pop("server").close()
+
+    def cut(self, *clients, **when):
+        for client in clients or range(self.cfg.clients):
+            self.network.cut(client, **when)
+
+    def disturb(self, rule):
+        """`rule(direction, client, message)` returns the delays of its copies, or None to leave it to others."""
+        self.rules.append(rule)
+
+    def delay(self, client, seconds, *, step, phase=None):
+        """A client's first request of a step, or of a phase of it, is late; what it says after that waits behind."""
+        late = []
+
+        def rule(direction, who, message):
+            key = message.request.key if direction == "up" and message.WhichOneof("kind") == "request" else None
+            if key is None or who != client or key.step != step or phase not in (None, key.phase) or late:
+                return None
+            late.append(key)
+            return (seconds,)
+
+        self.disturb(rule)
+
+    def silence(self, client, *, step):
+        """A client's requests do not arrive from a step on, but its line stays open."""
+
+        def rule(direction, who, message):
+            if direction == "up" and who == client and message.WhichOneof("kind") == "request":
+                return () if message.request.key.step >= step else None
+            return None
+
+        self.disturb(rule)
+
+    def _faults(self, direction, client, message):
+        found = (rule(direction, client, message) for rule in self.rules)
+        return next((delays for delays in found if delays is not None), (self.latency,))
+
+    # -- The result. -----------------------------------------------------------------------------------------------
+
+    def assert_equal_to_program(self):
+        """The parties end with the same bits as in one program, without a network."""
+        assert not self.failures, self.failures
+        plan, server, clients = make_parties(self.cfg)
+        for _ in parties.run(plan, server, clients):
+            pass
+        pairs = [(server.state, self.server.run.party.state)]
+        pairs += [(clients[n].state, self.finals[n].state) for n in range(self.cfg.clients)]
+        for ours, theirs in pairs:
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+    def close(self):
+        for store in self.stores.values():
+            store.close()

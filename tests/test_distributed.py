@@ -1,0 +1,360 @@
+"""Over lines in memory: the same bits as in one program, in every mode, and whatever goes wrong on the way."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from msjax import assemble, compress
+from msjax.distributed.coordinator import Stopped
+from msjax.distributed.membership import Stage
+from msjax.protocol import Phase
+
+from .network import Net
+from .test_parties import MODES, SMALL
+
+assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
+ASSEMBLED, PROGRAMS = {}, {}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """All parties of this process share their compiled functions, which hold no state."""
+
+    def assemble_once(cfg, info, samples, test_samples):
+        key = cfg, samples, test_samples
+        if key not in ASSEMBLED:
+            ASSEMBLED[key] = assemble_anew(cfg, info, samples=samples, test_samples=test_samples)
+        return ASSEMBLED[key]
+
+    def programs_once(parts, seed, *, numpy_encoder=False):
+        key = id(parts), seed, numpy_encoder  # of parts that are kept
+        if key not in PROGRAMS:
+            PROGRAMS[key] = programs_anew(parts, seed, numpy_encoder=numpy_encoder)
+        return PROGRAMS[key]
+
+    monkeypatch.setattr(assemble, "assemble", assemble_once)
+    monkeypatch.setattr(assemble.Assembly, "programs", programs_once)
+
+
+@contextlib.contextmanager
+def net(path, cfg, **options):
+    it = Net(path, cfg, **options)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_network_equals_one_program(tmp_path, mode):
+    cfg = dataclasses.replace(SMALL, mode=mode, grad_codec=compress.StochasticUniform(bits=8))
+    with net(tmp_path, cfg) as it:
+        it.start_clients().run()
+        it.assert_equal_to_program()
+        text = it.metrics.text()
+        assert "msjax_received_bytes_total" in text and it.counted("restarts") == 0
+
+
+@pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
+def test_client_that_lost_its_memory(tmp_path, mode):
+    """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same.
+
+    So they do where it could be dropped, but too few would be left; and, where there is no checkpoint, to the start.
+    """
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
+    policy = {"stragglers": "drop", "min_clients": cfg.clients}
+    turns = mode.kind == "sequential"
+    with net(tmp_path, cfg, checkpoint_steps=1000 if turns else 2, **policy) as it:
+        it.start_clients()
+        for step in (9, 17) if turns else (3, 5):
+            it.run_to(step)
+            it.restart(1)
+        it.run()
+        it.assert_equal_to_program()
+        assert it.counted("restarts") == 2 and it.epochs == [1, 2, 3]
+    if turns:
+        return
+    # Another run of clients that have checkpoints of the first one is none the wiser.
+    (tmp_path / "server").rename(tmp_path / "first")
+    cfg = dataclasses.replace(cfg, seed=1)
+    with net(tmp_path, cfg, run="0" * 31 + "2") as it:
+        it.start_clients()
+        it.run_to(5)
+        it.restart(1)
+        it.run()
+        it.assert_equal_to_program()
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=str)
+def test_server_that_died(tmp_path, mode):
+    """The server comes back from its last checkpoint, and the clients go back to it."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        it.run_to(6)
+        it.kill_server()
+        away = it.clock() + 60.0
+        it.loop.run(lambda: it.clock() > away)
+        it.start_server()
+        it.run()
+        it.assert_equal_to_program()
+        assert it.epochs == [1, 2, 3]
+
+
+def test_everyone_died(tmp_path):
+    """Server and clients come back, the clients in another order, and go on from the last checkpoint."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[1], epochs=3)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        it.run_to(7)
+        it.kill_server()
+        for client in range(cfg.clients):
+            it.kill(client)
+        it.start_server()
+        for client in reversed(range(cfg.clients)):
+            it.start_client(client)
+        it.run()
+        it.assert_equal_to_program()
+        assert min(step for generation, (step, *_) in it.order if generation == it.order[-1][0]) == 6
+
+
+@pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
+def test_lost_doubled_and_late_messages(tmp_path, mode):
+    """Requests are lost, doubled and slow, copies come out of order over later connections, answers are lost."""
+    cfg = dataclasses.replace(SMALL, mode=mode)
+    rng, said = np.random.default_rng(0), []
+    with net(tmp_path, cfg) as it:
+
+        def rule(direction, client, message):
+            draw = rng.random()
+            if message.WhichOneof("kind") == "answer":
+                return () if draw < 0.05 else (draw,)
+            if message.WhichOneof("kind") != "request":
+                return None
+            said.append((client, message))
+            if draw < 0.1:
+                return ()
+            if draw < 0.3:
+                it.network.inject(*said[rng.integers(len(said))])
+            return (draw, 2 * draw) if draw > 0.8 else (draw,)
+
+        it.disturb(rule)
+        it.start_clients()
+        it.run()
+        it.assert_equal_to_program()
+        assert it.counted("restarts") == 0
+
+
+def test_line_that_is_cut(tmp_path):
+    """Of all clients, again and again: nobody goes back to a checkpoint, as nobody has forgotten anything.
+
+    It makes no difference which end notices first.
+    """
+    cfg = dataclasses.replace(SMALL, epochs=4)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        for step, late in ((2, {}), (5, {"server_notices_after": 40.0}), (8, {"client_notices_after": 40.0})):
+            it.run_to(step)
+            it.cut(**late)
+        it.run()
+        it.assert_equal_to_program()
+        assert it.counted("restarts") == 0
+
+
+def test_first_connection_is_cut_before_the_start_is_heard(tmp_path):
+    """Nobody goes back for that: there is nothing to go back from."""
+    with net(tmp_path, SMALL, stragglers="drop") as it:
+        it.start_clients()
+        it.loop.run(lambda: it.server.run is not None)
+        it.cut()
+        it.run()
+        it.assert_equal_to_program()
+        assert it.counted("restarts") == it.counted("stragglers") == 0
+
+
+def test_last_answer_is_lost(tmp_path, caplog):
+    """By two clients. One comes back for it, and gets it though training has ended; the other is not waited for.
+
+    A third dies before it hears of the end, and is started again: it has its part.
+    """
+    cfg = dataclasses.replace(SMALL, mode=MODES[1])
+    with net(tmp_path, cfg, deadline_seconds=10.0) as it:
+        it.start_clients()
+        it.loop.run(lambda: it.server.membership.stage is Stage.ENDING)
+        it.cut(1)
+        it.kill(2)
+        third = it.loop.clients[3].run
+        it.loop.run(lambda: third.done)
+        it.restart(3)
+        it.run()
+        assert "clients [2] did not hear that training has ended" in caplog.text
+        it.finals[2] = it.finals[3]
+        it.assert_equal_to_program()
+
+
+def test_one_that_dies_before_its_last_answer_says_so(tmp_path):
+    """All that it has is a checkpoint of an earlier step, and there is nobody left to train with."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[1])
+    with net(tmp_path, cfg, deadline_seconds=10.0) as it:
+        it.start_clients()
+        it.loop.run(lambda: it.server.membership.stage is Stage.ENDING)
+        it.restart(2)
+        it.run()
+        assert str(it.failures.pop(2)).endswith("of which this client has no checkpoint")
+        it.finals[2] = it.finals[3]
+        it.assert_equal_to_program()
+
+
+def test_straggler_stops_the_run(tmp_path):
+    with net(tmp_path, SMALL, deadline_seconds=1.0, stragglers="stop") as it:
+        it.silence(2, step=3)
+        it.start_clients().run()
+        assert isinstance(it.failures["server"], Stopped) and "[2]" in str(it.failures["server"])
+        told = "the server stopped: clients [2] did not answer within 1.0 s"
+        assert {str(it.failures[c]) for c in range(4)} == {told}
+
+
+def test_straggler_is_waited_for(tmp_path):
+    with net(tmp_path, SMALL, deadline_seconds=0.2, stragglers="wait") as it:
+        it.delay(2, 1.0, step=2)
+        it.start_clients().run()
+        it.assert_equal_to_program()
+        assert it.counted("stragglers") == 4
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[3]], ids=str)
+def test_dropped_straggler_comes_back(tmp_path, mode):
+    """The others go on without it; when it is back it takes part again, with the others' part."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=8)
+    turns = mode.kind == "sequential"
+    with net(tmp_path, cfg, latency=0.5, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.run_to(2)
+        it.kill(2)
+        it.run_to(2 + (20 if turns else 6))
+        it.start_client(2)
+        if not turns:  # the first that is asked for its part dies of it, and comes back, too
+            it.loop.run(lambda: it.server.membership.donor is not None)
+            it.restart(it.server.membership.donor)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.epochs == list(range(1, cfg.epochs + 1)) and it.counted("restarts") == 0
+        assert it.counted("stragglers") == 1
+        if not turns:
+            jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
+
+
+def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
+    """Nothing comes from it any more, so it is not let in again: each time would cost the others a deadline."""
+    with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
+        it.silence(2, step=2)
+        it.start_clients()
+        it.loop.run(lambda: it.loop.server is None)
+        assert it.counted("stragglers") == 1
+
+
+def test_dropped_client_comes_back_where_every_step_ends_with_a_test(tmp_path):
+    """Its part comes with the features, not with what is tested before them."""
+    cfg = dataclasses.replace(SMALL, batch_size=25, epochs=6)
+    with net(tmp_path, cfg, latency=0.5, deadline_seconds=2.0, stragglers="drop") as it:
+        it.delay(2, 5.0, step=1)
+        it.start_clients().run()
+        assert not it.failures, it.failures
+        assert it.server.membership.active == (0, 1, 2, 3) and it.counted("stragglers") == 1
+
+
+def test_first_in_turn_is_dropped_before_it_gives_a_part(tmp_path):
+    """The next then begins as the first would have, with the part that all draw from the seed."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, deadline_seconds=5.0, stragglers="drop") as it:
+        it.silence(0, step=1)
+        it.start_clients()
+        it.run_to(4)
+        it.loop.stop("enough")
+        it.run()
+        assert str(it.failures["server"]) == "enough"
+
+
+def test_dropped_from_its_turn(tmp_path):
+    """It comes back for its next. After its last it hears of the end: the last client lacks the trained part then."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, latency=0.1, deadline_seconds=3.0, stragglers="drop") as it:
+        for client, step in ((0, 1), (1, 15), (3, 21)):
+            it.delay(client, 4.0, step=step, phase=Phase.FEATURES)
+        it.start_clients().run()
+        assert str(it.failures.pop(3)).endswith("its part is not the trained one")
+        assert not it.failures, it.failures
+        assert it.counted("stragglers") == 3  # each once
+
+
+def test_dropped_between_features_and_gradient(tmp_path):
+    """U-shaped, where the server waits for its gradient with the features of all."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[1])
+    with net(tmp_path, cfg, latency=0.5, deadline_seconds=2.0, stragglers="drop") as it:
+        it.delay(1, 5.0, step=2, phase=Phase.GRADIENT)
+        it.start_clients().run()
+        assert "server" not in it.failures
+        assert it.counted("stragglers") == 1 and it.epochs == [1, 2]
+
+
+def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it(tmp_path):
+    """It has no checkpoint of that step, and is let in again."""
+    cfg = dataclasses.replace(SMALL, epochs=4)
+    with net(
+        tmp_path, cfg, latency=0.5, deadline_seconds=2.0, stragglers="drop", min_clients=3, checkpoint_steps=4
+    ) as it:
+        it.delay(2, 4.0, step=3)
+        it.start_clients()
+        it.run_to(5)
+        assert len(it.server.membership.active) == 4
+        assert it.stores["server"].latest() == 4 and 4 not in it.stores[2].steps()
+        for client in (0, 1):
+            it.restart(client)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.counted("restarts") == 1 and it.server.membership.active == (0, 1, 2, 3)
+
+
+def test_full_disks(tmp_path, monkeypatch):
+    """Checkpoints that cannot be written are missed, and nothing else."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with net(tmp_path, SMALL) as it:
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        it.start_clients().run()
+        it.assert_equal_to_program()
+        assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
+
+
+# -- Two processes of one client. ----------------------------------------------------------------------------------
+
+
+def test_a_second_process_with_the_same_client_id_waits_for_the_first_to_die(tmp_path, caplog):
+    """It does not disturb the run; once the first is dead it goes on in its place."""
+    cfg = dataclasses.replace(SMALL, epochs=3)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        it.run_to(2)
+        it.start_client(1, name="second")
+        it.run_to(4)
+        assert it.counted("restarts") == 0 and it.counted("refused") > 0
+        assert "client_id must be of one process at a time, got 1, which a process at client 1's address" in caplog.text
+        it.kill(1)
+        it.run()
+        it.assert_equal_to_program()
+        assert it.counted("restarts") == 1
+
+
+def test_a_second_process_gives_up_after_its_time(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        it.start_client(0)
+        it.loop.run_until_idle()
+        it.start_client(0, name="second", retry_seconds=30.0)
+        it.run("second", seconds=60.0)
+        assert "client_id must be of one process at a time, got 0" in str(it.failures["second"])
+        assert 0 in it.loop.clients
