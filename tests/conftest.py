@@ -39,7 +39,18 @@ STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "tes
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 
-SLOW = ("studies", "transport", "distributed", "parties", "processes", "step", "metrics", "entropy_mask", "train", "records")
+SLOW = (
+    "studies",
+    "transport",
+    "distributed",
+    "parties",
+    "processes",
+    "step",
+    "metrics",
+    "entropy_mask",
+    "train",
+    "records",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import assemble, compress
+from msjax import assemble, compress, parties
+from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.membership import Stage
 from msjax.protocol import Phase
+from msjax.transport import split_pb2 as pb
 
 from .network import Net
-from .test_parties import MODES, SMALL
+from .test_parties import MODES, SMALL, dataset
 
 assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
 ASSEMBLED, PROGRAMS = {}, {}
@@ -358,3 +360,134 @@ def test_a_second_process_gives_up_after_its_time(tmp_path):
         it.run("second", seconds=60.0)
         assert "client_id must be of one process at a time, got 0" in str(it.failures["second"])
         assert 0 in it.loop.clients
+
+
+# -- What clients say. ---------------------------------------------------------------------------------------------
+
+
+HELLO = pb.FromClient(hello=pb.Hello(protocol=1, client=0))
+READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=42, input_shape=(8, 8, 1), num_classes=10))
+
+
+def talk(it, *messages, client=0):
+    """Says these things by hand; returns what the server says, and why it ends the connection, if it does."""
+    channel = it.network.connect(client)
+    for message in messages:
+        channel.send(message)
+    it.loop.run(lambda: it.network.next_arrival is None)
+    said = []
+    with pytest.raises(ConnectionLost) as lost:
+        while True:
+            said.append(channel.receive().WhichOneof("kind"))
+    return channel, said, lost.value
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([READY], "Hello"),
+        ([pb.FromClient()], "Hello"),
+        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 1, got 9"),
+        ([pb.FromClient(hello=pb.Hello(protocol=1, client=4))], r"client must be in 0..3, got 4"),
+        ([HELLO, pb.FromClient(farewell=pb.Farewell())], "before the end"),
+        ([HELLO, HELLO], "unexpected hello"),
+        ([HELLO, pb.FromClient(request=pb.Request())], "before the start"),
+        ([HELLO, pb.FromClient(ready=pb.Ready())], "at least one sample"),
+    ],
+)
+def test_strangers_are_turned_away(tmp_path, messages, says):
+    with net(tmp_path, SMALL) as it:
+        _, _, lost = talk(it, *messages)
+        assert says in str(lost) and lost.final
+        assert it.counted("refused") == 1 and not it.failures
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (pb.Request(key=pb.Key(step=5, phase=5)), "no exchange (step 5, phase 5, number 0) of client 0"),
+        (pb.Request(key=pb.Key(step=99, phase=2)), "no exchange (step 99"),
+        (pb.Request(key=pb.Key(step=5, phase=2), payload=b"no such thing"), ""),
+    ],
+)
+def test_a_request_that_does_not_fit_ends_one_connection(tmp_path, request_, says):
+    """Its client is turned away for good; the others wait for one that knows better."""
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.run_to(1)
+        request_.generation = it.server.membership.generation
+        it.network.inject(0, pb.FromClient(request=request_))
+        it.run(0)
+        assert says in str(it.failures.pop(0)) and not it.failures
+        it.stores.pop(0).close()
+        it.start_client(0)
+        it.run()
+        it.assert_equal_to_program()
+
+
+def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        talk(it, HELLO, READY)
+        unlike = pb.Ready(samples=25, test_samples=42, input_shape=(9, 8, 1), num_classes=10)
+        hello = pb.FromClient(hello=pb.Hello(protocol=1, client=1))
+        _, said, lost = talk(it, hello, pb.FromClient(ready=unlike), client=1)
+        assert said == ["welcome"] and "got ((9, 8, 1), 10) beside ((8, 8, 1)" in str(lost) and lost.final
+        talk(it, hello, READY, client=1)
+        assert [client.ready for client in it.server.membership.clients] == [True, True, False, False]
+
+
+def test_clients_hear_of_a_server_that_fails(tmp_path):
+    with net(tmp_path, SMALL) as it:
+
+        def fail(*_):
+            raise ValueError("a shape that does not fit")
+
+        it.server._assemble = fail
+        it.start_clients().run()
+        assert str(it.failures.pop("server")) == "a shape that does not fit"
+        assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}
+
+
+def test_a_stop_while_clients_gather(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        it.start_client(0)
+        it.loop.run_until_idle()
+        it.clock.now += 1.0
+        it.loop.run_until_idle()
+        it.loop.stop("by a signal")
+        it.run()
+        assert str(it.failures[0]) == "the server stopped: by a signal" and isinstance(it.failures["server"], Stopped)
+
+
+def test_a_client_that_loads_for_longer_than_the_deadline(tmp_path):
+    """Its session is closed, its next is ready at once."""
+    with net(tmp_path, SMALL, deadline_seconds=10.0) as it:
+        load = it.load
+
+        def slow(client, cfg):
+            it.clock.now += 25.0 if client == 2 else 0.0
+            return load(client, cfg)
+
+        it.load = slow
+        it.start_clients().run()
+        it.assert_equal_to_program()
+
+
+def test_own_data_of_unequal_amounts(tmp_path):
+    """Each client draws as many samples an epoch as the one that has the fewest, from all that it has."""
+    amounts = (100, 60, 40, 80)
+    images, labels, test_inputs, test_labels = dataset()
+    with net(tmp_path, SMALL) as it:
+        it.own_data = lambda client, cfg: (slice(-amounts[client], None), amounts[client])
+        it.start_clients().run()
+        assert not it.failures, it.failures
+        parts = it.server.run.parts
+        assert parts.plan.samples == 40
+        programs, clients = parts.programs(SMALL.seed), []
+        for client, n in enumerate(amounts):
+            own = parties.ClientData(images[-n:], labels[-n:], test_inputs, test_labels)
+            clients.append(parties.Client(client, parts.plan, parts.shapes(), programs, parts.client, own, SMALL.seed))
+        for _ in parties.run(parts.plan, parties.Server(parts.plan, parts.shapes(), programs, parts.server), clients):
+            pass
+        for client in range(4):
+            jax.tree.map(np.testing.assert_array_equal, clients[client].state, it.finals[client].state)

@@ -146,9 +146,9 @@ class Coordinator:
         else:
             yield from self._follow(follows)
             return
-        log.warning("%s: %s", event.peer if client is None else f"client {client}", fault)
-        self.metrics.refused.inc()
         if client is None:
+            log.warning("%s: %s", event.peer, fault)
+            self.metrics.refused.inc()
             yield Close(session, fault, final=True)
         else:
             yield from self._follow(ev.BrokeProtocol(client, session, fault))
@@ -266,7 +266,10 @@ class Coordinator:
                 self._clients.pop(session, None)
                 yield Close(session, reason)
             case do.CloseSession(session, fault):
-                self._clients.pop(session, None)
+                client = self._clients.pop(session, None)
+                if fault:
+                    log.warning("client %s: %s", client, fault)
+                    self.metrics.refused.inc()
                 yield Close(session, fault, final=bool(fault))
             case do.CountStragglers(count):
                 self.metrics.stragglers.inc(count)
