@@ -2,13 +2,18 @@
 
 import contextlib
 import dataclasses
+import queue
+import time
+from concurrent import futures
+from threading import Timer
 
 import jax
 import numpy as np
 import pytest
 
 from msjax import assemble, compress, parties
-from msjax.distributed.channel import ConnectionLost
+from msjax.distributed import drive
+from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.membership import Stage
 from msjax.protocol import Phase
@@ -491,3 +496,61 @@ def test_own_data_of_unequal_amounts(tmp_path):
             pass
         for client in range(4):
             jax.tree.map(np.testing.assert_array_equal, clients[client].state, it.finals[client].state)
+
+
+# -- Threads. ------------------------------------------------------------------------------------------------------
+
+
+class QueueChannel:
+    """A line between two threads."""
+
+    def __init__(self, lines, inbox):
+        self._session, self._lines, self._inbox = len(lines), lines, inbox
+        lines[self._session] = queue.Queue()
+
+    def send(self, message):
+        self._inbox.put(Received(self._session, message, "this process"))
+
+    def receive(self, timeout):
+        try:
+            message = self._lines[self._session].get(timeout=timeout)
+        except queue.Empty:
+            raise ConnectionLost(f"no answer within {timeout} s") from None
+        if isinstance(message, ConnectionLost):
+            raise message
+        return message
+
+    def close(self):
+        self._inbox.put(Lost(self._session))
+
+
+def test_threads_equal_one_program(tmp_path):
+    """The loops that gRPC is to run in; one client's line is cut twice, all on a real clock."""
+    with net(tmp_path, SMALL) as it:
+        it.clock = time.monotonic
+        it.start_server()
+        it.start_clients()
+        lines, inbox = {}, queue.Queue()
+
+        def carry(out):
+            match out:
+                case Send(session, message):
+                    lines[session].put(message)
+                case Close(session, reason, final):
+                    lines[session].put(ConnectionLost(reason, final=final))
+
+        def connect(cut_after=None):
+            channel = QueueChannel(lines, inbox)
+            if cut_after is not None:
+                Timer(cut_after, lambda: lines[channel._session].put(ConnectionLost("cut"))).start()
+            return channel
+
+        cuts = iter([0.5, 0.3])
+        with futures.ThreadPoolExecutor(4) as pool:
+            sessions = list(it.loop.clients.values())
+            calls = [pool.submit(drive.take_part, session, connect) for session in sessions[1:]]
+            calls.append(pool.submit(drive.take_part, sessions[0], lambda: connect(next(cuts, None))))
+            drive.serve(it.server, inbox, carry)
+            for call in calls:
+                call.result(60)
+        it.assert_equal_to_program()

@@ -1,0 +1,76 @@
+"""The loops of the two programs, where messages are carried by threads: gRPC's, or any that keep to `Channel`."""
+
+import queue
+import time
+from collections.abc import Callable
+
+from msjax.distributed.channel import Channel, Close, ConnectionLost, Lost, Received, Send, Stop, Tick
+from msjax.distributed.coordinator import Coordinator
+from msjax.distributed.session import ClientSession
+
+
+def serve(
+    coordinator: Coordinator,
+    inbox: "queue.Queue[Received | Lost | Stop]",
+    carry: Callable[[Send | Close], None],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Leads a run to its end, in the calling thread.
+
+    Args:
+      inbox: what happens; other threads put it there, for each connection in order.
+      carry: hands a message to whoever sends it, without waiting; called in this thread alone.
+      clock: the coordinator's.
+
+    Raises:
+      Stopped, Exception: see `Coordinator.handle`.
+    """
+    while not coordinator.over:
+        wake_at = coordinator.wake_at
+        # A signal that asks to stop is heard within a second on every system.
+        seconds = 1.0 if wake_at is None else min(1.0, max(0.0, wake_at - clock()))
+        try:
+            event = inbox.get(timeout=seconds)
+        except queue.Empty:
+            event = Tick()
+        for out in coordinator.handle(event):
+            carry(out)
+
+
+def take_part(
+    session: ClientSession,
+    connect: Callable[[], Channel],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Takes a client through a run, in the calling thread.
+
+    Args:
+      connect: opens a channel to the server; what goes wrong may be raised here as `ConnectionLost`, or by `receive`.
+      clock: the session's.
+
+    Raises:
+      Refused, ConnectionError: see `ClientSession`.
+    """
+    while not session.done:
+        sleep(max(0.0, (session.next_deadline or 0.0) - clock()))
+        try:
+            _attend(session, connect(), clock)
+        except ConnectionLost as lost:
+            session.on_lost(lost)
+
+
+def _attend(session, channel, clock):
+    """One connection's life; returns when the session is done."""
+    try:
+        for message in session.on_connected():
+            channel.send(message)
+        while not session.done:
+            until = session.next_deadline
+            received = channel.receive(None if until is None else max(0.0, until - clock()))
+            for message in session.on_message(received):
+                channel.send(message)
+    finally:
+        channel.close()
