@@ -166,27 +166,36 @@ class Random(RuleBasedStateMachine):
         if self.processes[client].line is not None:
             self.say(ev.SaidReady(client, self.processes[client].line))
 
-    @rule(client=CLIENTS)
-    def send(self, client):
+    @rule(client=CLIENTS, brings=st.sampled_from([True, True, False]))
+    def send(self, client, brings=True):
         """Its message for the exchange where it is, once it has been told to start or to go on."""
         it = self.processes[client]
         session = self.run.session(client)
         if it.line is None or it.exchange is None or session is None or not session.admitted:
             return
-        where = client, it.generation, it.exchange.key
+        where, brings = (client, it.generation, it.exchange.key), brings and it.asked
         if session.name == it.line:
             self.sent.add(where)
-            if it.asked and it.exchange.entrance is Entrance.WITH_PART:
+            if brings:
                 self.brought.add(where)
-        self.say(ev.Requested(client, it.line, *where[1:], it.asked))
+        self.say(ev.Requested(client, it.line, *where[1:], brings))
 
     @rule(data=st.data())
     def old_copy(self, data):
-        """Of any message ever sent, over any line of its client."""
+        """Of any message ever sent, over its client's line or one that is dead."""
         if not self.sent or self.run.stage is Stage.GATHERING:
             return
         client, generation, key = data.draw(st.sampled_from(sorted(self.sent)))
-        self.say(ev.Requested(client, data.draw(st.sampled_from(sorted(self.lines))), generation, key))
+        line = self.processes[client].line or data.draw(st.sampled_from(sorted(self.lines)))
+        self.say(ev.Requested(client, line, generation, key))
+
+    @precondition(lambda self: self.run.state.exchange is not None)
+    @rule(client=CLIENTS)
+    def copy_of_the_generation_before(self, client):
+        """Of its message for the exchange that is open now."""
+        line, state = self.processes[client].line, self.run.state
+        if line is not None:
+            self.say(ev.Requested(client, line, state.generation - 1, state.exchange.key))
 
     @rule(client=CLIENTS, count=st.integers(1, 4))
     def hear(self, client, count):
