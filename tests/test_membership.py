@@ -265,6 +265,15 @@ def test_the_clock_runs_for_those_who_wait_for_a_later_exchange():
     assert [(a.exchange.key, a.clients) for a in of(said, do.Advance)] == [((1, TEST), ()), ((2, FEATURES), (2,))]
 
 
+def test_what_waited_while_the_server_was_at_work_did_not_come_late():
+    """Deadlines are judged when the caller says that time has passed, which it does once it has handed all in."""
+    run = Run(stragglers="drop").begin()
+    run.send(0)
+    run.now += 60.0
+    assert run.send(1) == []
+    assert of(run.send(2), do.Advance)[0].clients == (0, 1, 2)
+
+
 def test_wait_says_who_is_late_after_every_deadline():
     run = Run(stragglers="wait").begin()
     run.send(0)

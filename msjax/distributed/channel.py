@@ -69,7 +69,7 @@ class Stop:
 
 @dataclasses.dataclass(frozen=True)
 class Tick:
-    """In: it is the time that the coordinator has named."""
+    """In: it is the time that the coordinator has named, and all that came before has been handed in."""
 
 
 @dataclasses.dataclass(frozen=True)

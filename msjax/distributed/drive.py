@@ -1,5 +1,6 @@
 """The loops of the two programs, where messages are carried by threads: gRPC's, or any that keep to `Channel`."""
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable
@@ -27,15 +28,17 @@ def serve(
       Stopped, Exception: see `Coordinator.handle`.
     """
     while not coordinator.over:
-        wake_at = coordinator.wake_at
-        # A signal that asks to stop is heard within a second on every system.
-        seconds = 1.0 if wake_at is None else min(1.0, max(0.0, wake_at - clock()))
-        try:
-            event = inbox.get(timeout=seconds)
-        except queue.Empty:
-            event = Tick()
-        for out in coordinator.handle(event):
-            carry(out)
+        wake_at, events = coordinator.wake_at, []
+        if wake_at is not None and wake_at <= clock():
+            # What has come while the server was at work came in time.
+            events = [inbox.get_nowait() for _ in range(inbox.qsize())] + [Tick()]
+        else:
+            # A signal that asks to stop is heard within a second on every system.
+            with contextlib.suppress(queue.Empty):
+                events = [inbox.get(timeout=1.0 if wake_at is None else min(1.0, max(0.0, wake_at - clock())))]
+        for event in events:
+            for out in coordinator.handle(event):
+                carry(out)
 
 
 def take_part(

@@ -100,7 +100,10 @@ class Left:
 
 @dataclasses.dataclass(frozen=True)
 class TimePassed:
-    """Nothing happened; a deadline may have passed."""
+    """A deadline may have passed, and all that came before has been handed in.
+
+    Deadlines are judged at this event alone: what has waited while the server was at work did not come late.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

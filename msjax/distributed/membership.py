@@ -15,6 +15,13 @@ A reason to stop leads from every stage to OVER, from those in which the caller 
 
 A client is active or dropped. Exchanges wait for those that are active; the messages of one that is dropped never
 count. It comes back at an exchange that is an entrance, if it has shown since that it is alive.
+
+A client has one session at a time. Its process may replace its own session; another process is refused for as long as
+the session lives. A session that does not say that it is ready within the policy's deadline is closed, so that it does
+not keep others out; until then, and without one, its client counts as absent.
+
+What nobody can do anything about is waited for, with a warning after every deadline: clients that have not come yet,
+and more absent ones than `min_clients` allows. Only while all active clients are silent is there no deadline at all.
 """
 
 import dataclasses

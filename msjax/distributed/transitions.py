@@ -13,7 +13,7 @@ def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membersh
     Raises:
       ValueError: the caller's part of the run is out of order.
     """
-    turn = _Transition(state, now)
+    turn = _Transition(state, now, isinstance(event, ev.TimePassed))
     turn.take(event)
     turn.settle()
     return turn.state, tuple(turn.actions)
@@ -22,8 +22,9 @@ def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membersh
 class _Transition:
     """One transition under way: `take` notes what has happened, `settle` draws what follows from it and the time."""
 
-    def __init__(self, state: Membership, now: float):
+    def __init__(self, state: Membership, now: float, judges: bool):
         self.state, self.now, self.actions = state, now, []
+        self._judges = judges  # deadlines: only where all is handed in that came before `now`
 
     def _set(self, **changes):
         self.state = dataclasses.replace(self.state, **changes)
@@ -42,6 +43,9 @@ class _Transition:
 
     def _later(self):
         return self.now + self.state.policy.deadline_seconds
+
+    def _passed(self, deadline):
+        return self._judges and deadline is not None and self.now >= deadline
 
     # -- What has happened. ----------------------------------------------------------------------------------------
 
@@ -192,7 +196,7 @@ class _Transition:
 
     def settle(self):
         for c, client in enumerate(self.state.clients):
-            if client.session is not None and not client.session.ready and self.now >= client.session.ready_by:
+            if client.session is not None and not client.session.ready and self._passed(client.session.ready_by):
                 # It keeps its client's place from others. One that loads its data for long comes again with it.
                 self._do(do.Warn(f"client {c} at {client.session.peer} was not ready in time: its session is closed"))
                 self._close(c)
@@ -215,7 +219,7 @@ class _Transition:
             self._stop(self.state.stop)
         elif not missing:
             self._restore(again=False)
-        elif self.now >= self.state.deadline:
+        elif self._passed(self.state.deadline):
             self._do(do.Warn(f"training waits for clients {missing} to be ready"))
             self._set(deadline=self._later())
 
@@ -263,7 +267,7 @@ class _Transition:
         if state.deadline is None and any(client.message is not None for client in state.clients):
             # Those whose turn is later wait as well.
             self._set(deadline=self._later())
-        elif state.deadline is not None and self.now >= state.deadline:
+        elif self._passed(state.deadline):
             self._late([c for c in expected if c not in there], there)
 
     def _late(self, missing, there):
@@ -300,7 +304,7 @@ class _Transition:
 
     def _end(self):
         missing = [c for c in self.state.active if not self.state.clients[c].goodbye]
-        late = self.now >= self.state.deadline or self.state.stop is not None
+        late = self._passed(self.state.deadline) or self.state.stop is not None
         if missing and not late:
             return
         if missing:
