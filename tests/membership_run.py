@@ -129,13 +129,19 @@ class Run:
     def go_to(self, key):
         """Everyone active does its part until the exchange of `key` is open."""
         while self.state.exchange.key != key:
-            self.send(*[c for c in self.state.exchange.clients if self.state.clients[c].active])
+            self.do_exchange()
         return self
 
     def go_to_end(self):
         while self.stage is Stage.COLLECTING:
-            self.send(*[c for c in self.state.exchange.clients if self.state.clients[c].active])
+            self.do_exchange()
         return self
+
+    def do_exchange(self):
+        """Everyone active does its part in the open exchange."""
+        before = self.state.exchange
+        self.send(*[c for c in before.clients if self.state.clients[c].active])
+        assert self.state.exchange != before or self.stage is Stage.ENDING
 
 
 def of(actions, *kinds):
