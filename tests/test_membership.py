@@ -139,7 +139,7 @@ def test_an_old_copy_does_not_undo_the_message_that_waits():
     assert run.state.clients[0].message == (1, FEATURES)
 
 
-def test_a_repeat_while_its_answer_is_computed_is_ignored():
+def test_a_repeat_while_its_answer_is_computed_changes_nothing():
     run = Run(works=False).begin()
     run.work()
     run.send(0, 1, 2)
@@ -413,6 +413,14 @@ def test_the_donor_dies_and_another_is_asked():
     assert [(a.client, a.part_from) for a in of(said, do.StartClient)] == [(0, 1), (2, 1)]
 
 
+def test_a_donor_that_dies_during_a_test_is_replaced_at_once():
+    run = dropped((1, FEATURES), client=0)
+    run.send(0), run.send(1, 2)
+    assert run.state.donor == 2 and run.state.exchange.key == (1, TEST)
+    run.crash(2)
+    assert of(run.send(1), do.Advance)[0].asks_part_of == 1
+
+
 def test_a_donor_that_brings_nothing_is_asked_anew():
     run = dropped((0, FEATURES))
     run.send(2)
@@ -444,13 +452,15 @@ def test_one_that_is_let_in_has_as_long_as_the_others_had_but_only_once():
     run = dropped((0, FEATURES))
     run.send(2)
     run.send(0, 1)
-    run.send(1)
     run.wait(9.0)
     run.send(0, part=True)
     assert run.state.wake_at == run.now + 10.0
     run.wait(9.0)
     run.crash(2)
+    run.send(2)
+    run.crash(2)
     assert run.state.wake_at == run.now + 1.0
+    run.send(1)
     assert of(run.wait(1.0), do.Advance)[0].clients == (0, 1)
 
 

@@ -201,7 +201,6 @@ class Membership:
             return Verdict.REPEAT
         if self.stage not in (Stage.COLLECTING, Stage.ADVANCING):
             return Verdict.IGNORED
-        open_key = () if self.exchange is None else self.exchange.key
-        if request.key < open_key or (request.key == open_key and self.stage is Stage.ADVANCING):
-            return Verdict.IGNORED  # a duplicate of long ago, or of what is being answered
+        if self.exchange is not None and request.key < self.exchange.key:
+            return Verdict.IGNORED  # a duplicate of long ago
         return Verdict.NEW

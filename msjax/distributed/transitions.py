@@ -224,11 +224,7 @@ class _Transition:
             self._set(deadline=self._later())
 
     def _restore(self, *, again):
-        state = self.state
-        for c, client in enumerate(state.clients):
-            if client.session is not None:
-                self._set_session(c, admitted=False)
-        generation = state.generation + again  # what was sent in the last one does not count in the next
+        generation = self.state.generation + again  # what was sent in the last one does not count in the next
         self._set(stage=Stage.RESTORING, generation=generation, exchange=None, donor=None, deadline=None)
         self._do(do.RestoreCheckpoint(again))
 
@@ -236,7 +232,7 @@ class _Transition:
         exchange = self.state.exchange
         for c in exchange.clients:
             if self.state.clients[c].returning and self._can_enter(c):
-                self._set_client(c, active=True, message=None, answered=None)
+                self._set_client(c, active=True)
                 self._do(do.Inform(f"client {c} comes back at step {exchange.step}"))
                 self._enter(c)
                 if not self.state.extended:  # it has as long as the others; but a client that flaps, not for ever
