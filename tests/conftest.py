@@ -1,11 +1,10 @@
 """Before jax starts: eight CPU devices, a cache of compiled programs, strict dtypes and ranks, checked annotations."""
 
-import atexit
 import gc
 import importlib.metadata
 import os
-import shutil
-import tempfile
+
+from . import compile_cache
 
 flags = [
     os.environ.get("XLA_FLAGS", ""),
@@ -17,11 +16,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort
     flags.append("--xla_cpu_use_fusion_emitters=false")  # and that in half the time again
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation, and many tests compile the same programs. Each process of pytest-xdist has a
-# folder of its own: JAX reads what another process has half written.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="msjax-tests-")
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most of the suite's time is compilation, and many tests compile the same programs.
+programs = compile_cache.open_copy()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # for GPUs, and their folder would be part of every key
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # to read even a small one takes half the time
 
 import beartype
 import jax
@@ -57,6 +56,10 @@ def pytest_collection_modifyitems(items):
     """Files that take minutes come first, so that no process is alone with one at the end."""
     order = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_unconfigure():
+    compile_cache.keep(programs)
 
 
 @pytest.fixture(autouse=True)
