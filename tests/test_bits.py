@@ -35,17 +35,24 @@ def test_pack_is_the_loop_and_unpack_its_inverse(bits):
             assert reference.unpack(packed, bits, codes.size) == list(codes)
 
 
+@functools.partial(jax.jit, static_argnums=(2,))
+def by_products(all_codes, rows, bits):
+    packed, of_rows = [_bits_tpu.pack(codes, bits) for codes in all_codes], jax.vmap(lambda c: _bits_tpu.pack(c, bits))
+    unpacked = [_bits_tpu.unpack(p, bits, c.size) for p, c in zip(packed, all_codes, strict=True)]
+    return packed, unpacked, jax.vmap(lambda p: _bits_tpu.unpack(p, bits, rows.shape[1]))(of_rows(rows))
+
+
 def test_layout_is_least_significant_bit_first():
-    codes = jnp.array([0b001, 0b010, 0b011, 0b100], jnp.uint8)
-    np.testing.assert_array_equal(_bits.pack(codes, 3), [0b11_010_001, 0b0000_100_0])
+    (packed,), _ = both([jnp.array([0b001, 0b010, 0b011, 0b100], jnp.uint8)], 3)
+    np.testing.assert_array_equal(packed, [0b11_010_001, 0b0000_100_0])
 
 
 @pytest.mark.parametrize("bits", (2, 3))
 def test_vmap(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 13)).astype(np.uint8)
-    packed = jax.vmap(lambda c: _bits.pack(c, bits))(jnp.asarray(codes))
+    (packed,), (unpacked,) = jax.vmap(lambda c: both([c], bits))(jnp.asarray(codes))
     assert [list(row) for row in np.asarray(packed)] == [reference.pack(row, bits) for row in codes]
-    np.testing.assert_array_equal(jax.vmap(lambda p: _bits.unpack(p, bits, 13))(packed), codes)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -58,27 +65,34 @@ def test_packed_bytes(bits):
 def test_pack_by_products_of_matrices(bits):
     """As a TPU does it."""
     rng = np.random.default_rng(bits)
-    for d in (0, 1, 333, 128 * 8, 3001):
-        codes = rng.integers(0, 2**bits, d).astype(np.uint8)
-        packed = _bits_tpu.pack(jnp.asarray(codes), bits)
+    all_codes = [rng.integers(0, 2**bits, d).astype(np.uint8) for d in (0, 1, 333, 128 * 8, 3001)]
+    rows = rng.integers(0, 2**bits, (3, 200)).astype(np.uint8)
+    *lists, of_rows = by_products([jnp.asarray(codes) for codes in all_codes], jnp.asarray(rows), bits)
+    for codes, packed, unpacked in zip(all_codes, *lists, strict=True):
         assert list(np.asarray(packed)) == reference.pack(codes, bits) and packed.dtype == jnp.uint8
-        np.testing.assert_array_equal(_bits_tpu.unpack(packed, bits, d), codes, strict=True)
-    rows = jnp.asarray(rng.integers(0, 2**bits, (3, 200)).astype(np.uint8))
-    packed = jax.vmap(lambda row: _bits_tpu.pack(row, bits))(rows)
-    np.testing.assert_array_equal(jax.vmap(lambda row: _bits_tpu.unpack(row, bits, 200))(packed), rows, strict=True)
+        np.testing.assert_array_equal(unpacked, codes, strict=True)
+    np.testing.assert_array_equal(of_rows, rows, strict=True)
+
+
+@jax.jit
+def words_both_ways(masks):
+    """What products make of the masks, and what it is to equal."""
+    pairs = []
+    for mask in masks:
+        words = _bits_tpu.pack_words(mask)
+        pairs.append((words, _bits._pack_words_by_sums(mask)))
+        pairs.append((_bits_tpu.unpack_words(words, mask.size), mask))
+        pairs.append((_bits_tpu.to_bytes(words), _bits._bitcast_to_bytes(words)))
+        for missing in range(0, 8, 3):
+            packed = _bits.as_bytes(words, max(0, mask.size - 8 * missing))
+            pairs.append((_bits_tpu.to_words(packed), _bits._bitcast_to_words(packed)))
+    return pairs
 
 
 def test_words_by_products_of_matrices():
     rng = np.random.default_rng(0)
-    for d in (0, 5, 700, 128 * 32, 9001):
-        mask = jnp.asarray(rng.random(d) < 0.5)
-        words = _bits_tpu.pack_words(mask)
-        np.testing.assert_array_equal(words, _bits._pack_words_by_sums(mask), strict=True)
-        np.testing.assert_array_equal(_bits_tpu.unpack_words(words, d), mask, strict=True)
-        np.testing.assert_array_equal(_bits_tpu.to_bytes(words), _bits._bitcast_to_bytes(words), strict=True)
-        for missing in range(0, 8, 3):
-            packed = _bits.as_bytes(words, max(0, d - 8 * missing))
-            np.testing.assert_array_equal(_bits_tpu.to_words(packed), _bits._bitcast_to_words(packed), strict=True)
+    for got, want in words_both_ways([jnp.asarray(rng.random(d) < 0.5) for d in (0, 5, 700, 128 * 32, 9001)]):
+        np.testing.assert_array_equal(got, want, strict=True)
 
 
 @pytest.mark.parametrize("platform", ("cpu", "cuda", "tpu"))

@@ -152,10 +152,22 @@ def long_inputs():
     }
 
 
-@pytest.mark.parametrize("by_magnitude", (False, True))
-@pytest.mark.parametrize("k", (1, LONG // 1000, LONG // 100, LONG // 3, LONG))
+@pytest.mark.parametrize(
+    "k, by_magnitude",
+    [
+        (LONG // 100, False),
+        (LONG // 100, True),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(LONG // 1000, True, marks=pytest.mark.slow),
+        pytest.param(LONG // 3, False, marks=pytest.mark.slow),
+        pytest.param(LONG, True, marks=pytest.mark.slow),
+    ],
+)
 def test_long_adversarial_inputs(k, by_magnitude):
-    """Where the threshold is guessed, wrongly for some of these, and ties fill many words."""
+    """Where the threshold is guessed, wrongly for some of these, and ties fill many words.
+
+    Magnitudes are another score of each value, and short arrays are tried with both at each k: here at one k.
+    """
     for name, x in long_inputs().items():
         x = jnp.asarray(np.asarray(x, np.float32))
         reference, fast, from_mask = select(x, k, by_magnitude)
@@ -165,6 +177,7 @@ def test_long_adversarial_inputs(k, by_magnitude):
         np.testing.assert_array_equal(from_mask, fast.positions, err_msg=name)
 
 
+@pytest.mark.slow
 def test_more_values_than_float32_counts():
     """2²⁴ + 33 values, nearly all equal: a count or a position in float32 would be off by one."""
     d = 2**24 + 33
