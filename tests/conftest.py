@@ -32,24 +32,14 @@ check = beartype.beartype(
 )  # an int is a float, as for every type checker
 jaxtyping.install_import_hook("msjax", f"{__name__}.check")
 
-collect_ignore = ["fuzz_wire.py", "torch_networks.py"]  # of libraries that the tests do without
+pytest.register_assert_rewrite(f"{__package__}.helpers")
+collect_ignore = ["fuzz_wire.py"]  # a program, of a library that the tests do without
 
 STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 
-SLOW = (
-    "studies",
-    "transport",
-    "distributed",
-    "parties",
-    "processes",
-    "step",
-    "metrics",
-    "entropy_mask",
-    "train",
-    "records",
-)
+SLOW = ("studies", "transport", "parties", "processes", "step", "metrics", "entropy_mask", "train", "records")
 
 
 def pytest_collection_modifyitems(items):

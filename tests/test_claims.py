@@ -16,7 +16,7 @@ from msjax import compress
 from msjax.compress import Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
 
 from . import reference
-from .test_codecs import encode
+from .helpers import encode
 
 DEFAULTS = tuple(cls() for cls in compress.CODECS)
 KEY = jax.random.key(0)

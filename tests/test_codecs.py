@@ -18,6 +18,7 @@ from msjax import compress
 from msjax.compress import EntropyMask, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
 
 from . import reference
+from .helpers import case_id, encode
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "payloads.json"
 SHAPES = ((1,), (7,), (3, 5, 7), (2, 8, 8, 4), (0,), (0, 3))
@@ -95,7 +96,6 @@ def program(codec, h, key):
 
 
 jitted = jax.jit(program, static_argnums=0)
-encode = jax.jit(lambda codec, h, key=None: codec.encode(h, key), static_argnums=0)
 
 
 @functools.cache
@@ -149,10 +149,6 @@ def close(a, b, h, scale=None):
     scale = np.nan_to_num(np.abs(np.asarray(h, np.float32)), posinf=0).max(initial=0) if scale is None else scale
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(scale) + tiny)
     return True
-
-
-def case_id(value):
-    return repr(value).replace(" ", "") if isinstance(value, (compress.Codec, tuple)) else jnp.dtype(value).name
 
 
 @pytest.mark.parametrize("codec, shape, dtype", marked(CASES), ids=case_id)
