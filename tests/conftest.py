@@ -16,6 +16,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort
     flags.append("--xla_cpu_use_fusion_emitters=false")  # and that in half the time again
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for the processes that tests start; see below
 # Most of the suite's time is compilation, and many tests compile the same programs.
 programs = compile_cache.open_copy()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
@@ -26,6 +27,10 @@ import beartype
 import jax
 import jaxtyping
 import pytest
+import threadpoolctl
+
+# NumPy, which plugins of pytest have imported: its threads wait for each other in a loop, on cores that are not theirs.
+threadpoolctl.threadpool_limits(1, user_api="blas")
 
 check = beartype.beartype(
     conf=beartype.BeartypeConf(is_pep484_tower=True)
@@ -39,7 +44,7 @@ STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "tes
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 
-SLOW = ("studies", "transport", "parties", "processes", "step", "metrics", "entropy_mask", "train", "records")
+SLOW = ("studies", "transport", "parties", "processes", "step", "metrics", "codecs", "entropy_mask", "train", "records")
 
 
 def pytest_collection_modifyitems(items):

@@ -29,6 +29,7 @@ def test_limit_of_a_coin():
     assert all(e <= 4**-b + 1e-6 for b, e in zip(bits, errors, strict=True))
 
 
+@pytest.mark.slow
 def test_no_codec_beats_the_limit_and_the_table_compares():
     h = rate_distortion.synthetic(1 << 16)["relu(normal)"]
     codecs = (MaskEncoded(), EntropyMask(bits=1.0), EntropyMask(bits=2.32), TOPK)
@@ -51,6 +52,7 @@ def test_signed_sources_get_signed_codecs():
 TOPK = rate_distortion.codecs(signed=False)[4]
 
 
+@pytest.mark.slow
 def test_feature_maps_of_a_run(tmp_path):
     """At the cut of the run itself they are the features that its client half makes; codecs take them."""
     cfg = config.Config(clients=2, batch_size=200, epochs=1, model=config.ModelConfig(width=0.5))
