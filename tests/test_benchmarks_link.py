@@ -155,6 +155,7 @@ def options(**changes):
     return argparse.Namespace(**base | changes)
 
 
+@pytest.mark.slow
 def test_on_link():
     row = link.on_link(options(), "medium", compress.MaskEncoded())
     # gRPC adds frame headers and pings, and protobuf and msjax.wire theirs: under 2 % even of these small messages.
@@ -186,6 +187,7 @@ def test_party_that_fails_ends_the_measurement(monkeypatch):
         link.on_link(options(), "medium", compress.Identity())
 
 
+@pytest.mark.slow
 def test_finished_rows_are_not_repeated(tmp_path, monkeypatch, capsys):
     """And gRPC computes the same bits as one program, which `beside_program` checks."""
     arguments = ["link", "--model.name", "convnet", "--model.width", "1", "--clients", "2", "--only", "transport"]

@@ -11,7 +11,7 @@ import pytest
 from msjax import assemble, config, data, models, runs, train
 from msjax.data import _records, _tfds
 
-from .test_step import assert_close
+from .helpers import assert_close
 
 tfds = pytest.importorskip("tensorflow_datasets")
 kinds = tfds.features
@@ -220,6 +220,7 @@ def trained(cfg, tmp_path):
         folder.close()
 
 
+@pytest.mark.slow
 def test_a_table_is_learned(tmp_path):
     cfg = config.Config(
         model=config.ModelConfig(name="mlp", width=0.25),
@@ -234,6 +235,7 @@ def test_a_table_is_learned(tmp_path):
     assert 13 < summary["uncompressed_feature_bytes"] / summary["traffic"]["uplink_feature_bytes"] < 14
 
 
+@pytest.mark.slow
 def test_texts_are_learned(reviews, tmp_path):
     """By the words that say the class, wherever they stand; with signed features through the codec, and AdamW."""
     place, _ = reviews
@@ -245,7 +247,7 @@ def test_texts_are_learned(reviews, tmp_path):
         codec=config.MaskEncoded(signed=True),
         clients=2,
         batch_size=30,
-        epochs=5,
+        epochs=3,
         out=str(tmp_path),
     )
     assert trained(cfg, tmp_path)["test"]["top1_percent"] > 90

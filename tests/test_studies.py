@@ -16,6 +16,9 @@ import pytest
 from experiments import both_directions, driver, entropy_variants, report, study, traffic
 from msjax import compress, config, train
 
+HALF = 359
+"""Samples of a client of digits, of two clients, over two."""
+
 
 @pytest.mark.parametrize("module", report.STUDIES, ids=lambda m: m.__name__)
 @pytest.mark.parametrize("scale", study.SCALES)
@@ -47,6 +50,7 @@ def test_every_record_is_found_by_its_config():
             assert made["wall_seconds"] > 0 and made["command"].startswith("python -m experiments.")
 
 
+@pytest.mark.slow
 def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     arguments = ["--scale", "smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     name = "MS up, medium, seed 0"
@@ -95,23 +99,35 @@ def test_wrong_options(wrong, said, capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
-    """Each network is built and each measurement done; one network a codec is trained, for the records of all."""
+    """Each network is built and each measurement done; one network a codec is trained, for the records of all.
+
+    In two steps of half the samples each: a last step that is smaller would be a program of its own.
+    """
     results = tmp_path / "results"
+    (results / "smoke").mkdir(parents=True)
     options = argparse.Namespace(data_dir=None, cache_dir=None, out=str(tmp_path / "runs"))
     trained = {}
+
+    def do(run):
+        return driver.do("smoke", driver._placed(run, options), "python -m experiments.some", tmp_path / "halves")
+
     for module in report.STUDIES:
         for run in module.runs("smoke").values():
             if study.record("smoke", run, results) is not None:
                 continue
-            if isinstance(run, study.Measured) or (codecs := (type(run.codec), type(run.grad_codec))) not in trained:
-                made = driver.do("smoke", driver._placed(run, options), "python -m experiments.some", results)
-                if isinstance(run, config.Config):
-                    trained[codecs] = made
+            if isinstance(run, study.Measured):
+                cfg = run.config
+                made = do(run._replace(config=dataclasses.replace(cfg, batch_size=HALF)))
             else:
-                train.prepare(run)
-                made = trained[codecs] | {"config": config.to_json(run)}
-                (results / "smoke" / f"{study.key(run)}.json").write_text(json.dumps(made))
+                cfg, codecs = run, (type(run.codec), type(run.grad_codec))
+                train.prepare(cfg)
+                if codecs not in trained:
+                    trained[codecs] = do(dataclasses.replace(cfg, batch_size=HALF))
+                made = trained[codecs]
+            whole = made | {"config": config.to_json(config.without_paths(cfg))}
+            (results / "smoke" / f"{study.key(run)}.json").write_text(json.dumps(whole))
     text, figures = report.page(results, scales=["smoke"])
     for module in report.STUDIES:
         assert f"## {module.TITLE}" in text
@@ -161,6 +177,7 @@ def test_traffic_to_accuracy():
     assert traffic._mean([None, 4.0]) == "INF (1 of 2 reach it)"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path):
     cfg = dataclasses.replace(study.base("smoke"), epochs=400, out=str(tmp_path / "runs"))
     program = [sys.executable, "-m", "experiments.driver", "smoke", str(tmp_path / "results"), "a command"]
@@ -187,6 +204,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert [epoch["epoch"] for epoch in made["history"]] == list(range(1, done + 2))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_others_from_running(tmp_path, capfd):
     cfg = dataclasses.replace(study.base("smoke"), out=str(tmp_path / "runs"))
     wrong = study.with_cut(cfg, "nowhere")
