@@ -35,6 +35,13 @@ def assert_same(a, b):
     assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(a, b, strict=True))
 
 
+def assert_close(a, b, tolerance):
+    """Every leaf of two trees agrees to `tolerance` of its norm."""
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        left, right = np.float64(left), np.float64(right)
+        assert np.linalg.norm(left - right) <= tolerance * max(1e-3, np.linalg.norm(right)), (left, right)
+
+
 def traced_peak(call):
     """Most bytes that Python, zlib and NumPy had at once in `call`, beyond what was there before."""
     tracemalloc.start()

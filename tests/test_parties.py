@@ -12,7 +12,7 @@ import pytest
 from msjax import assemble, compress, config, parties, protocol, runs, train
 from msjax.protocol import Phase
 
-from .test_step import assert_close
+from .helpers import assert_close
 
 SMALL = config.Config(
     model=config.ModelConfig(name="convnet", width=0.25),

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from msjax import compress, models, simulate, step, wire
 
+from .helpers import assert_close
+
 CLIENTS, BATCH = 8, 6
 CODECS = [
     (compress.Identity(), compress.Identity()),
@@ -47,13 +49,6 @@ def party_step(setup, state, x, y, keys):
     ]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *updates)
     return step.TrainState(step.client_update(setup, state.client, mean), server, state.step + 1), info
-
-
-def assert_close(a, b, tolerance):
-    """Every leaf of two trees agrees to `tolerance` of its norm."""
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        left, right = np.float64(left), np.float64(right)
-        assert np.linalg.norm(left - right) <= tolerance * max(1e-3, np.linalg.norm(right)), (left, right)
 
 
 def tolerance(*codecs):
