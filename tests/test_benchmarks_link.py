@@ -178,6 +178,7 @@ def test_on_link():
     assert len(link.table([row], hours).splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_party_that_fails_ends_the_measurement(monkeypatch):
     def fail(*args):
         raise RuntimeError("broken")

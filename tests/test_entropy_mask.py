@@ -71,18 +71,16 @@ SOURCES = ("relu", "normal", "laplace", "heavy", "sparse", "pooled", "features")
 SIGNED = ("normal", "laplace", "heavy")
 
 
-def targets(*found):
-    """Each with all sources; quick is only the first with two of them."""
+def targets(*found, quick):
+    """Each with all sources; only the first is quick, with some of them."""
     return [
-        pytest.param(
-            name, *target, marks=[] if target is found[0] and name in ("relu", "laplace") else pytest.mark.slow
-        )
+        pytest.param(name, *target, marks=[] if target is found[0] and name in quick else pytest.mark.slow)
         for target in found
         for name in SOURCES
     ]
 
 
-@pytest.mark.parametrize("name, error, levels", targets((0.07, 15), (0.01, 31), (0.2, 5)))
+@pytest.mark.parametrize("name, error, levels", targets((0.07, 15), (0.01, 31), (0.2, 5), quick=("relu", "sparse")))
 def test_error_is_on_target_and_bytes_are_predicted(name, error, levels):
     h = source(name)
     codec = EntropyMask(error=error, levels=levels, signed=name in SIGNED, ratio=0.9)
@@ -93,7 +91,7 @@ def test_error_is_on_target_and_bytes_are_predicted(name, error, levels):
 
 @pytest.mark.parametrize(
     "name, bits, levels, rounding",
-    targets((1.0, 15, "stochastic"), (1.0, 15, "nearest"), (2.0, 31, "stochastic")),
+    targets((1.0, 15, "stochastic"), (1.0, 15, "nearest"), (2.0, 31, "stochastic"), quick=("laplace",)),
 )
 def test_bits_are_on_target_and_predicted(name, bits, levels, rounding):
     h = source(name)
@@ -171,10 +169,7 @@ def test_one_program_for_all_inputs(codec):
     assert traces.count(codec) == 1
 
 
-ROUNDINGS = ("nearest", pytest.param("stochastic", marks=pytest.mark.slow))
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", ("nearest", pytest.param("stochastic", marks=pytest.mark.slow)))
 def test_corners(rounding):
     codec = EntropyMask(signed=True, rounding=rounding, ratio=0.99)
 
@@ -196,7 +191,8 @@ def test_corners(rounding):
         assert np.isnan(there_and_back(many)).all()
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
 def test_more_outliers_than_may_be(rounding):
     """Those behind get the last code, with the right sign."""
     codec = EntropyMask(error=1e-3, levels=3, signed=True, ratio=0.999, rounding=rounding)
@@ -205,13 +201,10 @@ def test_more_outliers_than_may_be(rounding):
     assert (np.asarray(roundtrip(codec, jnp.asarray(spikes)))[7::5000] < 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec",
-    [
-        pytest.param(EntropyMask(bits=2.0), marks=pytest.mark.slow),
-        pytest.param(EntropyMask(bits=1.1, signed=True, rounding="stochastic"), marks=pytest.mark.slow),
-        EntropyMask(error=0.01),
-    ],
+    [EntropyMask(bits=2.0), EntropyMask(bits=1.1, signed=True, rounding="stochastic"), EntropyMask(error=0.01)],
     ids=str,
 )
 def test_few_values_that_count(codec):

@@ -86,7 +86,7 @@ def test_subsets_are_equally_likely(k):
     assert chi_square([rows.count(s) for s in subsets], n / len(subsets)) < 5
 
 
-@pytest.mark.parametrize("k", (2, 50, 78))
+@pytest.mark.parametrize("k", (50, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 78))))
 def test_subsets_of_listed_entries_are_equally_likely(k, monkeypatch):
     """With lists already of 2 words, twice over: each position, and each pair, as often as any other."""
     monkeypatch.setattr(_random, "_LISTED", 2)
@@ -140,8 +140,16 @@ def test_stochastic_uniform_is_unbiased_over_a_long_array(bits):
         assert abs(steps.mean() - fraction) <= error
 
 
-@pytest.mark.parametrize("codec", (RandK(0.9), RandTopK(0.9)), ids=repr)
-@pytest.mark.parametrize("sharded", ("h", "key"))
+@pytest.mark.parametrize(
+    "codec, sharded",
+    [
+        (RandTopK(0.9), "key"),
+        pytest.param(RandTopK(0.9), "h", marks=pytest.mark.slow),
+        pytest.param(RandK(0.9), "key", marks=pytest.mark.slow),
+        pytest.param(RandK(0.9), "h", marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_over_a_mesh_with_only_one_of_the_two_sharded(codec, sharded):
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("client",), axis_types=(jax.sharding.AxisType.Auto,))

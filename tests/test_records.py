@@ -182,6 +182,7 @@ def test_wrong_sets_and_options(tmp_path, monkeypatch, reviews):
         data.load("odd", **odd)
 
 
+@pytest.mark.slow
 def test_transformer():
     model = models.build("transformer", input_shape=(12,), num_classes=3, width=0.25, vocabulary=50, activation="gelu")
     assert model.input_dtype == jnp.int32

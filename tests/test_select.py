@@ -74,7 +74,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("by_magnitude", (False, True))
-@pytest.mark.parametrize("k", (1, 4, 17, D - 1, D))
+@pytest.mark.parametrize("k", (1, 17, *(pytest.param(k, marks=pytest.mark.slow) for k in (4, D - 1, D))))
 def test_agree_on_adversarial_inputs(k, by_magnitude):
     for name, x in INPUTS.items():
         try:
@@ -90,7 +90,7 @@ def test_one_value(value, by_magnitude):
 
 
 @pytest.mark.parametrize("by_magnitude", (False, True))
-@pytest.mark.parametrize("k", (1, 9))
+@pytest.mark.parametrize("k", (17, pytest.param(1, marks=pytest.mark.slow)))
 @SEEDED
 @given(
     bits=st.lists(
@@ -107,22 +107,22 @@ def test_agree_on_any_bits(k, by_magnitude, bits):
 
 
 @pytest.mark.parametrize("by_magnitude", (False, True))
-def test_subnormal_numbers(by_magnitude):
+@pytest.mark.parametrize("k", (1, 17, pytest.param(4, marks=pytest.mark.slow)))
+def test_subnormal_numbers(k, by_magnitude):
     """They may count as 0, but the mask and the positions count them alike, and above nothing larger."""
     x = np.array([TINY, 0, -TINY, 3 * TINY, 1e-38, 2e-38, -1e-39, 1] * 4 + [0], np.float32)
-    for k in (1, 4, 17):
-        reference, fast, from_mask = jax.tree.map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
-        np.testing.assert_array_equal(fast.positions, reference.positions)
-        np.testing.assert_array_equal(np.flatnonzero(fast.mask), fast.positions)
-        np.testing.assert_array_equal(from_mask, fast.positions)
-        assert np.count_nonzero(x[fast.positions] == 1) == min(k, 4)
+    reference, fast, from_mask = jax.tree.map(np.asarray, select(jnp.asarray(x), k, by_magnitude))
+    np.testing.assert_array_equal(fast.positions, reference.positions)
+    np.testing.assert_array_equal(np.flatnonzero(fast.mask), fast.positions)
+    np.testing.assert_array_equal(from_mask, fast.positions)
+    assert np.count_nonzero(x[fast.positions] == 1) == min(k, 4)
 
 
 def test_vmap():
     x = jnp.asarray(np.stack([np.asarray(v, np.float32) for v in INPUTS.values()]))
-    both = jax.jit(jax.vmap(lambda row: select(row, k=6, by_magnitude=False)))(x)
-    for i, row in enumerate(x):
-        one = select(row, 6, False)
+    both = jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda row: select(row, k=17, by_magnitude=False)))(x))
+    for i, row in enumerate(np.asarray(x)):
+        one = select(row, 17, False)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda v, i=i: v[i], both), one)
 
 
@@ -221,7 +221,9 @@ def test_kth_by_sorting_as_by_bits():
             assert _select._kth_by_bits(jnp.asarray(orders), k) == expected
 
 
-@pytest.mark.parametrize("platform, loops", (("cuda", 0), ("rocm", 0), ("tpu", 1), ("cpu", 1)))
+@pytest.mark.parametrize(
+    "platform, loops", (("cuda", 0), pytest.param("rocm", 0, marks=pytest.mark.slow), ("tpu", 1), ("cpu", 1))
+)
 def test_lowers_for_every_platform(platform, loops):
     """All of it; and the k-th of few is found by sorting, without a loop, on GPUs alone."""
     find = jax.jit(lambda x: _select.select(x, 300, by_magnitude=False))

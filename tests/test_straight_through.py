@@ -14,6 +14,11 @@ from msjax.compress import Identity, MaskEncoded, RandK, TopK, straight_through
 KEY = jax.random.key(5)
 H = jax.random.normal(jax.random.key(0), (3, 7))
 G = jax.random.normal(jax.random.key(1), (3, 7))
+DEFAULTS = [pytest.param(cls(), marks=[pytest.mark.slow] if cls.entropy_coded else []) for cls in compress.CODECS]
+
+
+def name_of(codec):
+    return type(codec).__name__
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -27,14 +32,14 @@ def value_and_pullback(codec, h, key, grad_codec, g):
     )
 
 
-@pytest.mark.parametrize("codec", [cls() for cls in compress.CODECS], ids=lambda codec: type(codec).__name__)
+@pytest.mark.parametrize("codec", DEFAULTS, ids=name_of)
 def test_gradient_is_the_identity(codec):
     y, grad, expected, _ = value_and_pullback(codec, H, KEY, None, G)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(grad, G)
 
 
-@pytest.mark.parametrize("grad_codec", [cls() for cls in compress.CODECS], ids=lambda codec: type(codec).__name__)
+@pytest.mark.parametrize("grad_codec", DEFAULTS, ids=name_of)
 def test_gradient_goes_through_the_downlink_codec(grad_codec):
     _, grad, _, expected = value_and_pullback(Identity(), H, KEY, grad_codec, G)
     np.testing.assert_array_equal(grad, expected)

@@ -251,6 +251,7 @@ def test_bytes_and_points_of_both_directions():
     assert "| cut |" in both_directions.report("lite", {}).text
 
 
+@pytest.mark.slow
 def test_variants_of_entropy_mask():
     """The base is the codec itself; contexts help where neighbours are alike, and nowhere else."""
     rng = np.random.default_rng(0)
