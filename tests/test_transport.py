@@ -153,7 +153,7 @@ def test_own_data_of_unequal_amounts(tmp_path, monkeypatch):
 
     def load_data(cfg, options):
         n = amounts[options.number]
-        return whole._replace(train_inputs=whole.train_inputs[-n:], train_labels=whole.train_labels[-n:])
+        return dataclasses.replace(whole, train=data.Arrays(*whole.train[-n:]))
 
     monkeypatch.setattr(_serving, "load_data", load_data)
     with net(tmp_path, SMALL) as it:
