@@ -7,19 +7,27 @@
     x = data.normalize(images, ds.mean, ds.std)
 
 Texts come as tokens, tables as columns; `normalize` takes all of them.
+A user's own data come by `from_arrays`, `from_npz`, `from_csv`, `from_image_folder` or `from_sequence`; `as_dataset`
+chooses among them.
+
 A `Dataset` has two `Split`s, `train` and `test`, in memory (`Arrays`) or streamed (`ImageStream`); `batches` reads
 either kind with the same loop. TensorFlow is never needed.
 """
 
+from msjax.data._arrays import from_arrays, from_npz
+from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
+from msjax.data._folder import from_image_folder
 from msjax.data._load import load
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
 from msjax.data._registry import default_augmentation, is_streamed
+from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
+from msjax.data._table import TableFormat, from_csv
 
 __all__ = [
     "AUGMENTATIONS",
@@ -31,12 +39,19 @@ __all__ = [
     "Dataset",
     "ImageStream",
     "Split",
+    "TableFormat",
+    "as_dataset",
     "augment",
     "batches",
     "crop_flip",
     "default_augmentation",
     "epoch_indices",
     "epoch_order",
+    "from_arrays",
+    "from_csv",
+    "from_image_folder",
+    "from_npz",
+    "from_sequence",
     "is_streamed",
     "load",
     "normalize",

@@ -26,6 +26,34 @@ def decode(encoded: bytes, channels: int) -> Any:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B")
+
+
+def upright(image: Any) -> Any:
+    """As its EXIF orientation says that it is to be seen."""
+    pillow()
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def flatten(image: Any, channels: int | None = None) -> Any:
+    """An image of 8 bits, grey for one channel and RGB for three; transparent pixels are laid over black.
+
+    By default grey images have one channel, others three. 16 bits become 8 by leaving out the lower ones.
+    """
+    if channels is None:
+        channels = 1 if image.mode in GREY_MODES else 3
+    if image.mode.startswith("I;16"):
+        image = pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"images must have 8 or 16 bits a channel, got PIL's mode {image.mode}")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pillow().alpha_composite(pillow().new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
 def to_array(image: Any) -> np.ndarray:
     """uint8 [H, W, C] of a PIL image."""
     x = np.asarray(image)

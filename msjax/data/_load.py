@@ -1,10 +1,12 @@
 """`load`: a data set by its name."""
 
 import os
+from typing import Any
 
 import numpy as np
 
 from msjax.data import _embedded, _records, _registry, _sets, _stream
+from msjax.data._as_dataset import from_path, is_path
 from msjax.data._dataset import Arrays, Dataset
 
 
@@ -17,6 +19,7 @@ def load(
     text_length: int = _records.TEXT_LENGTH,
     vocabulary: int = _records.VOCABULARY,
     streamed: bool | None = None,
+    **options: Any,
 ) -> Dataset:
     """Load a classification set of images, texts or a table: as arrays, from the cache where it was decoded before.
 
@@ -26,6 +29,9 @@ def load(
     otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.
     The test data are the split `test`, else `validation` (ImageNet, and sets that hide the labels of `test`:
     `validation` first).
+
+    A name that ends in .npz or .csv, or has a separator and is a folder (./photos), is read by `from_npz`, `from_csv`
+    or `from_image_folder`, with `image_size` and `options`.
 
     A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
 
@@ -45,6 +51,7 @@ def load(
         text_length: tokens of a text; longer ones are cut, shorter ones padded.
         vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
         streamed: read images as they are needed rather than into memory; by default as the set needs it.
+        **options: of the adapter, where `name` is a path.
 
     Raises:
         DataError: the set is unknown, missing, unreadable or not a classification set of one of these kinds; no
@@ -53,6 +60,10 @@ def load(
     """
     _sets.check_image_size(image_size)
     _records.check_tokens(text_length, vocabulary)
+    if is_path(name):
+        return from_path(name, image_size=image_size, **options)
+    if options:
+        raise TypeError(f"load takes {', '.join(options)} only where name is a path, got {name!r}")
     entry = _registry.find(name)
     if entry.streamed if streamed is None else streamed:
         size = _stream.IMAGE_SIZE if image_size is None else image_size

@@ -1,5 +1,7 @@
 """Mean and standard deviation of a split, for `normalize`."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -21,3 +23,17 @@ def measure_columns(table: np.ndarray, is_number: np.ndarray) -> tuple[list[floa
     """Mean and std of the columns that are numbers; 0 and 1 of the others, and 1 for a constant."""
     mean, std = table.mean(0, np.float64), table.std(0, np.float64)
     return np.where(is_number, mean, 0).tolist(), np.where(is_number & (std > 0), std, 1).tolist()
+
+
+def measure_last_axis(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of float inputs (N, ..., C) for each of the last axis, 1 for a constant; in pieces, in float64."""
+    width, rows = inputs.shape[-1], max(1, (1 << 22) // max(1, inputs[0].size))
+
+    def total(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        pieces = (inputs[lo : lo + rows] for lo in range(0, len(inputs), rows))
+        sums = [function(piece.reshape(-1, width).astype(np.float64)) for piece in pieces]
+        return np.sum(sums, axis=0) / (inputs.size // width)
+
+    mean = total(lambda x: x.sum(0))
+    std = np.sqrt(total(lambda x: ((x - mean) ** 2).sum(0)))
+    return mean, np.where(std > 0, std, 1)

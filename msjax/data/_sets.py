@@ -169,9 +169,9 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
         draft.meta = meta
 
 
-def for_each(function: Callable[[int], None], items: Sequence[int]) -> None:
-    """Call on each item, on a thread a core; the first exception stops the rest."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def for_each(function: Callable[[int], None], items: Sequence[int], *, threads: int | None = None) -> None:
+    """Call on each item, by default on a thread a core; the first exception stops the rest."""
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
             for _ in pool.map(function, items):
                 pass

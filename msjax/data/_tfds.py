@@ -74,6 +74,11 @@ def _versions(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: tuple(int(n) for n in p.name.split(".")))
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is of a set, with a folder a version."""
+    return bool(_versions(folder))
+
+
 def prepared(directory: Path) -> list[str]:
     """Names of the sets prepared in a TFDS data directory."""
     folders = [p for depth in ("*", "*/*") for p in directory.glob(depth) if p.is_dir() and _versions(p)]

@@ -1,0 +1,224 @@
+"""Arrays and .npz files as data sets."""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from msjax.data._check import check
+from msjax.data._convert import convert_inputs, convert_labels
+from msjax.data._dataset import Arrays, Dataset, Split, Tree
+from msjax.data._error import DataError
+from msjax.data._measure import measure_images, measure_last_axis
+
+_SHARE = 4  # keeps this stream of random numbers apart from those of the other modules
+_MEASURED = 1000  # examples that the mean and std of a split are measured on where it is not in memory
+
+TRAIN_AND_TEST = (
+    ("x_train", "y_train", "x_test", "y_test"),  # Keras
+    ("X_train", "y_train", "X_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),  # MedMNIST
+    ("train_inputs", "train_labels", "test_inputs", "test_labels"),
+)
+TOGETHER = (("x", "y"), ("X", "y"), ("inputs", "labels"), ("images", "labels"), ("data", "labels"), ("data", "target"))
+
+
+def from_arrays(
+    train: tuple[Tree, Tree],
+    test: tuple[Tree, Tree] | None = None,
+    *,
+    num_classes: int | None = None,
+    test_share: float | None = None,
+    normalize: bool = False,
+    name: str = "arrays",
+    seed: int = 0,
+) -> Dataset:
+    """Make a data set of arrays.
+
+    Inputs are an array (N, ...), or a dict or tuple of arrays; NumPy's, JAX's, PyTorch's or what else `np.asarray`
+    takes. uint8 stays, other integers (tokens) become int32, floats and bools float32. uint8 (N, H, W, C), or
+    (N, H, W), which gets a channel, are images: their mean and std are measured on the training images and applied by
+    `data.normalize`. Everything else is taken as it is, unless `normalize`.
+
+    Labels are of any shape. Integers (N,) or (N, 1) are classes. Other labels (floats to predict, integers for each
+    pixel or token) become float32 or int32, and `num_classes` is what it is given as.
+
+    Args:
+        train: (inputs, labels).
+        test: the same for testing; without it and `test_share` the set has no test data.
+        num_classes: by default one more than the largest label.
+        test_share: instead of `test`: this part of `train` is set aside, at random, of each class alike.
+        normalize: measure mean and std of float inputs (..., C), one each of the last axis.
+        name: for messages and records.
+        seed: chooses what is set aside.
+
+    Raises:
+        DataError: the arrays break a rule of `check`, are no numbers, or differ in length; `test` is empty or
+            `test_share` leaves one side without examples.
+    """
+    train_split = _converted(train, "train")
+    if test is None:
+        train_split, test_split = share_out(train_split, test_share, seed)
+    else:
+        if test_share is not None:
+            raise DataError(f"test_share must be None where test is given, got {test_share}")
+        test_split = _converted(test, "test")
+        if not len(test_split):
+            raise DataError("test must have examples, got none: leave it out where there is no test set")
+    return finish(name, train_split, test_split, num_classes=num_classes, normalize=normalize)
+
+
+def _converted(pair: Any, role: str) -> Arrays:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        found = f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__
+        raise DataError(f"{role} must be (inputs, labels), got {found}")
+    return Arrays(convert_inputs(pair[0], f"{role} inputs"), convert_labels(pair[1], f"{role} labels"))
+
+
+def share_out(split: Arrays, test_share: float | None, seed: int) -> tuple[Arrays, Arrays]:
+    """Train and test, of each class `test_share` for testing; None: nothing."""
+    if test_share is None:
+        return split, Arrays(*split[:0])
+    train, test = share_indices(split.targets if are_classes(split.label_like) else len(split), test_share, seed)
+    return Arrays(*split[train]), Arrays(*split[test])
+
+
+def share_indices(labels: np.ndarray | int, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train and to test on, each in order; `labels` are classes, or only the number of examples."""
+    if not 0 < test_share < 1:
+        raise DataError(f"test_share must be between 0 and 1, or None for no test set, got {test_share}")
+    count = labels if isinstance(labels, int) else len(labels)
+    classes = np.zeros(count, np.int32) if isinstance(labels, int) else labels
+    rng = np.random.default_rng([_SHARE, seed])
+    is_test = np.zeros(count, bool)
+    for c in np.unique(classes):
+        members = rng.permutation(np.flatnonzero(classes == c))
+        is_test[members[: round(len(members) * test_share)]] = True
+    if is_test.all() or not is_test.any():
+        side = "train" if is_test.all() else "test"
+        raise DataError(f"test_share must leave examples to {side} on, got {test_share} of {count} examples")
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
+def are_classes(label_like: Tree) -> bool:
+    """Whether a label is one integer."""
+    return isinstance(label_like, jax.ShapeDtypeStruct) and label_like.shape == () and label_like.dtype == np.int32
+
+
+def finish(
+    name: str,
+    train: Split,
+    test: Split,
+    *,
+    num_classes: int | None,
+    normalize: bool = False,
+    columns: list[str] | None = None,
+) -> Dataset:
+    """The data set of two splits of converted arrays: classes counted, inputs measured, everything checked."""
+    if num_classes is None and are_classes(train.label_like) and len(train):
+        if not (train.in_memory and test.in_memory):
+            raise DataError(f"num_classes must be given for {name}: its labels are not in memory to be counted")
+        num_classes = max(int(s.targets.max()) for s in (train, test) if len(s)) + 1
+        num_classes = max(num_classes, 1)  # a negative label is told of below
+    ds = check(Dataset(name, train, test, num_classes, None, None), columns)
+    mean, std = measure(train, normalize)
+    return dataclasses.replace(ds, mean=mean, std=std)
+
+
+def measure(split: Split, normalize: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Mean and std for `data.normalize`; None where inputs are taken as they are."""
+    like = split.input_like
+    single = isinstance(like, jax.ShapeDtypeStruct)
+    images = single and like.dtype == np.uint8 and len(like.shape) == 3
+    if not images and not normalize:
+        return None, None
+    if not images and not (single and like.dtype == np.float32 and like.shape):
+        raise DataError(f"normalize must be False for inputs that are no images or one array of floats, got {like}")
+    if split.in_memory:
+        inputs = split.inputs
+    else:
+        chosen = np.random.default_rng(0).permutation(len(split))[:_MEASURED]
+        inputs, _ = split.fetch(np.sort(chosen))
+    if images:
+        mean, std = measure_images(inputs)
+    else:
+        mean, std = measure_last_axis(inputs)
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+def from_npz(
+    path: str | os.PathLike,
+    *,
+    inputs: str | None = None,
+    labels: str | None = None,
+    test_inputs: str | None = None,
+    test_labels: str | None = None,
+    num_classes: int | None = None,
+    test_share: float | None = 0.2,
+    normalize: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """Make a data set of an .npz file, as `from_arrays` does of its arrays.
+
+    Looked for are x_train, y_train, x_test, y_test (Keras); train_images, train_labels, test_images, test_labels
+    (MedMNIST); and x, y or inputs, labels or images, labels. Pickled objects are never read.
+
+    Args:
+        inputs, labels, test_inputs, test_labels: names of the arrays, where they have others.
+        test_share: what is set aside where the file has no test arrays; None: nothing.
+        num_classes, normalize, seed: see `from_arrays`.
+
+    Raises:
+        DataError: there is no such file or array, or as `from_arrays`.
+    """
+    path = Path(path).expanduser()
+    names = [inputs, labels, test_inputs, test_labels]
+    if any(names) and (not (inputs and labels) or bool(test_inputs) != bool(test_labels)):
+        raise DataError(f"inputs and labels must both be named, and test_inputs and test_labels too, got {names}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} must be an .npz file of several arrays, got one array")
+            if not inputs:
+                names = find_names(file.files, str(path))
+            found = [_read(file, key, path) for key in names if key]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    test = (found[2], found[3]) if len(found) == 4 else None
+    return from_arrays(
+        (found[0], found[1]),
+        test,
+        num_classes=num_classes,
+        test_share=None if test else test_share,
+        normalize=normalize,
+        name=path.name,
+        seed=seed,
+    )
+
+
+def _read(file: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    if key not in file:
+        raise DataError(f"{path} has no array {key}; it has {', '.join(file)}")
+    try:
+        return file[key]
+    except ValueError as error:  # objects, which only pickle can read
+        raise DataError(f"array {key} of {path} cannot be read: {error}") from error
+
+
+def find_names(there: list[str], where: str) -> list[str]:
+    """The names of inputs and labels, of train and where they are there of test."""
+    for names in TRAIN_AND_TEST:
+        if all(name in there for name in names):
+            return list(names)
+    for names in (*TOGETHER, *(names[:2] for names in TRAIN_AND_TEST)):
+        if all(name in there for name in names):
+            return list(names)
+    usual = "; ".join(", ".join(names) for names in (TRAIN_AND_TEST[0], TRAIN_AND_TEST[2], TOGETHER[0], TOGETHER[2]))
+    raise DataError(f"{where} must have arrays named {usual}, or their names must be given; it has {', '.join(there)}")

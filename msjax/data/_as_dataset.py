@@ -1,0 +1,125 @@
+"""From whatever a user has to a `Dataset`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from msjax.data import _tfds
+from msjax.data._arrays import find_names, from_arrays, from_npz
+from msjax.data._check import check
+from msjax.data._dataset import Dataset
+from msjax.data._error import DataError
+from msjax.data._folder import from_image_folder
+from msjax.data._sequence import from_sequence
+from msjax.data._table import from_csv
+
+_SPLITS = ("test", "validation", "val", "valid")
+
+
+def as_dataset(value: Any, **options: Any) -> Dataset:
+    """Make a `Dataset` of what there is.
+
+    Args:
+        value: a `Dataset`, which is checked and returned; (inputs, labels) of arrays, or two such pairs, to train and
+            to test on, or four arrays in that order; a dict of arrays as an .npz file has them, or of such pairs or
+            sequences under "train" and "test"; a path of an .npz or .csv file or a folder of images; the name of a set
+            that `load` knows; anything with `__len__` and `__getitem__`.
+        **options: those of `from_arrays`, `from_npz`, `from_csv`, `from_image_folder`, `from_sequence` or `load`.
+
+    Raises:
+        DataError: `value` is none of these, or the data break a rule.
+        TypeError: an option is not of the adapter that is used.
+    """
+    if isinstance(value, Dataset):
+        if options:
+            raise TypeError(f"a Dataset takes no options, got {', '.join(options)}: dataclasses.replace changes it")
+        return check(value)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and is_path(value)):
+        return from_path(value, **options)
+    if isinstance(value, str):
+        from msjax.data._load import load
+
+        return load(value, **options)
+    if isinstance(value, tuple):
+        return _from_tuple(value, options)
+    if isinstance(value, dict) and "train" in value:
+        test = next((value[name] for name in _SPLITS if name in value), None)
+        return _from_parts(value["train"], test, options)
+    if isinstance(value, dict):
+        found = [value[name] for name in find_names(list(value), "the dict")]
+        return _from_tuple(tuple(found), options)
+    if _is_sequence(value):
+        return from_sequence(value, **options)
+    if _is_array(value):
+        raise DataError(f"data must be (inputs, labels), got one {type(value).__name__}")
+    raise DataError(
+        "data must be a Dataset, arrays (inputs, labels), a path of an .npz or .csv file or a folder of images, the "
+        f"name of a set, or have __len__ and __getitem__, got {type(value).__name__}"
+    )
+
+
+def _from_tuple(value: tuple, options: dict[str, Any]) -> Dataset:
+    if len(value) == 4:
+        return from_arrays(value[:2], value[2:], **options)
+    if len(value) == 2 and all(isinstance(part, tuple) and len(part) == 2 for part in value):
+        return from_arrays(*value, **options)
+    if len(value) == 2 and all(_is_sequence(part) for part in value):
+        return from_sequence(*value, **options)
+    if len(value) == 2:
+        return from_arrays(value, **options)
+    raise DataError(f"data must be (inputs, labels), two such pairs or four arrays, got a tuple of {len(value)}")
+
+
+def _from_parts(train: Any, test: Any, options: dict[str, Any]) -> Dataset:
+    if isinstance(train, tuple):
+        return from_arrays(train, test, **options)
+    if isinstance(train, dict):
+        names = find_names(list(train), "train")
+        pairs = [part and tuple(part[name] for name in names) for part in (train, test)]
+        return from_arrays(*pairs, **options)
+    return from_sequence(train, test, **options)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") or hasattr(value, "__array_interface__") or hasattr(value, "__dlpack__")
+
+
+def _is_sequence(value: Any) -> bool:
+    """Random access to items; a list only where the items are pairs or dicts."""
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], tuple | dict)
+    if isinstance(value, str | bytes | tuple | dict) or _is_array(value):
+        return False
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is one of a file or folder: ends in .npz or .csv, or has a separator and is a folder.
+
+    A folder that TFDS prepared, such as glue/sst2 in the working directory, is no folder of images.
+    """
+    if name.lower().endswith((".npz", ".csv")):
+        return True
+    separators = {"/", os.sep}
+    folder = Path(name).expanduser()
+    return any(s in name for s in separators) and folder.is_dir() and not _tfds.is_prepared(folder)
+
+
+def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
+    """A data set of an .npz file, a .csv file, or a folder of images.
+
+    Raises:
+        DataError: it is none of them, or cannot be read.
+        TypeError: an option is not of the adapter that is used.
+    """
+    path = Path(path).expanduser()
+    kind = path.suffix.lower()
+    if kind in (".npz", ".csv") and not path.is_dir():
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
+        if options.pop("image_size", None) is not None:
+            raise DataError(f"image_size is for folders of images and sets by name, got it with {path}")
+        return (from_npz if kind == ".npz" else from_csv)(path, **options)
+    if path.is_dir():
+        return from_image_folder(path, **({"image_size": None} | options))
+    raise DataError(f"{path} must be an .npz file, a .csv file or a folder of images")

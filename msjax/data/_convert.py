@@ -1,0 +1,81 @@
+"""Arrays of any origin to the few dtypes that networks take; nothing is rounded or dropped without being said."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from msjax.data._dataset import Tree, as_array, map_arrays, named_arrays
+from msjax.data._error import DataError
+
+_INT32 = np.iinfo(np.int32)
+
+
+def convert_inputs(tree: Tree, role: str) -> Tree:
+    """Inputs (N, ...): uint8 as they are, other integers int32, floats and bools float32; grey images get a channel.
+
+    Images are uint8 (N, H, W, C), or (N, H, W), which becomes (N, H, W, 1).
+    """
+    found = map_arrays(lambda name, array: _images(cast(array, name), name), *_with_names(tree, role))
+    return found
+
+
+def convert_labels(tree: Tree, role: str) -> Tree:
+    """Labels (N, ...): integers and bools int32, floats float32; one integer a row, (N, 1), becomes (N,)."""
+    found = map_arrays(lambda name, array: cast(array, name, labels=True), *_with_names(tree, role))
+    if isinstance(found, np.ndarray) and found.shape[1:] == (1,) and found.dtype == np.int32:
+        return found[:, 0]
+    return found
+
+
+def _with_names(tree: Tree, role: str) -> tuple[Tree, Tree]:
+    """A tree of names as in `named_arrays`, and the tree."""
+    names = iter([name for name, _ in named_arrays(tree, role)])
+    return map_arrays(lambda _: next(names), tree), tree
+
+
+def cast(value: Any, name: str, *, labels: bool = False) -> np.ndarray:
+    """An array of one of the dtypes that are taken: uint8 (inputs only), int32 or float32.
+
+    Raises:
+        DataError: numbers that int32 does not hold, masked arrays, and what is no number: texts, objects, dates.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise DataError(f"{name} must be a plain array, got a masked one: fill it first (array.filled(...))")
+    if hasattr(value, "detach"):  # a PyTorch tensor
+        value = value.detach().cpu()
+    try:
+        array = as_array(value)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{name} must make one array: {error}") from error
+    if array.dtype == bool:
+        return array.astype(np.int32 if labels else np.float32)
+    if jnp.issubdtype(array.dtype, np.floating):
+        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
+            return array.astype(np.float32, copy=False)
+    if array.dtype == np.uint8 and not labels:
+        return array
+    if np.issubdtype(array.dtype, np.integer):
+        if array.size and (array.max() > _INT32.max or array.min() < _INT32.min):
+            raise DataError(f"{name} must be in {_INT32.min}..{_INT32.max} (int32), got {array.min()}..{array.max()}")
+        return array.astype(np.int32, copy=False)
+    if array.dtype.kind in "USO" or array.dtype.kind == "T":
+        advice = "number the classes 0, 1, …" if labels else "make numbers of them, such as tokens or columns"
+        example = repr(array.reshape(-1)[0]) if array.size else "none"
+        raise DataError(
+            f"{name} must be numbers, got {array.dtype} (the first is {example}): {advice}; of a table in a file, "
+            "data.from_csv does it"
+        )
+    raise DataError(f"{name} must be integers, floats or bools, got {array.dtype}")
+
+
+def _images(array: np.ndarray, name: str) -> np.ndarray:
+    """uint8 (N, H, W) with a channel; images with the channels first are refused."""
+    if array.dtype != np.uint8:
+        return array
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4 and array.shape[2] > 4:
+        raise DataError(
+            f"{name} must have the channels of images last, (N, H, W, C), got {array.shape}: "
+            "np.moveaxis(array, 1, -1) puts them there"
+        )
+    return array[..., None] if array.ndim == 3 else array

@@ -1,0 +1,139 @@
+"""A folder of images, one folder a class, as a data set."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from msjax.data import _images, _sets
+from msjax.data._arrays import finish
+from msjax.data._dataset import Dataset
+from msjax.data._error import DataError
+from msjax.data._sequence import _IN_MEMORY_BYTES, SequenceSplit, share_split
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Files with other names are passed over."""
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+
+
+def from_image_folder(
+    path: str | os.PathLike,
+    *,
+    image_size: int | None,
+    channels: int | None = None,
+    test_share: float | None = 0.2,
+    in_memory: bool | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or of PATH/CLASS/*, with Pillow.
+
+    Classes are numbered by their folders' names in order; images may lie deeper inside. An image is turned as its EXIF
+    orientation says; transparent pixels are laid over black; 16 bits become 8. Then its shorter side is resized to
+    `image_size` and the middle cropped, as `load` does. Mean and std are measured on the training images.
+
+    Args:
+        path: the folder.
+        image_size: side of the images in pixels; None: as they are, all of one size.
+        channels: 1 (grey) or 3 (RGB); by default 1 where all training images are grey.
+        test_share: what is set aside where there is no test folder, of each class alike; None: nothing.
+        in_memory: by default whether all images have less than 2 GiB; else they are decoded as they are needed, and
+            mean and std are measured on 1,000.
+        seed: chooses what is set aside.
+
+    Raises:
+        DataError: there is no such folder, class or image; an image cannot be decoded (its path is named); the images
+            differ in size without `image_size`; Pillow is missing.
+    """
+    path = Path(path).expanduser()
+    _sets.check_image_size(image_size)
+    if channels not in (None, 1, 3):
+        raise DataError(f"channels must be 1 or 3, got {channels}")
+    if not path.is_dir():
+        raise DataError(f"{path} must be a folder of images, and is none")
+    _images.pillow()
+    has_splits = (path / "train").is_dir()
+    root = path / "train" if has_splits else path
+    test_root = next((path / n for n in _TEST_FOLDERS if (path / n).is_dir()), None) if has_splits else None
+    classes, files, labels = _find(root)
+    if channels is None:
+        channels = _channels(files)
+    splits = [_Images(files, labels, image_size, channels)]
+    if test_root:
+        splits.append(_Images(*_find(test_root, classes)[1:], image_size, channels))
+    splits = [
+        SequenceSplit(items, path.name, split, num_classes=len(classes))
+        for items, split in zip(splits, ("train", "test"), strict=False)
+    ]
+    if in_memory is None:
+        in_memory = sum(split.total_bytes for split in splits) < _IN_MEMORY_BYTES
+    if in_memory:
+        splits = [split.read() for split in splits]
+    if not test_root:
+        splits = share_split(splits[0], test_share, seed, labels)
+    return finish(path.name, *splits, num_classes=len(classes))
+
+
+def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
+    """The classes below a folder, and every image's path and class."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()) for p in folders}
+    found = {name: files for name, files in found.items() if files}
+    if not found:
+        raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
+    classes = sorted(found) if classes is None else list(classes)
+    if unknown := sorted(set(found) - set(classes)):
+        raise DataError(f"{root} must have classes that there are to train on ({', '.join(classes)}), got {unknown[0]}")
+    files = [file for name in classes for file in found.get(name, ())]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found.get(name, ())) for name in classes])
+    return classes, files, labels
+
+
+def _channels(files: Sequence[Path]) -> int:
+    """1 where all images are grey; only the files' heads are read."""
+    for file in files:
+        if _opened(file).mode not in _images.GREY_MODES:
+            return 3
+    return 1
+
+
+def _opened(file: Path):
+    """A PIL image that is not decoded yet."""
+    try:
+        with _images.pillow().open(file) as image:
+            return image
+    except Exception as error:  # Pillow's readers raise what they like
+        raise DataError(f"image {file} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+class _Images:
+    """Images and classes by index: a sequence as `from_sequence` takes it."""
+
+    def __init__(self, files: Sequence[Path], labels: np.ndarray, image_size: int | None, channels: int):
+        self._files, self._labels, self._image_size, self._channels = files, labels, image_size, channels
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        file = self._files[index]
+        try:
+            with _images.pillow().open(file) as image:
+                image = _images.flatten(_images.upright(image), self._channels)
+        except Exception as error:
+            raise DataError(f"image {file} cannot be decoded: {type(error).__name__}: {error}") from error
+        if self._image_size is not None:
+            image = _images.resize_center_crop(image, self._image_size, self._image_size)
+        elif index and image.size != (first := self._size()):
+            raise DataError(
+                f"images must have one size where image_size is None: {file} has {image.size} pixels, "
+                f"{self._files[0]} {first}"
+            )
+        return _images.to_array(image), self._labels[index]
+
+    def _size(self) -> tuple[int, int]:
+        """Width and height of the first image as it is seen."""
+        if not hasattr(self, "_first"):
+            with _images.pillow().open(self._files[0]) as image:
+                self._first = _images.upright(image).size
+        return self._first

@@ -1,0 +1,316 @@
+"""Tables in CSV files: which columns there are, and how they become numbers."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from msjax.data._arrays import finish, share_indices
+from msjax.data._dataset import Arrays, Dataset
+from msjax.data._error import DataError
+
+_MOST_TEXTS = 100
+
+
+class Column(NamedTuple):
+    """How one column becomes numbers.
+
+    Attributes:
+        name: in the file's first line.
+        texts: of a column of texts: each is a column of 1s among 0s; a text that is none of them is all 0s.
+        mean, std: of a column of numbers, which become (value - mean) / std; in float64.
+        median: what a missing number is taken to be.
+        may_miss: whether values may be missing at all.
+        has_indicator: whether a further column says what was missing, as it does where training rows miss something.
+    """
+
+    name: str
+    texts: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    median: float = 0.0
+    may_miss: bool = False
+    has_indicator: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFormat:
+    """How the rows of a table become inputs and labels; the same for every party that has rows of it.
+
+    Attributes:
+        label: the column to predict.
+        classes: its values in the order of their numbers; None: it is a number.
+        columns: the inputs.
+    """
+
+    label: str
+    classes: tuple[str, ...] | None
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each input: age, job=cook, job=nurse, …"""
+        found = []
+        for column in self.columns:
+            found += [f"{column.name}={text}" for text in column.texts] or [column.name]
+            found += [f"{column.name} missing"] if column.has_indicator else []
+        return found
+
+    @classmethod
+    def measure(
+        cls,
+        frame: Any,
+        *,
+        label: str,
+        classes: bool | None = None,
+        missing: Literal["refuse", "median"] = "refuse",
+        drop: tuple[str, ...] = (),
+        most_texts: int = _MOST_TEXTS,
+    ) -> "TableFormat":
+        """Returns the format of a pandas.DataFrame of training rows; see `from_csv`.
+
+        Raises:
+            DataError: as `from_csv`.
+        """
+        if missing not in ("refuse", "median"):
+            raise DataError(f'missing must be "refuse" or "median", got {missing!r}')
+        for name in drop:
+            _check_column(frame, name)
+        _check_label(frame, label)
+        found = None
+        if _are_classes(frame[label], classes):
+            values = frame[label].unique().tolist()
+            numeric = all(isinstance(value, int | float) for value in values)
+            found = tuple(map(_text, sorted(values, key=None if numeric else str)))
+        columns = [name for name in frame if name != label and name not in drop]
+        if not columns:
+            raise DataError(f"the table must have columns beside {label!r}, got none")
+        return cls(label, found, tuple(_measure_column(frame[name], missing, most_texts) for name in columns))
+
+    def inputs(self, frame: Any) -> np.ndarray:
+        """Returns float32 (N, len(names)) of a pandas.DataFrame, of which other columns are passed over."""
+        parts = []
+        for column in self.columns:
+            _check_column(frame, column.name)
+            series = frame[column.name]
+            gone = _is_missing(series)
+            if gone.any() and not column.may_miss:
+                raise _missing_error(series, gone)
+            if column.texts:
+                texts = np.asarray([_text(v) for v in series], dtype=object)
+                parts += [((texts == text) & ~gone).astype(np.float32) for text in column.texts]
+            else:
+                values = _numbers(series)
+                values = np.where(gone, column.median, values)
+                parts.append(((values - column.mean) / column.std).astype(np.float32))
+            if column.has_indicator:
+                parts.append(gone.astype(np.float32))
+        return np.stack(parts, axis=1)
+
+    def labels(self, frame: Any) -> np.ndarray:
+        """Returns int32 (N,) classes, or float32 (N,) numbers."""
+        _check_label(frame, self.label)
+        series = frame[self.label]
+        if self.classes is None:
+            return _numbers(series).astype(np.float32)
+        number = {text: i for i, text in enumerate(self.classes)}
+        for i, value in enumerate(series):
+            if _text(value) not in number:
+                raise DataError(
+                    f"column {self.label!r} must be one of the classes that there are to train on "
+                    f"({', '.join(self.classes)}), got {_text(value)!r} in {_row(series, i)}"
+                )
+        return np.asarray([number[_text(value)] for value in series], np.int32)
+
+    def to_json(self) -> str:
+        """Returns a text that `from_json` reads."""
+        return json.dumps(
+            {"label": self.label, "classes": self.classes, "columns": [column._asdict() for column in self.columns]}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "TableFormat":
+        """Returns what `to_json` wrote."""
+        tree = json.loads(text)
+        columns = (Column(**(column | {"texts": tuple(column["texts"])})) for column in tree["columns"])
+        return cls(tree["label"], None if tree["classes"] is None else tuple(tree["classes"]), tuple(columns))
+
+
+def from_csv(
+    path: str | os.PathLike,
+    *,
+    label: str = "label",
+    test: str | os.PathLike | None = None,
+    test_share: float | None = 0.2,
+    classes: bool | None = None,
+    missing: Literal["refuse", "median"] = "refuse",
+    drop: tuple[str, ...] = (),
+    most_texts: int = _MOST_TEXTS,
+    table_format: TableFormat | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Make a data set of a CSV file whose first line names the columns; needs pandas.
+
+    Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
+    of the data set are None); a column of texts becomes a column of 0 and 1 for each text of the training rows. Labels
+    are classes, numbered in order, where they are texts or bools; numbers are predicted as float32.
+
+    Args:
+        path: the file.
+        label: the column to predict.
+        test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
+        classes: True: numbers are classes too.
+        missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
+            text none of the texts; where training rows miss values a further column says which.
+        drop: columns that are not used, such as a row's number.
+        most_texts: a column of more different texts is refused.
+        table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and
+            `test_share`, so that both make the same inputs of the same row.
+        seed: chooses what is set aside.
+
+    Raises:
+        DataError: the file cannot be read; a column is missing; a value is missing or infinite (row and column are
+            named); a column has too many texts; a test row has an unknown class; pandas is missing.
+    """
+    path = Path(path).expanduser()
+    options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
+    frame = _read(path)
+    try:
+        return _split_table(path.name, frame, test, test_share, table_format, seed, options)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _split_table(
+    name: str,
+    frame: Any,
+    test: str | os.PathLike | None,
+    test_share: float | None,
+    table_format: TableFormat | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Dataset:
+    """Rows to train and to test on, in the format of the former."""
+    if test is not None:
+        train_rows, test_rows = frame, _read(Path(test).expanduser())
+        if not len(test_rows):
+            raise DataError(f"{test} must have rows to test on, got none")
+    elif test_share is None:
+        train_rows, test_rows = frame, frame.iloc[:0]
+    else:
+        label = table_format.label if table_format else options["label"]
+        _check_label(frame, label)
+        classes = bool(table_format.classes) if table_format else _are_classes(frame[label], options["classes"])
+        of_class = frame[label].factorize()[0] if classes else len(frame)
+        train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
+    table_format = table_format or TableFormat.measure(train_rows, **options)
+    splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
+    num_classes = len(table_format.classes) if table_format.classes else None
+    return finish(name, *splits, num_classes=num_classes, columns=table_format.names)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise DataError("reading tables needs pandas, which is not installed: pip install 'msjax[tables]'") from error
+    return pandas
+
+
+def _read(path: Path) -> Any:
+    pandas = _pandas()
+    try:
+        frame = pandas.read_csv(path)
+    except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
+        raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
+    if not len(frame):
+        raise DataError(f"{path} must have rows below the line of names, got none")
+    return frame
+
+
+def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
+    """How a column becomes numbers, by the training rows."""
+    pandas = _pandas()
+    gone = _is_missing(series)
+    if gone.any() and missing == "refuse":
+        raise _missing_error(series, gone)
+    if gone.all():
+        raise DataError(f"column {series.name!r} must have values, got none: leave it out by drop")
+    may_miss, has_indicator = missing == "median", bool(gone.any())
+    if pandas.api.types.is_numeric_dtype(series):
+        values = _numbers(series)
+        median = float(np.median(values[~gone]))
+        values = np.where(gone, median, values)
+        std = float(values.std())
+        return Column(series.name, (), float(values.mean()), std if std > 0 else 1.0, median, may_miss, has_indicator)
+    texts = sorted({_text(v) for v in series[~gone]})
+    if len(texts) > most_texts:
+        numbers = pandas.to_numeric(series, errors="coerce").isna().to_numpy()
+        stray = f"; or is {_text(series[numbers].iloc[0])!r} a mistake among numbers?" if numbers.mean() < 0.5 else ""
+        raise DataError(
+            f"column {series.name!r} must be numbers or at most {most_texts} different texts, got {len(texts)} such as "
+            f"{texts[0]!r}: leave it out by drop, or raise most_texts{stray}"
+        )
+    return Column(series.name, tuple(texts), may_miss=may_miss, has_indicator=has_indicator)
+
+
+def _numbers(series: Any) -> np.ndarray:
+    """float64 of a column of numbers."""
+    try:
+        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"column {series.name!r} must be numbers: {error}") from error
+
+
+def _is_missing(series: Any) -> np.ndarray:
+    """Which values are missing, or are infinite numbers."""
+    gone = series.isna().to_numpy(dtype=bool)
+    if _pandas().api.types.is_numeric_dtype(series):
+        gone = gone | ~np.isfinite(_numbers(series))
+    return gone
+
+
+def _missing_error(series: Any, gone: np.ndarray) -> DataError:
+    at = int(np.flatnonzero(gone)[0])
+    what = "missing" if series.isna().iloc[at] else str(series.iloc[at])
+    return DataError(
+        f"every value must be there and finite, got {what} in {_row(series, at)}, column {series.name!r}: "
+        'missing="median" fills it in'
+    )
+
+
+def _check_column(frame: Any, name: str) -> None:
+    if name not in frame:
+        raise DataError(f"the table has no column {name!r}; it has {', '.join(map(str, frame))}")
+
+
+def _are_classes(labels: Any, classes: bool | None) -> bool:
+    """Whether labels are numbered as classes: texts and bools are, numbers where they are said to be."""
+    types = _pandas().api.types
+    numeric = types.is_numeric_dtype(labels) and not types.is_bool_dtype(labels)
+    if classes is False and not numeric:
+        raise DataError(f"column {labels.name!r} must be numbers where classes is False, got {labels.iloc[0]!r}")
+    return not numeric if classes is None else classes
+
+
+def _check_label(frame: Any, label: str) -> None:
+    """The label's column is there, and every row has a value."""
+    _check_column(frame, label)
+    gone = _is_missing(frame[label])
+    if gone.any():
+        at = int(np.flatnonzero(gone)[0])
+        what = "none" if frame[label].isna().iloc[at] else frame[label].iloc[at]
+        raise DataError(f"every row must have a finite label, got {what} in {_row(frame, at)}, column {label!r}")
+
+
+def _row(rows: Any, at: int) -> str:
+    """A row's number in its file, below the line of names, where the frame is as it was read."""
+    return f"row {int(rows.index[at]) + 1}" if isinstance(rows.index[at], int | np.integer) else f"row {rows.index[at]}"
+
+
+def _text(value: Any) -> str:
+    """A value as a text; whole numbers without a fraction."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
