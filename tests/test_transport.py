@@ -10,9 +10,9 @@ import grpc
 import jax
 import numpy as np
 import pytest
+from msjax.protocol import Phase
 
 from msjax import _serving, assemble, compress, data, parties
-from msjax.protocol import Phase
 from msjax.transport import client as client_lib
 from msjax.transport import split_pb2 as pb
 from msjax.transport._messages import ProtocolError

@@ -1,8 +1,8 @@
 """Data sets as arrays or streams, their division among clients, and augmentation on the device.
 
     ds = data.load("cifar10", data_dir="tfds")                       # arrays, decoded once and cached
-    pools = data.partition(ds.train_labels, num_clients=10)          # who holds which examples
-    order = data.epoch_indices(pools, len(pools[0]), seed=0, epoch=0)  # [client, example]
+    client_indices = data.partition(ds.train_labels, num_clients=10)  # who holds which examples
+    order = data.epoch_indices(client_indices, 5000, seed=0, epoch=0)  # [client, example]
     images = data.augment(ds.train_inputs[order[:, :25]][0], key, kind="crop_flip")   # inside jit
     x = data.normalize(images, ds.mean, ds.std)
 
@@ -19,6 +19,7 @@ from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
+from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
@@ -27,7 +28,7 @@ from msjax.data._records import TEXT_LENGTH, VOCABULARY
 from msjax.data._registry import default_augmentation, is_streamed
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
-from msjax.data._table import TableFormat, from_csv
+from msjax.data._table import TableFormat
 
 __all__ = [
     "AUGMENTATIONS",

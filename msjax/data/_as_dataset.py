@@ -7,11 +7,11 @@ from typing import Any
 from msjax.data import _tfds
 from msjax.data._arrays import find_names, from_arrays, from_npz
 from msjax.data._check import check
+from msjax.data._csv import from_csv
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._sequence import from_sequence
-from msjax.data._table import from_csv
 
 _SPLITS = ("test", "validation", "val", "valid")
 

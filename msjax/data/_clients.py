@@ -20,20 +20,18 @@ def partition(
     draw leaves one empty.
 
     Args:
-        labels: [N] class of each example; for an even partition the number N is enough.
+        labels: class of each example [N]; for an even partition labels [N, ...] of any kind, or their number N.
         num_clients: K, 1 <= K <= N.
+        alpha: None, or Dirichlet's parameter.
+        seed: chooses who holds what.
 
     Raises:
-        ValueError: K or alpha is out of range, or `labels` is a number or not one-dimensional where labels are needed.
+        ValueError: K or alpha is out of range, or `alpha` is given and `labels` are no classes.
     """
     if isinstance(labels, int | np.integer):
-        if alpha is not None:
-            raise ValueError("a Dirichlet partition needs the label of each example, got only their number")
         n = int(labels)
     else:
         labels = np.asarray(labels)
-        if labels.ndim != 1:
-            raise ValueError(f"labels must be one-dimensional, got shape {labels.shape}")
         n = len(labels)
     if not 1 <= num_clients <= n:
         raise ValueError(f"num_clients must be in 1..{n} (the number of examples), got {num_clients}")
@@ -43,43 +41,58 @@ def partition(
         return list(rng.permutation(n)[: shard * num_clients].reshape(num_clients, shard).astype(np.int32))
     if not (alpha > 0 and np.isfinite(alpha)):
         raise ValueError(f"alpha must be positive and finite, or None for an even partition, got {alpha}")
-    pools: list[list[int]] = [[] for _ in range(num_clients)]
+    if isinstance(labels, int | np.integer):
+        raise ValueError("labels must be given for a Dirichlet partition (alpha), got only their number")
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+        raise ValueError(
+            f"labels must be classes, integers of shape (N,), for a Dirichlet partition (alpha), got {labels.dtype} "
+            f"{labels.shape}: alpha=None divides examples with labels of any kind"
+        )
+    held: list[list[int]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         shares = rng.dirichlet(np.full(num_clients, alpha))
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
-        for pool, part in zip(pools, np.split(members, cuts), strict=True):
-            pool.extend(part.tolist())
-    for pool in pools:
-        rng.shuffle(pool)
+        for own, part in zip(held, np.split(members, cuts), strict=True):
+            own.extend(part.tolist())
+    for own in held:
+        rng.shuffle(own)
     smallest = min(10, n // num_clients)
-    for pool in pools:
-        while len(pool) < smallest:
-            pool.append(max(pools, key=len).pop())
-    return [np.asarray(pool, np.int32) for pool in pools]
+    for own in held:
+        while len(own) < smallest:
+            own.append(max(held, key=len).pop())
+    return [np.asarray(own, np.int32) for own in held]
 
 
-def epoch_indices(pools: Sequence[np.ndarray], num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Each client's order over its pool for one epoch: int32 [K, num_samples].
+def epoch_indices(client_indices: Sequence[np.ndarray], num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Each client's order over its examples for one epoch: int32 [K, num_samples].
 
-    A permutation of the pool where it has `num_samples` examples; a random subset of a larger one; of a smaller one, as
-    many rounds as are needed, each with a new shuffle. Depends on (seed, epoch, client) alone, so an interrupted run
-    finds the same order again.
+    A permutation of a client's examples where it holds `num_samples`; a random subset of more; of fewer, as many rounds
+    as are needed, each with a new shuffle. Depends on (seed, epoch, client) alone, so an interrupted run finds the same
+    order again.
+
+    Args:
+        client_indices: which examples each client holds, as `partition` gives them.
+        num_samples: how many each client draws.
+        seed, epoch: choose the order.
 
     Raises:
-        ValueError: `num_samples` is not positive, or a pool is empty.
+        ValueError: `num_samples` is not positive, or a client holds nothing.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    return np.stack([epoch_order(p, num_samples, seed=seed, epoch=epoch, client=k) for k, p in enumerate(pools)])
+    rows = (
+        epoch_order(indices, num_samples, seed=seed, epoch=epoch, client=k) for k, indices in enumerate(client_indices)
+    )
+    return np.stack(list(rows))
 
 
-def epoch_order(pool: np.ndarray, num_samples: int, *, seed: int, epoch: int, client: int) -> np.ndarray:
-    """One client's row of `epoch_indices`, which needs no other client's pool."""
+def epoch_order(indices: np.ndarray, num_samples: int, *, seed: int, epoch: int, client: int) -> np.ndarray:
+    """One client's row of `epoch_indices`, which needs no other client's indices."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if len(pool) == 0:
-        raise ValueError(f"the pool of client {client} is empty")
+    if len(indices) == 0:
+        raise ValueError(f"client {client} must hold examples, got none")
     rng = np.random.default_rng([_EPOCH, seed, epoch, client])
-    rounds = -(-num_samples // len(pool))
-    return np.concatenate([rng.permutation(pool) for _ in range(rounds)])[:num_samples].astype(np.int32)
+    rounds = -(-num_samples // len(indices))
+    return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:num_samples].astype(np.int32)

@@ -1,18 +1,14 @@
-"""Tables in CSV files: which columns there are, and how they become numbers."""
+"""Tables: which columns there are, and how they become numbers."""
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from msjax.data._arrays import finish, share_indices
-from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
 
-_MOST_TEXTS = 100
+MOST_TEXTS = 100
 
 
 class Column(NamedTuple):
@@ -68,7 +64,7 @@ class TableFormat:
         classes: bool | None = None,
         missing: Literal["refuse", "median"] = "refuse",
         drop: tuple[str, ...] = (),
-        most_texts: int = _MOST_TEXTS,
+        most_texts: int = MOST_TEXTS,
     ) -> "TableFormat":
         """Returns the format of a pandas.DataFrame of training rows; see `from_csv`.
 
@@ -79,9 +75,9 @@ class TableFormat:
             raise DataError(f'missing must be "refuse" or "median", got {missing!r}')
         for name in drop:
             _check_column(frame, name)
-        _check_label(frame, label)
+        check_label(frame, label)
         found = None
-        if _are_classes(frame[label], classes):
+        if are_classes(frame[label], classes):
             values = frame[label].unique().tolist()
             numeric = all(isinstance(value, int | float) for value in values)
             found = tuple(map(_text, sorted(values, key=None if numeric else str)))
@@ -112,7 +108,7 @@ class TableFormat:
 
     def labels(self, frame: Any) -> np.ndarray:
         """Returns int32 (N,) classes, or float32 (N,) numbers."""
-        _check_label(frame, self.label)
+        check_label(frame, self.label)
         series = frame[self.label]
         if self.classes is None:
             return _numbers(series).astype(np.float32)
@@ -139,108 +135,24 @@ class TableFormat:
         return cls(tree["label"], None if tree["classes"] is None else tuple(tree["classes"]), tuple(columns))
 
 
-def from_csv(
-    path: str | os.PathLike,
-    *,
-    label: str = "label",
-    test: str | os.PathLike | None = None,
-    test_share: float | None = 0.2,
-    classes: bool | None = None,
-    missing: Literal["refuse", "median"] = "refuse",
-    drop: tuple[str, ...] = (),
-    most_texts: int = _MOST_TEXTS,
-    table_format: TableFormat | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """Make a data set of a CSV file whose first line names the columns; needs pandas.
-
-    Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
-    of the data set are None); a column of texts becomes a column of 0 and 1 for each text of the training rows. Labels
-    are classes, numbered in order, where they are texts or bools; numbers are predicted as float32.
-
-    Args:
-        path: the file.
-        label: the column to predict.
-        test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
-        classes: True: numbers are classes too.
-        missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
-            text none of the texts; where training rows miss values a further column says which.
-        drop: columns that are not used, such as a row's number.
-        most_texts: a column of more different texts is refused.
-        table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and
-            `test_share`, so that both make the same inputs of the same row.
-        seed: chooses what is set aside.
-
-    Raises:
-        DataError: the file cannot be read; a column is missing; a value is missing or infinite (row and column are
-            named); a column has too many texts; a test row has an unknown class; pandas is missing.
-    """
-    path = Path(path).expanduser()
-    options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
-    frame = _read(path)
+def pandas() -> Any:
+    """The pandas module, or a DataError that says how to get it."""
     try:
-        return _split_table(path.name, frame, test, test_share, table_format, seed, options)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _split_table(
-    name: str,
-    frame: Any,
-    test: str | os.PathLike | None,
-    test_share: float | None,
-    table_format: TableFormat | None,
-    seed: int,
-    options: dict[str, Any],
-) -> Dataset:
-    """Rows to train and to test on, in the format of the former."""
-    if test is not None:
-        train_rows, test_rows = frame, _read(Path(test).expanduser())
-        if not len(test_rows):
-            raise DataError(f"{test} must have rows to test on, got none")
-    elif test_share is None:
-        train_rows, test_rows = frame, frame.iloc[:0]
-    else:
-        label = table_format.label if table_format else options["label"]
-        _check_label(frame, label)
-        classes = bool(table_format.classes) if table_format else _are_classes(frame[label], options["classes"])
-        of_class = frame[label].factorize()[0] if classes else len(frame)
-        train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
-    table_format = table_format or TableFormat.measure(train_rows, **options)
-    splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
-    num_classes = len(table_format.classes) if table_format.classes else None
-    return finish(name, *splits, num_classes=num_classes, columns=table_format.names)
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
+        import pandas as module
     except ImportError as error:
         raise DataError("reading tables needs pandas, which is not installed: pip install 'msjax[tables]'") from error
-    return pandas
-
-
-def _read(path: Path) -> Any:
-    pandas = _pandas()
-    try:
-        frame = pandas.read_csv(path)
-    except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
-        raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
-    if not len(frame):
-        raise DataError(f"{path} must have rows below the line of names, got none")
-    return frame
+    return module
 
 
 def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
     """How a column becomes numbers, by the training rows."""
-    pandas = _pandas()
     gone = _is_missing(series)
     if gone.any() and missing == "refuse":
         raise _missing_error(series, gone)
     if gone.all():
         raise DataError(f"column {series.name!r} must have values, got none: leave it out by drop")
     may_miss, has_indicator = missing == "median", bool(gone.any())
-    if pandas.api.types.is_numeric_dtype(series):
+    if pandas().api.types.is_numeric_dtype(series):
         values = _numbers(series)
         median = float(np.median(values[~gone]))
         values = np.where(gone, median, values)
@@ -248,7 +160,7 @@ def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
         return Column(series.name, (), float(values.mean()), std if std > 0 else 1.0, median, may_miss, has_indicator)
     texts = sorted({_text(v) for v in series[~gone]})
     if len(texts) > most_texts:
-        numbers = pandas.to_numeric(series, errors="coerce").isna().to_numpy()
+        numbers = pandas().to_numeric(series, errors="coerce").isna().to_numpy()
         stray = f"; or is {_text(series[numbers].iloc[0])!r} a mistake among numbers?" if numbers.mean() < 0.5 else ""
         raise DataError(
             f"column {series.name!r} must be numbers or at most {most_texts} different texts, got {len(texts)} such as "
@@ -268,7 +180,7 @@ def _numbers(series: Any) -> np.ndarray:
 def _is_missing(series: Any) -> np.ndarray:
     """Which values are missing, or are infinite numbers."""
     gone = series.isna().to_numpy(dtype=bool)
-    if _pandas().api.types.is_numeric_dtype(series):
+    if pandas().api.types.is_numeric_dtype(series):
         gone = gone | ~np.isfinite(_numbers(series))
     return gone
 
@@ -287,16 +199,16 @@ def _check_column(frame: Any, name: str) -> None:
         raise DataError(f"the table has no column {name!r}; it has {', '.join(map(str, frame))}")
 
 
-def _are_classes(labels: Any, classes: bool | None) -> bool:
+def are_classes(labels: Any, classes: bool | None) -> bool:
     """Whether labels are numbered as classes: texts and bools are, numbers where they are said to be."""
-    types = _pandas().api.types
+    types = pandas().api.types
     numeric = types.is_numeric_dtype(labels) and not types.is_bool_dtype(labels)
     if classes is False and not numeric:
         raise DataError(f"column {labels.name!r} must be numbers where classes is False, got {labels.iloc[0]!r}")
     return not numeric if classes is None else classes
 
 
-def _check_label(frame: Any, label: str) -> None:
+def check_label(frame: Any, label: str) -> None:
     """The label's column is there, and every row has a value."""
     _check_column(frame, label)
     gone = _is_missing(frame[label])

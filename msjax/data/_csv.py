@@ -1,0 +1,94 @@
+"""CSV files as data sets."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from msjax.data._arrays import finish, share_indices
+from msjax.data._dataset import Arrays, Dataset
+from msjax.data._error import DataError
+from msjax.data._table import MOST_TEXTS, TableFormat, are_classes, check_label, pandas
+
+
+def from_csv(
+    path: str | os.PathLike,
+    *,
+    label: str = "label",
+    test: str | os.PathLike | None = None,
+    test_share: float | None = 0.2,
+    classes: bool | None = None,
+    missing: Literal["refuse", "median"] = "refuse",
+    drop: tuple[str, ...] = (),
+    most_texts: int = MOST_TEXTS,
+    table_format: TableFormat | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Make a data set of a CSV file whose first line names the columns; needs pandas.
+
+    Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
+    of the data set are None); a column of texts becomes a column of 0 and 1 for each text of the training rows. Labels
+    are classes, numbered in order, where they are texts or bools; numbers are predicted as float32.
+
+    Args:
+        path: the file.
+        label: the column to predict.
+        test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
+        classes: True: numbers are classes too.
+        missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
+            text none of the texts; where training rows miss values a further column says which.
+        drop: columns that are not used, such as a row's number.
+        most_texts: a column of more different texts is refused.
+        table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and
+            `test_share`, so that both make the same inputs of the same row.
+        seed: chooses what is set aside.
+
+    Raises:
+        DataError: the file cannot be read; a column is missing; a value is missing or infinite (row and column are
+            named); a column has too many texts; a test row has an unknown class; pandas is missing.
+    """
+    path = Path(path).expanduser()
+    options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
+    frame = _read(path)
+    try:
+        return _split_table(path.name, frame, test, test_share, table_format, seed, options)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _split_table(
+    name: str,
+    frame: Any,
+    test: str | os.PathLike | None,
+    test_share: float | None,
+    table_format: TableFormat | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Dataset:
+    """Rows to train and to test on, in the format of the former."""
+    if test is not None:
+        train_rows, test_rows = frame, _read(Path(test).expanduser())
+        if not len(test_rows):
+            raise DataError(f"{test} must have rows to test on, got none")
+    elif test_share is None:
+        train_rows, test_rows = frame, frame.iloc[:0]
+    else:
+        label = table_format.label if table_format else options["label"]
+        check_label(frame, label)
+        classes = bool(table_format.classes) if table_format else are_classes(frame[label], options["classes"])
+        of_class = frame[label].factorize()[0] if classes else len(frame)
+        train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
+    table_format = table_format or TableFormat.measure(train_rows, **options)
+    splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
+    num_classes = len(table_format.classes) if table_format.classes else None
+    return finish(name, *splits, num_classes=num_classes, columns=table_format.names)
+
+
+def _read(path: Path) -> Any:
+    """The rows of a file."""
+    try:
+        frame = pandas().read_csv(path)
+    except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
+        raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
+    if not len(frame):
+        raise DataError(f"{path} must have rows below the line of names, got none")
+    return frame

@@ -1,0 +1,89 @@
+"""Augmentation and normalisation on the device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax import data
+
+
+def crop_flip_reference(images, offsets, flips, padding):
+    out = np.zeros_like(images)
+    b, h, w, _ = images.shape
+    for i in range(b):
+        for r in range(h):
+            for c in range(w):
+                rr, cc = r + offsets[i, 0] - padding, (w - 1 - c if flips[i] else c) + offsets[i, 1] - padding
+                if 0 <= rr < h and 0 <= cc < w:
+                    out[i, r, c] = images[i, rr, cc]
+    return out
+
+
+@pytest.mark.parametrize("shape, padding", [((7, 9, 3), 4), ((8, 8, 1), 2), ((5, 5, 3), 0)])
+def test_crop_flip_equals_reference(shape, padding):
+    rng = np.random.default_rng(0)
+    grid = [(r, c, f) for r in range(2 * padding + 1) for c in range(2 * padding + 1) for f in (False, True)]
+    offsets, flips = np.array([g[:2] for g in grid], np.int32), np.array([g[2] for g in grid])
+    images = rng.integers(1, 256, (len(grid), *shape), dtype=np.uint8)
+    want = crop_flip_reference(images, offsets, flips, padding)
+    got = data.crop_flip(jnp.asarray(images), offsets, flips, padding=padding)
+    assert got.dtype == jnp.uint8
+    np.testing.assert_array_equal(got, want)
+
+
+def test_augment_uses_every_offset_and_flip():
+    # Pixels number their own place, so that offset and flip can be read off the result.
+    h = w = 12
+    base = np.zeros((h, w, 2), np.uint8)
+    base[..., 0], base[..., 1] = np.arange(1, h + 1)[:, None], np.arange(1, w + 1)
+    images = jnp.asarray(np.broadcast_to(base, (4000, h, w, 2)))
+    out = np.asarray(jax.jit(data.augment, static_argnames="kind")(images, jax.random.key(0), kind="crop_flip")).astype(
+        int
+    )
+    middle = out[:, 6, 5:7]  # never padding
+    flips = middle[:, 1, 1] < middle[:, 0, 1]
+    offsets = np.stack([middle[:, 0, 0] - 7, np.where(flips, middle[:, 1, 1], middle[:, 0, 1]) - 6], 1) + 4
+    seen, counts = np.unique(np.c_[offsets, flips], axis=0, return_counts=True)
+    assert len(seen) == 9 * 9 * 2 and counts.min() >= 5 and counts.max() <= 60
+    assert seen[:, :2].min() == 0 and seen[:, :2].max() == 8
+    np.testing.assert_array_equal(out[:50], crop_flip_reference(np.asarray(images[:50]), offsets[:50], flips[:50], 4))
+    same = data.augment(images, jax.random.key(0), kind="crop_flip")
+    np.testing.assert_array_equal(same, out)
+
+
+def test_augment_kinds():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 6, 5, 3), dtype=np.uint8))
+    assert data.augment(images, kind="none") is images
+    flipped = np.asarray(data.augment(images, jax.random.key(1), kind="flip"))
+    mirrored = [(a == b[:, ::-1]).all() for a, b in zip(flipped, np.asarray(images), strict=True)]
+    kept = [(a == b).all() for a, b in zip(flipped, np.asarray(images), strict=True)]
+    assert all(m or k for m, k in zip(mirrored, kept, strict=True)) and 10 < sum(mirrored) < 54
+    with pytest.raises(ValueError, match="kind must be one of crop_flip, flip, none, got 'crop'"):
+        data.augment(images, jax.random.key(0), kind="crop")
+    with pytest.raises(ValueError, match="needs a key"):
+        data.augment(images, kind="flip")
+    assert data.augment(images[:0], jax.random.key(0), kind="crop_flip").shape == (0, 6, 5, 3)
+    assert [data.default_augmentation(n) for n in ("digits", "mnist", "cifar10")] == ["none", "none", "crop_flip"]
+
+
+def test_augment_under_vmap_and_scan():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 8, 6, 6, 3), dtype=np.uint8))
+    keys = jax.random.split(jax.random.key(2), 3)
+    one = [data.augment(x, k, kind="crop_flip") for x, k in zip(images, keys, strict=True)]
+    mapped = jax.jit(jax.vmap(lambda x, k: data.augment(x, k, kind="crop_flip")))(images, keys)
+    _, scanned = jax.lax.scan(lambda c, xk: (c, data.augment(xk[0], xk[1], kind="crop_flip")), 0, (images, keys))
+    np.testing.assert_array_equal(mapped, jnp.stack(one))
+    np.testing.assert_array_equal(scanned, jnp.stack(one))
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_normalize(dtype, bound):
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8))
+    mean, std = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2023, 0.1994, 0.2010])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        x = data.normalize(images, mean, std, dtype)
+    assert x.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(x, np.float64), (np.asarray(images) / 255 - mean) / std, rtol=bound, atol=bound
+    )
