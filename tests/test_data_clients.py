@@ -64,7 +64,9 @@ def test_epoch_indices():
     np.testing.assert_array_equal(order, data.epoch_indices(client_indices, 25, seed=5, epoch=2))
     assert (order != data.epoch_indices(client_indices, 25, seed=5, epoch=3)).any()
     assert (order != data.epoch_indices(client_indices, 25, seed=6, epoch=2)).any()
-    np.testing.assert_array_equal(order[:2], data.epoch_indices(client_indices[:2], 25, seed=5, epoch=2))  # client by client
+    np.testing.assert_array_equal(
+        order[:2], data.epoch_indices(client_indices[:2], 25, seed=5, epoch=2)
+    )  # client by client
 
 
 def test_epoch_indices_of_unequal_amounts():

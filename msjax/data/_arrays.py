@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,15 @@ def share_indices(labels: np.ndarray | int, test_share: float, seed: int) -> tup
     count = labels if isinstance(labels, int) else len(labels)
     classes = np.zeros(count, np.int32) if isinstance(labels, int) else labels
     rng = np.random.default_rng([_SHARE, seed])
+    _, classes, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    wanted = sizes * test_share
+    amounts = np.floor(wanted).astype(int)
+    # What rounding down leaves goes to the classes that lost most by it.
+    most = np.lexsort((rng.permutation(len(sizes)), amounts - wanted))
+    amounts[most[: round(count * test_share) - amounts.sum()]] += 1
     is_test = np.zeros(count, bool)
-    for c in np.unique(classes):
-        members = rng.permutation(np.flatnonzero(classes == c))
-        is_test[members[: round(len(members) * test_share)]] = True
+    for c, amount in enumerate(amounts):
+        is_test[rng.permutation(np.flatnonzero(classes == c))[:amount]] = True
     if is_test.all() or not is_test.any():
         side = "train" if is_test.all() else "test"
         raise DataError(f"test_share must leave examples to {side} on, got {test_share} of {count} examples")
@@ -181,13 +187,11 @@ def from_npz(
     if any(names) and (not (inputs and labels) or bool(test_inputs) != bool(test_labels)):
         raise DataError(f"inputs and labels must both be named, and test_inputs and test_labels too, got {names}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} must be an .npz file of several arrays, got one array")
+        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             if not inputs:
                 names = find_names(file.files, str(path))
             found = [_read(file, key, path) for key in names if key]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error

@@ -115,7 +115,7 @@ class _Images:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.integer]:
         file = self._files[index]
         try:
             with _images.pillow().open(file) as image:

@@ -1,0 +1,179 @@
+"""A user's arrays and .npz files as data sets, and the rules that every set must keep."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax import data
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
+TABLE = RNG.normal(size=(20, 4))
+CLASSES = np.arange(20) % 3
+
+
+def test_images_are_measured_and_labels_counted():
+    ds = data.from_arrays((IMAGES, CLASSES), (IMAGES[:4], CLASSES[:4]))
+    assert ds.num_classes == 3 and len(ds.train) == 20 and len(ds.test) == 4 and ds.in_memory
+    assert ds.train_inputs is IMAGES  # not copied
+    assert ds.train_labels.dtype == np.int32
+    np.testing.assert_allclose(ds.mean, (IMAGES / 255).mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(ds.std, (IMAGES / 255).std((0, 1, 2)), rtol=1e-5)
+    assert ds.input_like == jax.ShapeDtypeStruct((6, 5, 3), np.uint8)
+    assert ds.label_like == jax.ShapeDtypeStruct((), np.int32)
+    assert isinstance(ds.train, data.Split) and ds.augment == "none"
+    x, y = ds.train.fetch(np.array([3, 1]))
+    np.testing.assert_array_equal(x, IMAGES[[3, 1]])
+    np.testing.assert_array_equal(y, [0, 1])
+
+
+def test_dtypes_and_shapes_become_those_that_networks_take():
+    grey = data.from_arrays((IMAGES[..., 0], CLASSES.astype(np.uint8)[:, None]))  # as Keras and MedMNIST have them
+    assert grey.input_like.shape == (6, 5, 1) and grey.label_like == jax.ShapeDtypeStruct((), np.int32)
+    for inputs, dtype in (
+        (TABLE, np.float32),
+        (TABLE > 0, np.float32),
+        (jnp.asarray(TABLE, jnp.bfloat16), np.float32),
+        (np.arange(40).reshape(20, 2), np.int32),
+        (TABLE.tolist(), np.float32),
+    ):
+        ds = data.from_arrays((inputs, CLASSES.tolist()))
+        assert ds.input_like.dtype == dtype and ds.mean is None and ds.num_classes == 3
+    assert data.from_arrays((TABLE, CLASSES == 0)).num_classes == 2
+    assert data.from_arrays((TABLE, CLASSES), num_classes=7).num_classes == 7
+
+
+def test_labels_that_are_no_classes():
+    numbers = data.from_arrays((TABLE, TABLE[:, 0]))
+    assert numbers.num_classes is None and numbers.train_labels.dtype == np.float32
+    pixels = data.from_arrays((IMAGES, IMAGES[..., 0] > 99))
+    assert pixels.num_classes is None and pixels.label_like == jax.ShapeDtypeStruct((6, 5), np.int32)
+    assert data.from_arrays((IMAGES, IMAGES[..., 0]), num_classes=4).num_classes == 4  # for the task to check
+
+
+def test_trees_of_arrays():
+    inputs, labels = {"image": IMAGES, "age": TABLE[:, 0]}, (CLASSES, TABLE[:, 1])
+    ds = data.from_arrays((inputs, labels), test_share=0.25)
+    assert len(ds.test) == 5 and ds.num_classes is None and ds.mean is None
+    assert ds.input_like == {
+        "image": jax.ShapeDtypeStruct((6, 5, 3), np.uint8),
+        "age": jax.ShapeDtypeStruct((), np.float32),
+    }
+    (x, y), *_ = data.batches(ds.train, np.arange(8).reshape(2, 2, 2))
+    assert x["image"].shape == (2, 2, 6, 5, 3) and x["age"].shape == y[0].shape == (2, 2)
+
+
+def test_floats_are_normalized_where_asked():
+    ds = data.from_arrays((TABLE * 3 + 5, CLASSES), normalize=True)
+    x = data.normalize(jnp.asarray(ds.train_inputs), ds.mean, ds.std)
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(x.std(0), 1, atol=1e-5)
+    plain = data.from_arrays((TABLE, CLASSES))
+    np.testing.assert_array_equal(data.normalize(jnp.asarray(plain.train_inputs), None, None), plain.train_inputs)
+    constant = data.from_arrays((np.ones((4, 2, 1)), np.zeros(4)), normalize=True)
+    assert constant.std == [1]
+
+
+def test_a_share_is_set_aside_of_each_class_alike():
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    inputs = np.arange(100.0)[:, None]
+    ds = data.from_arrays((inputs, labels), test_share=0.2)
+    assert np.bincount(ds.test_labels).tolist() == [12, 6, 2]
+    assert sorted(np.concatenate([ds.train_inputs, ds.test_inputs])[:, 0]) == list(range(100))
+    again, other = (data.from_arrays((inputs, labels), test_share=0.2, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(again.test_inputs, ds.test_inputs)
+    assert (other.test_inputs != ds.test_inputs).any()
+    assert len(data.from_arrays((inputs, labels)).test) == 0
+
+
+BAD = {
+    r"labels must be in 0..2 \(num_classes is 3\), got 5 at index 7": ((TABLE, np.r_[CLASSES[:7], 5, CLASSES[8:]]), 3),
+    r"train labels must be in 0..\d \(num_classes is \d\), got -1 at index 2": ((TABLE, [0, 1, -1] + [1] * 17), None),
+    r"labels must be integers where there are classes, got float32": ((TABLE, TABLE[:, 0]), 3),
+    r"must have one length, got 20 inputs, 19 labels": ((TABLE, CLASSES[:-1]), None),
+    r"train inputs must be finite .*, got nan at index 4 at \(2,\)": (
+        (np.where(np.arange(80).reshape(20, 4) == 18, np.nan, TABLE), CLASSES),
+        None,
+    ),
+    r"train labels must be finite .*, got inf at index 19": ((TABLE, np.r_[TABLE[:19, 0], 1e300]), None),
+    r"train labels must be numbers, got <U3 .*'cat'.*number the classes": ((TABLE, ["cat"] * 20), None),
+    r"train inputs must be numbers, got object": ((np.array([None] * 20), CLASSES), None),
+    r"train inputs must make one array": (([[1, 2], [3]], [0, 1]), None),
+    r"train inputs must be in -2147483648..2147483647 \(int32\), got 0..4294967296": (([[0], [2**32]], [0, 1]), None),
+    r"must have examples to train on, got none": ((TABLE[:0], CLASSES[:0]), None),
+    r"must have the examples along a first axis": ((TABLE, 3), None),
+    r"channels of images last.*got \(20, 3, 6, 5\)": ((np.moveaxis(IMAGES, -1, 1), CLASSES), None),
+    r"must be a plain array, got a masked one": ((np.ma.masked_less(TABLE, 0), CLASSES), None),
+    r"train must be \(inputs, labels\), got 3 of them": ((TABLE, TABLE, CLASSES), None),
+    r"must be integers, floats or bools, got complex128": ((TABLE * 1j, CLASSES), None),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_rules(message, unchecked):
+    train, num_classes = BAD[message]
+    with pytest.raises(data.DataError, match=message):
+        data.from_arrays(train, num_classes=num_classes)
+
+
+def test_rules_of_train_and_test():
+    train = (TABLE, CLASSES)
+    with pytest.raises(
+        data.DataError, match=r"inputs of train and test must have one shape.*float32\[4\].*float32\[3\]"
+    ):
+        data.from_arrays(train, (TABLE[:, :3], CLASSES))
+    with pytest.raises(data.DataError, match=r"labels of train and test must have one .*int32\[\] and float32\[\]"):
+        data.from_arrays(train, (TABLE, TABLE[:, 0]))
+    with pytest.raises(data.DataError, match="inputs of train and test must have one structure"):
+        data.from_arrays(train, ({"x": TABLE}, CLASSES))
+    with pytest.raises(data.DataError, match="test must have examples, got none"):
+        data.from_arrays(train, (TABLE[:0], CLASSES[:0]))
+    with pytest.raises(data.DataError, match="test_share must be None where test is given"):
+        data.from_arrays(train, train, test_share=0.5)
+    for share, message in ((1.5, "between 0 and 1"), (0.01, "leave examples to test on"), (0.99, "to train on")):
+        with pytest.raises(data.DataError, match=f"test_share must .*{message}"):
+            data.from_arrays(train, test_share=share)
+    with pytest.raises(data.DataError, match="normalize must be False for inputs that are no images or one array"):
+        data.from_arrays(({"x": TABLE}, CLASSES), normalize=True)
+
+
+def test_a_streamed_split_has_no_arrays():
+    ds = data.from_arrays((TABLE, CLASSES))
+    ds = dataclasses.replace(
+        ds, train=data.from_sequence(list(zip(TABLE, CLASSES, strict=True)), in_memory=False, num_classes=3).train
+    )
+    assert not ds.in_memory and len(ds.test_labels) == 0
+    with pytest.raises(data.DataError, match=r"the train split of arrays is not in memory: read it by data.batches"):
+        _ = ds.train_inputs
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "set.npz"
+    for names in (
+        ("x_train", "y_train", "x_test", "y_test"),
+        ("train_images", "train_labels", "test_images", "test_labels"),
+    ):
+        np.savez(
+            path, **dict(zip(names, (IMAGES, CLASSES[:, None], IMAGES[:6], CLASSES[:6, None]), strict=True)), val=1
+        )
+        ds = data.from_npz(path)
+        assert (len(ds.train), len(ds.test), ds.num_classes, ds.name) == (20, 6, 3, "set.npz")
+    np.savez(path, x=TABLE, y=CLASSES)
+    assert len(data.from_npz(path).test) == 4 and len(data.from_npz(path, test_share=None).test) == 0
+    np.savez(path, mine=TABLE, yours=CLASSES)
+    assert data.from_npz(path, inputs="mine", labels="yours").input_like.shape == (4,)
+    with pytest.raises(data.DataError, match=r"set.npz must have arrays named x_train, .*it has mine, yours"):
+        data.from_npz(path)
+    with pytest.raises(data.DataError, match="has no array hers; it has mine, yours"):
+        data.from_npz(path, inputs="hers", labels="yours")
+    with pytest.raises(data.DataError, match="inputs and labels must both be named"):
+        data.from_npz(path, inputs="mine")
+    np.savez(path, x=TABLE, y=np.array([{}] * 20))
+    with pytest.raises(data.DataError, match=r"array y of .*set.npz cannot be read: .*allow_pickle=False"):
+        data.from_npz(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(data.DataError, match=r"set.npz cannot be read as an .npz file"):
+        data.from_npz(path)

@@ -1,0 +1,138 @@
+"""CSV files as data sets."""
+
+import numpy as np
+import pytest
+
+from msjax import data
+
+from .data_helpers import forbid
+
+pandas = pytest.importorskip("pandas")
+
+
+@pytest.fixture
+def people(tmp_path):
+    """A table of 40 rows: numbers far from 0, texts, a constant, and labels of each kind."""
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(
+        {
+            "second": 1.6e9 + np.arange(40),
+            "age": rng.integers(20, 60, 40),
+            "job": rng.choice(["cook", "nurse", "smith"], 40),
+            "one": 3,
+            "income": rng.normal(size=40),
+            "rich": np.where(np.arange(40) % 4, "no", "yes"),
+            "grade": np.arange(40) % 5 + 1,
+        }
+    )
+    path = tmp_path / "people.csv"
+    frame.to_csv(path, index=False)
+    return path, frame
+
+
+def change(path, row, column, value):
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[row][lines[0].index(column)] = value
+    path.write_text("\n".join(map(",".join, lines)))
+
+
+def test_columns_become_numbers(people):
+    path, frame = people
+    ds = data.from_csv(path, label="rich", test_share=None)
+    assert ds.num_classes == 2 and ds.mean is None and len(ds.test) == 0
+    np.testing.assert_array_equal(ds.train_labels, frame["rich"] == "yes")  # no, yes: in order
+    assert ds.train_inputs.shape == (40, 8) and ds.train_inputs.dtype == np.float32
+    # In float32, 1.6e9 and the next second are one number: centred before that, they differ.
+    np.testing.assert_allclose(np.diff(ds.train_inputs[:, 0]), 1 / np.arange(40).std(), rtol=1e-4)
+    np.testing.assert_array_equal(
+        ds.train_inputs[:, 2:5], np.stack([frame["job"] == j for j in ("cook", "nurse", "smith")], 1)
+    )
+    assert (ds.train_inputs[:, 5] == 0).all()  # a constant
+    np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].std(0), 1, atol=1e-6)
+
+
+def test_labels_of_each_kind(people):
+    path, _ = people
+    ds = data.from_csv(path, label="income")
+    assert ds.num_classes is None and ds.train_labels.dtype == np.float32 and (len(ds.train), len(ds.test)) == (32, 8)
+    grades = data.from_csv(path, label="grade", classes=True, drop=("second", "one"))
+    assert grades.num_classes == 5 and sorted(np.bincount(grades.test_labels)) == [1, 1, 2, 2, 2]  # 8 of 40
+    with pytest.raises(data.DataError, match="column 'rich' must be numbers where classes is False, got 'yes'"):
+        data.from_csv(path, label="rich", classes=False)
+
+
+def test_train_rows_alone_say_how(people, tmp_path):
+    path, frame = people
+    test = frame.iloc[:10].assign(job="pilot")
+    test.to_csv(tmp_path / "test.csv", index=False)
+    ds = data.from_csv(path, label="rich", test=tmp_path / "test.csv")
+    np.testing.assert_array_equal(ds.test_inputs[:, :2], ds.train_inputs[:10, :2])
+    assert (ds.test_inputs[:, 2:5] == 0).all()
+    test.assign(rich="maybe").to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(data.DataError, match=r"'rich' must be one of the classes .*\(no, yes\), got 'maybe' in row 1"):
+        data.from_csv(path, label="rich", test=tmp_path / "test.csv")
+
+
+def test_missing_values(people):
+    path, frame = people
+    change(path, 3, "age", "")
+    with pytest.raises(
+        data.DataError, match=r"people.csv: every value must be there and finite, got missing in row 3, column 'age'"
+    ):
+        data.from_csv(path, label="rich", test_share=None)
+    change(path, 5, "income", "inf")
+    change(path, 7, "job", "")
+    ds = data.from_csv(path, label="rich", missing="median", test_share=None)
+    names = data.TableFormat.measure(pandas.read_csv(path), label="rich", missing="median").names
+    assert (
+        names
+        == "second age,age missing,job=cook,job=nurse,job=smith,job missing,one,income,income missing,grade".replace(
+            " age,", ",age,", 1
+        ).split(",")
+    )
+    x = dict(zip(names, ds.train_inputs.T, strict=True))
+    ages = frame["age"].drop(2)
+    filled = frame["age"].astype(float).where(np.arange(40) != 2, ages.median())
+    np.testing.assert_allclose(x["age"], (filled - filled.mean()) / filled.std(ddof=0), atol=1e-5)
+    for name, row in (("age", 2), ("income", 4), ("job", 6)):
+        np.testing.assert_array_equal(x[f"{name} missing"], np.arange(40) == row)
+    assert x["job=cook"][6] == x["job=nurse"][6] == x["job=smith"][6] == 0
+    change(path, 9, "rich", "")
+    with pytest.raises(data.DataError, match="every row must have a finite label, got none in row 9, column 'rich'"):
+        data.from_csv(path, label="rich", missing="median")
+
+
+def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
+    path, frame = people
+    table_format = data.TableFormat.measure(frame, label="rich")
+    same = data.TableFormat.from_json(table_format.to_json())
+    assert same == table_format
+    whole = data.from_csv(path, label="rich", test_share=None)
+    frame.iloc[10:16].to_csv(tmp_path / "part.csv", index=False)
+    part = data.from_csv(tmp_path / "part.csv", table_format=same, test_share=None)
+    np.testing.assert_array_equal(part.train_inputs, whole.train_inputs[10:16])
+    assert part.num_classes == 2
+
+
+def test_errors(people, tmp_path, monkeypatch, unchecked):
+    path, _ = people
+    with pytest.raises(data.DataError, match="the table has no column 'label'; it has second, age, "):
+        data.from_csv(path)
+    with pytest.raises(
+        data.DataError, match="column 'job' must be numbers or at most 2 different texts, got 3 such as 'cook'"
+    ):
+        data.from_csv(path, label="rich", most_texts=2)
+    change(path, 4, "age", "forty")
+    with pytest.raises(data.DataError, match=r"column 'age' must be .*or is 'forty' a mistake among numbers"):
+        data.from_csv(path, label="rich", most_texts=2, test_share=None)
+    with pytest.raises(data.DataError, match='missing must be "refuse" or "median"'):
+        data.from_csv(path, label="rich", missing="mean")
+    path.write_text("a,b\n")
+    with pytest.raises(data.DataError, match="must have rows below the line of names"):
+        data.from_csv(path, label="a")
+    with pytest.raises(data.DataError, match=r"nowhere.csv cannot be read as a CSV file"):
+        data.from_csv(tmp_path / "nowhere.csv", label="a")
+    forbid(monkeypatch, "pandas")
+    with pytest.raises(data.DataError, match=r"needs pandas.*pip install 'msjax\[tables\]'"):
+        data.from_csv(path, label="a")
