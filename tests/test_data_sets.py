@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msjax import data
-from msjax.data import _cache, _tfds
+from msjax.data import _cache, _registry, _tfds
 
 from .data_helpers import forbid, prepare_tiny
 
@@ -136,3 +136,14 @@ def test_unwritable_cache(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(data.DataError, match=r"cannot write the array cache.*cache_dir"):
         data.load("tiny", data_dir=tiny[0], cache_dir=tmp_path / "file" / "cache")
+
+
+def test_the_registry_is_whole():
+    for name, entry in _registry.ENTRIES.items():
+        assert (entry.mean is None) == (entry.std is None) and entry.augment in data.AUGMENTATIONS, name
+        assert bool(entry.sources) == (entry.file_format is not None), name
+        assert len(entry.sources) == {"cifar": 1, "idx": 4, None: 0}[entry.file_format], name
+        assert all(len(digest) == 64 for _, digest in entry.sources), name
+    with pytest.raises(TypeError):
+        _registry.ENTRIES["digits"] = None
+    assert _registry.find("never heard of") == _registry.Entry()

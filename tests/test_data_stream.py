@@ -1,12 +1,14 @@
 """Splits that do not fit in memory, and batches of either kind."""
 
+import dataclasses
 import io
 
+import jax
 import numpy as np
 import pytest
 
 from msjax import data
-from msjax.data import _images, _tfds
+from msjax.data import _images, _registry, _tfds
 from msjax.data._records import Images
 
 from .data_helpers import Image, Records, collect
@@ -115,3 +117,30 @@ def test_random_resized_crop_covers_sizes_and_places():
     assert crops[:, 0, 8, 0].min() < 6 and crops[:, 0, 8, 0].max() > 100
     extreme = Image.fromarray(np.zeros((4, 400, 3), np.uint8))  # no permitted ratio fits: the fallback
     assert np.asarray(_images.random_resized_crop(extreme, 16, np.random.default_rng(0))).shape == (16, 16, 3)
+
+
+def test_load_streams_what_is_too_large_or_asked_for(photos, monkeypatch):
+    ds = data.load("photos", streamed=True, **photos)
+    assert isinstance(ds.train, data.ImageStream) and ds.train.random_crop and not ds.test.random_crop
+    assert isinstance(ds.train, data.Split) and not ds.in_memory and ds.num_classes == 4 and len(ds.test) == 48
+    assert ds.input_like == jax.ShapeDtypeStruct((32, 32, 3), np.uint8)
+    assert ds.label_like == jax.ShapeDtypeStruct((), np.int32)
+    np.testing.assert_array_equal(ds.mean, ds.train.mean)
+    with pytest.raises(data.DataError, match="the train split of photos is not in memory"):
+        _ = ds.train_labels
+    large = dataclasses.replace(_registry.find("imagenet2012"), augment="flip")
+    monkeypatch.setattr(_registry, "ENTRIES", {**_registry.ENTRIES, "photos": large})
+    assert data.is_streamed("photos") and not data.is_streamed("digits")
+    place = {name: photos[name] for name in ("data_dir", "cache_dir")}
+    ds = data.load("photos", **place)
+    assert ds.input_like.shape == (224, 224, 3) and ds.augment == "flip"
+    assert data.load("photos", streamed=False, **photos).train_inputs.shape == (48, 32, 32, 3)
+
+
+def test_batches_of_a_split_in_memory():
+    split = data.Arrays({"x": np.arange(6)}, np.arange(6) * 2)
+    ((x, y),) = data.batches(split, np.array([[[5, 1], [0, 3]]]))
+    np.testing.assert_array_equal(x["x"], [[5, 1], [0, 3]])
+    np.testing.assert_array_equal(y, [[10, 2], [0, 6]])
+    with pytest.raises(IndexError, match=r"indices must be in 0..5, got 0..6"):
+        data.batches(split, np.array([[0, 6]]))
