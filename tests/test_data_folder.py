@@ -18,6 +18,7 @@ def animals(tmp_path):
         for i in range(10):
             Image.fromarray(rng.integers(0, 256, (8 + i, 12), dtype=np.uint8)).save(folder / f"{i}.PNG")
         (folder / "notes.txt").touch()
+        (folder / "._0.png").touch()
     return tmp_path / "animals"
 
 

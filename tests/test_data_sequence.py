@@ -171,7 +171,6 @@ def test_as_dataset():
         np.testing.assert_array_equal(found.train_inputs, inputs)
         assert len(found.test) == tests and found.num_classes in (3, 4)
     assert data.as_dataset(pair, test_share=0.2, name="mine").name == "mine"
-    assert data.as_dataset("digits").name == "digits"
 
 
 def test_as_dataset_errors():

@@ -29,7 +29,7 @@ def test_digits():
     np.testing.assert_allclose(ds.mean, [pixels.mean()], rtol=1e-6)
     np.testing.assert_allclose(ds.std, [pixels.std()], rtol=1e-6)
     assert ds.mean.dtype == ds.std.dtype == np.float32
-    assert (data.load("digits").test_inputs == ds.test_inputs).all()
+    assert (data.as_dataset("digits").test_inputs == ds.test_inputs).all()
     assert data.load("digits", image_size=16).train_inputs.shape == (1437, 16, 16, 1)
 
 

@@ -56,7 +56,7 @@ def test_labels_of_each_kind(people):
     path, _ = people
     ds = data.from_csv(path, label="income")
     assert ds.num_classes is None and ds.train_labels.dtype == np.float32 and (len(ds.train), len(ds.test)) == (32, 8)
-    grades = data.from_csv(path, label="grade", classes=True, drop=("second", "one"))
+    grades = data.from_csv(path, label="grade", classes=True, drop="one")
     assert grades.num_classes == 5 and sorted(np.bincount(grades.test_labels)) == [1, 1, 2, 2, 2]  # 8 of 40
     with pytest.raises(data.DataError, match="column 'rich' must be numbers where classes is False, got 'yes'"):
         data.from_csv(path, label="rich", classes=False)

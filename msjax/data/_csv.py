@@ -1,6 +1,7 @@
 """CSV files as data sets."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ def from_csv(
     test_share: float | None = 0.2,
     classes: bool | None = None,
     missing: Literal["refuse", "median"] = "refuse",
-    drop: tuple[str, ...] = (),
+    drop: Sequence[str] = (),
     most_texts: int = MOST_TEXTS,
     table_format: TableFormat | None = None,
     seed: int = 0,

@@ -45,7 +45,7 @@ def from_image_folder(
         DataError: there is no such folder, class or image; an image cannot be decoded (its path is named); the images
             differ in size without `image_size`; Pillow is missing.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.abspath(Path(path).expanduser()))
     _sets.check_image_size(image_size)
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 or 3, got {channels}")
@@ -77,7 +77,7 @@ def from_image_folder(
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()) for p in folders}
+    found = {p.name: sorted(f for f in p.rglob("*") if _is_image(f)) for p in folders}
     found = {name: files for name, files in found.items() if files}
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
@@ -87,6 +87,11 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
     files = [file for name in classes for file in found.get(name, ())]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found.get(name, ())) for name in classes])
     return classes, files, labels
+
+
+def _is_image(file: Path) -> bool:
+    """By its name; hidden files are passed over."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _channels(files: Sequence[Path]) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 
 from msjax.data import _embedded, _records, _registry, _sets, _stream
 from msjax.data._as_dataset import from_path, is_path
+from msjax.data._check import check
 from msjax.data._dataset import Arrays, Dataset
 
 
@@ -54,8 +55,8 @@ def load(
         **options: of the adapter, where `name` is a path.
 
     Raises:
-        DataError: the set is unknown, missing, unreadable or not a classification set of one of these kinds; no
-            network; a package is missing.
+        DataError: the set is unknown, missing, unreadable or not a classification set of one of these kinds; it has
+            labels out of range or numbers that are not finite; no network; a package is missing.
         ValueError: `image_size`, `text_length` or `vocabulary` is too small.
     """
     _sets.check_image_size(image_size)
@@ -71,7 +72,7 @@ def load(
         train, test = (_stream.stream(name, split, **options) for split in ("train", "test"))
         return Dataset(name, train, test, train.num_classes, train.mean, train.std, entry.augment)
     if entry.test_of_class is not None:
-        return _embedded.load(name, image_size)
+        return check(_embedded.load(name, image_size))
     arrays, meta = _sets.cached(name, data_dir, cache_dir, image_size)
     mean, std = (entry.mean, entry.std) if entry.mean else (meta["mean"], meta["std"])
     splits = []
@@ -81,4 +82,4 @@ def load(
             inputs = _records.tokens(inputs, text_length, vocabulary)
         splits.append(Arrays(inputs, np.asarray(arrays[f"{split}_labels"])))
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return Dataset(name, *splits, meta["num_classes"], mean, std, entry.augment)
+    return check(Dataset(name, *splits, meta["num_classes"], mean, std, entry.augment))

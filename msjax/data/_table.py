@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class TableFormat:
         label: str,
         classes: bool | None = None,
         missing: Literal["refuse", "median"] = "refuse",
-        drop: tuple[str, ...] = (),
+        drop: Sequence[str] = (),
         most_texts: int = MOST_TEXTS,
     ) -> "TableFormat":
         """Returns the format of a pandas.DataFrame of training rows; see `from_csv`.
@@ -73,6 +74,7 @@ class TableFormat:
         """
         if missing not in ("refuse", "median"):
             raise DataError(f'missing must be "refuse" or "median", got {missing!r}')
+        drop = (drop,) if isinstance(drop, str) else drop
         for name in drop:
             _check_column(frame, name)
         check_label(frame, label)
