@@ -26,26 +26,18 @@ import resource
 import statistics
 import sys
 import tempfile
-import threading
 import time
-import uuid
 from collections.abc import Callable
-from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any
 
-import grpc
 import jax
 import numpy as np
 
-from benchmarks import proxy, timing
-from msjax import assemble, compress, config, metrics, parties
-from msjax.transport import client as client_lib
-from msjax.transport import split_pb2_grpc
-from msjax.transport._metrics import Metrics
-from msjax.transport._security import TlsFiles, Tokens
-from msjax.transport._store import ClientStore, ServerStore
-from msjax.transport.coordinator import Coordinator, Policy
-from msjax.transport.server import Servicer
+from benchmarks import timing
+from benchmarks.net import TINY, Case, Net
+from msjax import compress, config
+from msjax.split import parties
+from msjax.split.traffic import exchange_traffic
 
 CUTS = ("shallow", "medium", "deep")
 # At the paper's rates: SP, RT and MS have the same size, 13.8 times smaller than float32; QU has the next, 3 bits.
@@ -56,8 +48,6 @@ CODECS = {
     "RT": compress.RandTopK(ratio=0.95875),
     "MS": compress.MaskEncoded(ratio=0.99, bits=2),
 }
-TINY = {"model_name": "convnet", "model_width": 1.0}
-_STUCK_SECONDS = 900
 # What does not change a row, or is in it by itself.
 _NOT_SETTINGS = ("out", "cuts", "codecs", "only", "steps_to_accuracy", "accuracy")
 
@@ -141,182 +131,6 @@ def _earlier(options):
     return record["rows"], record["wall_seconds"]
 
 
-# -- The parties. --------------------------------------------------------------------------------------------------
-
-
-class Parts(assemble.Assembly):
-    """The parts of a run whose parties share their compiled functions, which hold no state."""
-
-    def programs(self, seed: int, **options) -> parties.Programs:
-        if "_programs" not in vars(self):
-            self._programs = super().programs(seed, **options)
-        return self._programs
-
-
-class Case(NamedTuple):
-    """A run of some steps on random images."""
-
-    cfg: config.Config
-    parts: Parts
-    own: parties.ClientData
-    """Of every client: the bytes that are sent depend on the shapes alone."""
-
-    @classmethod
-    def of(cls, options: argparse.Namespace, cut: str, codec: compress.Codec, *, steps: int) -> "Case":
-        tiny = options.model_name == TINY["model_name"]
-        shape = (8, 8, 1) if tiny else (32, 32, 3)
-        cfg = config.Config(
-            model=config.ModelConfig(name=options.model_name, width=options.model_width, cut=cut),
-            data=config.DataConfig(name="digits" if tiny else "cifar10"),
-            optim=config.OptimConfig(learning_rate=0.01, schedule="constant"),
-            codec=codec,
-            grad_codec=compress.from_string(options.grad_codec),
-            clients=options.clients,
-            batch_size=options.batch,
-            epochs=1,
-            seed=options.seed,
-        )
-        samples = steps * options.batch
-        info = assemble.SetInfo(shape, 10, (0.5,) * shape[2], (0.25,) * shape[2])
-        rng = np.random.default_rng(options.seed)
-        images = rng.integers(0, 256, (samples, *shape), dtype=np.uint8)
-        labels = rng.integers(0, 10, samples, dtype=np.int32)
-        own = parties.ClientData(images, labels, images[:0], labels[:0])
-        return cls(cfg, Parts(*assemble.assemble(cfg, info, samples=samples, test_samples=0)), own)
-
-    @property
-    def exchanges(self) -> list:
-        """Those of every step."""
-        return list(self.parts.plan.step_exchanges(0))
-
-    def client(self, number: int) -> parties.Client:
-        parts, seed = self.parts, self.cfg.seed
-        return parties.Client(number, parts.plan, parts.shapes(), parts.programs(seed), parts.client, self.own, seed)
-
-    def server(self) -> parties.Server:
-        parts = self.parts
-        return parties.Server(parts.plan, parts.shapes(), parts.programs(self.cfg.seed), parts.server)
-
-
-class Net:
-    """A coordinator behind gRPC and all clients, in threads of this program; `link` is between them, if any.
-
-    Args:
-      folder: for the parties' checkpoints.
-      link: options of the proxy, or None for no proxy.
-    """
-
-    def __init__(self, case: Case, folder: pathlib.Path, *, link: dict[str, Any] | None, lockstep: bool):
-        self.case, self.metrics = case, Metrics()
-        clients = case.cfg.clients
-        self.coordinator = Coordinator(
-            case.cfg,
-            lambda *_: case.parts,
-            ServerStore(folder / "server", {}),
-            Policy(),
-            self.metrics,
-            run=uuid.uuid4().hex,
-            checkpoint_steps=10**9,
-        )
-        workers = futures.ThreadPoolExecutor(2 * clients + 8)
-        self._server = grpc.server(workers, options=client_lib.channel_options(-1))
-        split_pb2_grpc.add_SplitServicer_to_server(Servicer(self.coordinator, Tokens(None)), self._server)
-        address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-        self.link = None if link is None else proxy.Proxy(address, **link)
-        self._address = address if link is None else self.link.address
-        self.clients: dict[int, parties.Client] = {}
-        self.marks: list[float] = []
-        """Lockstep: when requests were let go and when all had their answers, in turn."""
-        self._together = threading.Barrier(
-            clients, lambda: self.marks.append(time.perf_counter()), timeout=_STUCK_SECONDS
-        )
-        self._runners = [self._runner(number, folder / f"client{number}", lockstep) for number in range(clients)]
-
-    def _runner(self, number, folder, lockstep):
-        case = self.case
-
-        def connect():
-            connection = client_lib.Connection(self._address, TlsFiles(), None)
-            return _Lockstep(connection, self._together) if lockstep else connection
-
-        def build(*_):
-            return self.clients.setdefault(number, case.client(number))
-
-        own = client_lib.Own(len(case.own.labels), 0, case.own.inputs.shape[1:], 10)
-        return client_lib.Runner(
-            number,
-            connect,
-            lambda cfg: own,
-            build,
-            lambda run: ClientStore(folder),
-            retry_seconds=0.0,
-        )
-
-    def train(self, on_step: Callable[[], None]) -> None:
-        """Trains to the end; calls `on_step` at every step's end, while all clients wait and nothing is under way."""
-
-        def at_end():
-            jax.block_until_ready([self.coordinator.party.state, *(c.state for c in self.clients.values())])
-            on_step()
-
-        ends = threading.Barrier(len(self._runners), at_end, timeout=_STUCK_SECONDS)
-        last = self.case.exchanges[-1].phase
-
-        def on_exchange(exchange):
-            if exchange.phase == last:
-                ends.wait()
-
-        with futures.ThreadPoolExecutor(len(self._runners) + 1) as pool:
-            running = [pool.submit(self.coordinator.train)]
-            running += [pool.submit(runner.train, on_exchange) for runner in self._runners]
-            try:
-                futures.wait(running, return_when=futures.FIRST_EXCEPTION)
-                failures = [f.exception() for f in running if f.done() and f.exception()]
-            except KeyboardInterrupt as stop:
-                failures = [stop]
-            if failures:
-                for barrier in (ends, self._together):
-                    barrier.abort()
-                self.coordinator.stop("a party failed")
-                self._server.stop(grace=5)  # those who wait for an answer then know that none comes
-        # A barrier that breaks does so for everyone; who broke it says why.
-        for error in sorted(failures, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
-
-    def close(self) -> None:
-        self._server.stop(None).wait()
-        if self.link is not None:
-            self.link.stop()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class _Lockstep:
-    """A connection whose requests leave, and whose answers are taken, when all clients have theirs."""
-
-    def __init__(self, connection, together):
-        self._connection, self._together = connection, together
-
-    def send(self, message):
-        if message.WhichOneof("kind") == "request":
-            self._together.wait()
-        self._connection.send(message)
-
-    def receive(self, seconds):
-        message = self._connection.receive(seconds)
-        if message.WhichOneof("kind") == "answer":
-            self._together.wait()
-        return message
-
-    def __getattr__(self, name):
-        return getattr(self._connection, name)
-
-
 # -- The measurements. ---------------------------------------------------------------------------------------------
 
 
@@ -362,7 +176,7 @@ def on_link(options: argparse.Namespace, cut: str, codec: compress.Codec) -> dic
         clock.start()
         net.train(on_step)
     slow, free = (medians(seen[kind]) for kind in ("slow", "free"))
-    traffic = metrics.count(case.parts.shapes(), case.exchanges)
+    traffic = exchange_traffic(case.run.spec, case.exchanges)
     rate = options.megabits * 1e6 / 8 * (options.clients if options.per_connection else 1)
     # Of each exchange, up and down; in both kinds of steps.
     delays = 2 * len(case.exchanges) * options.delay_ms / 1e3
@@ -393,7 +207,7 @@ def beside_program(options: argparse.Namespace) -> dict[str, Any]:
     case = Case.of(options, "medium", compress.Identity(), steps=options.warmup + options.repeats)
     clients = [case.client(number) for number in range(options.clients)]
     server = case.server()
-    exchanges = parties.run(case.parts.plan, server, clients)
+    exchanges = parties.run(server, clients)
     seen = {"grpc": [], "program": []}
     clock = Clock()
 
@@ -416,7 +230,7 @@ def beside_program(options: argparse.Namespace) -> dict[str, Any]:
             jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
     medians_of = {way: medians(steps[options.warmup :]) for way, steps in seen.items()}
     grpc_, program = medians_of["grpc"], medians_of["program"]
-    traffic = metrics.count(case.parts.shapes(), case.exchanges)
+    traffic = exchange_traffic(case.run.spec, case.exchanges)
     return {
         "model_width": options.model_width,
         "cut": "medium",

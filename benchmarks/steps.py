@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from msjax import assemble, compress, config, models, simulate, step
+from msjax import build, compress, config
+from msjax.split.metrics import zero_sums
+from msjax.split.state import TrainState
+from msjax.split.trees import TreeSpec
+from msjax.training import program
+from msjax.training.devices import make_mesh, replicate, split_cpu
 
 NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
 """Number of classes and side of an image; ResNet34's side is an option."""
@@ -33,7 +38,7 @@ def main() -> int:
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="of these")
     parser.add_argument("--only", choices=("codec", "torch"), help="one of the two comparisons")
     options = parser.parse_args()
-    simulate.split_cpu(options.clients)
+    split_cpu(options.clients)
     start = time.monotonic()
     rows = []
     for width in options.width:
@@ -100,24 +105,27 @@ def beside_torch(width: float, options) -> dict:
 
 def make_step(name, classes, side, cut, codec, width, options):
     """(a call that runs the next step, seconds to compile it)."""
-    model = models.build(name, input_shape=(side, side, 3), num_classes=classes, width=width)
-    client, server = models.split(model, cut)
-    optimizer = assemble.make_optimizer(config.OptimConfig(), epochs=1, steps_per_epoch=10**6)
-    setup = step.Setup(client.apply, server.apply, codec, compress.Identity(), optimizer)
-    preprocess = simulate.Preprocess("crop_flip", (0.5,) * 3, (0.25,) * 3, "float32")
-    mesh = simulate.make_mesh(options.clients)
-    run = simulate.make_train(setup, preprocess, clients=options.clients, mesh=mesh)
     per_client = options.batch // options.clients
+    inputs = TreeSpec.of(jax.ShapeDtypeStruct((side, side, 3), np.uint8))
+    labels = TreeSpec.of(jax.ShapeDtypeStruct((), np.int32))
+    summary = build.DataSummary(inputs, labels, classes, (0.5,) * 3, (0.25,) * 3, "crop_flip")
+    model = config.ModelConfig(name, cut, width)
+    cfg = config.Config(model, codec=codec, clients=options.clients, batch_size=per_client, epochs=1)
+    built = build.build(cfg, summary, samples=per_client * 10**6, test_samples=0)
+    mesh = make_mesh(options.clients)
     rng = np.random.default_rng(0)
     count = options.batch
     images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     labels = rng.integers(0, classes, count, dtype=np.int32)
     order = np.arange(options.clients * per_client, dtype=np.int32).reshape(1, options.clients, per_client)
-    fixed = simulate.replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
-    carry = [simulate.replicate(step.init_state(setup, client, server), mesh), simulate.zero_sums(mesh)]
+    fixed = replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
+    state = TrainState(built.client, built.server, jnp.int32(0))
+    carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec.metric_sums_like), mesh)]
+    everyone = np.arange(options.clients, dtype=np.int32)
 
     def call():
-        carry[:] = run(*carry, *fixed, order, jax.random.key(0))
+        args = (*fixed, order, everyone, jax.random.key(0))
+        carry[:] = program.train_steps(built.spec, mesh, *carry, *args)
         return carry[1]
 
     start = time.perf_counter()

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import timing
 from experiments import driver, feature_maps, study
-from msjax import compress, step
+from msjax import compress, tasks
 
 TITLE = "Biased gradients (Theorem 1, Lemma 2, Theorem 3)"
 DRAWS, SAMPLES = 16, 250
@@ -73,7 +73,7 @@ class Exact:
 
         def loss(params, h):
             logits, _ = server.apply(params, server.stats, h, train=True, key=jax.random.key(1))
-            return step.cross_entropy(logits, labels, label_smoothing)
+            return tasks.cross_entropy(logits, labels, label_smoothing).mean()
 
         @jax.jit
         def gradients(back, h):

@@ -3,7 +3,7 @@
     python -m experiments.both_directions --data-dir DIR       # a TFDS directory; without it CIFAR-10 is downloaded
 
 What crosses the cut in a step is the feature map up and its gradient down; the paper counts, and MS saves, the first
-alone. "Of everything" is with labels and with what keeps the clients' halves equal (their gradients up, the mean down),
+alone. "Of everything" is with labels and with what keeps the clients' parts equal (their gradients up, the mean down),
 which grows with the client's part of the network.
 """
 

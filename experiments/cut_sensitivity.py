@@ -3,7 +3,7 @@
     python -m experiments.cut_sensitivity --data-dir DIR
 
 MS spends 2.32 bits a value wherever the cut is, `EntropyMask(bits=0.5)` 0.5. How sensitive a cut is can be measured
-without training with it: the error of the gradients of both halves, relative to their norm, in a network trained
+without training with it: the error of the gradients of both parts, relative to their norm, in a network trained
 without compression, at several rates. The budget of a cut is the bits at which that error is the same at all cuts, one
 bit a value on average over them: `EntropyMask(bits=…)` takes it as it is.
 """
@@ -49,7 +49,7 @@ def measure(folder, cfg, scale):
         norms = [float(np.linalg.norm(g)) for g in exact.of_parties]
         for codec in RATES[:: 3 if scale == "smoke" else 1]:
             found = exact.compare(codec)
-            parts = [found[f"{half}_error"] * norm for half, norm in zip(("server", "client"), norms, strict=True)]
+            parts = [found[f"{part}_error"] * norm for part, norm in zip(("server", "client"), norms, strict=True)]
             bits = rate_distortion.measure(np.asarray(exact.h), codec)["bits"]
             row = {"cut": cut, "codec": str(codec), "bits": bits, "error": float(np.hypot(*parts) / np.hypot(*norms))}
             rows.append(row | {"feature_error": found["features_error"]})

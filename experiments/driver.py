@@ -16,37 +16,38 @@ import time
 from types import ModuleType
 
 from experiments import study
-from msjax import cli
 from msjax import config as config_lib
+from msjax.cli.main import large_pages
 
 INTERRUPTED = 130
 
 
 def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.RESULTS) -> study.Record:
     """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
-    from msjax import runs, simulate  # these start JAX
+    from msjax import runs  # these start JAX
+    from msjax.training.devices import split_cpu
 
     file = results / scale / f"{study.key(run)}.json"
     cfg = run.config if isinstance(run, study.Measured) else run
-    simulate.split_cpu(cfg.clients)
+    split_cpu(cfg.clients)
     made = _measure(scale, run) if isinstance(run, study.Measured) else _train(run)
     made |= {"config": config_lib.to_json(config_lib.without_paths(cfg)), "command": command}
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():  # of a network that is trained anew for a measurement the record stands
-        runs.write_whole(file, runs.to_json(made, indent=1) + "\n")
+        runs.write_atomically(file, runs.to_json(made, indent=1) + "\n")
     return made
 
 
 def _train(cfg):
-    from msjax import runs, train
+    from msjax import runs
+    from msjax.training.from_config import load_run, train_config
 
     # Before there is a folder, so that a data set that is not there leaves none behind.
-    job = train.prepare(cfg)
+    run = load_run(cfg)
     folder, cfg = runs.RunFolder.open_or_create(cfg, study.key(cfg))
-    summary = train.train(cfg, folder, job=job)
+    summary = train_config(cfg, folder, run=run)
     folder.close()
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    return summary | {"history": [json.loads(line) for line in lines]}
+    return summary | {"history": folder.read_history()}
 
 
 def _measure(scale, run):
@@ -105,7 +106,7 @@ def _run_all(scale, todo, command, results, jobs):
         cores = shares.get()
         # Of a session of its own, so that Ctrl-C does not reach it twice.
         arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
-        options = {"text": True, "start_new_session": True, "env": os.environ | cli.large_pages()}
+        options = {"text": True, "start_new_session": True, "env": os.environ | large_pages()}
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, **options)
         children.add(process)
         cfg, by = run if isinstance(run, study.Measured) else (run, None)
@@ -198,7 +199,7 @@ def _placed(run, options):
 
 def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
     """The process of one run: its config and what measures it come on standard input."""
-    from msjax import data, train
+    from msjax import training
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if cores:
@@ -207,9 +208,9 @@ def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
         given = json.load(sys.stdin)
         cfg = config_lib.from_json(given["config"])
         do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
-    except (train.Interrupted, KeyboardInterrupt):
+    except (training.Interrupted, KeyboardInterrupt):
         return INTERRUPTED
-    except (ValueError, OSError, data.DataError) as error:
+    except (ValueError, OSError) as error:
         print(f"{given['config']['model']['name']}, {given['config']['data']['name']}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -18,7 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import assemble, config, models, runs, simulate, step, train
+from msjax import build, config, models, tasks
+from msjax.runs import RunFolder
+from msjax.training import loop, program
+from msjax.training.devices import split_cpu
+from msjax.training.from_config import load_run
 
 
 def main() -> int:
@@ -39,51 +43,54 @@ class Network(NamedTuple):
     """A trained network, whole, with the data that it was trained on."""
 
     cfg: config.Config
-    job: train.Job
+    run: loop.LoadedRun
     params: dict[str, Any]
     stats: dict[str, Any]
 
     def batch(self, samples: int) -> tuple[jax.Array, jax.Array]:
         """The first training samples, not augmented: input of the network, and labels."""
-        images, labels = (jnp.asarray(np.asarray(array)[:samples]) for array in self.job.train.source)
-        return self.job.parts.preprocess(images), labels
+        images, labels = map(jnp.asarray, self.run.dataset.train.fetch(np.arange(samples)))
+        return self.run.spec.preprocess(images), labels
 
-    def cuts(self, cut: int | str) -> tuple[models.Half, models.Half]:
-        """Client and server half of the network, cut anew."""
+    def cuts(self, cut: int | str) -> tuple[models.ModelPart, models.ModelPart]:
+        """Client and server part of the network, cut anew."""
         at = dataclasses.replace(self.cfg, model=dataclasses.replace(self.cfg.model, cut=str(cut)))
-        client, server = assemble.make_halves(at, self.job.info)[:2]
+        client, server = build.make_parts(at, self._summary())[:2]
         return _trained(client, self.params, self.stats), _trained(server, self.params, self.stats)
 
     def named_cuts(self) -> list[str]:
-        return list(dict(assemble.make_model(self.cfg, self.job.info).named_cuts))
+        return list(dict(build.make_model(self.cfg, self._summary()).named_cuts))
+
+    def _summary(self):
+        return build.DataSummary.of(self.run.dataset)
 
 
 def load(run: str, *, data_dir: str | None = None, cache_dir: str | None = None, trained: bool = True) -> Network:
     """Returns the network of a run as it was last saved; as it was before the first step if not `trained`.
 
     Raises:
-      ValueError: there is no such run, it has no checkpoint, or its clients have halves of their own.
+      ValueError: there is no such run, it has no checkpoint, or its clients have parts of their own.
     """
-    folder, cfg = runs.RunFolder.open(run, read_only=True)
+    folder, cfg = RunFolder.open(run, read_only=True)
     data = dataclasses.replace(
         cfg.data, data_dir=data_dir or cfg.data.data_dir, cache_dir=cache_dir or cfg.data.cache_dir
     )
     cfg = dataclasses.replace(cfg, data=data)
-    simulate.split_cpu(cfg.clients)
-    job = train.prepare(cfg)
-    if cfg.data.name in train.STREAMED:
+    split_cpu(cfg.clients)
+    loaded = load_run(cfg)
+    if not loaded.dataset.in_memory:
         raise ValueError(f"the run's data set must fit in memory, got {cfg.data.name!r}")
-    if job.parts.plan.averages_halves:
-        raise ValueError(f"the run's clients must share one half, got mode.kind={cfg.mode.kind!r}")
-    state = job.state
+    if loaded.spec.mode.own_parts:
+        raise ValueError(f"the run's clients must share one part, got mode.kind={cfg.mode.kind!r}")
+    state, mesh = loaded.state, loop.mesh_of(loaded.spec)
     if trained:
-        found = folder.restore((job.state, simulate.zero_sums(job.mesh)))
+        found = loop.restore(folder, loaded, program.place(loaded.spec, state, mesh), mesh)
         if found is None:
             raise ValueError(f"the run must have a checkpoint, got {run!r} without one")
-        state = found[0][0]
+        state = found[0]
     folder.close()
     state = jax.device_get(state)
-    return Network(cfg, job, state.client.params | state.server.params, state.client.stats | state.server.stats)
+    return Network(cfg, loaded, state.client.params | state.server.params, state.client.stats | state.server.stats)
 
 
 def collect(
@@ -104,9 +111,9 @@ def collect(
     return maps
 
 
-def _trained(half: models.Half, params, stats) -> models.Half:
-    """A half with the trained arrays of its blocks."""
-    own = half._replace(params={k: params[k] for k in half.params}, stats={k: stats[k] for k in half.stats})
+def _trained(part: models.ModelPart, params, stats) -> models.ModelPart:
+    """A part with the trained arrays of its blocks."""
+    own = part._replace(params={k: params[k] for k in part.params}, stats={k: stats[k] for k in part.stats})
     return jax.tree.map(jnp.asarray, own)
 
 
@@ -116,7 +123,7 @@ def _at_cut(client, server, x, labels, *, label_smoothing):
 
     def loss(h):
         logits, _ = server.apply(server.params, server.stats, h, train=True, key=jax.random.key(1))
-        return step.cross_entropy(logits, labels, label_smoothing)
+        return tasks.cross_entropy(logits, labels, label_smoothing).mean()
 
     h, _ = client.apply(client.params, client.stats, x, train=True, key=jax.random.key(0))
     return h, jax.grad(loss)(h)

@@ -103,7 +103,8 @@ def key(run: Run) -> str:
     """
     if isinstance(run, Measured):
         return f"{run.by.partition(':')[0].rpartition('.')[2]}-{key(run.config)}"
-    differing = _differing(config_lib.to_json(config_lib.without_paths(run)), config_lib.to_json(Config()))
+    own, default = (config_lib.earlier_names(config_lib.to_json(c)) for c in (config_lib.without_paths(run), Config()))
+    differing = _differing(own, default)
     digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
     codecs = "-".join(type(codec).__name__.lower() for codec in (run.codec, run.grad_codec))
     data = run.data.name.replace("/", "_")
@@ -219,7 +220,7 @@ def cut_bytes(traffic: dict[str, int]) -> int:
 
 
 def other_bytes(traffic: dict[str, int]) -> int:
-    """Bytes of labels, and of what keeps the clients' halves equal, both ways: no codec of the cut changes them."""
+    """Bytes of labels, and of what keeps the clients' parts equal, both ways: no codec of the cut changes them."""
     names = ("uplink_label_bytes", "uplink_synchronization_bytes", "downlink_synchronization_bytes")
     return sum(traffic[name] for name in names)
 

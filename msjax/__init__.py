@@ -1,1 +1,57 @@
-"""Split learning in JAX with compressed feature maps."""
+"""Split learning in JAX with compressed features.
+
+    import msjax
+    result = msjax.train(model=(client, server), data=(inputs, labels), codec=msjax.compress.MaskEncoded())
+
+`compress` has the codecs, `wire` their payloads as bytes; both need JAX alone. `data`, `models`, `tasks` and `modes`
+are what a run is made of, `train` runs it, `load_part` reads a trained part. Modules are imported when they are named.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from msjax import compress as compress
+    from msjax import data as data
+    from msjax import models as models
+    from msjax import tasks as tasks
+    from msjax import wire as wire
+    from msjax.parts import load_part as load_part
+    from msjax.split import modes as modes
+    from msjax.training import train as train
+
+_WHERE = {
+    "compress": "msjax.compress",
+    "data": "msjax.data",
+    "load_part": "msjax.parts:load_part",
+    "models": "msjax.models",
+    "modes": "msjax.split.modes",
+    "save_part": "msjax.parts:save_part",
+    "tasks": "msjax.tasks",
+    "train": "msjax.training:train",
+    "wire": "msjax.wire",
+}
+"""Where each public name is."""
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'msjax' has no attribute {name!r}")
+    module, _, attribute = _WHERE[name].partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "msjax":
+            raise
+        raise ImportError(
+            f"msjax.{name} needs {error.name}, which is not installed: pip install 'msjax[train]'", name=error.name
+        ) from error
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,5 +1,5 @@
 """`python -m msjax`."""
 
-from msjax.cli import script
+from msjax.cli.main import script
 
 script()

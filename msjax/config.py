@@ -4,17 +4,19 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import operator
+import os
 import pathlib
+import typing
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
+from msjax.references import is_reference, load_module, resolve_in
 
 CodecFlag = Annotated[
     Codec,
@@ -34,7 +36,7 @@ class ModelConfig:
 
     name: str = "convnet"
     """vgg19, resnet9, resnet9t, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp
-    for tables, transformer for texts."""
+    for tables, transformer for texts; or ":FUNCTION" of a preset that makes the parts of a model of one's own."""
     cut: str = "medium"
     """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
     width: float = 1.0
@@ -59,19 +61,25 @@ class DataConfig:
 
     name: str = "digits"
     """digits and the table breast_cancer (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or in
-    data_dir any set of images, texts (glue/sst2) or a table (adult)."""
+    data_dir any set of images, texts (glue/sst2) or a table (adult). For data of one's own: the path of an .npz, a CSV
+    file or a folder of images, or ":FUNCTION" of a preset."""
     data_dir: str | None = None
     """A TFDS data directory; by default TFDS's own, with download."""
     cache_dir: str | None = None
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
+    label: str = "label"
+    """Of a CSV file: the column that is predicted."""
+    test_share: float = 0.2
+    """Of data of one's own that come without a test set: how much of them is set aside for it."""
     image_size: int | None = None
     """Side of the images; by default the set's own."""
     text_length: int = data.TEXT_LENGTH
     """Tokens of a text; longer ones are cut, shorter ones padded."""
     vocabulary: int = data.VOCABULARY
     """How many different tokens there are; words get theirs by a hash."""
-    augment: Literal["none", "flip", "crop_flip"] | None = None
-    """Augmentation of training images; by default what is usual for the set."""
+    augment: str | None = None
+    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs;
+    by default what is usual for the set."""
     mean: tuple[float, ...] | None = None
     """What is subtracted from inputs, channel by channel of pixels in [0, 1]; by default the set's own mean."""
     std: tuple[float, ...] | None = None
@@ -82,15 +90,21 @@ class DataConfig:
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
     draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
 
-    @property
-    def form(self) -> dict[str, Any]:
-        """How inputs are made of what is stored, as keywords of `data.load`."""
-        return {"image_size": self.image_size, "text_length": self.text_length, "vocabulary": self.vocabulary}
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the network is trained for."""
+
+    name: str = "classification"
+    """classification, multi_label, regression, segmentation, next_token, or ":FUNCTION" of a preset that returns a
+    tasks.Task."""
+    ignore: int | None = None
+    """segmentation, next_token: a label that counts for nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How both halves are updated."""
+    """How all parts are updated."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
     """sgd, as in the paper, or adamw, which transformers need."""
@@ -119,13 +133,13 @@ class ModeConfig:
 
     kind: Literal["parallel", "splitfed", "sequential"] = "parallel"
     """parallel: all clients step together and their gradients are averaged in every step, as in the paper. splitfed:
-    every client updates a half of its own, and the halves are averaged now and then. sequential: one client after
-    another trains with the server, and hands its half to the next."""
+    every client updates a part of its own, and the parts are averaged now and then. sequential: one client after
+    another trains with the server, and hands its part to the next."""
     average_steps: int = 10
-    """splitfed: steps between two averages of the halves; there is one at the end of an epoch in any case."""
+    """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
-    head_cut: str | None = None
+    tail_cut: str | None = None
     """U-shaped: the layers behind this cut, and the labels, stay with the client. A cut as of the model, or "last"."""
 
 
@@ -136,11 +150,15 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    task: TaskConfig = TaskConfig()
     mode: ModeConfig = ModeConfig()
     codec: CodecFlag = MaskEncoded()
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()
     """Of the gradient, on its way down; the paper sends it uncompressed."""
+    array_codecs: tuple[tuple[str, str], ...] = ()
+    """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
+    `codec`."""
     clients: int = 10
     """Number of clients K."""
     batch_size: int = 256
@@ -164,9 +182,9 @@ class Config:
             value = operator.attrgetter(name)(self)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, choices in _CHOICES.items():
-            value = operator.attrgetter(name)(self)
-            if value not in choices:
+        # Literal types are checked on the command line alone; presets and files are checked here.
+        for name, value, choices in _choices(self):
+            if value not in choices and not (name in _REFERENCES and is_reference(value)):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if not self.optim.learning_rate > 0:
             raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
@@ -178,6 +196,8 @@ class Config:
             raise ValueError(f"data.std must be above 0 and finite, got {self.data.std}")
         if self.optim.schedule == "steps" and not self.optim.milestones:
             raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
+        for _, codec in self.array_codecs:
+            compress.from_string(codec)
 
     @property
     def cut(self) -> int | str:
@@ -185,9 +205,9 @@ class Config:
         return _cut(self.model.cut)
 
     @property
-    def head_cut(self) -> int | str | None:
-        """`mode.head_cut` as `models.split` takes it."""
-        return None if self.mode.head_cut is None else _cut(self.mode.head_cut)
+    def tail_cut(self) -> int | str | None:
+        """`mode.tail_cut` as `models.split` takes it."""
+        return None if self.mode.tail_cut is None else _cut(self.mode.tail_cut)
 
 
 def _cut(cut):
@@ -200,17 +220,25 @@ _LEAST = {
     "data.vocabulary": 2,  # words, and padding
     **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), 0),
 }
-# Literal types are checked on the command line alone; presets and files are checked against this.
-_CHOICES = {
-    "model.first_block": ("residual", "paper"),
-    "model.shortcut": ("projection", "zero_padding"),
-    "model.conv_init": ("he_normal", "dirac"),
-    "data.augment": (None, "none", "flip", "crop_flip"),
-    "mode.kind": ("parallel", "splitfed", "sequential"),
-    "optim.kind": ("sgd", "adamw"),
-    "optim.schedule": ("cosine", "steps", "constant"),
-    "dtype": ("float32", "bfloat16"),
-}
+_REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
+"""Fields that may name a function of a preset."""
+_TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
+
+
+def _choices(config):
+    """(name, value, choices) of every field that has a few values."""
+    yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
+    yield "task.name", config.task.name, _TASKS
+    for section in (config, config.model, config.data, config.optim, config.mode):
+        prefix = "" if section is config else f"{type(section).__name__.removesuffix('Config').lower()}."
+        for field in dataclasses.fields(section):
+            if typing.get_origin(field.type) is Literal:
+                yield prefix + field.name, getattr(section, field.name), typing.get_args(field.type)
+
+
+def by_name(codec: Codec, array_codecs: tuple[tuple[str, str], ...]) -> dict[str, Codec]:
+    """Returns the codecs of features by the names of their arrays, with "" for all others."""
+    return {"": codec} | {name: compress.from_string(text) for name, text in array_codecs}
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -221,13 +249,32 @@ def to_json(config: Config) -> dict[str, Any]:
             return repr(value)
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return plain(config)
 
 
+def earlier_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `to_json` makes with each field under the name that it first had: records are named by these."""
+    return {
+        section: {_FIRST_NAMES.get(f"{section}.{name}", name): v for name, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for section, value in tree.items()
+    }
+
+
+_FIRST_NAMES = {"mode.tail_cut": "head_cut"}
+"""Fields that were renamed, and the names that files and records of earlier runs have for them."""
+
+
+def _present_names(section, fields):
+    present = {first: name.partition(".")[2] for name, first in _FIRST_NAMES.items() if name.startswith(f"{section}.")}
+    return {present.get(name, name): value for name, value in fields.items()}
+
+
 def from_json(tree: dict[str, Any]) -> Config:
-    """Returns the config that `to_json` made `tree` from.
+    """Returns the config that `to_json` made `tree` from, this version's or an earlier one's.
 
     Raises:
       ValueError: a field is unknown or has a value that is not allowed.
@@ -242,9 +289,11 @@ def from_json(tree: dict[str, Any]) -> Config:
             model=ModelConfig(**tree.pop("model", {})),
             data=DataConfig(**data_fields),
             optim=OptimConfig(**optim),
-            mode=ModeConfig(**tree.pop("mode", {})),
+            task=TaskConfig(**tree.pop("task", {})),
+            mode=ModeConfig(**_present_names("mode", tree.pop("mode", {}))),
             codec=compress.from_string(tree.pop("codec")),
             grad_codec=compress.from_string(tree.pop("grad_codec")),
+            array_codecs=tuple(map(tuple, tree.pop("array_codecs", ()))),
             **tree,
         )
     except (TypeError, KeyError) as error:
@@ -252,15 +301,62 @@ def from_json(tree: dict[str, Any]) -> Config:
 
 
 def without_paths(config: Config) -> Config:
-    """Returns the config without where data and runs lie on one machine, which says nothing on another.
+    """Returns the config without where data, presets and runs lie on one machine, which says nothing on another.
 
-    Of `model.weights` the file's name is left, which is part of what a run is.
+    Of presets, files of data and `model.weights` the file's name is left, which is part of what a run is.
     """
-    local = dataclasses.replace(config.data, data_dir=None, cache_dir=None)
-    weights = config.model.weights and pathlib.PurePath(config.model.weights).name
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, weights=weights), data=local, out=Config.out
-    )
+    name = config.data.name
+    name = os.path.basename(os.path.normpath(name)) if is_local_path(name) else name
+    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, name=name)
+    weights = config.model.weights and os.path.basename(config.model.weights)
+    model = dataclasses.replace(config.model, weights=weights)
+    plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)
+    return _map_references(plain, os.path.basename)
+
+
+def is_local_path(data_name: str) -> bool:
+    """Whether the name of a data set is the path of a file or folder."""
+    return not is_reference(data_name) and (data_name.endswith((".npz", ".csv")) or os.path.isdir(data_name))
+
+
+def _map_references(config, change):
+    for name, value in references(config).items():
+        section, _, field = name.partition(".")
+        new = dataclasses.replace(getattr(config, section), **{field: change(value)})
+        config = dataclasses.replace(config, **{section: new})
+    return config
+
+
+def references(config: Config) -> dict[str, str]:
+    """Returns the fields that name functions of a preset, and the names."""
+    found = {name: operator.attrgetter(name)(config) for name in _REFERENCES}
+    return {name: value for name, value in found.items() if value is not None and is_reference(value)}
+
+
+def with_own(config: Config, own: Config) -> Config:
+    """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
+    return dataclasses.replace(config, model=own.model, data=own.data, task=own.task)
+
+
+def resolve(name: str, reference: str) -> Any:
+    """Returns the object that the field `name` refers to, as "FILE.py:OBJECT".
+
+    Raises:
+      ValueError: there is no such file, or nothing of that name in it.
+    """
+    path, _, attribute = reference.rpartition(":")
+    return resolve_in(name, path, attribute)
+
+
+def call_reference(name: str, reference: str, *arguments: Any) -> Any:
+    """Returns what the function that a field refers to makes of those arguments that it takes; an object as it is.
+
+    Raises:
+      ValueError: see `resolve`.
+    """
+    from msjax.references import call
+
+    return call(resolve(name, reference), *arguments)
 
 
 def save(config: Config, path: pathlib.Path) -> None:
@@ -281,20 +377,20 @@ def load(path: pathlib.Path) -> Config:
 
 
 def load_preset(path: str) -> Config:
-    """Returns `get_config()` of the Python file at `path`.
+    """Returns `get_config()` of the Python file at `path`; what it names as ":FUNCTION" is looked for in that file.
 
     Raises:
-      ValueError: there is no such file, or it has no `get_config` that returns a `Config`.
+      ValueError: there is no such file, it has no `get_config` that returns a `Config`, or lacks a function that the
+        config names.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"--config must be a Python file with get_config(), got {path!r}, which does not exist")
-    spec = importlib.util.spec_from_file_location(f"msjax_preset_{file.stem}", file)
-    if spec is None:
-        raise ValueError(f"--config must be a Python file with get_config(), got {path!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
+    module = load_module("the preset", path)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"the preset must be a Python file with get_config(), got {path!r}, which has none")
+    config = module.get_config()
     if not isinstance(config, Config):
-        raise ValueError(f"--config must be a Python file whose get_config() returns a Config, got {path!r}")
+        raise ValueError(f"the preset must be a Python file whose get_config() returns a Config, got {path!r}")
+    file = os.path.abspath(path)
+    config = _map_references(config, lambda value: file + value if value.startswith(":") else value)
+    for name, value in references(config).items():
+        resolve(name, value)
     return config

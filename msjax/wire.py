@@ -12,7 +12,8 @@ All integers are little-endian, unsigned:
 | 1 | version, 1 |
 | 4 | CRC-32 of everything behind it |
 | 2, then as many | the codec's text, as `repr` gives it and `compress.from_string` reads it |
-| 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16 |
+| 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16; of arrays that travel beside them by `Exact`: 3 bool, |
+| | 4 int8, 5 int16, 6 int32, 7 int64, 8 uint8, 9 uint16, 10 uint32, 11 uint64 |
 | 1, then 4 each | their number of axes, at most 32, and their shape |
 | 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut) in one byte and its length in eight |
 | | the buffers: the arrays of the payload in order, C-contiguous |
@@ -38,13 +39,14 @@ from jaxtyping import Array, Float32
 
 from msjax import compress
 from msjax.compress._codec import check_payload
+from msjax.compress._exact import EXACT_DTYPES
 from msjax.compress._huffman import coded_bytes as huffman_bytes
 
 VERSION = 1
 COMPRESSIONS = (None, "huffman")
 _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
-_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
 _RAW, _HUFFMAN, _CUT = 0, 1, 2
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024

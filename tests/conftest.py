@@ -1,8 +1,10 @@
 """Before jax starts: eight CPU devices, a cache of compiled programs, strict dtypes and ranks, checked annotations."""
 
+import functools
 import gc
 import importlib.metadata
 import os
+import pathlib
 
 from . import compile_cache
 
@@ -37,14 +39,27 @@ check = beartype.beartype(
 )  # an int is a float, as for every type checker
 jaxtyping.install_import_hook("msjax", f"{__name__}.check")
 
-pytest.register_assert_rewrite(f"{__package__}.helpers")
-collect_ignore = ["fuzz_wire.py"]  # a program, of a library that the tests do without
+pytest.register_assert_rewrite(f"{__package__}.helpers", f"{__package__}.setups", f"{__package__}.network")
+collect_ignore = ["fuzz_wire.py", "torch_networks.py"]  # of libraries that the tests do without
 
 STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 
-SLOW = ("studies", "transport", "parties", "processes", "step", "metrics", "codecs", "entropy_mask", "train", "records")
+SLOW = (
+    "studies",
+    "distributed",
+    "conversations",
+    "own_models",
+    "parties",
+    "processes",
+    "step",
+    "traffic",
+    "codecs",
+    "entropy_mask",
+    "training",
+    "records",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -69,10 +84,24 @@ def strict(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def forgotten():
-    """Each compiled program maps memory; of the many hundreds of all modules the system has not enough mappings."""
+    """Each compiled program maps memory; of the many hundreds of all modules the system has not enough mappings.
+
+    While it has, programs are kept from module to module: many run the same ones.
+    """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if _mappings() > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+MOST_MAPPINGS = 25_000
+"""Of the 65,530 that Linux allows a process by default; a module makes up to 20,000."""
+
+
+def _mappings():
+    """How many parts of memory this process has mapped; as if too many where that is not told."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else MOST_MAPPINGS + 1
 
 
 def pytest_collection_finish(session):
@@ -88,3 +117,14 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def built_once(monkeypatch):
+    """The parties of one run build the same: once is enough."""
+    from msjax import build
+
+    monkeypatch.setattr(build, "build", BUILT.setdefault("build", functools.cache(build.build)))
+
+
+BUILT = {}

@@ -1,21 +1,26 @@
 """A server and clients in one thread, over lines in memory, on a clock of their own; and what may go wrong there."""
 
+import contextlib
+import copy
 import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from msjax import assemble, parties
+from msjax import build, data
+from msjax.distributed import agreement
 from msjax.distributed.channel import Clock, MemoryNetwork
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.loop import Loop
 from msjax.distributed.membership import Policy
-from msjax.distributed.session import ClientSession, DataSummary
-from msjax.transport._metrics import Metrics
-from msjax.transport._store import ClientStore, ServerStore
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.session import ClientSession, Own
+from msjax.distributed.stores import ClientStore, ServerStore
+from msjax.split import parties
+from msjax.split.metrics import MetricSums
 
-from .test_parties import COUNT, dataset, make_parties
+from .setups import dataset, make_parties
 
 RUN = "0" * 31 + "1"
 HOURS = 24 * 3600.0  # of the run's clock: who waits that long waits for ever
@@ -26,17 +31,62 @@ def through_bytes(message):
     return type(message).FromString(message.SerializeToString())
 
 
+class MemoryStore:
+    """Checkpoints as `stores` keeps them, in a dict that outlives the party; `full` makes them fail."""
+
+    def __init__(self, saved, progress=None):
+        self.saved, self._progress, self.full = saved, progress, False
+
+    def steps(self):
+        return sorted(self.saved)
+
+    def latest(self):
+        return max(self.saved, default=None)
+
+    def save(self, step, party):
+        if self.full:
+            raise OSError(28, "No space left on device")
+        if self._progress is None:
+            self.saved[step] = jax.tree.map(np.array, party)
+        elif step not in self.saved:
+            kept = copy.deepcopy((self._progress, party.train, party.test))
+            self.saved[step] = jax.tree.map(np.array, party.state), party.part_in_transit, kept
+            self.prune(step)
+
+    def restore(self, step, like):
+        if self._progress is None:
+            return self.saved[step]
+        like.state, like.part_in_transit, kept = self.saved[step]
+        progress, like.train, like.test = copy.deepcopy(kept)
+        self._progress.clear()
+        self._progress.update(progress)
+        return None
+
+    def forget(self, party):
+        party.train = party.test = MetricSums()
+        self._progress.clear()
+
+    def prune(self, saved_step):
+        for step in [step for step in self.saved if step < saved_step]:
+            del self.saved[step]
+
+    def close(self):
+        pass
+
+
 class Net:
     """A run whose parties have folders of their own under `path`, kept when they die.
 
     Args:
       latency: seconds that a message takes; nothing else takes any time.
+      disk: whether checkpoints are files; by default they are in memory, which is quicker.
       policy: the fields of the policy.
     """
 
-    def __init__(self, path: pathlib.Path, cfg, *, checkpoint_steps=2, run=RUN, latency=0.01, **policy):
+    def __init__(self, path: pathlib.Path, cfg, *, checkpoint_steps=2, run=RUN, latency=0.01, disk=False, **policy):
         self.path, self.cfg, self.checkpoint_steps, self.run_name = path, cfg, checkpoint_steps, run
-        self.policy, self.latency = Policy(**policy), latency
+        self.policy, self.latency, self.disk = Policy(**policy), latency, disk
+        self.saved = {}
         self.clock = Clock()
         self.network = MemoryNetwork(self.clock, through_bytes)
         self.network.faults = self._faults
@@ -54,10 +104,10 @@ class Net:
 
     def start_server(self, **options):
         self.progress = {}
-        self.stores["server"] = ServerStore(self.path / "server", self.progress)
+        self.stores["server"] = self.store("server", self.progress)
         self.server = Coordinator(
             self.cfg,
-            self.assemble,
+            self.build,
             self.stores["server"],
             self.policy,
             self.metrics,
@@ -70,9 +120,18 @@ class Net:
         )
         self.loop.start_server(self.server)
 
-    def assemble(self, samples, test_samples, input_shape, num_classes):
-        info = assemble.SetInfo(input_shape, num_classes, (0.5,), (0.25,))
-        return assemble.assemble(self.cfg, info, samples=samples, test_samples=test_samples)
+    def store(self, name, progress=None):
+        """Checkpoints of a party, as it left them."""
+        if not self.disk:
+            return MemoryStore(self.saved.setdefault(name, {}), progress)
+        return ClientStore(self.path / name) if progress is None else ServerStore(self.path / name, progress)
+
+    def build(self, samples, test_samples, description):
+        """The server's."""
+        return self.built(samples, test_samples, agreement.summary_of(description))
+
+    def built(self, samples, test_samples, summary):
+        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples)
 
     def start_client(self, client, name=None, **options):
         """A new process of a client; `name` where there is one already."""
@@ -81,14 +140,14 @@ class Net:
         name = client if name is None else name
 
         def open_store(run):
-            self.stores[name] = ClientStore(self.path / f"client{client}" / run)
+            self.stores[name] = self.store(f"client{client}/{run}")
             return self.stores[name]
 
         self.loop.add(
             ClientSession(
                 client,
                 lambda cfg: self.load(client, cfg),
-                lambda cfg, samples, test_samples: self.build(client, cfg, samples, test_samples),
+                lambda cfg, samples, test_samples: self.party(client, cfg, samples, test_samples),
                 open_store,
                 on_end=lambda party: self.finals.__setitem__(client, party),
                 clock=self.clock,
@@ -105,31 +164,30 @@ class Net:
         return self
 
     def own_data(self, client, cfg):
-        """Which of the training samples are this client's, and how many it draws in an epoch."""
-        pools, samples = assemble.share_out(cfg, lambda: dataset()[1], COUNT)
-        return pools[client], samples
+        """This client's training samples, and how many it draws in an epoch."""
+        ds = dataset()
+        indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
+        return data.Arrays(*ds.train.fetch(indices[client])), samples
 
     def load(self, client, cfg):
         _, samples = self.own_data(client, cfg)
-        return DataSummary(samples, len(dataset()[3]), (8, 8, 1), 10)
+        summary, tests = build.DataSummary.of(dataset()), len(dataset().test)
+        return Own(samples, tests, agreement.describe(self.built(samples, tests, summary).spec, summary))
 
-    def build(self, client, cfg, samples, test_samples):
-        images, labels, test_inputs, test_labels = dataset()
+    def party(self, client, cfg, samples, test_samples):
         own, _ = self.own_data(client, cfg)
-        data = parties.ClientData(images[own], labels[own], test_inputs, test_labels)
-        parts = self.assemble(samples, test_samples, (8, 8, 1), 10)
-        programs = parts.programs(cfg.seed)
-        return parties.Client(client, parts.plan, parts.shapes(), programs, parts.client, data, cfg.seed)
+        run = self.built(samples, test_samples, build.DataSummary.of(dataset()))
+        return parties.Client(client, run.spec, run.client, parties.ClientData(own, dataset().test), cfg.seed)
 
     def _count(self, exchange):
         """As a program would: an epoch's record at its end, which the checkpoints keep."""
         run = self.server.run
         self.step = max(self.step, exchange.step)
-        self.order.append((self.server.membership.generation, exchange.key))
-        place = run.parts.plan.place(exchange.step)
-        if place.epoch_ends and exchange == list(run.parts.plan.step_exchanges(exchange.step))[-1]:
-            self.progress.setdefault("history", []).append(place.epoch + 1)
-            run.party.train = run.party.test = parties.NONE
+        self.order.append((self.server.membership.generation, exchange.position))
+        position = run.schedule.position(exchange.step)
+        if position.epoch_ends and exchange == list(run.schedule.step_exchanges(exchange.step))[-1]:
+            self.progress.setdefault("history", []).append(position.epoch + 1)
+            run.party.train = run.party.test = MetricSums()
 
     @property
     def epochs(self):
@@ -185,7 +243,7 @@ class Net:
         late = []
 
         def rule(direction, who, message):
-            key = message.request.key if direction == "up" and message.WhichOneof("kind") == "request" else None
+            key = message.request.position if direction == "up" and message.WhichOneof("kind") == "request" else None
             if key is None or who != client or key.step != step or phase not in (None, key.phase) or late:
                 return None
             late.append(key)
@@ -198,7 +256,7 @@ class Net:
 
         def rule(direction, who, message):
             if direction == "up" and who == client and message.WhichOneof("kind") == "request":
-                return () if message.request.key.step >= step else None
+                return () if message.request.position.step >= step else None
             return None
 
         self.disturb(rule)
@@ -212,8 +270,8 @@ class Net:
     def assert_equal_to_program(self):
         """The parties end with the same bits as in one program, without a network."""
         assert not self.failures, self.failures
-        plan, server, clients = make_parties(self.cfg)
-        for _ in parties.run(plan, server, clients):
+        server, clients = make_parties(self.cfg)
+        for _ in parties.run(server, clients):
             pass
         pairs = [(server.state, self.server.run.party.state)]
         pairs += [(clients[n].state, self.finals[n].state) for n in range(self.cfg.clients)]
@@ -223,3 +281,13 @@ class Net:
     def close(self):
         for store in self.stores.values():
             store.close()
+
+
+@contextlib.contextmanager
+def net(path, cfg, **options):
+    """A `Net` that is closed at the end."""
+    it = Net(path, cfg, **options)
+    try:
+        yield it
+    finally:
+        it.close()

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("grpc", reason="needs the extra `net`")
 from benchmarks import link, proxy
 from msjax import compress, config
+from msjax.split import parties
 
 SECONDS = 60  # after which a test gives up
 
@@ -183,7 +184,7 @@ def test_party_that_fails_ends_the_measurement(monkeypatch):
     def fail(*args):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(link.parties.Client, "receive", fail)
+    monkeypatch.setattr(parties.Client, "receive", fail)
     with pytest.raises(RuntimeError, match="broken"):
         link.on_link(options(), "medium", compress.Identity())
 

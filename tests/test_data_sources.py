@@ -33,7 +33,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
 def test_no_network(offline, name):
-    with pytest.raises(data.DataError, match=rf"looked for {name} in .*default.*cannot be downloaded.*--data.data-dir"):
+    with pytest.raises(data.DataError, match=rf"looked for {name} in .*default.*cannot be downloaded.*data_dir"):
         data.load(name)
 
 
@@ -57,7 +57,7 @@ def test_pillow_not_installed(tmp_path, monkeypatch):
 
 
 def test_wrong_directories(offline, tmp_path):
-    with pytest.raises(data.DataError, match=r"nowhere does not exist.*--data.data-dir"):
+    with pytest.raises(data.DataError, match=r"nowhere does not exist.*data_dir"):
         data.load("cifar10", data_dir=tmp_path / "nowhere")
     folder = tmp_path / "tfds" / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)

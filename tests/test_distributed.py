@@ -1,61 +1,23 @@
 """Over lines in memory: the same bits as in one program, in every mode, and whatever goes wrong on the way."""
 
-import contextlib
 import dataclasses
-import queue
-import time
-from concurrent import futures
-from threading import Timer
 
 import jax
 import numpy as np
 import pytest
 
-from msjax import assemble, compress, parties
-from msjax.distributed import drive
-from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
+from msjax import compress
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.membership import Stage
-from msjax.protocol import Phase
-from msjax.transport import split_pb2 as pb
+from msjax.split.schedule import Phase
 
-from .network import Net
-from .test_parties import MODES, SMALL, dataset
+from .network import net
+from .setups import MODES, SLOW_BUT_FIRST, SMALL
 
-assemble_anew, programs_anew = assemble.assemble, assemble.Assembly.programs
-ASSEMBLED, PROGRAMS = {}, {}
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch):
-    """All parties of this process share their compiled functions, which hold no state."""
-
-    def assemble_once(cfg, info, samples, test_samples):
-        key = cfg, samples, test_samples
-        if key not in ASSEMBLED:
-            ASSEMBLED[key] = assemble_anew(cfg, info, samples=samples, test_samples=test_samples)
-        return ASSEMBLED[key]
-
-    def programs_once(parts, seed, *, numpy_encoder=False):
-        key = id(parts), seed, numpy_encoder  # of parts that are kept
-        if key not in PROGRAMS:
-            PROGRAMS[key] = programs_anew(parts, seed, numpy_encoder=numpy_encoder)
-        return PROGRAMS[key]
-
-    monkeypatch.setattr(assemble, "assemble", assemble_once)
-    monkeypatch.setattr(assemble.Assembly, "programs", programs_once)
-
-
-@contextlib.contextmanager
-def net(path, cfg, **options):
-    it = Net(path, cfg, **options)
-    try:
-        yield it
-    finally:
-        it.close()
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", SLOW_BUT_FIRST, ids=str)
 def test_network_equals_one_program(tmp_path, mode):
     cfg = dataclasses.replace(SMALL, mode=mode, grad_codec=compress.StochasticUniform(bits=8))
     with net(tmp_path, cfg) as it:
@@ -65,6 +27,7 @@ def test_network_equals_one_program(tmp_path, mode):
         assert "msjax_received_bytes_total" in text and it.counted("restarts") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
 def test_client_that_lost_its_memory(tmp_path, mode):
     """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same.
@@ -74,7 +37,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
     policy = {"stragglers": "drop", "min_clients": cfg.clients}
     turns = mode.kind == "sequential"
-    with net(tmp_path, cfg, checkpoint_steps=1000 if turns else 2, **policy) as it:
+    with net(tmp_path, cfg, checkpoint_steps=1000 if turns else 2, disk=not turns, **policy) as it:
         it.start_clients()
         for step in (9, 17) if turns else (3, 5):
             it.run_to(step)
@@ -87,7 +50,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
     # Another run of clients that have checkpoints of the first one is none the wiser.
     (tmp_path / "server").rename(tmp_path / "first")
     cfg = dataclasses.replace(cfg, seed=1)
-    with net(tmp_path, cfg, run="0" * 31 + "2") as it:
+    with net(tmp_path, cfg, run="0" * 31 + "2", disk=True) as it:
         it.start_clients()
         it.run_to(5)
         it.restart(1)
@@ -95,6 +58,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
         it.assert_equal_to_program()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=str)
 def test_server_that_died(tmp_path, mode):
     """The server comes back from its last checkpoint, and the clients go back to it."""
@@ -111,10 +75,11 @@ def test_server_that_died(tmp_path, mode):
         assert it.epochs == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_everyone_died(tmp_path):
     """Server and clients come back, the clients in another order, and go on from the last checkpoint."""
     cfg = dataclasses.replace(SMALL, mode=MODES[1], epochs=3)
-    with net(tmp_path, cfg) as it:
+    with net(tmp_path, cfg, disk=True) as it:
         it.start_clients()
         it.run_to(7)
         it.kill_server()
@@ -128,7 +93,8 @@ def test_everyone_died(tmp_path):
         assert min(step for generation, (step, *_) in it.order if generation == it.order[-1][0]) == 6
 
 
-@pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES[1::2], ids=str)
 def test_lost_doubled_and_late_messages(tmp_path, mode):
     """Requests are lost, doubled and slow, copies come out of order over later connections, answers are lost."""
     cfg = dataclasses.replace(SMALL, mode=mode)
@@ -155,6 +121,7 @@ def test_lost_doubled_and_late_messages(tmp_path, mode):
         assert it.counted("restarts") == 0
 
 
+@pytest.mark.slow
 def test_line_that_is_cut(tmp_path):
     """Of all clients, again and again: nobody goes back to a checkpoint, as nobody has forgotten anything.
 
@@ -171,6 +138,7 @@ def test_line_that_is_cut(tmp_path):
         assert it.counted("restarts") == 0
 
 
+@pytest.mark.slow
 def test_first_connection_is_cut_before_the_start_is_heard(tmp_path):
     """Nobody goes back for that: there is nothing to go back from."""
     with net(tmp_path, SMALL, stragglers="drop") as it:
@@ -182,6 +150,7 @@ def test_first_connection_is_cut_before_the_start_is_heard(tmp_path):
         assert it.counted("restarts") == it.counted("stragglers") == 0
 
 
+@pytest.mark.slow
 def test_last_answer_is_lost(tmp_path, caplog):
     """By two clients. One comes back for it, and gets it though training has ended; the other is not waited for.
 
@@ -202,6 +171,7 @@ def test_last_answer_is_lost(tmp_path, caplog):
         it.assert_equal_to_program()
 
 
+@pytest.mark.slow
 def test_one_that_dies_before_its_last_answer_says_so(tmp_path):
     """All that it has is a checkpoint of an earlier step, and there is nobody left to train with."""
     cfg = dataclasses.replace(SMALL, mode=MODES[1])
@@ -215,6 +185,7 @@ def test_one_that_dies_before_its_last_answer_says_so(tmp_path):
         it.assert_equal_to_program()
 
 
+@pytest.mark.slow
 def test_straggler_stops_the_run(tmp_path):
     with net(tmp_path, SMALL, deadline_seconds=1.0, stragglers="stop") as it:
         it.silence(2, step=3)
@@ -232,6 +203,7 @@ def test_straggler_is_waited_for(tmp_path):
         assert it.counted("stragglers") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[3]], ids=str)
 def test_dropped_straggler_comes_back(tmp_path, mode):
     """The others go on without it; when it is back it takes part again, with the others' part."""
@@ -254,6 +226,7 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
             jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
 
 
+@pytest.mark.slow
 def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
     """Nothing comes from it any more, so it is not let in again: each time would cost the others a deadline."""
     with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
@@ -263,6 +236,7 @@ def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
         assert it.counted("stragglers") == 1
 
 
+@pytest.mark.slow
 def test_dropped_client_comes_back_where_every_step_ends_with_a_test(tmp_path):
     """Its part comes with the features, not with what is tested before them."""
     cfg = dataclasses.replace(SMALL, batch_size=25, epochs=6)
@@ -273,6 +247,7 @@ def test_dropped_client_comes_back_where_every_step_ends_with_a_test(tmp_path):
         assert it.server.membership.active == (0, 1, 2, 3) and it.counted("stragglers") == 1
 
 
+@pytest.mark.slow
 def test_first_in_turn_is_dropped_before_it_gives_a_part(tmp_path):
     """The next then begins as the first would have, with the part that all draw from the seed."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
@@ -285,6 +260,7 @@ def test_first_in_turn_is_dropped_before_it_gives_a_part(tmp_path):
         assert str(it.failures["server"]) == "enough"
 
 
+@pytest.mark.slow
 def test_dropped_from_its_turn(tmp_path):
     """It comes back for its next. After its last it hears of the end: the last client lacks the trained part then."""
     cfg = dataclasses.replace(SMALL, mode=MODES[3])
@@ -297,6 +273,7 @@ def test_dropped_from_its_turn(tmp_path):
         assert it.counted("stragglers") == 3  # each once
 
 
+@pytest.mark.slow
 def test_dropped_between_features_and_gradient(tmp_path):
     """U-shaped, where the server waits for its gradient with the features of all."""
     cfg = dataclasses.replace(SMALL, mode=MODES[1])
@@ -307,6 +284,7 @@ def test_dropped_between_features_and_gradient(tmp_path):
         assert it.counted("stragglers") == 1 and it.epochs == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it(tmp_path):
     """It has no checkpoint of that step, and is let in again."""
     cfg = dataclasses.replace(SMALL, epochs=4)
@@ -325,13 +303,14 @@ def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it
         assert it.counted("restarts") == 1 and it.server.membership.active == (0, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_full_disks(tmp_path, monkeypatch):
     """Checkpoints that cannot be written are missed, and nothing else."""
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with net(tmp_path, SMALL) as it:
+    with net(tmp_path, SMALL, disk=True) as it:
         monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
         it.start_clients().run()
         it.assert_equal_to_program()
@@ -341,6 +320,7 @@ def test_full_disks(tmp_path, monkeypatch):
 # -- Two processes of one client. ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_process_with_the_same_client_id_waits_for_the_first_to_die(tmp_path, caplog):
     """It does not disturb the run; once the first is dead it goes on in its place."""
     cfg = dataclasses.replace(SMALL, epochs=3)
@@ -365,192 +345,3 @@ def test_a_second_process_gives_up_after_its_time(tmp_path):
         it.run("second", seconds=60.0)
         assert "client_id must be of one process at a time, got 0" in str(it.failures["second"])
         assert 0 in it.loop.clients
-
-
-# -- What clients say. ---------------------------------------------------------------------------------------------
-
-
-HELLO = pb.FromClient(hello=pb.Hello(protocol=1, client=0))
-READY = pb.FromClient(ready=pb.Ready(samples=25, test_samples=42, input_shape=(8, 8, 1), num_classes=10))
-
-
-def talk(it, *messages, client=0):
-    """Says these things by hand; returns what the server says, and why it ends the connection, if it does."""
-    channel = it.network.connect(client)
-    for message in messages:
-        channel.send(message)
-    it.loop.run(lambda: it.network.next_arrival is None)
-    said = []
-    with pytest.raises(ConnectionLost) as lost:
-        while True:
-            said.append(channel.receive().WhichOneof("kind"))
-    return channel, said, lost.value
-
-
-@pytest.mark.parametrize(
-    ("messages", "says"),
-    [
-        ([READY], "Hello"),
-        ([pb.FromClient()], "Hello"),
-        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 1, got 9"),
-        ([pb.FromClient(hello=pb.Hello(protocol=1, client=4))], r"client must be in 0..3, got 4"),
-        ([HELLO, pb.FromClient(farewell=pb.Farewell())], "before the end"),
-        ([HELLO, HELLO], "unexpected hello"),
-        ([HELLO, pb.FromClient(request=pb.Request())], "before the start"),
-        ([HELLO, pb.FromClient(ready=pb.Ready())], "at least one sample"),
-    ],
-)
-def test_strangers_are_turned_away(tmp_path, messages, says):
-    with net(tmp_path, SMALL) as it:
-        _, _, lost = talk(it, *messages)
-        assert says in str(lost) and lost.final
-        assert it.counted("refused") == 1 and not it.failures
-
-
-@pytest.mark.parametrize(
-    ("request_", "says"),
-    [
-        (pb.Request(key=pb.Key(step=5, phase=5)), "no exchange (step 5, phase 5, number 0) of client 0"),
-        (pb.Request(key=pb.Key(step=99, phase=2)), "no exchange (step 99"),
-        (pb.Request(key=pb.Key(step=5, phase=2), payload=b"no such thing"), ""),
-    ],
-)
-def test_a_request_that_does_not_fit_ends_one_connection(tmp_path, request_, says):
-    """Its client is turned away for good; the others wait for one that knows better."""
-    with net(tmp_path, SMALL) as it:
-        it.start_clients()
-        it.run_to(1)
-        request_.generation = it.server.membership.generation
-        it.network.inject(0, pb.FromClient(request=request_))
-        it.run(0)
-        assert says in str(it.failures.pop(0)) and not it.failures
-        it.stores.pop(0).close()
-        it.start_client(0)
-        it.run()
-        it.assert_equal_to_program()
-
-
-def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
-    with net(tmp_path, SMALL) as it:
-        talk(it, HELLO, READY)
-        unlike = pb.Ready(samples=25, test_samples=42, input_shape=(9, 8, 1), num_classes=10)
-        hello = pb.FromClient(hello=pb.Hello(protocol=1, client=1))
-        _, said, lost = talk(it, hello, pb.FromClient(ready=unlike), client=1)
-        assert said == ["welcome"] and "got ((9, 8, 1), 10) beside ((8, 8, 1)" in str(lost) and lost.final
-        talk(it, hello, READY, client=1)
-        assert [client.ready for client in it.server.membership.clients] == [True, True, False, False]
-
-
-def test_clients_hear_of_a_server_that_fails(tmp_path):
-    with net(tmp_path, SMALL) as it:
-
-        def fail(*_):
-            raise ValueError("a shape that does not fit")
-
-        it.server._assemble = fail
-        it.start_clients().run()
-        assert str(it.failures.pop("server")) == "a shape that does not fit"
-        assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}
-
-
-def test_a_stop_while_clients_gather(tmp_path):
-    with net(tmp_path, SMALL) as it:
-        it.start_client(0)
-        it.loop.run_until_idle()
-        it.clock.now += 1.0
-        it.loop.run_until_idle()
-        it.loop.stop("by a signal")
-        it.run()
-        assert str(it.failures[0]) == "the server stopped: by a signal" and isinstance(it.failures["server"], Stopped)
-
-
-def test_a_client_that_loads_for_longer_than_the_deadline(tmp_path):
-    """Its session is closed, its next is ready at once."""
-    with net(tmp_path, SMALL, deadline_seconds=10.0) as it:
-        load = it.load
-
-        def slow(client, cfg):
-            it.clock.now += 25.0 if client == 2 else 0.0
-            return load(client, cfg)
-
-        it.load = slow
-        it.start_clients().run()
-        it.assert_equal_to_program()
-
-
-def test_own_data_of_unequal_amounts(tmp_path):
-    """Each client draws as many samples an epoch as the one that has the fewest, from all that it has."""
-    amounts = (100, 60, 40, 80)
-    images, labels, test_inputs, test_labels = dataset()
-    with net(tmp_path, SMALL) as it:
-        it.own_data = lambda client, cfg: (slice(-amounts[client], None), amounts[client])
-        it.start_clients().run()
-        assert not it.failures, it.failures
-        parts = it.server.run.parts
-        assert parts.plan.samples == 40
-        programs, clients = parts.programs(SMALL.seed), []
-        for client, n in enumerate(amounts):
-            own = parties.ClientData(images[-n:], labels[-n:], test_inputs, test_labels)
-            clients.append(parties.Client(client, parts.plan, parts.shapes(), programs, parts.client, own, SMALL.seed))
-        for _ in parties.run(parts.plan, parties.Server(parts.plan, parts.shapes(), programs, parts.server), clients):
-            pass
-        for client in range(4):
-            jax.tree.map(np.testing.assert_array_equal, clients[client].state, it.finals[client].state)
-
-
-# -- Threads. ------------------------------------------------------------------------------------------------------
-
-
-class QueueChannel:
-    """A line between two threads."""
-
-    def __init__(self, lines, inbox):
-        self._session, self._lines, self._inbox = len(lines), lines, inbox
-        lines[self._session] = queue.Queue()
-
-    def send(self, message):
-        self._inbox.put(Received(self._session, message, "this process"))
-
-    def receive(self, timeout):
-        try:
-            message = self._lines[self._session].get(timeout=timeout)
-        except queue.Empty:
-            raise ConnectionLost(f"no answer within {timeout} s") from None
-        if isinstance(message, ConnectionLost):
-            raise message
-        return message
-
-    def close(self):
-        self._inbox.put(Lost(self._session))
-
-
-def test_threads_equal_one_program(tmp_path):
-    """The loops that gRPC is to run in; one client's line is cut twice, all on a real clock."""
-    with net(tmp_path, SMALL) as it:
-        it.clock = time.monotonic
-        it.start_server()
-        it.start_clients()
-        lines, inbox = {}, queue.Queue()
-
-        def carry(out):
-            match out:
-                case Send(session, message):
-                    lines[session].put(message)
-                case Close(session, reason, final):
-                    lines[session].put(ConnectionLost(reason, final=final))
-
-        def connect(cut_after=None):
-            channel = QueueChannel(lines, inbox)
-            if cut_after is not None:
-                Timer(cut_after, lambda: lines[channel._session].put(ConnectionLost("cut"))).start()
-            return channel
-
-        cuts = iter([0.5, 0.3])
-        with futures.ThreadPoolExecutor(4) as pool:
-            sessions = list(it.loop.clients.values())
-            calls = [pool.submit(drive.take_part, session, connect) for session in sessions[1:]]
-            calls.append(pool.submit(drive.take_part, sessions[0], lambda: connect(next(cuts, None))))
-            drive.serve(it.server, inbox, carry)
-            for call in calls:
-                call.result(60)
-        it.assert_equal_to_program()

@@ -1,4 +1,4 @@
-"""Inference through a server's half behind gRPC: the same numbers, and nothing for those who may not ask."""
+"""Inference through a server's part behind gRPC: the same numbers, and nothing for those who may not ask."""
 
 import contextlib
 import datetime
@@ -7,39 +7,46 @@ import time
 import jax
 import numpy as np
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from msjax import assemble, compress, config, halves, models
-from msjax.transport import inference
-from msjax.transport import split_pb2 as pb
-from msjax.transport._metrics import Metrics
-from msjax.transport._security import TlsFiles, Tokens, check_plaintext
-from msjax.transport.client import Refused
-from msjax.transport.options import ListenOptions
-from msjax.transport.server import Endpoint
+from msjax import build, compress, config, models, parts
+from msjax.distributed import inference
+from msjax.distributed.client_run import Refused
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ListenOptions
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
+from msjax.distributed.rpc.server import Endpoint
+from msjax.split.payloads import PayloadSpec
 
-INFO = assemble.SetInfo((8, 8, 1), 10, (0.5,), (0.25,))
+from .authority import Authority
+from .setups import dataset
+
+SUMMARY = build.DataSummary.of(dataset())
 CODEC = compress.MaskEncoded(ratio=0.9)
 
 
 def make(path, **mode):
-    """(client, server, head) of a small net, as files under `path` too."""
+    """(client, server, tail) of a small net, as files under `path` too."""
     cfg = config.Config(model=config.ModelConfig(width=0.5, cut="shallow"), mode=config.ModeConfig(**mode), codec=CODEC)
-    client, server, *head = assemble.make_halves(cfg, INFO)
-    mine = models.Half(client.apply, client.params | head[0].params, client.stats | head[0].stats) if head else client
-    halves.save(path / "client.safetensors", "client", mine, cfg, INFO, run="r", step=7)
-    halves.save(path / "server.safetensors", "server", server, cfg, INFO, run="r", step=7)
-    return client, server, *head
+    client, server, *tail = build.make_parts(cfg, SUMMARY)
+    mine = (
+        models.ModelPart(client.apply, client.params | tail[0].params, client.stats | tail[0].stats) if tail else client
+    )
+    parts.save_trained(path / "client.safetensors", "client", mine, cfg, SUMMARY, run_id="r", step=7)
+    parts.save_trained(path / "server.safetensors", "server", server, cfg, SUMMARY, run_id="r", step=7)
+    return client, server, *tail
 
 
 @contextlib.contextmanager
 def served(path, metrics=None, **options):
     options = ListenOptions(**{"listen": "localhost:0", **options})
-    trained = halves.load(path / "server.safetensors")
+    trained = parts.load_part(path / "server.safetensors")
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics = metrics or Metrics()
-    servicer = inference.Servicer(trained, Tokens(options.tokens), metrics, compression=options.compression, **limits)
+    servicer = inference.InferenceServicer(
+        trained, Tokens(options.tokens), metrics, compression=options.compression, **limits
+    )
     endpoint = Endpoint(options, servicer, metrics, streams=4)
     try:
         yield f"localhost:{endpoint.port}"
@@ -49,16 +56,16 @@ def served(path, metrics=None, **options):
 
 @contextlib.contextmanager
 def remote(address, **options):
-    it = inference.Remote(address, **options)
+    it = inference.RemoteServer(address, **options)
     try:
         yield it
     finally:
         it.close()
 
 
-def features(half, batch, seed=0):
-    x = jax.random.normal(jax.random.key(seed), (batch, *INFO.input_shape))
-    h, _ = half.apply(half.params, half.stats, x, train=False)
+def features(part, batch, seed=0):
+    x = jax.random.normal(jax.random.key(seed), (batch, *SUMMARY.input_shape))
+    h, _ = part.apply(part.params, part.stats, x, train=False)
     return h
 
 
@@ -66,68 +73,78 @@ def like(h):
     return jax.ShapeDtypeStruct(h.shape, h.dtype)
 
 
+def ask(there, codec, h, compression=None):
+    """Sends features; returns the message's bytes."""
+    spec = PayloadSpec(jax.tree.structure(0), (codec,), (like(h),), (0,))
+    return there.send(spec.encode(h), spec, compression)
+
+
 @pytest.mark.parametrize("codec", [CODEC, compress.Identity(), compress.Uniform(bits=4)], ids=repr)
 @pytest.mark.parametrize("compression", [None, "huffman"])
-def test_logits_are_those_of_the_half(tmp_path, codec, compression):
+def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
     client, server = make(tmp_path)
     with served(tmp_path) as address, remote(address) as there:
         description = there.describe()
-        assert (description.run, description.step, description.num_classes) == ("r", 7, 10)
+        assert (description.run, description.step) == ("r", 7)
         batches = [features(client, batch, seed=batch) for batch in (4, 1, 4)]
         for h in batches:  # all on their way at once
-            assert there.send(codec.encode(h), codec, like(h), compression) > codec.payload_bytes(h) * (not compression)
+            assert ask(there, codec, h, compression) > codec.payload_bytes(h) * (not compression)
         for h in batches:
-            message = there.receive()
+            (message,) = there.receive()
             expected, _ = server.apply(server.params, server.stats, codec.roundtrip(h), train=False)
             np.testing.assert_allclose(message.payload[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_u_shaped(tmp_path):
-    client, server, head = make(tmp_path, head_cut="last")
+    client, server, tail = make(tmp_path, tail_cut="last")
     h = features(client, 4)
     with served(tmp_path) as address, remote(address) as there:
-        there.send(CODEC.encode(h), CODEC, like(h))
-        message = there.receive()
+        ask(there, CODEC, h)
+        (message,) = there.receive()
     expected, _ = server.apply(server.params, server.stats, CODEC.roundtrip(h), train=False)
     assert (message.codec, message.like) == (CODEC, like(expected))
     np.testing.assert_allclose(message.payload.values, CODEC.encode(expected).values, rtol=1e-5)
-    logits, _ = head.apply(head.params, head.stats, CODEC.decode(message.payload, message.like), train=False)
+    logits, _ = tail.apply(tail.params, tail.stats, CODEC.decode(message.payload, message.like), train=False)
     assert logits.shape == (4, 10)
 
 
+@pytest.mark.slow
 def test_features_that_do_not_fit(tmp_path):
     client, _ = make(tmp_path)
     h = features(client, 2)
     for wrong in (h[:, 1:], h[:0], h.astype(np.float16)):
         with served(tmp_path) as address, remote(address) as there:
-            there.send(CODEC.encode(wrong), CODEC, like(wrong))
+            ask(there, CODEC, wrong)
             with pytest.raises(Refused, match=r"features must be float32\[batch"):
                 there.receive()
     with served(tmp_path) as address, remote(address) as there:
-        there.send(CODEC.encode(h), CODEC, like(h))
+        ask(there, CODEC, h)
         there.receive()
-        there._requests.put(pb.Features(payload=b"nonsense, and more"))
+        there._requests.put(pb.Features(payload=[b"nonsense, and more"]))
         with pytest.raises(Refused, match="begin with b'MSJX'"):
             there.receive()
 
 
+@pytest.mark.slow
 def test_shapes_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "_MAX_SHAPES", 2)
     client, _ = make(tmp_path)
     with served(tmp_path) as address, remote(address) as there:
         for batch in (1, 2, 1, 3):
             h = features(client, batch)
-            there.send(CODEC.encode(h), CODEC, like(h))
+            ask(there, CODEC, h)
         for _ in range(3):
             there.receive()
         with pytest.raises(Refused, match="takes no new ones"):
             there.receive()
         with remote(address) as again:  # what was met before is answered all the same
             h = features(client, 2)
-            again.send(CODEC.encode(h), CODEC, like(h))
+            ask(again, CODEC, h)
             again.receive()
 
 
+@pytest.mark.slow
 def test_a_message_that_is_too_long(tmp_path):
     client, _ = make(tmp_path)
     h = features(client, 300)
@@ -135,29 +152,30 @@ def test_a_message_that_is_too_long(tmp_path):
     with served(tmp_path, max_megabytes=1) as address, remote(address) as there:
         with pytest.raises(ValueError, match="listen must be a free host:port"), served(tmp_path, listen=address):
             pass
-        there.send((h,), compress.Identity(), like(h))
+        ask(there, compress.Identity(), h)
         with pytest.raises(Refused, match="larger than max"):
             there.receive()
 
 
+@pytest.mark.slow
 def test_who_is_too_fast_is_held_back(tmp_path):
     client, _ = make(tmp_path)
     h = features(client, 2)
     with served(tmp_path, max_messages_per_second=10) as address, remote(address) as there:
-        there.send(CODEC.encode(h), CODEC, like(h))
+        ask(there, CODEC, h)
         there.receive()  # compiled
         began = time.monotonic()
         for _ in range(19):
-            there.send(CODEC.encode(h), CODEC, like(h))
+            ask(there, CODEC, h)
         for _ in range(19):
             there.receive()
         assert time.monotonic() - began > 0.7  # ten at once, then ten a second
 
 
-def test_a_client_half_does_not_serve(tmp_path):
+def test_a_clients_part_does_not_serve(tmp_path):
     make(tmp_path)
-    with pytest.raises(ValueError, match="half must be that of a server, got that of a client"):
-        inference.Servicer(halves.load(tmp_path / "client.safetensors"), Tokens(None), Metrics())
+    with pytest.raises(ValueError, match="part must be that of a server, got that of a client"):
+        inference.InferenceServicer(parts.load_part(tmp_path / "client.safetensors"), Tokens(None), Metrics())
 
 
 def test_tokens(tmp_path, monkeypatch):
@@ -173,30 +191,19 @@ def test_tokens(tmp_path, monkeypatch):
             with remote(address, token=token) as there:
                 with pytest.raises(Refused, match="no such token"):
                     there.describe()
-                there.send(CODEC.encode(h), CODEC, like(h))
+                ask(there, CODEC, h)
                 with pytest.raises(Refused, match="no such token"):
                     there.receive()
         assert metrics.refused._value.get() == 6 and metrics.totals() == {"received_bytes": 0, "sent_bytes": 0}
         for token in ("alice", "bob"):
             with remote(address, token=token) as there:
                 assert there.describe().run == "r"
-                sent = there.send(CODEC.encode(h), CODEC, like(h))
-                assert there.receive().like.shape == (2, 10)
+                sent = ask(there, CODEC, h)
+                assert there.receive()[0].like.shape == (2, 10)
         assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
 
 
-class Authority:
-    def __init__(self, path):
-        self._ca, self._path = trustme.CA(), path
-        self._ca.cert_pem.write_to_path(path / "ca.pem")
-
-    def issue(self, name, **options):
-        cert = self._ca.issue_cert(name, **options)
-        cert.cert_chain_pems[0].write_to_path(self._path / f"{name}.pem")
-        cert.private_key_pem.write_to_path(self._path / f"{name}.key")
-        return TlsFiles(*(str(self._path / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
-
-
+@pytest.mark.slow
 def test_mutual_tls(tmp_path):
     make(tmp_path)
     (tmp_path / "other").mkdir()
@@ -232,7 +239,7 @@ def test_plaintext_only_at_home():
     for address in ("localhost:1", "127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "unix:/tmp/socket"):
         check_plaintext(address, TlsFiles(), False)
     for address in ("0.0.0.0:1", "[::]:1", "example.org:1", "10.0.0.1:1", "localhost.example.org:1"):
-        with pytest.raises(ValueError, match="--insecure to send everything in the open"):
+        with pytest.raises(ValueError, match="or insecure to send everything in the open"):
             check_plaintext(address, TlsFiles(), False)
         check_plaintext(address, TlsFiles(), True)
         check_plaintext(address, TlsFiles(authority="ca.pem"), False)

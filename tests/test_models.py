@@ -142,7 +142,12 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(window, padding, s
 
 @pytest.mark.parametrize(
     ("name", "cut", "train"),
-    [("convnet", "shallow", True), ("convnet", 4, False), ("resnet18", "deep", True), ("vgg19", "medium", True)],
+    [
+        ("convnet", "shallow", True),
+        ("convnet", 4, False),
+        ("resnet18", "deep", True),
+        pytest.param("vgg19", "medium", True, marks=pytest.mark.slow),
+    ],
 )
 def test_halves_compose_to_the_whole(name, cut, train):
     model = tiny(name)
@@ -162,6 +167,7 @@ def test_seeds_give_other_parameters():
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_dirac_convolutions_start_as_identities():
     """All but the stem's and the 1×1 ones, as far as their channels go."""
     plain, dirac = (models.whole(tiny("resnet18", conv_init=name)).params for name in ("he_normal", "dirac"))
@@ -181,6 +187,7 @@ def test_dirac_convolutions_start_as_identities():
         np.testing.assert_array_equal(kernel[..., 2:], drawn[..., 2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_gets_a_gradient_through_vmap_and_statistics_get_a_client_axis(name):
     client, server = tiny_halves(name)
@@ -374,6 +381,7 @@ def test_the_convolution_has_the_gradients_of_the_plain_one(kernel, stride, shap
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cut", "activation"),
     [("convnet", 2, "tanh"), ("convnet", 4, "relu"), ("resnet9", "medium", "gelu"), ("resnet20", "shallow", "silu")],

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,30 +14,32 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import _commands, _serving, assemble, config, halves, parties
-from msjax.transport.options import ClientOptions
+from msjax import build, config
+from msjax.cli import main as cli
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.options import ClientOptions
+from msjax.parts import load_part
+from msjax.split import parties
+from msjax.split.metrics import MetricSums
 
-MSJAX = (sys.executable, "-c", "from msjax.cli import main; main()")
+MSJAX = (sys.executable, "-c", "from msjax.cli import main; main.main()")
 SECONDS = 240
-RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "10", "--checkpoint-steps", "10")
+pytestmark = pytest.mark.slow
+RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "5", "--checkpoint-steps", "5")
 
 
 class Shell:
     """Starts the commands in a folder, and kills what is left of them."""
 
-    def __init__(self, path, cache):
-        self._path, self._cache, self._started = path, cache, []
+    def __init__(self, path):
+        self._path, self._started = path, []
         with socket.socket() as s:
             s.bind(("localhost", 0))
             self.address = f"localhost:{s.getsockname()[1]}"
 
     def start(self, name, *arguments):
-        # Later processes need not compile again.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with (self._path / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                (*MSJAX, *arguments), cwd=self._path, env=os.environ | cache, stdout=log, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen((*MSJAX, *arguments), cwd=self._path, stdout=log, stderr=subprocess.STDOUT)
         self._started.append(process)
         return process
 
@@ -45,7 +49,7 @@ class Shell:
     def client(self, number):
         """The second one encodes with NumPy, which makes no difference."""
         where = ("--server", self.address, "--state", f"client{number}", "--encoder", ("jax", "numpy")[number])
-        return self.start(f"client{number}", "client", "--number", str(number), *where)
+        return self.start(f"client{number}", "client", "--client-id", str(number), *where)
 
     def wait_for_checkpoint(self, folder, step):
         """Until there is one of this step or a later one; the run must still be under way."""
@@ -69,15 +73,9 @@ class Shell:
                 process.wait()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Where all tests here keep compiled programs: most run the same ones."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def shell(tmp_path, compiled):
-    it = Shell(tmp_path, compiled)
+def shell(tmp_path):
+    it = Shell(tmp_path)
     yield it
     it.close()
 
@@ -90,56 +88,61 @@ def kill(process):
 def expected(path):
     """The states of server and clients at the end, from one calm program."""
     cfg = config.load(path / "runs/run/config.json")
-    taking_part = [_serving.TakingPart(ClientOptions(number=n, state=str(path / "x"))) for n in (0, 1)]
-    own = [part._load(cfg) for part in taking_part]
-    clients = [part._build(cfg, own[0].samples, own[0].test_samples) for part in taking_part]
-    parts = assemble.assemble(cfg, taking_part[0]._info, samples=own[0].samples, test_samples=own[0].test_samples)
-    server = parties.Server(parts.plan, parts.shapes(), parts.programs(cfg.seed), parts.server)
-    for exchange in parties.run(parts.plan, server, clients):
-        if exchange.step == parts.plan.total_steps - 1 - parts.plan.epoch_steps:
-            server.train = server.test = parties.NONE
+    programs = [ClientProgram(ClientOptions(client_id=n, state=str(path / "x"))) for n in (0, 1)]
+    own = [program._load(cfg) for program in programs]
+    clients = [program._build(cfg, own[0].samples, own[0].test_samples) for program in programs]
+    counts = {"samples": own[0].samples, "test_samples": own[0].test_samples}
+    run = build.build(cfg, programs[0]._summary, **counts)
+    server, schedule = parties.Server(run.spec, run.server, cfg.seed), run.spec.schedule
+    for exchange in parties.run(server, clients):
+        if exchange.step == schedule.total_steps - 1 - schedule.epoch_steps:
+            server.train = server.test = MetricSums()
     return server, clients
 
 
 def test_killed_processes_end_like_others(tmp_path, shell):
+    """A client is killed, then the server; then the server is stopped, and all are started again."""
     run = tmp_path / "runs/run"
     server, clients = shell.serve(*RUN, "--name", "run"), [shell.client(0), shell.client(1)]
-    shell.wait_for_checkpoint(run, 20)
+    shell.wait_for_checkpoint(run, 10)
     kill(clients[1])
     clients[1] = shell.client(1)
-    shell.wait_for_checkpoint(run, 50)
+    shell.wait_for_checkpoint(run, 25)
     kill(server)
-    server = shell.serve("--resume", str(run), "--checkpoint-steps", "10")
-    shell.wait_for_checkpoint(run, 90)
-    for process in (server, *clients):
-        kill(process)
+    server = shell.serve("--resume", str(run), "--checkpoint-steps", "5")
+    shell.wait_for_checkpoint(run, 45)
+    server.send_signal(signal.SIGINT)
+    shell.wait(server, status=130)
+    assert f"continue with: msjax serve --resume {run}" in (tmp_path / "serve.log").read_text()
+    shell.wait(*clients, status=2)
+    assert "the server stopped: by a signal" in (tmp_path / "client0.log").read_text()
     server, clients = shell.serve("--resume", str(run)), [shell.client(0), shell.client(1)]
     shell.wait(server, *clients)
-    shell.wait(shell.serve("--resume", str(run)), status=2)
-    assert "must be a run that is not finished" in (tmp_path / "serve.log").read_text()
+    assert cli.run("serve", ["--resume", str(run)]) == 2
 
     server, clients = expected(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["train"] == server.train.means() and summary["test"] == server.test.means()
+    task = server.spec.task
+    assert summary["train"] == server.train.means(task) and summary["test"] == server.test.means(task)
     files = (run / "server", tmp_path / "client0/client", tmp_path / "client1/client")
     for file, state in zip(files, (server.state, clients[0].state, clients[1].state), strict=True):
-        half = halves.load(file.with_suffix(".safetensors"))
+        part = load_part(file.with_suffix(".safetensors"))
         for ours, theirs in zip(
-            jax.tree.leaves((state.params, state.stats)), jax.tree.leaves((half.params, half.stats)), strict=True
+            jax.tree.leaves((state.params, state.stats)), jax.tree.leaves((part.params, part.stats)), strict=True
         ):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_train_serve_and_evaluate(tmp_path, shell):
-    """The halves of `msjax train`, apart again, test as they did together; signals end what serves."""
+def test_train_serve_and_evaluate(tmp_path, shell, capsys, monkeypatch):
+    """The parts of `msjax train`, apart again, test as they did together; signals end what serves."""
+    monkeypatch.chdir(tmp_path)
     options = ("--model.width", "0.5", "--clients", "2", "--epochs", "1", "--no-compare", "--out", ".")
-    shell.wait(shell.start("train", "train", *options, "--name", "run"))
+    assert cli.run("train", [*options, "--name", "run"]) == 0
     expected = json.loads((tmp_path / "run/summary.json").read_text())["test"]
-    server = shell.serve("--half", "run/server.safetensors")
-    command = (*MSJAX, "eval", "run/client.safetensors", "--server", shell.address)
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=SECONDS, text=True)
-    assert found.returncode == 0, found.stderr
-    found = json.loads(found.stdout)
+    server = shell.serve("--part", "run/server.safetensors")
+    capsys.readouterr()
+    assert cli.run("eval", ["run/client.safetensors", "--server", shell.address]) == 0
+    found = json.loads(capsys.readouterr().out)
     # Convolutions of another batch size may differ in the last bits.
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
@@ -148,22 +151,33 @@ def test_train_serve_and_evaluate(tmp_path, shell):
     shell.wait(server)
 
 
-def test_a_stopped_server_says_how_to_go_on(tmp_path, shell):
-    server = shell.serve(*RUN, "--name", "run")
-    clients = [shell.client(0), shell.client(1)]
-    shell.wait_for_checkpoint(tmp_path / "runs/run", 20)
-    server.send_signal(signal.SIGINT)
-    shell.wait(server, status=130)
-    assert "continue with: msjax serve --resume runs/run" in (tmp_path / "serve.log").read_text()
-    for process in clients:
-        shell.wait(process, status=2)
-    assert "the server stopped: by a signal" in (tmp_path / "client0.log").read_text()
+def test_the_example_of_a_model_of_ones_own(tmp_path, shell, capsys, monkeypatch):
+    """Each party with its own copy of the preset; the trained parts are used with it, too."""
+    example = pathlib.Path(__file__).parent.parent / "examples" / "own_model_over_network.py"
+    for name in ("server", "client0", "client1"):
+        shutil.copy(example, tmp_path / f"{name}.py")
+    server = shell.serve("--config", "server.py", "--epochs", "2", "--name", "run")
+    clients = [
+        shell.start(
+            f"client{n}", "client", "--client-id", str(n), "--server", shell.address, "--config", f"client{n}.py"
+        )
+        for n in (0, 1)
+    ]
+    shell.wait(server, *clients)
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert summary["headline"] == "mae" and summary["test"]["mae"] < 2
+    server = shell.serve("--part", "runs/run/server.safetensors", "--config", "server.py")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    command = ["client0/client.safetensors", "--server", shell.address, "--config", "client0.py"]
+    assert cli.run("eval", command) == 0
+    assert json.loads(capsys.readouterr().out)["mae"] == pytest.approx(summary["test"]["mae"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give certificates"),
+        (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give tls its certificate"),
         (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
         (("serve", "--data.name", "imagenet2012"), "must be a set that fits in memory"),
         (("serve", "--tokens", "none"), "No such file"),
@@ -171,18 +185,18 @@ def test_a_stopped_server_says_how_to_go_on(tmp_path, shell):
         (("serve", "--metrics-port", "99999"), "metrics_port must be in 1..65535, got 99999"),
         (("serve", "--checkpoint-steps", "0"), "checkpoint_steps must be at least 1, got 0"),
         (("serve", "--policy.min-clients", "0"), "min_clients must be at least 1, got 0"),
-        (("client", "--number", "-1"), "number must be at least 0, got -1"),
-        (("client", "--number", "0", "--tls.certificate", "none"), "a certificate and its key together"),
-        (("serve", "--half", "none"), "No such file"),
-        (("client", "--number", "0", "--server", "example.org:1"), "is not this machine: give certificates"),
-        (("client", "--number", "0", "--token-file", "none"), "No such file"),
-        (("client",), "number"),
+        (("client", "--client-id", "-1"), "client_id must be at least 0, got -1"),
+        (("client", "--client-id", "0", "--tls.certificate", "none"), "a certificate and its key together"),
+        (("serve", "--part", "none"), "No such file"),
+        (("client", "--client-id", "0", "--server", "example.org:1"), "is not this machine: give tls its certificate"),
+        (("client", "--client-id", "0", "--token-file", "none"), "No such file"),
+        (("client",), "client-id"),
         (("eval", "none", "--server", "localhost:1"), "No such file"),
     ],
 )
 def test_bad_options(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert _commands.run(arguments[0], list(arguments[1:])) == 2
+    assert cli.run(arguments[0], list(arguments[1:])) == 2
     said = capsys.readouterr()
     assert message in said.err + said.out and "Traceback" not in said.err
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Random words, numbers and subsets: exact counts, and every outcome as likely as it should be."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -140,6 +141,7 @@ def test_stochastic_uniform_is_unbiased_over_a_long_array(bits):
         assert abs(steps.mean() - fraction) <= error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, sharded",
     [
@@ -164,3 +166,10 @@ def test_over_a_mesh_with_only_one_of_the_two_sharded(codec, sharded):
     for i in range(2):
         one = roundtrip(codec, h[i if sharded == "h" else 0], keys[i if sharded == "key" else 0])
         np.testing.assert_allclose(got[i], one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", (RandK(0.5), StochasticUniform(1)), ids=repr)
+def test_samples_draw_differently(codec):
+    h = jnp.tile(jnp.linspace(1, 2, 64), (8, 1))
+    decoded = np.asarray(roundtrip(dataclasses.replace(codec, granularity="sample"), h, KEY))
+    assert len(np.unique(decoded, axis=0)) == 8

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import feature_maps, rate_distortion
-from msjax import config, data, halves, runs, train
+from msjax import config, data, load_part, runs
 from msjax.compress import EntropyMask, MaskEncoded
+from msjax.training.from_config import train_config
 
 
 def test_limit_of_a_normal_source():
@@ -54,20 +55,20 @@ TOPK = rate_distortion.codecs(signed=False)[4]
 
 @pytest.mark.slow
 def test_feature_maps_of_a_run(tmp_path):
-    """At the cut of the run itself they are the features that its client half makes; codecs take them."""
+    """At the cut of the run itself they are the features that its client's part makes; codecs take them."""
     cfg = config.Config(clients=2, batch_size=200, epochs=1, model=config.ModelConfig(width=0.5))
     folder = runs.RunFolder.create(dataclasses.replace(cfg, out=str(tmp_path)), "run")
-    train.train(cfg, folder, quiet=True)
+    train_config(cfg, folder, quiet=True)
     folder.close()
     maps = feature_maps.collect(str(tmp_path / "run"), samples=40)
     assert maps.keys() == {
         f"{cut}/{kind}" for cut in ("shallow", "medium", "deep") for kind in ("features", "gradients")
     }
-    half = halves.load(tmp_path / "run/client.safetensors")
+    part = load_part(tmp_path / "run/client.safetensors")
     images = data.load("digits").train_inputs[:40]
-    x = (images / np.float32(255) - np.float32(half.info.mean)) / np.float32(half.info.std)
-    half = half._replace(**jax.tree.map(jnp.asarray, {"params": half.params, "stats": half.stats}))
-    h, _ = half.apply(half.params, half.stats, jnp.asarray(x, jnp.float32), train=True)
+    x = (images / np.float32(255) - np.float32(part.summary.mean)) / np.float32(part.summary.std)
+    part = part._replace(**jax.tree.map(jnp.asarray, {"params": part.params, "stats": part.stats}))
+    h, _ = part.apply(part.params, part.stats, jnp.asarray(x, jnp.float32), train=True)
     np.testing.assert_allclose(maps["medium/features"], h, rtol=1e-4, atol=1e-5)
     for kind in ("features", "gradients"):
         row = rate_distortion.measure(maps[f"medium/{kind}"], EntropyMask(bits=3.0, levels=31, signed=True))

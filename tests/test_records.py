@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import assemble, config, models, runs, train
+from msjax import config, models, runs
+from msjax.optim import make_optimizer
+from msjax.training.from_config import train_config
 
 from .data_helpers import prepare_reviews
-from .test_step import assert_close
+from .helpers import assert_close
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -18,6 +20,7 @@ def reviews(tmp_path, monkeypatch):
     return prepare_reviews(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_transformer():
     model = models.build("transformer", input_shape=(12,), num_classes=3, width=0.25, vocabulary=50, activation="gelu")
     assert model.input_dtype == jnp.int32
@@ -51,11 +54,12 @@ def test_shapes_that_models_do_not_take(name, shape, rule):
 def trained(cfg, tmp_path):
     folder = runs.RunFolder.create(cfg, "run")
     try:
-        return train.train(cfg, folder, quiet=True)
+        return train_config(cfg, folder, quiet=True)
     finally:
         folder.close()
 
 
+@pytest.mark.slow
 def test_a_table_is_learned(tmp_path):
     cfg = config.Config(
         model=config.ModelConfig(name="mlp", width=0.25),
@@ -70,6 +74,7 @@ def test_a_table_is_learned(tmp_path):
     assert 13 < summary["uncompressed_feature_bytes"] / summary["traffic"]["uplink_feature_bytes"] < 14
 
 
+@pytest.mark.slow
 def test_texts_are_learned(reviews, tmp_path):
     """By the words that say the class, wherever they stand; with signed features through the codec, and AdamW."""
     place, _ = reviews
@@ -81,7 +86,7 @@ def test_texts_are_learned(reviews, tmp_path):
         codec=config.MaskEncoded(signed=True),
         clients=2,
         batch_size=30,
-        epochs=5,
+        epochs=3,
         out=str(tmp_path),
     )
     assert trained(cfg, tmp_path)["test"]["top1_percent"] > 90
@@ -90,7 +95,7 @@ def test_texts_are_learned(reviews, tmp_path):
 def test_adamw_is_decoupled_and_scheduled():
     """The first update is the rate times the gradient's sign, plus the rate times the decay times the weight."""
     optim = config.OptimConfig(kind="adamw", learning_rate=0.1, weight_decay=0.5, schedule="constant")
-    rule = assemble.make_optimizer(optim, epochs=1, steps_per_epoch=10)
+    rule = make_optimizer(optim, epochs=1, steps_per_epoch=10)
     weights = jnp.array([2.0, -1.0])
     updates, _ = rule.update(jnp.array([3.0, -0.1]), rule.init(weights), weights)
     np.testing.assert_allclose(updates, [-0.1 - 0.1 * 0.5 * 2, 0.1 + 0.1 * 0.5], rtol=1e-4)

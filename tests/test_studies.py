@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from experiments import both_directions, driver, entropy_variants, report, study, traffic
-from msjax import compress, config, train
+from msjax import compress, config
+from msjax.training.from_config import load_run
 
-HALF = 359
+HALF_SHARE = 359
 """Samples of a client of digits, of two clients, over two."""
 
 
@@ -111,7 +112,7 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
     trained = {}
 
     def do(run):
-        return driver.do("smoke", driver._placed(run, options), "python -m experiments.some", tmp_path / "halves")
+        return driver.do("smoke", driver._placed(run, options), "python -m experiments.some", tmp_path / "shorter")
 
     for module in report.STUDIES:
         for run in module.runs("smoke").values():
@@ -119,12 +120,12 @@ def test_every_study_at_smoke_scale_is_in_the_report(tmp_path):
                 continue
             if isinstance(run, study.Measured):
                 cfg = run.config
-                made = do(run._replace(config=dataclasses.replace(cfg, batch_size=HALF)))
+                made = do(run._replace(config=dataclasses.replace(cfg, batch_size=HALF_SHARE)))
             else:
                 cfg, codecs = run, (type(run.codec), type(run.grad_codec))
-                train.prepare(cfg)
+                load_run(cfg)
                 if codecs not in trained:
-                    trained[codecs] = do(dataclasses.replace(cfg, batch_size=HALF))
+                    trained[codecs] = do(dataclasses.replace(cfg, batch_size=HALF_SHARE))
                 made = trained[codecs]
             whole = made | {"config": config.to_json(config.without_paths(cfg))}
             (results / "smoke" / f"{study.key(run)}.json").write_text(json.dumps(whole))

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from msjax import assemble, compress, config, data, models
-from tests import reference_networks
+from msjax import build as building
+from msjax import compress, config, data, models
+from msjax.split.trees import TreeSpec
+
+from . import reference_networks
 
 DATA = pathlib.Path(os.environ.get("MSJAX_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared/data"))
 CASES = {  # sides that differ, so that rows and columns cannot be mixed up
@@ -206,7 +209,7 @@ def test_only_a_whole_models_arrays_are_saved_or_divided(tmp_path):
         models.split(model, "medium", weights=models.whole(other))
 
 
-@pytest.mark.parametrize("options", [{}, {"head_cut": "last"}, {"cut_before_activation": True}])
+@pytest.mark.parametrize("options", [{}, {"tail_cut": "last"}, {"cut_before_activation": True}])
 def test_a_split_takes_weights(options):
     model = build("resnet20 padded")
     weights = random_weights(model)
@@ -229,17 +232,22 @@ def test_a_run_starts_from_weights(tmp_path):
         codec=compress.Identity(),
         clients=2,
     )
-    info = assemble.SetInfo((32, 32, 3), 5, (0.1,) * 3, (0.2,) * 3).normalised_as(cfg.data)
-    parts = assemble.assemble(cfg, info, samples=256, test_samples=10)
-    assert_trees_equal(parts.client.params | parts.server.params, weights.params)
-    assert (parts.preprocess.mean, parts.preprocess.std) == (cfg.data.mean, cfg.data.std)
+    summary = summary_of((32, 32, 3)).normalized_as(cfg.data)
+    run = building.build(cfg, summary, samples=256, test_samples=10)
+    assert_trees_equal(run.client.params | run.server.params, weights.params)
+    assert (run.spec.preprocess.mean, run.spec.preprocess.std) == (cfg.data.mean, cfg.data.std)
     elsewhere = config.without_paths(cfg)
     assert elsewhere.model.weights == "w.safetensors"
     assert config.from_json(json.loads(json.dumps(config.to_json(cfg)))) == cfg
-    client, _ = assemble.make_halves(elsewhere, info)  # of a part that was published: there is no such file
-    assert jax.tree.structure(client.params) == jax.tree.structure(parts.client.params)
+    client, _ = building.make_parts(elsewhere, summary)  # of a part that was published: there is no such file
+    assert jax.tree.structure(client.params) == jax.tree.structure(run.client.params)
     with pytest.raises(ValueError, match=r"data.mean must have 1 numbers, got \(0.5, 0.4, 0.3\)"):
-        assemble.SetInfo((8, 8, 1), 5, (0.1,), (0.2,)).normalised_as(cfg.data)
+        summary_of((8, 8, 1)).normalized_as(cfg.data)
+
+
+def summary_of(shape):
+    inputs, labels = jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((), jnp.int32)
+    return building.DataSummary(TreeSpec.of(inputs), TreeSpec.of(labels), 5, (0.1,) * shape[2], (0.2,) * shape[2])
 
 
 @pytest.mark.parametrize(
@@ -254,11 +262,13 @@ def test_bad_statistics_are_named(change, message):
         config.Config(data=dataclasses.replace(config.DataConfig(), **change))
 
 
-def test_weights_from_a_file_are_not_served():
-    serving = pytest.importorskip("msjax._serving", reason="needs the extra `net`")
+def test_over_a_network_each_client_has_its_own_file():
+    program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`")
     cfg = config.Config(model=config.ModelConfig("resnet20", weights="w.safetensors"))
-    with pytest.raises(ValueError, match=r"model.weights must be None for msjax serve, got 'w.safetensors'"):
-        serving.check_serve(cfg, serving.ServeOptions())
+    with pytest.raises(ValueError, match=r"the run starts from the weights 'w.safetensors': give this client its copy"):
+        program.own_config(cfg, None)
+    assert program.own_config(cfg, None, "mine.safetensors").model.weights == "mine.safetensors"
+    assert program.own_config(config.Config(), None, "mine.safetensors").model.weights is None
 
 
 @pytest.mark.parametrize("case", ["vgg19", "resnet18", "resnet34"])

@@ -15,6 +15,7 @@ inside `shard_map`, once a client: a selection over the whole array would gather
 from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound
 from msjax.compress._codec import Codec
 from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
+from msjax.compress._exact import Exact
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
@@ -46,7 +47,7 @@ def from_string(text: str) -> Codec:
     >>> from_string("Uniform(bits=4)").bits
     4
     """
-    return codec_from_string(text, CODECS)
+    return codec_from_string(text, (*CODECS, Exact))
 
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "DensePayload",
     "EntropyMask",
     "EntropyPayload",
+    "Exact",
     "Identity",
     "MaskEncoded",
     "MaskPayload",

@@ -59,8 +59,9 @@ def to_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
 
 
 def _places(bits):
-    """Of a row of codes that fills whole bytes: matrices of the byte that each begins in and of the one behind it, and
-    its shift in the former.
+    """Returns where the codes of a row lie that fills whole bytes.
+
+    Matrices of the byte that each begins in and of the one behind it, and its shift in the former.
     """
     group = math.gcd(bits, 8)
     codes, width = _LANES * 8 // group, _LANES * bits // group

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,7 +33,7 @@ class Codec(abc.ABC):
         fields = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
-    def encode(self, h: Float[Array, "..."], key: jax.Array | None = None) -> tuple[Array, ...]:
+    def encode(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> tuple[Array, ...]:
         """Returns the payload of `h`: a NamedTuple of arrays, packed to the size they have on the wire.
 
         Args:
@@ -62,7 +62,7 @@ class Codec(abc.ABC):
         with np.errstate(all="ignore"):  # NaN and Inf have their codes
             return self._encode_numpy(np.asarray(h))
 
-    def decode(self, payload: Any, like: Any) -> Float[Array, "..."]:
+    def decode(self, payload: Any, like: Any) -> Shaped[Array, "..."]:
         """Returns the features in `payload`, in the shape and dtype of `like` (an array or a `ShapeDtypeStruct`).
 
         The payload's arrays may be NumPy's, as they come off a wire.
@@ -76,7 +76,7 @@ class Codec(abc.ABC):
         check_payload(self, like, wanted, given)
         return self._decode(type(wanted)(*map(jnp.asarray, given)), like)
 
-    def roundtrip(self, h: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
+    def roundtrip(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> Shaped[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
         self._check(h, key)
         return self._roundtrip(jnp.asarray(h), key)

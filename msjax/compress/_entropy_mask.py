@@ -120,18 +120,20 @@ class EntropyMask(VectorCodec):
         return (15, 63, 255)[sum(beyond)]
 
     @property
-    def needs_key(self) -> bool:
+    def needs_key(self) -> bool:  # type: ignore[override]  # of others a class variable
+        """Whether it rounds at random."""
         return self.rounding == "stochastic"
 
     @property
     def _most(self) -> int:
         """m: the largest code of a magnitude."""
-        return self.levels // 2 if self.signed else self.levels - 1
+        levels = self.levels or 0  # filled in by the constructor
+        return levels // 2 if self.signed else levels - 1
 
     @property
     def _per_byte(self) -> int:
         """g: codes in a byte."""
-        return next(g for g in range(8, 0, -1) if (self.levels + 1) ** g <= 256)
+        return next(g for g in range(8, 0, -1) if ((self.levels or 0) + 1) ** g <= 256)
 
     def _vector_like(self, d, dtype):
         codes, outliers = -(-d // self._per_byte), _select.num_kept(self.ratio, d)

@@ -11,9 +11,11 @@ def codec_from_string(text: str, codecs: tuple[type[Codec], ...]) -> Codec:
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name):
+            raise ValueError("it does not begin with a name")
         cls = by_name[call.func.id]
         args = [ast.literal_eval(arg) for arg in call.args]
-        options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
         if len(options) < len(call.keywords):
             raise ValueError("an option is given twice")
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError, RecursionError, MemoryError):

@@ -15,7 +15,7 @@ _LISTED = 1 << 10  # words; of fewer, no list is made
 
 
 def words(key: jax.Array, n: int) -> UInt32[Array, "n"]:
-    """n random words, drawn in equal chunks one after another."""
+    """Returns n random words, drawn in equal chunks one after another."""
     chunks = min(_CHUNKS, -(-n // _CHUNK))
     if chunks <= 1:
         return jax.random.bits(key, (n,), jnp.uint32)
@@ -24,7 +24,7 @@ def words(key: jax.Array, n: int) -> UInt32[Array, "n"]:
 
 
 def uniform(key: jax.Array, d: int) -> Float32[Array, "d"]:
-    """d numbers, each uniform on the multiples of 2⁻²⁴ in [0, 1), from 9 random bits apiece.
+    """Returns d numbers, each uniform on the multiples of 2⁻²⁴ in [0, 1), from 9 random bits apiece.
 
     The upper 8 bits are a number's own, the lower 16 those of its group of 32. Given these, the probability to be below
     p is one of two multiples of 2⁻⁸ next to p, so the events u < p and v < q of two numbers of a group have a
@@ -47,7 +47,7 @@ class _Halving(NamedTuple):
 
 
 def subset(key: jax.Array, among: UInt32[Array, "w"], k: Int32[Array, ""]) -> UInt32[Array, "w"]:
-    """k of the entries set in the packed mask `among`, every subset of k equally likely; 0 ≤ k ≤ their number.
+    """Returns k of the entries set in the packed mask `among`, every subset of k equally likely; 0 ≤ k ≤ their number.
 
     A random bit each halves the undecided: the one half is chosen if it holds no more than k, else the other is
     dropped, and so on with what is left. The entries are treated alike, so the subsets are equally likely.

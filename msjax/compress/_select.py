@@ -33,7 +33,7 @@ class Selection(NamedTuple):
 
 
 def num_kept(ratio: float, d: int) -> int:
-    """k = ⌊(1 − ratio)·d⌋, at least 1 unless d = 0; `ratio` is read as the decimal it prints as.
+    """Returns k = ⌊(1 − ratio)·d⌋, at least 1 unless d = 0; `ratio` is read as the decimal it prints as.
 
     In binary (1 − 0.9)·10 is just under 1, so the decimal is what a user means. The paper allows k = 0, where no
     threshold exists and its program fails; one value is kept here, so that a small array never decodes to nothing but
@@ -132,7 +132,7 @@ def _kept(order, threshold, last):
 class _Search(NamedTuple):
     words: jax.Array
     """The packed mask of what the last try kept, and its number."""
-    count: jax.Array
+    kept_count: jax.Array
     tries: jax.Array
     few: jax.Array
     """Fewer than k are at or above this order; at least k at or above `many`."""
@@ -156,7 +156,7 @@ def _candidates(x, scores, k, most):
     guess = _order(_top_k(scores(sample), rank)[0][-1])
 
     def unfinished(search):
-        return (search.count < k) | (search.count > most)
+        return (search.kept_count < k) | (search.kept_count > most)
 
     def look(s):
         # The guess; if it keeps too many, the next number, since then they are probably equal; then the middle.

@@ -1,4 +1,4 @@
-"""Decoded arrays on disk: one folder an entry, written whole or not at all, checked when read.
+"""Decoded arrays on disk: one folder an entry, written atomically, checked when read.
 
 An entry holds NAME.npy files (memory-mapped when read) and meta.json, which records each file's shape, dtype, bytes and
 CRC-32.

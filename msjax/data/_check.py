@@ -50,7 +50,7 @@ def _check_alike(ds: Dataset, what: str, train: Tree, test: Tree) -> None:
 def check_inputs(
     tree: Tree, name: str, *, indices: np.ndarray | None = None, columns: Sequence[str] | None = None
 ) -> None:
-    """Floats must be finite. `indices` are the examples' numbers, where they are not 0, 1, …"""
+    """Floats must be finite. `indices` are the examples' numbers, where they do not count from 0."""
     for leaf, array in named_arrays(tree, name):
         _check_finite(array, leaf, indices, columns)
 

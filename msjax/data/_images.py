@@ -10,7 +10,7 @@ from msjax.data._error import DataError
 
 
 def pillow() -> ModuleType:
-    """pillow's Image module, or a DataError that says how to get it."""
+    """Returns pillow's Image module, or a DataError that says how to get it."""
     try:
         from PIL import Image
     except ImportError as error:

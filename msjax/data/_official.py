@@ -37,7 +37,7 @@ def _fetch(address: str, sha256: str, looked: str) -> bytes:
         raise DataError(
             f"{looked}, and {address} cannot be downloaded ({error}). On a machine without network, copy a prepared "
             f"TFDS directory (or the array "
-            "cache of another machine) there and give its place: data_dir (--data.data-dir) or cache_dir"
+            "cache of another machine) there and give its place: data_dir or cache_dir"
         ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(

@@ -39,7 +39,7 @@ class Columns(NamedTuple):
 
     @property
     def is_number(self) -> np.ndarray:
-        """bool (width,)."""
+        """Which columns are numbers, bool (width,)."""
         return np.concatenate([[c == 0] * (c or 1) for c in self.classes]).astype(bool)
 
 

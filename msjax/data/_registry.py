@@ -11,7 +11,7 @@ _ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _IMAGENET_BY_HAND = (
     "ImageNet has to be fetched by hand from https://image-net.org/download-images: put ILSVRC2012_img_train.tar and "
     "ILSVRC2012_img_val.tar into DIR/downloads/manual and, with tensorflow installed (once, on any machine), run "
-    "`tfds build imagenet2012 --file_format=array_record --data_dir=DIR`; then give DIR as data_dir (--data.data-dir)"
+    "`tfds build imagenet2012 --file_format=array_record --data_dir=DIR`; then give DIR as data_dir"
 )
 
 

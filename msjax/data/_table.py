@@ -49,7 +49,7 @@ class TableFormat:
 
     @property
     def names(self) -> list[str]:
-        """A name for each input: age, job=cook, job=nurse, …"""
+        """A name for each input, as age, job=cook, job=nurse."""
         found = []
         for column in self.columns:
             found += [f"{column.name}={text}" for text in column.texts] or [column.name]

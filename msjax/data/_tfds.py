@@ -50,7 +50,7 @@ def check_root(directory: Path) -> None:
     """A directory that was asked for must exist and look like a TFDS data directory (or be empty)."""
     if not directory.is_dir():
         raise DataError(
-            f"the data directory {directory} does not exist or is no directory: correct data_dir (--data.data-dir), or "
+            f"the data directory {directory} does not exist or is no directory: correct data_dir, or "
             f"create it to use it"
         )
     if (directory / "dataset_info.json").exists() or _versions(directory):
@@ -64,7 +64,7 @@ def check_root(directory: Path) -> None:
         raise DataError(
             f"{directory} is not a TFDS data directory: there is no NAME/VERSION/dataset_info.json in it. Give the "
             f"folder that holds the "
-            "data sets' folders as data_dir (--data.data-dir)"
+            "data sets' folders as data_dir"
         )
 
 
@@ -194,7 +194,6 @@ def prepare(name: str, directory: Path) -> None:
             raise DataError(f"{looked}; TFDS cannot make it ({type(error).__name__}: {error})") from error
         raise DataError(
             f"{looked}, and TFDS knows no set of that name: correct the name, or the directory by data_dir "
-            f"(--data.data-dir)"
         ) from None
     require_network("storage.googleapis.com", looked)
     try:
@@ -236,7 +235,7 @@ def require_network(host: str, looked: str) -> None:
         raise DataError(
             f"{looked}, and {host} cannot be reached to download it ({error}). On a machine without network, copy a "
             f"prepared TFDS directory (or the "
-            "array cache of another machine) there and give its place: data_dir (--data.data-dir) or cache_dir"
+            "array cache of another machine) there and give its place: data_dir or cache_dir"
         ) from error
 
 

@@ -1,1 +1,6 @@
-"""One run in many programs: who takes part, and what they tell each other. Nothing here computes."""
+"""Split learning between many programs: who takes part, what is said, what survives a fault.
+
+`membership` is the state of a run's membership and `transitions` its transitions, both pure; `coordinator` is the
+server's side and `session` a client's, without any I/O; `channel` what carries their messages, in memory or, in `rpc`,
+by gRPC. `server_program` and `client_program` are the ends as programs.
+"""

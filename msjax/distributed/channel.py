@@ -103,6 +103,7 @@ class Clock:
         self.now = now
 
     def __call__(self) -> float:
+        """Returns the time."""
         return self.now
 
 
@@ -124,9 +125,11 @@ class MemoryChannel:
         self._inbox: deque[Any] = deque()
 
     def send(self, message: Any) -> None:
+        """Hands a message over."""
         self._network.put(self, "up", message)
 
     def receive(self, timeout: float | None = 0.0) -> Any:
+        """Returns the next message that has arrived; see `Channel.receive`."""
         if not self._inbox:
             raise ConnectionLost("no message is there")
         if isinstance(self._inbox[0], ConnectionLost):
@@ -134,6 +137,7 @@ class MemoryChannel:
         return self._inbox.popleft()
 
     def close(self) -> None:
+        """Ends the connection; the server hears of it after what was sent."""
         self._network.end(self, "up")
 
     @property
@@ -217,6 +221,7 @@ class MemoryNetwork:
     # -- What is under way. ----------------------------------------------------------------------------------------
 
     def put(self, channel: MemoryChannel, direction: Direction, message: Any) -> None:
+        """Sends a message on its way, with the faults of the line."""
         way = channel.ways[direction]
         if not way.open:
             return

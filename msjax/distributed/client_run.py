@@ -4,10 +4,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from msjax import parties
-from msjax.protocol import Exchange, Phase
-from msjax.transport import _messages
-from msjax.transport import split_pb2 as pb
+from msjax.distributed import messages
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.split.parties import Client, Message
+from msjax.split.schedule import Exchange, Phase
 
 log = logging.getLogger("msjax.client")
 
@@ -25,7 +25,7 @@ class ClientRun:
       compression: of the requests' bytes, as `msjax.wire` takes it.
     """
 
-    def __init__(self, party: parties.Client, store: Any, compression: str | None = None):
+    def __init__(self, party: Client, store: Any, compression: str | None = None):
         self.party, self._store, self._compression = party, store, compression
         self._initial = party.state
         self.generation = 0
@@ -36,7 +36,7 @@ class ClientRun:
         """What it says there, until it is answered."""
         self._following: Exchange | None = None
         self._early: pb.FromClient | None = None  # the following request, where it could be made already
-        self._schedule: Iterator[Exchange] = iter(())
+        self._exchanges: Iterator[Exchange] = iter(())
         self._brings_part = False
 
     @property
@@ -50,37 +50,37 @@ class ClientRun:
         Raises:
           Refused: it has no checkpoint of this step, and cannot go on without.
         """
-        known = start.generation == self.generation and not start.half
+        known = start.generation == self.generation and not start.part
         if known and (self.exchange is None or start.step <= self.exchange.step):
             return
         self.generation = start.generation
         party = self.party
         party.begin()
-        if start.half:
-            party.adopt(_messages.decode(start.half, party.shapes.half()), start.step)
+        if start.part:
+            party.adopt(messages.decode_part(start.part, party.spec), start.step)
         elif start.step in self._store.steps():
             party.state = self._store.restore(start.step, self._initial)
         elif start.step == 0 or not party.needs_state(start.step):
             party.state = self._initial
         else:
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
-        self._schedule = party.script(start.step)
-        self._following = next(self._schedule, None)
+        self._exchanges = party.exchanges(start.step)
+        self._following = next(self._exchanges, None)
         self._brings_part, self._early = False, None
         self._next()
 
     def take(self, answer: pb.Answer) -> Exchange | None:
         """Goes on with an answer; returns the exchange that it ends, None where it is a repeated one."""
         request = self.request and self.request.request
-        if request is None or answer.generation != self.generation or answer.key != request.key:
+        if request is None or answer.generation != self.generation or answer.position != request.position:
             return None
         exchange = self.exchange
-        form = self.party.shapes.down(exchange)
-        # No part is handed on before one was given: not even later, if those whose turn it was were dropped.
-        payload = _messages.decode(answer.payload, form, optional=exchange.phase == Phase.TAKE)
-        self.party.receive(exchange, parties.Message(payload))
+        spec = self.party.spec.down(exchange)
+        # No part is handed on before one was returned: not even later, if those whose turn it was were dropped.
+        payload = messages.decode(list(answer.payload), spec, optional=exchange.phase == Phase.FETCH_PART)
+        self.party.receive(exchange, Message(payload))
         self._store.prune(answer.saved_step)
-        self._brings_part = answer.send_half
+        self._brings_part = answer.send_part
         self._next()
         return exchange
 
@@ -96,15 +96,15 @@ class ClientRun:
 
     def has_trained(self) -> bool:
         """Whether nothing but tests are left; to be asked once, at the end."""
-        left = (self.exchange, self._following, *self._schedule)
+        left = (self.exchange, self._following, *self._exchanges)
         return self.generation > 0 and all(e is None or e.phase in (Phase.TEST, Phase.RESULT) for e in left)
 
     def _next(self):
         """Goes on to the next exchange and makes its request."""
-        self.exchange, self._following = self._following, next(self._schedule, None)
+        self.exchange, self._following = self._following, next(self._exchanges, None)
         self.request, self._early = self._early, None
         if self.exchange is None:
-            self._save_at(self.party.end)  # should this process die before it has written its part
+            self._save_at(self.party.schedule.total_steps)  # should this process die before it has written its part
         elif self.request is None:
             self.request = self._make(self.exchange)
 
@@ -112,9 +112,9 @@ class ClientRun:
         party = self.party
         fields = {"generation": self.generation, "saved": self._save(exchange), "compression": self._compression}
         if self._brings_part:
-            fields["half"] = _messages.encode(party.half(), party.shapes.half(), self._compression)
+            fields["part"] = messages.encode_part(party.part(), party.spec, self._compression)
             self._brings_part = False
-        return _messages.to_request(party.send(exchange), exchange, party.shapes.up(exchange), **fields)
+        return messages.to_request(party.send(exchange), exchange, party.spec, **fields)
 
     def _save(self, exchange):
         """Whether there is a checkpoint of the state before this step, where there should be one."""

@@ -14,17 +14,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from msjax import config, parties
-from msjax.assemble import Assembly
+from msjax import config
+from msjax.build import Built
 from msjax.distributed import actions as do
+from msjax.distributed import agreement, messages
 from msjax.distributed import events as ev
 from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
 from msjax.distributed.membership import Membership, Policy, Stage, Verdict
+from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
-from msjax.protocol import Exchange
-from msjax.transport import _messages
-from msjax.transport import split_pb2 as pb
+from msjax.split.parties import Message
+from msjax.split.schedule import Exchange
 
 log = logging.getLogger("msjax.server")
 
@@ -37,8 +38,8 @@ class Coordinator:
     """One run, from the first client to the last goodbye.
 
     Args:
-      assemble: from (samples, test_samples, input_shape, num_classes) to the run's parts, called when all clients have
-        said what data they have.
+      build: from (samples, test_samples, description) to the run; called for each description that clients give, see
+        `agreement.parse`, and again when all clients have said how many samples they have.
       store, progress: see `ServerRun`.
       run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
       compression: of the answers' bytes, as `msjax.wire` takes it.
@@ -50,7 +51,7 @@ class Coordinator:
     def __init__(
         self,
         cfg: config.Config,
-        assemble: Callable[..., Assembly],
+        build: Callable[..., Built],
         store: Any,
         policy: Policy,
         metrics: Any,
@@ -65,7 +66,7 @@ class Coordinator:
         generation: int | None = None,
     ):
         self.cfg, self.metrics, self.name = cfg, metrics, run
-        self._assemble, self._store, self._progress = assemble, store, progress
+        self._build, self._store, self._progress = build, store, progress
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
@@ -75,9 +76,12 @@ class Coordinator:
         """Once all clients were ready."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._readies: dict[int, pb.Ready] = {}  # by client
+        self._agreed: set[str] = set()  # descriptions that are as this server's
         self._came: dict[int, Came] = {}
-        self._computed: dict[int, parties.Message] = {}
-        self._encoded: dict[int, bytes] = {}  # by identity: an average, which is the same for all, is encoded once
+        self._computed: dict[int, Message] = {}
+        self._encoded: dict[
+            int, list[bytes]
+        ] = {}  # by identity: an average, which is the same for all, is encoded once
         self._answers: dict[int, pb.FromServer] = {}
         self._asked: int | None = None
         self._opened_at = 0.0
@@ -89,6 +93,7 @@ class Coordinator:
 
     @property
     def over(self) -> bool:
+        """Whether the run has ended, one way or the other."""
         return self.membership.stage is Stage.OVER
 
     def handle(self, event: Received | Lost | Stop | Tick) -> Iterator[Send | Close]:
@@ -138,7 +143,7 @@ class Coordinator:
         session, client = event.session, self._clients.get(event.session)
         try:
             follows = self._hello(event) if client is None else self._said(client, session, event.message)
-        except _messages.ProtocolError as error:
+        except messages.ProtocolError as error:
             fault = str(error)
         except Exception:
             log.exception("client %s", client)
@@ -155,12 +160,12 @@ class Coordinator:
 
     def _hello(self, event):
         if event.message.WhichOneof("kind") != "hello":
-            raise _messages.ProtocolError("the first message must be Hello")
+            raise messages.ProtocolError("the first message must be Hello")
         hello = event.message.hello
-        if hello.protocol != _messages.PROTOCOL:
-            raise _messages.ProtocolError(f"protocol must be {_messages.PROTOCOL}, got {hello.protocol}")
+        if hello.protocol != messages.PROTOCOL:
+            raise messages.ProtocolError(f"protocol must be {messages.PROTOCOL}, got {hello.protocol}")
         if hello.client >= self.cfg.clients:
-            raise _messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
+            raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
@@ -171,32 +176,48 @@ class Coordinator:
                 return self._ready(client, session, message.ready)
             case "request":
                 return self._request(client, session, message.request)
-            case "farewell":
+            case "goodbye":
                 return ev.SaidGoodbye(client, session)
             case kind:
-                raise _messages.ProtocolError(f"unexpected {kind}")
+                raise messages.ProtocolError(f"unexpected {kind}")
 
     def _ready(self, client, session, ready):
         if not ready.samples:
-            raise _messages.ProtocolError("a client must have at least one sample to train on, got 0")
-        # Before the start what counts is what those have said who are still here.
-        here = [c for c, it in enumerate(self.membership.clients) if self.run is not None or (it.ready and c != client)]
-        other = next((self._readies[c] for c in here), None)
-        if other is not None and _kind_of(ready) != _kind_of(other):
-            raise _messages.ProtocolError(
-                "all clients must have inputs of one shape and one number of classes, got "
-                f"{_kind_of(ready)} beside {_kind_of(other)}"
-            )
+            raise messages.ProtocolError("a client must have at least one sample to train on, got 0")
+        try:
+            description = agreement.parse(ready.description)
+            # Before the start what counts is what those have said who are still here.
+            here = [c for c, it in enumerate(self.membership.clients) if self.run or (it.ready and c != client)]
+            other = next((self._readies[c] for c in here), None)
+            if other is not None and (
+                differing := agreement.differences(agreement.parse(other.description), description)
+            ):
+                raise ValueError(
+                    f"all clients must have the same run, but between another client and this, {differing}"
+                )
+            self._check(ready, description)
+        except ValueError as error:
+            raise messages.ProtocolError(str(error)) from None
         if self.run is None:
             self._readies[client] = ready
         return ev.SaidReady(client, session)
 
+    def _check(self, ready, description):
+        """Raises ValueError where a client has built another run than the server; once for equal descriptions."""
+        if ready.description in self._agreed:
+            return
+        built = self._build(ready.samples, ready.test_samples, description)
+        mine = {"data": description["data"], "run": agreement.of_run(built.spec)}
+        if differing := agreement.differences(mine, description):
+            raise ValueError(f"server and client must have the same run, but {differing}")
+        self._agreed.add(ready.description)
+
     def _request(self, client, session, request):
-        key = (request.key.step, request.key.phase, request.key.number)
-        event = ev.Requested(client, session, request.generation, key, bool(request.half))
+        position = (request.position.step, request.position.phase, request.position.test_round)
+        event = ev.Requested(client, session, request.generation, position, bool(request.part))
         if self.membership.verdict(event) is Verdict.NEW:
-            exchange = _messages.from_key(self.run.parts.plan, request.key, client)
-            self._came[client] = Came(exchange, request, _messages.from_request(request, self.run.shapes, exchange))
+            exchange = messages.from_position(self.run.schedule, request.position, client)
+            self._came[client] = Came(exchange, request, messages.from_request(request, self.run.spec, exchange))
             self.metrics.received(client, request)
         return event
 
@@ -206,9 +227,9 @@ class Coordinator:
         if self.run is None:
             readies = [self._readies[client] for client in range(self.cfg.clients)]
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
-            parts = self._assemble(samples, tests, *_kind_of(readies[0]))
+            built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(
-                parts,
+                built,
                 self.cfg.seed,
                 self._store,
                 self._progress,
@@ -229,7 +250,7 @@ class Coordinator:
         if info is not None:
             return ev.Opened(info)
         self._on_end()
-        return ev.Ended(self.run.parts.plan.total_steps)
+        return ev.Ended(self.run.schedule.total_steps)
 
     def _advance(self, action):
         self.metrics.waited(self._clock() - self._opened_at)
@@ -280,27 +301,21 @@ class Coordinator:
 
     def _welcome(self):
         cfg = json.dumps(config.to_json(config.without_paths(self.cfg)))
-        welcome = {"protocol": _messages.PROTOCOL, "run": self.name, "config": cfg}
+        welcome = {"protocol": messages.PROTOCOL, "run": self.name, "config": cfg}
         return pb.FromServer(welcome=pb.Welcome(checkpoint_steps=self._checkpoint_steps, **welcome))
 
     def _start(self, step, part_from):
-        plan = self.run.parts.plan
-        numbers = {"samples": plan.samples, "test_samples": plan.test_samples}
-        half = b"" if part_from is None else self._came[part_from].request.half
-        return pb.FromServer(start=pb.Start(generation=self.membership.generation, step=step, half=half, **numbers))
+        schedule = self.run.schedule
+        numbers = {"samples": schedule.samples, "test_samples": schedule.test_samples}
+        part = b"" if part_from is None else self._came[part_from].request.part
+        return pb.FromServer(start=pb.Start(generation=self.membership.generation, step=step, part=part, **numbers))
 
     def _answer(self, client):
         out, run, payload = pb.FromServer(), self.run, self._computed[client].payload
         if id(payload) not in self._encoded:
-            form = run.shapes.down(run.exchange)
-            self._encoded[id(payload)] = _messages.encode(payload, form, self._compression)
-        out.answer.payload = self._encoded[id(payload)]
-        out.answer.generation, out.answer.send_half = self.membership.generation, client == self._asked
-        out.answer.key.CopyFrom(_messages.to_key(run.exchange))
+            self._encoded[id(payload)] = messages.encode(payload, run.spec.down(run.exchange), self._compression)
+        out.answer.payload.extend(self._encoded[id(payload)])
+        out.answer.generation, out.answer.send_part = self.membership.generation, client == self._asked
+        out.answer.position.CopyFrom(messages.to_position(run.exchange))
         out.answer.saved_step = run.saved_step
         return out
-
-
-def _kind_of(ready):
-    """Shape of an input, and number of classes."""
-    return tuple(ready.input_shape), ready.num_classes

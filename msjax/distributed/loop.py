@@ -40,6 +40,7 @@ class Loop:
         return server
 
     def start_server(self, server: Coordinator) -> None:
+        """A server begins; connections find it from now on."""
         self.server, self.network.down = server, False
 
     def stop(self, reason: str) -> None:

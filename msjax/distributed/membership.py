@@ -53,6 +53,8 @@ class Policy:
 
 
 class Stage(enum.Enum):
+    """Where a run is."""
+
     GATHERING = "gathering"
     """Until all clients are ready."""
     RESTORING = "restoring"
@@ -107,6 +109,8 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class Client:
+    """What is known of a client."""
+
     session: Session | None = None
     active: bool = True
     alive: bool = False
@@ -120,6 +124,7 @@ class Client:
 
     @property
     def ready(self) -> bool:
+        """Whether it has a session in which it has said that it is ready."""
         return self.session is not None and self.session.ready
 
     @property
@@ -168,6 +173,7 @@ class Membership:
 
     @property
     def active(self) -> tuple[int, ...]:
+        """The clients that exchanges wait for."""
         return tuple(c for c, client in enumerate(self.clients) if client.active)
 
     @property

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from msjax import parties
-from msjax.assemble import Assembly
+from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo
-from msjax.protocol import Exchange, Phase
-from msjax.transport import split_pb2 as pb
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.split import parties
+from msjax.split.schedule import Exchange, Phase, Schedule
 
 log = logging.getLogger("msjax.server")
 
@@ -34,7 +34,7 @@ class ServerRun:
 
     def __init__(
         self,
-        parts: Assembly,
+        built: Built,
         seed: int,
         store: Any,
         progress: dict[str, Any],
@@ -42,10 +42,10 @@ class ServerRun:
         checkpoint_steps: int,
         failed_save: Callable[[], None],
     ):
-        self.parts, self.shapes, self._programs = parts, parts.shapes(), parts.programs(seed)
+        self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
-        self._schedule: Iterator[Exchange] = iter(())
+        self._exchanges: Iterator[Exchange] = iter(())
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
@@ -56,25 +56,25 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.parts.plan, self.shapes, self._programs, self.parts.server)
+        party = parties.Server(self.spec, self._initial, self._seed)
         step = self._store.latest()
         if step is None:
             self._store.forget(party)
         else:
             self._store.restore(step, party)
         self.party, self._start_step = party, step or 0
-        self._schedule = self.parts.plan.exchanges(self._start_step)
+        self._exchanges = self.schedule.exchanges(self._start_step)
         clients = self._progress.get(_CLIENTS)
         return self._start_step, None if clients is None or self._alone(self._start_step) else tuple(clients)
 
     def _alone(self, step):
         """Whether the server has all that clients need to go on before this step."""
-        return step == 0 or self.parts.plan.sequential
+        return step == 0 or not self.spec.mode.keeps_state(self.schedule)
 
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
-        self.exchange = next(self._schedule, None)
-        return None if self.exchange is None else _info(self.parts.plan, self.exchange)
+        self.exchange = next(self._exchanges, None)
+        return None if self.exchange is None else _info(self.schedule, self.exchange)
 
     def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
         """The answers of the open exchange to the clients whose messages came."""
@@ -84,18 +84,23 @@ class ServerRun:
         return self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
 
     @property
+    def schedule(self) -> Schedule:
+        """The order of exchanges."""
+        return self.spec.schedule
+
+    @property
     def saved_step(self) -> int:
         """That of the last checkpoint."""
         return self._store.latest() or 0
 
     def _maybe_save(self, came):
         """Saves where the schedule allows and every client has."""
-        exchange, plan = self.exchange, self.parts.plan
-        relayed = plan.sequential and plan.clients > 1
+        exchange, schedule = self.exchange, self.schedule
+        relayed = self.party.passes_parts_on
         # In turns the server holds the part that goes round when a turn begins, and no client has to save anything.
-        if exchange.phase != (Phase.TAKE if relayed else Phase.FEATURES):
+        if exchange.phase != (Phase.FETCH_PART if relayed else Phase.FEATURES):
             return
-        if not plan.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
+        if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
         if not relayed and not all(it.request.saved for it in came.values()):
             log.warning("no checkpoint at step %d: a client could not save", exchange.step)
@@ -110,13 +115,13 @@ class ServerRun:
             self._failed_save()
 
 
-def _info(plan, exchange):
+def _info(schedule, exchange):
     """What membership has to know of an exchange."""
-    entrance = {True: Phase.TAKE, False: Phase.FEATURES}[plan.sequential]
+    passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
     kind, donors = Entrance.CLOSED, ()
-    if exchange.phase == entrance:
-        kind = Entrance.FREE if plan.sequential else Entrance.WITH_PART
-    if not plan.sequential and exchange.step + 1 < plan.total_steps:
-        later = [e for e in plan.step_exchanges(exchange.step) if e.key > exchange.key]
+    if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
+        kind = Entrance.FREE if passed_on else Entrance.WITH_PART
+    if not passed_on and exchange.step + 1 < schedule.total_steps:
+        later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
         donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
-    return ExchangeInfo(exchange.key, exchange.step, exchange.clients, kind, donors)
+    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, kind, donors)

@@ -18,12 +18,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from msjax import config, parties
+from msjax import config
+from msjax.distributed import messages
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import ClientRun, Refused
-from msjax.protocol import Exchange
-from msjax.transport import _messages
-from msjax.transport import split_pb2 as pb
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.split.parties import Client
+from msjax.split.schedule import Exchange
 
 log = logging.getLogger("msjax.client")
 
@@ -31,14 +32,18 @@ GOODBYE_SECONDS = 10.0
 """How long a client that has said goodbye waits for the server to end the connection."""
 
 
-class DataSummary(NamedTuple):
-    """What a client says of its data."""
+class Own(NamedTuple):
+    """What a client says of itself when it is ready.
+
+    Attributes:
+      samples: how many it draws in an epoch.
+      test_samples: how many it has to test on.
+      description: of its data and of the run that it has built; see `agreement.describe`.
+    """
 
     samples: int
-    """How many it draws in an epoch."""
     test_samples: int
-    input_shape: tuple[int, ...]
-    num_classes: int
+    description: str
 
 
 class ClientSession:
@@ -46,8 +51,8 @@ class ClientSession:
 
     Args:
       client_id: in 0 … K − 1.
-      load: from the run's config to the client's `DataSummary`.
-      build: from (config, samples, test_samples) to the `parties.Client`, as it is before the first step.
+      load: from the run's config to the client's `Own`.
+      build: from (config, samples, test_samples) to the `Client`, as it is before the first step.
       open_store: from the run's name to its store of checkpoints; see `ClientRun`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
       answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
@@ -61,15 +66,15 @@ class ClientSession:
     def __init__(
         self,
         client_id: int,
-        load: Callable[[config.Config], DataSummary],
-        build: Callable[..., parties.Client],
+        load: Callable[[config.Config], Own],
+        build: Callable[..., Client],
         open_store: Callable[[str], Any],
         *,
         compression: str | None = None,
         answer_seconds: float = 600.0,
         retry_seconds: float = 600.0,
         on_exchange: Callable[[Exchange], None] = lambda exchange: None,
-        on_end: Callable[[parties.Client], None] = lambda party: None,
+        on_end: Callable[[Client], None] = lambda party: None,
         clock: Callable[[], float] = time.monotonic,
         instance: str | None = None,
         draw: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
@@ -88,7 +93,7 @@ class ClientSession:
         self.done = False
         """Whether training has ended, and there is nothing left to say."""
         self._store: Any = None
-        self._data: DataSummary | None = None
+        self._data: Own | None = None
         self._checkpoint_steps = 0
         self._connected = self._leaving = False
         self._next_deadline: float | None = clock()  # at once
@@ -102,7 +107,8 @@ class ClientSession:
         return self._next_deadline
 
     @property
-    def party(self) -> parties.Client | None:
+    def party(self) -> Client | None:
+        """The client's part and data, once it has been told to start."""
         return self.run and self.run.party
 
     def on_connected(self) -> Iterator[pb.FromClient]:
@@ -110,7 +116,7 @@ class ClientSession:
         self._connected, self._heard, self._leaving = True, False, False
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
-        yield pb.FromClient(hello=pb.Hello(protocol=_messages.PROTOCOL, **hello))
+        yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, **hello))
         self._wait_for_more()
 
     def on_message(self, message: pb.FromServer) -> Iterator[pb.FromClient]:
@@ -130,8 +136,8 @@ class ClientSession:
             case "answer":
                 exchange = None if self.run is None else self.run.take(message.answer)
                 if exchange is not None:
-                    yield from self._requests()
                     self._on_exchange(exchange)
+                    yield from self._requests()
             case "finished":
                 yield from self._finished(message.finished)
         self._wait_for_more()
@@ -174,8 +180,8 @@ class ClientSession:
             self._next_deadline = None
 
     def _welcome(self, welcome):
-        if welcome.protocol != _messages.PROTOCOL:
-            raise Refused(f"the server's protocol is {welcome.protocol}, this client's {_messages.PROTOCOL}")
+        if welcome.protocol != messages.PROTOCOL:
+            raise Refused(f"the server's protocol is {welcome.protocol}, this client's {messages.PROTOCOL}")
         if self.name and welcome.run != self.name:
             raise Refused("the server now serves another run, for which this client must be started anew")
         if self._store is None:
@@ -210,7 +216,7 @@ class ClientSession:
         if self.run is not None and self.run.done:
             self._on_end(self.party)
             self._leaving = True
-            yield pb.FromClient(farewell=pb.Farewell())
+            yield pb.FromClient(goodbye=pb.Goodbye())
         elif finished.dropped:
             self._end_apart()
         elif self.run is not None:

@@ -1,4 +1,4 @@
-"""Networks as lists of blocks, and the cut that makes a client and a server half of them.
+"""Networks as lists of blocks, and the cut that makes a client and a server part of them.
 
     model = models.build("resnet18", input_shape=(32, 32, 3), num_classes=100)
     client, server = models.split(model, "medium", seed=0)
@@ -9,23 +9,31 @@ A `Model` is a description without arrays, so `build`, `list_cuts` and `count_pa
 draws the parameters, or takes those that `load_weights` read from a file in PyTorch's names; `save_weights` writes one.
 """
 
-from msjax.models._build import NAMES, RESNETS, build
+from msjax.models._adapters import as_part, as_parts, cut_sequential
+from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model
+from msjax.models._part import ModelPart, RemoteApply, RemotePart
 from msjax.models._pytorch import load_weights, save_weights
-from msjax.models._split import Apply, Cut, Half, count_params, list_cuts, resolve_cut, split, whole
+from msjax.models._split import Apply, Cut, count_params, list_cuts, resolve_cut, split, whole
 
 __all__ = [
     "ACTIVATIONS",
     "NAMES",
     "RESNETS",
+    "TOKEN_MODELS",
     "Apply",
     "Block",
     "Cut",
-    "Half",
     "Model",
+    "ModelPart",
+    "RemoteApply",
+    "RemotePart",
+    "as_part",
+    "as_parts",
     "build",
     "count_params",
+    "cut_sequential",
     "list_cuts",
     "load_weights",
     "resolve_cut",

@@ -33,7 +33,7 @@ _MODELS = {
     "mlp": (mlp, 0),
     "transformer": (transformer, 0),
 }
-_TOKENS = ("transformer",)
+TOKEN_MODELS = ("transformer",)
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 # The networks that He et al. made for CIFAR, 6n + 2 layers.
 _STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
@@ -115,19 +115,19 @@ def build(
         raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
     dtype = _compute_dtype(dtype)
     scale = functools.partial(_scale, width)
-    if name in _TOKENS:
+    if name in TOKEN_MODELS:
         if not isinstance(vocabulary, int) or vocabulary < 1:
             raise ValueError(f"vocabulary must be a positive integer, got {vocabulary!r}")
         network = functools.partial(network, vocabulary=vocabulary)
     blocks, named_cuts, note = network(input_shape, num_classes, scale=scale, activation=activation, dtype=dtype)
     if conv_init == "dirac":
         blocks = (blocks[0], *(dataclasses.replace(block, dirac=True) for block in blocks[1:]))
-    return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note, takes_tokens=name in _TOKENS)
+    return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note, takes_tokens=name in TOKEN_MODELS)
 
 
 def _check_shape(name, shape, smallest):
     """Texts have one axis, images three and sides that leave a pixel, tables any."""
-    if name in _TOKENS:
+    if name in TOKEN_MODELS:
         fits, rule = len(shape) == 1, "one positive integer (tokens of a text)"
     elif smallest:
         fits, rule = len(shape) == 3, "three positive integers (height, width, channels)"

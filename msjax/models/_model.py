@@ -61,10 +61,21 @@ class Block:
         return module
 
 
-@functools.cache
 def graphdef(block: Block) -> nnx.GraphDef:
-    """The module's static half, found once for all equal blocks and without arrays."""
-    return nnx.graphdef(nnx.eval_shape(lambda: block.create(jax.random.key(0))))
+    """The module's static description, found once for all blocks that differ in name and place alone."""
+    return _found_once(block.module, block.options, block.dirac)[0]
+
+
+def shapes(block: Block) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes and dtypes of the module's parameters and batch statistics, found once likewise."""
+    return _found_once(block.module, block.options, block.dirac)[1:]
+
+
+@functools.cache
+def _found_once(module, options, dirac):
+    made = nnx.eval_shape(lambda: Block("", 0, module, options, dirac).create(jax.random.key(0)))
+    states = (nnx.to_pure_dict(nnx.state(made, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return nnx.graphdef(made), *states
 
 
 @dataclasses.dataclass(frozen=True)

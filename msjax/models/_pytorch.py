@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from msjax.models._build import RESNETS
 from msjax.models._model import Model
-from msjax.models._split import Apply, Half, check_state, whole_shapes
+from msjax.models._split import Apply, ModelPart, check_state, whole_shapes
 
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
@@ -22,7 +22,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _NAMED = 3  # names of each kind in a message
 
 
-def load_weights(path: str | os.PathLike, model: Model) -> Half:
+def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     """Reads weights in PyTorch's names from a safetensors file: `model` without a cut, with these weights.
 
         model = models.build("resnet20", input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
@@ -65,13 +65,13 @@ def load_weights(path: str | os.PathLike, model: Model) -> Half:
             tree = tree.setdefault(parent, {})
         # A copy: a step may be given the array to write its result in.
         tree[last] = jnp.array(entry.from_torch(found[name]), jnp.float32)
-    return Half(Apply(model.blocks), state["params"], state["stats"])
+    return ModelPart(Apply(model.blocks), state["params"], state["stats"])
 
 
 def save_weights(path: str | os.PathLike, model: Model, params: PyTree, stats: PyTree) -> None:
-    """Writes a whole model in PyTorch's names and layouts as a safetensors file, whole or not at all.
+    """Writes a whole model in PyTorch's names and layouts as a safetensors file, atomically.
 
-        client, server = halves.load("client.safetensors"), halves.load("server.safetensors")
+        client, server = msjax.load_part("client.safetensors"), msjax.load_part("server.safetensors")
         models.save_weights("out.safetensors", model, client.params | server.params, client.stats | server.stats)
 
     `params` and `stats` are nested dicts of float32 arrays, by block name first: those of the parts merged. The names

@@ -1,4 +1,4 @@
-"""The cut: from a model to a client half and a server half, each a pure function and its state."""
+"""The cut: from a model to a client part and a server part, each a pure function and its state."""
 
 import dataclasses
 import functools
@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from msjax.models._layers import ACTIVATIONS
-from msjax.models._model import Block, Model, graphdef
+from msjax.models._model import Block, Model, graphdef, shapes
+from msjax.models._part import ModelPart
 
 
 @jax.tree_util.register_static
@@ -66,19 +67,6 @@ class Apply:
         return x, new_stats
 
 
-class Half(NamedTuple):
-    """A pure function and its state: `apply(params, stats, x, train=..., key=...) -> (y, new_stats)`.
-
-    `params` and `stats` are nested dicts of float32 arrays, by block name first; a block that has none is left out.
-    The names of the two halves are disjoint: `client.params | server.params` are the whole model's. As a pytree, a half
-    has the leaves of both, and `apply` in its structure.
-    """
-
-    apply: Apply
-    params: dict[str, Any]
-    stats: dict[str, Any]
-
-
 class Cut(NamedTuple):
     """A place to cut: after `layer`, the end of `block`; `shape` and `dtype` are those of one sample's feature map."""
 
@@ -93,16 +81,16 @@ def split(
     model: Model,
     cut: int | str,
     *,
-    head_cut: int | str | None = None,
+    tail_cut: int | str | None = None,
     cut_before_activation: bool = False,
     seed: int = 0,
-    weights: Half | None = None,
-) -> tuple[Half, ...]:
-    """The client half, up to and including layer `cut`, and the server half, with parameters drawn from `seed`.
+    weights: ModelPart | None = None,
+) -> tuple[ModelPart, ...]:
+    """The client part, up to and including layer `cut`, and the server part, with parameters drawn from `seed`.
 
     `cut` is a layer number, or "shallow", "medium" or "deep". A block's parameters depend on the seed and the block,
-    never on the cut, and `server` after `client` computes what `whole` does. With `head_cut`, of the same kind or
-    "last" for the cut before the last block, there is a third part, the head: what lies behind layer `head_cut`.
+    never on the cut, and `server` after `client` computes what `whole` does. With `tail_cut`, of the same kind or
+    "last" for the cut before the last block, there is a third part, the tail: what lies behind layer `tail_cut`.
 
     With `cut_before_activation` the server applies the activation that the client's last block ends with: features are
     then those before it, with both signs. A max-pool behind a monotone activation is still the client's.
@@ -110,7 +98,7 @@ def split(
     `weights`, the model without a cut as `load_weights` or `whole` gives it, is divided among the parts instead of
     parameters drawn from `seed`.
 
-    Raises ValueError for a cut that is not a block boundary, naming those that are, a `head_cut` not behind `cut`, a
+    Raises ValueError for a cut that is not a block boundary, naming those that are, a `tail_cut` not behind `cut`, a
     block at the cut that ends with no activation, or `weights` of another model.
     """
     if weights is not None:
@@ -120,12 +108,12 @@ def split(
         return 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
 
     places = [0, end(resolve_cut(model, cut)), len(model.blocks)]
-    if head_cut is not None:
-        layer = model.blocks[-2].layer if head_cut == "last" else resolve_cut(model, head_cut)
+    if tail_cut is not None:
+        layer = model.blocks[-2].layer if tail_cut == "last" else resolve_cut(model, tail_cut)
         if layer <= resolve_cut(model, cut):
-            raise ValueError(f"head_cut must be behind cut {cut!r}, got {head_cut!r}")
+            raise ValueError(f"tail_cut must be behind cut {cut!r}, got {tail_cut!r}")
         places.insert(2, end(layer))
-    client, server, *head = (_half(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
+    client, server, *head = (_part(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
     if cut_before_activation:
         *blocks, last = client.apply.blocks
         client = client._replace(apply=dataclasses.replace(client.apply, blocks=(*blocks, last.without_activation())))
@@ -134,9 +122,9 @@ def split(
     return client, server, *head
 
 
-def whole(model: Model, *, seed: int = 0) -> Half:
+def whole(model: Model, *, seed: int = 0) -> ModelPart:
     """The model without a cut, with the parameters that `split` draws from the same seed."""
-    return _half(model, 0, len(model.blocks), seed)
+    return _part(model, 0, len(model.blocks), seed)
 
 
 def resolve_cut(model: Model, cut: int | str) -> int:
@@ -168,19 +156,24 @@ def count_params(model: Model) -> int:
 
 
 @functools.cache
-def whole_shapes(model: Model) -> Half:
+def whole_shapes(model: Model) -> ModelPart:
     """`whole` with shapes and dtypes in place of arrays."""
-    return jax.eval_shape(functools.partial(whole, model))
+    params, stats = {}, {}
+    for block in model.blocks:
+        for tree, found in zip((params, stats), shapes(block), strict=True):
+            if found:
+                tree[block.name] = found
+    return ModelPart(Apply(model.blocks), params, stats)
 
 
 def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
     """Raises ValueError where these are not the arrays of the whole model, by name and shape."""
-    shapes = whole_shapes(model)
+    whole_model = whole_shapes(model)
     found, expected = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
         for leaves in (
             jax.tree.leaves_with_path({"params": params, "stats": stats}),
-            jax.tree.leaves_with_path({"params": shapes.params, "stats": shapes.stats}),
+            jax.tree.leaves_with_path({"params": whole_model.params, "stats": whole_model.stats}),
         )
     )
     if found != expected:
@@ -189,7 +182,7 @@ def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
         raise ValueError(f"weights must be the arrays of the whole {model.name}, but {some}")
 
 
-def _half(model, start, end, seed, weights=None):
+def _part(model, start, end, seed, weights=None):
     """Blocks start:end with their initial state, or with that of `weights`."""
     if weights is not None:
         # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
@@ -198,11 +191,11 @@ def _half(model, start, end, seed, weights=None):
             jax.tree.map(jnp.array, {block.name: tree[block.name] for block in blocks if block.name in tree})
             for tree in (weights.params, weights.stats)
         )
-        return Half(Apply(blocks, start), params, stats)
+        return ModelPart(Apply(blocks, start), params, stats)
     params, stats = {}, {}
     for place, block in enumerate(model.blocks[start:end], start):
         module = block.create(jax.random.fold_in(jax.random.key(seed), place))
         for tree, kind in ((params, nnx.Param), (stats, nnx.BatchStat)):
             if state := nnx.to_pure_dict(nnx.state(module, kind)):
                 tree[block.name] = state
-    return Half(Apply(model.blocks[start:end], start), params, stats)
+    return ModelPart(Apply(model.blocks[start:end], start), params, stats)

@@ -1,0 +1,269 @@
+"""From a config and a summary of the data to the description of a run and its first state; nothing here reads data."""
+
+import dataclasses
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msjax import config, data, models, tasks
+from msjax.compress import Identity
+from msjax.optim import make_optimizer
+from msjax.split.modes import MODES, Mode
+from msjax.split.payloads import Codecs
+from msjax.split.schedule import Schedule
+from msjax.split.spec import Preprocess, RunSpec, init_part, make_spec
+from msjax.split.state import PartState
+from msjax.split.trees import TreeSpec
+
+
+class DataSummary(NamedTuple):
+    """What a network has to know of a data set.
+
+    Attributes:
+      inputs, labels: of one example, as they are stored.
+      num_classes: where labels are classes.
+      mean, std: for `data.normalize`; None where inputs are taken as they are.
+      augment: the usual augmentation of the set.
+    """
+
+    inputs: TreeSpec
+    labels: TreeSpec
+    num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: str = "none"
+
+    @classmethod
+    def of(cls, ds: data.Dataset) -> "DataSummary":
+        """Returns the summary of a data set."""
+        mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
+        inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment)
+
+    def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
+        """Returns it with the config's `mean` and `std`, where it has them.
+
+        Raises:
+          ValueError: they are not as many as the inputs have channels.
+        """
+        if cfg.mean is None:
+            return self
+        for name, values in (("mean", cfg.mean), ("std", cfg.std)):
+            if len(values) != self.input_shape[-1]:
+                raise ValueError(f"data.{name} must have {self.input_shape[-1]} numbers, got {values}")
+        return self._replace(mean=cfg.mean, std=cfg.std)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example's inputs.
+
+        Raises:
+          ValueError: they are a tree of several arrays.
+        """
+        if len(self.inputs.leaves) != 1:
+            raise ValueError(f"the model takes one array of inputs, but the data set has {self.inputs}")
+        return tuple(self.inputs.leaves[0].shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON-ready values."""
+        found = {"inputs": self.inputs.to_json(), "labels": self.labels.to_json(), "num_classes": self.num_classes}
+        if len(self.inputs.leaves) == 1:
+            found["input_shape"] = list(self.input_shape)
+        mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
+        return found | {"mean": mean, "std": std}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "DataSummary":
+        """Returns what `to_json` made, or an earlier version's; trees become flat dicts by their arrays' names."""
+        mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
+        inputs = _from_names(tree.get("inputs", [["", "float32", tree.get("input_shape")]]))
+        labels = _from_names(tree.get("labels", [["", "int32", []]]))
+        return cls(inputs, labels, tree["num_classes"], mean, std)
+
+
+def _from_names(arrays):
+    found = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for name, dtype, shape in arrays}
+    return TreeSpec.of(found[""] if list(found) == [""] else found)
+
+
+class Built(NamedTuple):
+    """A run, before its first step."""
+
+    spec: RunSpec
+    client: PartState
+    server: PartState
+
+
+def build(
+    cfg: config.Config,
+    summary: DataSummary,
+    *,
+    samples: int,
+    test_samples: int,
+    parts: tuple[models.ModelPart, ...] | None = None,
+    client_values: tuple[int, int] | None = None,
+    shapes_only: bool = False,
+) -> Built:
+    """Builds the model, cuts it, and describes the run of clients with `samples` training samples each.
+
+    Args:
+      parts: what `make_parts` made, if it was called already.
+      client_values: see `make_spec`.
+      shapes_only: `parts` hold shapes and dtypes, and so do the states.
+
+    Raises:
+      ValueError: a field of the config has a value that does not fit.
+    """
+    parts = make_parts(cfg, summary, weights=cfg.model.weights) if parts is None else parts
+    mode = make_mode(cfg.mode)
+    counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
+    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
+    spec = make_spec(
+        parts,
+        client_values=client_values,
+        inputs=summary.inputs,
+        labels=summary.labels,
+        schedule=schedule,
+        task=make_task(cfg, summary),
+        optimizer=make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=schedule.epoch_steps),
+        codec=codec,
+        grad_codec=Codecs.of(cfg.grad_codec, "grad_codec"),
+        test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
+        preprocess=make_preprocess(cfg, summary),
+    )
+    client, server, *tail = parts
+
+    def states():
+        return init_part(spec.optimizer, client, *tail), init_part(spec.optimizer, server)
+
+    return Built(spec, *(jax.eval_shape(states) if shapes_only else states()))
+
+
+def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None = None) -> tuple[models.ModelPart, ...]:
+    """Builds the model and cuts it: into client and server, and where the run is U-shaped a tail.
+
+    Args:
+      weights: a file of the whole network's weights; by default they are drawn from the seed, as where shapes alone are
+        of use.
+
+    Raises:
+      ValueError: a field of the config has a value that does not fit.
+    """
+    if config.is_reference(cfg.model.name):
+        made = config.call_reference("model.name", cfg.model.name, summary)
+        x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
+        cut = cfg.cut if isinstance(cfg.cut, int) else None
+        return models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
+    before = cfg.model.cut_before_activation
+    model = make_model(cfg, summary)
+    whole = None if weights is None else models.load_weights(weights, model)
+    options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
+    return models.split(model, cfg.cut, weights=whole, **options)
+
+
+def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
+    """Builds one of msjax's own models, whole; raises ValueError as `make_parts` does."""
+    return models.build(
+        cfg.model.name,
+        input_shape=summary.input_shape,
+        num_classes=_num_outputs(cfg, summary),
+        width=cfg.model.width,
+        activation=cfg.model.activation,
+        first_block=cfg.model.first_block,
+        shortcut=cfg.model.shortcut,
+        conv_init=cfg.model.conv_init,
+        dtype=jnp.dtype(cfg.dtype),
+        vocabulary=cfg.data.vocabulary,
+    )
+
+
+def _num_outputs(cfg, summary):
+    """How many outputs one of msjax's own models needs: one a class, or one a label."""
+    if cfg.task.name == "classification":
+        if summary.num_classes is None:
+            raise ValueError("task.name must not be 'classification' where the labels of the data set are no classes")
+        return summary.num_classes
+    if cfg.task.name in ("regression", "multi_label") and len(summary.labels.leaves) == 1:
+        return math.prod(summary.labels.leaves[0].shape)
+    raise ValueError(
+        f"model.name={cfg.model.name!r} has one output vector a sample, which task {cfg.task.name!r} has not"
+    )
+
+
+def make_mode(cfg: config.ModeConfig) -> Mode:
+    """Returns the mode that a config names, with those of the config's fields that it has."""
+    kind = MODES[cfg.kind]
+    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})
+
+
+def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
+    """Returns the task that a config names, or that its preset makes.
+
+    Raises:
+      ValueError: there is none of that name, or it does not fit the data.
+    """
+    name = cfg.task.name
+    if config.is_reference(name):
+        task = config.call_reference("task.name", name, summary)
+        if not isinstance(task, tasks.Task):
+            raise ValueError(f"task.name must name a function that returns a tasks.Task, got {type(task).__name__}")
+        return task
+    maker = tasks.TASKS[name]
+    known = {
+        "label_smoothing": cfg.optim.label_smoothing,
+        "num_classes": summary.num_classes,
+        "ignore": cfg.task.ignore,
+    }
+    options = {n: v for n, v in known.items() if n in inspect.signature(maker).parameters and v is not None}
+    if cfg.optim.label_smoothing and "label_smoothing" not in options:
+        raise ValueError(f"optim.label_smoothing must be 0 for task.name={name!r}, got {cfg.optim.label_smoothing}")
+    return maker(**options)
+
+
+def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
+    """Returns what the client does to its inputs."""
+    augment = cfg.data.augment or summary.augment
+    if config.is_reference(augment):
+        augment = config.resolve("data.augment", augment)
+    tokens = cfg.model.name in models.TOKEN_MODELS
+    return Preprocess(augment, summary.mean, summary.std, "int32" if tokens else cfg.dtype, cfg.data.crop_padding)
+
+
+def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:
+    """Loads the data set of a config, or lets its preset make it; a directory given here goes before the config's.
+
+    Raises:
+      ValueError, data.DataError: it cannot be had.
+    """
+    if config.is_reference(cfg.data.name):
+        return data.as_dataset(config.call_reference("data.name", cfg.data.name))
+    if config.is_local_path(cfg.data.name):
+        return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
+    return data.load(
+        cfg.data.name,
+        data_dir=data_dir or cfg.data.data_dir,
+        cache_dir=cache_dir or cfg.data.cache_dir,
+        image_size=cfg.data.image_size,
+        text_length=cfg.data.text_length,
+        vocabulary=cfg.data.vocabulary,
+    )
+
+
+def _path_options(cfg):
+    """Options for data of one's own, by what the path is of."""
+    options = {"test_share": cfg.test_share}
+    if cfg.name.endswith(".csv"):
+        return options | {"label": cfg.label}
+    return options if cfg.name.endswith(".npz") else options | {"image_size": cfg.image_size}
+
+
+def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:
+    """Returns which training samples each client holds, and how many each draws in an epoch."""
+    # An even division needs no labels, which for a stream take a pass over the set.
+    of = len(ds.train) if alpha is None else ds.train.labels()
+    return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients

@@ -1,0 +1,26 @@
+"""`msjax client`: take part in split training as one of a run's clients."""
+
+import tyro
+
+from msjax import config
+from msjax.cli.network import log_to_stderr
+from msjax.cli.options import split_options
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.client_run import Refused
+from msjax.distributed.options import ClientOptions
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    where, rest = split_options(arguments, "--config")
+    description = "Take part in split training. Also: --config FILE.py (a preset: own model, data and task)."
+    options = tyro.cli(ClientOptions, args=rest, prog="msjax client", description=description)
+    program = ClientProgram(options, config.load_preset(where.config) if where.config else None)
+    log_to_stderr()
+    print(f"msjax client {options.client_id}: connecting to {options.server}", flush=True)
+    try:
+        part = program.train()
+    except Refused as refused:
+        raise ValueError(str(refused)) from None
+    print(f"msjax client {options.client_id}: done" + ("" if part is None else f": {part}"))
+    return 0

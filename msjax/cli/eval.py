@@ -1,0 +1,71 @@
+"""`msjax eval`: test a trained run, what a config starts from, or a client's part with a server elsewhere."""
+
+import argparse
+import dataclasses
+
+import tyro
+
+from msjax import config
+from msjax.cli.options import DEFAULT, split_options
+from msjax.compress import Identity
+from msjax.runs import RunFolder, to_json
+from msjax.training import loop, program
+from msjax.training.devices import split_cpu
+from msjax.training.from_config import load_run
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    if split_options(arguments, "--server")[0].server:
+        from msjax.cli.network import evaluate
+
+        return evaluate(arguments)
+    if not arguments or (arguments[0].startswith("--") and arguments[0] not in ("--help", "--uncompressed")):
+        return _evaluate_config(arguments)
+    parser = argparse.ArgumentParser(
+        prog="msjax eval",
+        description="Test a trained run on its test set. With the options of msjax train in place of a run: test what "
+        "such a run starts from, as published weights (--model.weights). With --server: test a client's part.",
+    )
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
+    parser.add_argument("--data-dir", help="where the data set is on this machine")
+    options = parser.parse_args(arguments)
+    if options.run.endswith(".safetensors"):
+        raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
+    folder, cfg = RunFolder.open(options.run, read_only=True)
+    if options.data_dir:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
+    if options.uncompressed:
+        cfg = dataclasses.replace(cfg, eval_compressed=False)
+    # The checkpoint has newer weights than those that the run started from.
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
+    split_cpu(cfg.clients)
+    run = load_run(cfg)
+    mesh = loop.mesh_of(run.spec)
+    found = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    folder.close()
+    if found is None:
+        raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
+    return _print_result({"run": str(folder.path)}, run, found[0], mesh)
+
+
+def _evaluate_config(arguments):
+    """Tests what a config starts from."""
+    where, rest = split_options(arguments, "--config")
+    default = config.load_preset(where.config) if where.config else DEFAULT
+    description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
+    cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax eval", description=description)
+    split_cpu(cfg.clients)
+    run = load_run(cfg)
+    mesh = loop.mesh_of(run.spec)
+    said = {"model": cfg.model.name, "weights": cfg.model.weights, "cut": cfg.model.cut, "data": cfg.data.name}
+    return _print_result(said, run, program.place(run.spec, run.state, mesh), mesh)
+
+
+def _print_result(said, run, state, mesh):
+    result = loop.Evaluator(run, mesh)(state)
+    dense = all(isinstance(codec, Identity) for codec in run.spec.test_codec.all)
+    how = "no compression" if dense else str(run.spec.test_codec)
+    print(to_json({**said, "step": int(state.step), "features": how, **result}, indent=2))
+    return 0

@@ -1,0 +1,60 @@
+"""`msjax models`: each cut of a model, its feature map, and bytes a sample with each codec."""
+
+import argparse
+import sys
+
+import jax
+import rich.console
+import rich.table
+
+from msjax import compress, data, models
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="msjax models",
+        description="Print each cut of a model: its feature map, and bytes a sample with each codec.",
+    )
+    parser.add_argument("name", nargs="?", choices=models.NAMES, help="default: all")
+    parser.add_argument("--input-shape", type=int, nargs="+", metavar="N", help="H W C; of a text or table its length")
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--first-block", choices=("residual", "paper"), default="residual")
+    parser.add_argument("--shortcut", choices=("projection", "zero_padding"), default="projection")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples that are compressed together")
+    parser.add_argument("--codec", action="append", help="default: each, at the paper's settings")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
+    usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
+    usual |= {"mlp": ((108,), 2), "transformer": ((data.TEXT_LENGTH,), 2)}  # Adult, and texts of two classes
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
+    for name in [options.name] if options.name else models.NAMES:
+        shape, classes = usual.get(name, ((32, 32, 3), 10))
+        shape = tuple(options.input_shape or shape)
+        classes = classes if options.num_classes is None else options.num_classes
+        resnet = {"first_block": options.first_block, "shortcut": options.shortcut}
+        resnet = resnet if options.name or name in models.RESNETS else {}
+        model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, **resnet)
+        count = models.count_params(model) / 1e6
+        title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"
+        table = rich.table.Table(title=title)
+        for heading in ("cut", "name", "after block", "feature map"):
+            table.add_column(heading)
+        for codec in codecs:
+            table.add_column(str(codec) if options.codec else type(codec).__name__, justify="right")
+        for cut in models.list_cuts(model):
+            batch = jax.ShapeDtypeStruct((options.batch_size, *cut.shape), cut.dtype)
+            sizes = [_size(codec, batch) for codec in codecs]
+            table.add_row(str(cut.layer), cut.name or "", cut.block, "×".join(map(str, cut.shape)), *sizes)
+        console.print(table)
+    if any(codec.entropy_coded for codec in codecs):
+        console.print("*: before lossless coding, to a few times less; how far depends on the values.")
+    return 0
+
+
+def _size(codec, batch):
+    """Bytes a sample."""
+    return f"{codec.payload_bytes(batch) / batch.shape[0]:,.0f}" + "*" * codec.entropy_coded

@@ -1,0 +1,121 @@
+"""What the commands of the network share; and `msjax eval --server`."""
+
+import contextlib
+import dataclasses
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import tyro
+
+from msjax import build, config, parts
+from msjax.cli.options import split_options
+from msjax.distributed import inference
+from msjax.distributed.client_run import Refused
+from msjax.distributed.options import ConnectOptions
+from msjax.runs import to_json
+from msjax.runs.signals import stop_on_signal
+from msjax.split import parties, programs
+from msjax.split.metrics import sums_of, total
+from msjax.split.schedule import Phase
+from msjax.split.state import PartState
+
+
+def log_to_stderr() -> None:
+    """Shows msjax's own messages on standard error; other packages' loggers stay as they are."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger("msjax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Lets SIGINT and SIGTERM call `stop`, outside the handler: a lock may be held by the code that it interrupts."""
+    with stop_on_signal(lambda: threading.Thread(target=stop, daemon=True).start()):
+        yield
+
+
+def fields_of(kind: type, flags: object):
+    """Returns an instance of a dataclass from those of `flags` that it has."""
+    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalOptions(ConnectOptions):
+    """Of a test with the client's part here and the server's elsewhere."""
+
+    part: tyro.conf.Positional[str] = tyro.MISSING
+    """client.safetensors of a trained client."""
+    uncompressed: bool = False
+    """Send test features as they are."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Tests a client's part with a server elsewhere; returns the exit status."""
+    where, rest = split_options(arguments, "--config")
+    description = (
+        "Test a client's part with a server elsewhere. Also: --config FILE.py (the preset of a model of one's own)."
+    )
+    options = tyro.cli(_EvalOptions, args=rest, prog="msjax eval", description=description)
+    preset = config.load_preset(where.config) if where.config else None
+    trained = parts.load_part(options.part, preset=preset)
+    if trained.part != "client":
+        raise ValueError(f"part must be that of a client, got that of a {trained.part}: {options.part}")
+    if trained.apply is None:
+        raise ValueError(f"{options.part} is of a model of one's own: give its preset with --config")
+    remote = inference.RemoteServer(options.server, options.tls, options.token())
+    try:
+        described = remote.describe()
+        if described.run != trained.run_id:
+            raise ValueError(f"the parts must be of one run, got {trained.run_id!r} here and {described.run!r} there")
+        result = _evaluate(trained, remote, options)
+    except Refused as refused:
+        raise ValueError(str(refused)) from None
+    finally:
+        remote.close()
+    print(to_json({"part": options.part, "server": options.server, "step": trained.step, **result}, indent=2))
+    return 0
+
+
+def _evaluate(trained, remote, options):
+    """Tests as a training run does, batch by batch with the same keys; each client's share is computed here."""
+    cfg = dataclasses.replace(
+        trained.config,
+        model=dataclasses.replace(trained.config.model, weights=None),  # those it was trained from
+        eval_compressed=trained.config.eval_compressed and not options.uncompressed,
+    )
+    ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))
+    state = PartState(trained.params, trained.stats, ())
+    own = parties.ClientData(ds.train, ds.test)
+    numpy_encoder = options.encoder == "numpy"
+    clients = [parties.Client(n, spec, state, own, cfg.seed, numpy_encoder=numpy_encoder) for n in range(cfg.clients)]
+    sums, seconds, sent, received = [], [], 0, 0
+    for exchange in spec.schedule.step_exchanges(spec.schedule.total_steps - 1):  # the last epoch always has a test
+        if exchange.phase == Phase.RESULT:
+            sums += [clients[n].send(exchange).metrics for n in exchange.clients]
+        if exchange.phase != Phase.TEST:
+            continue
+        up, batch_size = spec.up(exchange), spec.schedule.batch_size_of(exchange)
+        for n in exchange.clients:
+            message = jax.block_until_ready(clients[n].send(exchange))
+            began = time.monotonic()
+            sent += remote.send(message.payload, up, options.compression)
+            answer = remote.receive()
+            seconds.append(time.monotonic() - began)
+            received += sum(one.wire_bytes for one in answer)
+            if spec.u_shaped:
+                clients[n].receive(exchange, parties.Message(tuple(one.payload for one in answer)))
+            else:
+                outputs = inference.outputs_of(answer, spec.outputs)
+                sums.append(sums_of(programs.score(spec, outputs, message.labels), batch_size))
+    sums = total(sums)
+    round_trip = round(statistics.median(seconds) * 1e3, 2)
+    traffic = {"sent_bytes": sent, "received_bytes": received, "median_round_trip_ms": round_trip}
+    return {"features": str(spec.test_codec), **sums.means(spec.task), "samples": sums.samples, **traffic}

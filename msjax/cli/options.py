@@ -1,0 +1,39 @@
+"""What commands share: options that come before all others, and errors as one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from msjax import config
+
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
+"""What a command's user can do something about."""
+
+DEFAULT = config.Config(
+    optim=config.OptimConfig(learning_rate=0.1, warmup_epochs=1.0),
+    batch_size=16,
+    epochs=20,
+    compare=True,
+)
+"""The run without a preset: scikit-learn's digits, for which 16 samples a client make 9 steps an epoch."""
+
+
+def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options with these names, which say where the config comes from, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name)
+    return parser.parse_known_args(arguments)
+
+
+def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs one command and returns its exit status; an expected error becomes one line."""
+    try:
+        return function(arguments)
+    except KeyboardInterrupt:  # before or after the training loop, where there is nothing to save
+        return 130
+    except SystemExit as error:  # the argument parsers have printed what is wrong
+        return error.code
+    except EXPECTED as error:
+        print(f"msjax {command}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,107 @@
+"""`msjax serve`: the server of a run whose clients are elsewhere, or of a trained part."""
+
+import contextlib
+import dataclasses
+import threading
+
+import tyro
+
+from msjax import config, parts
+from msjax.cli.network import fields_of, log_to_stderr, stopping
+from msjax.cli.options import DEFAULT, split_options
+from msjax.distributed import inference
+from msjax.distributed.coordinator import Stopped
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ListenOptions, ServeOptions
+from msjax.distributed.rpc.security import Tokens
+from msjax.distributed.rpc.server import Endpoint
+from msjax.distributed.server_program import ServerProgram, check_serve
+from msjax.runs import RunFolder
+from msjax.runs.progress import format_metric
+
+
+@dataclasses.dataclass(frozen=True)
+class _ServeFlags(config.Config, ServeOptions):
+    """The flags of a new run: the config's, as of `msjax train`, and the server's, in one list."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    where, rest = split_options(arguments, "--config", "--resume", "--name", "--part")
+    preset = config.load_preset(where.config) if where.config else None
+    if where.part:
+        description = "Answer with a trained server part: --part FILE.safetensors."
+        options = tyro.cli(ListenOptions, args=rest, prog="msjax serve --part", description=description)
+        return _serve_part(where.part, options, preset)
+    if where.resume:
+        if where.config or where.name:
+            raise ValueError("--resume takes the run's own config, got also --config or --name")
+        folder, cfg = RunFolder.open(where.resume)
+        if folder.read_summary() is not None:
+            raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
+        options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
+        program = ServerProgram(cfg, options, folder)
+    else:
+        folder, cfg, options, program = _new_run(preset or DEFAULT, where.name, rest)
+    log_to_stderr()
+    print(
+        f"msjax serve: listening on {options.listen} for {cfg.clients} clients; run folder: {folder.path}", flush=True
+    )
+    try:
+        with stopping(lambda: program.stop("by a signal")):
+            program.train(lambda record: _print_epoch(record, program))
+    except Stopped as stopped:
+        print(f"stopped {stopped}; continue with: msjax serve --resume {folder.path}")
+        return 130
+    finally:
+        program.close()
+    print(f"done: {folder.path}/summary.json, server.safetensors")
+    return 0
+
+
+def _new_run(default, name, arguments):
+    description = (
+        "Serve split training. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run), "
+        "--part FILE.safetensors (answer with a trained part)."
+    )
+    default = _ServeFlags(**vars(dataclasses.replace(default, compare=False)))
+    flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
+    cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
+    # Before there is a folder, so that options that do not work leave none behind.
+    check_serve(cfg, options)
+    folder = RunFolder.create(cfg, name)
+    try:
+        return folder, cfg, options, ServerProgram(cfg, options, folder)
+    except (ValueError, OSError):  # an address that cannot be had
+        for made in ("config.json", "run"):
+            (folder.path / made).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is something else
+            folder.path.rmdir()
+            folder.path.parent.rmdir()
+        raise
+
+
+def _serve_part(path, options, preset):
+    """Serves a trained part until a signal comes."""
+    trained = parts.load_part(path, preset=preset)
+    limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
+    metrics, tokens = Metrics(), Tokens(options.tokens)
+    servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
+    endpoint = Endpoint(options, servicer, metrics, streams=64)
+    log_to_stderr()
+    print(f"msjax serve: listening on {options.listen}, answering with {path}", flush=True)
+    done = threading.Event()
+    with stopping(done.set):
+        done.wait()
+    endpoint.close()
+    return 0
+
+
+def _print_epoch(record, program):
+    headline, sent = program.coordinator.run.spec.task.headline, record["traffic"]
+    train, test = (format_metric(headline, record[s][headline]) if s in record else "–" for s in ("train", "test"))
+    print(
+        f"epoch {record['epoch']}: loss {record['train']['loss']:.4f}, train {train}, test {test}, "
+        f"{sent['received_bytes'] / 1e6:,.1f} MB received, {sent['sent_bytes'] / 1e6:,.1f} MB sent",
+        flush=True,
+    )

@@ -1,0 +1,52 @@
+"""`msjax train`: train a split network in one program and count the bytes."""
+
+import dataclasses
+
+import tyro
+
+from msjax import config, training
+from msjax.cli.options import DEFAULT, split_options
+from msjax.runs import RunFolder
+from msjax.runs.tables import print_summaries
+from msjax.training.devices import split_cpu
+from msjax.training.from_config import load_run, train_config, uncompressed
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    where, rest = split_options(arguments, "--config", "--resume", "--name")
+    if where.resume:
+        if rest or where.config or where.name:
+            raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
+        folder, cfg = RunFolder.open(where.resume)
+        split_cpu(cfg.clients)
+        run = None
+    else:
+        default = config.load_preset(where.config) if where.config else DEFAULT
+        description = (
+            "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
+        )
+        cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        split_cpu(cfg.clients)
+        # Before there is a folder, so that a config that does not work leaves none behind.
+        run = load_run(cfg)
+        folder = RunFolder.create(cfg, where.name)
+    summaries = []
+    try:
+        if cfg.compare:
+            base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
+            summaries.append(_finish(*RunFolder.open_or_create(base, "uncompressed")))
+        summaries.append(_finish(folder, cfg, run))
+    except training.Interrupted:
+        print(f"interrupted and saved; continue with: msjax train --resume {folder.path}")
+        return 130
+    print_summaries(summaries)
+    return 0
+
+
+def _finish(folder, cfg, run=None):
+    """The summary of a run: read where it is there, else trained for."""
+    try:
+        return folder.read_summary() or train_config(cfg, folder, run=run)
+    finally:
+        folder.close()

@@ -1,0 +1,74 @@
+"""What the parties of a run must agree on: shapes, task, codecs; compared before the first step, as code never travels.
+
+Each party builds the run from its own code, and a client says what came of it in its Ready message.
+"""
+
+import json
+from typing import Any
+
+from msjax.build import DataSummary
+from msjax.split.spec import RunSpec
+
+_COUNTS = ("samples", "test_samples")
+"""Of the description: each client's own, until the server has said how many all draw."""
+
+
+def describe(spec: RunSpec, summary: DataSummary) -> str:
+    """Returns what a client has, as JSON: its data's shapes, and the description of the run that it has built."""
+    data = {name: value for name, value in summary.to_json().items() if name not in ("mean", "std")}
+    data["normalized channels"] = None if summary.mean is None else len(summary.mean)
+    return json.dumps({"data": data, "run": _without_counts(spec.describe())})
+
+
+def summary_of(description: dict[str, Any]) -> DataSummary:
+    """Returns what a server knows of its clients' data: all but what inputs are normalised by.
+
+    Raises:
+      ValueError: the description lacks something.
+    """
+    try:
+        channels = description["data"]["normalized channels"]
+        mean, std = (None if channels is None else (value,) * channels for value in (0.0, 1.0))
+        return DataSummary.from_json(description["data"] | {"mean": mean, "std": std})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"description must be that of a client's data and run: {error!r}") from None
+
+
+def parse(description: str) -> dict[str, Any]:
+    """Returns what `describe` made.
+
+    Raises:
+      ValueError: it is no such description.
+    """
+    try:
+        found = json.loads(description)
+        if found.keys() != {"data", "run"} or not all(isinstance(value, dict) for value in found.values()):
+            raise ValueError("it lacks the parts that it should have")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"description must be that of a client's data and run: {error}") from None
+    return found
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """Returns in which fields two descriptions differ, as "task is 'a' here and 'b' there"; empty if in none."""
+    found = []
+    for part in ("data", "run"):
+        mine, theirs = here.get(part, {}), there.get(part, {})
+        for name in sorted(mine.keys() | theirs.keys()):
+            if (a := mine.get(name)) != (b := theirs.get(name)):
+                found.append(f"{name} is {_short(a)} here and {_short(b)} there")
+    return "; ".join(found)
+
+
+def of_run(spec: RunSpec) -> dict[str, Any]:
+    """Returns the description of the run that this party has built, as `parse` gives a client's."""
+    return json.loads(json.dumps(_without_counts(spec.describe())))
+
+
+def _without_counts(description):
+    return {name: value for name, value in description.items() if name not in _COUNTS}
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "…"

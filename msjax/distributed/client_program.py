@@ -1,0 +1,120 @@
+"""A client of a run as a program: its data, its part of the model, and its files in a folder of its own."""
+
+import dataclasses
+import logging
+import pathlib
+
+from msjax import build, config, data
+from msjax.distributed import agreement, drive
+from msjax.distributed.options import ClientOptions
+from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.session import ClientSession, Own
+from msjax.distributed.stores import ClientStore
+from msjax.parts import save_trained
+from msjax.split.parties import Client, ClientData
+
+log = logging.getLogger("msjax.client")
+
+
+class ClientProgram:
+    """A client of a training run, not yet connected.
+
+    Args:
+      options: where the server is, and what this client has.
+      preset: this client's own config, of which model, data and task are used rather than the server's: functions do
+        not travel.
+
+    Raises:
+      ValueError: an option cannot work.
+    """
+
+    def __init__(self, options: ClientOptions, preset: config.Config | None = None):
+        options.check()
+        self._options, self._preset, self._token = options, preset, options.token()
+        self._epoch, self._path = None, None
+        self.session = ClientSession(
+            options.client_id,
+            self._load,
+            self._build,
+            lambda run_id: ClientStore(options.folder() / "checkpoints" / run_id),
+            compression=options.compression,
+            answer_seconds=options.answer_seconds,
+            retry_seconds=options.retry_seconds,
+            on_exchange=self._tell,
+            on_end=self._save_part,
+        )
+
+    def connect(self) -> Connection:
+        """Returns a new connection to the server."""
+        return Connection(self._options.server, self._options.tls, self._token)
+
+    def train(self) -> pathlib.Path | None:
+        """Trains to the end; returns where the client's part is, None where another client has the trained one.
+
+        Raises:
+          Refused, ConnectionError: see `ClientSession`.
+        """
+        drive.take_part(self.session, self.connect)
+        return self._path
+
+    def _load(self, cfg):
+        options = self._options
+        self._cfg = cfg = own_config(cfg, self._preset, options.weights)
+        ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
+        if not ds.in_memory:
+            raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
+        self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
+        train, samples = ds.train, len(ds.train)
+        if not options.own_data:
+            indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
+            train = data.Arrays(*ds.train.fetch(indices[options.client_id]))
+        self._data = ClientData(train, ds.test)
+        self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
+        spec = self._build_run(samples, len(ds.test)).spec
+        return Own(samples, len(ds.test), agreement.describe(spec, self._summary))
+
+    def _build_run(self, samples, test_samples):
+        counts = {"samples": samples, "test_samples": test_samples}
+        return build.build(self._cfg, self._summary, parts=self._parts, **counts)
+
+    def _build(self, cfg, samples, test_samples):
+        built = self._build_run(samples, test_samples)
+        self._schedule = built.spec.schedule
+        numpy_encoder = self._options.encoder == "numpy"
+        args = (self._options.client_id, built.spec, built.client, self._data, self._cfg.seed)
+        return Client(*args, numpy_encoder=numpy_encoder)
+
+    def _save_part(self, party):
+        if party.keeps_result:
+            self._path = self._options.folder() / "client.safetensors"
+            names = {"run_id": self.session.name, "step": self._schedule.total_steps}
+            save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)
+
+    def _tell(self, exchange):
+        position = self._schedule.position(exchange.step)
+        if position.epoch != self._epoch:
+            self._epoch = position.epoch
+            log.info("epoch %d of %d", position.epoch + 1, self._schedule.epochs)
+
+
+def own_config(cfg: config.Config, preset: config.Config | None, weights: str | None = None) -> config.Config:
+    """Returns the server's config with model, data and task of this client's preset, and its copy of the weights.
+
+    Raises:
+      ValueError: the server's config names functions of a preset or a file of weights, and there is none here.
+    """
+    if preset is not None:
+        return config.with_own(cfg, preset)
+    if named := config.references(cfg):
+        field, value = next(iter(named.items()))
+        raise ValueError(
+            f"the run's {field} is {value!r}, a function of a preset, and functions do not travel: "
+            "give this client its own preset"
+        )
+    if cfg.model.weights is None:
+        return cfg
+    if weights is None:
+        raise ValueError(
+            f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of the file as weights"
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))

@@ -1,0 +1,200 @@
+"""Split inference: features to a server that has a trained part, outputs back."""
+
+import functools
+import json
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import jax
+
+from msjax import build, config, wire
+from msjax.compress import Exact, Identity
+from msjax.distributed import messages
+from msjax.distributed.client_run import Refused
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.connection import open_channel
+from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
+from msjax.distributed.rpc.server import token_of
+from msjax.parts import TrainedPart
+from msjax.split.payloads import Codecs, Payload, PayloadSpec
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState, tail_key
+from msjax.split.trees import TreeSpec, describe_array
+
+ANYONE = "any"
+"""The client in metrics: who asks has no number."""
+_MAX_SHAPES = 64  # of features and codecs that are compiled for in the life of a server
+
+
+def spec_of(trained: TrainedPart, *, test_samples: int = 0) -> RunSpec:
+    """Returns the description of the run that trained a part, from shapes alone.
+
+    Raises:
+      ValueError: the part has no config, as one of a run that was started from Python.
+    """
+    if trained.config is None:
+        raise ValueError("the part must be of a run with a config, got one of a run that was started from Python")
+    cfg, summary = trained.config, trained.summary
+    parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+    counts = {"samples": cfg.batch_size, "test_samples": test_samples}
+    return build.build(cfg, summary, parts=parts, shapes_only=True, **counts).spec
+
+
+class InferenceServicer(split_pb2_grpc.SplitServicer):
+    """Answers with a trained server part.
+
+    A message says itself by which codec its features are coded. U-shaped, the answer is coded by the same.
+
+    Raises:
+      ValueError: `trained` is not a server's part, or its model is not here.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedPart,
+        tokens: Tokens,
+        metrics: Metrics,
+        *,
+        max_bytes: int = 1 << 30,
+        max_messages_per_second: float = 1000.0,
+        compression: str | None = None,
+    ):
+        if trained.part != "server":
+            raise ValueError(f"part must be that of a server, got that of a {trained.part}")
+        if trained.apply is None:
+            raise ValueError("part must come with its model, got one of a model of one's own: give its preset")
+        self._trained, self._tokens, self._metrics, self._max_bytes = trained, tokens, metrics, max_bytes
+        self._state = PartState(trained.params, trained.stats, ())
+        self._compression, self._max_messages_per_second = compression, max_messages_per_second
+        spec = spec_of(trained)
+        self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
+        self._key = jax.random.key(trained.config.seed)
+        self._seen: set[PayloadSpec] = set()
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        """Answers what part this is."""
+        self._authenticate(context)
+        trained = self._trained
+        cfg = json.dumps(config.to_json(trained.config))
+        return pb.Description(protocol=messages.PROTOCOL, run=trained.run_id, config=cfg, step=trained.step)
+
+    def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
+        """Answers each message of features, in order."""
+        self._authenticate(context)
+        rate = Rate(self._max_messages_per_second)
+        for number, request in enumerate(requests):
+            rate.wait()
+            self._metrics.received(ANYONE, request)
+            try:
+                payload, up = self._read(request)
+            except wire.WireError as error:
+                self._metrics.refused.inc()
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            outputs = pb.Outputs(payload=self._answer(payload, up, number))
+            self._metrics.sent(ANYONE, outputs)
+            yield outputs
+
+    def _authenticate(self, context):
+        if not self._tokens.accept_any(token_of(context)):
+            self._metrics.refused.inc()
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
+
+    def _read(self, request):
+        if len(request.payload) != len(self._features.leaves):
+            raise wire.WireError(f"features must have {len(self._features.leaves)} arrays, got {len(request.payload)}")
+        found, size = [], None
+        for data, wanted in zip(request.payload, self._features.leaves, strict=True):
+            message = wire.decode(data, max_bytes=self._max_bytes)
+            like = message.like
+            if (like.shape[1:], like.dtype) != (wanted.shape, wanted.dtype) or not like.shape[0]:
+                shape = ", ".join(["batch", *map(str, wanted.shape)])
+                raise wire.WireError(f"features must be {wanted.dtype}[{shape}], got {describe_array(like)}")
+            if like.shape[0] != (size := like.shape[0] if size is None else size):
+                raise wire.WireError(f"features must have one batch size, got {size} and {like.shape[0]}")
+            found.append(message)
+        places = tuple(range(len(found)))
+        codecs, likes = tuple(m.codec for m in found), tuple(m.like for m in found)
+        up = PayloadSpec(self._features.structure, codecs, likes, places)
+        if up not in self._seen and len(self._seen) >= _MAX_SHAPES:
+            raise wire.WireError(f"this server has met {_MAX_SHAPES} codecs and batch sizes and takes no new ones")
+        self._seen.add(up)
+        return tuple(m.payload for m in found), up
+
+    def _answer(self, payload, up, number):
+        batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
+        codec = next((c for c in up.codecs if not isinstance(c, Exact)), Identity())
+        codecs = Codecs(codec if self._u_shaped else Identity())
+        down = PayloadSpec.of_features(self._outputs, codecs, batch_size)
+        out = _infer(self._trained.apply, up, down, self._state, payload, key)
+        return messages.encode(out, down, self._compression if self._u_shaped else None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _infer(apply, up, down, state, payload, key):
+    outputs, _ = apply(state.params, state.stats, up.decode(payload), train=False, key=None)
+    return down.encode(outputs, tail_key(key))
+
+
+class RemoteServer:
+    """A trained server part behind a network.
+
+    Raises, from every method:
+      Refused: the server will not answer this client, or not this request.
+      ConnectionError: it cannot be reached, or was lost.
+    """
+
+    def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None, *, max_bytes: int = -1):
+        self._channel = open_channel(address, tls or TlsFiles(), max_bytes)
+        self._stub = split_pb2_grpc.SplitStub(self._channel)
+        self._metadata = [("authorization", f"Bearer {token}")] if token else None
+        self._requests: queue.Queue[pb.Features | None] = queue.Queue()
+        self._stream = None
+
+    def describe(self, seconds: float = 60.0) -> pb.Description:
+        """Returns what the server has; waits for it to come up for as long as `seconds`."""
+        request = pb.DescribeRequest()
+        options = {"metadata": self._metadata, "timeout": seconds, "wait_for_ready": True}
+        return self._call(lambda: self._stub.Describe(request, **options))
+
+    def send(self, payload: Payload, spec: PayloadSpec, compression: str | None = None) -> int:
+        """Sends features as `spec` describes them; returns the message's bytes.
+
+        Several may be on their way; `receive` gives the answers in order.
+        """
+        if self._stream is None:
+            self._stream = self._stub.Infer(iter(self._requests.get, None), metadata=self._metadata)
+        data = messages.encode(payload, spec, compression)
+        self._requests.put(pb.Features(payload=data))
+        return sum(map(len, data))
+
+    def receive(self) -> list[wire.Message]:
+        """Returns the next answer, a message for each array: outputs or, U-shaped, the features for the tail."""
+        if self._stream is None:
+            raise ValueError("receive must follow a send")
+        answer = self._call(lambda: next(self._stream))
+        return [wire.decode(data) for data in answer.payload]
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._requests.put(None)
+        self._channel.close()
+
+    def _call(self, function):
+        try:
+            return function()
+        except StopIteration:
+            raise ConnectionError("the server closed the stream") from None
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ConnectionError(error.details()) from None
+            raise Refused(error.details()) from None
+
+
+def outputs_of(answer: list[wire.Message], spec: TreeSpec) -> Any:
+    """Returns the outputs in an answer of `RemoteServer.receive`, as `spec` describes those of one sample."""
+    arrays = [message.codec.decode(message.payload, message.like) for message in answer]
+    return jax.tree.unflatten(spec.structure, arrays)

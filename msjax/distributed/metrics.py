@@ -1,0 +1,60 @@
+"""What the server counts, for Prometheus."""
+
+import prometheus_client
+from prometheus_client import Counter, Gauge, Histogram
+
+from msjax.distributed.rpc import split_pb2 as pb
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """Counters of one run, in a registry of their own."""
+
+    def __init__(self):
+        self.registry = prometheus_client.CollectorRegistry()
+        labels = {"registry": self.registry, "namespace": "msjax"}
+        self._received = Counter("received_bytes", "Bytes of requests, as serialized", ["client"], **labels)
+        self._sent = Counter("sent_bytes", "Bytes of answers, as serialized", ["client"], **labels)
+        self.exchanges = Counter("exchanges", "Exchanges done", ["phase"], **labels)
+        self.step = Gauge("step", "The training step under way", **labels)
+        self.connected = Gauge("connected_clients", "Clients with a stream", **labels)
+        self.wait_seconds = Histogram("wait_seconds", "An exchange's wait for its clients", buckets=_SECONDS, **labels)
+        self.step_seconds = Histogram("step_seconds", "From step to step", buckets=_SECONDS, **labels)
+        self.stragglers = Counter("stragglers", "Clients that missed a deadline", **labels)
+        self.restarts = Counter("restarts", "Times that training went back to a checkpoint", **labels)
+        self.failed_saves = Counter("failed_saves", "Checkpoints that could not be written", **labels)
+        self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
+
+    def received(self, client: int | str, request: pb.Request | pb.Features) -> None:
+        """Counts a request's bytes."""
+        self._received.labels(client).inc(request.ByteSize())
+
+    def sent(self, client: int | str, answer: pb.Answer | pb.Outputs) -> None:
+        """Counts an answer's bytes."""
+        self._sent.labels(client).inc(answer.ByteSize())
+
+    def waited(self, seconds: float) -> None:
+        """Counts how long an exchange waited for its clients."""
+        self.wait_seconds.observe(seconds)
+
+    def totals(self) -> dict[str, float]:
+        """Returns the bytes both ways over all clients."""
+        return {
+            f"{name}_bytes": sum(s.value for m in counter.collect() for s in m.samples if s.name.endswith("_total"))
+            for name, counter in (("received", self._received), ("sent", self._sent))
+        }
+
+    def text(self) -> str:
+        """Returns all counters in Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry).decode()
+
+    def serve(self, port: int, host: str = "127.0.0.1"):
+        """Serves /metrics over HTTP until the returned function is called."""
+        server, thread = prometheus_client.start_http_server(port, host, registry=self.registry)
+
+        def close():
+            server.shutdown()
+            thread.join()
+
+        return close

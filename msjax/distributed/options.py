@@ -1,0 +1,117 @@
+"""What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import tyro
+
+from msjax.distributed.membership import Policy
+from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
+
+
+def _check_positive(options, *names):
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListenOptions:
+    """Where a server listens, and whom it lets in."""
+
+    listen: str = "localhost:50051"
+    """host:port to listen on."""
+    tls: TlsFiles = dataclasses.field(default_factory=TlsFiles)
+    tokens: str | None = None
+    """A file of lines `NUMBER TOKEN`, one a client (or `NUMBER sha256:HEX`)."""
+    insecure: bool = False
+    """Listen in the open on an address that is not this machine's own."""
+    compression: Literal["huffman"] | None = None
+    """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    metrics_port: int | None = None
+    """Port of Prometheus metrics, on this machine alone."""
+    max_megabytes: int = 1024
+    """Of a message that is received, and of the features in it."""
+    max_messages_per_second: float = 1000.0
+    """Of each client; one that sends more is read more slowly."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        check_plaintext(self.listen, self.tls, self.insecure)
+        if self.tls:
+            self.tls.server()
+        Tokens(self.tokens)
+        _check_positive(self, "max_megabytes", "max_messages_per_second")
+        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port must be in 1..65535, got {self.metrics_port}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions(ListenOptions):
+    """Of a server that trains: also what it does about late clients."""
+
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    checkpoint_steps: int = 100
+    """Steps between two checkpoints, also of the clients; a run that is interrupted goes back to the last."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        super().check()
+        if self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectOptions:
+    """Where the server is, and who asks."""
+
+    server: str = "localhost:50051"
+    """host:port of the server."""
+    tls: TlsFiles = dataclasses.field(default_factory=TlsFiles)
+    token_file: str | None = None
+    """File with this client's token."""
+    insecure: bool = False
+    """Send in the open to an address that is not this machine's own."""
+    compression: Literal["huffman"] | None = None
+    """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    encoder: Literal["jax", "numpy"] = "jax"
+    """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
+    codecs."""
+    data_dir: str | None = None
+    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`."""
+    cache_dir: str | None = None
+    """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
+
+    def token(self) -> str | None:
+        """Returns the token, once it is sure that it is not sent in the open unasked."""
+        check_plaintext(self.server, self.tls, self.insecure)
+        return pathlib.Path(self.token_file).read_text().strip() if self.token_file else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientOptions(ConnectOptions):
+    """Of a client that takes part in training."""
+
+    client_id: int = tyro.MISSING
+    """Number of this client, from 0."""
+    state: str | None = None
+    """Folder for this client's checkpoints and its part at the end; by default clientNUMBER."""
+    own_data: bool = False
+    """Train on all of the data set that is here; by default on this client's share, as a simulation does."""
+    weights: str | None = None
+    """This client's copy of the file that the run's weights start from, where it starts from one."""
+    retry_seconds: float = 600.0
+    """For how long a server that is away is tried again."""
+    answer_seconds: float = 600.0
+    """After how long an answer counts as lost, and the request is repeated."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        if self.client_id < 0:
+            raise ValueError(f"client_id must be at least 0, got {self.client_id}")
+        _check_positive(self, "retry_seconds", "answer_seconds")
+
+    def folder(self) -> pathlib.Path:
+        """Returns where this client's files are."""
+        return pathlib.Path(self.state or f"client{self.client_id}")

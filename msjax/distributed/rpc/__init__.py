@@ -1,0 +1,1 @@
+"""gRPC between organisations: the protocol, the servicers, security."""

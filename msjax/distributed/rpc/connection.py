@@ -1,0 +1,86 @@
+"""A client's connection to the server by gRPC."""
+
+import queue
+import threading
+from typing import Any
+
+import grpc
+
+from msjax.distributed.channel import ConnectionLost
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.security import TlsFiles
+
+# Refusals that another try would meet again.
+_FINAL = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class Connection:
+    """One stream to the server; a `Channel`."""
+
+    def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
+        self._channel = open_channel(address, tls, max_bytes)
+        self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
+        self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
+        metadata = [("authorization", f"Bearer {token}")] if token else None
+        self._stream = split_pb2_grpc.SplitStub(self._channel).Train(iter(self._outbox.get, None), metadata=metadata)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        try:
+            for message in self._stream:
+                self._inbox.put(message)
+            self._inbox.put(ConnectionLost("the server closed the stream"))
+        except grpc.RpcError as error:
+            # A message that is too large will be so again; the code alone may also mean too many calls.
+            final = error.code() in _FINAL or "larger than max" in (error.details() or "")
+            self._inbox.put(ConnectionLost(error.details() or str(error.code()), final=final))
+
+    def send(self, message: pb.FromClient) -> None:
+        """Hands a message over."""
+        self._outbox.put(message)
+
+    def receive(self, timeout: float | None) -> pb.FromServer:
+        """Returns the server's next message; see `Channel.receive`."""
+        try:
+            message = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            raise ConnectionLost(f"no answer within {timeout:.0f} s") from None
+        if isinstance(message, ConnectionLost):
+            raise message
+        return message
+
+    def close(self) -> None:
+        """Breaks the stream off, unless it has ended."""
+        self._stream.cancel()
+        self._outbox.put(None)
+        self._channel.close()
+
+
+def open_channel(address: str, tls: TlsFiles, max_bytes: int) -> grpc.Channel:
+    """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`."""
+    options = channel_options(max_bytes)
+    if tls:
+        return grpc.secure_channel(address, tls.client(), options)
+    # What is sent in the open must not leave the machine for a proxy that the environment names.
+    return grpc.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)])
+
+
+def channel_options(max_bytes: int) -> list[tuple[str, Any]]:
+    """Returns gRPC's options: messages up to `max_bytes` (-1: any), pings that find a dead link in half a minute."""
+    return [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.max_ping_strikes", 0),
+        # A connection of its own for every client, also for several in one program.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]

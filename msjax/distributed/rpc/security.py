@@ -1,0 +1,128 @@
+"""Who may talk to whom: TLS, tokens, and what addresses may do without."""
+
+import dataclasses
+import hashlib
+import hmac
+import ipaddress
+import pathlib
+import re
+import time
+
+import grpc
+
+
+@dataclasses.dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of one end: its certificate and private key, and the authority the other end is checked against."""
+
+    certificate: str | None = None
+    key: str | None = None
+    authority: str | None = None
+
+    def _read(self, name):
+        path = getattr(self, name)
+        if path is None:
+            return None
+        try:
+            return pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"tls {name} must be a readable PEM file, got {path!r}: {error.strerror}") from None
+
+    def server(self) -> grpc.ServerCredentials:
+        """Mutual TLS: a client without a certificate of the authority is turned away."""
+        if None in (self.certificate, self.key, self.authority):
+            raise ValueError(
+                "tls needs a certificate, a key and an authority: a server checks its clients' certificates"
+            )
+        pair = (self._read("key"), self._read("certificate"))
+        return grpc.ssl_server_credentials([pair], self._read("authority"), require_client_auth=True)
+
+    def client(self) -> grpc.ChannelCredentials:
+        """Returns a client's credentials; raises ValueError for a certificate without its key."""
+        if (self.key is None) != (self.certificate is None):
+            raise ValueError("tls needs a certificate and its key together")
+        return grpc.ssl_channel_credentials(self._read("authority"), self._read("key"), self._read("certificate"))
+
+    def __bool__(self):
+        return any((self.certificate, self.key, self.authority))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `address`, as host:port, stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_plaintext(address: str, tls: TlsFiles, insecure: bool) -> None:
+    """Raises ValueError where features would cross a network in the open without having been asked to."""
+    if not tls and not insecure and not is_loopback(address):
+        raise ValueError(
+            f"{address} is not this machine: give tls its certificate, key and authority, "
+            "or insecure to send everything in the open"
+        )
+
+
+class Rate:
+    """Holds a sender to `per_second` messages a second, after as many at once: `wait` sleeps while it is too fast.
+
+    Who is not read from is held back by gRPC's flow control, so nothing piles up.
+    """
+
+    def __init__(self, per_second: float):
+        self._per_second, self._left, self._last = per_second, per_second, time.monotonic()
+
+    def wait(self) -> None:
+        """Waits until the next message may be taken."""
+        now = time.monotonic()
+        self._left = min(self._per_second, self._left + (now - self._last) * self._per_second) - 1
+        self._last = now
+        if self._left < 0:
+            time.sleep(-self._left / self._per_second)
+
+
+class Tokens:
+    """The clients' secrets, read from a file of lines `NUMBER TOKEN`; None for no tokens.
+
+    Kept as SHA-256 hashes; a line may hold the hash itself as `NUMBER sha256:HEX`.
+    """
+
+    def __init__(self, path: str | None):
+        self._hashes = None
+        if path is None:
+            return
+        self._hashes = {}
+        for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            client, _, token = line.strip().partition(" ")
+            token = token.strip()
+            if not client.isdecimal() or not token:
+                raise ValueError(
+                    f"tokens must be lines of a client's number and its token, got line {number} of {path}"
+                )
+            if token.startswith("sha256:"):
+                hashed = token.removeprefix("sha256:").lower()
+                if not re.fullmatch("[0-9a-f]{64}", hashed):
+                    raise ValueError(f"tokens: sha256: needs 64 hexadecimal digits, in line {number} of {path}")
+            else:
+                hashed = hashlib.sha256(token.encode()).hexdigest()
+            self._hashes[int(client)] = hashed
+
+    def accept(self, client: int, token: str | None) -> bool:
+        """Returns whether `token` is that of a client."""
+        if self._hashes is None:
+            return True
+        known = self._hashes.get(client, "")
+        given = hashlib.sha256((token or "").encode()).hexdigest()
+        return hmac.compare_digest(known, given)
+
+    def accept_any(self, token: str | None) -> bool:
+        """Whether `token` is that of any client."""
+        return self._hashes is None or any([self.accept(client, token) for client in self._hashes])

@@ -1,0 +1,128 @@
+"""The server's end of gRPC: threads carry messages between the clients' streams and the coordinator."""
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from msjax.distributed.channel import Close, Lost, Received, Send, Stop
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ListenOptions
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.connection import channel_options
+from msjax.distributed.rpc.security import Rate, Tokens
+
+log = logging.getLogger("msjax.server")
+
+
+def token_of(context: grpc.ServicerContext) -> str:
+    """Returns the token that a call came with, or an empty one."""
+    return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
+
+
+class TrainServicer(split_pb2_grpc.SplitServicer):
+    """The RPC of training: checks who calls, and puts what is said into `inbox`, where the coordinator's loop takes it.
+
+    A stream holds two threads of gRPC's: one that reads, one that writes.
+    """
+
+    def __init__(self, tokens: Tokens, metrics: Metrics, max_messages_per_second: float = 1000.0):
+        self._tokens, self._metrics, self._max_messages_per_second = tokens, metrics, max_messages_per_second
+        self.inbox: queue.Queue[Received | Lost | Stop] = queue.Queue()
+        self._sessions = itertools.count(1)
+        self._outboxes: dict[int, queue.Queue[pb.FromServer | Close | None]] = {}
+
+    def carry(self, out: Send | Close) -> None:
+        """Hands what the coordinator says to the stream that it is for; nothing where that has ended."""
+        outbox = self._outboxes.get(out.session)
+        if outbox is not None:
+            outbox.put(out.message if isinstance(out, Send) else out)
+
+    def close(self) -> None:
+        """Ends all streams after what was sent."""
+        for session in list(self._outboxes):
+            self.carry(Close(session))
+
+    def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> Iterator[pb.FromServer]:
+        """Carries one client's messages, to the end of its stream."""
+        # Before anything is read: a stranger is not to hold a thread by saying nothing.
+        if not self._tokens.accept_any(token_of(context)):
+            self._metrics.refused.inc()
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
+        session, outbox = next(self._sessions), queue.Queue()
+        self._outboxes[session] = outbox
+        threading.Thread(target=self._read, args=(requests, context, session, outbox), daemon=True).start()
+        context.add_callback(lambda: outbox.put(None))
+        try:
+            while isinstance(message := outbox.get(), pb.FromServer):
+                yield message
+        finally:
+            del self._outboxes[session]
+            self.inbox.put(Lost(session))
+        if isinstance(message, Close) and message.reason:
+            code = grpc.StatusCode.INVALID_ARGUMENT if message.final else grpc.StatusCode.UNAVAILABLE
+            if message.reason.startswith(_WRONG_TOKEN):
+                code = grpc.StatusCode.UNAUTHENTICATED
+            context.abort(code, message.reason)
+
+    def _read(self, requests, context, session, outbox):
+        rate, token, first = Rate(self._max_messages_per_second), token_of(context), True
+        try:
+            for message in requests:
+                rate.wait()
+                client = message.hello.client
+                if first and message.WhichOneof("kind") == "hello" and not self._tokens.accept(client, token):
+                    log.warning("client %d from %s: wrong token", client, context.peer())
+                    self._metrics.refused.inc()
+                    outbox.put(Close(session, f"{_WRONG_TOKEN} for client {client}", final=True))
+                    return
+                first = False
+                self.inbox.put(Received(session, message, context.peer()))
+        except grpc.RpcError:
+            pass  # the client is gone
+        except Exception:
+            log.exception("reading from %s", context.peer())
+        outbox.put(None)
+
+
+_WRONG_TOKEN = "no such token"
+
+
+class Endpoint:
+    """A gRPC server with health service and metrics, up until it is closed."""
+
+    def __init__(self, options: ListenOptions, servicer: split_pb2_grpc.SplitServicer, metrics: Metrics, streams: int):
+        options.check()
+        # A stream holds a thread for as long as it lasts.
+        workers = futures.ThreadPoolExecutor(2 * streams + 8, thread_name_prefix="rpc")
+        limits = channel_options(options.max_megabytes << 20)
+        # Two servers must not share a port unawares, and their clients with it.
+        limits += [("grpc.max_concurrent_streams", streams + 8), ("grpc.so_reuseport", 0)]
+        self._server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=2 * streams + 8)
+        split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            if options.tls:
+                self.port = self._server.add_secure_port(options.listen, options.tls.server())
+            else:
+                self.port = self._server.add_insecure_port(options.listen)
+        except RuntimeError as error:
+            raise ValueError(
+                f"listen must be a free host:port, and tls files in PEM format, got {options.listen!r}: {error}"
+            ) from None
+        self._server.start()
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._close_metrics = metrics.serve(options.metrics_port) if options.metrics_port else lambda: None
+
+    def close(self) -> None:
+        """Lets what is under way end, for five seconds, and stops."""
+        self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server.stop(grace=5).wait()
+        self._close_metrics()

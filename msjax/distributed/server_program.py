@@ -1,0 +1,150 @@
+"""The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from msjax import build, config, data
+from msjax.distributed import agreement, drive
+from msjax.distributed.channel import Stop
+from msjax.distributed.coordinator import Coordinator
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ServeOptions
+from msjax.distributed.rpc.security import Tokens
+from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.stores import ServerStore
+from msjax.models import RemoteApply
+from msjax.parts import save_trained
+from msjax.runs import RunFolder, environment, write_atomically
+from msjax.split.metrics import MetricSums
+from msjax.split.schedule import Exchange, Phase
+from msjax.split.traffic import Traffic, run_traffic
+
+
+def check_serve(cfg: config.Config, options: ServeOptions) -> None:
+    """Raises ValueError for a run that cannot be served, or options that cannot work."""
+    options.check()
+    if data.is_streamed(cfg.data.name):
+        raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
+
+
+class ServerProgram:
+    """A training server that is up, from when it is made; `train` leads the run.
+
+    Raises:
+      ValueError: see `check_serve`, or the address cannot be had.
+    """
+
+    def __init__(self, cfg: config.Config, options: ServeOptions, folder: RunFolder):
+        check_serve(cfg, options)
+        self.cfg, self.folder = cfg, folder
+        self.progress: dict[str, Any] = {}
+        self.metrics = Metrics()
+        self._parts = self._summary = None
+        self.coordinator = Coordinator(
+            cfg,
+            self._build,
+            ServerStore(folder.path / "checkpoints", self.progress),
+            options.policy,
+            self.metrics,
+            run=_run_id(folder),
+            progress=self.progress,
+            checkpoint_steps=options.checkpoint_steps,
+            compression=options.compression,
+            on_exchange=self._count,
+            on_end=self._save_part,
+        )
+        tokens = Tokens(options.tokens)
+        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second)
+        self._endpoint = Endpoint(options, self._servicer, self.metrics, cfg.clients)
+        self.port = self._endpoint.port
+        self._step_began = self._began = time.monotonic()
+        self._earlier: dict[str, float] | None = None
+        self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
+
+    def _build(self, samples, test_samples, description):
+        summary = agreement.summary_of(description)
+        if self._parts is None or self._summary != summary:
+            self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
+            self._summary = summary
+        values = description["run"].get("client values"), description["run"].get("client state values")
+        remote = any(isinstance(part.apply, RemoteApply) for part in (self._parts[0], *self._parts[2:]))
+        options = {"parts": self._parts, "client_values": values if remote else None}
+        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples, **options)
+
+    def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
+        """Trains to the end, writes the server's part and the summary, and returns this.
+
+        Raises:
+          Stopped: `stop` was called, or the policy says so.
+        """
+        self._on_epoch = on_epoch
+        drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+        return self._write_summary()
+
+    def stop(self, reason: str) -> None:
+        """Ends training at the next opportunity; from any thread, or a signal's handler."""
+        self._servicer.inbox.put(Stop(reason))
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self._servicer.close()
+        self._endpoint.close()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs' records."""
+        return self.progress.setdefault("history", [])
+
+    def _save_part(self):
+        run = self.coordinator.run
+        steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
+        names = {"run_id": self.coordinator.name, "step": steps}
+        save_trained(path, "server", run.party.state, self.cfg, self._summary, **names)
+
+    def _count(self, exchange: Exchange):
+        """After each exchange: the metrics, and an epoch's record at its end."""
+        self.metrics.exchanges.labels(exchange.phase.name).inc()
+        run = self.coordinator.run
+        schedule, party, task = run.schedule, run.party, run.spec.task
+        if exchange.phase == Phase.FEATURES:
+            now = time.monotonic()
+            self.metrics.step.set(exchange.step)
+            self.metrics.step_seconds.observe(now - self._step_began)
+            self._step_began = now
+        position = schedule.position(exchange.step)
+        if position.epoch_ends and exchange == list(schedule.step_exchanges(exchange.step))[-1]:
+            record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
+            if party.test.samples:
+                record["test"] = party.test.means(task)
+            record |= self._so_far(run_traffic(run.spec, position.epoch + 1))
+            party.train = party.test = MetricSums()
+            self.history.append(record)
+            self.folder.write_history(self.history)
+            self._on_epoch(record)
+
+    def _so_far(self, traffic: Traffic):
+        """What was sent and how long it took, with what an earlier process had recorded of this run."""
+        now = self.metrics.totals() | {"seconds": time.monotonic() - self._began}
+        if self._earlier is None:
+            last = self.history[-1] if self.history else {}
+            self._earlier = {name: (last.get("traffic", {}) | last).get(name, 0) for name in now}
+        total = {name: value + self._earlier[name] for name, value in now.items()}
+        return {"seconds": round(total.pop("seconds"), 3), "traffic": traffic.to_json() | total}
+
+    def _write_summary(self):
+        last = self.history[-1]
+        summary = {"headline": self.coordinator.run.spec.task.headline}
+        summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
+        summary |= {"config": config.to_json(self.cfg), "environment": environment()}
+        self.folder.write_summary(summary)
+        return summary
+
+
+def _run_id(folder):
+    """Names the run of a folder, also when it is resumed."""
+    file = folder.path / "run"
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex)
+    return file.read_text()

@@ -1,0 +1,101 @@
+"""Checkpoints of one party by step, as they are kept in a run over a network."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from msjax.runs.checkpoints import Checkpoints
+from msjax.split.metrics import MetricSums
+from msjax.split.parties import Server
+from msjax.split.state import PartState
+
+
+class ClientStore:
+    """A client's part at some steps.
+
+    The server's last checkpoint is never newer than the clients', so a client keeps what the server may go back to.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._checkpoints = Checkpoints(pathlib.Path(path))
+
+    def steps(self) -> list[int]:
+        """Returns the steps of which there is a checkpoint."""
+        return self._checkpoints.steps()
+
+    def save(self, step: int, state: PartState) -> None:
+        """Saves the part before a step; raises OSError where it cannot be written."""
+        self._checkpoints.save(step, state)
+
+    def restore(self, step: int, like: PartState) -> PartState:
+        """Returns the part before a step."""
+        return self._checkpoints.restore(step, like)[0]
+
+    def prune(self, saved_step: int) -> None:
+        """Deletes what is older than the server's last checkpoint."""
+        self._checkpoints.prune(saved_step)
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._checkpoints.close()
+
+
+class ServerStore(ClientStore):
+    """The server's part, the part that goes round in sequential mode, and the sums of the epoch under way.
+
+    Args:
+      path: the folder.
+      progress: what else is remembered with a checkpoint, and put back with it; JSON-ready.
+    """
+
+    def __init__(self, path: str | os.PathLike, progress: dict[str, Any]):
+        super().__init__(path)
+        self._progress = progress
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None."""
+        return self._checkpoints.latest()
+
+    def save(self, step: int, party: Server) -> None:
+        """Saves the server's state before a step, and deletes older ones; raises OSError where it cannot be written."""
+        tree = {"state": party.state}
+        if party.part_in_transit is not None:
+            tree["relayed"] = party.part_in_transit
+        sums = {"train": _to_json(party.train), "test": _to_json(party.test)}
+        self._checkpoints.save(step, tree, sums | self._progress)
+        self.prune(step)
+
+    def restore(self, step: int, party: Server) -> None:
+        """Puts the server's state before a step into `party`."""
+        tree = {"state": party.state}
+        if party.passes_parts_on:
+            tree["relayed"] = np.zeros(party.spec.client_state_values, np.float32)
+        tree, progress = self._checkpoints.restore(step, tree)
+        party.state, party.part_in_transit = tree["state"], tree.get("relayed")
+        party.train, party.test = (_from_json(progress.pop(name), party) for name in ("train", "test"))
+        self._progress.clear()
+        self._progress.update(progress)
+
+    def forget(self, party: Server) -> None:
+        """Makes the party and what is remembered as they are before the first step."""
+        party.train = party.test = MetricSums()
+        self._progress.clear()
+
+
+def _to_json(sums):
+    values = None if sums.sums is None else {name: np.asarray(v).tolist() for name, v in sums.sums.items()}
+    return {"loss": float(sums.loss), "samples": int(sums.samples), "sums": values}
+
+
+def _from_json(tree, party):
+    likes = party.spec.metric_sums_like
+    if isinstance(tree, list):  # loss, top-1, top-5, samples: what the first version saved
+        loss, top1, top5, samples = tree
+        sums = {"top1_percent": np.int32([top1, samples]), "top5_percent": np.int32([top5, samples])}
+        return MetricSums(loss, samples, sums if samples else None)
+    sums = tree["sums"]
+    if sums is not None:
+        sums = {name: np.asarray(sums[name], like.dtype) for name, like in likes.items()}
+    return MetricSums(tree["loss"], tree["samples"], sums)

@@ -1,0 +1,249 @@
+"""From modules of Flax NNX or Linen, or plain functions, to parts of a model: pure functions and their arrays."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from msjax.models._part import ModelPart, RemoteApply, RemotePart
+
+_MODE_NAMES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+"""Arguments of `__call__` by which modules are told that they train, and what they are then."""
+
+
+def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) -> tuple[ModelPart, ...]:
+    """Returns the parts of a user's model: client and server, and, U-shaped, tail.
+
+    Args:
+      model: two or three parts, each as `as_part` takes it; or, with `cut`, one sequential model: `nnx.Sequential`,
+        `linen.Sequential`, or a list of modules and functions.
+      inputs: arrays of a batch as the first part takes them, or their shapes and dtypes.
+      cut: how many layers of a sequential model the client has.
+      seed: of the parameters of Linen modules, which have none of their own yet.
+
+    Raises:
+      TypeError: `model` is none of these.
+      ValueError: there are not two or three parts, or `cut` leaves a party without a layer.
+    """
+    if cut is not None:
+        model = cut_sequential(model, cut)
+    if isinstance(model, ModelPart) or not isinstance(model, Sequence):
+        raise TypeError(
+            "model must be a tuple of client and server part (and tail), or a sequential model with `cut`, "
+            f"got {type(model).__name__}"
+        )
+    if len(model) not in (2, 3):
+        raise ValueError(f"model must have two parts, client and server, or three with a tail, got {len(model)}")
+    parts, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+    for place, (name, module) in enumerate(zip(("client", "server", "tail"), model, strict=False)):
+        key = jax.random.fold_in(jax.random.key(seed), place)
+        if isinstance(module, RemotePart):
+            batch_size = jax.tree.leaves(x)[0].shape[0]
+            leaves, structure = jax.tree.flatten(module.outputs)
+            outputs = tuple(jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
+            parts.append(ModelPart(RemoteApply((structure, outputs)), {}, {}))
+            batch = [jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype) for leaf in outputs]
+            x = jax.tree.unflatten(structure, batch)
+            continue
+        try:
+            part = as_part(module, x, key=key)
+            x = jax.eval_shape(functools.partial(_outputs, part.apply), part.params, part.stats, x)
+        except NotAPart as error:
+            raise TypeError(f"{name} {error}") from None
+        except Exception as error:
+            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
+            detail = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"{name} must take {shapes}, but raised {type(error).__name__}: {detail}") from error
+        parts.append(part)
+    if len(parts) == 3:  # the client's arrays and the tail's are kept together
+        here = [not isinstance(part.apply, RemoteApply) for part in parts]
+        parts[0] = parts[0].scoped("client") if here[0] else parts[0]
+        parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
+    return tuple(parts)
+
+
+def _outputs(apply, params, stats, x):
+    return apply(params, stats, x, train=False, key=None)[0]
+
+
+class NotAPart(TypeError):
+    """What was given is no part of a model."""
+
+
+def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> ModelPart:
+    """Returns a user's part of a model as a pure function and its arrays.
+
+    Args:
+      module: one of
+
+        - an `nnx.Module`, called as `module(x)`: its parameters are its `nnx.Param`s; `module.train()` and
+          `module.eval()` are called before, and arguments such as `train` or `deterministic` given if it has them;
+        - a `linen.Module`, called as `module(x)` likewise; dropout draws from the collection "dropout";
+        - a pair (apply, params) or triple (apply, params, stats) with `apply(params, stats, x, train, key)`, which
+          returns outputs and new stats; without `stats`, `apply(params, x)`, which returns outputs;
+        - a `ModelPart`.
+
+        In a preset of a network's party also a `RemotePart`, for a part that another party has.
+      x: arrays of a batch, or their shapes and dtypes; needed for a Linen module, whose parameters follow from them.
+      key: of the parameters of a Linen module.
+
+    Raises:
+      TypeError: `module` is none of these, or a Linen module with fields that cannot be hashed.
+    """
+    if isinstance(module, ModelPart):
+        return module
+    if isinstance(module, nnx.Module):
+        return _nnx_part(module)
+    if isinstance(module, linen.Module):
+        return _linen_part(module, x, key)
+    if isinstance(module, tuple) and len(module) in (2, 3) and callable(module[0]):
+        function, params, *stats = module
+        return ModelPart(FunctionApply(function, bool(stats)), params, stats[0] if stats else {})
+    raise NotAPart(
+        "must be an nnx.Module, a linen.Module, a ModelPart, or (apply, params) or (apply, params, stats), "
+        f"got {type(module).__name__}"
+    )
+
+
+def cut_sequential(model: Any, cut: int) -> tuple[Any, Any]:
+    """Returns client and server part of a sequential model, cut behind its first `cut` layers.
+
+    Raises:
+      TypeError: the model is no `nnx.Sequential`, `linen.Sequential` or list of layers.
+      ValueError: `cut` leaves a party without a layer.
+    """
+    layers = model if isinstance(model, list | tuple) else getattr(model, "layers", None)
+    if layers is None or not all(callable(layer) for layer in layers):
+        raise TypeError(f"with cut, model must be a sequential model or a list of layers, got {type(model).__name__}")
+    layers = list(layers)
+    if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut < len(layers):
+        raise ValueError(f"cut must be in 1..{len(layers) - 1}, the number of layers on the client, got {cut!r}")
+    is_linen = isinstance(model, linen.Module) or any(isinstance(layer, linen.Module) for layer in layers)
+    if is_linen:
+        return linen.Sequential(tuple(layers[:cut])), linen.Sequential(tuple(layers[cut:]))
+    return nnx.Sequential(*layers[:cut]), nnx.Sequential(*layers[cut:])
+
+
+@functools.lru_cache(maxsize=256)
+def _mode_arguments(function: Callable) -> tuple[tuple[str, bool], ...]:
+    """Which arguments tell a module that it trains, and what each is in training."""
+    names = inspect.signature(function).parameters
+    return tuple((name, value) for name, value in _MODE_NAMES.items() if name in names)
+
+
+def _arguments(function, train, key):
+    found = {name: value if train else not value for name, value in _mode_arguments(function)}
+    if "key" in inspect.signature(function).parameters:
+        found["key"] = key
+    return found
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FunctionApply:
+    """A user's function as a part's."""
+
+    function: Callable
+    has_stats: bool
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        if self.has_stats:
+            return self.function(params, stats, x, train=train, key=key)
+        return self.function(params, x), stats
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NnxApply:
+    """An NNX module's call as a part's: the module is put together anew in every call."""
+
+    module: type[nnx.Module]
+    graphdef: nnx.GraphDef
+    random: tuple[tuple[tuple[Any, ...], bool, tuple[int, ...]], ...]
+    """Path, whether it is a key, and shape of each state of a random stream."""
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        if train and self.random and key is None:
+            raise ValueError("key must be given when train is True, as the module draws random numbers; got None")
+        random = self._random_states(jax.random.key(0) if key is None else key)
+        # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
+        module = nnx.merge(self.graphdef, params, random, stats, copy=True)
+        (module.train if train else module.eval)()
+        y = module(x, **_arguments(self.module.__call__, train, key))
+        if not train:
+            return y, stats
+        _, _, new_stats = nnx.state(module, nnx.Param, nnx.RngState, ...)
+        return y, nnx.to_pure_dict(new_stats)
+
+    def _random_states(self, key):
+        found: dict = {}
+        for n, (path, is_key, shape) in enumerate(self.random):
+            value = jnp.zeros(shape, jnp.uint32)
+            if is_key:
+                value = jax.random.fold_in(key, n)
+                value = jax.random.split(value, shape) if shape else value
+            at = found
+            for name in path[:-1]:
+                at = at.setdefault(name, {})
+            at[path[-1]] = value
+        return found
+
+
+def _nnx_part(module):
+    graphdef, params, random, stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    found = []
+    for path, variable in nnx.to_flat_state(random):
+        value = variable[...] if hasattr(variable, "__getitem__") else variable
+        found.append((tuple(path), jnp.issubdtype(value.dtype, jax.dtypes.prng_key), tuple(value.shape)))
+    apply = NnxApply(type(module), graphdef, tuple(found))
+    hash(apply)  # raises now rather than in the middle of a trace
+    return ModelPart(apply, nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LinenApply:
+    """A Linen module's call as a part's; `stats` has its collections but "params"."""
+
+    module: linen.Module
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        options = _arguments(type(self.module).__call__, train, key)
+        variables = {"params": params, **stats}
+        rngs = {"dropout": key} if train and key is not None else None
+        if train and stats:
+            y, new_stats = self.module.apply(variables, x, mutable=list(stats), rngs=rngs, **options)
+            return y, dict(new_stats)
+        return self.module.apply(variables, x, rngs=rngs, **options), stats
+
+
+def _linen_part(module, x, key):
+    if isinstance(module, linen.Sequential):
+        module = linen.Sequential(tuple(module.layers))
+    try:
+        hash(module)
+    except TypeError as error:
+        raise NotAPart(
+            f"must have fields that can be hashed, tuples rather than lists; {type(module).__name__} has not: {error}"
+        ) from None
+    options = _arguments(type(module).__call__, False, None)
+    key = jax.random.key(0) if key is None else key
+
+    def init(key, x):
+        return module.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, x, **options)
+
+    x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+    variables = dict(jax.jit(init)(key, x))
+    params = variables.pop("params", {})
+    return ModelPart(LinenApply(module), params, variables)

@@ -1,0 +1,61 @@
+"""A part of a model: what one party has of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class ModelPart(NamedTuple):
+    """A pure function and its arrays: `apply(params, stats, x, train=…, key=…) -> (y, new_stats)`.
+
+    `apply` is hashable, and equal by value for equal parts, so that `jit` need not trace them anew. `params` are
+    trained; `stats`, such as the running statistics of batch normalisation, are updated without a gradient, and are
+    averaged over clients. Both are nested dicts of arrays. `x` and `y` are arrays or trees of arrays whose first axis
+    is the batch. With `train`, random layers draw from `key`.
+    """
+
+    apply: Callable[..., tuple[Any, Any]]
+    params: dict[str, Any]
+    stats: dict[str, Any]
+
+    def scoped(self, name: str) -> "ModelPart":
+        """Returns the same part with its arrays under `name`, so that they can be kept beside another part's."""
+        stats = {name: self.stats} if self.stats else {}
+        return ModelPart(ScopedApply(self.apply, name), {name: self.params}, stats)
+
+
+class RemotePart(NamedTuple):
+    """What this party knows of a part that another party has: what it returns, of one sample.
+
+    In a preset it stands where the other's part would be: (RemotePart(features), server) at the server, and
+    (client, RemotePart(outputs)) at a client. `outputs` is an array or a tree, or its shapes and dtypes, without the
+    batch axis.
+    """
+
+    outputs: Any
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class RemoteApply:
+    """The function of a part that another party has."""
+
+    outputs: Any
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        raise ValueError("this part of the model is another party's; only what it returns is known here")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ScopedApply:
+    """A part's function whose arrays are under a name, beside others that it does not touch."""
+
+    apply: Callable[..., tuple[Any, Any]]
+    name: str
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        y, new_stats = self.apply(params[self.name], stats.get(self.name, {}), x, train=train, key=key)
+        return y, {self.name: new_stats} if self.name in stats else {}

@@ -1,0 +1,186 @@
+"""A trained part of a network in one file, to be used or trained further elsewhere.
+
+    trained = msjax.load_part("server.safetensors")
+    y, _ = trained.apply(trained.params, trained.stats, h, train=False)
+
+A client's part takes inputs as its data set gives them, normalised: `data.normalize(x, summary.mean, summary.std)` of
+its `summary`; a server's takes features.
+
+The file is in the safetensors format: arrays by name, `params/BLOCK/…` and `stats/BLOCK/…`, and in its header what they
+are. Reading it executes nothing, and other frameworks read it too. Of a model of one's own the file holds the arrays
+alone: `load_part(path, model)` puts them into the model.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from msjax import build, config, models
+from msjax.runs.files import write_atomically
+
+_FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
+_OWN_FORMAT = "msjax-part-1"  # of parts of a user's model
+PARTS = ("client", "server", "tail")
+
+
+class TrainedPart(NamedTuple):
+    """One party's part of a trained network; `params` and `stats` are those of the tail too, where it has it.
+
+    Attributes:
+      apply: the part's function; None of a user's model that was not given.
+      part: "client" or "server"; of a model of one's own also "tail".
+      config: of the run that trained it, without the paths of its machine; None where it was started from Python.
+      summary: of the data set: one input, classes, what inputs are normalised by; None likewise.
+      run_id: names the run that trained it: parts of one run have the same.
+      step: how many steps it was trained for.
+      tail: U-shaped: the function of the client's layers behind the server's.
+    """
+
+    apply: Callable[..., Any] | None
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    part: str
+    config: config.Config | None
+    summary: build.DataSummary | None
+    run_id: str
+    step: int
+    tail: Callable[..., Any] | None
+
+
+def save_trained(
+    path: str | os.PathLike,
+    part: str,
+    trained: Any,
+    cfg: config.Config,
+    summary: build.DataSummary,
+    *,
+    run_id: str,
+    step: int,
+) -> None:
+    """Writes a part of a config's run, atomically; `trained` is anything with `params` and `stats`.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    header = {
+        "format": _FORMAT,
+        "part": part,
+        "run": run_id,
+        "step": str(step),
+        "config": json.dumps(config.to_json(config.without_paths(cfg))),
+        "info": json.dumps(summary.to_json()),
+    }
+    _write(path, trained, header)
+
+
+def save_part(
+    path: str | os.PathLike, part: str, trained: Any, *, description: dict[str, Any] | None = None, step: int = 0
+) -> None:
+    """Writes a part of a user's model, atomically; `trained` is anything with `params` and `stats`.
+
+    Args:
+      part: one of `PARTS`.
+      description: of the run that trained it, JSON-ready.
+
+    Raises:
+      ValueError: `part` is none of `PARTS`.
+      OSError: it cannot be written.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    header = {"format": _OWN_FORMAT, "part": part, "step": str(step), "description": json.dumps(description or {})}
+    _write(path, trained, header)
+
+
+def _write(path, trained, header):
+    arrays = {name: np.asarray(leaf) for name, leaf in _by_name(trained.params, trained.stats)}
+    write_atomically(path, safetensors.numpy.save(arrays, metadata=header))
+
+
+def load_part(
+    path: str | os.PathLike, model: Any = None, inputs: Any = None, *, preset: config.Config | None = None
+) -> TrainedPart:
+    """Reads what `save_trained` or `save_part` wrote.
+
+    Args:
+      model: of a model of one's own, the part that the arrays belong to, as `models.as_part` takes it. Without it they
+        come as nested dicts, and `apply` is None.
+      inputs: arrays of a batch as the part takes them, or their shapes and dtypes; needed for a Linen module.
+      preset: of a run whose config names functions of a preset, the preset; see `config.load_preset`.
+
+    Raises:
+      ValueError: the file is not a part of a network, or not one that fits its own config or the model.
+      OSError: it cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from None
+    if header.get("format") not in (_FORMAT, _OWN_FORMAT):
+        raise ValueError(f"{path} must have the format {_FORMAT!r} or {_OWN_FORMAT!r}, got {header.get('format')!r}")
+    try:
+        own = header["format"] == _OWN_FORMAT
+        cfg = None if own else config.from_json(json.loads(header["config"]))
+        summary = None if own else build.DataSummary.from_json(json.loads(header["info"]))
+        part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
+    if part not in (PARTS if own else PARTS[:2]):
+        raise ValueError(f"{path} must be of a client or a server, got {part!r}")
+    if cfg is not None and preset is not None:
+        cfg = config.with_own(cfg, preset)
+    rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step}
+    if model is not None:
+        like = models.as_part(model, inputs)
+        params, stats = _fill(like.params, like.stats, arrays, path)
+        return TrainedPart(like.apply, params, stats, tail=None, **rest)
+    if cfg is None or summary is None or (config.is_reference(cfg.model.name) and preset is None):
+        tree = _nested(arrays)
+        return TrainedPart(None, tree.get("params", {}), tree.get("stats", {}), tail=None, **rest)
+    client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+    mine = [client, *tail] if part == "client" else [server]
+    params = {name: value for p in mine for name, value in p.params.items()}
+    stats = {name: value for p in mine for name, value in p.stats.items()}
+    params, stats = _fill(params, stats, arrays, path)
+    tail_apply = tail[0].apply if tail and part == "client" else None
+    return TrainedPart(mine[0].apply, params, stats, tail=tail_apply, **rest)
+
+
+def _by_name(params, stats):
+    """Pairs of name and leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path({"params": params, "stats": stats})
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def _nested(arrays):
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, last = name.split("/")
+        at = tree
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = array
+    return tree
+
+
+def _fill(params, stats, arrays, path):
+    """`params` and `stats`, whose leaves are shapes and dtypes, with the arrays of their names."""
+    names = _by_name(params, stats)
+    expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in names}
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ValueError(f"{path} must hold the arrays of its model, but these differ: {', '.join(wrong[:5])}")
+    structure = jax.tree.structure({"params": params, "stats": stats})
+    tree = jax.tree.unflatten(structure, [arrays[name] for name, _ in names])
+    return tree["params"], tree["stats"]

@@ -1,0 +1,62 @@
+"""Functions that a config names, as "FILE.py:FUNCTION": how a preset brings a model, data or a task of one's own."""
+
+import functools
+import importlib.util
+import inspect
+import os
+import pathlib
+from types import ModuleType
+from typing import Any
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a field's value names a function: "FILE.py:FUNCTION", or ":FUNCTION" of the preset that it is in."""
+    if not isinstance(value, str):
+        return False
+    path, colon, name = value.rpartition(":")
+    return bool(colon) and name.isidentifier() and (not path or path.endswith(".py"))
+
+
+def load_module(name: str, path: str) -> ModuleType:
+    """Returns the module of a Python file, which is executed once.
+
+    Raises:
+      ValueError: there is no such file; `name` is what the error calls it.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file() or file.suffix != ".py":
+        what = "which does not exist" if not file.exists() else "which is no Python file"
+        raise ValueError(f"{name} must be a Python file, got {path!r}, {what}")
+    return _execute(os.path.abspath(file))
+
+
+@functools.lru_cache(maxsize=64)  # so that its functions are the same objects, and compiled programs are shared
+def _execute(path):
+    spec = importlib.util.spec_from_file_location(f"msjax_preset_{pathlib.Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resolve_in(name: str, path: str, attribute: str) -> Any:
+    """Returns the object `attribute` of a Python file.
+
+    Raises:
+      ValueError: there is no such file, or nothing of that name in it; `name` is what the error calls the field.
+    """
+    if not path:
+        raise ValueError(f"{name} must name a function of a preset, got ':{attribute}', and there is no preset")
+    module = load_module(name, path)
+    if not hasattr(module, attribute):
+        own = (n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__)
+        known = ", ".join(sorted(own)) or "none"
+        raise ValueError(f"{name} must name a function of {path}, got {attribute!r}; it has {known}")
+    return getattr(module, attribute)
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    """Returns what a function makes of as many of the arguments as it takes; what is no function, as it is."""
+    if not inspect.isfunction(function):
+        return function
+    count = len(inspect.signature(function).parameters)
+    return function(*arguments[:count])

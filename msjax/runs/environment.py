@@ -1,0 +1,44 @@
+"""The versions and the hardware that a result depends on."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+# Settings outside the config that change how fast a run is.
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
+_COMPILERS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt", "libtpu")  # where they are installed
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the hardware that a result depends on, JSON-ready."""
+    packages = ("msjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages} | {n: v for n in _COMPILERS if (v := _version(n))},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+    }
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model():
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,104 @@
+"""The run folder: what a run leaves behind, and what it is resumed from.
+
+config.json     the resolved configuration
+metrics.jsonl   one line an epoch
+summary.json    the result: metrics, bytes, wall time, versions, hardware
+client.safetensors, server.safetensors    the trained parts; see msjax.parts
+curves.png      loss and first metric by epoch
+tensorboard/    the same as events
+checkpoints/    the training state; the last two are kept
+"""
+
+import datetime
+import itertools
+import json
+import os
+import pathlib
+from typing import Any
+
+from msjax import config as config_lib
+from msjax.config import Config
+from msjax.runs.checkpoints import Checkpoints
+from msjax.runs.files import to_json, write_atomically
+
+
+class RunFolder:
+    """The folder of one run, at `path`, with its `checkpoints`."""
+
+    def __init__(self, path: str | os.PathLike, *, read_only: bool = False):
+        self.path = pathlib.Path(path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=2, read_only=read_only)
+
+    @classmethod
+    def create(cls, config: Config, name: str | None = None) -> "RunFolder":
+        """Makes a new folder under `config.out`, named `name`, or after time, model, data, cut and codec.
+
+        Raises:
+          ValueError: there is a run of that name.
+        """
+        path = pathlib.Path(config.out) / name if name is not None else _make_unique(config)
+        if (path / "config.json").exists():
+            raise ValueError(
+                f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, path / "config.json")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, read_only: bool = False) -> tuple["RunFolder", Config]:
+        """Opens the folder of an earlier run, with its config; `read_only` while the run may still be under way.
+
+        Raises:
+          ValueError: there is no run at `path`.
+        """
+        path = pathlib.Path(path)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"the run must be a folder with config.json, got {str(path)!r}")
+        return cls(path, read_only=read_only), config_lib.load(path / "config.json")
+
+    @classmethod
+    def open_or_create(cls, config: Config, name: str) -> tuple["RunFolder", Config]:
+        """Opens the run `name` under `config.out` where it was begun, with the config that it has, or makes it."""
+        path = pathlib.Path(config.out) / name
+        if (path / "config.json").is_file():
+            return cls.open(path)
+        return cls.create(config, name), config
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Rewrites metrics.jsonl from the records of the finished epochs."""
+        write_atomically(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """Returns the records of the finished epochs."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, which a run that is finished has."""
+        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Returns the summary of a finished run, else None."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def close(self) -> None:
+        """Lets go of the checkpoints."""
+        self.checkpoints.close()
+
+
+def _make_unique(config):
+    """A folder of a name that no other run has, also of those that start in the same second."""
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    m, data = config.model, config.data.name.replace("/", "_")
+    words = [time, m.name, data, m.cut, type(config.codec).__name__]
+    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words)
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for n in itertools.count(1):
+        path = out / (name if n == 1 else f"{name}-{n}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path

@@ -1,0 +1,50 @@
+"""Pictures of a run, and TensorBoard events."""
+
+import contextlib
+import importlib.util
+import pathlib
+from typing import Any
+
+
+def available() -> bool:
+    """Returns whether the extra `plots` is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("matplotlib", "tensorboardX"))
+
+
+def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: pathlib.Path) -> None:
+    """Draws the loss and the metric `headline` by epoch as a PNG."""
+    # Imported here: it takes a second that `msjax eval` need not wait for.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, metric = figure.subplots(1, 2)
+    for split, style in (("train", "--"), ("test", "-")):
+        found = [record for record in history if split in record]
+        epochs = [record["epoch"] for record in found]
+        loss.plot(epochs, [record[split]["loss"] for record in found], style, label=split)
+        metric.plot(epochs, [record[split][headline] for record in found], style, label=split)
+    loss.set(xlabel="epoch", ylabel="loss")
+    metric.set(xlabel="epoch", ylabel=headline.replace("_percent", ", %"))
+    loss.legend()
+    figure.suptitle(title, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def tensorboard(path: pathlib.Path, *, first_epoch: int):
+    """Yields `write(record)`, which adds a finished epoch's record to TensorBoard events under `path`."""
+    from tensorboardX import SummaryWriter
+
+    # Events of epochs that a resumed run repeats are dropped.
+    writer = SummaryWriter(str(path), purge_step=first_epoch)
+
+    def write(record: dict[str, Any]) -> None:
+        for group in ("train", "test", "traffic"):
+            for name, value in record.get(group, {}).items():
+                writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        writer.close()

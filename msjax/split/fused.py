@@ -1,0 +1,173 @@
+"""One training step of K clients in one program; `step` computes the same in several."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msjax import compress, wire
+from msjax.split.payloads import Codecs, leaf_key
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState, TrainState, split_key, tail_key
+from msjax.split.step import PartUpdate, StepMetrics, add_up, score, update_part
+from msjax.split.trees import TreeSpec, is_float, mean
+
+
+def fused_step(
+    spec: RunSpec,
+    state: TrainState,
+    x: Any,
+    y: Any,
+    keys: jax.Array,
+    *,
+    axis_name: str | None = None,
+    own_parts: bool = False,
+) -> tuple[TrainState, StepMetrics]:
+    """Takes the step of K clients in one program.
+
+    The clients' batches are one `vmap`. Where all clients have the same part its weights carry no client axis:
+    convolutions and weight gradients see one batch of K·B.
+
+    Args:
+      x: batches (K, B, …); y: labels (K, B, …); keys: one a client (K,).
+      axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
+      own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
+        arrays of `state.client` then have a leading axis K.
+    """
+    clients = keys.shape[0]
+
+    def client_loss(params, byte_slots, client_stats, x, y, key):
+        keys = split_key(key)
+        h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0])
+        down = jnp.float32(0)
+        outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
+        if spec.u_shaped:
+            grad_codec = Codecs(spec.grad_codec.default)
+            h, down = cross_cut(spec.tail_codec, grad_codec, outputs, tail_key(keys.codec), byte_slots[1])
+            outputs, tail_stats = spec.tail(params[0], client_stats, h, train=True, key=keys.client)
+            new_stats = new_stats | tail_stats
+        loss = spec.task.losses(outputs, y, train=True).mean()
+        return loss, ((new_stats, server_stats), spec.task.sums(outputs, y), (up, down))
+
+    client_axis = 0 if own_parts else None
+
+    def total_loss(params, byte_slots):
+        # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
+        axes = ((client_axis, None), 0, client_axis, 0, 0, 0)
+        losses, aux = jax.vmap(client_loss, in_axes=axes)(params, byte_slots, state.client.stats, x, y, keys)
+        return losses.sum(), (losses, *aux)
+
+    def over_devices(tree):
+        if axis_name is None:
+            return tree
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name) if is_float(leaf) else leaf, tree)
+
+    params = (state.client.params, state.server.params)
+    byte_slots = jnp.zeros((clients, 2), jnp.float32)
+    grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, byte_slots)
+    (client_grads, server_grads), gradient_bytes = grads
+    grads_down, grads_up = gradient_bytes.sum(0)
+    losses, (client_stats, server_stats), sums, (features_up, features_down) = aux
+
+    def mean_update(grads, stats):
+        grads = jax.tree.map(lambda g: g / clients, grads)
+        return PartUpdate(*over_devices((grads, mean(stats))))
+
+    if own_parts:
+        client = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
+            state.client, client_grads, client_stats
+        )
+    else:
+        client = update_part(spec, state.client, mean_update(client_grads, client_stats))
+    server = update_part(spec, state.server, mean_update(server_grads, server_stats))
+    loss = over_devices(losses.mean())
+    totals = (add_up(sums), features_up.sum() + grads_up, features_down.sum() + grads_down)
+    if axis_name is not None:
+        totals = jax.lax.psum(totals, axis_name)
+    return TrainState(client, server, state.step + 1), StepMetrics(loss, *totals)
+
+
+def cross_cut(
+    codecs: Codecs, grad_codecs: Codecs, h: Any, key: jax.Array, byte_slot: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Takes the features of one client over the cut, in one program.
+
+    Args:
+      h: features, a tree of arrays of a batch.
+      byte_slot: float32 (), a zero. A backward pass returns nothing but gradients, so the bytes of the gradients'
+        messages are returned as the gradient of this argument.
+
+    Returns:
+      The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
+      message, 0 where they follow from shapes.
+    """
+    spec = TreeSpec.of(h)
+    crossed, up = [], jnp.float32(0)
+    pairs = zip(codecs.for_tree(spec), grad_codecs.for_tree(spec, "grad_codec"), strict=True)
+    for place, (leaf, (codec, grad_codec)) in enumerate(zip(jax.tree.leaves(h), pairs, strict=True)):
+        if not is_float(leaf):
+            crossed.append(leaf)
+            continue
+        leaf_key_ = leaf_key(key, place)
+        passed = compress.straight_through(codec, leaf, leaf_key_, grad_codec)
+        if codecs.entropy_coded or grad_codecs.entropy_coded:
+            payload = codec.encode(jax.lax.stop_gradient(leaf), leaf_key_)
+            up += wire.estimate_bytes(payload, codec, leaf)
+            passed = _count_gradient_bytes(grad_codec, passed, leaf_key_, byte_slot)
+        crossed.append(passed)
+    return jax.tree.unflatten(spec.structure, crossed), up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _count_gradient_bytes(grad_codec, h, key, byte_slot):
+    return h
+
+
+def _count_forward(grad_codec, h, key, byte_slot):
+    return h, key
+
+
+def _count_backward(grad_codec, key, g):
+    payload = grad_codec.encode(g, compress.downlink_key(key))
+    return g, None, wire.estimate_bytes(payload, grad_codec, g)
+
+
+_count_gradient_bytes.defvjp(_count_forward, _count_backward)
+
+
+def average_parts(client: PartState, *, axis_name: str | None = None) -> PartState:
+    """Gives every client the mean of all clients' weights and statistics; momenta stay their own.
+
+    Args:
+      client: parts whose arrays have a leading axis K.
+      axis_name: as in `fused_step`.
+    """
+
+    def average(leaf):
+        if not is_float(leaf):
+            return leaf
+        value = leaf.mean(0)
+        value = value if axis_name is None else jax.lax.pmean(value, axis_name)
+        return jnp.broadcast_to(value, leaf.shape)
+
+    return client._replace(params=jax.tree.map(average, client.params), stats=jax.tree.map(average, client.stats))
+
+
+def evaluate(spec: RunSpec, state: TrainState, x: Any, y: Any, key: jax.Array) -> StepMetrics:
+    """Returns test loss and metrics of one batch, with running statistics, through the test codec."""
+
+    def cross(codecs, h, key):
+        leaves, structure = jax.tree.flatten(h)
+        of_leaf = zip(codecs.for_tree(TreeSpec.of(h)), leaves, strict=True)
+        through = [codec.roundtrip(leaf, leaf_key(key, place)) for place, (codec, leaf) in enumerate(of_leaf)]
+        return jax.tree.unflatten(structure, through)
+
+    client, server = state.client, state.server
+    h, _ = spec.client(client.params, client.stats, x, train=False, key=None)
+    outputs, _ = spec.server(server.params, server.stats, cross(spec.test_codec, h, key), train=False, key=None)
+    if spec.u_shaped:
+        h = cross(Codecs(spec.test_codec.default), outputs, tail_key(key))
+        outputs, _ = spec.tail(client.params, client.stats, h, train=False, key=None)
+    return score(spec, outputs, y)

@@ -1,0 +1,120 @@
+"""What every mode has to say, with what most of them say."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+
+from msjax.split import fused, trees
+from msjax.split.payloads import PayloadSpec
+from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
+from msjax.split.state import TrainState
+from msjax.split.step import StepMetrics
+
+if TYPE_CHECKING:
+    from msjax.split.parties import Client, Server
+    from msjax.split.spec import RunSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How the clients work together. Its fields are its whole configuration; equal modes are equal by value."""
+
+    own_parts: ClassVar[bool] = False
+    """Whether every client has a part of its own that differs from the others' within a run."""
+    one_at_a_time: ClassVar[bool] = False
+    """Whether a step is one client's, and the part goes from client to client by the server."""
+
+    # -- The order of exchanges. ------------------------------------------------------------------------------------
+
+    def epoch_steps(self, schedule: Schedule) -> int:
+        """Returns the steps of an epoch."""
+        return schedule.client_steps
+
+    def position(self, schedule: Schedule, step: int) -> StepPosition:
+        """Returns where in the data a step is: here the same batch of every client's share."""
+        epoch, within = divmod(step, self.epoch_steps(schedule))
+        start = within * schedule.batch_size
+        stop = min(start + schedule.batch_size, schedule.samples)
+        everyone = tuple(range(schedule.clients))
+        return StepPosition(epoch, start, stop, everyone, False, False, within == schedule.epoch_steps - 1)
+
+    def exchanges(self, schedule: Schedule, step: int) -> Iterator[Exchange]:
+        """Yields the exchanges of a training step."""
+        yield from self.passes(schedule, step)
+        if self.averages_after(schedule, step):
+            yield Exchange(step, Phase.AVERAGE, self.position(schedule, step).clients)
+
+    def passes(self, schedule: Schedule, step: int) -> Iterator[Exchange]:
+        """Yields those of the passes forward and backward, which all modes have."""
+        clients = self.position(schedule, step).clients
+        yield Exchange(step, Phase.FEATURES, clients)
+        if schedule.u_shaped:
+            yield Exchange(step, Phase.GRADIENT, clients)
+
+    def averages_after(self, schedule: Schedule, step: int) -> bool:
+        """Whether the clients average after a step."""
+        return False
+
+    def test_clients(self, schedule: Schedule) -> tuple[int, ...]:
+        """Returns the clients that have the trained part: they test, and keep it at the end."""
+        return tuple(range(schedule.clients))
+
+    def may_checkpoint(self, schedule: Schedule, step: int, every: int) -> bool:
+        """Whether the state before a step is saved."""
+        return step % every == 0
+
+    def keeps_state(self, schedule: Schedule) -> bool:
+        """Whether a client's state outlives its turn; if not, it is handed one when its turn begins."""
+        return True
+
+    # -- What the parties do with exchanges of this mode's own. -----------------------------------------------------
+
+    def up(self, spec: "RunSpec", exchange: Exchange) -> PayloadSpec | None:
+        """Returns what a client sends in an exchange that is not a pass."""
+        return None
+
+    def down(self, spec: "RunSpec", exchange: Exchange) -> PayloadSpec | None:
+        """Returns what the server answers there."""
+        return None
+
+    def client_send(self, client: "Client", exchange: Exchange) -> Any:
+        """Returns a client's payload in such an exchange, or None."""
+        return None
+
+    def client_receive(self, client: "Client", exchange: Exchange, payload: Any) -> None:
+        """Goes on with the server's answer in such an exchange."""
+
+    def server_answer(self, server: "Server", exchange: Exchange, payloads: list[Any]) -> list[Any]:
+        """Returns the server's answer to each client in such an exchange."""
+        return [None] * len(payloads)
+
+    def client_finish(self, client: "Client", exchange: Exchange, update: Any) -> None:
+        """Does with a client's gradients what the mode wants behind the backward pass: here, updates its part."""
+        client.update(update)
+
+    # -- The same in one program. -----------------------------------------------------------------------------------
+
+    def clients_at_once(self, schedule: Schedule) -> int:
+        """Returns how many clients take a step together."""
+        return 1 if self.one_at_a_time else schedule.clients
+
+    def spread(self, state: TrainState, clients: int) -> TrainState:
+        """Returns the state in one program: here, all clients share one part."""
+        return state
+
+    def gather(self, state: TrainState) -> TrainState:
+        """Returns the state with one client part, as it is at the end of an epoch: the inverse of `spread`."""
+        return state
+
+    def fused_step(
+        self, spec: "RunSpec", state: TrainState, x: Any, y: Any, keys: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        """Takes the step in one program; see `fused.fused_step`."""
+        return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+
+
+def vector_of(tree: Any) -> PayloadSpec:
+    """Returns the spec of all floating values of a tree as one vector."""
+    return PayloadSpec.of_vector(trees.count_floats(tree))

@@ -1,0 +1,295 @@
+"""The parties of split learning as they are apart: what a client and the server do in each exchange.
+
+No network is in here: `run` lets all of them talk in one program, `msjax.distributed` over a network. Both call the
+same jitted functions on the same arrays, so they compute the same bits. What `fused` computes in one program agrees
+with them to float32 rounding.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from msjax import data
+from msjax.split import programs
+from msjax.split.metrics import MetricSums, sums_of, total
+from msjax.split.payloads import Payload, payload_vector, vector_payload
+from msjax.split.schedule import Exchange, Phase, Schedule
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState, with_update_count
+from msjax.split.step import PartUpdate
+from msjax.split.trees import stack, unstack
+
+
+class Message(NamedTuple):
+    """What one party tells the other in an exchange; what an exchange has no use for is None."""
+
+    payload: Payload | None = None
+    """As `RunSpec.up` and `RunSpec.down` say."""
+    labels: Any = None
+    """(B, …), as the data set has them."""
+    metrics: MetricSums | None = None
+    """Where the labels are the client's: loss and metrics of its batch, or of all its test batches."""
+
+
+class ClientData(NamedTuple):
+    """What a client has."""
+
+    train: data.Split
+    test: data.Split
+
+
+class Client:
+    """One client: its data, its part of the network, and what it does in every exchange.
+
+    Args:
+      client_id: its number, from 0.
+      spec: the run.
+      state: its part before the first step.
+      own: its data; random crops and orders are drawn from `seed`.
+      numpy_encoder: whether it encodes by NumPy, to the same bits, and not within the jitted functions.
+
+    Raises:
+      ValueError: `numpy_encoder` with a codec that has none.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        spec: RunSpec,
+        state: PartState,
+        own: ClientData,
+        seed: int,
+        *,
+        numpy_encoder: bool = False,
+    ):
+        self.client_id, self.spec, self.state = client_id, spec, state
+        self._data, self._seed, self._numpy = own, seed, numpy_encoder
+        if numpy_encoder:
+            for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
+                codec.encode_numpy(np.zeros((1, 1), np.float32))  # raises where it cannot
+        self.begin()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The order of exchanges."""
+        return self.spec.schedule
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether its state outlives a turn; if not it is handed one when its turn begins."""
+        return self.spec.mode.keeps_state(self.schedule)
+
+    @property
+    def keeps_result(self) -> bool:
+        """Whether it has the trained part at the end."""
+        return self.client_id in self.schedule.test_clients
+
+    def needs_state(self, at: int) -> bool:
+        """Whether the part that it has before step `at` counts."""
+        return self.keeps_result if at == self.schedule.total_steps else self.keeps_state
+
+    def exchanges(self, start: int = 0) -> Iterator[Exchange]:
+        """Yields this client's exchanges from step `start` on."""
+        return (exchange for exchange in self.schedule.exchanges(start) if self.client_id in exchange.clients)
+
+    def begin(self) -> None:
+        """Forgets an exchange under way, to begin at another step."""
+        self._pending = self._outgoing = self._tail_update = None
+        self.pending_update: PartUpdate | None = None
+        """What this client contributes to an average, where its mode has one."""
+        self._prepared: tuple[Exchange, Any] | None = None
+        self._tested: list[MetricSums] = []
+
+    def may_checkpoint(self, exchange: Exchange, every: int) -> bool:
+        """Whether the state before this exchange is to be saved."""
+        if exchange.phase != Phase.FEATURES or not self.keeps_state:
+            return False
+        return self.schedule.may_checkpoint(exchange.step, every)
+
+    def part(self) -> Payload:
+        """Returns its part with the optimizer's state, as `RunSpec.part_payload` describes it."""
+        return vector_payload(programs.to_vector(self.state))
+
+    def adopt(self, payload: Payload, at: int) -> None:
+        """Goes on with the part of another client, as it is before step `at`."""
+        self.state = with_update_count(programs.from_vector(payload_vector(payload), self.state), at)
+
+    def update(self, update: PartUpdate) -> None:
+        """Takes the optimizer's step on its part."""
+        self.state = programs.update_part(self.spec, self.state, update)
+
+    def prepare(self, exchange: Exchange) -> None:
+        """Does in advance what of a coming exchange does not depend on the state: the batch of a training step."""
+        if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
+            inputs, labels = self._batch(exchange)
+            key = self._key(exchange)
+            self._prepared = exchange, (programs.preprocess(self.spec, inputs, key), labels, key)
+
+    def send(self, exchange: Exchange) -> Message:
+        """Returns this client's message in an exchange that it takes part in."""
+        spec = self.spec
+        match exchange.phase:
+            case Phase.FEATURES:
+                self.prepare(exchange)
+                x, labels, key = self._prepared[1]
+                if self._numpy:
+                    h, self._pending = programs.client_features(spec, self.state, x, key)
+                    payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
+                else:
+                    payload, self._pending = programs.client_forward(spec, self.state, x, key)
+                return Message(payload, labels if spec.sends_labels else None)
+            case Phase.GRADIENT:
+                return self._outgoing
+            case Phase.TEST:
+                inputs, labels = self._batch(exchange)
+                if self._numpy:
+                    h = programs.client_test_features(spec, self.state, inputs)
+                    payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
+                else:
+                    payload = programs.client_test_payload(spec, self.state, inputs, self._key(exchange))
+                return Message(payload, labels if spec.sends_labels else None)
+            case Phase.RESULT:
+                tested, self._tested = self._tested, []
+                return Message(metrics=total(tested))
+        return Message(spec.mode.client_send(self, exchange))
+
+    def receive(self, exchange: Exchange, message: Message) -> None:
+        """Goes on with the server's answer."""
+        spec = self.spec
+        match exchange.phase:
+            case Phase.FEATURES if spec.u_shaped:
+                self._outgoing = self._tail_gradient(exchange, message.payload)
+            case Phase.FEATURES | Phase.GRADIENT:
+                tail = {} if self._tail_update is None else {"tail": self._tail_update}
+                batch_size = self.schedule.batch_size_of(exchange)
+                pending, self._pending, self._tail_update = self._pending, None, None
+                update = programs.client_backward(spec, pending, message.payload, batch_size=batch_size, **tail)
+                spec.mode.client_finish(self, exchange, update)
+            case Phase.TEST if spec.u_shaped:
+                _, labels = self._batch(exchange)
+                batch_size = self.schedule.batch_size_of(exchange)
+                found = programs.client_test_score(spec, self.state, message.payload, labels, batch_size=batch_size)
+                self._tested.append(sums_of(found, batch_size))
+            case Phase.TEST | Phase.RESULT:
+                pass
+            case _:
+                spec.mode.client_receive(self, exchange, message.payload)
+
+    def _tail_gradient(self, exchange, payload):
+        """The message of the tail's gradient; its update waits for that of the layers before the cut."""
+        _, labels, key = self._prepared[1]
+        batch_size = self.schedule.batch_size_of(exchange)
+        args = (self.spec, self.state, payload, labels, key)
+        if self._numpy:
+            g, self._tail_update, found = programs.client_tail_gradient(*args, batch_size=batch_size)
+            out = self.spec.tail_gradient_payload(batch_size).encode_numpy(g)
+        else:
+            out, self._tail_update, found = programs.client_tail(*args, batch_size=batch_size)
+        return Message(out, metrics=sums_of(found, batch_size))
+
+    def _key(self, exchange):
+        testing = exchange.phase == Phase.TEST
+        at = np.int32(exchange.test_round if testing else exchange.step)
+        return programs.key(self._seed, testing, at, np.int32(self.client_id))
+
+    def _batch(self, exchange):
+        """Inputs and labels of an exchange, as the data set stores them."""
+        if exchange.phase == Phase.TEST:
+            rows = self.schedule.test_rounds()[exchange.test_round]
+            return self._data.test.fetch(rows[exchange.clients.index(self.client_id)])
+        position = self.schedule.position(exchange.step)
+        at = self._order(position.epoch)[position.start : position.stop]
+        step_in_epoch = position.start // self.schedule.batch_size
+        return self._data.train.fetch(at, (self._seed, position.epoch, step_in_epoch))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _order(self, epoch):
+        own = np.arange(len(self._data.train), dtype=np.int32)
+        return data.epoch_order(own, self.schedule.samples, seed=self._seed, epoch=epoch, client=self.client_id)
+
+
+class Server:
+    """The server: its part, what it is handed to pass on, and the sums of the epoch under way.
+
+    Attributes:
+      part_in_transit: a client's part with its optimizer state, float32 (n,), between two clients' turns.
+      train, test: loss and metrics since they were last reset.
+    """
+
+    def __init__(self, spec: RunSpec, state: PartState, seed: int):
+        self.spec, self.state = spec, state
+        self.part_in_transit: np.ndarray | None = None
+        self.train = self.test = MetricSums()
+        self._seed, self._pending = seed, None
+
+    @property
+    def passes_parts_on(self) -> bool:
+        """Whether it has to have a client's part to hand on, once training has begun."""
+        return self.spec.mode.one_at_a_time and self.spec.schedule.clients > 1
+
+    def handle(self, exchange: Exchange, messages: dict[int, Message]) -> dict[int, Message]:
+        """Returns the answer to each client in `messages`: all of the exchange's, or those that came in time."""
+        clients = tuple(sorted(messages))
+        answers = self._answers(exchange, clients, [messages[client] for client in clients])
+        return dict(zip(clients, answers, strict=True))
+
+    def _answers(self, exchange, clients, messages):
+        spec = self.spec
+        match exchange.phase:
+            case Phase.FEATURES:
+                batch_size = spec.schedule.batch_size_of(exchange)
+                keys, payloads = self._keys(exchange, clients), stack([m.payload for m in messages])
+                if spec.u_shaped:
+                    args = (spec, self.state, payloads, keys)
+                    answers, pending = programs.server_forward(*args, batch_size=batch_size)
+                    self._pending = pending, clients
+                else:
+                    args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys)
+                    self.state, answers, found = programs.server_step(*args, batch_size=batch_size)
+                    self.train += sums_of(found, batch_size * len(clients))
+                return [Message(answer) for answer in unstack(answers, len(clients))]
+            case Phase.GRADIENT:
+                return self._backward(exchange, clients, messages)
+            case Phase.TEST:
+                return [self._test(exchange, client, m) for client, m in zip(clients, messages, strict=True)]
+            case Phase.RESULT:
+                self.test = total([self.test, *(m.metrics for m in messages)])
+                return [Message()] * len(messages)
+        return [Message(p) for p in spec.mode.server_answer(self, exchange, [m.payload for m in messages])]
+
+    def _backward(self, exchange, clients, messages):
+        """U-shaped: the answers to the tails' gradients."""
+        (pending, everyone), self._pending = self._pending, None
+        # Of those who sent features some may have been dropped since: theirs is anyone's payload, masked.
+        present, came = np.isin(everyone, clients), dict(zip(clients, messages, strict=True))
+        payloads = stack([came.get(client, messages[0]).payload for client in everyone])
+        args = (self.spec, self.state, pending, payloads, self._keys(exchange, everyone), present)
+        batch_size = self.spec.schedule.batch_size_of(exchange)
+        self.state, answers = programs.server_backward(*args, batch_size=batch_size)
+        self.train = total([self.train, *(m.metrics for m in messages)])
+        answers = dict(zip(everyone, unstack(answers, len(everyone)), strict=True))
+        return [Message(answers[client]) for client in clients]
+
+    def _test(self, exchange, client, message):
+        batch_size = self.spec.schedule.batch_size_of(exchange)
+        key = programs.key(self._seed, True, np.int32(exchange.test_round), np.int32(client))
+        out = programs.server_test_outputs(self.spec, self.state, message.payload, key, batch_size=batch_size)
+        if self.spec.u_shaped:
+            return Message(out)
+        self.test += sums_of(programs.score(self.spec, out, message.labels), batch_size)
+        return Message()
+
+    def _keys(self, exchange, clients):
+        return programs.keys(self._seed, False, np.int32(exchange.step), np.asarray(clients, np.int32))
+
+
+def run(server: Server, clients: list[Client], *, start: int = 0) -> Iterator[Exchange]:
+    """Lets the parties talk in one program; yields every exchange after it is done."""
+    for exchange in server.spec.schedule.exchanges(start):
+        messages = {client_id: clients[client_id].send(exchange) for client_id in exchange.clients}
+        for client_id, answer in server.handle(exchange, messages).items():
+            clients[client_id].receive(exchange, answer)
+        yield exchange

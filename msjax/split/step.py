@@ -1,0 +1,241 @@
+"""One training step as the parties take it, with payloads between them.
+
+    payload, pending = client_forward(spec, client, x, key)                                     # on each client
+    server, replies, metrics = server_step(spec, server, payloads, y, keys, batch_size=B)       # on the server, for K
+    update = client_backward(spec, pending, reply, batch_size=B)                                # on each client
+    client = update_part(spec, client, mean_of(updates))                                        # averaged
+
+U-shaped, the last layers and the labels stay with the client, and the server's turn becomes two:
+
+    payloads, pending = server_forward(spec, server, payloads, keys, batch_size=B)
+    payload, update, metrics = client_tail(spec, client, payload, y, key, batch_size=B)         # on each client
+    server, replies = server_backward(spec, server, pending, payloads, keys, present, batch_size=B)
+    update = client_backward(spec, pending, reply, update, batch_size=B)                        # on each client
+
+`fused` computes the same in one program. Both follow the paper: the loss of a step is the mean over the K clients, and
+so are the gradients of the server and of the clients (arXiv 2408.13787, section 2); each client normalises by its own
+batch, and the running statistics are averaged over the clients.
+
+The two agree to float32 rounding, as their sums have another order, except where rounding moves a value over the edge
+between two codes; with codecs that round nothing the tests hold every array to 1e-5 of its norm.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from msjax.split.payloads import Payload
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState, split_key, tail_key
+from msjax.split.trees import float_leaves, mean, with_float_leaves
+
+
+class StepMetrics(NamedTuple):
+    """Of one step or one test batch: the mean loss, and each metric's sums, over all clients."""
+
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+    uplink_bytes: jax.Array | float = 0.0
+    """About the bytes of all clients' messages of features and gradients; only of the fused step, where a codec is
+    `entropy_coded`, since all others' bytes follow from shapes. See `wire.estimate_bytes`."""
+    downlink_bytes: jax.Array | float = 0.0
+
+
+class Pending(NamedTuple):
+    """What a party keeps between its forward and its backward pass."""
+
+    vjp: Any
+    stats: PyTree
+
+
+class PartUpdate(NamedTuple):
+    """What a client contributes to the average of a step: gradients, and new statistics."""
+
+    grads: PyTree
+    stats: PyTree
+
+
+def client_forward(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> tuple[Payload, Pending]:
+    """Returns the payload of one client's features of its batch `x`, and what its backward pass needs."""
+    h, pending = client_features(spec, client, x, key)
+    batch_size = jax.tree.leaves(x)[0].shape[0]
+    return spec.feature_payload(batch_size).encode(h, split_key(key).codec), pending
+
+
+def client_features(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> tuple[Any, Pending]:
+    """Returns one client's features before they are encoded, and what its backward pass needs."""
+
+    def forward(params):
+        h, stats = spec.client(params, client.stats, x, train=True, key=split_key(key).client)
+        return float_leaves(h), (stats, h)
+
+    _, vjp, (stats, h) = jax.vjp(forward, client.params, has_aux=True)
+    return h, Pending(vjp, stats)
+
+
+def server_step(
+    spec: RunSpec, server: PartState, payloads: Payload, y: Any, keys: jax.Array, *, batch_size: int
+) -> tuple[PartState, Payload, StepMetrics]:
+    """Takes the server's step on the stacked payloads of K clients.
+
+    Decodes, differentiates each client's loss at its decoded features, updates the server with the mean gradient.
+
+    Args:
+      payloads: the clients' payloads, each array with a leading axis K.
+      y: labels (K, B, …).
+      keys: the clients' keys of this step (K,), the same that `client_forward` got.
+      batch_size: B.
+
+    Returns:
+      The new state; the replies, payloads of the features' gradients with a leading axis K; and the metrics.
+    """
+
+    def one_client(payload, y, key):
+        keys = split_key(key)
+        h = spec.feature_payload(batch_size).decode(payload)
+
+        def loss(params, floats):
+            h_ = with_float_leaves(h, floats)
+            outputs, stats = spec.server(params, server.stats, h_, train=True, key=keys.server)
+            return spec.task.losses(outputs, y, train=True).mean(), (stats, outputs)
+
+        differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, (stats, outputs)), (grads, g) = differentiated(server.params, float_leaves(h))
+        reply = spec.gradient_payload(batch_size).encode(g, keys.codec)
+        return grads, stats, reply, value, spec.task.sums(outputs, y)
+
+    grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys)
+    server = update_part(spec, server, PartUpdate(mean(grads), mean(stats)))
+    return server, replies, StepMetrics(losses.mean(), add_up(sums))
+
+
+def server_forward(
+    spec: RunSpec, server: PartState, payloads: Payload, keys: jax.Array, *, batch_size: int
+) -> tuple[Payload, Pending]:
+    """Returns the payloads for the clients' tails, with a leading axis K, and what the backward pass needs."""
+    h = jax.vmap(spec.feature_payload(batch_size).decode)(payloads)
+
+    def forward(params, floats):
+        def one_client(h, key):
+            return spec.server(params, server.stats, h, train=True, key=split_key(key).server)
+
+        outputs, stats = jax.vmap(one_client)(with_float_leaves(h, floats), keys)
+        return float_leaves(outputs), (stats, outputs)
+
+    _, vjp, (stats, outputs) = jax.vjp(forward, server.params, float_leaves(h), has_aux=True)
+    encode = spec.tail_feature_payload(batch_size).encode
+    payloads = jax.vmap(lambda outputs, key: encode(outputs, tail_key(split_key(key).codec)))(outputs, keys)
+    return payloads, Pending(vjp, stats)
+
+
+def client_tail(
+    spec: RunSpec, client: PartState, payload: Payload, y: Any, key: jax.Array, *, batch_size: int
+) -> tuple[Payload, PartUpdate, StepMetrics]:
+    """Returns the payload of one client's gradient for the server, the tail's part of its update, and the metrics."""
+    g, update, metrics = client_tail_gradient(spec, client, payload, y, key, batch_size=batch_size)
+    payload = spec.tail_gradient_payload(batch_size).encode(g, tail_key(split_key(key).codec))
+    return payload, update, metrics
+
+
+def client_tail_gradient(
+    spec: RunSpec, client: PartState, payload: Payload, y: Any, key: jax.Array, *, batch_size: int
+) -> tuple[list, PartUpdate, StepMetrics]:
+    """Returns the same with the gradient before it is encoded."""
+    h = spec.tail_feature_payload(batch_size).decode(payload)
+
+    def loss(params, floats):
+        h_ = with_float_leaves(h, floats)
+        outputs, stats = spec.tail(params, client.stats, h_, train=True, key=split_key(key).client)
+        return spec.task.losses(outputs, y, train=True).mean(), (stats, outputs)
+
+    differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (value, (stats, outputs)), (grads, g) = differentiated(client.params, float_leaves(h))
+    return g, PartUpdate(grads, stats), StepMetrics(value, spec.task.sums(outputs, y))
+
+
+def server_backward(
+    spec: RunSpec,
+    server: PartState,
+    pending: Pending,
+    payloads: Payload,
+    keys: jax.Array,
+    present: jax.Array,
+    *,
+    batch_size: int,
+) -> tuple[PartState, Payload]:
+    """Takes the server's backward pass from the tails' payloads.
+
+    Args:
+      present: bool (K,): the gradient is the mean over these clients; of the others the payload does not count.
+
+    Returns:
+      The new state, and the replies with a leading axis K.
+    """
+
+    def only_present(g):
+        return jnp.where(present.reshape(-1, *(1,) * (g.ndim - 1)), g, 0)
+
+    g = jax.vmap(spec.tail_gradient_payload(batch_size).decode)(payloads)
+    grads, g = pending.vjp(jax.tree.map(only_present, g))
+    grads = jax.tree.map(lambda leaf: leaf / present.sum(), grads)
+    encode = spec.gradient_payload(batch_size).encode
+    replies = jax.vmap(lambda g, key: encode(g, split_key(key).codec))(g, keys)
+    return update_part(spec, server, PartUpdate(grads, mean(pending.stats))), replies
+
+
+def client_backward(
+    spec: RunSpec, pending: Pending, reply: Payload, tail: PartUpdate | None = None, *, batch_size: int
+) -> PartUpdate:
+    """Takes one client's backward pass from the server's reply.
+
+    Args:
+      tail: what `client_tail` gave, where there is one.
+
+    Returns:
+      Its gradients and statistics, to be averaged over the clients or applied.
+    """
+    (grads,) = pending.vjp(spec.gradient_payload(batch_size).decode(reply))
+    if tail is None:
+        return PartUpdate(grads, pending.stats)
+    # Each is zero where the other is not.
+    return PartUpdate(jax.tree.map(jnp.add, grads, tail.grads), pending.stats | tail.stats)
+
+
+def update_part(spec: RunSpec, part: PartState, update: PartUpdate) -> PartState:
+    """Returns a part's new state after the optimizer's step."""
+    updates, opt_state = spec.optimizer.update(update.grads, part.opt_state, part.params)
+    return PartState(optax.apply_updates(part.params, updates), update.stats, opt_state)
+
+
+def add_up(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns each metric's sums over the leading axis."""
+    return {name: value.sum(0) for name, value in sums.items()}
+
+
+def score(spec: RunSpec, outputs: Any, y: Any) -> StepMetrics:
+    """Returns the test loss and metrics of one batch."""
+    return StepMetrics(spec.task.losses(outputs, y, train=False).mean(), spec.task.sums(outputs, y))
+
+
+def client_test_features(spec: RunSpec, client: Any, x: Any) -> Any:
+    """Returns a client's features of a test batch, with running statistics, before they are encoded.
+
+    `client` is anything with `params` and `stats`.
+    """
+    return spec.client(client.params, client.stats, x, train=False, key=None)[0]
+
+
+def server_test_outputs(spec: RunSpec, server: Any, payload: Payload, key: jax.Array, *, batch_size: int) -> Any:
+    """Returns the server's outputs of such a payload; U-shaped, the payload for the client's tail."""
+    h = spec.test_payload(batch_size).decode(payload)
+    outputs, _ = spec.server(server.params, server.stats, h, train=False, key=None)
+    return spec.tail_test_payload(batch_size).encode(outputs, tail_key(key)) if spec.u_shaped else outputs
+
+
+def client_test_outputs(spec: RunSpec, client: Any, payload: Payload, *, batch_size: int) -> Any:
+    """Returns the outputs of a client's tail."""
+    h = spec.tail_test_payload(batch_size).decode(payload)
+    return spec.tail(client.params, client.stats, h, train=False, key=None)[0]

@@ -1,0 +1,79 @@
+"""Bytes up and down: what a run moves, exactly, and what the paper counts of it."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from msjax.split.schedule import Exchange, Phase
+from msjax.split.spec import RunSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Payload bytes over all clients; headers are not in it, nor what is sent to test.
+
+    U-shaped, features and gradients go both ways, and no labels. `synchronization` is what keeps the clients' parts
+    together: in parallel mode every client sends its gradients and batch statistics in each step and gets their mean.
+    The paper counts features on their way up alone, of training and of test samples: `paper_bytes`.
+    """
+
+    uplink_feature_bytes: int = 0
+    uplink_gradient_bytes: int = 0
+    uplink_label_bytes: int = 0
+    uplink_synchronization_bytes: int = 0
+    downlink_feature_bytes: int = 0
+    downlink_gradient_bytes: int = 0
+    downlink_synchronization_bytes: int = 0
+    paper_bytes: int = 0
+
+    @property
+    def uplink_bytes(self) -> int:
+        """All that the clients send to train."""
+        parts = (self.uplink_feature_bytes, self.uplink_gradient_bytes, self.uplink_label_bytes)
+        return sum(parts) + self.uplink_synchronization_bytes
+
+    @property
+    def downlink_bytes(self) -> int:
+        """All that the server sends to train."""
+        return self.downlink_feature_bytes + self.downlink_gradient_bytes + self.downlink_synchronization_bytes
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(*(times * a for a in dataclasses.astuple(self)))
+
+    def to_json(self) -> dict[str, int]:
+        """Returns every count, with the two sums."""
+        return dataclasses.asdict(self) | {"uplink_bytes": self.uplink_bytes, "downlink_bytes": self.downlink_bytes}
+
+
+def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange]) -> Traffic:
+    """Returns the bytes of these exchanges."""
+    return sum((_of_client(spec, exchange) * len(exchange.clients) for exchange in exchanges), Traffic())
+
+
+def epoch_traffic(spec: RunSpec, epoch: int) -> Traffic:
+    """Returns the bytes of an epoch, counted from 0."""
+    schedule = spec.schedule
+    steps = range(epoch * schedule.epoch_steps, (epoch + 1) * schedule.epoch_steps)
+    return exchange_traffic(spec, (exchange for step in steps for exchange in schedule.step_exchanges(step)))
+
+
+def run_traffic(spec: RunSpec, epochs: int) -> Traffic:
+    """Returns the bytes of the first `epochs` epochs."""
+    return sum((epoch_traffic(spec, epoch) for epoch in range(epochs)), Traffic())
+
+
+def _of_client(spec, exchange):
+    up, down = (0 if payload is None else payload.nbytes for payload in (spec.up(exchange), spec.down(exchange)))
+    match exchange.phase:
+        case Phase.FEATURES if spec.u_shaped:
+            return Traffic(uplink_feature_bytes=up, downlink_feature_bytes=down, paper_bytes=up)
+        case Phase.FEATURES:
+            labels = spec.schedule.batch_size_of(exchange) * spec.labels.nbytes
+            return Traffic(up, uplink_label_bytes=labels, downlink_gradient_bytes=down, paper_bytes=up)
+        case Phase.GRADIENT:
+            return Traffic(uplink_gradient_bytes=up, downlink_gradient_bytes=down)
+        case Phase.TEST:
+            return Traffic(paper_bytes=up)
+    return Traffic(uplink_synchronization_bytes=up, downlink_synchronization_bytes=down)

@@ -1,0 +1,125 @@
+"""One class a sample, or several labels that are each there or not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from msjax.tasks._task import Metric, Task, check_class_labels, mean_of
+
+
+def classification(*, label_smoothing: float = 0.0) -> Task:
+    """Returns the task of one class a sample: outputs are logits (B, C), labels integers (B,) in 0 … C − 1.
+
+    The loss is the softmax cross-entropy in nats; metrics are `top1_percent` and `top5_percent`.
+
+    Args:
+      label_smoothing: the part of the target that is spread over all classes in training, in [0, 1); the loss on test
+        data has none.
+
+    Raises:
+      ValueError: `label_smoothing` is out of range.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    metrics = (("top1_percent", _Top(1).metric()), ("top5_percent", _Top(5).metric()))
+    plain = CrossEntropy()
+    return Task("classification", CrossEntropy(label_smoothing), metrics, plain, _check_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross-entropy of each sample, in nats; see `cross_entropy`."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, outputs, labels):
+        return cross_entropy(outputs, labels, self.label_smoothing)
+
+
+def cross_entropy(
+    logits: Float[Array, "b c"], labels: Int[Array, "b"], label_smoothing: float = 0.0
+) -> Float[Array, "b"]:
+    """Returns the softmax cross-entropy of each sample in nats, computed in float32.
+
+    With `label_smoothing` s the target is 1 − s at the label plus s/c everywhere (arXiv 1512.00567, section 7).
+    """
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if label_smoothing:
+        uniform = jax.nn.logsumexp(logits, axis=1) - logits.mean(axis=1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    return losses
+
+
+def count_correct(logits: Float[Array, "b c"], labels: Int[Array, "b"], top: int = 1) -> Int[Array, ""]:
+    """Returns how many labels are among the `top` largest logits.
+
+    A label's rank is the number of classes above it or beside it with a smaller number; a row with NaN or ±Inf counts
+    as wrong.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    before = (logits == own) & (jnp.arange(logits.shape[1])[None] < labels[:, None])
+    rank = jnp.sum((logits > own) | before, axis=1)
+    return jnp.sum(jnp.isfinite(logits).all(axis=1) & (rank < top))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Top:
+    """The share of samples whose label is among the `top` largest logits, in percent."""
+
+    top: int
+
+    def __call__(self, outputs, labels):
+        correct = count_correct(outputs, labels, self.top)
+        return jnp.stack([correct.astype(jnp.int32), jnp.int32(labels.shape[0])])
+
+    def metric(self):
+        return Metric(self, _percent)
+
+
+def _percent(total):
+    return 100 * int(total[0]) / max(int(total[1]), 1)
+
+
+def _check_classes(labels, outputs):
+    check_class_labels(labels, outputs.shape[-1])
+
+
+def multi_label() -> Task:
+    """Returns the task of labels that are each there or not: outputs are logits (B, C), labels 0 or 1 in (B, C).
+
+    The loss is the mean over labels of the sigmoid cross-entropy in nats; metrics are `accuracy_percent`, of labels,
+    and `exact_percent`, of samples all of whose labels are right. A logit above 0 says that the label is there.
+    """
+    metrics = (
+        ("accuracy_percent", mean_of(_labels_right, 100.0)),
+        ("exact_percent", mean_of(_all_right, 100.0)),
+    )
+    return Task("multi_label", _sigmoid_cross_entropy, metrics, None, _check_binary)
+
+
+def _sigmoid_cross_entropy(outputs, labels):
+    losses = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), labels.astype(jnp.float32))
+    return losses.reshape(losses.shape[0], -1).mean(1)
+
+
+def _right(outputs, labels):
+    return ((outputs > 0) == (labels > 0.5)).reshape(outputs.shape[0], -1)
+
+
+def _labels_right(outputs, labels):
+    return _right(outputs, labels).mean(1, dtype=jnp.float32)
+
+
+def _all_right(outputs, labels):
+    return _right(outputs, labels).all(1)
+
+
+def _check_binary(labels, outputs):
+    if labels.shape[1:] != outputs.shape:
+        raise ValueError(f"labels must have the outputs' shape {outputs.shape} a sample, got {labels.shape[1:]}")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"labels must be 0 or 1 for multi_label, got {labels[(labels != 0) & (labels != 1)][0]}")

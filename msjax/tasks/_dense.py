@@ -1,0 +1,138 @@
+"""A class for every pixel, or for every token."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from msjax.tasks._task import Metric, Task, check_class_labels
+
+
+def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
+    """Returns the task of a class a pixel: outputs are logits (B, …, C), labels integers (B, …) in 0 … C − 1.
+
+    The loss is the mean over a sample's pixels of the softmax cross-entropy in nats; metrics are `mean_iou_percent`,
+    the mean over classes of intersection over union, counted over the whole set, and `pixel_accuracy_percent`.
+
+    Args:
+      num_classes: C.
+      ignore: a label whose pixels count for nothing.
+
+    Raises:
+      ValueError: `num_classes` is below 1.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    confusion = _Confusion(num_classes, ignore)
+    metrics = (
+        ("mean_iou_percent", Metric(confusion, _mean_iou)),
+        ("pixel_accuracy_percent", Metric(confusion, _right)),
+    )
+    loss = DenseCrossEntropy(ignore)
+    return Task("segmentation", loss, metrics, None, _ClassesAre(num_classes, ignore))
+
+
+def next_token(*, ignore: int | None = -100) -> Task:
+    """Returns the task of language modelling: outputs are logits (B, T, V), labels the tokens to predict (B, T).
+
+    The labels are already shifted: the label at place t is the token behind input token t. The loss is the mean over a
+    sample's tokens of the cross-entropy in nats; metrics are `perplexity` and `accuracy_percent`, over all tokens.
+
+    Args:
+      ignore: a label that counts for nothing, as of padding.
+    """
+    metrics = (("perplexity", Metric(_Nats(ignore), _perplexity)), ("accuracy_percent", Metric(_Hits(ignore), _share)))
+    return Task("next_token", DenseCrossEntropy(ignore), metrics, None, _ClassesAre(None, ignore))
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseCrossEntropy:
+    """The mean over a sample's places of the softmax cross-entropy in nats; places with label `ignore` do not count."""
+
+    ignore: int | None = None
+
+    def __call__(self, outputs, labels):
+        losses, weights = _nats(outputs, labels, self.ignore)
+        return (losses * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+
+
+def _nats(outputs, labels, ignore):
+    """(cross-entropy, weight 0 or 1) of every place, each (B, places)."""
+    weights = jnp.ones(labels.shape, jnp.float32) if ignore is None else (labels != ignore).astype(jnp.float32)
+    safe = jnp.clip(labels, 0, outputs.shape[-1] - 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), safe)
+    return losses.reshape(labels.shape[0], -1), weights.reshape(labels.shape[0], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Confusion:
+    """Of every class intersection, pixels that have it, pixels that are given it: (3·C,), float32."""
+
+    num_classes: int
+    ignore: int | None
+
+    def __call__(self, outputs, labels):
+        classes = jnp.arange(self.num_classes)
+        valid = jnp.ones(labels.shape, bool) if self.ignore is None else labels != self.ignore
+        is_label = (labels[..., None] == classes) & valid[..., None]
+        is_guess = (outputs.argmax(-1)[..., None] == classes) & valid[..., None]
+        counts = [(is_label & is_guess), is_label, is_guess]
+        return jnp.concatenate([c.reshape(-1, self.num_classes).sum(0, dtype=jnp.float32) for c in counts])
+
+
+def _mean_iou(total):
+    both, label, guess = np.asarray(total, np.float64).reshape(3, -1)
+    union = label + guess - both
+    present = union > 0
+    return 100 * float((both[present] / union[present]).mean()) if present.any() else 0.0
+
+
+def _right(total):
+    both, label, _ = np.asarray(total, np.float64).reshape(3, -1)
+    return 100 * float(both.sum() / max(label.sum(), 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nats:
+    """The cross-entropy of all tokens, and their number."""
+
+    ignore: int | None
+
+    def __call__(self, outputs, labels):
+        losses, weights = _nats(outputs, labels, self.ignore)
+        return jnp.stack([(losses * weights).sum(), weights.sum()])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hits:
+    """How many tokens have the largest logit, and how many there are."""
+
+    ignore: int | None
+
+    def __call__(self, outputs, labels):
+        valid = jnp.ones(labels.shape, bool) if self.ignore is None else labels != self.ignore
+        hits = (outputs.argmax(-1) == labels) & valid
+        return jnp.stack([hits.sum(dtype=jnp.float32), valid.sum(dtype=jnp.float32)])
+
+
+def _perplexity(total):
+    return float(np.exp(float(total[0]) / max(float(total[1]), 1.0)))
+
+
+def _share(total):
+    return 100 * float(total[0]) / max(float(total[1]), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClassesAre:
+    """Checks labels that are classes, as many as `num_classes` or as the outputs' last axis has."""
+
+    num_classes: int | None
+    ignore: int | None
+
+    def __call__(self, labels, outputs):
+        classes = outputs.shape[-1]
+        if self.num_classes is not None and classes != self.num_classes:
+            raise ValueError(f"outputs must have num_classes={self.num_classes} values a pixel, got {classes}")
+        check_class_labels(labels, classes, ignore=self.ignore)

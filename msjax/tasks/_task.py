@@ -1,0 +1,189 @@
+"""A task: loss and metrics, and what they ask of outputs and labels."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Loss = Callable[[Any, Any], jax.Array]
+"""From outputs and labels of a batch of B samples to a floating array (B,)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number that is found from sums over batches.
+
+    Attributes:
+      sums: from outputs and labels of a batch to an array, (n,) or (), which is added up over batches and clients.
+      finish: from the total to the number.
+    """
+
+    sums: Callable[[Any, Any], jax.Array]
+    finish: Callable[[np.ndarray], float]
+
+
+def mean_of(values: Loss, scale: float = 1.0) -> Metric:
+    """Returns the metric that is the mean over samples of `values`, (B,), times `scale`."""
+    return Metric(_SumAndCount(values), _Ratio(scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SumAndCount:
+    """The sum of a function's values (B,), and their number."""
+
+    values: Loss
+
+    def __call__(self, outputs, labels):
+        values = self.values(outputs, labels)
+        if values.ndim != 1:
+            raise ValueError(
+                f"a metric must return one value a sample, shape (B,), got shape {values.shape}; "
+                "for one that adds up in another way give a tasks.Metric"
+            )
+        return jnp.stack([values.astype(jnp.float32).sum(), jnp.float32(values.shape[0])])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ratio:
+    """Of a total (sum, count), their ratio times `scale`."""
+
+    scale: float = 1.0
+
+    def __call__(self, total):
+        return self.scale * float(total[0]) / max(float(total[1]), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Loss and metrics of a run. Equal tasks are equal by value if their functions are.
+
+    Attributes:
+      name: what the parties of a network call it: they must agree.
+      loss: one value a sample, (B,), of which training follows the mean.
+      metrics: pairs of name and `Metric`; the first is shown while training.
+      test_loss: the loss on test data, where it is another; by default the same.
+      check_labels: raises ValueError for labels (NumPy arrays) that the task cannot take, given shape and dtype of the
+        outputs of one sample.
+    """
+
+    name: str
+    loss: Loss
+    metrics: tuple[tuple[str, Metric], ...] = ()
+    test_loss: Loss | None = None
+    check_labels: Callable[[Any, Any], None] | None = None
+
+    def losses(self, outputs: Any, labels: Any, *, train: bool) -> jax.Array:
+        """Returns the loss of each sample, float32 (B,).
+
+        Raises:
+          ValueError: the loss does not return one floating value a sample.
+        """
+        function = self.loss if train or self.test_loss is None else self.test_loss
+        losses = function(outputs, labels)
+        batch = jax.tree.leaves(labels)[0].shape[0]
+        if getattr(losses, "shape", None) != (batch,):
+            found = getattr(losses, "shape", losses)
+            raise ValueError(f"loss of task {self.name!r} must return one value a sample, ({batch},), got {found}")
+        return losses.astype(jnp.float32)
+
+    def sums(self, outputs: Any, labels: Any) -> dict[str, jax.Array]:
+        """Returns each metric's sums of a batch, by name."""
+        return {name: metric.sums(outputs, labels) for name, metric in self.metrics}
+
+    def finish(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Returns each metric's number from its total."""
+        return {name: metric.finish(np.asarray(sums[name])) for name, metric in self.metrics}
+
+    @property
+    def headline(self) -> str:
+        """The name of the number that is shown: the first metric, or the loss."""
+        return self.metrics[0][0] if self.metrics else "loss"
+
+    def check(self, outputs: Any, labels: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Checks loss and metrics on shapes alone, and returns shape and dtype of each metric's sums.
+
+        Args:
+          outputs, labels: shapes and dtypes of a batch.
+
+        Raises:
+          ValueError: the loss does not return one value a sample, a metric's sums depend on the batch size, or either
+            fails on such arrays.
+        """
+        try:
+            jax.eval_shape(lambda o, y: self.losses(o, y, train=True), outputs, labels)
+            found = jax.eval_shape(self.sums, outputs, labels)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"task {self.name!r} must take outputs {_shapes(outputs)} and labels {_shapes(labels)}, but its loss "
+                f"or a metric raised {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+        for name, sums in found.items():
+            if len(sums.shape) > 1:
+                raise ValueError(f"metric {name!r} must have sums of shape (n,) or (), got {sums.shape}")
+            larger = jax.eval_shape(self.sums, *_doubled((outputs, labels)))[name]
+            if larger.shape != sums.shape:
+                raise ValueError(
+                    f"metric {name!r} must have sums whose shape does not depend on the batch, as they are added up, "
+                    f"got {sums.shape} and {larger.shape}"
+                )
+        return found
+
+
+def custom(
+    loss: Loss,
+    metrics: Mapping[str, Loss | Metric] | None = None,
+    *,
+    name: str | None = None,
+    test_loss: Loss | None = None,
+) -> Task:
+    """Returns a task of one's own.
+
+    Args:
+      loss: `loss(outputs, labels) -> (B,)`.
+      metrics: by name, functions like the loss, which are averaged over samples, or `Metric`s.
+      name: what the parties of a network call it; by default the loss function's name.
+      test_loss: the loss on test data, if it is another.
+
+    Raises:
+      TypeError: the loss or a metric is no function.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of outputs and labels, got {loss!r}")
+    found = []
+    for metric_name, metric in (metrics or {}).items():
+        if not isinstance(metric, Metric):
+            if not callable(metric):
+                raise TypeError(f"metrics[{metric_name!r}] must be a function or a tasks.Metric, got {metric!r}")
+            metric = mean_of(metric)
+        found.append((metric_name, metric))
+    return Task(str(name or getattr(loss, "__name__", type(loss).__name__)), loss, tuple(found), test_loss)
+
+
+def _doubled(batch):
+    """A batch of twice as many samples, from shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype), batch)
+
+
+def _shapes(tree):
+    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
+
+
+def check_class_labels(labels: Any, num_classes: int, *, ignore: int | None = None) -> None:
+    """Raises ValueError where integer labels are not in 0 … num_classes − 1 (or `ignore`)."""
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, the numbers of classes, got {labels.dtype}")
+    wrong = (labels < 0) | (labels >= num_classes)
+    if ignore is not None:
+        wrong &= labels != ignore
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        where = at[0] if len(at) == 1 else at
+        raise ValueError(
+            f"labels must be in 0..{num_classes - 1} for {num_classes} outputs, got {labels[at]} at index {where}"
+        )

@@ -1,0 +1,6 @@
+"""Training in one program: simulated clients, their devices, the loop, evaluation. `train` is what users call."""
+
+from msjax.training.api import TrainResult, train
+from msjax.training.loop import Interrupted
+
+__all__ = ["Interrupted", "TrainResult", "train"]

@@ -1,0 +1,219 @@
+"""`train`: a user's model, data and task, trained through a cut by simulated clients in one program."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from msjax import data as data_lib
+from msjax import tasks
+from msjax.build import divide
+from msjax.compress import Codec, Identity, MaskEncoded
+from msjax.config import OptimConfig
+from msjax.models import ModelPart, RemoteApply, as_parts
+from msjax.optim import make_optimizer
+from msjax.split.modes import Mode, Parallel
+from msjax.split.payloads import Codecs
+from msjax.split.schedule import Schedule
+from msjax.split.spec import Preprocess, RunSpec, init_part, make_spec
+from msjax.split.state import TrainState
+from msjax.split.traffic import Traffic
+from msjax.split.trees import TreeSpec
+from msjax.training import loop
+from msjax.training.folders import open_folder, write_parts
+
+
+class TrainResult(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+      parts: the trained parts: client and server, and, U-shaped, tail. `part.apply(part.params, part.stats, x,
+        train=False)` returns outputs and statistics.
+      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes), "seconds".
+      test: loss and metrics on the test data at the end; empty where there are none.
+      traffic: the bytes of all epochs, by kind and direction.
+      spec: the description of the run.
+    """
+
+    parts: tuple[ModelPart, ...]
+    history: list[dict[str, Any]]
+    test: dict[str, float]
+    traffic: Traffic
+    spec: RunSpec
+
+    @property
+    def client(self) -> ModelPart:
+        """The client's part."""
+        return self.parts[0]
+
+    @property
+    def server(self) -> ModelPart:
+        """The server's part."""
+        return self.parts[1]
+
+    def predict(self, inputs: Any) -> Any:
+        """Returns the outputs of a batch, from inputs as the data set stores them, with nothing compressed."""
+        x = self.spec.preprocess(jax.tree.map(jnp.asarray, inputs))
+        for part in self.parts:
+            x, _ = part.apply(part.params, part.stats, x, train=False, key=None)
+        return x
+
+
+def train(
+    model: Any,
+    data: Any,
+    *,
+    task: tasks.Task | str = "classification",
+    cut: int | None = None,
+    codec: Codec | Mapping[str, Codec] | None = None,
+    grad_codec: Codec | Mapping[str, Codec] | None = None,
+    compress_test: bool = True,
+    mode: Mode | None = None,
+    clients: int = 10,
+    alpha: float | None = None,
+    batch_size: int = 32,
+    epochs: int = 10,
+    optimizer: optax.GradientTransformation | OptimConfig | None = None,
+    augment: Any = None,
+    test_every: int = 1,
+    seed: int = 0,
+    folder: str | None = None,
+    quiet: bool = True,
+) -> TrainResult:
+    """Trains a split network, with simulated clients in one program.
+
+    Args:
+      model: client and server part, and, U-shaped, a tail that stays with the client: each an `nnx.Module`, a
+        `linen.Module`, a pair or triple of function and arrays, or a `models.ModelPart`; see `models.as_part`. Or, with
+        `cut`, one sequential model.
+      data: a `data.Dataset`, arrays `(inputs, labels)`, a path of an `.npz`, a CSV file or a folder of images, or
+        anything else that `data.as_dataset` takes.
+      task: a `tasks.Task`, or the name of one that needs no option.
+      cut: how many layers of a sequential model the client has.
+      codec: of the features, on their way up; by default MS, `MaskEncoded(ratio=0.99, bits=2)`. By name, as
+        {"skip": TopK(0.9), "": MaskEncoded()}, where the client returns a tree of arrays; "" is for all others.
+      grad_codec: of the features' gradients, on their way down; by default they are not compressed.
+      compress_test: whether test features go through the codec, as in the paper.
+      mode: how the clients work together; by default `Parallel()`, the paper's.
+      clients: their number K, among whom the training data are divided.
+      alpha: Dirichlet concentration of a label-skewed division; by default an even one.
+      batch_size: samples that each client sends in a step.
+      epochs: of the run.
+      optimizer: an optax transformation, or an `OptimConfig`; by default SGD as in the paper with a rate of 0.05.
+      augment: for training inputs: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs; by default
+        what is usual for the data set.
+      test_every: epochs between two tests; the last epoch always has one.
+      seed: of parameters that are not there yet, division, order, augmentation and codecs.
+      folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued.
+      quiet: print nothing.
+
+    Returns:
+      The trained parts, history and bytes.
+
+    Raises:
+      TypeError, ValueError: an argument has a value that does not fit, or the parts do not fit each other, the data or
+        the task; before the first step.
+      Interrupted: SIGINT or SIGTERM came; the state was saved where there is a folder.
+    """
+    dataset = data_lib.as_dataset(data)
+    mode = Parallel() if mode is None else mode
+    _check_counts(clients=clients, batch_size=batch_size, epochs=epochs, test_every=test_every)
+    indices, samples = divide(dataset, clients, alpha=alpha, seed=seed)
+    preprocess = Preprocess(
+        dataset.augment if augment is None else augment,
+        None if dataset.mean is None else tuple(map(float, dataset.mean)),
+        None if dataset.std is None else tuple(map(float, dataset.std)),
+    )
+    inputs, labels = TreeSpec.of(dataset.input_like), TreeSpec.of(dataset.label_like)
+    x = jax.eval_shape(lambda x: preprocess(x), inputs.batch(2))
+    parts = as_parts(model, x, cut=cut, seed=seed)
+    if any(isinstance(part.apply, RemoteApply) for part in parts):
+        raise ValueError("model must have all its parts in one program, got a RemotePart among them")
+    counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
+    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    codecs = Codecs.of(MaskEncoded() if codec is None else codec)
+    spec = make_spec(
+        parts,
+        inputs=inputs,
+        labels=labels,
+        schedule=schedule,
+        task=_task(task),
+        optimizer=_optimizer(optimizer, schedule),
+        codec=codecs,
+        grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
+        test_codec=codecs.at_inference() if compress_test else Codecs(Identity()),
+        preprocess=preprocess,
+    )
+    check_labels(spec, dataset)
+    first = TrainState(
+        init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1]), jnp.int32(0)
+    )
+    title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
+    run = loop.LoadedRun(spec, first, dataset, indices, seed, title)
+    run_folder = None if folder is None else open_folder(folder, spec)
+    try:
+        finished = loop.train(run, run_folder, quiet=quiet)
+        trained = _trained(parts, finished.state)
+        if run_folder is not None:
+            write_parts(run_folder, trained, spec, step=int(finished.state.step))
+    finally:
+        if run_folder is not None:
+            run_folder.close()
+    return TrainResult(trained, finished.history, finished.history[-1].get("test", {}), finished.traffic, spec)
+
+
+def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
+    """Raises ValueError where labels in memory are not such as the task takes."""
+    if spec.task.check_labels is None:
+        return
+    outputs = spec.outputs if spec.tail_outputs is None else spec.tail_outputs
+    like = jax.tree.unflatten(outputs.structure, outputs.leaves)
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        if split.in_memory and len(split):
+            try:
+                spec.task.check_labels(jax.tree.map(np.asarray, split.labels()), like)
+            except ValueError as error:
+                raise ValueError(f"{name} data of {dataset.name!r}: {error}") from None
+
+
+def _task(task):
+    if isinstance(task, tasks.Task):
+        return task
+    if task not in tasks.TASKS:
+        raise ValueError(f"task must be a tasks.Task or one of {', '.join(tasks.TASKS)}, got {task!r}")
+    try:
+        return tasks.TASKS[task]()
+    except TypeError:
+        raise ValueError(f"task {task!r} needs options: give tasks.{task}(…)") from None
+
+
+def _optimizer(optimizer, schedule):
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    if optimizer is None:
+        optimizer = OptimConfig(learning_rate=0.05)
+    if not isinstance(optimizer, OptimConfig):
+        raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
+    return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _trained(parts, state):
+    """The parts with their trained arrays."""
+    if len(parts) == 2:
+        owners = (state.client, state.server)
+        return tuple(p._replace(params=s.params, stats=s.stats) for p, s in zip(parts, owners, strict=True))
+    found = []
+    for part, owner in zip(parts, (state.client, state.server, state.client), strict=True):
+        params = {name: owner.params[name] for name in part.params}
+        stats = {name: owner.stats[name] for name in part.stats}
+        found.append(part._replace(params=params, stats=stats))
+    return tuple(found)

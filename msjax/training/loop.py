@@ -1,0 +1,255 @@
+"""The training loop: epochs, tests, bytes, checkpoints."""
+
+import contextlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from msjax import data
+from msjax.runs import RunFolder, plots
+from msjax.runs.progress import Progress
+from msjax.runs.signals import stop_on_signal
+from msjax.split.metrics import MetricSums, zero_sums
+from msjax.split.spec import RunSpec
+from msjax.split.state import TrainState, eval_key, train_key
+from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
+from msjax.training import program
+from msjax.training.batching import batches_on_device, make_resident, schedule_calls
+from msjax.training.devices import make_mesh, replicate
+
+STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal; the state is saved where there is a run folder."""
+
+
+class LoadedRun(NamedTuple):
+    """A run with its data, before its first step.
+
+    Attributes:
+      spec: its description.
+      state: its parts, the clients' once.
+      dataset: what it is trained and tested on.
+      client_indices: of each client the training samples that it holds, int32.
+      seed: of orders, augmentation and codecs.
+      title: what a person calls it.
+    """
+
+    spec: RunSpec
+    state: TrainState
+    dataset: data.Dataset
+    client_indices: list[np.ndarray]
+    seed: int
+    title: str
+
+
+class Finished(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+      state: the trained parts, the clients' once.
+      history: the epochs' records.
+      traffic: the bytes of all epochs.
+      train_seconds: of the steps alone.
+      wall_seconds: of all, with those of earlier processes of the run.
+    """
+
+    state: TrainState
+    history: list[dict[str, Any]]
+    traffic: Traffic
+    train_seconds: float
+    wall_seconds: float
+
+
+class Evaluator:
+    """Tests a state on a run's test set; keeps the set on the devices between epochs."""
+
+    def __init__(self, run: LoadedRun, mesh: Mesh | None = None):
+        self._run, self._mesh = run, mesh
+        self._resident = make_resident(run.dataset.test, lambda arrays: replicate(arrays, mesh))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Returns the mean loss and the metrics of a state as `program.place` gives it."""
+        spec, key = self._run.spec, eval_key(self._run.seed)
+        sums = replicate(zero_sums(spec.metric_sums_like), self._mesh)
+        rounds = [samples[None] for samples in spec.schedule.test_rounds()]
+        everyone = len(spec.schedule.test_clients)
+        for n, (inputs, labels, order) in enumerate(batches_on_device(self._run.dataset.test, self._resident, rounds)):
+            clients = rounds[n].shape[1]
+            mesh = self._mesh if clients == everyone else None
+            numbers = np.int32(spec.schedule.test_clients[:clients])
+            args = (inputs, labels, order, numbers, jax.random.fold_in(key, n))
+            sums = program.eval_rounds(spec, mesh, state, sums, *args)
+        return jax.device_get(sums).means(spec.task)
+
+
+def mesh_of(spec: RunSpec) -> Mesh | None:
+    """Returns the mesh over which the clients of a run are spread."""
+    return make_mesh(spec.mode.clients_at_once(spec.schedule))
+
+
+def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = False) -> Finished:
+    """Trains, or goes on training where `folder` has a checkpoint.
+
+    A run that was interrupted and resumed ends with the same numbers as one that was not, on the same machine.
+
+    Raises:
+      Interrupted: SIGINT or SIGTERM came; the state was saved.
+    """
+    return _Loop(run, folder, quiet).run()
+
+
+class _Loop:
+    """One process's part of a run: what changes from step to step."""
+
+    def __init__(self, run, folder, quiet):
+        self._run, self._folder, self._quiet = run, folder, quiet
+        self._spec, self._schedule = run.spec, run.spec.schedule
+        self._mesh = mesh_of(run.spec)
+        self._state = program.place(run.spec, run.state, self._mesh)
+        self._sums = self._zero()
+        self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
+        if folder is not None and (found := restore(folder, run, self._state, self._mesh)) is not None:
+            self._state, self._sums, self._progress = found
+            folder.write_history(self._history)  # a process may have died between the state and this
+        self._traffic = run_traffic(self._spec, len(self._history))
+        self._done = int(self._state.step)
+        self._start, self._earlier = time.monotonic(), self._progress["wall_seconds"]
+        self._stopped = False
+
+    @property
+    def _history(self):
+        return self._progress["history"]
+
+    def _zero(self):
+        return replicate(zero_sums(self._spec.metric_sums_like), self._mesh)
+
+    def _wall_seconds(self):
+        return self._earlier + time.monotonic() - self._start
+
+    def _stop(self):
+        self._stopped = True
+
+    def run(self):
+        schedule = self._schedule
+        resident = make_resident(self._run.dataset.train, lambda arrays: replicate(arrays, self._mesh))
+        evaluate = Evaluator(self._run, self._mesh)
+        bar = Progress(
+            self._run.title,
+            headline=self._spec.task.headline,
+            total_steps=schedule.total_steps,
+            done_steps=self._done,
+            samples_per_step=schedule.clients * schedule.samples / schedule.epoch_steps,
+            quiet=self._quiet,
+        )
+        with bar, stop_on_signal(self._stop), self._events() as write_events:
+            for epoch in range(len(self._history), schedule.epochs):
+                self._train_epoch(epoch, resident, bar)
+                record = self._end_epoch(epoch, evaluate)
+                write_events(record)
+                bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
+                if self._stopped:
+                    raise Interrupted
+            if self._folder is not None:
+                bar.note(f"run folder: {self._folder.path}")
+                if not plots.available():
+                    bar.note("no curves or TensorBoard events: pip install 'msjax[plots]'")
+        state = jax.device_get(self._spec.mode.gather(self._state))
+        wall = self._wall_seconds()
+        return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
+
+    def _events(self):
+        if self._folder is None or not plots.available():
+            return contextlib.nullcontext(lambda record: None)
+        return plots.tensorboard(self._folder.path / "tensorboard", first_epoch=len(self._history) + 1)
+
+    def _train_epoch(self, epoch, resident, bar):
+        schedule, seed = self._schedule, self._run.seed
+        order = data.epoch_indices(self._run.client_indices, schedule.samples, seed=seed, epoch=epoch)
+        steps_per_call = 1 if jax.default_backend() == "cpu" or resident is None else STEPS_PER_CALL
+        calls = schedule_calls(schedule, order, epoch, steps_per_call)
+        first = self._done - epoch * schedule.epoch_steps
+        earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
+        began, key = time.monotonic(), train_key(seed)
+        batches = batches_on_device(self._run.dataset.train, resident, calls, seed=seed, epoch=epoch, done=first)
+        for inputs, labels, index in batches:
+            clients = np.asarray(schedule.position(self._done).clients, np.int32)
+            args = (inputs, labels, index, clients, key)
+            self._state, self._sums = program.train_steps(self._spec, self._mesh, self._state, self._sums, *args)
+            steps = 1 if index is None else len(index)
+            self._done += steps
+            # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
+            jax.block_until_ready(self._sums.samples)
+            share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
+            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)))
+            if self._stopped:
+                self._progress["train_seconds"] += time.monotonic() - began
+                self._save()
+                raise Interrupted
+        self._progress["train_seconds"] += time.monotonic() - began
+
+    def _end_epoch(self, epoch, evaluate):
+        sums = jax.device_get(self._sums)
+        record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
+        if self._schedule.tests_after(epoch):
+            record["test"] = evaluate(self._state)
+        record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
+        if self._spec.codec.entropy_coded or self._spec.grad_codec.entropy_coded:
+            record["traffic"] |= _coded_bytes(sums, self._history)
+        self._history.append(record)
+        self._sums = self._zero()
+        self._save()
+        if self._folder is not None:
+            self._folder.write_history(self._history)
+        return record
+
+    def _save(self):
+        if self._folder is not None:
+            progress = self._progress | {"wall_seconds": self._wall_seconds()}
+            self._folder.checkpoints.save(self._done, (self._state, self._sums), progress)
+
+
+def _coded_bytes(sums, history):
+    """About the bytes of all features and gradients so far, as messages."""
+    earlier = history[-1]["traffic"] if history else {}
+    names = {"coded_uplink_bytes": sums.uplink_bytes, "coded_downlink_bytes": sums.downlink_bytes}
+    return {name: round(earlier.get(name, 0) + float(value)) for name, value in names.items()}
+
+
+class _SumsBefore(NamedTuple):
+    """What was saved in place of `MetricSums` before there were tasks other than classification."""
+
+    loss: Any
+    top1: Any
+    top5: Any
+    samples: Any
+    uplink_bytes: Any
+    downlink_bytes: Any
+
+
+def restore(
+    folder: RunFolder, run: LoadedRun, state: TrainState, mesh: Mesh | None
+) -> tuple[TrainState, MetricSums, dict[str, Any]] | None:
+    """Returns the newest checkpoint's state, sums and progress, or None where there is none."""
+    step = folder.checkpoints.latest()
+    if step is None:
+        return None
+    sums = replicate(zero_sums(run.spec.metric_sums_like), mesh)
+    try:
+        (state, sums), progress = folder.checkpoints.restore(step, (state, sums))
+        return state, sums, progress
+    except ValueError:
+        if run.spec.task.name != "classification":
+            raise
+    zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
+    kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
+    before = _SumsBefore(*map(zero, kinds))
+    (state, before), progress = folder.checkpoints.restore(step, (state, before))
+    tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
+    sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
+    return state, replicate(sums, mesh), progress

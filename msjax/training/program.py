@@ -1,0 +1,141 @@
+"""K clients and a server in one program: `vmap` on one device, `shard_map` over the mesh axis "client" on several.
+
+Both give the same numbers. Every client gets its own share of each step's samples and its own random keys, drawn from
+(seed, step, client), so nothing depends on how the clients are spread over devices or the steps over calls.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from msjax.split import fused
+from msjax.split.metrics import MetricSums, add_step
+from msjax.split.spec import RunSpec
+from msjax.split.state import TrainState, client_keys, split_key
+from msjax.split.step import StepMetrics, add_up
+from msjax.training.devices import AXIS, replicate, spread_by_client
+
+
+def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Returns the state on the devices, as `train_steps` takes it."""
+    spread = spec.mode.spread(state, spec.schedule.clients)
+    if not spec.mode.own_parts:
+        return replicate(spread, mesh)
+    rest = replicate(spread._replace(client=None), mesh)
+    return rest._replace(client=spread_by_client(spread.client, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def train_steps(
+    spec: RunSpec,
+    mesh: Mesh | None,
+    state: TrainState,
+    sums: MetricSums,
+    inputs: Any,
+    labels: Any,
+    order: Any,
+    clients: Any,
+    key: jax.Array,
+) -> tuple[TrainState, MetricSums]:
+    """Takes S steps; gives its state and sums away.
+
+    Args:
+      order: int32 (S, K, B): for each step and each client the positions of its samples in `inputs` (N, …) and `labels`
+        (N, …), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs
+        convolutions slower inside a loop. With None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
+      clients: int32 (K,), which clients these are.
+      key: `state.train_key` of the run.
+    """
+
+    def run(state, sums, inputs, labels, order, clients, key):
+        def one_step(carry, batch):
+            state, sums = carry
+            x, y = take(inputs, labels, order, batch)
+            keys = client_keys(key, state.step, clients)
+            x = jax.vmap(lambda x, key: spec.preprocess(x, split_key(key).augment))(x, keys)
+            state, metrics = spec.mode.fused_step(spec, state, x, y, keys, axis_name=mesh and AXIS)
+            samples = _batch_size(y) * keys.shape[0] * (mesh.size if mesh else 1)
+            return (state, add_step(sums, metrics, samples)), None
+
+        return _repeat(one_step, (state, sums), inputs, labels, order)
+
+    everywhere = PartitionSpec()
+    out_specs = (_state_specs(spec), everywhere)
+    return _spread(spec, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def eval_rounds(
+    spec: RunSpec,
+    mesh: Mesh | None,
+    state: TrainState,
+    sums: MetricSums,
+    inputs: Any,
+    labels: Any,
+    order: Any,
+    clients: Any,
+    key: jax.Array,
+) -> MetricSums:
+    """Tests on rounds of batches; arguments as of `train_steps`, but `sums` alone is given away.
+
+    Each (B,) of `order` is one batch: it goes through the codec by itself, as a client's batch does. Where clients have
+    parts of their own, they have just been averaged.
+    """
+
+    def run(state, sums, inputs, labels, order, clients, key):
+        state = spec.mode.gather(state)
+
+        def one_round(carry, batch):
+            sums, round_ = carry
+            x, y = take(inputs, labels, order, batch)
+            keys = client_keys(key, round_, clients)
+            found = jax.vmap(lambda x, y, key: fused.evaluate(spec, state, spec.preprocess(x), y, key))(x, y, keys)
+            loss, totals = found.loss.mean(), add_up(found.sums)
+            if mesh:
+                loss, totals = jax.lax.pmean(loss, AXIS), jax.lax.psum(totals, AXIS)
+            samples = _batch_size(y) * keys.shape[0] * (mesh.size if mesh else 1)
+            return (add_step(sums, StepMetrics(loss, totals), samples), round_ + 1), None
+
+        return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0]
+
+    spread = _spread(spec, run, mesh, PartitionSpec(), order is None)
+    return spread(state, sums, inputs, labels, order, clients, key)
+
+
+def take(inputs: Any, labels: Any, order: Any, batch: Any) -> tuple[Any, Any]:
+    """Returns the inputs and labels of one step: those at the positions `batch`, or `batch` itself without an order."""
+    if order is None:
+        return batch
+    return jax.tree.map(lambda leaf: leaf[batch], (inputs, labels))
+
+
+def _batch_size(y):
+    return jax.tree.leaves(y)[0].shape[1]
+
+
+def _repeat(one_step, carry, inputs, labels, order):
+    """`one_step` over the steps of `order`."""
+    if order is None:
+        return one_step(carry, (inputs, labels))[0]
+    if order.shape[0] == 1:
+        return one_step(carry, order[0])[0]
+    return jax.lax.scan(one_step, carry, order)[0]
+
+
+def _state_specs(spec):
+    everywhere = PartitionSpec()
+    return TrainState(PartitionSpec(AXIS) if spec.mode.own_parts else everywhere, everywhere, everywhere)
+
+
+def _spread(spec, run, mesh, out_specs, streamed):
+    """`run` on one device, or spread over the mesh."""
+    if mesh is None:
+        return run
+    everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
+    batch = by_client if streamed else everywhere
+    in_specs = (_state_specs(spec), everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

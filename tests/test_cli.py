@@ -1,0 +1,111 @@
+"""The command line: what it does, and what it says of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from msjax import compress
+from msjax.cli import main as cli
+from msjax.runs.environment import VARIABLES
+from msjax.runs.progress import Progress
+
+
+def run_cli(*arguments, expect=0, **options):
+    done = subprocess.run(
+        [sys.executable, "-m", "msjax", *arguments], capture_output=True, text=True, timeout=240, **options
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_command_line_trains_evaluates_and_compares(tmp_path, capsys):
+    options = ["--out", str(tmp_path), "--epochs", "1", "--model.width", "0.125"]
+    assert cli.run("train", [*options, "--name", "a", "--codec", "Uniform(bits=4)"]) == 0
+    out = capsys.readouterr().out
+    assert "Identity()" in out and "Uniform(" in out and "saved" in out
+    assert (tmp_path / "a" / "uncompressed" / "summary.json").exists()
+    saved = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert saved["config"]["codec"] == repr(compress.Uniform(bits=4))
+    assert cli.run("eval", [str(tmp_path / "a")]) == 0
+    assert json.loads(capsys.readouterr().out)["top1_percent"] == saved["test"]["top1_percent"]
+    assert cli.run("eval", [str(tmp_path / "a"), "--uncompressed"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == "no compression"
+    assert cli.run("train", ["--resume", str(tmp_path / "a")]) == 0
+    # A run that failed to start leaves no folder, so its name can be used again.
+    assert cli.run("train", [*options, "--name", "b", "--model.cut", "nowhere"]) == 2
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
+    original = Progress.epoch
+
+    def epoch(self, *arguments):
+        original(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    options = ["--out", str(tmp_path), "--epochs", "1", "--model.width", "0.125", "--name", "a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "epoch", epoch)
+        assert cli.run("train", options) == 130
+    assert f"msjax train --resume {tmp_path / 'a'}" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "summary.json").exists()
+    assert cli.run("train", ["--resume", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert "Identity()" in out and "13." in out  # the saving by MS, in the table
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--config", "none.py"], "the preset must be a Python file"),
+        ("train", ["--resume", "none"], "the run must be a folder with config.json"),
+        ("train", ["--out", "OUT", "--model.cut", "nowhere"], "cut must be one of"),
+        ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "looked for nothing in"),
+        ("train", ["--out", "OUT", "--clients", "0"], "clients must be at least 1"),
+        ("eval", ["none"], "the run must be a folder with config.json"),
+        ("models", ["vgg19", "--width", "0"], "width must be above 0"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message):
+    assert cli.run(command, [str(tmp_path) if a == "OUT" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_models_table_has_the_papers_feature_maps(capsys):
+    assert cli.run("models", ["vgg19"]) == 0
+    out = capsys.readouterr().out
+    assert "38.96 M" in out and "16×16×64" in out and "4×4×256" in out and "2×2×512" in out
+    assert "65,536" in out  # bytes a sample at cut 2, uncompressed
+
+
+def test_help_is_quick_and_needs_no_jax():
+    code = "import sys; sys.argv = ['msjax', '--help']; from msjax.cli import main; main.main()"
+    code += "; assert 'jax' not in sys.modules"
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "msjax train" in out and "--resume" in out
+    assert time.monotonic() - start < 5  # a second on an idle machine
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_clients_are_spread_over_the_cores_and_arrays_over_large_pages(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and no number of devices
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | flags
+    options = ["--clients", "2", "--epochs", "1", "--model.width", "0.125", "--no-compare"]
+    run_cli("train", *options, "--out", str(tmp_path), "--name", "a", env=environment)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["environment"]["devices"].startswith("2 ×")
+    assert summary["environment"]["variables"] == flags | (cli.LARGE_PAGES if sys.platform == "linux" else {})
+
+
+def test_unknown_command_is_refused():
+    assert "unknown command 'fly'" in run_cli("fly", expect=1).stderr

@@ -1,0 +1,269 @@
+"""What clients and server say to each other, what is refused, and the same in threads; over lines in memory."""
+
+import dataclasses
+import queue
+import re
+import time
+from concurrent import futures
+from threading import Timer
+
+import jax
+import numpy as np
+import pytest
+
+from msjax import build, compress, data, tasks
+from msjax.distributed import agreement, drive
+from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
+from msjax.distributed.coordinator import Stopped
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.split import parties
+
+from .network import net
+from .setups import SMALL, TEST_COUNT, built, dataset
+
+pytestmark = pytest.mark.usefixtures("built_once")
+
+
+HELLO = pb.FromClient(hello=pb.Hello(protocol=2, client=0))
+
+
+def ready(cfg=SMALL, ds=None, samples=25):
+    """What a client says that has built this run for this data."""
+    summary = build.DataSummary.of(ds or dataset())
+    run = build.build(cfg, summary, samples=samples, test_samples=TEST_COUNT)
+    description = agreement.describe(run.spec, summary)
+    return pb.FromClient(ready=pb.Ready(samples=samples, test_samples=TEST_COUNT, description=description))
+
+
+def talk(it, *messages, client=0):
+    """Says these things by hand; returns what the server says, and why it ends the connection, if it does."""
+    channel = it.network.connect(client)
+    for message in messages:
+        channel.send(message)
+    it.loop.run(lambda: it.network.next_arrival is None)
+    said = []
+    with pytest.raises(ConnectionLost) as lost:
+        while True:
+            said.append(channel.receive().WhichOneof("kind"))
+    return channel, said, lost.value
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([pb.FromClient(goodbye=pb.Goodbye())], "Hello"),
+        ([pb.FromClient()], "Hello"),
+        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 2, got 9"),
+        ([pb.FromClient(hello=pb.Hello(protocol=2, client=4))], r"client must be in 0..3, got 4"),
+        ([HELLO, pb.FromClient(goodbye=pb.Goodbye())], "before the end"),
+        ([HELLO, HELLO], "unexpected hello"),
+        ([HELLO, pb.FromClient(request=pb.Request())], "before the start"),
+        ([HELLO, pb.FromClient(ready=pb.Ready())], "at least one sample"),
+    ],
+)
+def test_strangers_are_turned_away(tmp_path, messages, says):
+    with net(tmp_path, SMALL) as it:
+        _, _, lost = talk(it, *messages)
+        assert says in str(lost) and lost.final
+        assert it.counted("refused") == 1 and not it.failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (
+            pb.Request(position=pb.Position(step=5, phase=5)),
+            "no exchange (step, phase, test round) = (5, 5, 0) of client 0",
+        ),
+        (pb.Request(position=pb.Position(step=99, phase=2)), "no exchange (step, phase, test round) = (99"),
+        (pb.Request(position=pb.Position(step=5, phase=2), payload=[b"no such thing"]), ""),
+        (pb.Request(position=pb.Position(step=5, phase=2)), "arrays in the payload of this exchange must be 1, got 0"),
+    ],
+)
+def test_a_request_that_does_not_fit_ends_one_connection(tmp_path, request_, says):
+    """Its client is turned away for good; the others wait for one that knows better."""
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.run_to(1)
+        request_.generation = it.server.membership.generation
+        it.network.inject(0, pb.FromClient(request=request_))
+        it.run(0)
+        assert says in str(it.failures.pop(0)) and not it.failures
+        it.stores.pop(0).close()
+        it.start_client(0)
+        it.run()
+        it.assert_equal_to_program()
+
+
+def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        talk(it, HELLO, ready())
+        ds = dataset()
+        wide = data.Arrays(np.pad(ds.train_inputs, ((0, 0), (0, 0), (0, 2), (0, 0))), ds.train_labels)
+        hello = pb.FromClient(hello=pb.Hello(protocol=2, client=1))
+        other = ready(ds=dataclasses.replace(ds, train=wide))
+        _, said, lost = talk(it, hello, other, client=1)
+        assert said == ["welcome"] and "all clients must have the same run" in str(lost) and lost.final
+        assert "input_shape is [8, 8, 1] here and [8, 10, 1] there" in str(lost)
+        talk(it, hello, ready(), client=1)
+        assert [client.ready for client in it.server.membership.clients] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"codec": compress.TopK(0.5)}, "codec is .*MaskEncoded.* here and .*TopK"),
+        ({"optim": dataclasses.replace(SMALL.optim, learning_rate=0.5)}, None),  # the server's, as all of the config
+        (
+            {"model": dataclasses.replace(SMALL.model, width=0.5)},
+            "client values is .* here and .* there; .*features is",
+        ),
+    ],
+    ids=["codec", "rate", "model"],
+)
+def test_a_client_that_has_built_another_run_is_told_what_differs(tmp_path, change, differs):
+    with net(tmp_path, SMALL) as it:
+        _, _, lost = talk(it, HELLO, ready(dataclasses.replace(SMALL, **change)))
+        if differs is None:
+            assert not lost.final
+        else:
+            assert lost.final and re.search(f"server and client must have the same run, but .*{differs}", str(lost))
+
+
+def test_another_task_is_another_run():
+    one, other = (build_with(task) for task in (tasks.classification(), tasks.custom(tasks.cross_entropy, name="mine")))
+    assert "task is 'classification' here and 'mine' there" in agreement.differences(one, other)
+
+
+def build_with(task):
+    spec = dataclasses.replace(built(SMALL, 25).spec, task=task)
+    return agreement.parse(agreement.describe(spec, build.DataSummary.of(dataset())))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"data": 1, "run": {}}', "[" * 100_000])
+def test_what_is_no_description_is_refused(text):
+    with pytest.raises(ValueError, match="description must be that of a client's data and run"):
+        agreement.parse(text)
+
+
+def test_clients_hear_of_a_server_that_fails(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        build_first = it.server._build
+
+        def fail(*args):
+            it.server._build = shapes_differ
+            return build_first(*args)
+
+        def shapes_differ(*args):
+            raise ValueError("a shape that does not fit")
+
+        it.server._build = fail
+        it.start_clients().run()
+        assert str(it.failures.pop("server")) == "a shape that does not fit"
+        assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}
+
+
+def test_a_stop_while_clients_gather(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        it.start_client(0)
+        it.loop.run_until_idle()
+        it.clock.now += 1.0
+        it.loop.run_until_idle()
+        it.loop.stop("by a signal")
+        it.run()
+        assert str(it.failures[0]) == "the server stopped: by a signal" and isinstance(it.failures["server"], Stopped)
+
+
+@pytest.mark.slow
+def test_a_client_that_loads_for_longer_than_the_deadline(tmp_path):
+    """Its session is closed, its next is ready at once."""
+    with net(tmp_path, SMALL, deadline_seconds=10.0) as it:
+        load = it.load
+
+        def slow(client, cfg):
+            it.clock.now += 25.0 if client == 2 else 0.0
+            return load(client, cfg)
+
+        it.load = slow
+        it.start_clients().run()
+        it.assert_equal_to_program()
+
+
+@pytest.mark.slow
+def test_own_data_of_unequal_amounts(tmp_path):
+    """Each client draws as many samples an epoch as the one that has the fewest, from all that it has."""
+    amounts = (100, 60, 40, 80)
+    ds = dataset()
+    with net(tmp_path, SMALL) as it:
+        it.own_data = lambda client, cfg: (data.Arrays(*ds.train[-amounts[client] :]), amounts[client])
+        it.start_clients().run()
+        assert not it.failures, it.failures
+        assert it.server.run.schedule.samples == 40
+        run, clients = built(SMALL, 40), []
+        for client, n in enumerate(amounts):
+            own = parties.ClientData(data.Arrays(*ds.train[-n:]), ds.test)
+            clients.append(parties.Client(client, run.spec, run.client, own, SMALL.seed))
+        for _ in parties.run(parties.Server(run.spec, run.server, SMALL.seed), clients):
+            pass
+        for client in range(4):
+            jax.tree.map(np.testing.assert_array_equal, clients[client].state, it.finals[client].state)
+
+
+# -- Threads. ------------------------------------------------------------------------------------------------------
+
+
+class QueueChannel:
+    """A line between two threads."""
+
+    def __init__(self, lines, inbox):
+        self._session, self._lines, self._inbox = len(lines), lines, inbox
+        lines[self._session] = queue.Queue()
+
+    def send(self, message):
+        self._inbox.put(Received(self._session, message, "this process"))
+
+    def receive(self, timeout):
+        try:
+            message = self._lines[self._session].get(timeout=timeout)
+        except queue.Empty:
+            raise ConnectionLost(f"no answer within {timeout} s") from None
+        if isinstance(message, ConnectionLost):
+            raise message
+        return message
+
+    def close(self):
+        self._inbox.put(Lost(self._session))
+
+
+@pytest.mark.slow
+def test_threads_equal_one_program(tmp_path):
+    """The loops that gRPC is to run in; one client's line is cut twice, all on a real clock."""
+    with net(tmp_path, SMALL) as it:
+        it.clock = time.monotonic
+        it.start_server()
+        it.start_clients()
+        lines, inbox = {}, queue.Queue()
+
+        def carry(out):
+            match out:
+                case Send(session, message):
+                    lines[session].put(message)
+                case Close(session, reason, final):
+                    lines[session].put(ConnectionLost(reason, final=final))
+
+        def connect(cut_after=None):
+            channel = QueueChannel(lines, inbox)
+            if cut_after is not None:
+                Timer(cut_after, lambda: lines[channel._session].put(ConnectionLost("cut"))).start()
+            return channel
+
+        cuts = iter([0.5, 0.3])
+        with futures.ThreadPoolExecutor(4) as pool:
+            sessions = list(it.loop.clients.values())
+            calls = [pool.submit(drive.take_part, session, connect) for session in sessions[1:]]
+            calls.append(pool.submit(drive.take_part, sessions[0], lambda: connect(next(cuts, None))))
+            drive.serve(it.server, inbox, carry)
+            for call in calls:
+                call.result(60)
+        it.assert_equal_to_program()

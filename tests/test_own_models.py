@@ -1,0 +1,225 @@
+"""A model, data and task of one's own: trained through the cut in one program, and the same by parties apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import msjax
+from msjax import compress, data, models, modes, tasks
+from msjax.split import parties
+from msjax.split.spec import init_part
+
+from .helpers import assert_close
+from .own_models import Decoder, Dense, Encoder, LinenBody, LinenHead, affine, as_set, counting, numbers, squares
+
+CODEC = {"": compress.RandK(0.5), "skips/0": compress.RandK(0.75)}
+UNET = {"codec": CODEC, "grad_codec": compress.RandK(0.5), "task": tasks.segmentation(2)}
+TABLE = {"codec": compress.Identity(), "task": "regression"}
+COMMON = {"clients": 2, "batch_size": 8, "epochs": 2, "optimizer": optax.sgd(0.05, momentum=0.9)}
+
+
+def unet():
+    return Encoder(nnx.Rngs(0)), Decoder(nnx.Rngs(1))
+
+
+def mlp_linen():
+    return LinenBody(16), LinenHead()
+
+
+def three_parts():
+    return Encoder(nnx.Rngs(0)), (counting, {"w": jnp.eye(6), "b": jnp.zeros(6)}, first_stats()), LinenHead()
+
+
+def first_stats():
+    return {"steps": jnp.int32(0), "mean": jnp.float32(0)}
+
+
+class Flat(nnx.Module):
+    """The encoder's first array alone, flattened."""
+
+    def __init__(self, rngs):
+        self.encoder = Encoder(rngs)
+
+    def __call__(self, x):
+        return self.encoder(x)["h"].mean((1, 2))
+
+
+CASES = {
+    "a U-Net with a skip connection and a mask across the cut": (unet, squares, UNET),
+    "an MLP in Linen with batch normalisation": (mlp_linen, numbers, TABLE),
+    "U-shaped, of NNX, a function and Linen": (
+        lambda: (Flat(nnx.Rngs(0)), (counting, Dense(6, 6)(), first_stats()), LinenHead()),
+        lambda n, seed=0: (squares(n, seed)[0], squares(n, seed)[0].mean((1, 2, 3))),
+        TABLE,
+    ),
+}
+MODES = {"parallel": modes.Parallel(), "splitfed": modes.SplitFed(2), "sequential": modes.Sequential(turn_steps=2)}
+PAIRS = [
+    pytest.param(case, mode, marks=[] if (case[:6], mode) == ("an MLP", "parallel") else [pytest.mark.slow])
+    for case in CASES
+    for mode in MODES
+    if case.startswith("a U") or mode != "splitfed"
+]
+
+
+def parties_of(spec, model, dataset, seed=0):
+    """The parties of the run that `msjax.train` made, each with its own data."""
+    x = jax.eval_shape(spec.preprocess, jax.tree.map(lambda a: a[:2], dataset.train_inputs))
+    parts = models.as_parts(model, x, seed=seed)
+    client, server = init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1])
+    indices = data.partition(len(dataset.train), spec.schedule.clients, seed=seed)
+    clients = [
+        parties.Client(n, spec, client, parties.ClientData(data.Arrays(*dataset.train.fetch(own)), dataset.test), seed)
+        for n, own in enumerate(indices)
+    ]
+    return parties.Server(spec, server, seed), clients
+
+
+@pytest.mark.parametrize(("case", "mode"), PAIRS)
+def test_one_program_equals_the_parties(case, mode):
+    make_model, make_data, options = CASES[case]
+    dataset = as_set(make_data)
+    result = msjax.train(make_model(), dataset, mode=MODES[mode], **COMMON, **options)
+    server, clients = parties_of(result.spec, make_model(), dataset)
+    for _ in parties.run(server, clients):
+        pass
+    trained, last = clients[-1].state, result.parts
+    assert_close(server.state.params, last[1].params, 1e-5)
+    assert_close(server.state.stats, last[1].stats, 1e-5)
+    params = last[0].params if len(last) == 2 else last[0].params | last[2].params
+    assert_close(trained.params, params, 1e-5)
+    losses = [record["train"]["loss"] for record in result.history]
+    assert losses[-1] < losses[0] and np.isfinite(losses).all()
+    assert result.test.keys() == {"loss", *(name for name, _ in result.spec.task.metrics)}
+    assert result.predict(dataset.test_inputs[:3]).shape[0] == 3
+
+
+@pytest.mark.slow
+def test_bytes_of_a_tree_of_features():
+    """Each array by its codec, a mask of booleans at a bit each, gradients of the floating arrays alone."""
+    codec = {"": compress.Identity(), "skips/0": compress.TopK(0.9)}
+    result = msjax.train(unet(), as_set(squares), task=tasks.segmentation(2), codec=codec, **COMMON)
+    batch, steps, clients = 8, 2 * 3, 2
+    sizes = [8, 8, 4]  # of a client's 20 samples
+    mask = sum(-(-n * 64 // 8) for n in sizes)
+    h = sum(4 * n * 4 * 4 * 6 for n in sizes)
+    skip = sum(compress.TopK(0.9).payload_bytes(jax.ShapeDtypeStruct((n, 8, 8, 4), jnp.float32)) for n in sizes)
+    assert result.traffic.uplink_feature_bytes == 2 * clients * (mask + h + skip)
+    down = sum(4 * n * (4 * 4 * 6 + 8 * 8 * 4) for n in sizes)
+    assert result.traffic.downlink_gradient_bytes == 2 * clients * down
+    assert result.traffic.uplink_label_bytes == 2 * clients * sum(4 * n * 64 for n in sizes)
+    assert result.history[-1]["step"] == steps and batch == 8
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen", "list"])
+def test_a_sequential_model_and_a_cut(kind):
+    if kind == "linen":
+        model = linen.Sequential([linen.Dense(8), jnp.tanh, linen.Dense(1)])
+    else:
+        layers = [nnx.Linear(4, 8, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(8, 1, rngs=nnx.Rngs(1))]
+        model = nnx.Sequential(*layers) if kind == "nnx" else layers
+    x, y = numbers(64)
+    result = msjax.train(model, (x, y), cut=2, clients=2, batch_size=8, epochs=6, **TABLE)
+    assert result.spec.features.leaves[0].shape == (8,)
+    assert result.history[-1]["train"]["loss"] < result.history[0]["train"]["loss"] / 2
+    with pytest.raises(ValueError, match=r"cut must be in 1..2, the number of layers on the client, got 3"):
+        msjax.train(model, (x, y), cut=3, **TABLE)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_goes_on_and_its_parts_can_be_loaded(tmp_path, monkeypatch):
+    options = {**COMMON, **UNET, "epochs": 3}
+    whole = msjax.train(unet(), as_set(squares), **options)
+    run = tmp_path / "run"
+    epochs = []
+    original = msjax.runs.RunFolder.write_history
+
+    def interrupt(self, history):
+        original(self, history)
+        epochs.append(len(history))
+        if len(epochs) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(msjax.runs.RunFolder, "write_history", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        msjax.train(unet(), as_set(squares), folder=str(run), **options)
+    again = msjax.train(unet(), as_set(squares), folder=str(run), **options)
+    assert [r["train"] for r in again.history] == [r["train"] for r in whole.history]
+    assert again.test == whole.test
+    with pytest.raises(ValueError, match=r"folder must be new or that of the same run, .* differs in batch_size"):
+        msjax.train(unet(), as_set(squares), folder=str(run), **{**options, "batch_size": 4})
+    loaded = msjax.load_part(run / "server.safetensors", Decoder(nnx.Rngs(7)))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, whole.server.params)
+    features, _ = whole.client.apply(whole.client.params, whole.client.stats, squares(2)[0], train=False)
+    ours, theirs = (p.apply(p.params, p.stats, features, train=False)[0] for p in (whole.server, loaded))
+    np.testing.assert_array_equal(ours, theirs)
+    bare = msjax.load_part(run / "client.safetensors")
+    assert bare.apply is None and bare.params["conv1"]["kernel"].shape == (3, 3, 1, 4)
+
+
+class Narrow(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+def integers(params, x):
+    return (x > 0).astype(jnp.int32)
+
+
+def no_batch(params, x):
+    return x.mean(0)
+
+
+TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ((TWO[0], Narrow()), {}, r"server must take float32\[2, 4\], but raised TypeError"),
+        (((integers, {}), TWO[1]), {}, r"client must return at least one floating array .*, got int32\[4\]"),
+        (((no_batch, {}), TWO[1]), {}, r"client returns must have the batch of 2 as its first axis, got float32\[4\]"),
+        ((TWO[0],), {}, "model must have two parts, client and server, or three with a tail, got 1"),
+        ((TWO[0], "server"), {}, "server must be an nnx.Module, a linen.Module, .* got str"),
+        (TWO[0][0], {}, "model must be a tuple of client and server part"),
+        (TWO, {"codec": {"skip": compress.TopK()}}, "codec must name floating arrays .* got 'skip'"),
+        (TWO, {"codec": {"": 3}}, r"codec\[''\] must be a codec of msjax.compress, got 3"),
+        (TWO, {"task": "sorting"}, "task must be a tasks.Task or one of classification, .*, got 'sorting'"),
+        (TWO, {"task": "segmentation"}, r"task 'segmentation' needs options: give tasks.segmentation"),
+        (TWO, {"task": "classification"}, "labels must be integers|labels to be integer|must take outputs"),
+        (TWO, {"clients": 41}, r"num_clients must be in 1..40"),
+        (TWO, {"clients": 0}, "clients must be an integer of at least 1, got 0"),
+        (TWO, {"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
+        (TWO, {"optimizer": "adam"}, "optimizer must be an optax transformation or an OptimConfig, got 'adam'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(unchecked, model, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        msjax.train(model, numbers(40), **{"task": "regression", "clients": 2, "batch_size": 8, **options})
+
+
+def test_labels_out_of_range_are_refused_before_the_first_step():
+    x, _ = numbers(20)
+    y = np.arange(20, dtype=np.int32) % 4
+    with pytest.raises(ValueError, match=r"training data of .*: labels? .*must be in 0\.\.2.*got 3"):
+        msjax.train((TWO[0], (affine, Dense(4, 3)())), (x, y), clients=2, batch_size=5)
+
+
+def test_a_linen_module_that_cannot_be_hashed_is_named():
+    class Listed(linen.Module):
+        sizes: list
+
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(self.sizes[0])(x)
+
+    with pytest.raises(
+        TypeError, match=r"client must have fields that can be hashed, tuples rather than lists; Listed"
+    ):
+        models.as_parts((Listed([3]), LinenHead()), jax.ShapeDtypeStruct((2, 4), jnp.float32))

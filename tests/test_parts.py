@@ -1,0 +1,106 @@
+"""Trained parts as files: what is loaded is what was saved, and what is no part is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from msjax import build, config, models, parts
+from msjax.split.trees import TreeSpec
+
+CFG = config.Config(
+    model=config.ModelConfig(width=0.5, cut="shallow"), data=config.DataConfig(data_dir="/secret"), seed=3
+)
+SUMMARY = build.DataSummary(
+    TreeSpec.of(jax.ShapeDtypeStruct((8, 8, 1), jnp.uint8)),
+    TreeSpec.of(jax.ShapeDtypeStruct((), jnp.int32)),
+    10,
+    (0.5,),
+    (0.25,),
+)
+
+
+def save(path, cfg=CFG):
+    client, server, *tail = build.make_parts(cfg, SUMMARY)
+    mine = (
+        models.ModelPart(client.apply, client.params | tail[0].params, client.stats | tail[0].stats) if tail else client
+    )
+    parts.save_trained(path / "client.safetensors", "client", mine, cfg, SUMMARY, run_id="r", step=7)
+    parts.save_trained(path / "server.safetensors", "server", server, cfg, SUMMARY, run_id="r", step=7)
+    return client, server, *tail
+
+
+@pytest.mark.parametrize("tail_cut", [None, "last"])
+def test_loaded_parts_compute_what_the_saved_did(tmp_path, tail_cut):
+    cfg = dataclasses.replace(CFG, mode=config.ModeConfig(tail_cut=tail_cut))
+    x = y = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    for part in save(tmp_path, cfg):
+        x, _ = part.apply(part.params, part.stats, x, train=False)
+    client, server = (parts.load_part(tmp_path / f"{name}.safetensors") for name in ("client", "server"))
+    for part in (client, server):
+        y, _ = part.apply(part.params, part.stats, y, train=False)
+    assert (client.tail is not None) == (tail_cut is not None) and server.tail is None
+    if client.tail is not None:
+        y, _ = client.tail(client.params, client.stats, y, train=False)
+    np.testing.assert_array_equal(x, y)
+    assert (client.part, server.part, client.run_id, client.step) == ("client", "server", "r", 7)
+    assert client.summary == SUMMARY
+    assert client.config == dataclasses.replace(cfg, data=config.DataConfig())
+
+
+def test_nothing_of_the_machine_is_in_the_file(tmp_path):
+    save(tmp_path)
+    assert b"/secret" not in (tmp_path / "client.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["client.safetensors", "server.safetensors"]
+
+
+def test_files_of_the_first_version_are_read(tmp_path):
+    """Their summary of the data had a shape and no dtypes, and their config the first field names."""
+    save(tmp_path)
+    path = tmp_path / "server.safetensors"
+    header, arrays = contents(path)
+    old = {"input_shape": [8, 8, 1], "num_classes": 10, "mean": [0.5], "std": [0.25]}
+    tree = config.earlier_names(config.to_json(config.without_paths(CFG)))
+    tree = {name: value for name, value in tree.items() if name not in ("task", "array_codecs")}
+    header |= {"info": parts.json.dumps(old), "config": parts.json.dumps(tree)}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata=header))
+    loaded = parts.load_part(path)
+    assert loaded.summary.input_shape == (8, 8, 1) and loaded.summary.mean == (0.5,)
+    assert loaded.config == config.without_paths(CFG)
+
+
+def contents(path):
+    with safetensors.safe_open(path, "numpy") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_files_that_are_no_parts(tmp_path):
+    save(tmp_path)
+    path = tmp_path / "client.safetensors"
+    data = path.read_bytes()
+    header, arrays = contents(path)
+
+    def load(header=header, arrays=arrays):
+        path.write_bytes(safetensors.numpy.save(arrays, metadata=header))
+        return parts.load_part(path)
+
+    load()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        parts.load_part(path)
+    with pytest.raises(FileNotFoundError):
+        parts.load_part(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="format 'msjax-half-1' or 'msjax-part-1', got None"):
+        load(header={})
+    with pytest.raises(ValueError, match="does not fit this version"):
+        load(header=header | {"config": "{}"})
+    with pytest.raises(ValueError, match="must be of a client or a server, got 'both'"):
+        load(header=header | {"part": "both"})
+    with pytest.raises(ValueError, match="these differ: params/"):
+        load(header=header | {"part": "server"})
+    name = next(iter(arrays))
+    with pytest.raises(ValueError, match=f"these differ: {name}"):
+        load(arrays=arrays | {name: arrays[name][..., :-1].copy()})

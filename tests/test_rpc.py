@@ -1,0 +1,248 @@
+"""Over gRPC on loopback: what the lines in memory (`test_distributed`) do not show."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from msjax import build, config
+from msjax.distributed.channel import ConnectionLost
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.client_run import Refused
+from msjax.distributed.coordinator import Stopped
+from msjax.distributed.options import ClientOptions, ServeOptions
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.security import TlsFiles
+from msjax.distributed.server_program import ServerProgram
+from msjax.parts import load_part
+from msjax.runs import RunFolder
+from msjax.split import parties
+
+from .authority import Authority
+from .setups import MODES, SMALL, dataset, make_parties
+
+CFG = dataclasses.replace(SMALL, mode=MODES[1], clients=2, epochs=1)
+TOKENS = "0 alice\n1 bob\n"
+
+
+@pytest.fixture(autouse=True)
+def random_data(monkeypatch):
+    monkeypatch.setattr(build.data, "load", lambda *args, **options: dataset())
+
+
+class Net:
+    """A server in a thread, and clients in others."""
+
+    def __init__(self, path, cfg=CFG, **options):
+        self.path, self.cfg = path, dataclasses.replace(cfg, out=str(path))
+        self.folder = RunFolder.create(self.cfg, "run")
+        self.program = ServerProgram(self.cfg, ServeOptions(**{"listen": "localhost:0", **options}), self.folder)
+        self.address = f"localhost:{self.program.port}"
+        self.failures, self.threads = {}, []
+        self.start("server", self.program.train)
+
+    def start(self, name, target):
+        def run():
+            try:
+                target()
+            except Exception as error:
+                self.failures[name] = error
+
+        self.threads.append(threading.Thread(target=run, daemon=True))
+        self.threads[-1].start()
+
+    def client(self, client_id, preset=None, **options):
+        options = {"server": self.address, "answer_seconds": 60.0, **options}
+        options = ClientOptions(client_id=client_id, state=str(self.path / f"client{client_id}"), **options)
+        program = ClientProgram(options, preset)
+        self.start(client_id, program.train)
+        return program
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(240)
+            assert not thread.is_alive(), self.failures
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.program.stop("test")
+        self.program.close()
+        self.folder.close()
+
+
+@pytest.mark.slow
+def test_training_over_tls_with_tokens_equals_one_program(tmp_path):
+    """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
+    authority = Authority(tmp_path)
+    (tmp_path / "tokens").write_text(TOKENS)
+    for name in ("alice", "bob"):
+        (tmp_path / name).write_text(name + "\n")
+    with Net(tmp_path, tls=authority.issue("localhost"), tokens=str(tmp_path / "tokens")) as net:
+        for client_id, name in enumerate(("alice", "bob")):
+            net.client(client_id, tls=authority.issue(f"client-{name}"), token_file=str(tmp_path / name))
+        net.join()
+        assert not net.failures, net.failures
+    server, clients = make_parties(net.cfg)
+    for _ in parties.run(server, clients):
+        pass
+    files = (net.folder.path / "server", tmp_path / "client0/client", tmp_path / "client1/client")
+    for file, party in zip(files, (server, *clients), strict=True):
+        part = load_part(file.with_suffix(".safetensors"))
+        jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
+    summary = net.folder.read_summary()
+    assert summary["test"] == server.test.means(server.spec.task)
+    traffic = summary["traffic"]
+    assert traffic["received_bytes"] > traffic["uplink_bytes"] > 0
+    assert traffic["sent_bytes"] > traffic["downlink_bytes"] > 0
+
+
+def hello(client=0):
+    return pb.FromClient(hello=pb.Hello(protocol=2, client=client))
+
+
+def answer_to(address, *messages, token=None):
+    """What the server says last, or why it ends the stream."""
+    connection = Connection(address, TlsFiles(), token)
+    try:
+        for message in messages:
+            connection.send(message)
+        said = connection.receive(20).WhichOneof("kind")
+        return said if len(messages) == 1 else connection.receive(20)
+    except ConnectionLost as lost:
+        return lost
+    finally:
+        connection.close()
+
+
+def test_a_training_server_checks_whose_token_it_is(tmp_path):
+    (tmp_path / "tokens").write_text(TOKENS)
+    with Net(tmp_path, tokens=str(tmp_path / "tokens")) as net:
+        for token in (None, "", "mallory"):
+            lost = answer_to(net.address, hello(), token=token)
+            assert str(lost) == "no such token" and lost.final
+        lost = answer_to(net.address, hello(0), token="bob")
+        assert str(lost) == "no such token for client 0" and lost.final
+        assert answer_to(net.address, hello(0), token="alice") == "welcome"
+        assert answer_to(net.address, hello(1), token="bob") == "welcome"
+        assert net.program.metrics.refused._value.get() == 4
+
+
+def test_a_message_that_is_too_long_is_not_repeated(tmp_path):
+    with Net(tmp_path, max_megabytes=1) as net:
+        lost = answer_to(net.address, hello(), pb.FromClient(request=pb.Request(payload=[bytes(2 << 20)])))
+        assert "larger than max" in str(lost) and lost.final
+        lost = answer_to(net.address, pb.FromClient(goodbye=pb.Goodbye()))
+        assert "the first message must be Hello" in str(lost) and lost.final
+
+
+OWN = """
+import jax
+from flax import nnx
+from msjax import compress, config, models, tasks
+
+
+class Client(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(1, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return {{"h": jax.nn.relu(self.conv(x)), "dark": x[..., 0] < 0}}
+
+
+class Server(nnx.Module):
+    def __init__(self):
+        self.out = nnx.Linear(8, 10, rngs=nnx.Rngs(1))
+
+    def __call__(self, features):
+        return self.out(features["h"].mean((1, 2))) + features["dark"].mean((1, 2))[:, None]
+
+
+def make_model(summary):
+    client, server = Client(), Server()
+    features = jax.eval_shape(lambda x: client(x), summary.inputs.batch(1))
+    {returned}
+
+
+def make_task():
+    return tasks.custom(tasks.cross_entropy, {{"top1_percent": tasks.mean_of(hits, 100.0)}}, name={name!r})
+
+
+def hits(outputs, labels):
+    return outputs.argmax(-1) == labels
+
+
+def get_config():
+    return config.Config(
+        model=config.ModelConfig(name=":make_model"),
+        task=config.TaskConfig(name=":make_task"),
+        codec=compress.RandK(0.5),
+        clients=2,
+        batch_size=10,
+        epochs=1,
+    )
+"""
+ALL = "return client, server"
+OF_SERVER = (
+    "return models.RemotePart({'h': jax.ShapeDtypeStruct((4, 4, 8), 'float32'), "
+    "'dark': jax.ShapeDtypeStruct((8, 8), 'bool')}), server"
+)
+OF_CLIENT = "return client, models.RemotePart(jax.ShapeDtypeStruct((10,), 'float32'))"
+
+
+def preset(path, name, returned, task="mine"):
+    file = path / f"{name}.py"
+    file.write_text(OWN.format(returned=returned, name=task))
+    return config.load_preset(str(file))
+
+
+@pytest.mark.slow
+def test_each_party_has_its_own_code(tmp_path):
+    """A model of one's own, of which each party has its part alone; the same numbers as of one that has both."""
+    whole = preset(tmp_path, "whole", ALL)
+    with Net(tmp_path, preset(tmp_path, "server", OF_SERVER)) as net:
+        for client_id in (0, 1):
+            net.client(client_id, preset(tmp_path, f"client{client_id}", OF_CLIENT))
+        net.join()
+        assert not net.failures, net.failures
+    server, clients = make_parties(whole)
+    for _ in parties.run(server, clients):
+        pass
+    part = load_part(net.folder.path / "server.safetensors", preset=whole)
+    jax.tree.map(np.testing.assert_array_equal, part.params, server.state.params)
+    assert net.folder.read_summary()["test"] == server.test.means(server.spec.task)
+
+
+def test_unlike_parties_are_told_what_differs(tmp_path):
+    with Net(tmp_path, preset(tmp_path, "server", ALL)) as net:
+        net.client(0)
+        net.client(1, preset(tmp_path, "client", ALL, task="another"))
+        for thread in net.threads[1:]:
+            thread.join(120)
+        assert "functions do not travel: give this client its own preset" in str(net.failures.pop(0))
+        told = str(net.failures.pop(1))
+        assert "server and client must have the same run, but task is 'mine' here and 'another' there" in told
+        assert not net.failures
+
+
+def test_a_server_that_stops_says_so(tmp_path):
+    with Net(tmp_path) as net:
+        net.client(0)
+        deadline = time.monotonic() + 60
+        while not net.program.metrics.connected._value.get():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        net.program.stop("by a signal")
+        net.join()
+        assert isinstance(net.failures["server"], Stopped)
+        assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Refused)
+
+
+def test_an_address_that_is_taken(tmp_path):
+    with Net(tmp_path) as net, pytest.raises(ValueError, match="listen must be a free host:port"):
+        ServerProgram(net.cfg, ServeOptions(listen=net.address), net.folder)

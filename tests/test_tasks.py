@@ -1,0 +1,172 @@
+"""Losses and metrics against NumPy, how they add up, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax import tasks
+
+RNG = np.random.default_rng(0)
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def metrics_in_batches(task, outputs, labels, cuts):
+    """The metrics of batches of unequal sizes, added up."""
+    total = None
+    for o, y in zip(np.split(outputs, cuts), np.split(labels, cuts), strict=True):
+        sums = jax.jit(task.sums)(jnp.asarray(o), jnp.asarray(y))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return task.finish(total)
+
+
+def losses(task, outputs, labels, *, train=True):
+    return np.asarray(task.losses(jnp.asarray(outputs), jnp.asarray(labels), train=train))
+
+
+def test_classification():
+    logits, y = RNG.normal(size=(20, 7)).astype(np.float32), RNG.integers(0, 7, 20).astype(np.int32)
+    task = tasks.classification()
+    np.testing.assert_allclose(losses(task, logits, y), -np.log(softmax(logits))[np.arange(20), y], rtol=1e-5)
+    ranks = (logits > logits[np.arange(20), y][:, None]).sum(1)
+    found = metrics_in_batches(task, logits, y, [3, 10])
+    assert found == {"top1_percent": 100 * (ranks < 1).mean(), "top5_percent": 100 * (ranks < 5).mean()}
+
+
+def test_label_smoothing_is_cross_entropy_against_the_smoothed_target_in_training_alone():
+    logits, y = RNG.normal(size=(5, 4)).astype(np.float32), np.int32([0, 3, 1, 1, 2])
+    target = 0.8 * np.eye(4)[y] + 0.2 / 4
+    task = tasks.classification(label_smoothing=0.2)
+    np.testing.assert_allclose(losses(task, logits, y), -(target * np.log(softmax(logits))).sum(1), rtol=1e-5)
+    plain = losses(tasks.classification(), logits, y)
+    np.testing.assert_array_equal(losses(task, logits, y, train=False), plain)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1"):
+        tasks.classification(label_smoothing=1.0)
+
+
+def test_count_correct_ranks_ties_by_class_and_rejects_nan():
+    logits = jnp.array([[1.0, 3, 2, 0, 0, 0, 0], [2, 2, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [jnp.nan] * 7])
+    labels = jnp.array([1, 1, 5, 0])
+    # Row 0 is right; row 1 comes second of two equals; row 2 comes sixth of seven equals; row 3 counts as wrong.
+    assert (int(tasks.count_correct(logits, labels, 1)), int(tasks.count_correct(logits, labels, 5))) == (1, 2)
+
+
+def test_multi_label():
+    logits, y = RNG.normal(size=(9, 5)).astype(np.float32), RNG.integers(0, 2, (9, 5)).astype(np.int32)
+    task = tasks.multi_label()
+    p = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(losses(task, logits, y), -np.log(np.where(y, p, 1 - p)).mean(1), rtol=1e-4)
+    right = (logits > 0) == y
+    found = metrics_in_batches(task, logits, y, [4])
+    assert found["accuracy_percent"] == pytest.approx(100 * right.mean())
+    assert found["exact_percent"] == pytest.approx(100 * right.all(1).mean())
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 3)])
+def test_regression(shape):
+    y = RNG.normal(size=shape).astype(np.float32)
+    outputs = RNG.normal(size=(*shape, 1) if len(shape) == 1 else shape).astype(np.float32)
+    task, error = tasks.regression(), outputs.reshape(9, -1) - y.reshape(9, -1)
+    np.testing.assert_allclose(losses(task, outputs, y), (error**2).mean(1), rtol=1e-5)
+    found = metrics_in_batches(task, outputs, y, [2, 4])
+    assert found["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    assert found["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+
+
+def test_segmentation_counts_the_whole_set_and_not_what_is_ignored():
+    logits, y = RNG.normal(size=(6, 4, 4, 3)).astype(np.float32), RNG.integers(0, 3, (6, 4, 4)).astype(np.int32)
+    y[0, 0, :] = 255
+    task = tasks.segmentation(3, ignore=255)
+    valid, safe = y != 255, np.where(y == 255, 0, y)
+    nats = -np.log(np.take_along_axis(softmax(logits), safe[..., None], -1))[..., 0]
+    expected = [(nats[i] * valid[i]).sum() / valid[i].sum() for i in range(6)]
+    np.testing.assert_allclose(losses(task, logits, y), expected, rtol=1e-5)
+    guess = logits.argmax(-1)
+    of_class = [((guess == c) & valid, (y == c) & valid) for c in range(3)]
+    iou = np.mean([(g & t).sum() / (g | t).sum() for g, t in of_class])
+    found = metrics_in_batches(task, logits, y, [1, 4])
+    assert found["mean_iou_percent"] == pytest.approx(100 * iou)
+    assert found["pixel_accuracy_percent"] == pytest.approx(100 * (guess == y)[valid].mean())
+
+
+def test_next_token():
+    logits, y = RNG.normal(size=(5, 6, 11)).astype(np.float32), RNG.integers(0, 11, (5, 6)).astype(np.int32)
+    y[2, 3:] = -100
+    task, valid = tasks.next_token(), y >= 0
+    nats = -np.log(np.take_along_axis(softmax(logits), np.where(valid, y, 0)[..., None], -1))[..., 0]
+    np.testing.assert_allclose(
+        losses(task, logits, y), [n[v].mean() for n, v in zip(nats, valid, strict=True)], rtol=1e-5
+    )
+    found = metrics_in_batches(task, logits, y, [1, 3])
+    assert found["perplexity"] == pytest.approx(np.exp(nats[valid].mean()), rel=1e-5)
+    assert found["accuracy_percent"] == pytest.approx(100 * (logits.argmax(-1) == y)[valid].mean())
+
+
+def huber(outputs, labels):
+    d = jnp.abs(outputs - labels)
+    return jnp.where(d < 1, d * d / 2, d - 0.5)
+
+
+def test_a_task_of_ones_own():
+    task = tasks.custom(huber, {"bias": lambda o, y: o - y, "worst": tasks.Metric(lambda o, y: (o > y).sum(), float)})
+    o, y = jnp.arange(6.0), jnp.full(6, 2.0)
+    assert (task.name, task.headline) == ("huber", "bias")
+    found = metrics_in_batches(task, np.asarray(o), np.asarray(y), [2])
+    assert found == {"bias": pytest.approx(0.5), "worst": 3.0}
+    assert tasks.custom(huber).headline == "loss"
+    assert hash(tasks.custom(huber)) == hash(tasks.custom(huber)) and tasks.custom(huber) == tasks.custom(huber)
+
+
+LIKE = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            tasks.custom(lambda o, y: o.mean(), name="mean"),
+            r"loss of task 'mean' must return one value a sample, \(2,\)",
+        ),
+        (tasks.custom(lambda o, y: o, name="all"), r"one value a sample, \(2,\), got \(2, 3\)"),
+        (tasks.custom(lambda o, y: o @ y, name="product"), "task 'product' must take outputs float32.*but its loss"),
+        (tasks.custom(lambda o, y: o[:, 0], {"a": lambda o, y: o.mean()}), r"a metric must return one value a sample"),
+        (
+            tasks.custom(lambda o, y: o[:, 0], {"a": tasks.Metric(lambda o, y: o, float)}),
+            r"metric 'a' must have sums of shape \(n,\) or \(\)",
+        ),
+        (
+            tasks.custom(lambda o, y: o[:, 0], {"a": tasks.Metric(lambda o, y: o[:, 0], float)}),
+            "metric 'a' must have sums whose shape does not depend on the batch",
+        ),
+    ],
+)
+def test_what_does_not_add_up_is_refused_on_shapes_alone(task, message):
+    with pytest.raises(ValueError, match=message):
+        task.check(*LIKE)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        (tasks.classification(), np.int32([0, 3]), r"labels must be in 0..2 for 3 outputs, got 3 at index 1"),
+        (tasks.classification(), np.int32([-1, 0]), r"got -1 at index 0"),
+        (tasks.classification(), np.float32([1, 0]), "labels must be integers, the numbers of classes, got float32"),
+        (tasks.multi_label(), np.int32([[0, 1, 2]]), "labels must be 0 or 1 for multi_label, got 2"),
+        (tasks.multi_label(), np.int32([[0, 1]]), r"labels must have the outputs' shape \(3,\) a sample, got \(2,\)"),
+        (tasks.regression(), np.float32([1, np.nan]), "labels must be finite, got nan at index 1"),
+        (tasks.segmentation(3), np.int32([[0, 1], [3, 0]]), r"got 3 at index \(1, 0\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(task, labels, message):
+    with pytest.raises(ValueError, match=message):
+        task.check_labels(labels, jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+@pytest.mark.parametrize("loss", [None, 3])
+def test_a_loss_is_a_function(unchecked, loss):
+    with pytest.raises(TypeError, match="loss must be a function of outputs and labels"):
+        tasks.custom(loss)

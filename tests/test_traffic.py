@@ -1,0 +1,76 @@
+"""Every byte is counted: Traffic against the payloads that are really made."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from msjax import compress, config
+from msjax.split import parties, traffic
+from msjax.split.schedule import Phase
+from msjax.training.from_config import load_run
+
+from .setups import MODES, SMALL, built, make_parties
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("codec", "mode"),
+    [
+        pytest.param(
+            compress.Identity() if mode.tail_cut == "last" else compress.MaskEncoded(ratio=0.9),
+            mode,
+            marks=[pytest.mark.slow] if mode.kind != "sequential" else [],
+        )
+        for mode in MODES
+    ],
+    ids=str,
+)
+def test_traffic_is_what_the_parties_send(codec, mode):
+    """Over two epochs, the second with a test, and a smaller last step, whose k is rounded down by itself."""
+    grad_codec = compress.StochasticUniform(bits=4)
+    cfg = dataclasses.replace(SMALL, codec=codec, grad_codec=grad_codec, mode=mode, test_every=2)
+    server, clients = make_parties(cfg)
+    sent = {"uplink_bytes": 0, "downlink_bytes": 0, "paper_bytes": 0}
+    handle = server.handle
+
+    def counting(exchange, messages):
+        answers = handle(exchange, messages)
+        up, down = ([m.payload for m in group.values()] for group in (messages, answers))
+        if exchange.phase != Phase.TEST:
+            labels = [m.labels for m in messages.values() if m.labels is not None]
+            sent["uplink_bytes"] += nbytes(up) + nbytes(labels)
+            sent["downlink_bytes"] += nbytes(down)
+        if exchange.phase in (Phase.TEST, Phase.FEATURES):
+            sent["paper_bytes"] += nbytes(up)
+        return answers
+
+    server.handle = counting
+    for _ in parties.run(server, clients):
+        pass
+    found = traffic.run_traffic(server.spec, 2)
+    assert {name: getattr(found, name) for name in sent} == sent
+    assert (found + found).uplink_bytes == (found * 2).uplink_bytes == 2 * found.uplink_bytes
+    if mode.tail_cut is not None:
+        assert found.uplink_label_bytes == 0 and found.uplink_gradient_bytes > 0
+    alone = traffic.epoch_traffic(built(dataclasses.replace(cfg, clients=1), 100).spec, 0)
+    assert alone.uplink_synchronization_bytes == alone.downlink_synchronization_bytes == 0
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_papers_accounting_of_an_epoch(compressed):
+    """Uplink feature maps, training and test samples: 60,000 × 65,536 bytes for VGG19's shallow cut, 3.662 · 2^30."""
+    codec = compress.MaskEncoded()
+    cfg = config.Config(codec=codec, clients=1, batch_size=6, epochs=1, eval_compressed=compressed)
+    run = load_run(cfg)
+    found = traffic.epoch_traffic(run.spec, 0)
+    tested, count = found.paper_bytes - found.uplink_feature_bytes, len(run.dataset.test)
+    (like,) = run.spec.features.batch_leaves(6)
+    if compressed:
+        assert tested == 60 * codec.payload_bytes(like) and count == 60 * 6
+    else:
+        assert tested == count * run.spec.features.nbytes
+    assert 3.6615 < 60_000 * 64 * 16 * 16 * 4 / 2**30 < 3.6625
