@@ -29,6 +29,7 @@ from experiments import (
     entropy_variants,
     mask_width,
     not_images,
+    published_weights,
     rate_distortion,
     study,
     traffic,
@@ -52,6 +53,7 @@ STUDIES = (
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
+    "Published weights": published_weights,
 }
 HEAD = """# Results
 
