@@ -193,7 +193,17 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"task": "sorting"}, "task must be a tasks.Task or one of classification, .*, got 'sorting'"),
         (TWO, {"task": "segmentation"}, r"task 'segmentation' needs options: give tasks.segmentation"),
         (TWO, {"task": "classification"}, "labels must be integers|labels to be integer|must take outputs"),
-        (TWO, {"clients": 41}, r"num_clients must be in 1..40"),
+        (TWO, {"clients": 41}, r"clients must be in 1..40"),
+        (TWO, {"mode": "splitfed"}, r"mode must be a mode of msjax.split.modes, .* got 'splitfed'"),
+        (TWO, {"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        (TWO, {"alpha": "a"}, "alpha must be a number or None, got 'a'"),
+        (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
+        ((ONE := Narrow(), ONE), {}, "model must have a module of its own in each part"),
+        (
+            (TWO[0], (affine, {**Dense(4, 1)(), "n": jnp.int32(2)})),
+            {},
+            "server must have floating parameters, got int32 at 'n'",
+        ),
         (TWO, {"clients": 0}, "clients must be an integer of at least 1, got 0"),
         (TWO, {"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
         (TWO, {"optimizer": "adam"}, "optimizer must be an optax transformation or an OptimConfig, got 'adam'"),
@@ -202,6 +212,35 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
 def test_what_does_not_fit_is_refused_before_the_first_step(unchecked, model, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         msjax.train(model, numbers(40), **{"task": "regression", "clients": 2, "batch_size": 8, **options})
+
+
+def test_the_users_arrays_live_on_and_the_same_parts_give_the_same_run(unchecked):
+    functions = ((lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}), (lambda p, x: x @ p["w"], {"w": jnp.ones((4, 1))}))
+    modules = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))
+    for parts, first in ((functions, lambda: functions[0][1]["w"]), (modules, lambda: modules[0].kernel[...])):
+        before = np.array(first())
+        options = {"task": "regression", "clients": 2, "batch_size": 8, "epochs": 1}
+        results = [msjax.train(parts, numbers(40), **options).history[-1]["train"] for _ in range(2)]
+        assert results[0] == results[1]
+        np.testing.assert_array_equal(first(), before)
+
+
+def test_another_run_is_not_taken_for_that_of_a_folder(unchecked, tmp_path):
+    options = {"task": "regression", "clients": 2, "batch_size": 8, "epochs": 1, "folder": str(tmp_path / "run")}
+    x, y = numbers(40)
+    msjax.train(TWO, (x, y), **options)
+    others = {
+        "seed": {"seed": 7},
+        "optimizer": {"optimizer": msjax.config.OptimConfig(learning_rate=1e-3)},
+        "data": {"data": (2 * x, y)},
+    }
+    for what, change in others.items():
+        with pytest.raises(ValueError, match=f"whose run differs in .*{what}"):
+            msjax.train(TWO, **{"data": (x, y), **options, **change})
+    (tmp_path / "file").write_text("")
+    for bad in ("", str(tmp_path / "file")):
+        with pytest.raises(ValueError, match="folder must be the path of a folder"):
+            msjax.train(TWO, (x, y), **{**options, "folder": bad})
 
 
 def test_labels_out_of_range_are_refused_before_the_first_step():

@@ -150,6 +150,24 @@ def test_what_does_not_add_up_is_refused_on_shapes_alone(task, message):
 
 
 @pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (tasks.Metric(lambda o, y: o.mean(), float), r"metric 'a' must have sums that add up over batches, got"),
+        (tasks.Metric(lambda o, y: o.sum(), lambda total: total[3]), "metric 'a' must make a number .* IndexError"),
+        (tasks.Metric(lambda o, y: o.sum(0), lambda total: total), "metric 'a' must make a number .* TypeError"),
+    ],
+)
+def test_metrics_that_do_not_add_up_or_finish_are_refused(metric, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.custom(lambda o, y: o[:, 0], {"a": metric}).check_sums(*LIKE)
+
+
+def test_no_metric_is_called_loss():
+    with pytest.raises(ValueError, match="metrics must have other names than 'loss'"):
+        tasks.custom(lambda o, y: o[:, 0], {"loss": lambda o, y: o[:, 0]})
+
+
+@pytest.mark.parametrize(
     ("task", "labels", "message"),
     [
         (tasks.classification(), np.int32([0, 3]), r"labels must be in 0..2 for 3 outputs, got 3 at index 1"),

@@ -45,6 +45,9 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         )
     if len(model) not in (2, 3):
         raise ValueError(f"model must have two parts, client and server, or three with a tail, got {len(model)}")
+    modules = [id(module) for module in model if isinstance(module, nnx.Module)]
+    if len(set(modules)) != len(modules):
+        raise ValueError("model must have a module of its own in each part, got one nnx.Module in two of them")
     parts, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
     for place, (name, module) in enumerate(zip(("client", "server", "tail"), model, strict=False)):
         key = jax.random.fold_in(jax.random.key(seed), place)

@@ -256,6 +256,10 @@ def make_spec(
         else:
             y = _part_outputs(name, part, x, before)
         found.append(TreeSpec.of_batch(y, batch, f"what {name} returns"))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part.params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"{name} must have floating parameters, got {leaf.dtype} at {where!r}: see as_part")
         x, before = y, name
     features, outputs = found[0], found[1]
     if not float_leaves(features.batch(1)):
@@ -286,6 +290,7 @@ def make_spec(
     codec.for_tree(features)
     grad_codec.for_tree(features, "grad_codec")
     _ = spec.metric_sums_like
+    task.check_sums(found[-1].batch(3), labels.batch(3))
     return spec
 
 

@@ -36,6 +36,13 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __call__(self, outputs, labels):
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be integers, the numbers of classes, got {labels.dtype}")
+        if outputs.ndim != 2 or labels.ndim != 1:
+            raise ValueError(
+                "outputs must be logits (B, C) and labels (B,) for classification, got one sample's of shapes "
+                f"{outputs.shape[1:]} and {labels.shape[1:]}"
+            )
         return cross_entropy(outputs, labels, self.label_smoothing)
 
 
@@ -102,6 +109,10 @@ def multi_label() -> Task:
 
 
 def _sigmoid_cross_entropy(outputs, labels):
+    if outputs.shape != labels.shape:
+        raise ValueError(
+            f"labels must have the outputs' shape {outputs.shape[1:]} a sample for multi_label, got {labels.shape[1:]}"
+        )
     losses = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), labels.astype(jnp.float32))
     return losses.reshape(losses.shape[0], -1).mean(1)
 

@@ -20,7 +20,9 @@ def _differences(outputs, labels):
     if outputs.ndim == labels.ndim + 1 and outputs.shape[-1] == 1:
         outputs = outputs[..., 0]
     if outputs.shape != labels.shape:
-        raise ValueError(f"outputs must have the labels' shape {labels.shape} for regression, got {outputs.shape}")
+        raise ValueError(
+            f"outputs must have the labels' shape {labels.shape[1:]} a sample for regression, got {outputs.shape[1:]}"
+        )
     difference = outputs.astype(jnp.float32) - labels.astype(jnp.float32)
     return difference.reshape(difference.shape[0], -1)
 

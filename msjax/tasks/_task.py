@@ -75,6 +75,11 @@ class Task:
     test_loss: Loss | None = None
     check_labels: Callable[[Any, Any], None] | None = None
 
+    def __post_init__(self):
+        names = [name for name, _ in self.metrics]
+        if "loss" in names:
+            raise ValueError("metrics must have other names than 'loss', which is the loss itself, got 'loss'")
+
     def losses(self, outputs: Any, labels: Any, *, train: bool) -> jax.Array:
         """Returns the loss of each sample, float32 (B,).
 
@@ -133,6 +138,44 @@ class Task:
                 )
         return found
 
+    def check_sums(self, outputs: Any, labels: Any) -> None:
+        """Checks on random outputs that metrics add up over batches and finish as a number.
+
+        Args:
+          outputs, labels: shapes and dtypes of a batch; labels are taken to be 0.
+
+        Raises:
+          ValueError: a metric's sums of a batch are not those of its parts added up, or its total is no number.
+        """
+        if sum(leaf.size for leaf in jax.tree.leaves(outputs)) > _MOST_VALUES:
+            return
+        rng = np.random.default_rng(0)
+        o = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), outputs)
+        y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), labels)
+        for name, metric in self.metrics:
+            if isinstance(metric.sums, _SumAndCount):
+                continue
+            whole = np.asarray(metric.sums(o, y), np.float64)
+            added = np.zeros_like(whole)
+            for part in (slice(0, 1), slice(1, None)):
+                one = jax.tree.map(lambda leaf, part=part: leaf[part], (o, y))
+                added += np.asarray(metric.sums(*one), np.float64)
+            if not np.allclose(whole, added, rtol=1e-2, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"metric {name!r} must have sums that add up over batches, got {whole.tolist()} of a batch and "
+                    f"{added.tolist()} of its two parts; see tasks.Metric"
+                )
+            try:
+                float(metric.finish(np.asarray(metric.sums(o, y))))
+            except Exception as error:
+                raise ValueError(
+                    f"metric {name!r} must make a number of a total of shape {whole.shape}, but `finish` raised or "
+                    f"returned what is none: {type(error).__name__}: {error}"
+                ) from error
+
+
+_MOST_VALUES = 1 << 20  # of outputs that are made up to check metrics
+
 
 def custom(
     loss: Loss,
@@ -151,6 +194,7 @@ def custom(
 
     Raises:
       TypeError: the loss or a metric is no function.
+      ValueError: a metric is called "loss".
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of outputs and labels, got {loss!r}")

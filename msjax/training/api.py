@@ -94,7 +94,8 @@ def train(
       task: a `tasks.Task`, or the name of one that needs no option.
       cut: how many layers of a sequential model the client has.
       codec: of the features, on their way up; by default MS, `MaskEncoded(ratio=0.99, bits=2)`. By name, as
-        {"skip": TopK(0.9), "": MaskEncoded()}, where the client returns a tree of arrays; "" is for all others.
+        {"skip": TopK(0.9), "": MaskEncoded()}, where the client returns a tree of arrays; "" is for all others, which
+        without it are sent uncompressed.
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
@@ -107,7 +108,9 @@ def train(
         what is usual for the data set.
       test_every: epochs between two tests; the last epoch always has one.
       seed: of parameters that are not there yet, division, order, augmentation and codecs.
-      folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued.
+      folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued, and
+        one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data and an
+        `OptimConfig` are compared, but functions and first parameters cannot be.
       quiet: print nothing.
 
     Returns:
@@ -118,9 +121,26 @@ def train(
         the task; before the first step.
       Interrupted: SIGINT or SIGTERM came; the state was saved where there is a folder.
     """
-    dataset = data_lib.as_dataset(data)
     mode = Parallel() if mode is None else mode
-    _check_counts(clients=clients, batch_size=batch_size, epochs=epochs, test_every=test_every)
+    if not isinstance(mode, Mode):
+        raise TypeError(f"mode must be a mode of msjax.split.modes, as Parallel(), got {mode!r}")
+    clients, batch_size, epochs, test_every = (
+        _integer(name, value, 1)
+        for name, value in {
+            "clients": clients,
+            "batch_size": batch_size,
+            "epochs": epochs,
+            "test_every": test_every,
+        }.items()
+    )
+    seed = _integer("seed", seed, 0)
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise TypeError(f"alpha must be a number or None, got {alpha!r}")
+    if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
+        raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
+    dataset = data_lib.as_dataset(data)
+    if clients > len(dataset.train):
+        raise ValueError(f"clients must be in 1..{len(dataset.train)} (the number of examples), got {clients}")
     indices, samples = divide(dataset, clients, alpha=alpha, seed=seed)
     preprocess = Preprocess(
         dataset.augment if augment is None else augment,
@@ -148,12 +168,12 @@ def train(
         preprocess=preprocess,
     )
     check_labels(spec, dataset)
-    first = TrainState(
-        init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1]), jnp.int32(0)
-    )
+    # A run gives its state away, but the user's arrays are not its own.
+    own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
+    first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
     run = loop.LoadedRun(spec, first, dataset, indices, seed, title)
-    run_folder = None if folder is None else open_folder(folder, spec)
+    run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
         trained = _trained(parts, finished.state)
@@ -200,10 +220,14 @@ def _optimizer(optimizer, schedule):
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
 
 
-def _check_counts(**counts):
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _integer(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _copied(tree):
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
 def _trained(parts, state):

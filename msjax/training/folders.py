@@ -1,26 +1,46 @@
 """The folder of a run that was started from Python, on objects rather than a config."""
 
+import hashlib
 import json
 import pathlib
+from typing import Any
 
+import jax
+import numpy as np
+
+from msjax.config import OptimConfig
 from msjax.models import ModelPart
 from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
 from msjax.split.spec import RunSpec
+from msjax.training.loop import LoadedRun
 
 
-def open_folder(path: str, spec: RunSpec) -> RunFolder:
-    """Opens or makes the folder of a run.
+def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) -> RunFolder:
+    """Opens or makes the folder of a run, whose optimizer is told from others if it is an `OptimConfig`.
 
     Raises:
-      ValueError: it holds another run's checkpoints.
+      ValueError: it holds another run's checkpoints, or the path is empty or that of a file.
     """
     folder = pathlib.Path(path)
+    if not str(path) or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"folder must be the path of a folder, got {path!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    file, digest = folder / "spec.json", spec.describe()
+    preprocess = run.spec.preprocess
+    described = run.spec.describe() | {
+        "seed": run.seed,
+        "alpha": alpha,
+        "optimizer": repr(optimizer) if isinstance(optimizer, OptimConfig) else type(optimizer).__name__,
+        "augment": preprocess.augment if isinstance(preprocess.augment, str) else "a function",
+        "mean": preprocess.mean,
+        "std": preprocess.std,
+        "data": [_contents(split) for split in (run.dataset.train, run.dataset.test)],
+    }
+    digest = json.loads(json.dumps(described))
+    file = folder / "spec.json"
     if file.exists():
         found = json.loads(file.read_text())
-        if found != json.loads(json.dumps(digest)):
+        if found != digest:
             differing = sorted(n for n in found.keys() | digest.keys() if found.get(n) != digest.get(n))
             raise ValueError(
                 f"folder must be new or that of the same run, got {path!r}, whose run differs in {', '.join(differing)}"
@@ -30,6 +50,16 @@ def open_folder(path: str, spec: RunSpec) -> RunFolder:
     else:
         write_atomically(file, json.dumps(digest, indent=2) + "\n")
     return RunFolder(folder)
+
+
+def _contents(split):
+    """A hash of a split in memory; what is streamed is known by its length alone."""
+    if not split.in_memory:
+        return len(split)
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves((split.inputs, split.targets)):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def write_parts(folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int) -> None:
