@@ -263,7 +263,13 @@ def _path_options(cfg):
 
 
 def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:
-    """Returns which training samples each client holds, and how many each draws in an epoch."""
+    """Returns which training samples each client holds, and how many each draws in an epoch.
+
+    Raises:
+      ValueError: there are more clients than samples, or `alpha` does not fit.
+    """
+    if clients > len(ds.train):
+        raise ValueError(f"clients must be in 1..{len(ds.train)} (the number of examples), got {clients}")
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients

@@ -110,12 +110,7 @@ class Codec(abc.ABC):
         return self._decode(self._encode(h, key), h)
 
     def _check(self, h, key=...):
-        if not hasattr(h, "dtype"):
-            raise TypeError(f"h must be an array, got {type(h).__name__}")
-        if jnp.dtype(h.dtype).name not in FLOAT_DTYPES:
-            raise TypeError(f"h must be one of {', '.join(FLOAT_DTYPES)}, got {jnp.dtype(h.dtype).name}")
-        if math.prod(h.shape) >= 1 << 31:
-            raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
+        check_array(h, FLOAT_DTYPES)
         if self.needs_key and key is None:
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
 
@@ -201,6 +196,16 @@ class VectorCodec(Codec):
 def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array of a payload; an int is the length of a vector."""
     return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
+
+
+def check_array(h: Any, dtypes: tuple[str, ...], where: str = "") -> None:
+    """Raises TypeError or ValueError for what a codec of arrays of these dtypes cannot take."""
+    if not hasattr(h, "dtype"):
+        raise TypeError(f"h must be an array, got {type(h).__name__}")
+    if jnp.dtype(h.dtype).name not in dtypes:
+        raise TypeError(f"h must be one of {', '.join(dtypes)}{where}, got {jnp.dtype(h.dtype).name}")
+    if math.prod(h.shape) >= 1 << 31:
+        raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
 
 
 def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:

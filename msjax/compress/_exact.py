@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress._codec import Codec, shaped
+from msjax.compress._codec import Codec, check_array, shaped
 from msjax.compress._identity import DensePayload
 
 EXACT_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -54,9 +54,4 @@ class Exact(Codec):
         return h
 
     def _check(self, h, key=...):
-        if not hasattr(h, "dtype"):
-            raise TypeError(f"h must be an array, got {type(h).__name__}")
-        if jnp.dtype(h.dtype).name not in EXACT_DTYPES:
-            raise TypeError(f"h must be one of {', '.join(EXACT_DTYPES)} for Exact, got {jnp.dtype(h.dtype).name}")
-        if math.prod(h.shape) >= 1 << 31:
-            raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
+        check_array(h, EXACT_DTYPES, " for Exact")

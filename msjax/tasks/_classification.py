@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from msjax.tasks._task import Metric, Task, check_class_labels, mean_of
+from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, mean_of
 
 
 def classification(*, label_smoothing: float = 0.0) -> Task:
@@ -36,8 +36,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __call__(self, outputs, labels):
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be integers, the numbers of classes, got {labels.dtype}")
+        check_class_dtype(labels.dtype)
         if outputs.ndim != 2 or labels.ndim != 1:
             raise ValueError(
                 "outputs must be logits (B, C) and labels (B,) for classification, got one sample's of shapes "

@@ -76,8 +76,7 @@ class Task:
     check_labels: Callable[[Any, Any], None] | None = None
 
     def __post_init__(self):
-        names = [name for name, _ in self.metrics]
-        if "loss" in names:
+        if "loss" in dict(self.metrics):
             raise ValueError("metrics must have other names than 'loss', which is the loss itself, got 'loss'")
 
     def losses(self, outputs: Any, labels: Any, *, train: bool) -> jax.Array:
@@ -155,7 +154,8 @@ class Task:
         for name, metric in self.metrics:
             if isinstance(metric.sums, _SumAndCount):
                 continue
-            whole = np.asarray(metric.sums(o, y), np.float64)
+            total = np.asarray(metric.sums(o, y))
+            whole = total.astype(np.float64)
             added = np.zeros_like(whole)
             for part in (slice(0, 1), slice(1, None)):
                 one = jax.tree.map(lambda leaf, part=part: leaf[part], (o, y))
@@ -166,7 +166,7 @@ class Task:
                     f"{added.tolist()} of its two parts; see tasks.Metric"
                 )
             try:
-                float(metric.finish(np.asarray(metric.sums(o, y))))
+                float(metric.finish(total))
             except Exception as error:
                 raise ValueError(
                     f"metric {name!r} must make a number of a total of shape {whole.shape}, but `finish` raised or "
@@ -217,11 +217,16 @@ def _shapes(tree):
     return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
 
 
+def check_class_dtype(dtype: Any) -> None:
+    """Raises ValueError where labels of this dtype are no numbers of classes."""
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, the numbers of classes, got {dtype}")
+
+
 def check_class_labels(labels: Any, num_classes: int, *, ignore: int | None = None) -> None:
     """Raises ValueError where integer labels are not in 0 … num_classes − 1 (or `ignore`)."""
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers, the numbers of classes, got {labels.dtype}")
+    check_class_dtype(labels.dtype)
     wrong = (labels < 0) | (labels >= num_classes)
     if ignore is not None:
         wrong &= labels != ignore

@@ -139,8 +139,6 @@ def train(
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
-    if clients > len(dataset.train):
-        raise ValueError(f"clients must be in 1..{len(dataset.train)} (the number of examples), got {clients}")
     indices, samples = divide(dataset, clients, alpha=alpha, seed=seed)
     preprocess = Preprocess(
         dataset.augment if augment is None else augment,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 
-from msjax.split import fused, trees
+from msjax.split import fused
 from msjax.split.payloads import PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
 from msjax.split.state import TrainState
@@ -113,8 +113,3 @@ class Mode:
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
         return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
-
-
-def vector_of(tree: Any) -> PayloadSpec:
-    """Returns the spec of all floating values of a tree as one vector."""
-    return PayloadSpec.of_vector(trees.count_floats(tree))
