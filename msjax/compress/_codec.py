@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +46,7 @@ class Codec(abc.ABC):
           ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
         """
         self._check(h, key)
-        return self._encode(jnp.asarray(h), key)
+        return _encode(self, jnp.asarray(h), key)
 
     def encode_numpy(self, h: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the payload that `encode` gives, bit for bit, as NumPy arrays and made by NumPy alone.
@@ -74,12 +75,12 @@ class Codec(abc.ABC):
         wanted = self._payload_like(like)
         given = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
         check_payload(self, like, wanted, given)
-        return self._decode(type(wanted)(*map(jnp.asarray, given)), like)
+        return _decode(self, type(wanted)(*map(jnp.asarray, given)), shaped(like.shape, like.dtype))
 
     def roundtrip(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> Shaped[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
         self._check(h, key)
-        return self._roundtrip(jnp.asarray(h), key)
+        return _roundtrip(self, jnp.asarray(h), key)
 
     def payload_like(self, like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
@@ -113,6 +114,25 @@ class Codec(abc.ABC):
         check_array(h, FLOAT_DTYPES)
         if self.needs_key and key is None:
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
+
+
+# Traced once for a codec and a shape, however many programs use it; called outside of one, each is a program.
+_program = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_program, static_argnames="codec")
+def _encode(codec, h, key):
+    return codec._encode(h, key)
+
+
+@functools.partial(_program, static_argnames=("codec", "like"))
+def _decode(codec, payload, like):
+    return codec._decode(payload, like)
+
+
+@functools.partial(_program, static_argnames="codec")
+def _roundtrip(codec, h, key):
+    return codec._roundtrip(h, key)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
