@@ -1,6 +1,6 @@
 """A CNN of your own on images of your own, from an .npz file: two NNX modules and one call.
 
-    python examples/cnn_npz.py                 # scikit-learn's digits, written to an .npz first; a minute
+    python examples/cnn_npz.py                 # 8×8 digits, written to an .npz first; a minute
     python examples/cnn_npz.py my_images.npz   # with the arrays x_train, y_train, x_test, y_test
 
 Ten simulated clients train the network through the cut, with MS at the cut and without, and the bytes are counted.
@@ -42,12 +42,16 @@ class Server(nnx.Module):
 
 
 def write_digits(path):
-    """scikit-learn's digits as an .npz file, for those who have none."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x, y = (digits.images * 15).astype(np.uint8)[..., None], digits.target
-    np.savez(path, x_train=x[:1400], y_train=y[:1400], x_test=x[1400:], y_test=y[1400:])
+    """The digits that come with msjax as an .npz file, for those who have none."""
+    digits = msjax.data.load("digits")
+    train, test = (
+        {f"x_{split}": inputs, f"y_{split}": labels}
+        for split, inputs, labels in (
+            ("train", digits.train_inputs, digits.train_labels),
+            ("test", digits.test_inputs, digits.test_labels),
+        )
+    )
+    np.savez(path, **train, **test)
     return path
 
 

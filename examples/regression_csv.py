@@ -3,7 +3,8 @@
     python examples/regression_csv.py                                # scikit-learn's diabetes, written to a CSV first
     python examples/regression_csv.py my_table.csv --label price     # any table with a header
 
-Two clients, such as two hospitals with rows of the same columns. Needs pandas: pip install 'msjax[tables]'.
+Two clients, such as two hospitals with rows of the same columns. Needs pandas, and scikit-learn for its diabetes:
+pip install 'msjax[tables]' scikit-learn
 """
 
 import argparse

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import scipy.linalg
-import sklearn.cluster
 
 from benchmarks import timing
 from experiments import rate_distortion
@@ -148,7 +147,9 @@ def product(values: int) -> Callable:
         flat = h.reshape(-1)
         vectors = flat[: flat.size // values * values].reshape(-1, values)
         count = int(np.clip(2 ** np.round(8 - 1.5 * np.log2(step / STEPS[0])), 2, 256))
-        means = sklearn.cluster.MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0, max_iter=10)
+        from sklearn import cluster  # which nothing else needs
+
+        means = cluster.MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0, max_iter=10)
         means.fit(vectors[np.random.default_rng(0).permutation(len(vectors))[:100_000]])
         codes = means.predict(vectors)
         bits = 8 * len(wire.huffman(codes.astype(np.uint8).tobytes())) + HALF * means.cluster_centers_.size

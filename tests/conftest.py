@@ -9,14 +9,14 @@ import pathlib
 from . import compile_cache
 
 flags = [
-    os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compiled a good half faster
     "--xla_cpu_parallel_codegen_split_count=1",  # and a tenth more: no parts for threads that the processes leave idle
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort at a flag that they no longer know
     flags.append("--xla_cpu_use_fusion_emitters=false")  # and that in half the time again
-os.environ["XLA_FLAGS"] = " ".join(flags)
+given = os.environ.get("XLA_FLAGS", "").split()  # by the user, or by the process that has started this one
+os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in flags if flag not in given])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for the processes that tests start; see below
 # Most of the suite's time is compilation, and many tests compile the same programs.
@@ -37,7 +37,12 @@ threadpoolctl.threadpool_limits(1, user_api="blas")
 check = beartype.beartype(
     conf=beartype.BeartypeConf(is_pep484_tower=True)
 )  # an int is a float, as for every type checker
-jaxtyping.install_import_hook("msjax", f"{__name__}.check")
+
+# Where there are shapes to check. To check every call of every function takes a quarter of the suite's time.
+package = pathlib.Path(__file__).parent.parent / "msjax"
+shaped = [path.relative_to(package.parent) for path in package.rglob("*.py") if "jaxtyping" in path.read_text("utf-8")]
+modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in shaped]
+jaxtyping.install_import_hook(modules, f"{__name__}.check")
 
 pytest.register_assert_rewrite(f"{__package__}.helpers", f"{__package__}.setups", f"{__package__}.network")
 collect_ignore = ["fuzz_wire.py", "torch_networks.py"]  # of libraries that the tests do without

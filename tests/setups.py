@@ -21,7 +21,8 @@ SMALL = config.Config(
 )
 SMOOTH = dataclasses.replace(SMALL, codec=compress.RandK(ratio=0.5), grad_codec=compress.RandK(ratio=0.5))
 """Random, and without edges between codes, on which machines differ (`tolerance`)."""
-COUNT, TEST_COUNT = 100, 42  # of a client 25: batches of 10, 10 and 5; and 10 or 11
+COUNT, TEST_COUNT = 120, 40  # of a client 30: three batches of 10; and 10
+UNEVEN = (100, 42)  # of a client 25: batches of 10, 10 and 5; and 10 or 11, so that each program is compiled twice
 MODES = [
     config.ModeConfig(),
     config.ModeConfig(tail_cut="last"),
@@ -33,14 +34,14 @@ SLOW_BUT_FIRST = [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mod
 """The modes for `pytest.mark.parametrize`, of which the quick run takes the first."""
 
 
-def dataset(seed=0):
+def dataset(count=COUNT, test_count=TEST_COUNT):
     """Random images of the digits' shape, of ten classes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(n):
         return data.Arrays(rng.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8), rng.integers(0, 10, n).astype(np.int32))
 
-    return data.Dataset("random", draw(COUNT), draw(TEST_COUNT), 10, np.float32([0.5]), np.float32([0.25]))
+    return data.Dataset("random", draw(count), draw(test_count), 10, np.float32([0.5]), np.float32([0.25]))
 
 
 def built(cfg, samples, test_samples=TEST_COUNT):
@@ -48,11 +49,11 @@ def built(cfg, samples, test_samples=TEST_COUNT):
     return build.build(cfg, build.DataSummary.of(dataset()), samples=samples, test_samples=test_samples)
 
 
-def make_parties(cfg, **options):
+def make_parties(cfg, counts=(COUNT, TEST_COUNT), **options):
     """A server and all clients, each with its share of the data alone."""
-    ds = dataset()
+    ds = dataset(*counts)
     indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-    run = built(cfg, samples)
+    run = built(cfg, samples, len(ds.test))
     clients = [
         parties.Client(
             client_id,
@@ -68,7 +69,7 @@ def make_parties(cfg, **options):
 
 
 class Finished(NamedTuple):
-    """The parties of `SMOOTH` in a mode, at the end of the run."""
+    """The parties of `SMOOTH` in a mode, with uneven counts, at the end of the run."""
 
     server: parties.Server
     clients: list[parties.Client]
@@ -82,7 +83,7 @@ class Finished(NamedTuple):
 @functools.cache
 def finished(mode):
     """Runs the parties of `SMOOTH` in a mode, once a process."""
-    server, clients = make_parties(dataclasses.replace(SMOOTH, mode=mode))
+    server, clients = make_parties(dataclasses.replace(SMOOTH, mode=mode), UNEVEN)
     before = jax.tree.map(np.asarray, (server.state.params, clients[0].state.params))
     exchanges = []
     for exchange in parties.run(server, clients):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("built_once")
 HELLO = pb.FromClient(hello=pb.Hello(protocol=2, client=0))
 
 
-def ready(cfg=SMALL, ds=None, samples=25):
+def ready(cfg=SMALL, ds=None, samples=30):
     """What a client says that has built this run for this data."""
     summary = build.DataSummary.of(ds or dataset())
     run = build.build(cfg, summary, samples=samples, test_samples=TEST_COUNT)
@@ -137,7 +137,7 @@ def test_another_task_is_another_run():
 
 
 def build_with(task):
-    spec = dataclasses.replace(built(SMALL, 25).spec, task=task)
+    spec = dataclasses.replace(built(SMALL, 30).spec, task=task)
     return agreement.parse(agreement.describe(spec, build.DataSummary.of(dataset())))
 
 

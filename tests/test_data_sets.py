@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msjax import data
-from msjax.data import _cache, _registry, _tfds
+from msjax.data import _cache, _embedded, _registry, _tfds
 
 from .data_helpers import forbid, prepare_tiny
 
@@ -31,6 +31,18 @@ def test_digits():
     assert ds.mean.dtype == ds.std.dtype == np.float32
     assert (data.as_dataset("digits").test_inputs == ds.test_inputs).all()
     assert data.load("digits", image_size=16).train_inputs.shape == (1437, 16, 16, 1)
+
+
+@pytest.mark.slow
+def test_embedded_sets_are_those_of_scikit_learn():
+    from sklearn import datasets
+
+    theirs, ours = datasets.load_digits(), _embedded.arrays("digits")
+    np.testing.assert_array_equal(ours["images"], theirs.images)
+    np.testing.assert_array_equal(ours["labels"], theirs.target)
+    theirs, ours = datasets.load_breast_cancer(), _embedded.arrays("breast_cancer")
+    np.testing.assert_array_equal(ours["columns"], theirs.data.astype(np.float32))
+    np.testing.assert_array_equal(ours["labels"], theirs.target)
 
 
 def test_cache_round_trip(tiny):

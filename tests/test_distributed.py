@@ -239,7 +239,7 @@ def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
 @pytest.mark.slow
 def test_dropped_client_comes_back_where_every_step_ends_with_a_test(tmp_path):
     """Its part comes with the features, not with what is tested before them."""
-    cfg = dataclasses.replace(SMALL, batch_size=25, epochs=6)
+    cfg = dataclasses.replace(SMALL, batch_size=30, epochs=6)
     with net(tmp_path, cfg, latency=0.5, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
         it.delay(2, 5.0, step=1)
         it.start_clients().run()

@@ -25,7 +25,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in {missing} else found(name, package)
 sys.meta_path.insert(0, Blocker())
 """
-EXTRAS = ("flax", "optax", "orbax", "tyro", "rich", "safetensors", "sklearn", "matplotlib", "tensorboardX", "grpc")
+EXTRAS = ("flax", "optax", "orbax", "tyro", "rich", "safetensors", "matplotlib", "tensorboardX", "grpc")
 
 
 def run(code, missing=EXTRAS):

@@ -16,7 +16,7 @@ from msjax.split.schedule import Phase, Schedule
 from msjax.training import from_config, loop
 
 from .helpers import assert_close
-from .setups import COUNT, MODES, SMALL, SMOOTH, TEST_COUNT, dataset, finished, make_parties
+from .setups import MODES, SMALL, SMOOTH, UNEVEN, dataset, finished, make_parties
 
 
 @pytest.mark.slow
@@ -27,8 +27,8 @@ def test_parties_train(mode):
     after = (server.state.params, clients[-1].state.params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
     assert all(m > 0 for m in jax.tree.leaves(moved))
-    assert server.train.samples == SMALL.epochs * COUNT
-    assert server.test.samples == SMALL.epochs * TEST_COUNT
+    assert server.train.samples == SMALL.epochs * UNEVEN[0]
+    assert server.test.samples == SMALL.epochs * UNEVEN[1]
     if mode.kind != "sequential":
         for client in clients[1:]:
             for a, b in zip(jax.tree.leaves(clients[0].state[:2]), jax.tree.leaves(client.state[:2]), strict=True):
@@ -106,7 +106,7 @@ def test_sequential_schedule():
 def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     """`msjax train`, on one device and on several, against the parties, in every mode."""
     cfg = dataclasses.replace(SMOOTH, mode=mode, out=str(tmp_path))
-    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset())
+    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset(*UNEVEN))
     if not spread:
         monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
     run = from_config.load_run(cfg)

@@ -10,7 +10,7 @@ from msjax.split import parties, traffic
 from msjax.split.schedule import Phase
 from msjax.training.from_config import load_run
 
-from .setups import MODES, SMALL, built, make_parties
+from .setups import MODES, SMALL, UNEVEN, built, make_parties
 
 
 def nbytes(tree):
@@ -33,7 +33,7 @@ def test_traffic_is_what_the_parties_send(codec, mode):
     """Over two epochs, the second with a test, and a smaller last step, whose k is rounded down by itself."""
     grad_codec = compress.StochasticUniform(bits=4)
     cfg = dataclasses.replace(SMALL, codec=codec, grad_codec=grad_codec, mode=mode, test_every=2)
-    server, clients = make_parties(cfg)
+    server, clients = make_parties(cfg, UNEVEN)
     sent = {"uplink_bytes": 0, "downlink_bytes": 0, "paper_bytes": 0}
     handle = server.handle
 
@@ -56,7 +56,7 @@ def test_traffic_is_what_the_parties_send(codec, mode):
     assert (found + found).uplink_bytes == (found * 2).uplink_bytes == 2 * found.uplink_bytes
     if mode.tail_cut is not None:
         assert found.uplink_label_bytes == 0 and found.uplink_gradient_bytes > 0
-    alone = traffic.epoch_traffic(built(dataclasses.replace(cfg, clients=1), 100).spec, 0)
+    alone = traffic.epoch_traffic(built(dataclasses.replace(cfg, clients=1), *UNEVEN).spec, 0)
     assert alone.uplink_synchronization_bytes == alone.downlink_synchronization_bytes == 0
 
 

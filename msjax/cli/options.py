@@ -15,7 +15,7 @@ DEFAULT = config.Config(
     epochs=20,
     compare=True,
 )
-"""The run without a preset: scikit-learn's digits, for which 16 samples a client make 9 steps an epoch."""
+"""The run without a preset: The embedded digits, for which 16 samples a client make 9 steps an epoch."""
 
 
 def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:

@@ -1,38 +1,31 @@
-"""Sets that come with scikit-learn and need no download."""
+"""Sets that come with this package and need no download; `embedded/README.md` says where they are from."""
 
+import importlib.resources
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from msjax.data import _images, _registry
 from msjax.data._dataset import Arrays, Dataset
-from msjax.data._error import DataError
 from msjax.data._measure import measure_columns, measure_images
 
 
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """As they are in the file."""
+    with (importlib.resources.files("msjax.data") / "embedded" / f"{name}.npz").open("rb") as file:
+        return dict(np.load(file))
+
+
 def load(name: str, image_size: int | None) -> Dataset:
-    """`digits`, or `breast_cancer`: scikit-learn's copy of Breast Cancer Wisconsin (Diagnostic)."""
-    bunch = _bunch(name)
+    """`digits`, or `breast_cancer`."""
+    found = arrays(name)
     if name == "digits":
-        inputs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+        inputs = np.round(found["images"] * (255 / 16)).astype(np.uint8)[..., None]
         if image_size is not None:
             inputs = _images.resized(inputs, image_size)
-        return _split(name, inputs, bunch.target, measure_images)
-    every_column = np.ones(bunch.data.shape[1], bool)
-    inputs = bunch.data.astype(np.float32)
-    return _split(name, inputs, bunch.target, lambda table: measure_columns(table, every_column))
-
-
-def _bunch(name: str) -> Any:
-    """As scikit-learn has it."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise DataError(
-            f"the {name} set comes with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    return getattr(datasets, f"load_{name}")()
+        return _split(name, inputs, found["labels"], measure_images)
+    every_column = np.ones(found["columns"].shape[1], bool)
+    return _split(name, found["columns"], found["labels"], lambda table: measure_columns(table, every_column))
 
 
 def _split(name: str, inputs: np.ndarray, labels: np.ndarray, measure: Callable) -> Dataset:

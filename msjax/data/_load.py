@@ -24,7 +24,7 @@ def load(
 ) -> Dataset:
     """Load a classification set of images, texts or a table: as arrays, from the cache where it was decoded before.
 
-    `digits` is embedded in scikit-learn: 8x8x1, 1,437 train and 360 test (36 a class), no download; so is a table,
+    `digits` comes with this package: 8x8x1, 1,437 train and 360 test (36 a class), no download; so is a table,
     `breast_cancer`: 30 columns, 455 train and 114 test (57 a class). Any other set is looked for as
     `data_dir`/NAME/VERSION, prepared by TFDS as array_record; `cifar10`, `cifar100`, `mnist`, `fashion_mnist` are
     otherwise downloaded from their authors' sites, and what else TFDS knows is prepared by TFDS.

@@ -23,7 +23,7 @@ class Entry:
         mean, std: per channel, of pixels / 255, as published; None: measured on the training images.
         augment: the usual one of `AUGMENTATIONS`.
         num_classes: where the set's own files do not say it.
-        test_of_class: of an embedded set, which scikit-learn brings: so many examples a class are the test set.
+        test_of_class: of an embedded set: so many examples a class are the test set.
         sources: (address, SHA-256) of the files that the authors published.
         file_format: how they are to be read: CIFAR's records, or MNIST's IDX files, which are train images, train
             labels, test images, test labels.
