@@ -132,6 +132,7 @@ def test_goals_on_relu_of_normal():
     assert 32 * h.size / (8 * sent) >= 25
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased():
     h = np.append(np.asarray(source("heavy"))[:4000], np.float32([100.0, -70.0, 0.0, 1e-3]))
     codec = EntropyMask(bits=1.5, signed=True, rounding="stochastic", ratio=0.9)

@@ -145,7 +145,7 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(window, padding, s
     [
         ("convnet", "shallow", True),
         ("convnet", 4, False),
-        ("resnet18", "deep", True),
+        pytest.param("resnet18", "deep", True, marks=pytest.mark.slow),
         pytest.param("vgg19", "medium", True, marks=pytest.mark.slow),
     ],
 )

@@ -23,7 +23,7 @@ def nbytes(tree):
         pytest.param(
             compress.Identity() if mode.tail_cut == "last" else compress.MaskEncoded(ratio=0.9),
             mode,
-            marks=[pytest.mark.slow] if mode.kind != "sequential" else [],
+            marks=[] if mode == MODES[3] else [pytest.mark.slow],
         )
         for mode in MODES
     ],

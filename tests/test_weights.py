@@ -18,7 +18,7 @@ from msjax.split.trees import TreeSpec
 
 from . import reference_networks
 
-DATA = pathlib.Path(os.environ.get("MSJAX_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared/data"))
+DATA = pathlib.Path(os.environ.get("MSJAX_TEST_DATA", "no_such_folder"))
 CASES = {  # sides that differ, so that rows and columns cannot be mixed up
     "vgg19": dict(name="vgg19", input_shape=(64, 96, 3), width=1 / 32),
     "resnet18": dict(name="resnet18", input_shape=(10, 8, 3), width=1 / 32),
@@ -27,6 +27,14 @@ CASES = {  # sides that differ, so that rows and columns cannot be mixed up
     "resnet20 padded": dict(name="resnet20", input_shape=(11, 8, 3), width=1 / 4, shortcut="zero_padding"),
     "resnet32 paper": dict(name="resnet32", input_shape=(8, 8, 3), width=1 / 8, first_block="paper"),
 }
+
+
+LARGE = ("vgg19", "resnet18", "resnet34")
+
+
+def cases(*without):
+    """Those for `pytest.mark.parametrize`, of which the quick run takes the small ones."""
+    return [pytest.param(c, marks=pytest.mark.slow) if c in LARGE else c for c in CASES if c not in without]
 
 
 def build(case, **options):
@@ -64,7 +72,7 @@ def logits(model, weights, x):
     return jax.jit(lambda w, x: w.apply(w.params, w.stats, x, train=False)[0])(weights, jnp.asarray(x, model.dtype))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_what_is_saved_loads_to_the_same_arrays(case, tmp_path):
     model = build(case)
     weights = random_weights(model)
@@ -75,7 +83,7 @@ def test_what_is_saved_loads_to_the_same_arrays(case, tmp_path):
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "paper" not in case])
+@pytest.mark.parametrize("case", cases("resnet32 paper"))
 def test_the_saved_tensors_give_the_same_logits_in_pytorchs_layout(case, tmp_path):
     model = build(case)
     weights = random_weights(model)
@@ -295,6 +303,7 @@ def test_pytorch_computes_the_same_from_what_is_saved(case, tmp_path):
 PUBLISHED = DATA / "models/cifar10_resnet"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PUBLISHED / "resnet20.safetensors").exists(), reason="needs published weights and CIFAR-10")
 def test_published_weights_classify_cifar10():
     """ResNet20 of akamaster/pytorch_resnet_cifar10: 91.73 % of the 10,000 test images, here of the first 400."""
