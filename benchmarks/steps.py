@@ -125,7 +125,7 @@ def make_step(name, classes, side, cut, codec, width, options):
 
     def call():
         args = (*fixed, order, everyone, jax.random.key(0))
-        carry[:] = program.train_steps(built.spec, mesh, *carry, *args)
+        carry[:] = program.train_steps(built.spec, mesh, *carry, *args)[:2]
         return carry[1]
 
     start = time.perf_counter()

@@ -172,6 +172,8 @@ class Config:
     """Epochs between two tests, each of which costs time and a test set of features; the last epoch always has one."""
     eval_compressed: bool = True
     """Whether test features go through the codec, as in the paper."""
+    allow_nonfinite: bool = False
+    """Whether to go on where a loss is NaN or infinite; otherwise the run ends there with an error."""
     compare: bool = False
     """Also train without compression, and print both beside each other."""
     out: str = "runs"

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 
 from msjax import config
+from msjax.split.finite import NonFiniteError
 
-EXPECTED = (ValueError, TypeError, OSError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
 """What a command's user can do something about."""
 
 DEFAULT = config.Config(

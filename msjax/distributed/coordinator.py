@@ -217,7 +217,9 @@ class Coordinator:
         event = ev.Requested(client, session, request.generation, position, bool(request.part))
         if self.membership.verdict(event) is Verdict.NEW:
             exchange = messages.from_position(self.run.schedule, request.position, client)
-            self._came[client] = Came(exchange, request, messages.from_request(request, self.run.spec, exchange))
+            message = messages.from_request(request, self.run.spec, exchange)
+            messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
+            self._came[client] = Came(exchange, request, message)
             self.metrics.received(client, request)
         return event
 
@@ -235,6 +237,7 @@ class Coordinator:
                 self._progress,
                 checkpoint_steps=self._checkpoint_steps,
                 failed_save=self.metrics.failed_saves.inc,
+                allow_nonfinite=self.cfg.allow_nonfinite,
             )
         step, clients = self.run.restore()
         if again:

@@ -108,6 +108,39 @@ def from_request(request: pb.Request, spec: RunSpec, exchange: Exchange) -> Mess
     return Message(payload, labels, metrics)
 
 
+def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinite: bool = False) -> None:
+    """Checks what a client says in an exchange: a number that is not finite would spoil the part of all.
+
+    Raises:
+      ProtocolError: a number of the payload is not finite, or a label is none that the task takes.
+    """
+    where = f"in step {exchange.step} (counted from 0), phase {exchange.phase.name}"
+    if message.payload is not None and not allow_nonfinite:
+        spec_up = spec.up(exchange)
+        for payload, like in zip(message.payload, spec_up.likes, strict=True):
+            for leaf in jax.tree.leaves(payload):
+                wrong = _nonfinite(leaf)
+                if wrong is not None:
+                    raise ProtocolError(
+                        f"what a client sends must be finite, got {wrong} among {like.dtype}{list(like.shape)} {where}"
+                    )
+    if message.labels is not None and spec.task.check_labels is not None:
+        outputs = jax.tree.unflatten(spec.outputs.structure, spec.outputs.leaves)
+        try:
+            spec.task.check_labels(message.labels, outputs)
+        except ValueError as error:
+            raise ProtocolError(f"{error}, {where}") from None
+
+
+def _nonfinite(array):
+    """The first value of an array that is not finite, or None."""
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        return None
+    flat = np.asarray(array).reshape(-1)
+    found = flat[~np.isfinite(flat)]
+    return found[0] if found.size else None
+
+
 def _label_bytes(leaf):
     array = np.ascontiguousarray(leaf)
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -17,6 +17,7 @@ from msjax.distributed.stores import ServerStore
 from msjax.models import RemoteApply
 from msjax.parts import save_trained
 from msjax.runs import RunFolder, environment, write_atomically
+from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
 from msjax.split.traffic import Traffic, run_traffic
@@ -118,6 +119,8 @@ class ServerProgram:
             record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
             if party.test.samples:
                 record["test"] = party.test.means(task)
+                if not self.cfg.allow_nonfinite:
+                    check_test_loss(record["test"]["loss"], position.epoch + 1)
             record |= self._so_far(run_traffic(run.spec, position.epoch + 1))
             party.train = party.test = MetricSums()
             self.history.append(record)

@@ -4,10 +4,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
+from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
 
 log = logging.getLogger("msjax.server")
@@ -30,6 +33,7 @@ class ServerRun:
       store: of checkpoints: `latest()`, `save(step, server)`, `restore(step, server)`, `forget(server)`.
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
+      allow_nonfinite: whether to go on where a loss is not finite.
     """
 
     def __init__(
@@ -41,10 +45,12 @@ class ServerRun:
         *,
         checkpoint_steps: int,
         failed_save: Callable[[], None],
+        allow_nonfinite: bool = False,
     ):
         self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
+        self._allow_nonfinite = allow_nonfinite
         self._exchanges: Iterator[Exchange] = iter(())
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
@@ -77,11 +83,19 @@ class ServerRun:
         return None if self.exchange is None else _info(self.schedule, self.exchange)
 
     def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
-        """The answers of the open exchange to the clients whose messages came."""
+        """The answers of the open exchange to the clients whose messages came.
+
+        Raises:
+          NonFiniteError: a client's loss is NaN or infinite.
+        """
         if not came:
             return {}  # everyone who should have taken part was dropped
         self._maybe_save(came)
-        return self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+        answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+        if not self._allow_nonfinite and self.exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
+            losses = self.party.losses
+            check_losses(np.asarray([list(losses.values())]), list(losses), self.exchange.step)
+        return answers
 
     @property
     def schedule(self) -> Schedule:

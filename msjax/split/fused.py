@@ -34,6 +34,9 @@ def fused_step(
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
       own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
         arrays of `state.client` then have a leading axis K.
+
+    Returns:
+      The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
     """
     clients = keys.shape[0]
 
@@ -86,7 +89,7 @@ def fused_step(
     totals = (add_up(sums), features_up.sum() + grads_up, features_down.sum() + grads_down)
     if axis_name is not None:
         totals = jax.lax.psum(totals, axis_name)
-    return TrainState(client, server, state.step + 1), StepMetrics(loss, *totals)
+    return TrainState(client, server, state.step + 1), StepMetrics(loss, *totals, losses)
 
 
 def cross_cut(

@@ -217,12 +217,14 @@ class Server:
     Attributes:
       part_in_transit: a client's part with its optimizer state, float32 (n,), between two clients' turns.
       train, test: loss and metrics since they were last reset.
+      losses: each client's mean loss in the last training step, by number.
     """
 
     def __init__(self, spec: RunSpec, state: PartState, seed: int):
         self.spec, self.state = spec, state
         self.part_in_transit: np.ndarray | None = None
         self.train = self.test = MetricSums()
+        self.losses: dict[int, float] = {}
         self._seed, self._pending = seed, None
 
     @property
@@ -250,6 +252,7 @@ class Server:
                     args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys)
                     self.state, answers, found = programs.server_step(*args, batch_size=batch_size)
                     self.train += sums_of(found, batch_size * len(clients))
+                    self.losses = dict(zip(clients, np.asarray(found.losses).tolist(), strict=True))
                 return [Message(answer) for answer in unstack(answers, len(clients))]
             case Phase.GRADIENT:
                 return self._backward(exchange, clients, messages)
@@ -270,6 +273,7 @@ class Server:
         batch_size = self.spec.schedule.batch_size_of(exchange)
         self.state, answers = programs.server_backward(*args, batch_size=batch_size)
         self.train = total([self.train, *(m.metrics for m in messages)])
+        self.losses = {c: m.metrics.loss / max(m.metrics.samples, 1) for c, m in zip(clients, messages, strict=True)}
         answers = dict(zip(everyone, unstack(answers, len(everyone)), strict=True))
         return [Message(answers[client]) for client in clients]
 

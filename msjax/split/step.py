@@ -42,6 +42,8 @@ class StepMetrics(NamedTuple):
     """About the bytes of all clients' messages of features and gradients; only of the fused step, where a codec is
     `entropy_coded`, since all others' bytes follow from shapes. See `wire.estimate_bytes`."""
     downlink_bytes: jax.Array | float = 0.0
+    losses: jax.Array | None = None
+    """(K,), each client's mean loss, of a training step."""
 
 
 class Pending(NamedTuple):
@@ -109,7 +111,7 @@ def server_step(
 
     grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys)
     server = update_part(spec, server, PartUpdate(mean(grads), mean(stats)))
-    return server, replies, StepMetrics(losses.mean(), add_up(sums))
+    return server, replies, StepMetrics(losses.mean(), add_up(sums), losses=losses)
 
 
 def server_forward(

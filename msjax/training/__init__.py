@@ -1,6 +1,7 @@
 """Training in one program: simulated clients, their devices, the loop, evaluation. `train` is what users call."""
 
+from msjax.split.finite import NonFiniteError
 from msjax.training.api import TrainResult, train
 from msjax.training.loop import Interrupted
 
-__all__ = ["Interrupted", "TrainResult", "train"]
+__all__ = ["Interrupted", "NonFiniteError", "TrainResult", "train"]

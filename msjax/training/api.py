@@ -81,6 +81,7 @@ def train(
     test_every: int = 1,
     seed: int = 0,
     folder: str | None = None,
+    allow_nonfinite: bool = False,
     quiet: bool = True,
 ) -> TrainResult:
     """Trains a split network, with simulated clients in one program.
@@ -111,6 +112,7 @@ def train(
       folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued, and
         one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data and an
         `OptimConfig` are compared, but functions and first parameters cannot be.
+      allow_nonfinite: go on where a loss is NaN or infinite, instead of ending with an error.
       quiet: print nothing.
 
     Returns:
@@ -120,6 +122,7 @@ def train(
       TypeError, ValueError: an argument has a value that does not fit, or the parts do not fit each other, the data or
         the task; before the first step.
       Interrupted: SIGINT or SIGTERM came; the state was saved where there is a folder.
+      NonFiniteError: a loss is NaN or infinite; it says when, of which clients, and what to try.
     """
     mode = Parallel() if mode is None else mode
     if not isinstance(mode, Mode):
@@ -170,7 +173,7 @@ def train(
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
-    run = loop.LoadedRun(spec, first, dataset, indices, seed, title)
+    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)

@@ -34,7 +34,7 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
     check_labels(built.spec, dataset)
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
-    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title)
+    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, cfg.allow_nonfinite)
 
 
 def train_config(
@@ -47,6 +47,7 @@ def train_config(
 
     Raises:
       loop.Interrupted: SIGINT or SIGTERM came; the state was saved.
+      NonFiniteError: a loss is NaN or infinite.
       ValueError, data.DataError: see `load_run`.
     """
     if run is None:

@@ -13,6 +13,7 @@ from msjax import data
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
+from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, eval_key, train_key
@@ -38,6 +39,7 @@ class LoadedRun(NamedTuple):
       client_indices: of each client the training samples that it holds, int32.
       seed: of orders, augmentation and codecs.
       title: what a person calls it.
+      allow_nonfinite: whether it goes on where a loss is not finite.
     """
 
     spec: RunSpec
@@ -46,6 +48,7 @@ class LoadedRun(NamedTuple):
     client_indices: list[np.ndarray]
     seed: int
     title: str
+    allow_nonfinite: bool = False
 
 
 class Finished(NamedTuple):
@@ -100,6 +103,7 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state was saved.
+      NonFiniteError: a loss is NaN or infinite; the newest checkpoint is of before.
     """
     return _Loop(run, folder, quiet).run()
 
@@ -160,6 +164,9 @@ class _Loop:
                 if not plots.available():
                     bar.note("no curves or TensorBoard events: pip install 'msjax[plots]'")
         state = jax.device_get(self._spec.mode.gather(self._state))
+        if not self._run.allow_nonfinite:
+            for part in ("client", "server"):
+                check_part(part, getattr(state, part)[:2], self._done)
         wall = self._wall_seconds()
         return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
 
@@ -180,11 +187,14 @@ class _Loop:
         for inputs, labels, index in batches:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
             args = (inputs, labels, index, clients, key)
-            self._state, self._sums = program.train_steps(self._spec, self._mesh, self._state, self._sums, *args)
-            steps = 1 if index is None else len(index)
-            self._done += steps
+            given = self._state, self._sums, *args
+            self._state, self._sums, losses = program.train_steps(self._spec, self._mesh, *given)
             # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
-            jax.block_until_ready(self._sums.samples)
+            losses = np.asarray(losses)
+            if not self._run.allow_nonfinite:
+                check_losses(losses, clients.tolist(), self._done)
+            steps = len(losses)
+            self._done += steps
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)))
             if self._stopped:
@@ -198,6 +208,8 @@ class _Loop:
         record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
         if self._schedule.tests_after(epoch):
             record["test"] = evaluate(self._state)
+            if not self._run.allow_nonfinite:
+                check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
         if self._spec.codec.entropy_coded or self._spec.grad_codec.entropy_coded:
             record["traffic"] |= _coded_bytes(sums, self._history)

@@ -39,8 +39,8 @@ def train_steps(
     order: Any,
     clients: Any,
     key: jax.Array,
-) -> tuple[TrainState, MetricSums]:
-    """Takes S steps; gives its state and sums away.
+) -> tuple[TrainState, MetricSums, jax.Array]:
+    """Takes S steps; gives its state and sums away. The third is each client's mean loss in each step, (S, K).
 
     Args:
       order: int32 (S, K, B): for each step and each client the positions of its samples in `inputs` (N, …) and `labels`
@@ -58,12 +58,12 @@ def train_steps(
             x = jax.vmap(lambda x, key: spec.preprocess(x, split_key(key).augment))(x, keys)
             state, metrics = spec.mode.fused_step(spec, state, x, y, keys, axis_name=mesh and AXIS)
             samples = _batch_size(y) * keys.shape[0] * (mesh.size if mesh else 1)
-            return (state, add_step(sums, metrics, samples)), None
+            return (state, add_step(sums, metrics, samples)), metrics.losses
 
-        return _repeat(one_step, (state, sums), inputs, labels, order)
+        (state, sums), losses = _repeat(one_step, (state, sums), inputs, labels, order)
+        return state, sums, losses
 
-    everywhere = PartitionSpec()
-    out_specs = (_state_specs(spec), everywhere)
+    out_specs = (_state_specs(spec), PartitionSpec(), PartitionSpec(None, AXIS))
     return _spread(spec, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
 
 
@@ -99,7 +99,7 @@ def eval_rounds(
             samples = _batch_size(y) * keys.shape[0] * (mesh.size if mesh else 1)
             return (add_step(sums, StepMetrics(loss, totals), samples), round_ + 1), None
 
-        return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0]
+        return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0]
 
     spread = _spread(spec, run, mesh, PartitionSpec(), order is None)
     return spread(state, sums, inputs, labels, order, clients, key)
@@ -117,12 +117,11 @@ def _batch_size(y):
 
 
 def _repeat(one_step, carry, inputs, labels, order):
-    """`one_step` over the steps of `order`."""
-    if order is None:
-        return one_step(carry, (inputs, labels))[0]
-    if order.shape[0] == 1:
-        return one_step(carry, order[0])[0]
-    return jax.lax.scan(one_step, carry, order)[0]
+    """`one_step` over the steps of `order`, as `lax.scan`."""
+    if order is not None and order.shape[0] > 1:
+        return jax.lax.scan(one_step, carry, order)
+    carry, found = one_step(carry, (inputs, labels) if order is None else order[0])
+    return carry, jax.tree.map(lambda leaf: leaf[None], found)
 
 
 def _state_specs(spec):
