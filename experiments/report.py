@@ -29,6 +29,7 @@ from experiments import (
     entropy_variants,
     mask_width,
     not_images,
+    published_cuts,
     published_weights,
     rate_distortion,
     study,
@@ -54,6 +55,7 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
     "Published weights": published_weights,
+    "Published weights, cut behind every block, nothing trained": published_cuts,
 }
 HEAD = """# Results
 

@@ -1,0 +1,170 @@
+"""Published PyTorch weights of the CIFAR ResNets, cut behind every block: test accuracy with every codec, untrained.
+
+    python -m experiments.published_cuts --weights DIR --data-dir DIR
+
+The networks of `published_weights` are cut, and CIFAR-10's 10,000 original test images go through them in batches of
+250, each batch of features through the codec as that of one client. Nothing is trained or tuned: what a codec loses
+here is what its error costs a network that has never met it. Real bits are those of the whole message of the first
+batch, Huffman-coded. At test RT sends what SP sends, and is left out. What is done is kept, and not done
+again: all takes some hours on two cores.
+"""
+
+import functools
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+
+from benchmarks import timing
+from experiments import feature_maps, rate_distortion, study
+from experiments.published_weights import MEAN, STD
+from msjax import compress, config, models
+from msjax.training.from_config import load_run
+
+OUT = pathlib.Path(__file__).parent / "results" / "published_cuts"
+BATCH = 250
+EQUAL = {  # about 2.32 bits
+    "QU": compress.Uniform(bits=3),
+    "SP": compress.TopK(ratio=0.95875),
+    "MS": compress.MaskEncoded(),
+    "EntropyMask": compress.EntropyMask(bits=2.32, levels=31),
+}
+ONE = {  # about 1 real bit
+    "QU": compress.Uniform(bits=1),
+    "SP": compress.TopK(ratio=0.975),
+    "MS": compress.MaskEncoded(bits=1),
+    "EntropyMask": compress.EntropyMask(bits=1.0),
+}
+MORE = (  # of the smallest network, for accuracy against bits
+    *(compress.Uniform(bits=bits) for bits in (2, 4, 5)),
+    *(compress.TopK(ratio=ratio) for ratio in (0.8, 0.9)),
+    *(compress.MaskEncoded(bits=bits) for bits in (3, 4)),
+    *(compress.EntropyMask(bits=bits, levels=levels) for bits, levels in ((0.5, 5), (0.75, 15), (1.5, 15), (3.0, 31))),
+)
+NAMES = {"Uniform": "QU", "TopK": "SP", "MaskEncoded": "MS", "EntropyMask": "EntropyMask", "Identity": "none"}
+
+
+def main() -> int:
+    parser = timing.parser(__doc__, repeats=False)
+    parser.set_defaults(out=OUT)
+    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
+    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser.add_argument("--models", nargs="+", default=["resnet20", "resnet32", "resnet56"])
+    parser.add_argument("--images", type=int, default=10_000, help="so many of the test images, for a trial")
+    options = parser.parse_args()
+    file = options.out.with_suffix(".json")
+    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
+    rows, start = earlier["rows"], time.monotonic()
+    done = {(row["model"], row["layer"], row["codec"], row["images"]) for row in rows}
+    for name in options.models:
+        for row in measure(name, options.weights / f"{name}.safetensors", options.data_dir, options.images, done):
+            rows.append(row)
+            print("{model} {block} {codec}: {bits:.2f} bits, {top1_percent:.2f} %".format(**row), flush=True)
+            wall = earlier["wall_seconds"] + time.monotonic() - start
+            timing.save(options.out, timing.record(options, rows, wall))
+    print(table(rows))
+    timing.save(options.out, json.loads(file.read_text()), plot(rows))
+    return 0
+
+
+def codecs(model: str) -> tuple[compress.Codec, ...]:
+    """Those that a network is tested with."""
+    found = (compress.Identity(), *EQUAL.values(), *ONE.values())
+    return found + MORE if model == "resnet20" else found
+
+
+def measure(name, weights, data_dir, images, done):
+    """Yields a row for each block and codec that is not in `done`."""
+    cfg = config.Config(
+        model=config.ModelConfig(name, shortcut="zero_padding", weights=str(weights)),
+        data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
+        codec=compress.Identity(),
+    )
+    run = load_run(cfg)
+    state = run.state
+    params, stats = (getattr(state.client, n) | getattr(state.server, n) for n in ("params", "stats"))
+    network = feature_maps.Network(cfg, run, params, stats)
+    x, labels = run.dataset.test.fetch(np.arange(images))
+    for cut in models.list_cuts(models.build(name, input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")):
+        wanted = [c for c in codecs(name) if (name, cut.layer, str(c), images) not in done]
+        if not wanted:
+            continue
+        client, server = network.cuts(cut.layer)
+        batches = [x[i : i + BATCH] for i in range(0, images, BATCH)]
+        features = [_features(client, run.spec.preprocess(jnp.asarray(batch))) for batch in batches]
+        for codec in wanted:
+            start = time.monotonic()
+            keys = jax.random.split(jax.random.key(0), len(batches))
+            right = sum(
+                int(_right(server, h, labels[i * BATCH : (i + 1) * BATCH], keys[i], codec=codec))
+                for i, h in enumerate(features)
+            )
+            yield {
+                "model": name,
+                "layer": cut.layer,
+                "block": cut.block,
+                "images": images,
+                **rate_distortion.measure(np.asarray(features[0]), codec),
+                "top1_percent": 100 * right / images,
+                "seconds": round(time.monotonic() - start, 1),
+            }
+
+
+@jax.jit
+def _features(client, x):
+    return client.apply(client.params, client.stats, x, train=False, key=None)[0]
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def _right(server, h, labels, key, *, codec):
+    """How many of a batch are classified rightly."""
+    h = codec.roundtrip(h, key if codec.needs_key else None)
+    logits, _ = server.apply(server.params, server.stats, h, train=False, key=None)
+    return (logits.argmax(-1) == labels).sum()
+
+
+def table(rows: list[dict]) -> str:
+    """Returns accuracies at every block as Markdown: at about 2.32 bits, and at about 1 real bit."""
+    header = ["network", "behind", "none"]
+    header += [f"{name}, {bits}" for bits in ("2.32 bits", "1 bit") for name in EQUAL]
+    lines = []
+    for (model, block), own in study.grouped([r | {"at": (r["model"], r["block"])} for r in rows], "at").items():
+        found = {row["codec"]: row for row in own}
+        cells = [_cell(found.get(str(codec))) for codec in (compress.Identity(), *EQUAL.values(), *ONE.values())]
+        lines.append([model, block, *cells])
+    return timing.table(header, lines)
+
+
+def _cell(row):
+    if row is None:
+        return "not run"
+    return f"{row['top1_percent']:.2f}" + ("" if row["codec"] == "Identity()" else f" ({row['bits']:.2f})")
+
+
+def plot(rows: list[dict]) -> matplotlib.figure.Figure:
+    """Accuracy against real bits, of the smallest network behind its stem and each stage."""
+    rows = [row for row in rows if row["model"] == "resnet20"]
+    blocks = ("stem", "stage1_block3", "stage2_block3", "stage3_block3")
+    figure = matplotlib.figure.Figure(figsize=(14, 3.6), layout="constrained")
+    for axes, block in zip(figure.subplots(1, len(blocks), sharey=True), blocks, strict=True):
+        for color, kind in enumerate(("Uniform", "TopK", "MaskEncoded", "EntropyMask")):
+            own = [r for r in rows if r["block"] == block and r["codec"].startswith(f"{kind}(")]
+            points = sorted((r["bits"], r["top1_percent"]) for r in own)
+            if points:
+                axes.plot(*zip(*points, strict=True), ".-", color=f"C{color}", label=NAMES[kind])
+        for row in rows:
+            if row["block"] == block and row["codec"] == "Identity()":
+                axes.axhline(row["top1_percent"], color="gray", linewidth=0.8, linestyle="--", label="none")
+        axes.set(title=f"ResNet20 behind {block}", xlabel="real bits a value", xlim=(0, 6))
+    figure.axes[0].set(ylabel="test top-1, %")
+    study.legend(figure.axes[::-1], fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
