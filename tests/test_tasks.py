@@ -44,7 +44,7 @@ def test_label_smoothing_is_cross_entropy_against_the_smoothed_target_in_trainin
     np.testing.assert_allclose(losses(task, logits, y), -(target * np.log(softmax(logits))).sum(1), rtol=1e-5)
     plain = losses(tasks.classification(), logits, y)
     np.testing.assert_array_equal(losses(task, logits, y, train=False), plain)
-    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"label_smoothing must be a number in \[0, 1\), got 1"):
         tasks.classification(label_smoothing=1.0)
 
 
@@ -182,6 +182,40 @@ def test_no_metric_is_called_loss():
 def test_labels_that_do_not_fit_are_named(task, labels, message):
     with pytest.raises(ValueError, match=message):
         task.check_labels(labels, jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.segmentation("3"), "num_classes must be an integer of at least 1, got '3'"),
+        (lambda: tasks.segmentation(2.5), r"num_classes must be an integer of at least 1, got 2\.5"),
+        (lambda: tasks.segmentation(0), "num_classes must be an integer of at least 1, got 0"),
+        (lambda: tasks.segmentation(3, ignore=0.5), r"ignore must be an integer, got 0\.5"),
+        (lambda: tasks.next_token(ignore="pad"), "ignore must be an integer, got 'pad'"),
+        (lambda: tasks.classification(label_smoothing="a"), r"label_smoothing must be a number in \[0, 1\), got 'a'"),
+    ],
+)
+def test_options_that_are_no_numbers_are_named(unchecked, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+NUMBERS, CLASSES = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "labels", "message"),
+    [
+        (tasks.classification(), {"a": NUMBERS}, CLASSES, r"one array for classification, got {'a': float32\[2, 3\]}"),
+        (tasks.regression(), (NUMBERS, NUMBERS), NUMBERS, r"one array for regression, got \(float32\[2, 3\], float32"),
+        (tasks.multi_label(), jax.ShapeDtypeStruct((2, 3), jnp.int32), NUMBERS, "must be floating for multi_label"),
+        (tasks.next_token(), {"a": NUMBERS}, CLASSES, "outputs must be one array for a class a place, got {'a'"),
+        (tasks.custom(lambda o, y: o["b"]), {"a": NUMBERS}, CLASSES, r"must take outputs {'a': float32\[2, 3\]} and"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_named(task, outputs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        task.check(outputs, labels)
 
 
 @pytest.mark.parametrize("loss", [None, 3])

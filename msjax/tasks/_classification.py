@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, mean_of
+from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, check_outputs, mean_of
 
 
 def classification(*, label_smoothing: float = 0.0) -> Task:
@@ -22,8 +22,8 @@ def classification(*, label_smoothing: float = 0.0) -> Task:
     Raises:
       ValueError: `label_smoothing` is out of range.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be a number in [0, 1), got {label_smoothing!r}")
     metrics = (("top1_percent", _Top(1).metric()), ("top5_percent", _Top(5).metric()))
     plain = CrossEntropy()
     return Task("classification", CrossEntropy(label_smoothing), metrics, plain, _check_classes)
@@ -36,6 +36,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __call__(self, outputs, labels):
+        check_outputs(outputs, "classification")
         check_class_dtype(labels.dtype)
         if outputs.ndim != 2 or labels.ndim != 1:
             raise ValueError(
@@ -108,6 +109,7 @@ def multi_label() -> Task:
 
 
 def _sigmoid_cross_entropy(outputs, labels):
+    check_outputs(outputs, "multi_label")
     if outputs.shape != labels.shape:
         raise ValueError(
             f"labels must have the outputs' shape {outputs.shape[1:]} a sample for multi_label, got {labels.shape[1:]}"

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msjax.tasks._task import Metric, Task, check_class_labels
+from msjax.checks import integer
+from msjax.tasks._task import Metric, Task, check_class_labels, check_outputs
 
 
 def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
@@ -20,10 +21,10 @@ def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
       ignore: a label whose pixels count for nothing.
 
     Raises:
-      ValueError: `num_classes` is below 1.
+      ValueError: `num_classes` is no integer of at least 1, or `ignore` none.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    num_classes = integer("num_classes", num_classes, 1)
+    ignore = None if ignore is None else integer("ignore", ignore)
     confusion = _Confusion(num_classes, ignore)
     metrics = (
         ("mean_iou_percent", Metric(confusion, _mean_iou)),
@@ -41,7 +42,11 @@ def next_token(*, ignore: int | None = -100) -> Task:
 
     Args:
       ignore: a label that counts for nothing, as of padding.
+
+    Raises:
+      ValueError: `ignore` is no integer.
     """
+    ignore = None if ignore is None else integer("ignore", ignore)
     metrics = (("perplexity", Metric(_Nats(ignore), _perplexity)), ("accuracy_percent", Metric(_Hits(ignore), _share)))
     return Task("next_token", DenseCrossEntropy(ignore), metrics, None, _ClassesAre(None, ignore))
 
@@ -53,6 +58,7 @@ class DenseCrossEntropy:
     ignore: int | None = None
 
     def __call__(self, outputs, labels):
+        check_outputs(outputs, "a class a place")
         losses, weights = _nats(outputs, labels, self.ignore)
         return (losses * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 

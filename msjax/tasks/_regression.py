@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.tasks._task import Metric, Task, mean_of
+from msjax.tasks._task import Metric, Task, check_outputs, mean_of
 
 
 def regression() -> Task:
-    """Returns the task of predicting numbers: outputs and labels floating, (B, …) of one shape.
+    """Returns the task of predicting numbers: outputs (B, …), floating, and labels of the same shape.
 
     The loss is the mean squared error of a sample's values; metrics are `rmse` and `mae`, in the labels' unit. Outputs
     (B, 1) go with labels (B,).
@@ -17,6 +17,7 @@ def regression() -> Task:
 
 
 def _differences(outputs, labels):
+    check_outputs(outputs, "regression")
     if outputs.ndim == labels.ndim + 1 and outputs.shape[-1] == 1:
         outputs = outputs[..., 0]
     if outputs.shape != labels.shape:

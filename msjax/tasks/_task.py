@@ -214,7 +214,25 @@ def _doubled(batch):
 
 
 def _shapes(tree):
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
+    return str(jax.tree.map(_Shape, tree))
+
+
+class _Shape:
+    """What is printed of an array in a tree."""
+
+    def __init__(self, leaf):
+        self._text = f"{leaf.dtype}{list(leaf.shape)}"
+
+    def __repr__(self):
+        return self._text
+
+
+def check_outputs(outputs: Any, task: str) -> None:
+    """Raises ValueError where outputs are not one floating array."""
+    if not hasattr(outputs, "dtype"):
+        raise ValueError(f"outputs must be one array for {task}, got {_shapes(outputs)}: see tasks.custom")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(f"outputs must be floating for {task}, got {outputs.dtype}")
 
 
 def check_class_dtype(dtype: Any) -> None:

@@ -11,6 +11,7 @@ import optax
 from msjax import data as data_lib
 from msjax import tasks
 from msjax.build import divide
+from msjax.checks import integer
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import OptimConfig
 from msjax.models import ModelPart, RemoteApply, as_parts
@@ -128,7 +129,7 @@ def train(
     if not isinstance(mode, Mode):
         raise TypeError(f"mode must be a mode of msjax.split.modes, as Parallel(), got {mode!r}")
     clients, batch_size, epochs, test_every = (
-        _integer(name, value, 1)
+        integer(name, value, 1)
         for name, value in {
             "clients": clients,
             "batch_size": batch_size,
@@ -136,9 +137,11 @@ def train(
             "test_every": test_every,
         }.items()
     )
-    seed = _integer("seed", seed, 0)
+    seed = integer("seed", seed, 0)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
+    if not isinstance(compress_test, bool):
+        raise TypeError(f"compress_test must be True or False, got {compress_test!r}")
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
@@ -219,12 +222,6 @@ def _optimizer(optimizer, schedule):
     if not isinstance(optimizer, OptimConfig):
         raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
-
-
-def _integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
 
 
 def _copied(tree):
