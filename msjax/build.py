@@ -177,6 +177,7 @@ def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
         first_block=cfg.model.first_block,
         shortcut=cfg.model.shortcut,
         conv_init=cfg.model.conv_init,
+        running_variance=cfg.model.running_variance,
         dtype=jnp.dtype(cfg.dtype),
         vocabulary=cfg.data.vocabulary,
     )

@@ -51,6 +51,8 @@ class ModelConfig:
     """ResNets: where the shape changes, a 1×1 convolution, or every second pixel and zero channels (option A)."""
     conv_init: Literal["he_normal", "dirac"] = "he_normal"
     """dirac: 3×3 convolutions start as identities, which helps short schedules."""
+    running_variance: Literal["biased", "unbiased"] = "biased"
+    """Of batch normalisation: as flax keeps it, or unbiased, as PyTorch does, to go on training from its weights."""
     weights: str | None = None
     """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn."""
 

@@ -228,6 +228,22 @@ def test_statistics_move_in_training_and_stay_in_evaluation():
     np.testing.assert_allclose(alone, h_eval[:1], atol=1e-5)
 
 
+def test_running_variance_is_biased_or_pytorchs():
+    x, found = batch(tiny("convnet"), 4), []
+    for kind in ("biased", "unbiased"):
+        model = models.build("convnet", input_shape=x.shape[1:], num_classes=4, width=0.25, running_variance=kind)
+        client, _ = models.split(model, 1)
+        h, stats = client.apply(client.params, client.stats, x, train=True)
+        (norm,) = (block["conv"]["norm"] for block in stats.values())
+        found.append((h, norm["mean"], norm["var"]))
+    (h, mean, var), (same, same_mean, larger) = found
+    np.testing.assert_array_equal(h, same)
+    np.testing.assert_array_equal(mean, same_mean)
+    n = x.size // x.shape[-1]
+    np.testing.assert_allclose(larger - 0.9, (var - 0.9) * n / (n - 1), rtol=1e-4)
+    assert (larger > var).all()
+
+
 def test_equal_splits_do_not_retrace():
     traces = []
 

@@ -298,6 +298,16 @@ def test_pytorch_computes_the_same_from_what_is_saved(case, tmp_path):
     np.testing.assert_allclose(logits(model, weights, x), want, rtol=0, atol=1e-4 * np.abs(want).max())
     save_file(network.state_dict(), tmp_path / "torch.safetensors")
     assert_trees_equal(models.load_weights(tmp_path / "torch.safetensors", model), weights)
+    if case == "vgg19":
+        return
+    # Both take a training batch: the running statistics are PyTorch's.
+    whole = models.load_weights(tmp_path / "torch.safetensors", build(case, running_variance="unbiased"))
+    _, stats = whole.apply(whole.params, whole.stats, jnp.asarray(x), train=True)
+    with torch.no_grad():
+        network.train()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    save_file(network.state_dict(), tmp_path / "moved.safetensors")
+    moved = models.load_weights(tmp_path / "moved.safetensors", model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), stats, moved.stats)
 
 
 PUBLISHED = DATA / "models/cifar10_resnet"

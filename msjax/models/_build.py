@@ -54,6 +54,7 @@ def build(
     first_block: str = "residual",
     shortcut: str = "projection",
     conv_init: str = "he_normal",
+    running_variance: str = "biased",
     vocabulary: int = VOCABULARY,
 ) -> Model:
     """The model `name` for inputs (n, *input_shape), as a description without arrays.
@@ -78,6 +79,8 @@ def build(
       mostly need it. The default is "projection" for all of them.
     - `conv_init`: "he_normal", or "dirac", where 3×3 convolutions behind the first block start as identities, as far as
       their channels go: short schedules gain by it.
+    - `running_variance`: of batch normalisation, "biased", as flax keeps it, or "unbiased", as PyTorch does, to go on
+      training from its weights. Training normalises by the batch's own variance in both.
 
     VGG19 needs sides of 32 or more: its dense layers follow 512×h/32×w/32 flattened values. ResNets take a 3×3 stem
     for sides up to 64, else 7×7 with max-pool. Convolutions start as in torchvision (He normal, fan-out), dense layers
@@ -102,6 +105,10 @@ def build(
         raise ValueError(f'shortcut must be "projection" or "zero_padding", got {shortcut!r}')
     if conv_init not in ("he_normal", "dirac"):
         raise ValueError(f'conv_init must be "he_normal" or "dirac", got {conv_init!r}')
+    if running_variance not in ("biased", "unbiased"):
+        raise ValueError(f'running_variance must be "biased" or "unbiased", got {running_variance!r}')
+    if running_variance != "biased" and not smallest:
+        raise ValueError(f'running_variance must be "biased" for {name}, which has none, got {running_variance!r}')
     if conv_init != "he_normal" and not smallest:
         raise ValueError(f'conv_init must be "he_normal" for {name}, which has no convolutions, got {conv_init!r}')
     if name in _STAGES:
@@ -122,6 +129,8 @@ def build(
     blocks, named_cuts, note = network(input_shape, num_classes, scale=scale, activation=activation, dtype=dtype)
     if conv_init == "dirac":
         blocks = (blocks[0], *(dataclasses.replace(block, dirac=True) for block in blocks[1:]))
+    if running_variance == "unbiased":
+        blocks = tuple(dataclasses.replace(block, unbiased=True) for block in blocks)
     return Model(name, input_shape, num_classes, dtype, blocks, named_cuts, note, takes_tokens=name in TOKEN_MODELS)
 
 

@@ -51,12 +51,13 @@ def max_pool(x, window, padding=0):
 class ConvNorm(nnx.Module):
     """Convolution, max-pool where `pool` is 2 or 3, batch normalisation: (n, h, w, c) -> (n, h', w', f), in `dtype`.
 
-    As in PyTorch: padding kernel // 2 on every side, also where stride is 2; momentum 0.1, eps 1e-5. Deviation: the
-    running variance is flax's, biased; PyTorch keeps n/(n - 1) times it, n being the pixels of the whole batch.
+    As in PyTorch: padding kernel // 2 on every side, also where stride is 2; momentum 0.1, eps 1e-5. The running
+    variance is flax's, biased; after `keep_unbiased_variance` it is PyTorch's, of which each batch's share is n/(n - 1)
+    times as much, n being the pixels of one client's batch.
     """
 
     def __init__(self, in_features, features, *, kernel=3, stride=1, use_bias=False, pool=0, dtype, rngs):
-        self.dtype, self.pool = dtype, pool
+        self.dtype, self.pool, self.unbiased = dtype, pool, False
         self.conv = nnx.Conv(
             in_features,
             features,
@@ -75,7 +76,12 @@ class ConvNorm(nnx.Module):
     def __call__(self, x, *, train):
         h = self.conv(x)
         h = max_pool(h, self.pool, padding=(self.pool - 1) // 2) if self.pool else h
-        return self.norm(h, use_running_average=not train).astype(self.dtype)
+        before = self.norm.var[...]
+        out = self.norm(h, use_running_average=not train).astype(self.dtype)
+        if train and self.unbiased:
+            after, n = self.norm.var[...], h.size // h.shape[-1]
+            self.norm.var[...] = after + (after - self.norm.momentum * before) / max(n - 1, 1)
+        return out
 
 
 class ConvBlock(nnx.Module):
@@ -105,6 +111,13 @@ def make_dirac(module):
             kernel = conv.kernel[...]
             n = jnp.arange(min(kernel.shape[2:]))
             conv.kernel[...] = kernel.at[..., n].set(0).at[1, 1, n, n].set(1)
+
+
+def keep_unbiased_variance(module):
+    """Lets batch normalisation keep the running variance as PyTorch does."""
+    for _, layer in nnx.iter_graph(module):
+        if isinstance(layer, ConvNorm):
+            layer.unbiased = True
 
 
 class DenseBlock(nnx.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from msjax.models._layers import make_dirac
+from msjax.models._layers import keep_unbiased_variance, make_dirac
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Block:
     options: tuple[tuple[str, Hashable], ...] = ()
     dirac: bool = False
     """Whether its 3×3 convolutions start as identities, see `make_dirac`."""
+    unbiased: bool = False
+    """Whether it keeps the unbiased running variance, see `ConvNorm`."""
 
     @classmethod
     def of(cls, name: str, layer: int, module: type[nnx.Module], **options: Hashable) -> "Block":
@@ -58,22 +60,24 @@ class Block:
         module = self.module(**dict(self.options), rngs=nnx.Rngs(key))
         if self.dirac:
             make_dirac(module)
+        if self.unbiased:
+            keep_unbiased_variance(module)
         return module
 
 
 def graphdef(block: Block) -> nnx.GraphDef:
     """The module's static description, found once for all blocks that differ in name and place alone."""
-    return _found_once(block.module, block.options, block.dirac)[0]
+    return _found_once(dataclasses.replace(block, name="", layer=0))[0]
 
 
 def shapes(block: Block) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes and dtypes of the module's parameters and batch statistics, found once likewise."""
-    return _found_once(block.module, block.options, block.dirac)[1:]
+    return _found_once(dataclasses.replace(block, name="", layer=0))[1:]
 
 
 @functools.cache
-def _found_once(module, options, dirac):
-    made = nnx.eval_shape(lambda: Block("", 0, module, options, dirac).create(jax.random.key(0)))
+def _found_once(block):
+    made = nnx.eval_shape(lambda: block.create(jax.random.key(0)))
     states = (nnx.to_pure_dict(nnx.state(made, kind)) for kind in (nnx.Param, nnx.BatchStat))
     return nnx.graphdef(made), *states
 

@@ -44,7 +44,7 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     (in, out). The inputs of vgg19's first dense layer go from the order (channel, row, column) to (row, column,
     channel). Tensors of float16, bfloat16 and float64 become float32. Running variances are taken as they are, since
     tests use them alike here and in PyTorch. They differ in how training estimates them: PyTorch's is the unbiased
-    variance, of which flax's, the biased one, is (n - 1)/n, n being the pixels of a batch.
+    variance, of which flax's, the biased one, is (n - 1)/n, n being the pixels of a batch; see `running_variance`.
 
     The file does not say what inputs are normalised by, nor the activation. The plain first block of
     `build(..., first_block="paper")` takes the residual one's weights, but computes something else with them.
