@@ -127,21 +127,20 @@ def test_features_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.slow
-def test_shapes_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "_MAX_SHAPES", 2)
-    client, _ = make(tmp_path)
+def test_batch_sizes_without_end(tmp_path, monkeypatch):
+    """All are answered, and the programs of so many are kept at a time."""
+    monkeypatch.setattr(inference, "_MOST_PROGRAMS", 2)
+    kept = []
+    monkeypatch.setattr(inference.jax, "clear_caches", lambda: kept.append(inference._infer._cache_size()))
+    client, server = make(tmp_path)
     with served(tmp_path) as address, remote(address) as there:
-        for batch in (1, 2, 1, 3):
+        for batch in (1, 2, 1, 3, 4, 5):
             h = features(client, batch)
-            ask(there, CODEC, h)
-        for _ in range(3):
-            there.receive()
-        with pytest.raises(Refused, match="takes no new ones"):
-            there.receive()
-        with remote(address) as again:  # what was met before is answered all the same
-            h = features(client, 2)
-            ask(again, CODEC, h)
-            again.receive()
+            ask(there, compress.Identity(), h)
+            (message,) = there.receive()
+            expected, _ = server.apply(server.params, server.stats, h, train=False)
+            np.testing.assert_allclose(message.payload[0], expected, rtol=1e-5, atol=1e-5)
+    assert len(kept) == 2
 
 
 @pytest.mark.slow

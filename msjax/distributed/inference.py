@@ -3,6 +3,7 @@
 import functools
 import json
 import queue
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ from msjax.split.trees import TreeSpec, describe_array
 
 ANYONE = "any"
 """The client in metrics: who asks has no number."""
-_MAX_SHAPES = 64  # of features and codecs that are compiled for in the life of a server
+_MOST_PROGRAMS = 64
+"""Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
 
 
 def spec_of(trained: TrainedPart, *, test_samples: int = 0) -> RunSpec:
@@ -74,6 +76,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._key = jax.random.key(trained.config.seed)
         self._seen: set[PayloadSpec] = set()
+        self._lock = threading.Lock()
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """Answers what part this is."""
@@ -119,10 +122,15 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         places = tuple(range(len(found)))
         codecs, likes = tuple(m.codec for m in found), tuple(m.like for m in found)
         up = PayloadSpec(self._features.structure, codecs, likes, places)
-        if up not in self._seen and len(self._seen) >= _MAX_SHAPES:
-            raise wire.WireError(f"this server has met {_MAX_SHAPES} codecs and batch sizes and takes no new ones")
-        self._seen.add(up)
+        self._make_room(up)
         return tuple(m.payload for m in found), up
+
+    def _make_room(self, up):
+        with self._lock:
+            if up not in self._seen and len(self._seen) >= _MOST_PROGRAMS:
+                self._seen.clear()
+                jax.clear_caches()
+            self._seen.add(up)
 
     def _answer(self, payload, up, number):
         batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
