@@ -14,6 +14,7 @@ alone: `load_part(path, model)` puts them into the model.
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,7 +102,14 @@ def save_part(
 
 def _write(path, trained, header):
     arrays = {name: np.asarray(leaf) for name, leaf in _by_name(trained.params, trained.stats)}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata=header))
+    write_atomically(path, safetensors.numpy.save(arrays, metadata=header | {"crc32": _crc(arrays)}))
+
+
+def _crc(arrays):
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), crc))
+    return str(crc)
 
 
 def load_part(
@@ -126,6 +134,8 @@ def load_part(
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file: {error}") from None
+    if header.get("crc32", _crc(arrays)) != _crc(arrays):
+        raise ValueError(f"{path} is damaged: its arrays are not those that were written")
     if header.get("format") not in (_FORMAT, _OWN_FORMAT):
         raise ValueError(f"{path} must have the format {_FORMAT!r} or {_OWN_FORMAT!r}, got {header.get('format')!r}")
     try:

@@ -82,6 +82,7 @@ def test_files_that_are_no_parts(tmp_path):
     path = tmp_path / "client.safetensors"
     data = path.read_bytes()
     header, arrays = contents(path)
+    del header["crc32"]  # as of before there were any
 
     def load(header=header, arrays=arrays):
         path.write_bytes(safetensors.numpy.save(arrays, metadata=header))

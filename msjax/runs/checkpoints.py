@@ -1,12 +1,22 @@
-"""Checkpoints of a state by step, kept by Orbax; each is complete or not there."""
+"""Checkpoints of a state by step, kept by Orbax; each is complete or not there, and read as it was written."""
 
 import functools
+import json
 import os
 import pathlib
+import zlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from msjax.runs.files import write_atomically
+
+_SUMS = "checksums.json"
+
+
+class DamagedError(OSError):
+    """A checkpoint's files are not what was written."""
 
 
 class Checkpoints:
@@ -55,13 +65,40 @@ class Checkpoints:
             self._manager.save(step, args=args)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk comes as any of them
             raise OSError(str(error).splitlines()[0]) from error
+        folder = self._path / str(step)
+        # One that a process left without them was written whole all the same, and is read unchecked.
+        write_atomically(folder / _SUMS, json.dumps({name: _crc(folder / name) for name in _files(folder)}))
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the state of a step, in the structure of `like`, and what was remembered beside it."""
+        """Returns the state of a step, in the structure of `like`, and what was remembered beside it.
+
+        Raises:
+          DamagedError: a file is missing or not as it was written; it names that, and the newest intact checkpoint.
+        """
+        if (damaged := self._damaged(step)) is not None:
+            intact = max((s for s in self.steps() if s < step and self._damaged(s) is None), default=None)
+            hint = "there is no intact one before it" if intact is None else f"that of step {intact} is intact"
+            where = "the beginning" if intact is None else "there"
+            raise DamagedError(
+                f"the checkpoint of step {step} is damaged ({damaged}): {hint}; "
+                f"delete {self._path / str(step)} to go on from {where}"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=args)
         return found.state, found.progress
+
+    def _damaged(self, step):
+        """The first file of a checkpoint that is not as it was written, or None."""
+        folder = self._path / str(step)
+        try:
+            written = json.loads((folder / _SUMS).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return _SUMS
+        found = set(_files(folder))
+        return next((name for name, crc in written.items() if name not in found or _crc(folder / name) != crc), None)
 
     def prune(self, before: int) -> None:
         """Deletes those of steps before `before`."""
@@ -73,3 +110,17 @@ class Checkpoints:
         """Waits for what is being written, and lets go of the folder."""
         if "_manager" in vars(self):
             self._manager.close()
+
+
+def _files(folder):
+    """The names of all files in a checkpoint's folder, relative to it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _crc(path):
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
