@@ -1,6 +1,5 @@
 """`msjax serve`: the server of a run whose clients are elsewhere, or of a trained part."""
 
-import contextlib
 import dataclasses
 import threading
 
@@ -15,7 +14,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.server_program import ServerProgram, check_serve
+from msjax.distributed.server_program import ServerProgram, listen
 from msjax.runs import RunFolder
 from msjax.runs.progress import format_metric
 
@@ -40,13 +39,12 @@ def main(arguments: list[str]) -> int:
         if folder.read_summary() is not None:
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
-        program = ServerProgram(cfg, options, folder)
+        endpoint = listen(cfg, options)
     else:
-        folder, cfg, options, program = _new_run(preset or DEFAULT, where.name, rest)
+        folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
     log_to_stderr()
-    print(
-        f"msjax serve: listening on {options.listen} for {cfg.clients} clients; run folder: {folder.path}", flush=True
-    )
+    program = ServerProgram(cfg, options, folder, endpoint=endpoint)
+    print(f"msjax serve: listening on {endpoint} for {cfg.clients} clients; run folder: {folder.path}", flush=True)
     try:
         with stopping(lambda: program.stop("by a signal")):
             program.train(lambda record: _print_epoch(record, program))
@@ -68,16 +66,11 @@ def _new_run(default, name, arguments):
     flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    check_serve(cfg, options)
-    folder = RunFolder.create(cfg, name)
+    endpoint = listen(cfg, options)
     try:
-        return folder, cfg, options, ServerProgram(cfg, options, folder)
-    except (ValueError, OSError):  # an address that cannot be had
-        for made in ("config.json", "run"):
-            (folder.path / made).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # where there is something else
-            folder.path.rmdir()
-            folder.path.parent.rmdir()
+        return RunFolder.create(cfg, name), cfg, options, endpoint
+    except BaseException:
+        endpoint.close()
         raise
 
 
@@ -87,9 +80,10 @@ def _serve_part(path, options, preset):
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
-    endpoint = Endpoint(options, servicer, metrics, streams=64)
+    endpoint = Endpoint(options, metrics, streams=64)
+    endpoint.start(servicer)
     log_to_stderr()
-    print(f"msjax serve: listening on {options.listen}, answering with {path}", flush=True)
+    print(f"msjax serve: listening on {endpoint}, answering with {path}", flush=True)
     done = threading.Event()
     with stopping(done.set):
         done.wait()

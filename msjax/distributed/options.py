@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from msjax.distributed.membership import Policy
+from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
 
 
@@ -21,7 +22,7 @@ class ListenOptions:
     """Where a server listens, and whom it lets in."""
 
     listen: str = "localhost:50051"
-    """host:port to listen on."""
+    """host:port to listen on; port 0 for one that is free."""
     tls: TlsFiles = dataclasses.field(default_factory=TlsFiles)
     tokens: str | None = None
     """A file of lines `NUMBER TOKEN`, one a client (or `NUMBER sha256:HEX`)."""
@@ -30,7 +31,7 @@ class ListenOptions:
     compression: Literal["huffman"] | None = None
     """Lossless coding of what is sent, beside the codec: see msjax.wire."""
     metrics_port: int | None = None
-    """Port of Prometheus metrics, on this machine alone."""
+    """Port of Prometheus metrics, on this machine alone; 0 for one that is free."""
     max_megabytes: int = 1024
     """Of a message that is received, and of the features in it."""
     max_messages_per_second: float = 1000.0
@@ -38,13 +39,13 @@ class ListenOptions:
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
-        check_plaintext(self.listen, self.tls, self.insecure)
+        check_plaintext(parse_address("listen", self.listen, any_port=True), self.tls, self.insecure)
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
         _check_positive(self, "max_megabytes", "max_messages_per_second")
-        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
-            raise ValueError(f"metrics_port must be in 1..65535, got {self.metrics_port}")
+        if self.metrics_port is not None:
+            check_port("metrics_port", self.metrics_port)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ConnectOptions:
 
     def token(self) -> str | None:
         """Returns the token, once it is sure that it is not sent in the open unasked."""
-        check_plaintext(self.server, self.tls, self.insecure)
+        check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
         return pathlib.Path(self.token_file).read_text().strip() if self.token_file else None
 
 

@@ -30,18 +30,33 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
 
 
+def listen(cfg: config.Config, options: ServeOptions) -> Endpoint:
+    """Returns the end where the server of a run will answer; it has its ports, so that a folder can be made.
+
+    Raises:
+      ValueError: see `check_serve`, or a port cannot be had.
+    """
+    check_serve(cfg, options)
+    return Endpoint(options, Metrics(), cfg.clients)
+
+
 class ServerProgram:
     """A training server that is up, from when it is made; `train` leads the run.
 
+    Args:
+      endpoint: where it listens, of `listen`, if that was called already.
+
     Raises:
-      ValueError: see `check_serve`, or the address cannot be had.
+      ValueError: see `listen`.
     """
 
-    def __init__(self, cfg: config.Config, options: ServeOptions, folder: RunFolder):
-        check_serve(cfg, options)
+    def __init__(
+        self, cfg: config.Config, options: ServeOptions, folder: RunFolder, *, endpoint: Endpoint | None = None
+    ):
+        self._endpoint = listen(cfg, options) if endpoint is None else endpoint
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
-        self.metrics = Metrics()
+        self.metrics = self._endpoint.metrics
         self._parts = self._summary = None
         self.coordinator = Coordinator(
             cfg,
@@ -58,8 +73,8 @@ class ServerProgram:
         )
         tokens = Tokens(options.tokens)
         self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second)
-        self._endpoint = Endpoint(options, self._servicer, self.metrics, cfg.clients)
-        self.port = self._endpoint.port
+        self._endpoint.start(self._servicer)
+        self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
         self._earlier: dict[str, float] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import hmac
-import ipaddress
 import pathlib
 import re
 import time
 
 import grpc
+
+from msjax.distributed.rpc.addresses import Address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +48,9 @@ class TlsFiles:
         return any((self.certificate, self.key, self.authority))
 
 
-def is_loopback(address: str) -> bool:
-    """Whether `address`, as host:port, stays on this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rsplit(":", 1)[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_plaintext(address: str, tls: TlsFiles, insecure: bool) -> None:
+def check_plaintext(address: Address, tls: TlsFiles, insecure: bool) -> None:
     """Raises ValueError where features would cross a network in the open without having been asked to."""
-    if not tls and not insecure and not is_loopback(address):
+    if not tls and not insecure and not address.is_loopback:
         raise ValueError(
             f"{address} is not this machine: give tls its certificate, key and authority, "
             "or insecure to send everything in the open"
