@@ -1,10 +1,12 @@
 """What the network's ends refuse before they open anything: addresses, ports, tokens, files of TLS."""
 
+import contextlib
 import re
 import socket
 
 import pytest
 
+from msjax.distributed import inference
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc.addresses import parse_address
@@ -59,3 +61,30 @@ def test_ports_of_ones_own_are_said():
     for port in (-1, 65536):
         with pytest.raises(ValueError, match=f"metrics_port must be in 0..65535, got {port}"):
             ListenOptions(metrics_port=port).check()
+
+
+@contextlib.contextmanager
+def silent():
+    """The address of a server that takes connections and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_server_that_is_away_is_named_with_what_was_tried():
+    told = []
+    remote = inference.RemoteServer("localhost:1")
+    try:
+        with pytest.raises(ConnectionError, match=r"no answer in 0\.3 s of trying: localhost:1: .*Connection refused"):
+            remote.describe(0.3, tell=told.append)
+    finally:
+        remote.close()
+    assert len(told) == 1 and re.search("localhost:1: .*; trying again for up to 0 s", told[0])
+    with silent() as address:
+        remote = inference.RemoteServer(address)
+        try:
+            with pytest.raises(ConnectionError, match=f"no answer in 0.2 s of trying: {address}: nothing answers"):
+                remote.describe(0.2)
+        finally:
+            remote.close()

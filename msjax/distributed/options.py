@@ -1,6 +1,7 @@
 """What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Literal
 
@@ -11,10 +12,11 @@ from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
 
 
-def _check_positive(options, *names):
+def check_positive(options: object, *names: str) -> None:
+    """Raises ValueError where a field is not a finite number above 0."""
     for name in names:
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {getattr(options, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ListenOptions:
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
-        _check_positive(self, "max_megabytes", "max_messages_per_second")
+        check_positive(self, "max_megabytes", "max_messages_per_second")
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
 
@@ -111,7 +113,7 @@ class ClientOptions(ConnectOptions):
         """Raises ValueError for options that cannot work."""
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
-        _check_positive(self, "retry_seconds", "answer_seconds")
+        check_positive(self, "retry_seconds", "answer_seconds")
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""

@@ -1,6 +1,7 @@
 """A client's connection to the server by gRPC."""
 
 import queue
+import re
 import threading
 from typing import Any
 
@@ -24,6 +25,7 @@ class Connection:
     """One stream to the server; a `Channel`."""
 
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
+        self._address = address
         self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
@@ -39,7 +41,8 @@ class Connection:
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or "larger than max" in (error.details() or "")
-            self._inbox.put(ConnectionLost(error.details() or str(error.code()), final=final))
+            reason = reason_of(error)
+            self._inbox.put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
 
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
@@ -50,7 +53,7 @@ class Connection:
         try:
             message = self._inbox.get(timeout=timeout)
         except queue.Empty:
-            raise ConnectionLost(f"no answer within {timeout:.0f} s") from None
+            raise ConnectionLost(f"{self._address}: no answer within {timeout:.0f} s") from None
         if isinstance(message, ConnectionLost):
             raise message
         return message
@@ -62,9 +65,17 @@ class Connection:
         self._channel.close()
 
 
+def reason_of(error: grpc.RpcError) -> str:
+    """Returns why a call failed, without what gRPC says of its own workings."""
+    details = error.details() or str(error.code())
+    return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
+
+
 def open_channel(address: str, tls: TlsFiles, max_bytes: int) -> grpc.Channel:
     """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`."""
-    options = channel_options(max_bytes)
+    # By default the time to the next try grows to two minutes, whoever waits.
+    backoff = [(f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in (("initial", 500), ("max", 5_000))]
+    options = channel_options(max_bytes) + backoff
     if tls:
         return grpc.secure_channel(address, tls.client(), options)
     # What is sent in the open must not leave the machine for a proxy that the environment names.
