@@ -12,6 +12,7 @@ import numpy as np
 from msjax import config, data, models, tasks
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
+from msjax.paths import existing_file
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
@@ -161,7 +162,7 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
         return models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
     before = cfg.model.cut_before_activation
     model = make_model(cfg, summary)
-    whole = None if weights is None else models.load_weights(weights, model)
+    whole = None if weights is None else models.load_weights(existing_file("model.weights", weights), model)
     options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
     return models.split(model, cfg.cut, weights=whole, **options)
 

@@ -16,6 +16,7 @@ import tyro
 
 from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
+from msjax.paths import expand
 from msjax.references import is_reference, load_module, resolve_in
 
 CodecFlag = Annotated[
@@ -363,9 +364,14 @@ def call_reference(name: str, reference: str, *arguments: Any) -> Any:
     return call(resolve(name, reference), *arguments)
 
 
+def to_text(config: Config) -> str:
+    """Returns the resolved config as the text of a JSON file."""
+    return json.dumps(to_json(config), indent=2) + "\n"
+
+
 def save(config: Config, path: pathlib.Path) -> None:
     """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    path.write_text(to_text(config))
 
 
 def load(path: pathlib.Path) -> Config:
@@ -380,20 +386,20 @@ def load(path: pathlib.Path) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_preset(path: str) -> Config:
+def load_preset(path: str, *, name: str = "the preset") -> Config:
     """Returns `get_config()` of the Python file at `path`; what it names as ":FUNCTION" is looked for in that file.
 
     Raises:
       ValueError: there is no such file, it has no `get_config` that returns a `Config`, or lacks a function that the
-        config names.
+        config names; `name` is what the error calls the file.
     """
-    module = load_module("the preset", path)
+    module = load_module(name, path)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"the preset must be a Python file with get_config(), got {path!r}, which has none")
+        raise ValueError(f"{name} must be a Python file with get_config(), got {path!r}, which has none")
     config = module.get_config()
     if not isinstance(config, Config):
-        raise ValueError(f"the preset must be a Python file whose get_config() returns a Config, got {path!r}")
-    file = os.path.abspath(path)
+        raise ValueError(f"{name} must be a Python file whose get_config() returns a Config, got {path!r}")
+    file = os.path.abspath(expand(name, path))
     config = _map_references(config, lambda value: file + value if value.startswith(":") else value)
     for name, value in references(config).items():
         resolve(name, value)

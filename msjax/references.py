@@ -8,6 +8,8 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
+from msjax.paths import existing_file, expand
+
 
 def is_reference(value: Any) -> bool:
     """Whether a field's value names a function: "FILE.py:FUNCTION", or ":FUNCTION" of the preset that it is in."""
@@ -23,10 +25,11 @@ def load_module(name: str, path: str) -> ModuleType:
     Raises:
       ValueError: there is no such file; `name` is what the error calls it.
     """
-    file = pathlib.Path(path).expanduser()
+    file = expand(name, path)
     if not file.is_file() or file.suffix != ".py":
         what = "which does not exist" if not file.exists() else "which is no Python file"
         raise ValueError(f"{name} must be a Python file, got {path!r}, {what}")
+    existing_file(name, path)
     return _execute(os.path.abspath(file))
 
 

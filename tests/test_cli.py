@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from msjax import compress
+from msjax import compress, config
 from msjax.cli import main as cli
+from msjax.distributed.options import ClientOptions
+from msjax.runs import RunFolder
 from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
 
@@ -64,8 +67,8 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("train", ["--config", "none.py"], "the preset must be a Python file"),
-        ("train", ["--resume", "none"], "the run must be a folder with config.json"),
+        ("train", ["--config", "none.py"], "config must be a Python file, got 'none.py', which does not exist"),
+        ("train", ["--resume", "none"], "resume must be a folder with config.json, got 'none'"),
         ("train", ["--out", "OUT", "--model.cut", "nowhere"], "cut must be one of"),
         ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "looked for nothing in"),
         ("train", ["--out", "OUT", "--clients", "0"], "clients must be at least 1"),
@@ -77,6 +80,75 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
     assert cli.run(command, [str(tmp_path) if a == "OUT" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+IN_THE_WAY = "must be a folder that can be written to, got 'file"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--out", "file"], f"out {IN_THE_WAY}': file is a file"),
+        ("train", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
+        ("serve", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
+        ("train", ["--out", ""], "out must be a path, got ''"),
+        ("train", ["--out=~nobody-of-this-name/x"], "out must be a path, got '~nobody-of-this-name/x': Could not"),
+        ("train", ["--name", ""], "name must be the name of a folder, without a path to it, got ''"),
+        ("train", ["--name", "../x"], "name must be the name of a folder, without a path to it, got '../x'"),
+        ("serve", ["--name", ".."], "name must be the name of a folder, without a path to it, got '..'"),
+        ("train", ["--name=file", "--out=."], f"name {IN_THE_WAY}': file is a file"),
+        ("train", ["--config", "."], "config must be a Python file, got '.', which is no Python file"),
+        ("train", ["--config", ""], "config must be a path, got ''"),
+        ("train", ["--resume", "file"], "resume must be a folder with config.json, got 'file'"),
+        ("serve", ["--resume", ""], "resume must be a path, got ''"),
+        ("train", ["--model.weights", "."], "model.weights must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--part", "."], "part must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--part", ""], "part must be a path, got ''"),
+        ("serve", ["--tokens", "."], "tokens must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--tokens=~/none"], "tokens must be a file that can be read, got '~/none': No such file"),
+        ("eval", ["none", "--server", "localhost:1"], "part must be a file that can be read, got 'none': No such file"),
+        (
+            "client",
+            ["--client-id=0", "--token-file=."],
+            "token_file must be a file that can be read, got '.': Is a dir",
+        ),
+        ("client", ["--client-id=0", "--state=file"], f"state {IN_THE_WAY}': file is a file"),
+        (
+            "client",
+            ["--client-id=0", "--weights=."],
+            "weights must be a file that can be read, got '.': Is a directory",
+        ),
+        (
+            "client",
+            ["--client-id=0", "--tls.authority=."],
+            "tls.authority must be a file that can be read, got '.': Is",
+        ),
+    ],
+)
+def test_paths_are_named_with_what_is_wrong(tmp_path, monkeypatch, capsys, command, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert cli.run(command, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder.create(config.Config(out="~/runs"), "a")
+    assert folder.path == tmp_path / "runs/a" and (folder.path / "config.json").exists()
+    assert RunFolder.open("~/runs/a")[0].path == folder.path
+    assert ClientOptions(client_id=0, state="~/state").folder() == tmp_path / "state"
+
+
+def test_a_folder_in_which_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=f"out must be a folder that can be written to, got .*: {tmp_path} may not be"):
+        RunFolder.create(config.Config(out=str(tmp_path / "runs")))
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(ValueError, match=f"{tmp_path} is on a read-only file system"):
+        ClientOptions(client_id=0, state=str(tmp_path / "state")).check()
 
 
 def test_models_table_has_the_papers_feature_maps(capsys):

@@ -6,7 +6,7 @@ import dataclasses
 import tyro
 
 from msjax import config
-from msjax.cli.options import DEFAULT, split_options
+from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.training import loop, program
@@ -16,7 +16,7 @@ from msjax.training.from_config import load_run
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
-    if split_options(arguments, "--server")[0].server:
+    if split_options(arguments, "--server")[0].server is not None:
         from msjax.cli.network import evaluate
 
         return evaluate(arguments)
@@ -53,9 +53,10 @@ def main(arguments: list[str]) -> int:
 def _evaluate_config(arguments):
     """Tests what a config starts from."""
     where, rest = split_options(arguments, "--config")
-    default = config.load_preset(where.config) if where.config else DEFAULT
+    default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
     cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax eval", description=description)
+    check_paths(cfg)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     mesh = loop.mesh_of(run.spec)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import jax
 import tyro
 
-from msjax import build, config, parts
-from msjax.cli.options import split_options
+from msjax import build, parts
+from msjax.cli.options import preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, check_positive
@@ -71,8 +71,8 @@ def evaluate(arguments: list[str]) -> int:
     )
     options = tyro.cli(_EvalOptions, args=rest, prog="msjax eval", description=description)
     options.check()
-    preset = config.load_preset(where.config) if where.config else None
-    trained = parts.load_part(options.part, preset=preset)
+    preset = preset_of(where)
+    trained = parts.load_part(options.part, preset=preset, name="part")
     if trained.part != "client":
         raise ValueError(f"part must be that of a client, got that of a {trained.part}: {options.part}")
     if trained.apply is None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from msjax import config
+from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
@@ -27,6 +28,11 @@ def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace
     return parser.parse_known_args(arguments)
 
 
+def preset_of(where: argparse.Namespace) -> config.Config | None:
+    """Returns the preset that --config names, None without it."""
+    return None if where.config is None else config.load_preset(where.config, name="config")
+
+
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:
@@ -38,3 +44,9 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     except EXPECTED as error:
         print(f"msjax {command}: {error}", file=sys.stderr)
         return 2
+
+
+def check_paths(cfg: config.Config) -> None:
+    """Raises ValueError for a file that a config names and that is not there, before any work is done."""
+    if cfg.model.weights is not None:
+        existing_file("model.weights", cfg.model.weights)

@@ -7,7 +7,7 @@ import tyro
 
 from msjax import config, parts
 from msjax.cli.network import fields_of, log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, split_options
+from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.metrics import Metrics
@@ -16,6 +16,7 @@ from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import ServerProgram, listen
 from msjax.runs import RunFolder
+from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
 
 
@@ -27,15 +28,15 @@ class _ServeFlags(config.Config, ServeOptions):
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config", "--resume", "--name", "--part")
-    preset = config.load_preset(where.config) if where.config else None
-    if where.part:
+    preset = preset_of(where)
+    if where.part is not None:
         description = "Answer with a trained server part: --part FILE.safetensors."
         options = tyro.cli(ListenOptions, args=rest, prog="msjax serve --part", description=description)
         return _serve_part(where.part, options, preset)
-    if where.resume:
-        if where.config or where.name:
+    if where.resume is not None:
+        if where.config is not None or where.name is not None:
             raise ValueError("--resume takes the run's own config, got also --config or --name")
-        folder, cfg = RunFolder.open(where.resume)
+        folder, cfg = RunFolder.open(where.resume, name="resume")
         if folder.read_summary() is not None:
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
@@ -66,6 +67,8 @@ def _new_run(default, name, arguments):
     flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
+    check_paths(cfg)
+    check_new(cfg, name)
     endpoint = listen(cfg, options)
     try:
         return RunFolder.create(cfg, name), cfg, options, endpoint
@@ -76,7 +79,7 @@ def _new_run(default, name, arguments):
 
 def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
-    trained = parts.load_part(path, preset=preset)
+    trained = parts.load_part(path, preset=preset, name="part")
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)

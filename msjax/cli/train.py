@@ -5,8 +5,9 @@ import dataclasses
 import tyro
 
 from msjax import config, training
-from msjax.cli.options import DEFAULT, split_options
+from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
 from msjax.runs import RunFolder
+from msjax.runs.folder import check_new
 from msjax.runs.tables import print_summaries
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run, train_config, uncompressed
@@ -15,18 +16,20 @@ from msjax.training.from_config import load_run, train_config, uncompressed
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config", "--resume", "--name")
-    if where.resume:
-        if rest or where.config or where.name:
+    if where.resume is not None:
+        if rest or where.config is not None or where.name is not None:
             raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
-        folder, cfg = RunFolder.open(where.resume)
+        folder, cfg = RunFolder.open(where.resume, name="resume")
         split_cpu(cfg.clients)
         run = None
     else:
-        default = config.load_preset(where.config) if where.config else DEFAULT
+        default = preset_of(where) or DEFAULT
         description = (
             "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
         )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        check_paths(cfg)
+        check_new(cfg, where.name)
         split_cpu(cfg.clients)
         # Before there is a folder, so that a config that does not work leaves none behind.
         run = load_run(cfg)

@@ -10,6 +10,7 @@ import tyro
 from msjax.distributed.membership import Policy
 from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
+from msjax.paths import existing_file, expand, folder_to_be, read_file
 
 
 def check_positive(options: object, *names: str) -> None:
@@ -89,7 +90,7 @@ class ConnectOptions:
     def token(self) -> str | None:
         """Returns the token, once it is sure that it is not sent in the open unasked."""
         check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
-        return pathlib.Path(self.token_file).read_text().strip() if self.token_file else None
+        return None if self.token_file is None else read_file("token_file", self.token_file).decode().strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,10 @@ class ClientOptions(ConnectOptions):
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
         check_positive(self, "retry_seconds", "answer_seconds")
+        folder_to_be("state", self.folder())
+        if self.weights is not None:
+            existing_file("weights", self.weights)
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""
-        return pathlib.Path(self.state or f"client{self.client_id}")
+        return pathlib.Path(f"client{self.client_id}") if self.state is None else expand("state", self.state)

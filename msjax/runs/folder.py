@@ -18,6 +18,7 @@ from typing import Any
 
 from msjax import config as config_lib
 from msjax.config import Config
+from msjax.paths import cannot_write, check_folder_name, expand, folder_to_be
 from msjax.runs.checkpoints import Checkpoints
 from msjax.runs.files import to_json, write_atomically
 
@@ -34,33 +35,46 @@ class RunFolder:
         """Makes a new folder under `config.out`, named `name`, or after time, model, data, cut and codec.
 
         Raises:
-          ValueError: there is a run of that name.
+          ValueError: there is a run of that name, or no folder can be made there.
         """
-        path = pathlib.Path(config.out) / name if name is not None else _make_unique(config)
-        if (path / "config.json").exists():
-            raise ValueError(
-                f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, path / "config.json")
+        check_new(config, name)
+        out = expand("out", config.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if name is None:
+                path = _make_unique(out, config)
+            else:
+                path = out / name
+                path.mkdir(exist_ok=True)
+            # Of two processes one makes it.
+            with (path / "config.json").open("x") as file:
+                file.write(config_lib.to_text(config))
+        except FileExistsError as error:
+            if name is None or pathlib.Path(error.filename).name != "config.json":
+                raise cannot_write("out", config.out, error.strerror) from None
+            raise _taken(name, path) from None
+        except OSError as error:
+            raise cannot_write("out", config.out, error.strerror) from None
         return cls(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, read_only: bool = False) -> tuple["RunFolder", Config]:
+    def open(
+        cls, path: str | os.PathLike, *, read_only: bool = False, name: str = "the run"
+    ) -> tuple["RunFolder", Config]:
         """Opens the folder of an earlier run, with its config; `read_only` while the run may still be under way.
 
         Raises:
-          ValueError: there is no run at `path`.
+          ValueError: there is no run at `path`; `name` is what the error calls it.
         """
-        path = pathlib.Path(path)
-        if not (path / "config.json").is_file():
-            raise ValueError(f"the run must be a folder with config.json, got {str(path)!r}")
-        return cls(path, read_only=read_only), config_lib.load(path / "config.json")
+        folder = expand(name, path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} must be a folder with config.json, got {str(path)!r}")
+        return cls(folder, read_only=read_only), config_lib.load(folder / "config.json")
 
     @classmethod
     def open_or_create(cls, config: Config, name: str) -> tuple["RunFolder", Config]:
         """Opens the run `name` under `config.out` where it was begun, with the config that it has, or makes it."""
-        path = pathlib.Path(config.out) / name
+        path = expand("out", config.out) / name
         if (path / "config.json").is_file():
             return cls.open(path)
         return cls.create(config, name), config
@@ -87,14 +101,26 @@ class RunFolder:
         self.checkpoints.close()
 
 
-def _make_unique(config):
-    """A folder of a name that no other run has, also of those that start in the same second."""
+def check_new(config: Config, name: str | None) -> None:
+    """Raises ValueError where `RunFolder.create` would; makes nothing."""
+    out = folder_to_be("out", config.out)
+    if name is not None:
+        check_folder_name("name", name)
+        folder_to_be("name", out / name)
+        if (out / name / "config.json").exists():
+            raise _taken(name, out / name)
+
+
+def _taken(name, path):
+    return ValueError(f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it")
+
+
+def _make_unique(out, config):
+    """Makes a folder of a name that no other run has, also of those that start in the same second."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     m, data = config.model, config.data.name.replace("/", "_")
     words = [time, m.name, data, m.cut, type(config.codec).__name__]
     name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words)
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
         path = out / (name if n == 1 else f"{name}-{n}")
         try:

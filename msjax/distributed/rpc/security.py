@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import hmac
-import pathlib
 import re
 import time
 
 import grpc
 
 from msjax.distributed.rpc.addresses import Address
+from msjax.paths import read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,7 @@ class TlsFiles:
 
     def _read(self, name):
         path = getattr(self, name)
-        if path is None:
-            return None
-        try:
-            return pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"tls {name} must be a readable PEM file, got {path!r}: {error.strerror}") from None
+        return None if path is None else read_file(f"tls.{name}", path)
 
     def server(self) -> grpc.ServerCredentials:
         """Mutual TLS: a client without a certificate of the authority is turned away."""
@@ -86,7 +81,7 @@ class Tokens:
         if path is None:
             return
         self._hashes = {}
-        for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+        for number, line in enumerate(read_file("tokens", path).decode().splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             client, _, token = line.strip().partition(" ")
