@@ -1,5 +1,6 @@
 """From a config and a summary of the data to the description of a run and its first state; nothing here reads data."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -164,24 +165,62 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
     model = make_model(cfg, summary)
     whole = None if weights is None else models.load_weights(existing_file("model.weights", weights), model)
     options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
-    return models.split(model, cfg.cut, weights=whole, **options)
+    with _named_as_in_config():
+        return models.split(model, cfg.cut, weights=whole, **options)
 
 
 def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
     """Builds one of msjax's own models, whole; raises ValueError as `make_parts` does."""
-    return models.build(
-        cfg.model.name,
-        input_shape=summary.input_shape,
-        num_classes=_num_outputs(cfg, summary),
-        width=cfg.model.width,
-        activation=cfg.model.activation,
-        first_block=cfg.model.first_block,
-        shortcut=cfg.model.shortcut,
-        conv_init=cfg.model.conv_init,
-        running_variance=cfg.model.running_variance,
-        dtype=jnp.dtype(cfg.dtype),
-        vocabulary=cfg.data.vocabulary,
-    )
+    return _model(cfg, summary.input_shape, _num_outputs(cfg, summary))
+
+
+def _model(cfg, input_shape, num_outputs):
+    with _named_as_in_config():
+        return models.build(
+            cfg.model.name,
+            input_shape=input_shape,
+            num_classes=num_outputs,
+            width=cfg.model.width,
+            activation=cfg.model.activation,
+            first_block=cfg.model.first_block,
+            shortcut=cfg.model.shortcut,
+            conv_init=cfg.model.conv_init,
+            running_variance=cfg.model.running_variance,
+            dtype=jnp.dtype(cfg.dtype),
+            vocabulary=cfg.data.vocabulary,
+        )
+
+
+_FIELDS = {f.name: f"model.{f.name}" for f in dataclasses.fields(config.ModelConfig)} | {
+    "tail_cut": "mode.tail_cut",
+    "vocabulary": "data.vocabulary",
+}
+
+
+@contextlib.contextmanager
+def _named_as_in_config():
+    """Errors of `models` begin with an argument's name; here with that of the config's field."""
+    try:
+        yield
+    except ValueError as error:
+        argument, space, rest = str(error).partition(" ")
+        raise ValueError(_FIELDS.get(argument, argument) + space + rest) from None
+
+
+def check_model(cfg: config.Config) -> None:
+    """Raises ValueError for a model or a cut that there is not, whatever the data are; not of a model of one's own."""
+    if config.is_reference(cfg.model.name):
+        return
+    # Which layers there are does not depend on the shape.
+    shape = (cfg.data.text_length,) if cfg.model.name in models.TOKEN_MODELS else (_ANY_SIDE, _ANY_SIDE, 3)
+    model = _model(cfg, shape, 2)
+    with _named_as_in_config():
+        _, client, *_ = models.cut_places(model, cfg.cut, cfg.tail_cut)
+        if cfg.model.cut_before_activation:
+            model.blocks[client - 1].without_activation()
+
+
+_ANY_SIDE = 64  # of images that every model takes
 
 
 def _num_outputs(cfg, summary):

@@ -6,12 +6,15 @@ import socket
 
 import pytest
 
+from msjax import config, models
+from msjax.cli import main as cli
 from msjax.distributed import inference
 from msjax.distributed.metrics import Metrics
-from msjax.distributed.options import ListenOptions
+from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc.addresses import parse_address
 from msjax.distributed.rpc.security import TlsFiles, check_plaintext
 from msjax.distributed.rpc.server import Endpoint
+from msjax.distributed.server_program import check_serve
 
 
 def test_plaintext_only_at_home():
@@ -88,3 +91,55 @@ def test_a_server_that_is_away_is_named_with_what_was_tried():
                 remote.describe(0.2)
         finally:
             remote.close()
+
+
+def test_a_port_that_is_taken_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with silent() as address:
+        port = address.partition(":")[2]
+        for option, name in ((f"--listen={address}", "listen"), (f"--metrics-port={port}", "metrics_port")):
+            assert cli.run("serve", ["--listen=localhost:0", option]) == 2
+            assert f"msjax serve: {name} must be a free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_messages_have_a_size_that_grpc_can_count():
+    for size in (0, 2048, 1 << 40):
+        with pytest.raises(ValueError, match=f"max_megabytes must be in 1..2047, got {size}"):
+            ListenOptions(max_megabytes=size).check()
+    Endpoint(ListenOptions(listen="localhost:0", max_megabytes=2047), Metrics(), streams=1).close()
+
+
+@pytest.mark.parametrize("name", [name for name in models.NAMES if name not in ("mlp", "transformer")])
+def test_layers_do_not_depend_on_the_shape(name):
+    """So a server knows before there are clients whether there is such a cut."""
+    found = [
+        models.build(name, input_shape=shape, num_classes=classes)
+        for shape, classes in (((32, 32, 3), 10), ((64, 64, 3), 2), ((224, 224, 1), 1000))
+    ]
+    assert len({(tuple(block.layer for block in it.blocks), it.named_cuts) for it in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cut": "nosuch"}, "model.cut must be one of .* for convnet, got 'nosuch'"),
+        ({"cut": "99"}, "model.cut must be one of .*, got 99"),
+        ({"name": "lenet"}, "model.name must be one of .*, got 'lenet'"),
+        ({"width": 0.0}, "model.width must be above 0"),
+        ({"activation": "relu6"}, "model.activation must be one of"),
+        ({"shortcut": "zero_padding"}, 'model.shortcut must be "projection" for convnet'),
+        ({"tail_cut": "nosuch"}, "mode.tail_cut must be one of .*, got 'nosuch'"),
+        ({"tail_cut": "shallow"}, "mode.tail_cut must be behind cut 'medium', got 'shallow'"),
+        ({"name": "mlp", "cut": "5"}, "model.cut must be one of .* for mlp, got 5"),
+    ],
+)
+def test_a_server_knows_that_there_is_no_such_model_or_cut(fields, message):
+    mode = config.ModeConfig(tail_cut=fields.pop("tail_cut", None))
+    with pytest.raises(ValueError, match=message):
+        check_serve(config.Config(model=config.ModelConfig(**fields), mode=mode), ServeOptions())
+
+
+def test_models_of_any_data_can_be_served():
+    for name in models.NAMES:
+        check_serve(config.Config(model=config.ModelConfig(name=name, cut="shallow")), ServeOptions())

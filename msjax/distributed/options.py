@@ -1,7 +1,6 @@
 """What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Literal
 
@@ -14,10 +13,10 @@ from msjax.paths import existing_file, expand, folder_to_be, read_file
 
 
 def check_positive(options: object, *names: str) -> None:
-    """Raises ValueError where a field is not a finite number above 0."""
+    """Raises ValueError where a field is not above 0."""
     for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise ValueError(f"{name} must be above 0 and finite, got {getattr(options, name)}")
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +45,14 @@ class ListenOptions:
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
-        check_positive(self, "max_megabytes", "max_messages_per_second")
+        check_positive(self, "max_messages_per_second")
+        if not 1 <= self.max_megabytes <= _MOST_MEGABYTES:
+            raise ValueError(f"max_megabytes must be in 1..{_MOST_MEGABYTES}, got {self.max_megabytes}")
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
+
+
+_MOST_MEGABYTES = 2047  # gRPC counts a message's bytes in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)

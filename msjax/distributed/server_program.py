@@ -28,6 +28,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     options.check()
     if data.is_streamed(cfg.data.name):
         raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
+    build.check_model(cfg)
 
 
 def listen(cfg: config.Config, options: ServeOptions) -> Endpoint:

@@ -51,7 +51,7 @@ class Connection:
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""
         try:
-            message = self._inbox.get(timeout=timeout)
+            message = self._inbox.get(timeout=None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
             raise ConnectionLost(f"{self._address}: no answer within {timeout:.0f} s") from None
         if isinstance(message, ConnectionLost):
