@@ -314,3 +314,10 @@ def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) ->
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients
+
+
+def batch_of_small_share(cfg: config.Config, samples: int) -> str | None:
+    """Returns what there is to say where a client's share is smaller than a batch; None where it is not."""
+    if samples >= cfg.batch_size:
+        return None
+    return f"batch_size is {cfg.batch_size}, but a client has {samples} samples an epoch: its batches have {samples}"

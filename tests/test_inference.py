@@ -235,26 +235,6 @@ def test_mutual_tls(tmp_path):
         TlsFiles("x.pem", "x.key", "ca.pem").server()
 
 
-def test_tokens_file(tmp_path):
-    path = tmp_path / "tokens"
-    for line in ("alice", "x alice", "-1 alice"):
-        path.write_text(f"0 bob\n{line}\n")
-        with pytest.raises(ValueError, match="lines of a client's number and its token, got line 2"):
-            Tokens(str(path))
-    for wrong in ("sha256:", "sha256:zz", "sha256:" + "a" * 63):
-        path.write_text(f"0 {wrong}")
-        with pytest.raises(ValueError, match="64 hexadecimal digits, in line 1"):
-            Tokens(str(path))
-    path.write_text("0 sha256:81B637D8FCD2C6DA6359E6963113A1170DE795E4B725B84D1E0B4CFD9EC58CE9")
-    assert Tokens(str(path)).accept(0, "bob") and not Tokens(str(path)).accept(0, "bo")
-    path.write_text("")
-    assert not Tokens(str(path)).accept(0, None) and not Tokens(str(path)).accept_any("")
-    path.write_text("0 bob\n")
-    tokens = Tokens(str(path))
-    assert tokens.accept(0, "bob") and not tokens.accept(1, "bob") and not tokens.accept(0, "")
-    assert Tokens(None).accept(5, None) and Tokens(None).accept_any(None)
-
-
 def test_nobody_there():
     with remote("localhost:1") as there:
         with pytest.raises(ConnectionError):

@@ -6,13 +6,15 @@ import socket
 
 import pytest
 
-from msjax import config, models
+from msjax import build, config, models
 from msjax.cli import main as cli
 from msjax.distributed import inference
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.membership import Policy
 from msjax.distributed.metrics import Metrics
-from msjax.distributed.options import ListenOptions, ServeOptions
+from msjax.distributed.options import ClientOptions, ListenOptions, ServeOptions
 from msjax.distributed.rpc.addresses import parse_address
-from msjax.distributed.rpc.security import TlsFiles, check_plaintext
+from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import check_serve
 
@@ -143,3 +145,82 @@ def test_a_server_knows_that_there_is_no_such_model_or_cut(fields, message):
 def test_models_of_any_data_can_be_served():
     for name in models.NAMES:
         check_serve(config.Config(model=config.ModelConfig(name=name, cut="shallow")), ServeOptions())
+
+
+def test_tokens_file(tmp_path):
+    path = tmp_path / "tokens"
+    for line in ("alice", "x alice", "-1 alice", "٣ alice", "1 "):
+        path.write_text(f"0 bob\n{line}\n")
+        with pytest.raises(ValueError, match="lines of a client's number and its token, got line 2"):
+            Tokens(str(path))
+    for wrong in ("sha256:", "sha256:zz", "sha256:" + "a" * 63):
+        path.write_text(f"0 {wrong}")
+        with pytest.raises(ValueError, match="64 hexadecimal digits, in line 1"):
+            Tokens(str(path))
+    path.write_text("0 sha256:81B637D8FCD2C6DA6359E6963113A1170DE795E4B725B84D1E0B4CFD9EC58CE9")
+    assert Tokens(str(path)).accept(0, "bob") and not Tokens(str(path)).accept(0, "bo")
+    path.write_text("0 bob\n")
+    tokens = Tokens(str(path))
+    assert tokens.accept(0, "bob") and not tokens.accept(1, "bob") and not tokens.accept(0, "")
+    assert Tokens(None).accept(5, None) and Tokens(None).accept_any(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "tokens must have a line of every client, got none at all"),
+        ("# nobody\n", "got none at all"),
+        ("0 bob\n2 eve\n", "tokens must have a line of every client, got none of client 1"),
+        ("0 bob\n1 eve\n0 alice\n", "tokens must have one line a client, got another of client 0, line 3"),
+        ("0 bob\n00 alice\n", "tokens must have one line a client, got another of client 0, line 2"),
+        ("0 bob\n1 bob\n", "tokens must be another for each client, got an earlier client's in line 2"),
+        ("0 bob\n1 s\u00e9cret\n", "tokens: the token in line 2 .* printable ASCII characters, got others"),
+        ("0 bob\n1 a\tb\n", "printable ASCII characters, got others"),
+        (f"0 {'a' * 1025}\n", "1..1024 printable ASCII characters, got 1025 characters"),
+    ],
+)
+def test_tokens_that_no_client_could_use(tmp_path, text, message):
+    path = tmp_path / "tokens"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        check_serve(config.Config(clients=2), ServeOptions(tokens=str(path)))
+    assert not any(secret in str(error.value) for secret in ("alice", "cret", "aaaa"))
+    if "none of" not in message:
+        with pytest.raises(ValueError, match=message):
+            ListenOptions(tokens=str(path)).check()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("s\u00e9cret\n".encode(), "the token in token_file .*token' must be one line of 1..1024 printable ASCII"),
+        (b"", "printable ASCII characters, got 0 characters"),
+        (b" \n", "printable ASCII characters, got 0 characters"),
+        (b"one\ntwo\n", "token_file must have one line, the token, got .* with 2"),
+        (b"\xff\xfe", "token_file must be a file of text"),
+    ],
+)
+def test_a_token_that_cannot_be_sent(tmp_path, content, message):
+    (tmp_path / "token").write_bytes(content)
+    options = ClientOptions(client_id=0, token_file=str(tmp_path / "token"), state=str(tmp_path / "state"))
+    with pytest.raises(ValueError, match=message) as error:
+        ClientProgram(options)
+    assert "cret" not in str(error.value)
+
+
+def test_a_token_is_what_stands_in_its_file(tmp_path):
+    for text in ("alice", " alice\r\n", "\ufeffalice\n"):
+        (tmp_path / "token").write_text(text, encoding="utf-8", newline="")
+        assert ClientOptions(client_id=0, token_file=str(tmp_path / "token")).token() == "alice"
+
+
+def test_more_clients_than_there_are_cannot_be_waited_for():
+    policy = Policy(stragglers="drop", min_clients=3)
+    with pytest.raises(ValueError, match=r"policy.min_clients must be in 1\.\.2, the number of clients, got 3"):
+        check_serve(config.Config(clients=2), ServeOptions(policy=policy))
+
+
+def test_a_batch_larger_than_a_share_is_said():
+    said = build.batch_of_small_share(config.Config(batch_size=256), 144)
+    assert said == "batch_size is 256, but a client has 144 samples an epoch: its batches have 144"
+    assert build.batch_of_small_share(config.Config(batch_size=144), 144) is None

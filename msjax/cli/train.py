@@ -1,10 +1,11 @@
 """`msjax train`: train a split network in one program and count the bytes."""
 
 import dataclasses
+import sys
 
 import tyro
 
-from msjax import config, training
+from msjax import build, config, training
 from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
@@ -33,6 +34,8 @@ def main(arguments: list[str]) -> int:
         split_cpu(cfg.clients)
         # Before there is a folder, so that a config that does not work leaves none behind.
         run = load_run(cfg)
+        if small := build.batch_of_small_share(cfg, run.spec.schedule.samples):
+            print(f"msjax train: {small}", file=sys.stderr)
         folder = RunFolder.create(cfg, where.name)
     summaries = []
     try:

@@ -68,6 +68,8 @@ class ClientProgram:
         if not options.own_data:
             indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
             train = data.Arrays(*ds.train.fetch(indices[options.client_id]))
+        if small := build.batch_of_small_share(cfg, samples):
+            log.warning("%s", small)
         self._data = ClientData(train, ds.test)
         self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
         spec = self._build_run(samples, len(ds.test)).spec

@@ -8,8 +8,8 @@ import tyro
 
 from msjax.distributed.membership import Policy
 from msjax.distributed.rpc.addresses import check_port, parse_address
-from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
-from msjax.paths import existing_file, expand, folder_to_be, read_file
+from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
+from msjax.paths import existing_file, expand, folder_to_be
 
 
 def check_positive(options: object, *names: str) -> None:
@@ -94,7 +94,7 @@ class ConnectOptions:
     def token(self) -> str | None:
         """Returns the token, once it is sure that it is not sent in the open unasked."""
         check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
-        return None if self.token_file is None else read_file("token_file", self.token_file).decode().strip()
+        return None if self.token_file is None else read_token("token_file", self.token_file)
 
 
 @dataclasses.dataclass(frozen=True)

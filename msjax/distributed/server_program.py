@@ -1,5 +1,6 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -22,12 +23,19 @@ from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
 from msjax.split.traffic import Traffic, run_traffic
 
+log = logging.getLogger("msjax.server")
+
 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     """Raises ValueError for a run that cannot be served, or options that cannot work."""
     options.check()
     if data.is_streamed(cfg.data.name):
         raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
+    if options.policy.min_clients > cfg.clients:
+        raise ValueError(
+            f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
+        )
+    Tokens(options.tokens, cfg.clients)
     build.check_model(cfg)
 
 
@@ -58,7 +66,7 @@ class ServerProgram:
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
-        self._parts = self._summary = None
+        self._parts = self._summary = self._told = None
         self.coordinator = Coordinator(
             cfg,
             self._build,
@@ -85,6 +93,9 @@ class ServerProgram:
         if self._parts is None or self._summary != summary:
             self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
             self._summary = summary
+        if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
+            log.warning("%s", small)
+            self._told = small
         values = description["run"].get("client values"), description["run"].get("client state values")
         remote = any(isinstance(part.apply, RemoteApply) for part in (self._parts[0], *self._parts[2:]))
         options = {"parts": self._parts, "client_values": values if remote else None}
