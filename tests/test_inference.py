@@ -216,22 +216,26 @@ def test_mutual_tls(tmp_path):
             health = health_pb2_grpc.HealthStub(there._channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
         other = others.issue("client")
-        strangers = (
-            no_certificate,
-            TlsFiles(other.certificate, other.key, server.authority),
-            ours.issue("late", not_after=datetime.datetime(2020, 1, 1)),
-            None,  # in the open
-        )
-        for tls in strangers:
-            with remote(address, tls=tls) as there, pytest.raises(ConnectionError):
-                there.describe(seconds=2)
+        strangers = {
+            "the server wants a certificate": no_certificate,
+            "it is of no authority that the server trusts": TlsFiles(other.certificate, other.key, server.authority),
+            "certificate has expired": ours.issue("late", not_after=datetime.datetime(2020, 1, 1)),
+            "the server speaks TLS": None,  # in the open
+        }
+        for says, tls in strangers.items():
+            with remote(address, tls=tls) as there, pytest.raises(Refused, match=says):
+                there.describe()
     # Someone else's server.
     theirs, mine = others.issue("localhost"), ours.issue("client2")
-    with served(tmp_path, tls=theirs) as address, remote(address, tls=mine) as there, pytest.raises(ConnectionError):
-        there.describe(seconds=2)
+    with (
+        served(tmp_path, tls=theirs) as address,
+        remote(address, tls=mine) as there,
+        pytest.raises(Refused, match="the server's certificate: unable to get local issuer certificate"),
+    ):
+        there.describe()
     with pytest.raises(ValueError, match="a server checks its clients' certificates"):
         no_certificate.server()
-    with pytest.raises(ValueError, match=r"tls.key must be a file that can be read, got 'x.key'"):
+    with pytest.raises(ValueError, match=r"tls.certificate must be a file that can be read, got 'x.pem'"):
         TlsFiles("x.pem", "x.key", "ca.pem").server()
 
 

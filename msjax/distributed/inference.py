@@ -158,8 +158,8 @@ class RemoteServer:
     """
 
     def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None, *, max_bytes: int = -1):
-        self._address = address
-        self._channel = open_channel(address, tls or TlsFiles(), max_bytes)
+        self._address, self._tls = address, tls or TlsFiles()
+        self._channel = open_channel(address, self._tls, max_bytes)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
         self._metadata = [("authorization", f"Bearer {token}")] if token else None
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()
@@ -220,6 +220,8 @@ class RemoteServer:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ConnectionError(f"{self._address}: nothing answers") from None
             if error.code() is grpc.StatusCode.UNAVAILABLE:
+                if fault := self._tls.fault_with(self._address):
+                    raise Refused(f"{self._address}: {fault}") from None
                 raise ConnectionError(f"{self._address}: {reason_of(error)}") from None
             raise Refused(error.details()) from None
 

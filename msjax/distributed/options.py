@@ -1,6 +1,7 @@
 """What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Literal
 
@@ -10,6 +11,8 @@ from msjax.distributed.membership import Policy
 from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
 from msjax.paths import existing_file, expand, folder_to_be
+
+log = logging.getLogger("msjax")
 
 
 def check_positive(options: object, *names: str) -> None:
@@ -92,8 +95,12 @@ class ConnectOptions:
     """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
 
     def token(self) -> str | None:
-        """Returns the token, once it is sure that it is not sent in the open unasked."""
+        """Returns the token, once it is sure that it is not sent in the open unasked, and the files of TLS fit."""
         check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
+        if self.tls:
+            self.tls.client()
+            if fault := self.tls.fault("client"):
+                log.warning("%s; the server will not take it", fault)
         return None if self.token_file is None else read_token("token_file", self.token_file)
 
 

@@ -25,7 +25,7 @@ class Connection:
     """One stream to the server; a `Channel`."""
 
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
-        self._address = address
+        self._address, self._tls = address, tls
         self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
@@ -34,14 +34,22 @@ class Connection:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
+        heard = False
         try:
             for message in self._stream:
+                heard = True
                 self._inbox.put(message)
             self._inbox.put(ConnectionLost("the server closed the stream"))
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or "larger than max" in (error.details() or "")
             reason = reason_of(error)
+            if (
+                not heard
+                and error.code() is grpc.StatusCode.UNAVAILABLE
+                and (fault := self._tls.fault_with(self._address))
+            ):
+                reason, final = f"{self._address}: {fault}", True
             self._inbox.put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
 
     def send(self, message: pb.FromClient) -> None:

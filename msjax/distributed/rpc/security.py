@@ -9,6 +9,7 @@ import time
 import grpc
 
 from msjax.distributed.rpc.addresses import Address
+from msjax.distributed.rpc.certificates import Role, check_files, fault_of_connection, fault_of_own
 from msjax.paths import read_file
 
 
@@ -25,19 +26,33 @@ class TlsFiles:
         return None if path is None else read_file(f"tls.{name}", path)
 
     def server(self) -> grpc.ServerCredentials:
-        """Mutual TLS: a client without a certificate of the authority is turned away."""
+        """Mutual TLS: a client without a certificate of the authority is turned away.
+
+        Raises:
+          ValueError: a file lacks, or does not fit.
+        """
         if None in (self.certificate, self.key, self.authority):
             raise ValueError(
                 "tls needs a certificate, a key and an authority: a server checks its clients' certificates"
             )
+        check_files(self.certificate, self.key, self.authority)
         pair = (self._read("key"), self._read("certificate"))
         return grpc.ssl_server_credentials([pair], self._read("authority"), require_client_auth=True)
 
     def client(self) -> grpc.ChannelCredentials:
-        """Returns a client's credentials; raises ValueError for a certificate without its key."""
+        """Returns a client's credentials; raises ValueError for a file that lacks or does not fit."""
         if (self.key is None) != (self.certificate is None):
             raise ValueError("tls needs a certificate and its key together")
+        check_files(self.certificate, self.key, self.authority)
         return grpc.ssl_channel_credentials(self._read("authority"), self._read("key"), self._read("certificate"))
+
+    def fault(self, role: Role) -> str | None:
+        """Returns what is wrong with this end's certificate, as that it has expired; None where nothing is."""
+        return fault_of_own(role, self.certificate, self.key) if self.certificate and self.key else None
+
+    def fault_with(self, address: str) -> str | None:
+        """Returns what TLS makes fail between this client and the server at an address; None for something else."""
+        return fault_of_connection(address, self.certificate, self.key, self.authority)
 
     def __bool__(self):
         return any((self.certificate, self.key, self.authority))

@@ -107,6 +107,8 @@ class Endpoint:
 
     def __init__(self, options: ListenOptions, metrics: Metrics, streams: int):
         options.check()
+        if fault := options.tls.fault("server"):
+            log.warning("%s; clients will not take it", fault)
         self.metrics = metrics
         # A stream holds a thread for as long as it lasts.
         workers = futures.ThreadPoolExecutor(2 * streams + 8, thread_name_prefix="rpc")
