@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from concurrent import futures
 
 import pytest
 
@@ -140,6 +142,32 @@ def test_paths_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
     assert folder.path == tmp_path / "runs/a" and (folder.path / "config.json").exists()
     assert RunFolder.open("~/runs/a")[0].path == folder.path
     assert ClientOptions(client_id=0, state="~/state").folder() == tmp_path / "state"
+
+
+def at_once(name, path):
+    """Eight runs that start in the same second: their folders' names, and what the others are told."""
+    cfg, start, found = config.Config(out=str(path / "new")), threading.Barrier(8), []
+
+    def create(_):
+        start.wait()
+        try:
+            return RunFolder.create(cfg, name).path.name
+        except ValueError as error:
+            return error
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(create, range(8)))
+    names = [it for it in found if isinstance(it, str)]
+    return names, [str(it) for it in found if not isinstance(it, str)]
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
+    names, refused = at_once(None, tmp_path)
+    assert len(set(names)) == 8 and not refused
+    assert all((tmp_path / "new" / name / "config.json").stat().st_size for name in names)
+    names, refused = at_once("a", tmp_path)
+    assert names == ["a"] and len(refused) == 7
+    assert all("name must be that of a new run, got 'a'" in it for it in refused)
 
 
 def test_a_folder_in_which_nothing_can_be_written(tmp_path, monkeypatch):
