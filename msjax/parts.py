@@ -13,6 +13,7 @@ alone: `load_part(path, model)` puts them into the model.
 
 import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ import safetensors
 import safetensors.numpy
 
 from msjax import build, config, models
-from msjax.paths import existing_file
 from msjax.runs.files import write_atomically
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
@@ -105,12 +105,7 @@ def _write(path, trained, header):
 
 
 def load_part(
-    path: str | os.PathLike,
-    model: Any = None,
-    inputs: Any = None,
-    *,
-    preset: config.Config | None = None,
-    name: str = "path",
+    path: str | os.PathLike, model: Any = None, inputs: Any = None, *, preset: config.Config | None = None
 ) -> TrainedPart:
     """Reads what `save_trained` or `save_part` wrote.
 
@@ -119,12 +114,12 @@ def load_part(
         come as nested dicts, and `apply` is None.
       inputs: arrays of a batch as the part takes them, or their shapes and dtypes; needed for a Linen module.
       preset: of a run whose config names functions of a preset, the preset; see `config.load_preset`.
-      name: what errors call the path.
 
     Raises:
-      ValueError: the file cannot be read, is not a part of a network, or not one that fits its own config or the model.
+      ValueError: the file is not a part of a network, or not one that fits its own config or the model.
+      OSError: it cannot be read.
     """
-    path = existing_file(name, path)
+    path = pathlib.Path(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
