@@ -144,6 +144,86 @@ def test_paths_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
     assert ClientOptions(client_id=0, state="~/state").folder() == tmp_path / "state"
 
 
+GOOD = {
+    "traffic": dict.fromkeys(("uplink_feature_bytes", "uplink_bytes", "downlink_bytes", "uplink_gradient_bytes"), 1),
+    "config": {"codec": "TopK()", "grad_codec": "Identity()"},
+    "test": {"top1_percent": 50.0},
+    "uncompressed_feature_bytes": 10,
+    "wall_seconds": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command", "message"),
+    [
+        (
+            "run",
+            "",
+            ["train", "--resume", "a"],
+            "resume must be a run of msjax train, got 'a', which goes on with",
+        ),
+        ("run", "", ["eval", "a"], "the run must be one of msjax train, got 'a' of msjax serve, whose clients have"),
+        (
+            "checkpoints/x",
+            "",
+            ["serve", "--resume", "a"],
+            "resume must be a run of msjax serve, got 'a', which goes on",
+        ),
+        ("config.json", "{", ["train", "--resume", "a"], "a/config.json: Expecting property name"),
+        ("config.json", "[]", ["eval", "a"], "a/config.json: config must be an object with fields, got []"),
+        (
+            "summary.json",
+            "{",
+            ["train", "--resume", "a"],
+            "a/summary.json must be an object in JSON",
+        ),
+        (
+            "summary.json",
+            "[1]",
+            ["serve", "--resume", "a"],
+            "a/summary.json must be an object in JSON",
+        ),
+        (
+            "summary.json",
+            "{}",
+            ["train", "--resume", "a"],
+            "a/summary.json must be the summary of a run of msjax train",
+        ),
+    ],
+)
+def test_runs_of_another_command_and_damaged_files(tmp_path, monkeypatch, capsys, file, content, command, message):
+    monkeypatch.chdir(tmp_path)
+    file = RunFolder.create(config.Config(out=".", compare=False), "a").path / file
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    assert cli.run(command[0], command[1:]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_summaries_are_checked_before_they_are_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create(config.Config(out=".", compare=False), "a")
+    folder.write_summary(GOOD)
+    assert cli.run("train", ["--resume", "a"]) == 0
+    assert "10.00×" in capsys.readouterr().out
+    for section, name in (
+        ("traffic", "uplink_bytes"),
+        ("config", "codec"),
+        ("test", "top1_percent"),
+        ("", "wall_seconds"),
+    ):
+        bad = json.loads(json.dumps(GOOD))
+        (bad[section] if section else bad)[name] = []
+        folder.write_summary(bad)
+        assert cli.run("train", ["--resume", "a"]) == 2
+        message = f"msjax train: a/summary.json must be the summary of a run of msjax train, but {name} is not there"
+        assert message in capsys.readouterr().err
+    for name in ("traffic", "test"):
+        folder.write_summary(GOOD | {name: 5})
+        assert cli.run("train", ["--resume", "a"]) == 2
+
+
 def at_once(name, path):
     """Eight runs that start in the same second: their folders' names, and what the others are told."""
     cfg, start, found = config.Config(out=str(path / "new")), threading.Barrier(8), []

@@ -34,6 +34,12 @@ def main(arguments: list[str]) -> int:
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
     folder, cfg = RunFolder.open(options.run, read_only=True)
+    if folder.is_served:
+        raise ValueError(
+            f"the run must be one of msjax train, got {options.run!r} of msjax serve, whose clients have their parts: "
+            f"serve its own with msjax serve --part {folder.path / 'server.safetensors'}, and test a client's with "
+            "msjax eval CLIENT.safetensors --server HOST:PORT"
+        )
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
     if options.uncompressed:

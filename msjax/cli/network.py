@@ -17,6 +17,7 @@ from msjax.cli.options import preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, check_positive
+from msjax.paths import existing_file
 from msjax.runs import to_json
 from msjax.runs.signals import stop_on_signal
 from msjax.split import parties, programs
@@ -72,7 +73,7 @@ def evaluate(arguments: list[str]) -> int:
     options = tyro.cli(_EvalOptions, args=rest, prog="msjax eval", description=description)
     options.check()
     preset = preset_of(where)
-    trained = parts.load_part(options.part, preset=preset, name="part")
+    trained = parts.load_part(existing_file("part", options.part), preset=preset)
     if trained.part != "client":
         raise ValueError(f"part must be that of a client, got that of a {trained.part}: {options.part}")
     if trained.apply is None:

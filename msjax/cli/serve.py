@@ -15,6 +15,7 @@ from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import ServerProgram, listen
+from msjax.paths import existing_file
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
@@ -37,6 +38,10 @@ def main(arguments: list[str]) -> int:
         if where.config is not None or where.name is not None:
             raise ValueError("--resume takes the run's own config, got also --config or --name")
         folder, cfg = RunFolder.open(where.resume, name="resume")
+        if not folder.is_served and (folder.path / "checkpoints").exists():
+            raise ValueError(
+                f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
+            )
         if folder.read_summary() is not None:
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
@@ -79,7 +84,7 @@ def _new_run(default, name, arguments):
 
 def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
-    trained = parts.load_part(path, preset=preset, name="part")
+    trained = parts.load_part(existing_file("part", path), preset=preset)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)

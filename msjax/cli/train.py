@@ -9,7 +9,7 @@ from msjax import build, config, training
 from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
-from msjax.runs.tables import print_summaries
+from msjax.runs.tables import check_summary, print_summaries
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run, train_config, uncompressed
 
@@ -21,6 +21,10 @@ def main(arguments: list[str]) -> int:
         if rest or where.config is not None or where.name is not None:
             raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
         folder, cfg = RunFolder.open(where.resume, name="resume")
+        if folder.is_served:
+            raise ValueError(
+                f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
+            )
         split_cpu(cfg.clients)
         run = None
     else:
@@ -53,6 +57,9 @@ def main(arguments: list[str]) -> int:
 def _finish(folder, cfg, run=None):
     """The summary of a run: read where it is there, else trained for."""
     try:
-        return folder.read_summary() or train_config(cfg, folder, run=run)
+        if (summary := folder.read_summary()) is not None:
+            check_summary(summary, str(folder.path / "summary.json"))
+            return summary
+        return train_config(cfg, folder, run=run)
     finally:
         folder.close()

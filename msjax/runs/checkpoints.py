@@ -57,10 +57,18 @@ class Checkpoints:
             raise OSError(str(error).splitlines()[0]) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the state of a step, in the structure of `like`, and what was remembered beside it."""
+        """Returns the state of a step, in the structure of `like`, and what was remembered beside it.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or has another structure.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
+        try:
+            found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            why = (str(error).splitlines() or [repr(error)])[0]
+            raise ValueError(f"{self._path / str(step)} must be a checkpoint of this run: {why[:300]}") from error
         return found.state, found.progress
 
     def prune(self, before: int) -> None:

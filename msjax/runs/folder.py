@@ -84,17 +84,26 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Returns the records of the finished epochs."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """Returns the records of the finished epochs; raises ValueError where the file is damaged."""
+        file = self.path / "metrics.jsonl"
+        return [_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, which a run that is finished has."""
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Returns the summary of a finished run, else None."""
+        """Returns the summary of a finished run, else None; raises ValueError where the file is damaged."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return _object(str(file), file.read_text("utf-8")) if file.exists() else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be an object in JSON, but it is damaged: {error}") from None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the run is one of `msjax serve`, which has other checkpoints than one of `msjax train`."""
+        return (self.path / "run").exists()
 
     def close(self) -> None:
         """Lets go of the checkpoints."""
@@ -109,6 +118,16 @@ def check_new(config: Config, name: str | None) -> None:
         folder_to_be("name", out / name)
         if (out / name / "config.json").exists():
             raise _taken(name, out / name)
+
+
+def _object(what, text):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be an object in JSON, but it is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be an object in JSON, but it is damaged: it is a {type(found).__name__}")
+    return found
 
 
 def _taken(name, path):
