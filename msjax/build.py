@@ -285,14 +285,17 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
-    return data.load(
-        cfg.data.name,
-        data_dir=data_dir or cfg.data.data_dir,
-        cache_dir=cache_dir or cfg.data.cache_dir,
-        image_size=cfg.data.image_size,
-        text_length=cfg.data.text_length,
-        vocabulary=cfg.data.vocabulary,
-    )
+    where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
+    sizes = {name: getattr(cfg.data, name) for name in ("image_size", "text_length", "vocabulary")}
+    try:
+        return data.load(cfg.data.name, **where, **sizes)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        got = " and ".join(map(repr, where.values()))
+        raise ValueError(
+            f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
+        ) from None
 
 
 def _path_options(cfg):

@@ -30,7 +30,8 @@ CodecFlag = Annotated[
         metavar="CODEC",
         instance_from_str=lambda args: compress.from_string(args[0]),
         is_instance=lambda value: isinstance(value, Codec),
-        str_from_instance=lambda value: [repr(value)],
+        # In double quotes, which stay as they are where a shell's quotes are put around.
+        str_from_instance=lambda value: [repr(value).replace("'", '"')],
     ),
 ]
 

@@ -1,5 +1,6 @@
 """The command line: what it does, and what it says of bad input."""
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from concurrent import futures
 
 import pytest
 
-from msjax import compress, config
+from msjax import build, compress, config
 from msjax.cli import main as cli
 from msjax.distributed.options import ClientOptions
 from msjax.runs import RunFolder
@@ -264,6 +265,46 @@ def test_models_table_has_the_papers_feature_maps(capsys):
     out = capsys.readouterr().out
     assert "38.96 M" in out and "16×16×64" in out and "4×4×256" in out and "2×2×512" in out
     assert "65,536" in out  # bytes a sample at cut 2, uncompressed
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    assert cli.run("train", ["--help"]) == 0
+    help = capsys.readouterr().out
+    assert 'rounding="nearest"' in help and """'"'"'""" not in help
+    assert compress.from_string(repr(compress.MaskEncoded()).replace("'", '"')) == compress.MaskEncoded()
+
+
+def test_help_without_an_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "grpc", None)  # what is not installed
+    for name in [name for name in sys.modules if name.startswith(("msjax.cli.", "msjax.distributed"))]:
+        if name != "msjax.cli.main":
+            monkeypatch.delitem(sys.modules, name)
+    assert cli.run("serve", ["--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: msjax COMMAND") and "needs grpc, which is not installed: pip" in said.err
+    assert cli.run("serve", []) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_tables_can_be_shown_in_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["msjax", "models", "convnet"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    out.flush()
+    assert b"convnet, 8x8x1, 10 classes" in out.buffer.getvalue()
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_give(monkeypatch, tmp_path, capsys):
+    def load(*args, **options):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.data, "load", load)
+    assert cli.run("train", ["--data.data-dir=sets", f"--out={tmp_path}"]) == 2
+    message = "data.data_dir and data.cache_dir must be given where the user has no home folder, got 'sets' and None"
+    assert message in capsys.readouterr().err
 
 
 def test_help_is_quick_and_needs_no_jax():

@@ -6,7 +6,7 @@ import dataclasses
 import tyro
 
 from msjax import config
-from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.training import loop, program
@@ -62,7 +62,7 @@ def _evaluate_config(arguments):
     default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
     cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax eval", description=description)
-    check_paths(cfg)
+    check_early(cfg)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     mesh = loop.mesh_of(run.spec)

@@ -17,6 +17,7 @@ from msjax.cli.options import preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, check_positive
+from msjax.logs import ShortLines
 from msjax.paths import existing_file
 from msjax.runs import to_json
 from msjax.runs.signals import stop_on_signal
@@ -29,7 +30,7 @@ from msjax.split.state import PartState
 def log_to_stderr() -> None:
     """Shows msjax's own messages on standard error; other packages' loggers stay as they are."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(ShortLines("%(asctime)s %(name)s: %(message)s"))
     logger = logging.getLogger("msjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

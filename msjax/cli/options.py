@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from msjax import config
+from msjax import build, config
+from msjax.logs import shorten
 from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
 
@@ -42,11 +43,12 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     except SystemExit as error:  # the argument parsers have printed what is wrong
         return error.code
     except EXPECTED as error:
-        print(f"msjax {command}: {error}", file=sys.stderr)
+        print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
         return 2
 
 
-def check_paths(cfg: config.Config) -> None:
-    """Raises ValueError for a file that a config names and that is not there, before any work is done."""
+def check_early(cfg: config.Config) -> None:
+    """Raises ValueError for a file, a model or a cut that there is not, before data are loaded."""
+    build.check_model(cfg)
     if cfg.model.weights is not None:
         existing_file("model.weights", cfg.model.weights)

@@ -7,7 +7,7 @@ import tyro
 
 from msjax import config, parts
 from msjax.cli.network import fields_of, log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.metrics import Metrics
@@ -72,7 +72,7 @@ def _new_run(default, name, arguments):
     flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    check_paths(cfg)
+    check_early(cfg)
     check_new(cfg, name)
     endpoint = listen(cfg, options)
     try:

@@ -6,7 +6,7 @@ import sys
 import tyro
 
 from msjax import build, config, training
-from msjax.cli.options import DEFAULT, check_paths, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
             "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
         )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
-        check_paths(cfg)
+        check_early(cfg)
         check_new(cfg, where.name)
         split_cpu(cfg.clients)
         # Before there is a folder, so that a config that does not work leaves none behind.

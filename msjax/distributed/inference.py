@@ -20,7 +20,8 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.connection import open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
-from msjax.distributed.rpc.server import token_of
+from msjax.distributed.rpc.server import say_refused, token_of
+from msjax.logs import Seldom
 from msjax.parts import TrainedPart
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
 from msjax.split.spec import RunSpec
@@ -77,6 +78,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         spec = spec_of(trained)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._key = jax.random.key(trained.config.seed)
+        self._refused = Seldom(say_refused)
         self._seen: set[PayloadSpec] = set()
         self._lock = threading.Lock()
 
@@ -106,6 +108,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def _authenticate(self, context):
         if not self._tokens.accept_any(token_of(context)):
             self._metrics.refused.inc()
+            self._refused(context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
 
     def _read(self, request):

@@ -18,6 +18,7 @@ from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.addresses import parse_address
 from msjax.distributed.rpc.connection import channel_options
 from msjax.distributed.rpc.security import Rate, Tokens
+from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
 
@@ -25,6 +26,11 @@ log = logging.getLogger("msjax.server")
 def token_of(context: grpc.ServicerContext) -> str:
     """Returns the token that a call came with, or an empty one."""
     return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
+
+
+def say_refused(count: int, last: str) -> None:
+    """Logs calls that were refused because of their token, which may be very many."""
+    log.warning("refused for a wrong token: %d call%s, the last from %s", count, "" if count == 1 else "s", last)
 
 
 class TrainServicer(split_pb2_grpc.SplitServicer):
@@ -36,6 +42,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
     def __init__(self, tokens: Tokens, metrics: Metrics, max_messages_per_second: float = 1000.0):
         self._tokens, self._metrics, self._max_messages_per_second = tokens, metrics, max_messages_per_second
         self.inbox: queue.Queue[Received | Lost | Stop] = queue.Queue()
+        self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
         self._outboxes: dict[int, queue.Queue[pb.FromServer | Close | None]] = {}
 
@@ -55,6 +62,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
         # Before anything is read: a stranger is not to hold a thread by saying nothing.
         if not self._tokens.accept_any(token_of(context)):
             self._metrics.refused.inc()
+            self._refused(context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
         session, outbox = next(self._sessions), queue.Queue()
         self._outboxes[session] = outbox
@@ -79,7 +87,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
                 rate.wait()
                 client = message.hello.client
                 if first and message.WhichOneof("kind") == "hello" and not self._tokens.accept(client, token):
-                    log.warning("client %d from %s: wrong token", client, context.peer())
+                    self._refused(f"{context.peer()} as client {client}")
                     self._metrics.refused.inc()
                     outbox.put(Close(session, f"{_WRONG_TOKEN} for client {client}", final=True))
                     return
