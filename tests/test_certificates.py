@@ -134,3 +134,14 @@ def test_files_that_do_not_fit_are_named(files, path):
                 check()
         with pytest.raises(ValueError, match=says):
             ClientProgram(ClientOptions(client_id=0, tls=tls, state=str(path / "state")))
+
+
+def test_files_that_are_being_renewed_are_tried_again(files, path):
+    for name in ("certificate", "key"):
+        (path / f"renewed.{name}").write_bytes(pathlib.Path(getattr(files["client"], name)).read_bytes())
+    tls = TlsFiles(str(path / "renewed.certificate"), str(path / "renewed.key"), files["client"].authority)
+    program = ClientProgram(ClientOptions(client_id=0, tls=tls, state=str(path / "state")))
+    (path / "renewed.key").write_text("")
+    with pytest.raises(ConnectionLost, match=r"tls\.key must be a private key in PEM format") as lost:
+        program.connect()
+    assert not lost.value.final

@@ -170,6 +170,12 @@ GOOD = {
             ["serve", "--resume", "a"],
             "resume must be a run of msjax serve, got 'a', which goes on",
         ),
+        (
+            "run",
+            "x",
+            ["serve", "--resume", "a", "--listen=localhost:0"],
+            "a/run must hold the run's name, 32 hexadecimal",
+        ),
         ("config.json", "{", ["train", "--resume", "a"], "a/config.json: Expecting property name"),
         ("config.json", "[]", ["eval", "a"], "a/config.json: config must be an object with fields, got []"),
         (

@@ -14,6 +14,7 @@ from msjax.distributed.membership import Policy
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ClientOptions, ListenOptions, ServeOptions
 from msjax.distributed.rpc.addresses import parse_address
+from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import check_serve
@@ -206,6 +207,16 @@ def test_a_token_that_cannot_be_sent(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         ClientProgram(options)
     assert "cret" not in str(error.value)
+
+
+def test_a_token_that_grpc_does_not_carry_is_refused_at_once():
+    for token in ("s\u00e9cret", "one\ntwo"):
+        for connect in (
+            lambda token=token: Connection("localhost:1", TlsFiles(), token),
+            lambda token=token: inference.RemoteServer("localhost:1", token=token),
+        ):
+            with pytest.raises(ValueError, match=r"token must be one line of 1\.\.1024 printable ASCII"):
+                connect()
 
 
 def test_a_token_is_what_stands_in_its_file(tmp_path):

@@ -49,7 +49,11 @@ def main(arguments: list[str]) -> int:
     else:
         folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
     log_to_stderr()
-    program = ServerProgram(cfg, options, folder, endpoint=endpoint)
+    try:
+        program = ServerProgram(cfg, options, folder, endpoint=endpoint)
+    except BaseException:
+        endpoint.close()
+        raise
     print(f"msjax serve: listening on {endpoint} for {cfg.clients} clients; run folder: {folder.path}", flush=True)
     try:
         with stopping(lambda: program.stop("by a signal")):

@@ -18,7 +18,7 @@ from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.connection import open_channel, reason_of
+from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused, token_of
 from msjax.logs import Seldom
@@ -164,7 +164,7 @@ class RemoteServer:
         self._address, self._tls = address, tls or TlsFiles()
         self._channel = open_channel(address, self._tls, max_bytes)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
-        self._metadata = [("authorization", f"Bearer {token}")] if token else None
+        self._metadata = metadata_of(token)
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()
         self._stream = None
 

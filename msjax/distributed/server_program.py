@@ -1,6 +1,7 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -177,4 +178,7 @@ def _run_id(folder):
     file = folder.path / "run"
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex)
-    return file.read_text()
+    name = file.read_bytes().decode("ascii", "replace")
+    if not re.fullmatch("[0-9a-f]{32}", name):
+        raise ValueError(f"{file} must hold the run's name, 32 hexadecimal digits, but it is damaged")
+    return name

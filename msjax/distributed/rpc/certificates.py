@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import ssl
+import time
 from typing import Literal
 
 from msjax.distributed.rpc.addresses import parse_address
@@ -71,7 +72,7 @@ def fault_of_connection(
 ) -> str | None:
     """Returns what TLS makes fail between this client and a server that is there; None where it is something else."""
     for last in (False, True):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             try:
                 if _greets(address, certificate, key, authority, seconds):
                     return None
@@ -82,13 +83,14 @@ def fault_of_connection(
             except _SpeaksTls:
                 return "the server speaks TLS: give tls its certificate, key and authority"
             except _Ended:
-                # gRPC does not say why. It may be going down, but then it is not there at the second try.
+                # gRPC does not say why. It may be going down, but then it is not there a little later.
                 if last and certificate is None:
                     return "the server wants a certificate: give tls.certificate and tls.key"
                 if last:
                     fault = fault_of_own("client", certificate, key)
                     other = f"tls.certificate {certificate!r}: it is of no authority that the server trusts"
                     return f"the server does not take this end's {fault or other}"
+                time.sleep(0.3)
                 continue
         return None
     return None

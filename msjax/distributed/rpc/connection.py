@@ -10,7 +10,7 @@ import grpc
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.security import TlsFiles
+from msjax.distributed.rpc.security import TlsFiles, check_token
 
 # Refusals that another try would meet again.
 _FINAL = (
@@ -29,8 +29,8 @@ class Connection:
         self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
-        metadata = [("authorization", f"Bearer {token}")] if token else None
-        self._stream = split_pb2_grpc.SplitStub(self._channel).Train(iter(self._outbox.get, None), metadata=metadata)
+        stub = split_pb2_grpc.SplitStub(self._channel)
+        self._stream = stub.Train(iter(self._outbox.get, None), metadata=metadata_of(token))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
@@ -71,6 +71,14 @@ class Connection:
         self._stream.cancel()
         self._outbox.put(None)
         self._channel.close()
+
+
+def metadata_of(token: str | None) -> list[tuple[str, str]] | None:
+    """Returns what a call brings to show its token; raises ValueError for a token that gRPC does not carry."""
+    if not token:
+        return None
+    check_token("token", token)
+    return [("authorization", f"Bearer {token}")]
 
 
 def reason_of(error: grpc.RpcError) -> str:
