@@ -1,5 +1,6 @@
 """From a config and a summary of the data to the description of a run and its first state; nothing here reads data."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -12,6 +13,7 @@ import numpy as np
 from msjax import config, data, models, tasks
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
+from msjax.paths import existing_file
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
@@ -161,26 +163,64 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
         return models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
     before = cfg.model.cut_before_activation
     model = make_model(cfg, summary)
-    whole = None if weights is None else models.load_weights(weights, model)
+    whole = None if weights is None else models.load_weights(existing_file("model.weights", weights), model)
     options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
-    return models.split(model, cfg.cut, weights=whole, **options)
+    with _named_as_in_config():
+        return models.split(model, cfg.cut, weights=whole, **options)
 
 
 def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
     """Builds one of msjax's own models, whole; raises ValueError as `make_parts` does."""
-    return models.build(
-        cfg.model.name,
-        input_shape=summary.input_shape,
-        num_classes=_num_outputs(cfg, summary),
-        width=cfg.model.width,
-        activation=cfg.model.activation,
-        first_block=cfg.model.first_block,
-        shortcut=cfg.model.shortcut,
-        conv_init=cfg.model.conv_init,
-        running_variance=cfg.model.running_variance,
-        dtype=jnp.dtype(cfg.dtype),
-        vocabulary=cfg.data.vocabulary,
-    )
+    return _model(cfg, summary.input_shape, _num_outputs(cfg, summary))
+
+
+def _model(cfg, input_shape, num_outputs):
+    with _named_as_in_config():
+        return models.build(
+            cfg.model.name,
+            input_shape=input_shape,
+            num_classes=num_outputs,
+            width=cfg.model.width,
+            activation=cfg.model.activation,
+            first_block=cfg.model.first_block,
+            shortcut=cfg.model.shortcut,
+            conv_init=cfg.model.conv_init,
+            running_variance=cfg.model.running_variance,
+            dtype=jnp.dtype(cfg.dtype),
+            vocabulary=cfg.data.vocabulary,
+        )
+
+
+_FIELDS = {f.name: f"model.{f.name}" for f in dataclasses.fields(config.ModelConfig)} | {
+    "tail_cut": "mode.tail_cut",
+    "vocabulary": "data.vocabulary",
+}
+
+
+@contextlib.contextmanager
+def _named_as_in_config():
+    """Errors of `models` begin with an argument's name; here with that of the config's field."""
+    try:
+        yield
+    except ValueError as error:
+        argument, space, rest = str(error).partition(" ")
+        raise ValueError(_FIELDS.get(argument, argument) + space + rest) from None
+
+
+def check_model(cfg: config.Config) -> None:
+    """Raises ValueError for a model or a cut that there is not, whatever the data are; not of a model of one's own."""
+    if config.is_reference(cfg.model.name):
+        return
+    # Which layers there are does not depend on the shape.
+    shape = (cfg.data.text_length,) if cfg.model.name in models.TOKEN_MODELS else (_ANY_SIDE, _ANY_SIDE, 3)
+    model = _model(cfg, shape, 2)
+    with _named_as_in_config():
+        _, client, *_ = models.cut_places(model, cfg.cut, cfg.tail_cut)
+        if cfg.model.cut_before_activation:
+            model.blocks[client - 1].without_activation()
+
+
+_ANY_SIDE = 64  # of images that every model takes
 
 
 def _num_outputs(cfg, summary):
@@ -245,14 +285,17 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
-    return data.load(
-        cfg.data.name,
-        data_dir=data_dir or cfg.data.data_dir,
-        cache_dir=cache_dir or cfg.data.cache_dir,
-        image_size=cfg.data.image_size,
-        text_length=cfg.data.text_length,
-        vocabulary=cfg.data.vocabulary,
-    )
+    where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
+    sizes = {name: getattr(cfg.data, name) for name in ("image_size", "text_length", "vocabulary")}
+    try:
+        return data.load(cfg.data.name, **where, **sizes)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        got = " and ".join(map(repr, where.values()))
+        raise ValueError(
+            f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
+        ) from None
 
 
 def _path_options(cfg):
@@ -274,3 +317,10 @@ def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) ->
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients
+
+
+def batch_of_small_share(cfg: config.Config, samples: int) -> str | None:
+    """Returns what there is to say where a client's share is smaller than a batch; None where it is not."""
+    if samples >= cfg.batch_size:
+        return None
+    return f"batch_size is {cfg.batch_size}, but a client has {samples} samples an epoch: its batches have {samples}"

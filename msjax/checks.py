@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 
 
-def integer(name: str, value: Any, least: int | None = None) -> int:
+def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Returns an option that is an integer.
 
     Raises:
-      ValueError: it is none, or below `least`.
+      ValueError: it is none, below `least` or above `most`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or (least is not None and value < least):
-        rule = "an integer" if least is None else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    ok = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not ok or (least is not None and value < least) or (most is not None and value > most):
+        rule = "" if least is None else f" of at least {least}" if most is None else f" in {least}..{most}"
+        raise ValueError(f"{name} must be an integer{rule}, got {value!r}")
     return int(value)

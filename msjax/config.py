@@ -9,6 +9,7 @@ import math
 import operator
 import os
 import pathlib
+import types
 import typing
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,11 @@ import tyro
 
 from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
-from msjax.references import is_reference, load_module, resolve_in
+from msjax.paths import expand
+from msjax.references import call, is_reference, load_module, resolve_in
+
+MAX_SEED = 2**32 - 1
+"""JAX makes one key of seeds that are equal in their lower 32 bits."""
 
 CodecFlag = Annotated[
     Codec,
@@ -25,7 +30,8 @@ CodecFlag = Annotated[
         metavar="CODEC",
         instance_from_str=lambda args: compress.from_string(args[0]),
         is_instance=lambda value: isinstance(value, Codec),
-        str_from_instance=lambda value: [repr(value)],
+        # In double quotes, which stay as they are where a shell's quotes are put around.
+        str_from_instance=lambda value: [repr(value).replace("'", '"')],
     ),
 ]
 
@@ -182,26 +188,35 @@ class Config:
     """Where the run folder is made."""
 
     def __post_init__(self):
-        for name, least in _LEAST.items():
+        for name, value, kind in _fields(self):
+            choices = typing.get_origin(kind) is Literal  # see below
+            if not (choices or _fits(value, kind) or (name in _CUTS and _fits(value, int))):
+                raise ValueError(f"{name} must be {_in_words(kind)}, got {value!r}")
+        for name, (least, most) in _RANGES.items():
             value = operator.attrgetter(name)(self)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and not least <= value <= most:
+                rule = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+                raise ValueError(f"{name} must be {rule}, got {value}")
+        for name in _POSITIVE:
+            if (value := operator.attrgetter(name)(self)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         # Literal types are checked on the command line alone; presets and files are checked here.
         for name, value, choices in _choices(self):
             if value not in choices and not (name in _REFERENCES and is_reference(value)):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if not self.optim.learning_rate > 0:
-            raise ValueError(f"optim.learning_rate must be above 0, got {self.optim.learning_rate}")
-        if not 0 <= self.optim.label_smoothing < 1:
-            raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}")
+        for name in ("optim.label_smoothing", "optim.momentum"):
+            if not 0 <= (value := operator.attrgetter(name)(self)) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if not 0 < self.data.test_share < 1:
+            raise ValueError(f"data.test_share must be above 0 and below 1, got {self.data.test_share}")
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError(f"data.mean and data.std must be given together, got {self.data.mean} and {self.data.std}")
-        if self.data.std is not None and not all(0 < s < math.inf for s in self.data.std):
+        if self.data.std is not None and not all(s > 0 for s in self.data.std):
             raise ValueError(f"data.std must be above 0 and finite, got {self.data.std}")
         if self.optim.schedule == "steps" and not self.optim.milestones:
             raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
-        for _, codec in self.array_codecs:
-            compress.from_string(codec)
+        for name, codec in self.array_codecs:
+            _parse_codec(f"array_codecs of {name!r}", codec)
 
     @property
     def cut(self) -> int | str:
@@ -218,12 +233,17 @@ def _cut(cut):
     return int(cut) if str(cut).isdecimal() else cut
 
 
-_LEAST = {
-    **dict.fromkeys(("clients", "batch_size", "epochs", "test_every", "mode.average_steps", "mode.turn_steps"), 1),
-    "data.text_length": 1,
-    "data.vocabulary": 2,  # words, and padding
-    **dict.fromkeys(("seed", "optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), 0),
+_RANGES = {
+    **dict.fromkeys(("clients", "batch_size", "epochs", "test_every"), (1, math.inf)),
+    **dict.fromkeys(("mode.average_steps", "mode.turn_steps"), (1, math.inf)),
+    **dict.fromkeys(("data.text_length", "data.image_size"), (1, math.inf)),
+    "data.vocabulary": (2, math.inf),  # words, and padding
+    **dict.fromkeys(("optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), (0, math.inf)),
+    "seed": (0, MAX_SEED),
 }
+_POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha")
+_CUTS = ("model.cut", "mode.tail_cut")
+"""Fields that may be a number of a layer, too."""
 _REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
 """Fields that may name a function of a preset."""
 _TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
@@ -233,11 +253,62 @@ def _choices(config):
     """(name, value, choices) of every field that has a few values."""
     yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
     yield "task.name", config.task.name, _TASKS
-    for section in (config, config.model, config.data, config.optim, config.mode):
-        prefix = "" if section is config else f"{type(section).__name__.removesuffix('Config').lower()}."
-        for field in dataclasses.fields(section):
-            if typing.get_origin(field.type) is Literal:
-                yield prefix + field.name, getattr(section, field.name), typing.get_args(field.type)
+    for name, value, kind in _fields(config):
+        if typing.get_origin(kind) is Literal:
+            yield name, value, typing.get_args(kind)
+
+
+def _fields(config, prefix=""):
+    """(name, value, type) of every field; of a section before those in it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield prefix + field.name, value, field.type
+        if dataclasses.is_dataclass(field.type) and isinstance(value, field.type):
+            yield from _fields(value, f"{field.name}.")
+
+
+def _fits(value, kind):
+    """Whether a value is of a field's type; numbers are finite, and True is none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin is Literal:
+        return value in args
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        kinds = (args[0],) * len(value) if isinstance(value, tuple) and args[-1] is ... else args
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_words(kind):
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_in_words, args))
+    if origin is tuple:
+        return f"a tuple of {_PLURALS[args[0]]}"
+    if origin is Annotated:
+        return "a codec of msjax.compress"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    words = {int: "an integer", float: "a finite number", str: "a text", bool: "True or False", type(None): "None"}
+    return words.get(kind) or f"a {kind.__name__}"
+
+
+_PLURALS = {int: "integers", float: "finite numbers", tuple[str, str]: "pairs of texts"}
+
+
+def _parse_codec(name, text):
+    """A codec's text; errors begin with the field's name."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be the text of a codec, got {text!r}")
+    try:
+        return compress.from_string(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def by_name(codec: Codec, array_codecs: tuple[tuple[str, str], ...]) -> dict[str, Codec]:
@@ -283,25 +354,33 @@ def from_json(tree: dict[str, Any]) -> Config:
     Raises:
       ValueError: a field is unknown or has a value that is not allowed.
     """
-    tree = dict(tree)
-    try:
-        optim = dict(tree.pop("optim", {}))
-        optim["milestones"] = tuple(optim.get("milestones", ()))
-        data_fields = dict(tree.pop("data", {}))
-        data_fields |= {name: tuple(data_fields[name]) for name in ("mean", "std") if data_fields.get(name) is not None}
-        return Config(
-            model=ModelConfig(**tree.pop("model", {})),
-            data=DataConfig(**data_fields),
-            optim=OptimConfig(**optim),
-            task=TaskConfig(**tree.pop("task", {})),
-            mode=ModeConfig(**_present_names("mode", tree.pop("mode", {}))),
-            codec=compress.from_string(tree.pop("codec")),
-            grad_codec=compress.from_string(tree.pop("grad_codec")),
-            array_codecs=tuple(map(tuple, tree.pop("array_codecs", ()))),
-            **tree,
-        )
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"config does not fit this version of msjax: {error}") from None
+    tree = dict(_section("config", tree))
+    sections = {}
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            fields = _present_names(field.name, _section(field.name, tree.pop(field.name, {})))
+            # JSON has lists alone.
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            unknown = sorted(fields.keys() - {f.name for f in dataclasses.fields(field.type)})
+            if unknown:
+                raise ValueError(f"config does not fit this version of msjax: unknown field {field.name}.{unknown[0]}")
+            sections[field.name] = field.type(**fields)
+    for name in ("codec", "grad_codec"):
+        if name not in tree:
+            raise ValueError(f"config does not fit this version of msjax: it has no {name}")
+        tree[name] = _parse_codec(name, tree[name])
+    if isinstance(pairs := tree.pop("array_codecs", []), list):
+        pairs = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
+    unknown = sorted(tree.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise ValueError(f"config does not fit this version of msjax: unknown field {unknown[0]}")
+    return Config(array_codecs=pairs, **sections, **tree)
+
+
+def _section(name, value):
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object with fields, got {value!r}")
+    return value
 
 
 def without_paths(config: Config) -> Config:
@@ -358,14 +437,17 @@ def call_reference(name: str, reference: str, *arguments: Any) -> Any:
     Raises:
       ValueError: see `resolve`.
     """
-    from msjax.references import call
+    return call(f"{name} {reference!r}", resolve(name, reference), *arguments)
 
-    return call(resolve(name, reference), *arguments)
+
+def to_text(config: Config) -> str:
+    """Returns the resolved config as the text of a JSON file."""
+    return json.dumps(to_json(config), indent=2) + "\n"
 
 
 def save(config: Config, path: pathlib.Path) -> None:
     """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    path.write_text(to_text(config))
 
 
 def load(path: pathlib.Path) -> Config:
@@ -380,20 +462,20 @@ def load(path: pathlib.Path) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_preset(path: str) -> Config:
+def load_preset(path: str, *, name: str = "the preset") -> Config:
     """Returns `get_config()` of the Python file at `path`; what it names as ":FUNCTION" is looked for in that file.
 
     Raises:
       ValueError: there is no such file, it has no `get_config` that returns a `Config`, or lacks a function that the
-        config names.
+        config names; `name` is what the error calls the file.
     """
-    module = load_module("the preset", path)
+    module = load_module(name, path)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"the preset must be a Python file with get_config(), got {path!r}, which has none")
-    config = module.get_config()
+        raise ValueError(f"{name} must be a Python file with get_config(), got {path!r}, which has none")
+    config = call(f"{name} {path!r}: get_config", module.get_config)
     if not isinstance(config, Config):
-        raise ValueError(f"the preset must be a Python file whose get_config() returns a Config, got {path!r}")
-    file = os.path.abspath(path)
+        raise ValueError(f"{name} must be a Python file whose get_config() returns a Config, got {path!r}")
+    file = os.path.abspath(expand(name, path))
     config = _map_references(config, lambda value: file + value if value.startswith(":") else value)
     for name, value in references(config).items():
         resolve(name, value)

@@ -8,6 +8,8 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
+from msjax.paths import existing_file, expand
+
 
 def is_reference(value: Any) -> bool:
     """Whether a field's value names a function: "FILE.py:FUNCTION", or ":FUNCTION" of the preset that it is in."""
@@ -23,11 +25,17 @@ def load_module(name: str, path: str) -> ModuleType:
     Raises:
       ValueError: there is no such file; `name` is what the error calls it.
     """
-    file = pathlib.Path(path).expanduser()
+    file = expand(name, path)
     if not file.is_file() or file.suffix != ".py":
         what = "which does not exist" if not file.exists() else "which is no Python file"
         raise ValueError(f"{name} must be a Python file, got {path!r}, {what}")
-    return _execute(os.path.abspath(file))
+    existing_file(name, path)
+    try:
+        return _execute(os.path.abspath(file))
+    except ImportError as error:
+        raise ImportError(f"{name} {path!r} imports what is not there: {error}", name=error.name) from error
+    except SyntaxError as error:
+        raise ValueError(f"{name} {path!r} must be Python, but for line {error.lineno}: {error.msg}") from error
 
 
 @functools.lru_cache(maxsize=64)  # so that its functions are the same objects, and compiled programs are shared
@@ -54,9 +62,21 @@ def resolve_in(name: str, path: str, attribute: str) -> Any:
     return getattr(module, attribute)
 
 
-def call(function: Any, *arguments: Any) -> Any:
-    """Returns what a function makes of as many of the arguments as it takes; what is no function, as it is."""
+def call(name: str, function: Any, *arguments: Any) -> Any:
+    """Returns what a function makes of as many of the arguments as it takes; what is no function, as it is.
+
+    Raises:
+      ValueError: it needs more than there are; `name` is what the error calls it.
+    """
     if not inspect.isfunction(function):
         return function
-    count = len(inspect.signature(function).parameters)
-    return function(*arguments[:count])
+    parameters = inspect.signature(function).parameters.values()
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in by_place if p.default is p.empty]
+    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if len(needed) > len(arguments) or by_name:
+        most = {0: "no argument", 1: "at most 1 argument"}.get(len(arguments), f"at most {len(arguments)} arguments")
+        got = ", ".join([p.name for p in needed] + by_name)
+        raise ValueError(f"{name} must be a function that needs {most}, got one that needs {got}")
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return function(*(arguments if takes_all else arguments[: len(by_place)]))

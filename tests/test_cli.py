@@ -1,16 +1,22 @@
 """The command line: what it does, and what it says of bad input."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from concurrent import futures
 
 import pytest
 
-from msjax import compress
+from msjax import build, compress, config
 from msjax.cli import main as cli
+from msjax.distributed.options import ClientOptions
+from msjax.runs import RunFolder
 from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
 
@@ -64,8 +70,8 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("train", ["--config", "none.py"], "the preset must be a Python file"),
-        ("train", ["--resume", "none"], "the run must be a folder with config.json"),
+        ("train", ["--config", "none.py"], "config must be a Python file, got 'none.py', which does not exist"),
+        ("train", ["--resume", "none"], "resume must be a folder with config.json, got 'none'"),
         ("train", ["--out", "OUT", "--model.cut", "nowhere"], "cut must be one of"),
         ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "looked for nothing in"),
         ("train", ["--out", "OUT", "--clients", "0"], "clients must be at least 1"),
@@ -79,11 +85,232 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
     assert message in error and "Traceback" not in error
 
 
+IN_THE_WAY = "must be a folder that can be written to, got 'file"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--out", "file"], f"out {IN_THE_WAY}': file is a file"),
+        ("train", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
+        ("serve", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
+        ("train", ["--out", ""], "out must be a path, got ''"),
+        ("train", ["--out=~nobody-of-this-name/x"], "out must be a path, got '~nobody-of-this-name/x': Could not"),
+        ("train", ["--name", ""], "name must be the name of a folder, without a path to it, got ''"),
+        ("train", ["--name", "../x"], "name must be the name of a folder, without a path to it, got '../x'"),
+        ("serve", ["--name", ".."], "name must be the name of a folder, without a path to it, got '..'"),
+        ("train", ["--name=file", "--out=."], f"name {IN_THE_WAY}': file is a file"),
+        ("train", ["--config", "."], "config must be a Python file, got '.', which is no Python file"),
+        ("train", ["--config", ""], "config must be a path, got ''"),
+        ("train", ["--resume", "file"], "resume must be a folder with config.json, got 'file'"),
+        ("serve", ["--resume", ""], "resume must be a path, got ''"),
+        ("train", ["--model.weights", "."], "model.weights must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--part", "."], "part must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--part", ""], "part must be a path, got ''"),
+        ("serve", ["--tokens", "."], "tokens must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--tokens=~/none"], "tokens must be a file that can be read, got '~/none': No such file"),
+        ("eval", ["none", "--server", "localhost:1"], "part must be a file that can be read, got 'none': No such file"),
+        (
+            "client",
+            ["--client-id=0", "--token-file=."],
+            "token_file must be a file that can be read, got '.': Is a dir",
+        ),
+        ("client", ["--client-id=0", "--state=file"], f"state {IN_THE_WAY}': file is a file"),
+        (
+            "client",
+            ["--client-id=0", "--weights=."],
+            "weights must be a file that can be read, got '.': Is a directory",
+        ),
+        (
+            "client",
+            ["--client-id=0", "--tls.authority=."],
+            "tls.authority must be a file that can be read, got '.': Is",
+        ),
+    ],
+)
+def test_paths_are_named_with_what_is_wrong(tmp_path, monkeypatch, capsys, command, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert cli.run(command, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder.create(config.Config(out="~/runs"), "a")
+    assert folder.path == tmp_path / "runs/a" and (folder.path / "config.json").exists()
+    assert RunFolder.open("~/runs/a")[0].path == folder.path
+    assert ClientOptions(client_id=0, state="~/state").folder() == tmp_path / "state"
+
+
+GOOD = {
+    "traffic": dict.fromkeys(("uplink_feature_bytes", "uplink_bytes", "downlink_bytes", "uplink_gradient_bytes"), 1),
+    "config": {"codec": "TopK()", "grad_codec": "Identity()"},
+    "test": {"top1_percent": 50.0},
+    "uncompressed_feature_bytes": 10,
+    "wall_seconds": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command", "message"),
+    [
+        (
+            "run",
+            "",
+            ["train", "--resume", "a"],
+            "resume must be a run of msjax train, got 'a', which goes on with",
+        ),
+        ("run", "", ["eval", "a"], "the run must be one of msjax train, got 'a' of msjax serve, whose clients have"),
+        (
+            "checkpoints/x",
+            "",
+            ["serve", "--resume", "a"],
+            "resume must be a run of msjax serve, got 'a', which goes on",
+        ),
+        (
+            "run",
+            "x",
+            ["serve", "--resume", "a", "--listen=localhost:0"],
+            "a/run must hold the run's name, 32 hexadecimal",
+        ),
+        ("config.json", "{", ["train", "--resume", "a"], "a/config.json: Expecting property name"),
+        ("config.json", "[]", ["eval", "a"], "a/config.json: config must be an object with fields, got []"),
+        (
+            "summary.json",
+            "{",
+            ["train", "--resume", "a"],
+            "a/summary.json must be an object in JSON",
+        ),
+        (
+            "summary.json",
+            "[1]",
+            ["serve", "--resume", "a"],
+            "a/summary.json must be an object in JSON",
+        ),
+        (
+            "summary.json",
+            "{}",
+            ["train", "--resume", "a"],
+            "a/summary.json must be the summary of a run of msjax train",
+        ),
+    ],
+)
+def test_runs_of_another_command_and_damaged_files(tmp_path, monkeypatch, capsys, file, content, command, message):
+    monkeypatch.chdir(tmp_path)
+    file = RunFolder.create(config.Config(out=".", compare=False), "a").path / file
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    assert cli.run(command[0], command[1:]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_summaries_are_checked_before_they_are_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create(config.Config(out=".", compare=False), "a")
+    folder.write_summary(GOOD)
+    assert cli.run("train", ["--resume", "a"]) == 0
+    assert "10.00×" in capsys.readouterr().out
+    for section, name in (
+        ("traffic", "uplink_bytes"),
+        ("config", "codec"),
+        ("test", "top1_percent"),
+        ("", "wall_seconds"),
+    ):
+        bad = json.loads(json.dumps(GOOD))
+        (bad[section] if section else bad)[name] = []
+        folder.write_summary(bad)
+        assert cli.run("train", ["--resume", "a"]) == 2
+        message = f"msjax train: a/summary.json must be the summary of a run of msjax train, but {name} is not there"
+        assert message in capsys.readouterr().err
+    for name in ("traffic", "test"):
+        folder.write_summary(GOOD | {name: 5})
+        assert cli.run("train", ["--resume", "a"]) == 2
+
+
+def at_once(name, path):
+    """Eight runs that start in the same second: their folders' names, and what the others are told."""
+    cfg, start, found = config.Config(out=str(path / "new")), threading.Barrier(8), []
+
+    def create(_):
+        start.wait()
+        try:
+            return RunFolder.create(cfg, name).path.name
+        except ValueError as error:
+            return error
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(create, range(8)))
+    names = [it for it in found if isinstance(it, str)]
+    return names, [str(it) for it in found if not isinstance(it, str)]
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
+    names, refused = at_once(None, tmp_path)
+    assert len(set(names)) == 8 and not refused
+    assert all((tmp_path / "new" / name / "config.json").stat().st_size for name in names)
+    names, refused = at_once("a", tmp_path)
+    assert names == ["a"] and len(refused) == 7
+    assert all("name must be that of a new run, got 'a'" in it for it in refused)
+
+
+def test_a_folder_in_which_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=f"out must be a folder that can be written to, got .*: {tmp_path} may not be"):
+        RunFolder.create(config.Config(out=str(tmp_path / "runs")))
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(ValueError, match=f"{tmp_path} is on a read-only file system"):
+        ClientOptions(client_id=0, state=str(tmp_path / "state")).check()
+
+
 def test_models_table_has_the_papers_feature_maps(capsys):
     assert cli.run("models", ["vgg19"]) == 0
     out = capsys.readouterr().out
     assert "38.96 M" in out and "16×16×64" in out and "4×4×256" in out and "2×2×512" in out
     assert "65,536" in out  # bytes a sample at cut 2, uncompressed
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    assert cli.run("train", ["--help"]) == 0
+    help = capsys.readouterr().out
+    assert 'rounding="nearest"' in help and """'"'"'""" not in help
+    assert compress.from_string(repr(compress.MaskEncoded()).replace("'", '"')) == compress.MaskEncoded()
+
+
+def test_help_without_an_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "grpc", None)  # what is not installed
+    for name in [name for name in sys.modules if name.startswith(("msjax.cli.", "msjax.distributed"))]:
+        if name != "msjax.cli.main":
+            monkeypatch.delitem(sys.modules, name)
+    assert cli.run("serve", ["--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: msjax COMMAND") and "needs grpc, which is not installed: pip" in said.err
+    assert cli.run("serve", []) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_tables_can_be_shown_in_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["msjax", "models", "convnet"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    out.flush()
+    assert b"convnet, 8x8x1, 10 classes" in out.buffer.getvalue()
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_give(monkeypatch, tmp_path, capsys):
+    def load(*args, **options):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.data, "load", load)
+    assert cli.run("train", ["--data.data-dir=sets", f"--out={tmp_path}"]) == 2
+    message = "data.data_dir and data.cache_dir must be given where the user has no home folder, got 'sets' and None"
+    assert message in capsys.readouterr().err
 
 
 def test_help_is_quick_and_needs_no_jax():

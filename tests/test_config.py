@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from msjax import compress, config, models
+from msjax import compress, config, models, references
 
 PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -41,7 +41,38 @@ def test_save_and_load(tmp_path):
     [
         ("clients", 0, "clients must be at least 1, got 0"),
         ("epochs", 0, "epochs must be at least 1, got 0"),
-        ("seed", -1, "seed must be at least 0, got -1"),
+        ("seed", -1, "seed must be in 0..4294967295, got -1"),
+        ("seed", 2**32, "seed must be in 0..4294967295, got 4294967296"),
+        ("seed", True, "seed must be an integer, got True"),
+        ("clients", "2", "clients must be an integer, got '2'"),
+        ("clients", None, "clients must be an integer, got None"),
+        ("batch_size", 2.0, "batch_size must be an integer, got 2.0"),
+        ("compare", 1, "compare must be True or False, got 1"),
+        ("out", None, "out must be a text, got None"),
+        ("model", "vgg19", "model must be an object with fields, got 'vgg19'"),
+        ("model.name", 5, "model.name must be a text, got 5"),
+        ("model.cut", 2.0, "model.cut must be a text, got 2.0"),
+        ("model.width", "1", "model.width must be a finite number, got '1'"),
+        ("model.width", 0, "model.width must be above 0, got 0"),
+        ("model.cut_before_activation", "no", "model.cut_before_activation must be True or False, got 'no'"),
+        ("mode.turn_steps", "3", "mode.turn_steps must be an integer or None, got '3'"),
+        ("data.alpha", 0.0, "data.alpha must be above 0, got 0.0"),
+        ("data.alpha", float("inf"), "data.alpha must be a finite number or None, got inf"),
+        ("data.mean", "grey", "data.mean must be a tuple of finite numbers or None, got 'grey'"),
+        ("data.mean", [0.5, "x"], "data.mean must be a tuple of finite numbers or None"),
+        ("data.test_share", 1.0, "data.test_share must be above 0 and below 1, got 1.0"),
+        ("data.image_size", 0, "data.image_size must be at least 1, got 0"),
+        ("optim.gamma", -1.0, "optim.gamma must be above 0, got -1.0"),
+        ("optim.momentum", 1.0, r"optim.momentum must be in \[0, 1\), got 1.0"),
+        ("optim.warmup_epochs", float("nan"), "optim.warmup_epochs must be a finite number, got nan"),
+        ("optim.learning_rate", float("inf"), "optim.learning_rate must be a finite number, got inf"),
+        ("optim.milestones", 5, "optim.milestones must be a tuple of integers, got 5"),
+        ("optim.milestones", ["3"], "optim.milestones must be a tuple of integers, got"),
+        ("optim.colour", "red", "does not fit this version of msjax: unknown field optim.colour"),
+        ("array_codecs", [["skip"]], "array_codecs must be a tuple of pairs of texts"),
+        ("array_codecs", "skip", "array_codecs must be a tuple of pairs of texts, got 'skip'"),
+        ("codec", 5, "codec must be the text of a codec, got 5"),
+        ("grad_codec", "Zip()", r"grad_codec: codec must be one of Identity, .*, got 'Zip\(\)'"),
         ("dtype", "float64", "dtype must be one of 'float32', 'bfloat16', got 'float64'"),
         ("optim.label_smoothing", 1.0, "optim.label_smoothing must be in .*, got 1.0"),
         ("optim.learning_rate", 0.0, "optim.learning_rate must be above 0, got 0.0"),
@@ -65,6 +96,62 @@ def test_bad_values_are_named(unchecked, field, value, message):
     part[name] = value
     with pytest.raises(ValueError, match=message):
         config.from_json(tree)
+
+
+def test_presets_values_of_another_type_are_named(unchecked):
+    for fields, message in (
+        ({"clients": "2"}, "clients must be an integer, got '2'"),
+        ({"codec": "TopK"}, "codec must be a codec of msjax.compress, got 'TopK'"),
+        ({"model": "vgg19"}, "model must be a ModelConfig, got 'vgg19'"),
+        ({"optim": config.OptimConfig(milestones=[3])}, r"optim.milestones must be a tuple of integers, got \[3\]"),
+        ({"seed": 2**63}, "seed must be in 0..4294967295, got 9223372036854775808"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.Config(**fields)
+    assert config.Config(model=config.ModelConfig(cut=3), mode=config.ModeConfig(tail_cut=5)).cut == 3
+    assert config.Config(optim=config.OptimConfig(learning_rate=1)).optim.learning_rate == 1
+
+
+def test_damaged_files_are_named(tmp_path):
+    file = tmp_path / "config.json"
+    for text, message in (("{", "config.json: Expecting"), ("[]", r"config must be an object with fields, got \[\]")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.load(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"config.json: 'utf-8' codec can't decode"):
+        config.load(file)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json: config does not fit .* it has no codec"):
+        config.load(file)
+
+
+def test_presets_that_cannot_be_run_are_named(tmp_path):
+    file = tmp_path / "own.py"
+    for text, message in (
+        ("import no_such_module", "the preset '.*own.py' imports what is not there: No module named 'no_such_module'"),
+        ("def get_config(:", "the preset '.*own.py' must be Python, but for line 1: "),
+        (
+            "def get_config(a, b=1): pass",
+            "the preset .*: get_config must be a function that needs no argument",
+        ),
+    ):
+        file.write_text(text)
+        references._execute.cache_clear()
+        with pytest.raises((ValueError, ImportError), match=message):
+            config.load_preset(str(file))
+
+
+def test_functions_get_as_many_arguments_as_they_take():
+    assert references.call("f", lambda: 1, "summary") == 1
+    assert references.call("f", lambda a: a, "summary") == "summary"
+    assert references.call("f", lambda a, b=2: (a, b), "summary") == ("summary", 2)
+    assert references.call("f", lambda *a: a, "summary", "more") == ("summary", "more")
+    assert references.call("f", "no function", "summary") == "no function"
+    for function, needs in ((lambda a, b: 0, "a, b"), (lambda a, *, key: 0, "a, key")):
+        rule = f"model.name 'x.py:f' must be a function that needs at most 1 argument, got one that needs {needs}"
+        with pytest.raises(ValueError, match=rule):
+            references.call("model.name 'x.py:f'", function, "summary")
 
 
 def test_bad_presets_and_files_are_named(tmp_path):

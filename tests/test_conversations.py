@@ -1,6 +1,7 @@
 """What clients and server say to each other, what is refused, and the same in threads; over lines in memory."""
 
 import dataclasses
+import json
 import queue
 import re
 import time
@@ -267,3 +268,14 @@ def test_threads_equal_one_program(tmp_path):
             for call in calls:
                 call.result(60)
         it.assert_equal_to_program()
+
+
+def test_a_fault_as_long_as_what_was_sent_is_told_in_short(tmp_path, caplog):
+    good = json.loads(ready().ready.description)
+    good["data"]["inputs"] = [["", "uint8", [1] * 100_000]]
+    long = pb.FromClient(ready=pb.Ready(samples=30, test_samples=TEST_COUNT, description=json.dumps(good)))
+    with net(tmp_path, SMALL) as it:
+        _, said, lost = talk(it, HELLO, long)
+    assert said == ["welcome"] and lost.final and len(str(lost)) < 2100
+    assert "input_shape must be three positive integers" in str(lost)
+    assert max(len(record.getMessage()) for record in caplog.records) < 2200

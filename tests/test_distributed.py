@@ -1,6 +1,8 @@
 """Over lines in memory: the same bits as in one program, in every mode, and whatever goes wrong on the way."""
 
 import dataclasses
+import itertools
+import re
 
 import jax
 import numpy as np
@@ -345,3 +347,15 @@ def test_a_second_process_gives_up_after_its_time(tmp_path):
         it.run("second", seconds=60.0)
         assert "client_id must be of one process at a time, got 0" in str(it.failures["second"])
         assert 0 in it.loop.clients
+
+
+def test_a_client_says_every_minute_that_the_server_is_away(tmp_path, caplog):
+    with net(tmp_path, SMALL) as it:
+        it.kill_server()
+        it.start_client(0, retry_seconds=200.0)
+        it.run(0, seconds=300.0)
+        assert re.fullmatch(
+            r"the server has been away for 20\d s, all of retry_seconds: no server is there", str(it.failures[0])
+        )
+        left = [int(s) for s in re.findall(r"no server is there; trying again for up to (\d+) s", caplog.text)]
+        assert len(left) == 4 and left[0] == 200 and all(60 <= a - b < 71 for a, b in itertools.pairwise(left))

@@ -8,7 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import msjax
-from msjax import compress, data, models, modes, tasks
+from msjax import compress, config, data, models, modes, tasks
 from msjax.split import parties
 from msjax.split.spec import init_part
 
@@ -195,7 +195,9 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"task": "classification"}, "labels must be integers|labels to be integer|must take outputs"),
         (TWO, {"clients": 41}, r"clients must be in 1..40"),
         (TWO, {"mode": "splitfed"}, r"mode must be a mode of msjax.split.modes, .* got 'splitfed'"),
-        (TWO, {"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        (TWO, {"seed": -1}, "seed must be an integer in 0..4294967295, got -1"),
+        (TWO, {"seed": 2**32}, "seed must be an integer in 0..4294967295, got 4294967296"),
+        (TWO, {"optimizer": config.OptimConfig(gamma=-1.0)}, "optim.gamma must be above 0, got -1.0"),
         (TWO, {"alpha": "a"}, "alpha must be a number or None, got 'a'"),
         (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
         ((ONE := Narrow(), ONE), {}, "model must have a module of its own in each part"),

@@ -179,10 +179,16 @@ def test_the_example_of_a_model_of_ones_own(tmp_path, shell, capsys, monkeypatch
     [
         (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give tls its certificate"),
         (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
+        (("serve", "--max-megabytes", "2048"), "max_megabytes must be in 1..2047, got 2048"),
+        (("serve", "--model.cut", "nosuch"), "model.cut must be one of"),
         (("serve", "--data.name", "imagenet2012"), "must be a set that fits in memory"),
         (("serve", "--tokens", "none"), "No such file"),
-        (("serve", "--listen", "localhost:port"), "listen must be a free host:port"),
-        (("serve", "--metrics-port", "99999"), "metrics_port must be in 1..65535, got 99999"),
+        (("serve", "--listen", "localhost:port"), "listen must be host:port with a port in 0..65535"),
+        (("serve", "--metrics-port", "99999"), "metrics_port must be in 0..65535, got 99999"),
+        (
+            ("client", "--client-id", "0", "--server", "localhost:99999"),
+            "server must be host:port with a port",
+        ),
         (("serve", "--checkpoint-steps", "0"), "checkpoint_steps must be at least 1, got 0"),
         (("serve", "--policy.min-clients", "0"), "min_clients must be at least 1, got 0"),
         (("client", "--client-id", "-1"), "client_id must be at least 0, got -1"),

@@ -2,9 +2,8 @@
 
 import tyro
 
-from msjax import config
 from msjax.cli.network import log_to_stderr
-from msjax.cli.options import split_options
+from msjax.cli.options import preset_of, split_options
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ClientOptions
@@ -15,7 +14,7 @@ def main(arguments: list[str]) -> int:
     where, rest = split_options(arguments, "--config")
     description = "Take part in split training. Also: --config FILE.py (a preset: own model, data and task)."
     options = tyro.cli(ClientOptions, args=rest, prog="msjax client", description=description)
-    program = ClientProgram(options, config.load_preset(where.config) if where.config else None)
+    program = ClientProgram(options, preset_of(where))
     log_to_stderr()
     print(f"msjax client {options.client_id}: connecting to {options.server}", flush=True)
     try:

@@ -6,7 +6,7 @@ import dataclasses
 import tyro
 
 from msjax import config
-from msjax.cli.options import DEFAULT, split_options
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.training import loop, program
@@ -16,7 +16,7 @@ from msjax.training.from_config import load_run
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
-    if split_options(arguments, "--server")[0].server:
+    if split_options(arguments, "--server")[0].server is not None:
         from msjax.cli.network import evaluate
 
         return evaluate(arguments)
@@ -34,6 +34,12 @@ def main(arguments: list[str]) -> int:
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
     folder, cfg = RunFolder.open(options.run, read_only=True)
+    if folder.is_served:
+        raise ValueError(
+            f"the run must be one of msjax train, got {options.run!r} of msjax serve, whose clients have their parts: "
+            f"serve its own with msjax serve --part {folder.path / 'server.safetensors'}, and test a client's with "
+            "msjax eval CLIENT.safetensors --server HOST:PORT"
+        )
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
     if options.uncompressed:
@@ -53,9 +59,10 @@ def main(arguments: list[str]) -> int:
 def _evaluate_config(arguments):
     """Tests what a config starts from."""
     where, rest = split_options(arguments, "--config")
-    default = config.load_preset(where.config) if where.config else DEFAULT
+    default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
     cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax eval", description=description)
+    check_early(cfg)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     mesh = loop.mesh_of(run.spec)

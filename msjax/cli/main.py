@@ -1,6 +1,8 @@
 """The command line: `msjax train | eval | models | serve | client`."""
 
+import codecs
 import importlib
+import io
 import os
 import sys
 
@@ -57,6 +59,10 @@ def script() -> None:
 def main() -> None:
     """The command line."""
     arguments = sys.argv[1:]
+    codecs.register_error("msjax", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack what tables and messages have
+            stream.reconfigure(errors="msjax")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return
@@ -70,6 +76,16 @@ def main() -> None:
     sys.exit(run(arguments[0], arguments[1:]))
 
 
+_ASCII = {"×": "x", "–": "-", "−": "-", "…": "...", "→": "->"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Handles what a stream cannot encode."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
 def run(command: str, arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     # Imported here, so that the help above does not wait for JAX.
@@ -81,6 +97,9 @@ def run(command: str, arguments: list[str]) -> int:
         if (error.name or "").partition(".")[0] == "msjax":
             raise
         needed = f"msjax {command} needs {error.name}, which is not installed: pip install 'msjax[{extra}]'"
+        asks_help = bool({"-h", "--help"} & set(arguments))
+        if asks_help:  # the command's own names its options, which are not to be had
+            print(HELP)
         print(needed, file=sys.stderr)
-        return 2
+        return 0 if asks_help else 2
     return options.run_command(command, function, arguments)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterator
 import jax
 import tyro
 
-from msjax import build, config, parts
-from msjax.cli.options import split_options
+from msjax import build, parts
+from msjax.cli.options import preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
-from msjax.distributed.options import ConnectOptions
+from msjax.distributed.options import ConnectOptions, check_positive
+from msjax.logs import ShortLines
+from msjax.paths import existing_file
 from msjax.runs import to_json
 from msjax.runs.signals import stop_on_signal
 from msjax.split import parties, programs
@@ -27,7 +30,7 @@ from msjax.split.state import PartState
 def log_to_stderr() -> None:
     """Shows msjax's own messages on standard error; other packages' loggers stay as they are."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(ShortLines("%(asctime)s %(name)s: %(message)s"))
     logger = logging.getLogger("msjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -54,6 +57,12 @@ class _EvalOptions(ConnectOptions):
     """client.safetensors of a trained client."""
     uncompressed: bool = False
     """Send test features as they are."""
+    retry_seconds: float = 60.0
+    """For how long a server that is away is tried again."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        check_positive(self, "retry_seconds")
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -63,15 +72,18 @@ def evaluate(arguments: list[str]) -> int:
         "Test a client's part with a server elsewhere. Also: --config FILE.py (the preset of a model of one's own)."
     )
     options = tyro.cli(_EvalOptions, args=rest, prog="msjax eval", description=description)
-    preset = config.load_preset(where.config) if where.config else None
-    trained = parts.load_part(options.part, preset=preset)
+    options.check()
+    preset = preset_of(where)
+    trained = parts.load_part(existing_file("part", options.part), preset=preset)
     if trained.part != "client":
         raise ValueError(f"part must be that of a client, got that of a {trained.part}: {options.part}")
     if trained.apply is None:
         raise ValueError(f"{options.part} is of a model of one's own: give its preset with --config")
     remote = inference.RemoteServer(options.server, options.tls, options.token())
     try:
-        described = remote.describe()
+        described = remote.describe(
+            options.retry_seconds, tell=lambda text: print(f"msjax eval: {text}", file=sys.stderr, flush=True)
+        )
         if described.run != trained.run_id:
             raise ValueError(f"the parts must be of one run, got {trained.run_id!r} here and {described.run!r} there")
         result = _evaluate(trained, remote, options)

@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from msjax import config
+from msjax import build, config
+from msjax.logs import shorten
+from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
@@ -27,6 +29,11 @@ def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace
     return parser.parse_known_args(arguments)
 
 
+def preset_of(where: argparse.Namespace) -> config.Config | None:
+    """Returns the preset that --config names, None without it."""
+    return None if where.config is None else config.load_preset(where.config, name="config")
+
+
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:
@@ -36,5 +43,12 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     except SystemExit as error:  # the argument parsers have printed what is wrong
         return error.code
     except EXPECTED as error:
-        print(f"msjax {command}: {error}", file=sys.stderr)
+        print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
         return 2
+
+
+def check_early(cfg: config.Config) -> None:
+    """Raises ValueError for a file, a model or a cut that there is not, before data are loaded."""
+    build.check_model(cfg)
+    if cfg.model.weights is not None:
+        existing_file("model.weights", cfg.model.weights)

@@ -1,6 +1,5 @@
 """`msjax serve`: the server of a run whose clients are elsewhere, or of a trained part."""
 
-import contextlib
 import dataclasses
 import threading
 
@@ -8,15 +7,17 @@ import tyro
 
 from msjax import config, parts
 from msjax.cli.network import fields_of, log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, split_options
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.server_program import ServerProgram, check_serve
+from msjax.distributed.server_program import ServerProgram, listen
+from msjax.paths import existing_file
 from msjax.runs import RunFolder
+from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
 
 
@@ -28,25 +29,32 @@ class _ServeFlags(config.Config, ServeOptions):
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config", "--resume", "--name", "--part")
-    preset = config.load_preset(where.config) if where.config else None
-    if where.part:
+    preset = preset_of(where)
+    if where.part is not None:
         description = "Answer with a trained server part: --part FILE.safetensors."
         options = tyro.cli(ListenOptions, args=rest, prog="msjax serve --part", description=description)
         return _serve_part(where.part, options, preset)
-    if where.resume:
-        if where.config or where.name:
+    if where.resume is not None:
+        if where.config is not None or where.name is not None:
             raise ValueError("--resume takes the run's own config, got also --config or --name")
-        folder, cfg = RunFolder.open(where.resume)
+        folder, cfg = RunFolder.open(where.resume, name="resume")
+        if not folder.is_served and (folder.path / "checkpoints").exists():
+            raise ValueError(
+                f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
+            )
         if folder.read_summary() is not None:
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
-        program = ServerProgram(cfg, options, folder)
+        endpoint = listen(cfg, options)
     else:
-        folder, cfg, options, program = _new_run(preset or DEFAULT, where.name, rest)
+        folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
     log_to_stderr()
-    print(
-        f"msjax serve: listening on {options.listen} for {cfg.clients} clients; run folder: {folder.path}", flush=True
-    )
+    try:
+        program = ServerProgram(cfg, options, folder, endpoint=endpoint)
+    except BaseException:
+        endpoint.close()
+        raise
+    print(f"msjax serve: listening on {endpoint} for {cfg.clients} clients; run folder: {folder.path}", flush=True)
     try:
         with stopping(lambda: program.stop("by a signal")):
             program.train(lambda record: _print_epoch(record, program))
@@ -68,28 +76,26 @@ def _new_run(default, name, arguments):
     flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    check_serve(cfg, options)
-    folder = RunFolder.create(cfg, name)
+    check_early(cfg)
+    check_new(cfg, name)
+    endpoint = listen(cfg, options)
     try:
-        return folder, cfg, options, ServerProgram(cfg, options, folder)
-    except (ValueError, OSError):  # an address that cannot be had
-        for made in ("config.json", "run"):
-            (folder.path / made).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # where there is something else
-            folder.path.rmdir()
-            folder.path.parent.rmdir()
+        return RunFolder.create(cfg, name), cfg, options, endpoint
+    except BaseException:
+        endpoint.close()
         raise
 
 
 def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
-    trained = parts.load_part(path, preset=preset)
+    trained = parts.load_part(existing_file("part", path), preset=preset)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
-    endpoint = Endpoint(options, servicer, metrics, streams=64)
+    endpoint = Endpoint(options, metrics, streams=64)
+    endpoint.start(servicer)
     log_to_stderr()
-    print(f"msjax serve: listening on {options.listen}, answering with {path}", flush=True)
+    print(f"msjax serve: listening on {endpoint}, answering with {path}", flush=True)
     done = threading.Event()
     with stopping(done.set):
         done.wait()

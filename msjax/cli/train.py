@@ -1,13 +1,15 @@
 """`msjax train`: train a split network in one program and count the bytes."""
 
 import dataclasses
+import sys
 
 import tyro
 
-from msjax import config, training
-from msjax.cli.options import DEFAULT, split_options
+from msjax import build, config, training
+from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
 from msjax.runs import RunFolder
-from msjax.runs.tables import print_summaries
+from msjax.runs.folder import check_new
+from msjax.runs.tables import check_summary, print_summaries
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run, train_config, uncompressed
 
@@ -15,21 +17,29 @@ from msjax.training.from_config import load_run, train_config, uncompressed
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config", "--resume", "--name")
-    if where.resume:
-        if rest or where.config or where.name:
+    if where.resume is not None:
+        if rest or where.config is not None or where.name is not None:
             raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
-        folder, cfg = RunFolder.open(where.resume)
+        folder, cfg = RunFolder.open(where.resume, name="resume")
+        if folder.is_served:
+            raise ValueError(
+                f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
+            )
         split_cpu(cfg.clients)
         run = None
     else:
-        default = config.load_preset(where.config) if where.config else DEFAULT
+        default = preset_of(where) or DEFAULT
         description = (
             "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
         )
         cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        check_early(cfg)
+        check_new(cfg, where.name)
         split_cpu(cfg.clients)
         # Before there is a folder, so that a config that does not work leaves none behind.
         run = load_run(cfg)
+        if small := build.batch_of_small_share(cfg, run.spec.schedule.samples):
+            print(f"msjax train: {small}", file=sys.stderr)
         folder = RunFolder.create(cfg, where.name)
     summaries = []
     try:
@@ -47,6 +57,9 @@ def main(arguments: list[str]) -> int:
 def _finish(folder, cfg, run=None):
     """The summary of a run: read where it is there, else trained for."""
     try:
-        return folder.read_summary() or train_config(cfg, folder, run=run)
+        if (summary := folder.read_summary()) is not None:
+            check_summary(summary, str(folder.path / "summary.json"))
+            return summary
+        return train_config(cfg, folder, run=run)
     finally:
         folder.close()

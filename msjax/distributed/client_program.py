@@ -6,6 +6,7 @@ import pathlib
 
 from msjax import build, config, data
 from msjax.distributed import agreement, drive
+from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
@@ -45,8 +46,11 @@ class ClientProgram:
         )
 
     def connect(self) -> Connection:
-        """Returns a new connection to the server."""
-        return Connection(self._options.server, self._options.tls, self._token)
+        """Returns a new connection to the server; raises ConnectionLost where there is none for now."""
+        try:
+            return Connection(self._options.server, self._options.tls, self._token)
+        except ValueError as error:  # files of TLS that fitted at the start, and are being renewed
+            raise ConnectionLost(str(error)) from None
 
     def train(self) -> pathlib.Path | None:
         """Trains to the end; returns where the client's part is, None where another client has the trained one.
@@ -68,6 +72,8 @@ class ClientProgram:
         if not options.own_data:
             indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
             train = data.Arrays(*ds.train.fetch(indices[options.client_id]))
+        if small := build.batch_of_small_share(cfg, samples):
+            log.warning("%s", small)
         self._data = ClientData(train, ds.test)
         self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
         spec = self._build_run(samples, len(ds.test)).spec

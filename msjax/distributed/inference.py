@@ -4,7 +4,8 @@ import functools
 import json
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -17,9 +18,10 @@ from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.connection import open_channel
+from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
-from msjax.distributed.rpc.server import token_of
+from msjax.distributed.rpc.server import say_refused, token_of
+from msjax.logs import Seldom
 from msjax.parts import TrainedPart
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
 from msjax.split.spec import RunSpec
@@ -28,6 +30,7 @@ from msjax.split.trees import TreeSpec, describe_array
 
 ANYONE = "any"
 """The client in metrics: who asks has no number."""
+_TRY_SECONDS = 10.0  # of a call that need not wait
 _MOST_PROGRAMS = 64
 """Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
 
@@ -75,6 +78,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         spec = spec_of(trained)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._key = jax.random.key(trained.config.seed)
+        self._refused = Seldom(say_refused)
         self._seen: set[PayloadSpec] = set()
         self._lock = threading.Lock()
 
@@ -104,6 +108,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def _authenticate(self, context):
         if not self._tokens.accept_any(token_of(context)):
             self._metrics.refused.inc()
+            self._refused(context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
 
     def _read(self, request):
@@ -156,17 +161,35 @@ class RemoteServer:
     """
 
     def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None, *, max_bytes: int = -1):
-        self._channel = open_channel(address, tls or TlsFiles(), max_bytes)
+        self._address, self._tls = address, tls or TlsFiles()
+        self._channel = open_channel(address, self._tls, max_bytes)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
-        self._metadata = [("authorization", f"Bearer {token}")] if token else None
+        self._metadata = metadata_of(token)
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()
         self._stream = None
 
-    def describe(self, seconds: float = 60.0) -> pb.Description:
-        """Returns what the server has; waits for it to come up for as long as `seconds`."""
-        request = pb.DescribeRequest()
-        options = {"metadata": self._metadata, "timeout": seconds, "wait_for_ready": True}
-        return self._call(lambda: self._stub.Describe(request, **options))
+    def describe(self, seconds: float = 60.0, *, tell: Callable[[str], None] = lambda text: None) -> pb.Description:
+        """Returns what the server has.
+
+        Args:
+          seconds: for how long one that is away is tried again.
+          tell: takes what there is to say meanwhile.
+        """
+        began, told = time.monotonic(), ""
+        while True:
+            left = max(0.0, began + seconds - time.monotonic())
+            options = {"metadata": self._metadata, "timeout": max(0.1, min(left, _TRY_SECONDS))}
+            try:
+                return self._call(lambda options=options: self._stub.Describe(pb.DescribeRequest(), **options))
+            except ConnectionError as error:
+                reason = str(error)
+            left = began + seconds - time.monotonic()
+            if left <= 0:
+                raise ConnectionError(f"no answer in {seconds:g} s of trying: {reason}") from None
+            if reason != told:
+                tell(f"{reason}; trying again for up to {left:.0f} s")
+                told = reason
+            time.sleep(min(0.5, left))
 
     def send(self, payload: Payload, spec: PayloadSpec, compression: str | None = None) -> int:
         """Sends features as `spec` describes them; returns the message's bytes.
@@ -195,10 +218,14 @@ class RemoteServer:
         try:
             return function()
         except StopIteration:
-            raise ConnectionError("the server closed the stream") from None
+            raise ConnectionError(f"{self._address}: the server closed the stream") from None
         except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise ConnectionError(error.details()) from None
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ConnectionError(f"{self._address}: nothing answers") from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                if fault := self._tls.fault_with(self._address):
+                    raise Refused(f"{self._address}: {fault}") from None
+                raise ConnectionError(f"{self._address}: {reason_of(error)}") from None
             raise Refused(error.details()) from None
 
 

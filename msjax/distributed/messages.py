@@ -5,6 +5,7 @@ import numpy as np
 
 from msjax import wire
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.logs import shorten
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Message
 from msjax.split.payloads import Payload, PayloadSpec
@@ -16,6 +17,9 @@ PROTOCOL = 2
 
 class ProtocolError(Exception):
     """The other party sent what the schedule does not allow; the connection is of no more use."""
+
+    def __init__(self, fault: str):
+        super().__init__(shorten(fault))  # it may repeat what was sent, and goes back to who sent it
 
 
 def to_position(exchange: Exchange) -> pb.Position:

@@ -1,5 +1,7 @@
 """What the server counts, for Prometheus."""
 
+from collections.abc import Callable
+
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -49,12 +51,17 @@ class Metrics:
         """Returns all counters in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def serve(self, port: int, host: str = "127.0.0.1"):
-        """Serves /metrics over HTTP until the returned function is called."""
+    def serve(self, port: int, host: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
+        """Serves /metrics over HTTP; returns the port, which for 0 is one that is free, and what ends it.
+
+        Raises:
+          OSError: the port cannot be had.
+        """
         server, thread = prometheus_client.start_http_server(port, host, registry=self.registry)
 
         def close():
             server.shutdown()
+            server.server_close()
             thread.join()
 
-        return close
+        return server.server_port, close

@@ -1,16 +1,22 @@
 """What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Literal
 
 import tyro
 
 from msjax.distributed.membership import Policy
-from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
+from msjax.distributed.rpc.addresses import check_port, parse_address
+from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
+from msjax.paths import existing_file, expand, folder_to_be
+
+log = logging.getLogger("msjax")
 
 
-def _check_positive(options, *names):
+def check_positive(options: object, *names: str) -> None:
+    """Raises ValueError where a field is not above 0."""
     for name in names:
         if not getattr(options, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
@@ -21,7 +27,7 @@ class ListenOptions:
     """Where a server listens, and whom it lets in."""
 
     listen: str = "localhost:50051"
-    """host:port to listen on."""
+    """host:port to listen on; port 0 for one that is free."""
     tls: TlsFiles = dataclasses.field(default_factory=TlsFiles)
     tokens: str | None = None
     """A file of lines `NUMBER TOKEN`, one a client (or `NUMBER sha256:HEX`)."""
@@ -30,7 +36,7 @@ class ListenOptions:
     compression: Literal["huffman"] | None = None
     """Lossless coding of what is sent, beside the codec: see msjax.wire."""
     metrics_port: int | None = None
-    """Port of Prometheus metrics, on this machine alone."""
+    """Port of Prometheus metrics, on this machine alone; 0 for one that is free."""
     max_megabytes: int = 1024
     """Of a message that is received, and of the features in it."""
     max_messages_per_second: float = 1000.0
@@ -38,13 +44,18 @@ class ListenOptions:
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
-        check_plaintext(self.listen, self.tls, self.insecure)
+        check_plaintext(parse_address("listen", self.listen, any_port=True), self.tls, self.insecure)
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
-        _check_positive(self, "max_megabytes", "max_messages_per_second")
-        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
-            raise ValueError(f"metrics_port must be in 1..65535, got {self.metrics_port}")
+        check_positive(self, "max_messages_per_second")
+        if not 1 <= self.max_megabytes <= _MOST_MEGABYTES:
+            raise ValueError(f"max_megabytes must be in 1..{_MOST_MEGABYTES}, got {self.max_megabytes}")
+        if self.metrics_port is not None:
+            check_port("metrics_port", self.metrics_port)
+
+
+_MOST_MEGABYTES = 2047  # gRPC counts a message's bytes in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +95,13 @@ class ConnectOptions:
     """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
 
     def token(self) -> str | None:
-        """Returns the token, once it is sure that it is not sent in the open unasked."""
-        check_plaintext(self.server, self.tls, self.insecure)
-        return pathlib.Path(self.token_file).read_text().strip() if self.token_file else None
+        """Returns the token, once it is sure that it is not sent in the open unasked, and the files of TLS fit."""
+        check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
+        if self.tls:
+            self.tls.client()
+            if fault := self.tls.fault("client"):
+                log.warning("%s; the server will not take it", fault)
+        return None if self.token_file is None else read_token("token_file", self.token_file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +125,11 @@ class ClientOptions(ConnectOptions):
         """Raises ValueError for options that cannot work."""
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
-        _check_positive(self, "retry_seconds", "answer_seconds")
+        check_positive(self, "retry_seconds", "answer_seconds")
+        folder_to_be("state", self.folder())
+        if self.weights is not None:
+            existing_file("weights", self.weights)
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""
-        return pathlib.Path(self.state or f"client{self.client_id}")
+        return pathlib.Path(f"client{self.client_id}") if self.state is None else expand("state", self.state)

@@ -1,5 +1,7 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
+import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -22,27 +24,50 @@ from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
 from msjax.split.traffic import Traffic, run_traffic
 
+log = logging.getLogger("msjax.server")
+
 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     """Raises ValueError for a run that cannot be served, or options that cannot work."""
     options.check()
     if data.is_streamed(cfg.data.name):
         raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
+    if options.policy.min_clients > cfg.clients:
+        raise ValueError(
+            f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
+        )
+    Tokens(options.tokens, cfg.clients)
+    build.check_model(cfg)
+
+
+def listen(cfg: config.Config, options: ServeOptions) -> Endpoint:
+    """Returns the end where the server of a run will answer; it has its ports, so that a folder can be made.
+
+    Raises:
+      ValueError: see `check_serve`, or a port cannot be had.
+    """
+    check_serve(cfg, options)
+    return Endpoint(options, Metrics(), cfg.clients)
 
 
 class ServerProgram:
     """A training server that is up, from when it is made; `train` leads the run.
 
+    Args:
+      endpoint: where it listens, of `listen`, if that was called already.
+
     Raises:
-      ValueError: see `check_serve`, or the address cannot be had.
+      ValueError: see `listen`.
     """
 
-    def __init__(self, cfg: config.Config, options: ServeOptions, folder: RunFolder):
-        check_serve(cfg, options)
+    def __init__(
+        self, cfg: config.Config, options: ServeOptions, folder: RunFolder, *, endpoint: Endpoint | None = None
+    ):
+        self._endpoint = listen(cfg, options) if endpoint is None else endpoint
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
-        self.metrics = Metrics()
-        self._parts = self._summary = None
+        self.metrics = self._endpoint.metrics
+        self._parts = self._summary = self._told = None
         self.coordinator = Coordinator(
             cfg,
             self._build,
@@ -58,8 +83,8 @@ class ServerProgram:
         )
         tokens = Tokens(options.tokens)
         self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second)
-        self._endpoint = Endpoint(options, self._servicer, self.metrics, cfg.clients)
-        self.port = self._endpoint.port
+        self._endpoint.start(self._servicer)
+        self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
         self._earlier: dict[str, float] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
@@ -69,6 +94,9 @@ class ServerProgram:
         if self._parts is None or self._summary != summary:
             self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
             self._summary = summary
+        if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
+            log.warning("%s", small)
+            self._told = small
         values = description["run"].get("client values"), description["run"].get("client state values")
         remote = any(isinstance(part.apply, RemoteApply) for part in (self._parts[0], *self._parts[2:]))
         options = {"parts": self._parts, "client_values": values if remote else None}
@@ -150,4 +178,7 @@ def _run_id(folder):
     file = folder.path / "run"
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex)
-    return file.read_text()
+    name = file.read_bytes().decode("ascii", "replace")
+    if not re.fullmatch("[0-9a-f]{32}", name):
+        raise ValueError(f"{file} must hold the run's name, 32 hexadecimal digits, but it is damaged")
+    return name

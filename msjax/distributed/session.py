@@ -31,6 +31,9 @@ log = logging.getLogger("msjax.client")
 GOODBYE_SECONDS = 10.0
 """How long a client that has said goodbye waits for the server to end the connection."""
 
+TELL_SECONDS = 60.0
+"""How often a client says that the server is still away."""
+
 
 class Own(NamedTuple):
     """What a client says of itself when it is ready.
@@ -99,7 +102,7 @@ class ClientSession:
         self._next_deadline: float | None = clock()  # at once
         self._last_contact = clock()
         self._heard = False  # anything over this connection
-        self._wait, self._told = 0.1, ""
+        self._wait, self._told, self._told_at = 0.1, "", 0.0
 
     @property
     def next_deadline(self) -> float | None:
@@ -160,15 +163,15 @@ class ClientSession:
         away = now - self._last_contact
         if away > self._retry_seconds:
             if self.run is None or not self.run.done:
-                raise ConnectionError(f"the server has been away for {away:.0f} s: {lost}")
+                raise ConnectionError(f"the server has been away for {away:.0f} s, all of retry_seconds: {lost}")
             log.warning("all steps are done, but the server did not say so: %s", lost)
             self._on_end(self.party)
             self.done = True
             return
         self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
-        if str(lost) != self._told:
+        if str(lost) != self._told or now - self._told_at >= TELL_SECONDS:
             log.warning("%s; trying again for up to %.0f s", lost, self._retry_seconds - away)
-            self._told = str(lost)
+            self._told, self._told_at = str(lost), now
         self._next_deadline = now + self._wait * self._draw()
 
     def _wait_for_more(self):

@@ -15,7 +15,7 @@ from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
 from msjax.models._pytorch import load_weights, save_weights
-from msjax.models._split import Apply, Cut, count_params, list_cuts, resolve_cut, split, whole
+from msjax.models._split import Apply, Cut, count_params, cut_places, list_cuts, resolve_cut, split, whole
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,6 +33,7 @@ __all__ = [
     "as_parts",
     "build",
     "count_params",
+    "cut_places",
     "cut_sequential",
     "list_cuts",
     "load_weights",

@@ -104,15 +104,7 @@ def split(
     if weights is not None:
         check_state(model, weights.params, weights.stats)
 
-    def end(layer):
-        return 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
-
-    places = [0, end(resolve_cut(model, cut)), len(model.blocks)]
-    if tail_cut is not None:
-        layer = model.blocks[-2].layer if tail_cut == "last" else resolve_cut(model, tail_cut)
-        if layer <= resolve_cut(model, cut):
-            raise ValueError(f"tail_cut must be behind cut {cut!r}, got {tail_cut!r}")
-        places.insert(2, end(layer))
+    places = cut_places(model, cut, tail_cut)
     client, server, *head = (_part(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
     if cut_before_activation:
         *blocks, last = client.apply.blocks
@@ -122,20 +114,35 @@ def split(
     return client, server, *head
 
 
+def cut_places(model: Model, cut: int | str, tail_cut: int | str | None = None) -> list[int]:
+    """Where the parts that `split` makes begin among the blocks, and where the last one ends; see there."""
+
+    def end(layer):
+        return 1 + next(i for i, block in enumerate(model.blocks) if block.layer == layer)
+
+    places = [0, end(resolve_cut(model, cut)), len(model.blocks)]
+    if tail_cut is not None:
+        layer = model.blocks[-2].layer if tail_cut == "last" else resolve_cut(model, tail_cut, "tail_cut")
+        if layer <= resolve_cut(model, cut):
+            raise ValueError(f"tail_cut must be behind cut {cut!r}, got {tail_cut!r}")
+        places.insert(2, end(layer))
+    return places
+
+
 def whole(model: Model, *, seed: int = 0) -> ModelPart:
     """The model without a cut, with the parameters that `split` draws from the same seed."""
     return _part(model, 0, len(model.blocks), seed)
 
 
-def resolve_cut(model: Model, cut: int | str) -> int:
-    """The layer number of a cut given by number or name; raises ValueError where there is none."""
+def resolve_cut(model: Model, cut: int | str, field: str = "cut") -> int:
+    """The layer number of a cut given by number or name; raises ValueError, of this field, where there is none."""
     named = dict(model.named_cuts)
     layer = named.get(cut, cut)
     valid = [block.layer for block in model.blocks[:-1]]
     if layer not in valid:
         names = ", ".join(f"{name} = {at}" for name, at in named.items())
         numbers = ", ".join(map(str, valid))
-        raise ValueError(f"cut must be one of {numbers} or {names} for {model.name}, got {cut!r}{model.note}")
+        raise ValueError(f"{field} must be one of {numbers} or {names} for {model.name}, got {cut!r}{model.note}")
     return layer
 
 

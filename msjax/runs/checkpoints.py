@@ -74,6 +74,7 @@ class Checkpoints:
 
         Raises:
           DamagedError: a file is missing or not as it was written; it names that, and the newest intact checkpoint.
+          ValueError: the checkpoint has another structure, or cannot be read.
         """
         if (damaged := self._damaged(step)) is not None:
             intact = max((s for s in self.steps() if s < step and self._damaged(s) is None), default=None)
@@ -85,7 +86,11 @@ class Checkpoints:
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
+        try:
+            found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            why = (str(error).splitlines() or [repr(error)])[0]
+            raise ValueError(f"{self._path / str(step)} must be a checkpoint of this run: {why[:300]}") from error
         return found.state, found.progress
 
     def _damaged(self, step):

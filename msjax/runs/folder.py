@@ -18,6 +18,7 @@ from typing import Any
 
 from msjax import config as config_lib
 from msjax.config import Config
+from msjax.paths import cannot_write, check_folder_name, expand, folder_to_be
 from msjax.runs.checkpoints import Checkpoints
 from msjax.runs.files import to_json, write_atomically
 
@@ -34,33 +35,46 @@ class RunFolder:
         """Makes a new folder under `config.out`, named `name`, or after time, model, data, cut and codec.
 
         Raises:
-          ValueError: there is a run of that name.
+          ValueError: there is a run of that name, or no folder can be made there.
         """
-        path = pathlib.Path(config.out) / name if name is not None else _make_unique(config)
-        if (path / "config.json").exists():
-            raise ValueError(
-                f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, path / "config.json")
+        check_new(config, name)
+        out = expand("out", config.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if name is None:
+                path = _make_unique(out, config)
+            else:
+                path = out / name
+                path.mkdir(exist_ok=True)
+            # Of two processes one makes it.
+            with (path / "config.json").open("x") as file:
+                file.write(config_lib.to_text(config))
+        except FileExistsError as error:
+            if name is None or pathlib.Path(error.filename).name != "config.json":
+                raise cannot_write("out", config.out, error.strerror) from None
+            raise _taken(name, path) from None
+        except OSError as error:
+            raise cannot_write("out", config.out, error.strerror) from None
         return cls(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, read_only: bool = False) -> tuple["RunFolder", Config]:
+    def open(
+        cls, path: str | os.PathLike, *, read_only: bool = False, name: str = "the run"
+    ) -> tuple["RunFolder", Config]:
         """Opens the folder of an earlier run, with its config; `read_only` while the run may still be under way.
 
         Raises:
-          ValueError: there is no run at `path`.
+          ValueError: there is no run at `path`; `name` is what the error calls it.
         """
-        path = pathlib.Path(path)
-        if not (path / "config.json").is_file():
-            raise ValueError(f"the run must be a folder with config.json, got {str(path)!r}")
-        return cls(path, read_only=read_only), config_lib.load(path / "config.json")
+        folder = expand(name, path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} must be a folder with config.json, got {str(path)!r}")
+        return cls(folder, read_only=read_only), config_lib.load(folder / "config.json")
 
     @classmethod
     def open_or_create(cls, config: Config, name: str) -> tuple["RunFolder", Config]:
         """Opens the run `name` under `config.out` where it was begun, with the config that it has, or makes it."""
-        path = pathlib.Path(config.out) / name
+        path = expand("out", config.out) / name
         if (path / "config.json").is_file():
             return cls.open(path)
         return cls.create(config, name), config
@@ -70,31 +84,62 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Returns the records of the finished epochs."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """Returns the records of the finished epochs; raises ValueError where the file is damaged."""
+        file = self.path / "metrics.jsonl"
+        return [_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, which a run that is finished has."""
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Returns the summary of a finished run, else None."""
+        """Returns the summary of a finished run, else None; raises ValueError where the file is damaged."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return _object(str(file), file.read_text("utf-8")) if file.exists() else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be an object in JSON, but it is damaged: {error}") from None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the run is one of `msjax serve`, which has other checkpoints than one of `msjax train`."""
+        return (self.path / "run").exists()
 
     def close(self) -> None:
         """Lets go of the checkpoints."""
         self.checkpoints.close()
 
 
-def _make_unique(config):
-    """A folder of a name that no other run has, also of those that start in the same second."""
+def check_new(config: Config, name: str | None) -> None:
+    """Raises ValueError where `RunFolder.create` would; makes nothing."""
+    out = folder_to_be("out", config.out)
+    if name is not None:
+        check_folder_name("name", name)
+        folder_to_be("name", out / name)
+        if (out / name / "config.json").exists():
+            raise _taken(name, out / name)
+
+
+def _object(what, text):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be an object in JSON, but it is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be an object in JSON, but it is damaged: it is a {type(found).__name__}")
+    return found
+
+
+def _taken(name, path):
+    return ValueError(f"name must be that of a new run, got {name!r}: {path} exists; --resume {path} continues it")
+
+
+def _make_unique(out, config):
+    """Makes a folder of a name that no other run has, also of those that start in the same second."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     m, data = config.model, config.data.name.replace("/", "_")
     words = [time, m.name, data, m.cut, type(config.codec).__name__]
     name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words)
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
         path = out / (name if n == 1 else f"{name}-{n}")
         try:

@@ -8,6 +8,23 @@ import rich.table
 
 from msjax.runs.progress import format_metric
 
+_FIELDS = {
+    "traffic": ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes", "uplink_gradient_bytes"),
+    "config": ("codec", "grad_codec"),
+}
+_NUMBERS = ("uncompressed_feature_bytes", "wall_seconds")
+
+
+def check_summary(summary: dict[str, Any], file: str) -> None:
+    """Raises ValueError where a summary that was read from a file lacks what the table shows."""
+    headline = summary.get("headline", "top1_percent")
+    places = [(summary, name, int | float) for name in _NUMBERS]
+    places += [(summary.get(s), name, int | float if s == "traffic" else str) for s, n in _FIELDS.items() for name in n]
+    places += [(summary["test"], headline, int | float | None)] if summary.get("test") else []
+    for section, name, kind in places:
+        if not isinstance(section, dict) or not isinstance(section.get(name), kind):
+            raise ValueError(f"{file} must be the summary of a run of msjax train, but {name} is not there or no value")
+
 
 def print_summaries(summaries: list[dict[str, Any]]) -> None:
     """Prints finished runs beside each other: the first metric on test data, bytes, and what of the features was saved.

@@ -13,7 +13,7 @@ from msjax import tasks
 from msjax.build import divide
 from msjax.checks import integer
 from msjax.compress import Codec, Identity, MaskEncoded
-from msjax.config import OptimConfig
+from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import ModelPart, RemoteApply, as_parts
 from msjax.optim import make_optimizer
 from msjax.split.modes import Mode, Parallel
@@ -137,7 +137,7 @@ def train(
             "test_every": test_every,
         }.items()
     )
-    seed = integer("seed", seed, 0)
+    seed = integer("seed", seed, 0, MAX_SEED)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
     if not isinstance(compress_test, bool):
@@ -221,6 +221,7 @@ def _optimizer(optimizer, schedule):
         optimizer = OptimConfig(learning_rate=0.05)
     if not isinstance(optimizer, OptimConfig):
         raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
+    Config(optim=optimizer)  # checks its fields
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
 
 

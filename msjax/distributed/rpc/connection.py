@@ -1,6 +1,7 @@
 """A client's connection to the server by gRPC."""
 
 import queue
+import re
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import grpc
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.security import TlsFiles
+from msjax.distributed.rpc.security import TlsFiles, check_token
 
 # Refusals that another try would meet again.
 _FINAL = (
@@ -24,22 +25,32 @@ class Connection:
     """One stream to the server; a `Channel`."""
 
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
+        self._address, self._tls = address, tls
         self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
         self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
-        metadata = [("authorization", f"Bearer {token}")] if token else None
-        self._stream = split_pb2_grpc.SplitStub(self._channel).Train(iter(self._outbox.get, None), metadata=metadata)
+        stub = split_pb2_grpc.SplitStub(self._channel)
+        self._stream = stub.Train(iter(self._outbox.get, None), metadata=metadata_of(token))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
+        heard = False
         try:
             for message in self._stream:
+                heard = True
                 self._inbox.put(message)
             self._inbox.put(ConnectionLost("the server closed the stream"))
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or "larger than max" in (error.details() or "")
-            self._inbox.put(ConnectionLost(error.details() or str(error.code()), final=final))
+            reason = reason_of(error)
+            if (
+                not heard
+                and error.code() is grpc.StatusCode.UNAVAILABLE
+                and (fault := self._tls.fault_with(self._address))
+            ):
+                reason, final = f"{self._address}: {fault}", True
+            self._inbox.put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
 
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
@@ -48,9 +59,9 @@ class Connection:
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""
         try:
-            message = self._inbox.get(timeout=timeout)
+            message = self._inbox.get(timeout=None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
-            raise ConnectionLost(f"no answer within {timeout:.0f} s") from None
+            raise ConnectionLost(f"{self._address}: no answer within {timeout:.0f} s") from None
         if isinstance(message, ConnectionLost):
             raise message
         return message
@@ -62,9 +73,25 @@ class Connection:
         self._channel.close()
 
 
+def metadata_of(token: str | None) -> list[tuple[str, str]] | None:
+    """Returns what a call brings to show its token; raises ValueError for a token that gRPC does not carry."""
+    if not token:
+        return None
+    check_token("token", token)
+    return [("authorization", f"Bearer {token}")]
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """Returns why a call failed, without what gRPC says of its own workings."""
+    details = error.details() or str(error.code())
+    return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
+
+
 def open_channel(address: str, tls: TlsFiles, max_bytes: int) -> grpc.Channel:
     """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`."""
-    options = channel_options(max_bytes)
+    # By default the time to the next try grows to two minutes, whoever waits.
+    backoff = [(f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in (("initial", 500), ("max", 5_000))]
+    options = channel_options(max_bytes) + backoff
     if tls:
         return grpc.secure_channel(address, tls.client(), options)
     # What is sent in the open must not leave the machine for a proxy that the environment names.

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import hmac
-import ipaddress
-import pathlib
 import re
 import time
 
 import grpc
+
+from msjax.distributed.rpc.addresses import Address
+from msjax.distributed.rpc.certificates import Role, check_files, fault_of_connection, fault_of_own
+from msjax.paths import read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,48 +23,44 @@ class TlsFiles:
 
     def _read(self, name):
         path = getattr(self, name)
-        if path is None:
-            return None
-        try:
-            return pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"tls {name} must be a readable PEM file, got {path!r}: {error.strerror}") from None
+        return None if path is None else read_file(f"tls.{name}", path)
 
     def server(self) -> grpc.ServerCredentials:
-        """Mutual TLS: a client without a certificate of the authority is turned away."""
+        """Mutual TLS: a client without a certificate of the authority is turned away.
+
+        Raises:
+          ValueError: a file lacks, or does not fit.
+        """
         if None in (self.certificate, self.key, self.authority):
             raise ValueError(
                 "tls needs a certificate, a key and an authority: a server checks its clients' certificates"
             )
+        check_files(self.certificate, self.key, self.authority)
         pair = (self._read("key"), self._read("certificate"))
         return grpc.ssl_server_credentials([pair], self._read("authority"), require_client_auth=True)
 
     def client(self) -> grpc.ChannelCredentials:
-        """Returns a client's credentials; raises ValueError for a certificate without its key."""
+        """Returns a client's credentials; raises ValueError for a file that lacks or does not fit."""
         if (self.key is None) != (self.certificate is None):
             raise ValueError("tls needs a certificate and its key together")
+        check_files(self.certificate, self.key, self.authority)
         return grpc.ssl_channel_credentials(self._read("authority"), self._read("key"), self._read("certificate"))
+
+    def fault(self, role: Role) -> str | None:
+        """Returns what is wrong with this end's certificate, as that it has expired; None where nothing is."""
+        return fault_of_own(role, self.certificate, self.key) if self.certificate and self.key else None
+
+    def fault_with(self, address: str) -> str | None:
+        """Returns what TLS makes fail between this client and the server at an address; None for something else."""
+        return fault_of_connection(address, self.certificate, self.key, self.authority)
 
     def __bool__(self):
         return any((self.certificate, self.key, self.authority))
 
 
-def is_loopback(address: str) -> bool:
-    """Whether `address`, as host:port, stays on this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rsplit(":", 1)[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_plaintext(address: str, tls: TlsFiles, insecure: bool) -> None:
+def check_plaintext(address: Address, tls: TlsFiles, insecure: bool) -> None:
     """Raises ValueError where features would cross a network in the open without having been asked to."""
-    if not tls and not insecure and not is_loopback(address):
+    if not tls and not insecure and not address.is_loopback:
         raise ValueError(
             f"{address} is not this machine: give tls its certificate, key and authority, "
             "or insecure to send everything in the open"
@@ -87,33 +85,71 @@ class Rate:
             time.sleep(-self._left / self._per_second)
 
 
+def check_token(what: str, token: str) -> None:
+    """Raises ValueError for what gRPC does not carry as a token; `what` is what the error calls it."""
+    if not re.fullmatch("[ -~]{1,1024}", token):  # HTTP/2 headers
+        got = f"{len(token)} characters" if token.isascii() and token.isprintable() else "others"
+        raise ValueError(f"{what} must be one line of 1..1024 printable ASCII characters, got {got}")
+
+
+def read_token(name: str, path: str) -> str:
+    """Returns the token in a file; raises ValueError where there is none, or more than one line."""
+    token = _text(name, path).strip()
+    if "\n" in token:
+        raise ValueError(f"{name} must have one line, the token, got {path!r} with {len(token.splitlines())}")
+    check_token(f"the token in {name} {path!r}", token)
+    return token
+
+
+def _text(name, path):
+    try:
+        return read_file(name, path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} must be a file of text, got {path!r}") from None
+
+
 class Tokens:
     """The clients' secrets, read from a file of lines `NUMBER TOKEN`; None for no tokens.
 
     Kept as SHA-256 hashes; a line may hold the hash itself as `NUMBER sha256:HEX`.
+
+    Args:
+      path: of the file.
+      clients: how many clients there are, of which each must have its line.
+
+    Raises:
+      ValueError: a line is none of a client's, or two clients have one token, or a client has none or two.
     """
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | None, clients: int | None = None):
         self._hashes = None
         if path is None:
             return
-        self._hashes = {}
-        for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+        self._hashes = hashes = {}
+        for number, line in enumerate(_text("tokens", path).splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
+            where = f"line {number} of {path}"
             client, _, token = line.strip().partition(" ")
             token = token.strip()
-            if not client.isdecimal() or not token:
-                raise ValueError(
-                    f"tokens must be lines of a client's number and its token, got line {number} of {path}"
-                )
+            if not re.fullmatch("[0-9]{1,9}", client) or not token:
+                raise ValueError(f"tokens must be lines of a client's number and its token, got {where}")
             if token.startswith("sha256:"):
                 hashed = token.removeprefix("sha256:").lower()
                 if not re.fullmatch("[0-9a-f]{64}", hashed):
-                    raise ValueError(f"tokens: sha256: needs 64 hexadecimal digits, in line {number} of {path}")
+                    raise ValueError(f"tokens: sha256: needs 64 hexadecimal digits, in {where}")
             else:
+                check_token(f"tokens: the token in {where}", token)
                 hashed = hashlib.sha256(token.encode()).hexdigest()
-            self._hashes[int(client)] = hashed
+            if int(client) in hashes:
+                raise ValueError(f"tokens must have one line a client, got another of client {int(client)}, {where}")
+            if hashed in hashes.values():
+                raise ValueError(f"tokens must be another for each client, got an earlier client's in {where}")
+            hashes[int(client)] = hashed
+        lacking = [client for client in range(clients or 0) if client not in hashes]
+        if lacking or not hashes:
+            some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
+            raise ValueError(f"tokens must have a line of every client, got {some} in {path}")
 
     def accept(self, client: int, token: str | None) -> bool:
         """Returns whether `token` is that of a client."""

@@ -4,7 +4,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import grpc
@@ -15,8 +15,10 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.addresses import parse_address
 from msjax.distributed.rpc.connection import channel_options
 from msjax.distributed.rpc.security import Rate, Tokens
+from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
 
@@ -24,6 +26,11 @@ log = logging.getLogger("msjax.server")
 def token_of(context: grpc.ServicerContext) -> str:
     """Returns the token that a call came with, or an empty one."""
     return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
+
+
+def say_refused(count: int, last: str) -> None:
+    """Logs calls that were refused because of their token, which may be very many."""
+    log.warning("refused for a wrong token: %d call%s, the last from %s", count, "" if count == 1 else "s", last)
 
 
 class TrainServicer(split_pb2_grpc.SplitServicer):
@@ -35,6 +42,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
     def __init__(self, tokens: Tokens, metrics: Metrics, max_messages_per_second: float = 1000.0):
         self._tokens, self._metrics, self._max_messages_per_second = tokens, metrics, max_messages_per_second
         self.inbox: queue.Queue[Received | Lost | Stop] = queue.Queue()
+        self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
         self._outboxes: dict[int, queue.Queue[pb.FromServer | Close | None]] = {}
 
@@ -54,6 +62,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
         # Before anything is read: a stranger is not to hold a thread by saying nothing.
         if not self._tokens.accept_any(token_of(context)):
             self._metrics.refused.inc()
+            self._refused(context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
         session, outbox = next(self._sessions), queue.Queue()
         self._outboxes[session] = outbox
@@ -78,7 +87,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
                 rate.wait()
                 client = message.hello.client
                 if first and message.WhichOneof("kind") == "hello" and not self._tokens.accept(client, token):
-                    log.warning("client %d from %s: wrong token", client, context.peer())
+                    self._refused(f"{context.peer()} as client {client}")
                     self._metrics.refused.inc()
                     outbox.put(Close(session, f"{_WRONG_TOKEN} for client {client}", final=True))
                     return
@@ -95,34 +104,63 @@ _WRONG_TOKEN = "no such token"
 
 
 class Endpoint:
-    """A gRPC server with health service and metrics, up until it is closed."""
+    """A gRPC server with health service and metrics. It has its ports from when it is made, and answers from `start`.
 
-    def __init__(self, options: ListenOptions, servicer: split_pb2_grpc.SplitServicer, metrics: Metrics, streams: int):
+    Args:
+      streams: how many clients there are at once.
+
+    Raises:
+      ValueError: an option cannot work, or a port cannot be had.
+    """
+
+    def __init__(self, options: ListenOptions, metrics: Metrics, streams: int):
         options.check()
+        if fault := options.tls.fault("server"):
+            log.warning("%s; clients will not take it", fault)
+        self.metrics = metrics
         # A stream holds a thread for as long as it lasts.
         workers = futures.ThreadPoolExecutor(2 * streams + 8, thread_name_prefix="rpc")
         limits = channel_options(options.max_megabytes << 20)
         # Two servers must not share a port unawares, and their clients with it.
         limits += [("grpc.max_concurrent_streams", streams + 8), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=2 * streams + 8)
-        split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        address = parse_address("listen", options.listen, any_port=True)
         try:
             if options.tls:
-                self.port = self._server.add_secure_port(options.listen, options.tls.server())
+                port = self._server.add_secure_port(str(address), options.tls.server())
             else:
-                self.port = self._server.add_insecure_port(options.listen)
+                port = self._server.add_insecure_port(str(address))
         except RuntimeError as error:
-            raise ValueError(
-                f"listen must be a free host:port, and tls files in PEM format, got {options.listen!r}: {error}"
-            ) from None
+            reason = str(error).partition("; last error: ")[2] or str(error)
+            raise ValueError(f"listen must be a free host:port, got {options.listen!r}: {reason}") from None
+        self.address = address._replace(port=port)
+        """Where it listens, with the port that it has got."""
+        self.metrics_port: int | None = None
+        self._close_metrics: Callable[[], None] = lambda: None
+        if options.metrics_port is not None:
+            try:
+                self.metrics_port, self._close_metrics = metrics.serve(options.metrics_port)
+            except OSError as error:
+                self._server.stop(grace=None)
+                raise ValueError(
+                    f"metrics_port must be a free port, got {options.metrics_port}: {error.strerror}"
+                ) from None
+
+    def start(self, servicer: split_pb2_grpc.SplitServicer) -> None:
+        """Answers with `servicer` from now on."""
+        split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
         self._server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        self._close_metrics = metrics.serve(options.metrics_port) if options.metrics_port else lambda: None
 
     def close(self) -> None:
         """Lets what is under way end, for five seconds, and stops."""
         self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self._server.stop(grace=5).wait()
         self._close_metrics()
+
+    def __str__(self):
+        """Says where it listens."""
+        metrics = "" if self.metrics_port is None else f", metrics at http://127.0.0.1:{self.metrics_port}/metrics"
+        return f"{self.address}{metrics}"

@@ -1,0 +1,47 @@
+"""What becomes of lines that somebody else could make long, or many."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+MOST_CHARACTERS = 2000
+
+
+def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Returns a text as it is, or its beginning and end where it has more characters than `most`."""
+    if len(text) <= most:
+        return text
+    kept = most // 2
+    return f"{text[:kept]} … {len(text) - 2 * kept:,} characters … {text[-kept:]}"
+
+
+class ShortLines(logging.Formatter):
+    """Formats records as lines that are not long; a traceback may be longer."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        return shorten(super().format(record), 10 * MOST_CHARACTERS if record.exc_info else MOST_CHARACTERS)
+
+
+class Seldom:
+    """Says that something has happened, once in `seconds`: at the first time, and then how often since.
+
+    Args:
+      say: takes how often it happened, and what was given the last time.
+    """
+
+    def __init__(
+        self, say: Callable[[int, str], None], seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self._say, self._seconds, self._clock = say, seconds, clock
+        self._count, self._next, self._lock = 0, clock(), threading.Lock()
+
+    def __call__(self, what: str) -> None:
+        """It has happened; from any thread."""
+        with self._lock:
+            self._count += 1
+            if self._clock() < self._next:
+                return
+            count, self._count, self._next = self._count, 0, self._clock() + self._seconds
+        self._say(count, what)

@@ -1,0 +1,77 @@
+"""Paths that a user gives: expanded as a shell would, and checked; errors name the option, the path and what is wrong.
+
+A shell expands `--out ~/runs` but leaves `--out=~/runs` as it is.
+"""
+
+import os
+import pathlib
+
+
+def expand(name: str, path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path that is meant.
+
+    Raises:
+      ValueError: it is empty, or in the home folder of nobody; `name` is what the error calls it.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ValueError(f"{name} must be a path, got ''")
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a path, got {text!r}: {error}") from None
+
+
+def existing_file(name: str, path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a file that is there and can be read; raises ValueError where it is none."""
+    file = expand(name, path)
+    try:
+        with file.open("rb"):
+            return file
+    except OSError as error:
+        raise _no_file(name, path, error) from None
+
+
+def read_file(name: str, path: str | os.PathLike) -> bytes:
+    """Returns what is in a file; raises ValueError where it cannot be read."""
+    try:
+        return expand(name, path).read_bytes()
+    except OSError as error:
+        raise _no_file(name, path, error) from None
+
+
+def _no_file(name, path, error):
+    return ValueError(f"{name} must be a file that can be read, got {os.fspath(path)!r}: {error.strerror}")
+
+
+def folder_to_be(name: str, path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a folder that can be written to, or made; makes nothing.
+
+    Raises:
+      ValueError: a file is in the way, or nothing can be written there.
+    """
+    folder = at = expand(name, path)
+    try:
+        while not at.exists():
+            at = at.parent
+        if not at.is_dir():
+            why = f"{at} is a file"
+        elif os.access(at, os.W_OK | os.X_OK):
+            return folder
+        else:
+            read_only = hasattr(os, "statvfs") and os.statvfs(at).f_flag & os.ST_RDONLY
+            why = f"{at} is on a read-only file system" if read_only else f"{at} may not be written to"
+    except OSError as error:
+        why = error.strerror
+    raise cannot_write(name, path, why)
+
+
+def cannot_write(name: str, path: str | os.PathLike, why: str | None) -> ValueError:
+    """Returns the error for a folder in which nothing can be written."""
+    return ValueError(f"{name} must be a folder that can be written to, got {os.fspath(path)!r}: {why}")
+
+
+def check_folder_name(name: str, value: str) -> None:
+    """Raises ValueError for what is not the name of a folder in another one."""
+    if not value or value in (".", "..") or any(c in value for c in "/\\\0"):
+        raise ValueError(f"{name} must be the name of a folder, without a path to it, got {value!r}")

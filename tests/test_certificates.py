@@ -1,0 +1,147 @@
+"""What is wrong with certificates, said at once by both ends."""
+
+import contextlib
+import datetime
+import logging
+import pathlib
+import re
+
+import pytest
+import trustme
+
+from msjax.distributed.channel import ConnectionLost
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ClientOptions, ListenOptions
+from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.security import TlsFiles, Tokens
+from msjax.distributed.rpc.server import Endpoint, TrainServicer
+
+from .authority import Authority
+
+PAST, FUTURE = datetime.datetime(2020, 1, 1), datetime.datetime(2100, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("certificates")
+
+
+@pytest.fixture(scope="module")
+def files(path):
+    """The files of both ends, good and bad, by name; the bad ones are of "localhost", too."""
+    ours, found = Authority(path), {}
+    others = path / "others"
+    others.mkdir()
+    found["server"], found["client"] = ours.issue("localhost"), ours.issue("client")
+    found["other"] = Authority(others).issue("client")
+    found["foreign"] = TlsFiles(found["other"].certificate, found["other"].key, found["client"].authority)
+    found["late"], found["elsewhere"] = ours.issue("late", not_after=PAST), ours.issue("elsewhere")
+    (path / "old").mkdir()
+    old = Authority(path / "old")
+    found["expired"] = old.issue("localhost", not_after=PAST)
+    found["of expired"] = TlsFiles(found["client"].certificate, found["client"].key, found["expired"].authority)
+    found["no certificate"] = TlsFiles(authority=found["server"].authority)
+    found["none"] = TlsFiles()
+    return found
+
+
+@contextlib.contextmanager
+def listening(tls):
+    endpoint = Endpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
+    endpoint.start(TrainServicer(Tokens(None), Metrics()))
+    try:
+        yield str(endpoint.address)
+    finally:
+        endpoint.close()
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "says"),
+    [
+        ("server", "none", "the server speaks TLS: give tls its certificate, key and authority"),
+        ("none", "client", "the server does not speak TLS"),
+        ("server", "no certificate", "the server wants a certificate: give tls.certificate and tls.key"),
+        ("server", "foreign", "the server does not take this end's tls.certificate '.*': it is of no authority that"),
+        ("server", "late", "the server does not take this end's tls.certificate '.*': certificate has expired"),
+        ("server", "other", "the server's certificate: unable to get local issuer certificate"),
+        ("expired", "of expired", "the server's certificate: certificate has expired"),
+        (
+            "elsewhere",
+            "client",
+            "the server's certificate: Hostname mismatch, certificate is not valid for 'localhost'",
+        ),
+    ],
+)
+def test_a_client_hears_at_once_what_is_wrong(files, server, client, says):
+    with listening(files[server]) as address:
+        connection = Connection(address, files[client], None)
+        try:
+            with pytest.raises(ConnectionLost, match=f"{address}: {says}") as lost:
+                connection.receive(20)
+            assert lost.value.final
+        finally:
+            connection.close()
+
+
+def test_where_nothing_is_wrong_nothing_is_said(files):
+    with listening(files["server"]) as address:
+        assert files["client"].fault_with(address) is None
+    assert files["client"].fault_with(address) is None  # nobody is there any more
+    with listening(TlsFiles()) as address:
+        assert TlsFiles().fault_with(address) is None
+
+
+def test_an_end_knows_what_is_wrong_with_its_own_certificate(files, path, caplog):
+    assert (
+        files["server"].fault("server") is files["client"].fault("client") is files["foreign"].fault("client") is None
+    )
+    assert files["none"].fault("client") is files["no certificate"].fault("client") is None
+    early = Authority(path).issue("early", not_before=FUTURE, not_after=FUTURE + datetime.timedelta(days=1))
+    for role in ("server", "client"):
+        assert re.fullmatch("tls.certificate '.*late.pem': certificate has expired", files["late"].fault(role))
+        assert early.fault(role).endswith("certificate is not yet valid")
+    with caplog.at_level(logging.WARNING, "msjax"), listening(files["expired"]):
+        assert "localhost.pem': certificate has expired; clients will not take it" in caplog.text
+    with caplog.at_level(logging.WARNING, "msjax"):
+        ClientProgram(ClientOptions(client_id=0, tls=files["late"], state=str(path / "state")))
+    assert "late.pem': certificate has expired; the server will not take it" in caplog.text
+
+
+def test_files_that_do_not_fit_are_named(files, path):
+    server, client = files["server"], files["client"]
+    text = pathlib.Path(client.key).read_text()
+    (path / "nonsense.pem").write_text("nonsense")
+    (path / "empty.pem").write_text("")
+    (path / "cut.key").write_text(text[: len(text) // 2])
+    locked = trustme.CA().issue_cert("x").private_key_pem.bytes()
+    (path / "locked.key").write_bytes(locked.replace(b"KEY-----\n", b"KEY-----\nProc-Type: 4,ENCRYPTED\n", 1))
+    nonsense, empty, cut, locked = (str(path / n) for n in ("nonsense.pem", "empty.pem", "cut.key", "locked.key"))
+    for tls, says in (
+        (TlsFiles(server.certificate, client.key, server.authority), "tls.key must be the key of tls.certificate"),
+        (TlsFiles(nonsense, client.key, server.authority), "tls.certificate must be certificates in PEM format"),
+        (TlsFiles(client.key, client.key, server.authority), "tls.certificate must be certificates in PEM format"),
+        (
+            TlsFiles(client.certificate, client.key, empty),
+            "tls.authority must be certificates in PEM .*empty",
+        ),
+        (TlsFiles(client.certificate, cut, server.authority), "tls.key must be a private key in PEM format.*cut.key"),
+        (TlsFiles(client.certificate, locked, server.authority), "tls.key must be a private key in PEM .*locked.key"),
+        (TlsFiles(client.certificate, client.certificate, server.authority), "tls.key must be a private key in PEM"),
+    ):
+        for check in (tls.server, tls.client, ListenOptions(tls=tls).check):
+            with pytest.raises(ValueError, match=says):
+                check()
+        with pytest.raises(ValueError, match=says):
+            ClientProgram(ClientOptions(client_id=0, tls=tls, state=str(path / "state")))
+
+
+def test_files_that_are_being_renewed_are_tried_again(files, path):
+    for name in ("certificate", "key"):
+        (path / f"renewed.{name}").write_bytes(pathlib.Path(getattr(files["client"], name)).read_bytes())
+    tls = TlsFiles(str(path / "renewed.certificate"), str(path / "renewed.key"), files["client"].authority)
+    program = ClientProgram(ClientOptions(client_id=0, tls=tls, state=str(path / "state")))
+    (path / "renewed.key").write_text("")
+    with pytest.raises(ConnectionLost, match=r"tls\.key must be a private key in PEM format") as lost:
+        program.connect()
+    assert not lost.value.final
