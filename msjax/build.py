@@ -28,6 +28,7 @@ class DataSummary(NamedTuple):
       num_classes: where labels are classes.
       mean, std: for `data.normalize`; None where inputs are taken as they are.
       augment: the usual augmentation of the set.
+      tokenizer: of texts, the version of what split them into words.
     """
 
     inputs: TreeSpec
@@ -36,13 +37,14 @@ class DataSummary(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: str = "none"
+    tokenizer: int | None = None
 
     @classmethod
     def of(cls, ds: data.Dataset) -> "DataSummary":
         """Returns the summary of a data set."""
         mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
         inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
-        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer)
 
     def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
         """Returns it with the config's `mean` and `std`, where it has them.
@@ -73,6 +75,8 @@ class DataSummary(NamedTuple):
         found = {"inputs": self.inputs.to_json(), "labels": self.labels.to_json(), "num_classes": self.num_classes}
         if len(self.inputs.leaves) == 1:
             found["input_shape"] = list(self.input_shape)
+        if self.tokenizer is not None:
+            found["tokenizer"] = self.tokenizer
         mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
         return found | {"mean": mean, "std": std}
 
@@ -82,7 +86,7 @@ class DataSummary(NamedTuple):
         mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
         inputs = _from_names(tree.get("inputs", [["", "float32", tree.get("input_shape")]]))
         labels = _from_names(tree.get("labels", [["", "int32", []]]))
-        return cls(inputs, labels, tree["num_classes"], mean, std)
+        return cls(inputs, labels, tree["num_classes"], mean, std, tokenizer=tree.get("tokenizer"))
 
 
 def _from_names(arrays):

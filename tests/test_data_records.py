@@ -1,12 +1,17 @@
 """Texts and tables of prepared sets: from records to tokens and columns. Needs no prepared data."""
 
+import json
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import data
-from msjax.data import _records, _tfds
+from msjax import build, data
+from msjax.data import _records, _tfds, _words
+from msjax.distributed import agreement
+from msjax.training import loop
 
 from .data_helpers import prepare_reviews, prepared
 
@@ -37,7 +42,7 @@ def people(tmp_path, monkeypatch):
 
 
 def test_words_become_tokens():
-    hashes = _records.word_hashes(["Good  movie\n", "", "a good one , really"])
+    hashes = _words.word_hashes(["Good  movie\n", "", "a good one, really"])
     assert hashes.shape == (3, 5) and hashes.dtype == np.uint32
     assert hashes[0, 0] == hashes[2, 1] and (hashes[1] == 0).all() and (hashes[0, 2:] == 0).all()
     found = _records.tokens(hashes, 4, 100)
@@ -46,13 +51,96 @@ def test_words_become_tokens():
     words = found[found != _records.PAD]
     assert len(words) == 6 and words.min() >= 1 and words.max() < 100  # two, none, and the first four of five
     # What a word's number is does not depend on the other texts: parties need not agree on a list of words.
-    np.testing.assert_array_equal(_records.tokens(_records.word_hashes(["good one"]), 4, 100)[0, 0], found[0, 0])
+    np.testing.assert_array_equal(_records.tokens(_words.word_hashes(["good one"]), 4, 100)[0, 0], found[0, 0])
     assert _records.tokens(hashes, 9, 100).shape == (3, 9)
     assert set(_records.tokens(hashes, 6, 2).ravel()) == {0, 1}
 
 
+SAME = {
+    "composed and decomposed": ("Caf\u00e9", "Cafe\u0301", ["caf\u00e9"]),
+    "full width, ligatures": ("\uff27\uff4f \ufb01ne", "go fine", ["go", "fine"]),
+    "case": (
+        "STRASSE \u039f\u0394\u039f\u03a3",
+        "stra\u00dfe \u03bf\u03b4\u03bf\u03c2",
+        ["strasse", "\u03bf\u03b4\u03bf\u03c3"],
+    ),
+    "zero width": ("go\u200bo\u00add\ufeff \u200edog\u2060", "good dog", ["good", "dog"]),
+    "variation selectors": ("\u2764\ufe0f", "\u2764", ["\u2764"]),
+    "controls": ("go\x00od\x1fdog", "good dog", ["good", "dog"]),
+    "spaces": ("a\u00a0b\u3000c\u2028d", "a b\tc\nd", ["a", "b", "c", "d"]),
+    "punctuation": (
+        "It's good. (Really_3!)",
+        "it ' s good . ( really _ 3 ! )",
+        ["it", "'", "s", "good", ".", "(", "really", "_", "3", "!", ")"],
+    ),
+    "punctuation of others": (
+        "\u201cgut\u201d\u2026",
+        "\u201c gut \u201d ...",
+        ["\u201c", "gut", "\u201d", ".", ".", "."],
+    ),
+    "vowel signs": (
+        "\u0939\u093f\u0928\u094d\u0926\u0940\u0964",
+        "\u0939\u093f\u0928\u094d\u0926\u0940 \u0964",
+        ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0964"],
+    ),
+    "nothing": ("\u200b \ufeff", "", []),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_texts_that_say_the_same_have_the_same_words(what):
+    one, other, expected = SAME[what]
+    assert _words.words(one) == _words.words(other) == expected
+    assert _words.words(" ".join(expected)) == expected  # so it does not matter how often
+    np.testing.assert_array_equal(_words.word_hashes([one]), _words.word_hashes([other]))
+
+
+def test_words_have_these_hashes_on_every_machine():
+    """If this fails after a change that was meant: raise `_words.TOKENIZER`, and write down the new hashes."""
+    hashes = _words.word_hashes(["Good caf\u00e9, \ufb01ne!"])
+    assert _words.TOKENIZER == 2
+    assert hashes.tolist() == [[1820610194, 2561491637, 3772416878, 3198768274, 2657877971]]
+
+
+def test_ascii_is_no_case_of_its_own(monkeypatch):
+    ascii_text = "".join(map(chr, range(128)))
+    expected = _words.words(ascii_text)
+    assert _words.words(ascii_text + " \u00e9") == [*expected, "\u00e9"]
+
+
+def test_caches_of_another_tokenizer_are_made_again(reviews, monkeypatch):
+    place, _ = reviews
+    ds = data.load("reviews", **place)
+    assert ds.tokenizer == _words.TOKENIZER and data.load().tokenizer is None
+    (meta,) = place["cache_dir"].glob("*/meta.json")
+    kept = json.loads(meta.read_text())
+    assert kept["tokenizer"] == _words.TOKENIZER
+    for tokenizer in ({}, {"tokenizer": 3}):  # the first version did not write it down
+        meta.write_text(json.dumps({n: v for n, v in kept.items() if n != "tokenizer"} | tokenizer))
+        np.testing.assert_array_equal(data.load("reviews", **place).train_inputs, ds.train_inputs)
+        assert json.loads(meta.read_text())["tokenizer"] == _words.TOKENIZER
+    meta.write_text(json.dumps({n: v for n, v in kept.items() if n != "tokenizer"}))
+    monkeypatch.setattr(_tfds, "locate", lambda *args: None)
+    with pytest.raises(data.DataError, match=r"cannot be used \(its words are those of tokenizer 1, .* has 2\)"):
+        data.load("reviews", **place)
+
+
+def test_parties_and_runs_know_the_tokenizer(reviews):
+    place, _ = reviews
+    summary = build.DataSummary.of(data.load("reviews", **place))
+    assert build.DataSummary.from_json(summary.to_json()).tokenizer == _words.TOKENIZER
+    assert "tokenizer" not in build.DataSummary.of(data.load()).to_json()  # what other sets say is as it was
+    here, there = ({"data": s.to_json()} for s in (summary, summary._replace(tokenizer=3)))
+    assert agreement.differences(here, there) == "tokenizer is 2 here and 3 there"
+    text = types.SimpleNamespace(tokenizer=2)
+    loop._check_tokenizer(text, {"tokenizer": 2})
+    loop._check_tokenizer(types.SimpleNamespace(tokenizer=None), {})
+    with pytest.raises(ValueError, match=r"words of tokenizer 2, .*begun with tokenizer 1: train it anew"):
+        loop._check_tokenizer(text, {})
+
+
 def test_words_are_spread_over_the_vocabulary():
-    found = _records.tokens(_records.word_hashes([" ".join(f"w{n}" for n in range(1000))]), 1000, 65)[0]
+    found = _records.tokens(_words.word_hashes([" ".join(f"w{n}" for n in range(1000))]), 1000, 65)[0]
     counts = np.bincount(found - 1, minlength=64)
     assert np.sum((counts - 1000 / 64) ** 2 / (1000 / 64)) < 110  # chi-square of 63 degrees, p below 0.001
 
@@ -64,7 +152,7 @@ def test_texts(reviews, monkeypatch):
     assert ds.test_inputs.shape == (100, 8)  # of `validation`, since the labels of `test` are hidden
     np.testing.assert_array_equal(ds.test_labels, [row["label"] for row in splits["validation"]])
     assert ds.num_classes == 2 and ds.mean.shape == ds.std.shape == (0,)
-    expected = _records.tokens(_records.word_hashes([splits["train"][7]["sentence"].decode()]), 8, 500)
+    expected = _records.tokens(_words.word_hashes([splits["train"][7]["sentence"].decode()]), 8, 500)
     np.testing.assert_array_equal(ds.train_inputs[7:8], expected)
     # The cache does not depend on how texts are cut and numbered.
     monkeypatch.setattr(_tfds, "open_split", None)

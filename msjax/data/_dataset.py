@@ -116,6 +116,7 @@ class Dataset:
         mean, std: float32 [C] for `normalize`: of pixels / 255 of images, of the columns of a table (0 and 1 where a
             column is of a class), empty of tokens. None: inputs are taken as they are.
         augment: the usual one of `AUGMENTATIONS` for the set.
+        tokenizer: of texts that `load` split into words, the version that did it; else None.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Dataset:
     mean: np.ndarray | None
     std: np.ndarray | None
     augment: str = "none"
+    tokenizer: int | None = None
 
     @property
     def input_like(self) -> Tree:

@@ -36,6 +36,9 @@ def load(
 
     A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
 
+    Texts are normalised and split into words and punctuation (`_words.words` has the rules); each word's token is a
+    hash of it.
+
     A set too large for memory (`imagenet2012`) comes as splits that are read and cropped batch by batch, see `stream`;
     so does any set of images with `streamed=True`.
 
@@ -82,4 +85,5 @@ def load(
             inputs = _records.tokens(inputs, text_length, vocabulary)
         splits.append(Arrays(inputs, np.asarray(arrays[f"{split}_labels"])))
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return check(Dataset(name, *splits, meta["num_classes"], mean, std, entry.augment))
+    tokenizer = meta.get("tokenizer")
+    return check(Dataset(name, *splits, meta["num_classes"], mean, std, entry.augment, tokenizer))

@@ -1,7 +1,6 @@
 """What a prepared set's records hold: images, texts or the columns of a table; texts and tables as arrays."""
 
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,6 @@ TEXT_LENGTH, VOCABULARY = 64, 8192
 """Defaults: tokens of a text, and how many different ones there are."""
 PAD = 0
 """The token behind a text's end; words take the numbers from 1 on."""
-_LONGEST = 1024  # words of a text that are kept in the cache
 
 
 class Images(NamedTuple):
@@ -41,18 +39,6 @@ class Columns(NamedTuple):
     def is_number(self) -> np.ndarray:
         """Which columns are numbers, bool (width,)."""
         return np.concatenate([[c == 0] * (c or 1) for c in self.classes]).astype(bool)
-
-
-def word_hashes(texts: Iterable[str]) -> np.ndarray:
-    """uint32 (N, longest): CRC-32 of each word, lower-cased, split at white space; 0 behind a text's end.
-
-    Words beyond the first 1,024 of a text are left out.
-    """
-    rows = [[zlib.crc32(word.encode()) or 1 for word in text.lower().split()[:_LONGEST]] for text in texts]
-    hashes = np.zeros((len(rows), max(map(len, rows), default=0)), np.uint32)
-    for row, found in zip(hashes, rows, strict=True):
-        row[: len(found)] = found
-    return hashes
 
 
 def tokens(hashes: np.ndarray, length: int, vocabulary: int) -> np.ndarray:

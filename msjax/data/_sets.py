@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _cache, _images, _official, _records, _registry, _tfds
+from msjax.data import _cache, _images, _official, _records, _registry, _tfds, _words
 from msjax.data._error import DataError
 from msjax.data._measure import measure_columns, measure_images
 
@@ -58,7 +58,10 @@ def cached(
 
     def read(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         try:
-            return _cache.read(entry, digest)
+            found = _cache.read(entry, digest)
+            if found and found[1]["kind"] == "text" and (made := found[1].get("tokenizer", 1)) != _words.TOKENIZER:
+                raise _cache.Damaged(f"its words are those of tokenizer {made}, this version has {_words.TOKENIZER}")
+            return found
         except _cache.Damaged as damage:
             _log.info("array cache %s: %s; making it again", entry, damage)
             problems.append(f"The array cache {entry} cannot be used ({damage})")
@@ -129,7 +132,7 @@ def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part
     if isinstance(inputs, _records.Texts):
         # All of them at once: how wide the array is follows from the longest.
         found, labels = records(0, count)
-        hashes = _records.word_hashes(_records.texts_of(found, inputs))
+        hashes = _words.word_hashes(_records.texts_of(found, inputs))
         return _Part(count, hashes.shape[1:], lambda lo, hi: (hashes[lo:hi], labels[lo:hi]), np.uint32)
     h, w, c = inputs.shape
     _images.pillow()  # say so now, not in a worker
@@ -166,6 +169,8 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
             if split == "train":
                 meta["kind"] = part.kind
                 meta["mean"], meta["std"] = part.statistics(inputs)
+                if part.kind == "text":
+                    meta["tokenizer"] = _words.TOKENIZER
         draft.meta = meta
 
 

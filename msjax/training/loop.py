@@ -211,6 +211,8 @@ class _Loop:
     def _save(self):
         if self._folder is not None:
             progress = self._progress | {"wall_seconds": self._wall_seconds()}
+            if self._run.dataset.tokenizer is not None:
+                progress["tokenizer"] = self._run.dataset.tokenizer
             self._folder.checkpoints.save(self._done, (self._state, self._sums), progress)
 
 
@@ -235,21 +237,38 @@ class _SumsBefore(NamedTuple):
 def restore(
     folder: RunFolder, run: LoadedRun, state: TrainState, mesh: Mesh | None
 ) -> tuple[TrainState, MetricSums, dict[str, Any]] | None:
-    """Returns the newest checkpoint's state, sums and progress, or None where there is none."""
+    """Returns the newest checkpoint's state, sums and progress, or None where there is none.
+
+    Raises:
+      ValueError: it does not fit the run, or was trained on texts that were split into words by another tokenizer.
+    """
     step = folder.checkpoints.latest()
     if step is None:
         return None
     sums = replicate(zero_sums(run.spec.metric_sums_like), mesh)
     try:
         (state, sums), progress = folder.checkpoints.restore(step, (state, sums))
-        return state, sums, progress
     except ValueError:
         if run.spec.task.name != "classification":
             raise
+    else:
+        _check_tokenizer(run.dataset, progress)
+        return state, sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
     (state, before), progress = folder.checkpoints.restore(step, (state, before))
+    _check_tokenizer(run.dataset, progress)
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
     return state, replicate(sums, mesh), progress
+
+
+def _check_tokenizer(dataset, progress):
+    """Raises where texts have other words now than those that a checkpoint was trained on."""
+    trained = progress.get("tokenizer", 1)  # the first was not written down
+    if dataset.tokenizer not in (None, trained):
+        raise ValueError(
+            f"the run must be trained on words of tokenizer {dataset.tokenizer}, which this version of msjax has, got "
+            f"one that was begun with tokenizer {trained}: train it anew, or go on with the version that began it"
+        )
