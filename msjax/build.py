@@ -245,6 +245,11 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
       ValueError, data.DataError: it cannot be had.
     """
     if config.is_reference(cfg.data.name):
+        if cfg.data.missing != "refuse":
+            raise ValueError(
+                f"data.missing must be 'refuse' where data.name is a function of a preset, which can fill values in "
+                f"itself, got {cfg.data.missing!r}"
+            )
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
@@ -255,12 +260,13 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         image_size=cfg.data.image_size,
         text_length=cfg.data.text_length,
         vocabulary=cfg.data.vocabulary,
+        missing=cfg.data.missing,
     )
 
 
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
-    options = {"test_share": cfg.test_share}
+    options = {"test_share": cfg.test_share, "missing": cfg.missing}
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
     return options if cfg.name.endswith(".npz") else options | {"image_size": cfg.image_size}

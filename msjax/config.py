@@ -71,6 +71,9 @@ class DataConfig:
     """Of a CSV file: the column that is predicted."""
     test_share: float = 0.2
     """Of data of one's own that come without a test set: how much of them is set aside for it."""
+    missing: data.Missing = "refuse"
+    """Of a table: refuse values that are missing or infinite, or take the median of the training rows for them, with a
+    column that says which were missing. Not with clients' own data: each would measure its own rows."""
     image_size: int | None = None
     """Side of the images; by default the set's own."""
     text_length: int = data.TEXT_LENGTH

@@ -66,6 +66,35 @@ def test_trees_of_arrays():
     assert x["image"].shape == (2, 2, 6, 5, 3) and x["age"].shape == y[0].shape == (2, 2)
 
 
+def test_missing_values_of_a_table(tmp_path):
+    table = TABLE.copy()
+    table[[2, 5], 1], table[3, 2] = np.nan, np.inf
+    test = TABLE[:4].copy()
+    test[1, 0] = test[2, 1] = np.nan
+    ds = data.from_arrays((table, CLASSES), (test, CLASSES[:4]), missing="median")
+    known = np.float32(np.delete(table[:, 1], [2, 5]))
+    assert ds.train_inputs.shape == (20, 6)  # two of four columns miss values
+    np.testing.assert_array_equal(ds.train_inputs[[2, 5], 1], [np.median(known)] * 2)
+    np.testing.assert_array_equal(np.flatnonzero(ds.train_inputs[:, 2]), [2, 5])
+    np.testing.assert_array_equal(np.flatnonzero(ds.train_inputs[:, 4]), [3])
+    np.testing.assert_array_equal(ds.train_inputs[:, [0, 5]], np.float32(TABLE[:, [0, 3]]))
+    # Of a column that only test rows miss values of there is the median, and no column that says so.
+    assert ds.test_inputs[1, 0] == np.median(np.float32(TABLE[:, 0])) and ds.test_inputs[2, 2] == 1
+    np.savez(tmp_path / "set.npz", x_train=table, y_train=CLASSES, x_test=test, y_test=CLASSES[:4])
+    same = data.load(str(tmp_path / "set.npz"), missing="median")
+    np.testing.assert_array_equal(same.train_inputs, ds.train_inputs)
+    np.testing.assert_array_equal(same.test_inputs, ds.test_inputs)
+    scaled = data.from_arrays((table, CLASSES), missing="median", normalize=True)
+    x = data.normalize(jnp.asarray(scaled.train_inputs), scaled.mean, scaled.std)
+    np.testing.assert_allclose(x[:, [0, 1, 3, 5]].mean(0), 0, atol=1e-6)
+    with pytest.raises(data.DataError, match=r'missing must be "refuse" for inputs that are no table, .*\(6, 5, 3\)'):
+        data.from_arrays((IMAGES, CLASSES), missing="median")
+    with pytest.raises(data.DataError, match="column '1' must have values, got none"):
+        data.from_arrays((np.where(np.arange(4) == 1, np.nan, TABLE), CLASSES), missing="median")
+    with pytest.raises(data.DataError, match='missing must be "refuse" or "median", got \'drop\''):
+        data.from_arrays((TABLE, CLASSES), missing="drop")
+
+
 def test_floats_are_normalized_where_asked():
     ds = data.from_arrays((TABLE * 3 + 5, CLASSES), normalize=True)
     x = data.normalize(jnp.asarray(ds.train_inputs), ds.mean, ds.std)

@@ -174,6 +174,43 @@ def test_tables(people):
     assert (x[:, 4] == 0).all()
 
 
+def test_missing_values_of_a_table(people, monkeypatch):
+    place, splits = people
+    for split, row, value in (("train", 3, np.nan), ("train", 5, -np.inf), ("test", 2, np.nan)):
+        splits[split][row]["age"] = value
+    splits["test"][4]["one"] = np.nan
+    with pytest.raises(
+        data.DataError, match=r"got nan at index 3 of people \(train\), column 'age': missing=\"median\" fills it in"
+    ):
+        data.load("people", **place)
+    monkeypatch.setattr(_tfds, "open_split", None)  # the cache holds what the set says: no choice is made in it
+    ds = data.load("people", missing="median", **place)
+    ages = np.array([row["age"] for row in splits["train"]])
+    is_there = np.isfinite(ages)
+    filled = np.where(is_there, ages, np.median(ages[is_there]))
+    assert ds.train_inputs.shape == (
+        200,
+        6,
+    )  # age, whether it is missing, three jobs, and one, which no training row misses
+    np.testing.assert_allclose(ds.train_inputs[:, 0], filled, rtol=1e-6)
+    np.testing.assert_array_equal(ds.train_inputs[:, 1], ~is_there)
+    np.testing.assert_allclose(ds.mean, [filled.mean(), 0, 0, 0, 0, 3], rtol=1e-5)
+    np.testing.assert_allclose(ds.std, [filled.std(), 1, 1, 1, 1, 1], rtol=1e-5)
+    assert ds.test_inputs[2, 1] == 1 and ds.test_inputs[:, 1].sum() == 1 and ds.test_inputs[4, 5] == 3
+    np.testing.assert_allclose(ds.test_inputs[2, 0], np.median(ages[is_there]), rtol=1e-6)
+
+
+def test_only_tables_miss_values(reviews):
+    with pytest.raises(data.DataError, match=r'missing must be "refuse" for reviews, a set of texts .*got \'median\''):
+        data.load("reviews", missing="median", **reviews[0])
+    for streamed in (None, True):
+        with pytest.raises(data.DataError, match='missing must be "refuse" for digits, a set of images and not'):
+            data.load("digits", missing="median", streamed=streamed)
+    with pytest.raises(data.DataError, match='missing must be "refuse" or "median", got \'mean\''):
+        data.load("breast_cancer", missing="mean")
+    assert data.load("breast_cancer", missing="median").train_inputs.shape == (455, 30)
+
+
 def test_breast_cancer_is_embedded():
     ds = data.load("breast_cancer")
     assert ds.train_inputs.shape == (455, 30) and ds.test_inputs.shape == (114, 30)
@@ -190,7 +227,7 @@ def test_breast_cancer_is_embedded():
         ({"text": kinds.Text(), "more": kinds.Text(), "n": np.int32}, _records.Texts(("more", "text"))),
         (
             {"x": np.float32, "b": np.bool_, "c": kinds.ClassLabel(num_classes=4)},
-            _records.Columns(("b", "c", "x"), (0, 4, 0)),
+            _records.Columns(("b", "c", "x"), ((), ("0", "1", "2", "3"), ())),
         ),
         ({"x": kinds.Tensor(shape=(3,), dtype=np.float32)}, None),
         ({}, None),

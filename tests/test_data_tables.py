@@ -1,9 +1,13 @@
 """CSV files as data sets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from msjax import data
+from msjax import build, config, data
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.options import ClientOptions
 
 from .data_helpers import forbid
 
@@ -101,6 +105,38 @@ def test_missing_values(people):
     change(path, 9, "rich", "")
     with pytest.raises(data.DataError, match="every row must have a finite label, got none in row 9, column 'rich'"):
         data.from_csv(path, label="rich", missing="median")
+
+
+def test_values_that_only_test_rows_miss(people, tmp_path):
+    path, frame = people
+    frame.iloc[:9].assign(age=np.nan, job=None).to_csv(tmp_path / "test.csv", index=False)
+    ds = data.from_csv(path, label="rich", test=tmp_path / "test.csv", missing="median")
+    assert ds.input_like.shape == (8,)  # as if nothing were missing: no column says what is
+    middle = (frame["age"].median() - frame["age"].mean()) / frame["age"].std(ddof=0)
+    np.testing.assert_allclose(ds.test_inputs[:, 1], middle, rtol=1e-5)
+    assert (ds.test_inputs[:, 2:5] == 0).all()
+
+
+def test_a_config_says_what_becomes_of_missing_values(people, tmp_path):
+    path, _ = people
+    change(path, 3, "age", "")
+    cfg = config.Config(data=config.DataConfig(name=str(path), label="rich"))
+    with pytest.raises(data.DataError, match="got missing in row 3, column 'age'"):
+        build.load_data(cfg)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, missing="median"))
+    assert build.load_data(cfg).input_like.shape in ((8,), (9,))  # by whether row 3 is among the training rows
+    assert config.from_json(config.to_json(cfg)) == cfg
+    with pytest.raises(ValueError, match=r"data.missing must be one of 'refuse', 'median', got 'mean'"):
+        config.Config(data=config.DataConfig(missing="mean"))
+    by_preset = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="preset.py:table"))
+    with pytest.raises(ValueError, match=r"data.missing must be 'refuse' where data.name is a function of a preset"):
+        build.load_data(by_preset)
+    client = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path / "state"), own_data=True))
+    with pytest.raises(ValueError, match=r"data.missing must be 'refuse' for clients with own data, got 'median'"):
+        client._load(cfg)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(data.DataError, match='missing must be "refuse" for a folder of images'):
+        data.as_dataset(tmp_path / "folder", missing="median")
 
 
 def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):

@@ -19,6 +19,7 @@ from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
+from msjax.data._columns import Missing
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
@@ -39,6 +40,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "ImageStream",
+    "Missing",
     "Split",
     "TableFormat",
     "as_dataset",

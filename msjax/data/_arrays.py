@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from msjax.data._check import check
+from msjax.data._columns import Column, Missing, check_missing, measure_table, table_inputs
 from msjax.data._convert import convert_inputs, convert_labels
 from msjax.data._dataset import Arrays, Dataset, Split, Tree
 from msjax.data._error import DataError
@@ -36,6 +37,7 @@ def from_arrays(
     num_classes: int | None = None,
     test_share: float | None = None,
     normalize: bool = False,
+    missing: Missing = "refuse",
     name: str = "arrays",
     seed: int = 0,
 ) -> Dataset:
@@ -55,6 +57,8 @@ def from_arrays(
         num_classes: by default one more than the largest label.
         test_share: instead of `test`: this part of `train` is set aside, at random, of each class alike.
         normalize: measure mean and std of float inputs (..., C), one each of the last axis.
+        missing: "refuse" NaN and infinite inputs; or, of a table, floats (N, F), take the "median" of the training rows
+            for them, and behind each column that training rows miss values of add one that says which, see `from_csv`.
         name: for messages and records.
         seed: chooses what is set aside.
 
@@ -71,6 +75,9 @@ def from_arrays(
         test_split = _converted(test, "test")
         if not len(test_split):
             raise DataError("test must have examples, got none: leave it out where there is no test set")
+    check_missing(missing)
+    if missing != "refuse":
+        train_split, test_split = _filled_in(train_split, test_split, missing)
     return finish(name, train_split, test_split, num_classes=num_classes, normalize=normalize)
 
 
@@ -79,6 +86,22 @@ def _converted(pair: Any, role: str) -> Arrays:
         found = f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__
         raise DataError(f"{role} must be (inputs, labels), got {found}")
     return Arrays(convert_inputs(pair[0], f"{role} inputs"), convert_labels(pair[1], f"{role} labels"))
+
+
+def _filled_in(train: Arrays, test: Arrays, missing: str) -> tuple[Arrays, Arrays]:
+    """A table without missing values, by what the training rows say."""
+    like = train.input_like
+    if not (isinstance(like, jax.ShapeDtypeStruct) and like.dtype == np.float32 and len(like.shape) == 1):
+        raise DataError(
+            f'missing must be "refuse" for inputs that are no table, floats (N, F), got {missing!r} with {like}'
+        )
+    if len(test) and test.input_like != like:
+        return train, test  # which `check` says
+    columns = measure_table([Column(str(i)) for i in range(like.shape[0])], train.inputs, missing, "train inputs")
+    columns = tuple(column._replace(mean=0.0, std=1.0) for column in columns)
+    sides = ((train, "train inputs"), (test, "test inputs"))
+    filled = [Arrays(table_inputs(columns, split.inputs, where), split.targets) for split, where in sides]
+    return filled[0], filled[1]
 
 
 def share_out(split: Arrays, test_share: float | None, seed: int) -> tuple[Arrays, Arrays]:
@@ -167,6 +190,7 @@ def from_npz(
     num_classes: int | None = None,
     test_share: float | None = 0.2,
     normalize: bool = False,
+    missing: Missing = "refuse",
     seed: int = 0,
 ) -> Dataset:
     """Make a data set of an .npz file, as `from_arrays` does of its arrays.
@@ -177,7 +201,7 @@ def from_npz(
     Args:
         inputs, labels, test_inputs, test_labels: names of the arrays, where they have others.
         test_share: what is set aside where the file has no test arrays; None: nothing.
-        num_classes, normalize, seed: see `from_arrays`.
+        num_classes, normalize, missing, seed: see `from_arrays`.
 
     Raises:
         DataError: there is no such file or array, or as `from_arrays`.
@@ -202,6 +226,7 @@ def from_npz(
         num_classes=num_classes,
         test_share=None if test else test_share,
         normalize=normalize,
+        missing=missing,
         name=path.name,
         seed=seed,
     )

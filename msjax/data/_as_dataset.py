@@ -121,5 +121,9 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
             raise DataError(f"image_size is for folders of images and sets by name, got it with {path}")
         return (from_npz if kind == ".npz" else from_csv)(path, **options)
     if path.is_dir():
+        if (missing := options.pop("missing", "refuse")) != "refuse":
+            raise DataError(
+                f'missing must be "refuse" for a folder of images and not a table, got {missing!r} with {path}'
+            )
         return from_image_folder(path, **({"image_size": None} | options))
     raise DataError(f"{path} must be an .npz file, a .csv file or a folder of images")

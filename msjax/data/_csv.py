@@ -3,9 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from msjax.data._arrays import finish, share_indices
+from msjax.data._columns import Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
 from msjax.data._table import MOST_TEXTS, TableFormat, are_classes, check_label, pandas
@@ -18,7 +19,7 @@ def from_csv(
     test: str | os.PathLike | None = None,
     test_share: float | None = 0.2,
     classes: bool | None = None,
-    missing: Literal["refuse", "median"] = "refuse",
+    missing: Missing = "refuse",
     drop: Sequence[str] = (),
     most_texts: int = MOST_TEXTS,
     table_format: TableFormat | None = None,
@@ -36,7 +37,8 @@ def from_csv(
         test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
         classes: True: numbers are classes too.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
-            text none of the texts; where training rows miss values a further column says which.
+            text none of the texts; where training rows miss values a further column says which. A column that only
+            test rows miss values of gets no further one, since the network would not learn what it means.
         drop: columns that are not used, such as a row's number.
         most_texts: a column of more different texts is refused.
         table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and

@@ -8,7 +8,9 @@ import numpy as np
 from msjax.data import _embedded, _records, _registry, _sets, _stream
 from msjax.data._as_dataset import from_path, is_path
 from msjax.data._check import check
+from msjax.data._columns import Column, Missing, check_missing, measure_table, statistics, table_inputs
 from msjax.data._dataset import Arrays, Dataset
+from msjax.data._error import DataError
 
 
 def load(
@@ -19,6 +21,7 @@ def load(
     image_size: int | None = None,
     text_length: int = _records.TEXT_LENGTH,
     vocabulary: int = _records.VOCABULARY,
+    missing: Missing = "refuse",
     streamed: bool | None = None,
     **options: Any,
 ) -> Dataset:
@@ -54,6 +57,9 @@ def load(
             Of a streamed set: the side of the crops, 224 by default.
         text_length: tokens of a text; longer ones are cut, shorter ones padded.
         vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
+        missing: of a table: "refuse" values that are NaN or infinite, naming row and column; or take the "median" of
+            the training rows for them and add a column that says which were missing, see `from_csv`. The array cache
+            keeps a table as it is, so both come from one entry.
         streamed: read images as they are needed rather than into memory; by default as the set needs it.
         **options: of the adapter, where `name` is a path.
 
@@ -64,19 +70,26 @@ def load(
     """
     _sets.check_image_size(image_size)
     _records.check_tokens(text_length, vocabulary)
+    check_missing(missing)
     if is_path(name):
-        return from_path(name, image_size=image_size, **options)
+        return from_path(name, image_size=image_size, missing=missing, **options)
     if options:
         raise TypeError(f"load takes {', '.join(options)} only where name is a path, got {name!r}")
     entry = _registry.find(name)
     if entry.streamed if streamed is None else streamed:
+        _refuse_missing(name, missing, "images")
         size = _stream.IMAGE_SIZE if image_size is None else image_size
         options = {"data_dir": data_dir, "cache_dir": cache_dir, "image_size": size}
         train, test = (_stream.stream(name, split, **options) for split in ("train", "test"))
         return Dataset(name, train, test, train.num_classes, train.mean, train.std, entry.augment)
     if entry.test_of_class is not None:
+        if name == "digits":
+            _refuse_missing(name, missing, "images")
         return check(_embedded.load(name, image_size))
     arrays, meta = _sets.cached(name, data_dir, cache_dir, image_size)
+    if meta["kind"] == "table":
+        return _table(name, arrays, meta, missing, entry.augment)
+    _refuse_missing(name, missing, f"{meta['kind']}s")
     mean, std = (entry.mean, entry.std) if entry.mean else (meta["mean"], meta["std"])
     splits = []
     for split in ("train", "test"):
@@ -87,3 +100,25 @@ def load(
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     tokenizer = meta.get("tokenizer")
     return check(Dataset(name, *splits, meta["num_classes"], mean, std, entry.augment, tokenizer))
+
+
+def _refuse_missing(name: str, missing: str, kind: str) -> None:
+    """Of a table alone something may be missing."""
+    if missing != "refuse":
+        raise DataError(f'missing must be "refuse" for {name}, a set of {kind} and not a table, got {missing!r}')
+
+
+def _table(name: str, arrays: dict[str, np.ndarray], meta: dict[str, Any], missing: str, augment: str) -> Dataset:
+    """The columns as inputs, by what the training rows say."""
+    like = [Column(column["name"], tuple(column["classes"])) for column in meta["columns"]]
+    columns = measure_table(like, arrays["train_inputs"], missing, f"{name} (train)")
+    mean, std = (np.asarray(v, np.float32) for v in statistics(columns))
+    columns = tuple(column._replace(mean=0.0, std=1.0) for column in columns)
+    splits = (
+        Arrays(
+            table_inputs(columns, arrays[f"{split}_inputs"], f"{name} ({split})"), np.asarray(arrays[f"{split}_labels"])
+        )
+        for split in ("train", "test")
+    )
+    ds = Dataset(name, *splits, meta["num_classes"], mean, std, augment)
+    return check(ds, [input_name for column in columns for input_name in column.names])

@@ -25,20 +25,10 @@ class Texts(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A table's features: each a number, or one of `classes[i]` classes (0 for a number)."""
+    """A table's features: each a number, or one of `classes[i]`, which are empty for a number."""
 
     keys: tuple[str, ...]
-    classes: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """How many columns the array has: one a number, one a class."""
-        return sum(c or 1 for c in self.classes)
-
-    @property
-    def is_number(self) -> np.ndarray:
-        """Which columns are numbers, bool (width,)."""
-        return np.concatenate([[c == 0] * (c or 1) for c in self.classes]).astype(bool)
+    classes: tuple[tuple[str, ...], ...]
 
 
 def tokens(hashes: np.ndarray, length: int, vocabulary: int) -> np.ndarray:
@@ -70,10 +60,6 @@ def texts_of(records: Sequence[dict[str, Any]], inputs: Texts) -> list[str]:
     return [" ".join(text(record[key]) for key in inputs.keys) for record in records]
 
 
-def columns_of(records: Sequence[dict[str, Any]], inputs: Columns) -> np.ndarray:
-    """float32 (n, width): numbers as they are, a class as a 1 among 0s; all 0 where it is none of the classes."""
-    parts = []
-    for key, classes in zip(inputs.keys, inputs.classes, strict=True):
-        values = np.asarray([record[key] for record in records])
-        parts.append(values[:, None] == np.arange(classes) if classes else values[:, None])
-    return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
+def table_of(records: Sequence[dict[str, Any]], inputs: Columns) -> np.ndarray:
+    """float64 (n, columns): numbers as they are, and the number of a class."""
+    return np.stack([np.asarray([record[key] for record in records], np.float64) for key in inputs.keys], axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from msjax.data import _cache, _images, _official, _records, _registry, _tfds, _words
 from msjax.data._error import DataError
-from msjax.data._measure import measure_columns, measure_images
+from msjax.data._measure import measure_images
 
 _log = logging.getLogger("msjax")
 
@@ -29,21 +29,19 @@ class _Part(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
     dtype: type = np.uint8
-    is_number: np.ndarray | None = None
-    """bool [columns]: which columns of a table are numbers, not classes."""
+    columns: _records.Columns | None = None
+    """Of a table."""
 
     @property
     def kind(self) -> str:
         """What the inputs are."""
-        return {np.uint8: "image", np.uint32: "text", np.float32: "table"}[self.dtype]
+        return {np.uint8: "image", np.uint32: "text", np.float64: "table"}[self.dtype]
 
     def statistics(self, inputs: np.ndarray) -> tuple[list[float], list[float]]:
         """Mean and std as `Dataset` has them."""
         if self.kind == "image":
             return measure_images(inputs)
-        if self.kind == "text":
-            return [], []
-        return measure_columns(inputs, self.is_number)
+        return [], []  # of texts there are none, and those of a table depend on what is missing
 
 
 def cached(
@@ -59,8 +57,8 @@ def cached(
     def read(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         try:
             found = _cache.read(entry, digest)
-            if found and found[1]["kind"] == "text" and (made := found[1].get("tokenizer", 1)) != _words.TOKENIZER:
-                raise _cache.Damaged(f"its words are those of tokenizer {made}, this version has {_words.TOKENIZER}")
+            if found:
+                _check_meaning(found[1])
             return found
         except _cache.Damaged as damage:
             _log.info("array cache %s: %s; making it again", entry, damage)
@@ -104,6 +102,14 @@ def cached(
     )
 
 
+def _check_meaning(meta: dict[str, Any]) -> None:
+    """Raises `Damaged` where an entry's arrays are what an earlier version took for the texts or the table."""
+    if meta["kind"] == "text" and (made := meta.get("tokenizer", 1)) != _words.TOKENIZER:
+        raise _cache.Damaged(f"its words are those of tokenizer {made}, this version has {_words.TOKENIZER}")
+    if meta["kind"] == "table" and "columns" not in meta:
+        raise _cache.Damaged("its table is not kept as it was read, which this version does")
+
+
 def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> _Part:
     h, w, c = images.shape[1:]
     shape = (h, w, c) if image_size is None else (image_size, image_size, c)
@@ -126,9 +132,9 @@ def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part
 
         def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
             found, labels = records(lo, hi)
-            return _records.columns_of(found, inputs), labels
+            return _records.table_of(found, inputs), labels
 
-        return _Part(count, (inputs.width,), read, np.float32, inputs.is_number)
+        return _Part(count, (len(inputs.keys),), read, np.float64, inputs)
     if isinstance(inputs, _records.Texts):
         # All of them at once: how wide the array is follows from the longest.
         found, labels = records(0, count)
@@ -169,6 +175,9 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
             if split == "train":
                 meta["kind"] = part.kind
                 meta["mean"], meta["std"] = part.statistics(inputs)
+                if part.columns:
+                    named = zip(part.columns.keys, part.columns.classes, strict=True)
+                    meta["columns"] = [{"name": name, "classes": classes} for name, classes in named]
                 if part.kind == "text":
                     meta["tokenizer"] = _words.TOKENIZER
         draft.meta = meta

@@ -172,9 +172,9 @@ def _inputs(tfds, name, folder, features, input_key, label_key):
     for key in sorted(others):
         feature = others[key]
         if isinstance(feature, kinds.ClassLabel):
-            columns[key] = feature.num_classes
+            columns[key] = tuple(feature.names)
         elif feature.shape == () and np.dtype(feature.np_dtype).kind in "fiub":
-            columns[key] = 0
+            columns[key] = ()
         else:
             return None
     return Columns(tuple(columns), tuple(columns.values())) if columns else None

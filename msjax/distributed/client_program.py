@@ -60,6 +60,12 @@ class ClientProgram:
     def _load(self, cfg):
         options = self._options
         self._cfg = cfg = own_config(cfg, self._preset, options.weights)
+        if options.own_data and cfg.data.missing != "refuse":
+            raise ValueError(
+                f"data.missing must be 'refuse' for clients with own data, got {cfg.data.missing!r}: each would take "
+                "the medians of its own rows, and have columns of its own that say what was missing. Fill values in "
+                "alike before, or by a preset whose data.name is a function that uses one data.TableFormat everywhere"
+            )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         if not ds.in_memory:
             raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
