@@ -197,6 +197,7 @@ class Config:
             raise ValueError(f"data.mean and data.std must be given together, got {self.data.mean} and {self.data.std}")
         if self.data.std is not None and not all(0 < s < math.inf for s in self.data.std):
             raise ValueError(f"data.std must be above 0 and finite, got {self.data.std}")
+        data.check_alpha(self.data.alpha, "data.alpha")
         if self.optim.schedule == "steps" and not self.optim.milestones:
             raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
         for _, codec in self.array_codecs:

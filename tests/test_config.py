@@ -50,6 +50,8 @@ def test_save_and_load(tmp_path):
         ("optim.schedule", "steps", r"optim.milestones must name at least one epoch .*, got \(\)"),
         ("task.name", "sorting", "task.name must be one of 'classification', .*, got 'sorting'"),
         ("mode.kind", "parallell", "mode.kind must be one of 'parallel', 'splitfed', 'sequential', got 'parallell'"),
+        ("data.alpha", 0.0, "data.alpha must be positive and finite, or None for an even partition, got 0.0"),
+        ("data.alpha", float("nan"), "data.alpha must be positive and finite, .*, got nan"),
         ("data.augment", "mirror", "data.augment must be one of None, 'crop_flip', 'flip', 'none', got 'mirror'"),
         ("array_codecs", [["skip", "Zip"]], r"codec must be one of Identity, .*, got 'Zip'"),
         ("codec", "MaskEncoded(bits=9)", "bits must be an integer in 1..8, got 9"),
