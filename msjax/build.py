@@ -28,6 +28,7 @@ class DataSummary(NamedTuple):
       num_classes: where labels are classes.
       mean, std: for `data.normalize`; None where inputs are taken as they are.
       augment: the usual augmentation of the set.
+      columns: of a table, how its columns became inputs.
       tokenizer: of texts, the version of what split them into words.
     """
 
@@ -38,13 +39,14 @@ class DataSummary(NamedTuple):
     std: tuple[float, ...] | None = None
     augment: str = "none"
     tokenizer: int | None = None
+    columns: tuple[data.Column, ...] | None = None
 
     @classmethod
     def of(cls, ds: data.Dataset) -> "DataSummary":
         """Returns the summary of a data set."""
         mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
         inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
-        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns)
 
     def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
         """Returns it with the config's `mean` and `std`, where it has them.
@@ -52,12 +54,17 @@ class DataSummary(NamedTuple):
         Raises:
           ValueError: they are not as many as the inputs have channels.
         """
-        if cfg.mean is None:
+        if cfg.mean is None or cfg.std is None:
             return self
         for name, values in (("mean", cfg.mean), ("std", cfg.std)):
             if len(values) != self.input_shape[-1]:
                 raise ValueError(f"data.{name} must have {self.input_shape[-1]} numbers, got {values}")
-        return self._replace(mean=cfg.mean, std=cfg.std)
+        if self.columns is None:
+            return self._replace(mean=cfg.mean, std=cfg.std)
+        # What the config's mean and std are of the columns as they were, in terms of the inputs that came of them.
+        own_mean, own_std = map(np.asarray, data.column_statistics(self.columns))
+        mean, std = (np.asarray(cfg.mean) - own_mean) / own_std, np.asarray(cfg.std) / own_std
+        return self._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -77,6 +84,8 @@ class DataSummary(NamedTuple):
             found["input_shape"] = list(self.input_shape)
         if self.tokenizer is not None:
             found["tokenizer"] = self.tokenizer
+        if self.columns is not None:
+            found["columns"] = [column._asdict() for column in self.columns]
         mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
         return found | {"mean": mean, "std": std}
 
@@ -86,7 +95,10 @@ class DataSummary(NamedTuple):
         mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
         inputs = _from_names(tree.get("inputs", [["", "float32", tree.get("input_shape")]]))
         labels = _from_names(tree.get("labels", [["", "int32", []]]))
-        return cls(inputs, labels, tree["num_classes"], mean, std, tokenizer=tree.get("tokenizer"))
+        columns = tree.get("columns")
+        if columns is not None:
+            columns = tuple(data.Column(**(column | {"texts": tuple(column["texts"])})) for column in columns)
+        return cls(inputs, labels, tree["num_classes"], mean, std, tokenizer=tree.get("tokenizer"), columns=columns)
 
 
 def _from_names(arrays):
@@ -269,7 +281,9 @@ def _path_options(cfg):
     options = {"test_share": cfg.test_share, "missing": cfg.missing}
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
-    return options if cfg.name.endswith(".npz") else options | {"image_size": cfg.image_size}
+    if cfg.name.endswith(".npz"):
+        return options | {"normalize": cfg.normalize}
+    return options | {"image_size": cfg.image_size}
 
 
 def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:

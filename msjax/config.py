@@ -71,6 +71,9 @@ class DataConfig:
     """Of a CSV file: the column that is predicted."""
     test_share: float = 0.2
     """Of data of one's own that come without a test set: how much of them is set aside for it."""
+    normalize: bool = False
+    """Of an .npz file: whether numbers that are no images are standardised by mean and std of the training data, as
+    those of tables of other kinds always are."""
     missing: data.Missing = "refuse"
     """Of a table: refuse values that are missing or infinite, or take the median of the training rows for them, with a
     column that says which were missing. Not with clients' own data: each would measure its own rows."""

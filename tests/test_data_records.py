@@ -11,6 +11,7 @@ import pytest
 from msjax import build, data
 from msjax.data import _records, _tfds, _words
 from msjax.distributed import agreement
+from msjax.split.spec import Preprocess
 from msjax.training import loop
 
 from .data_helpers import prepare_reviews, prepared
@@ -164,14 +165,30 @@ def test_tables(people):
     ds = data.load("people", **place)
     assert ds.train_inputs.shape == (200, 5) and ds.train_inputs.dtype == np.float32
     ages, jobs = (np.array([row[key] for row in splits["train"]]) for key in ("age", "job"))
-    np.testing.assert_allclose(ds.train_inputs[:, 0], ages, rtol=1e-6)  # columns by name: age, job's three, one
+    assert [name for column in ds.columns for name in column.names] == ["age", "job=0", "job=1", "job=2", "one"]
+    np.testing.assert_allclose(ds.train_inputs[:, 0], (ages - ages.mean()) / ages.std(), atol=1e-6)
     np.testing.assert_array_equal(ds.train_inputs[:, 1:4], jobs[:, None] == np.arange(3))
-    np.testing.assert_allclose(ds.mean, [ages.mean(), 0, 0, 0, 3], rtol=1e-5)
-    np.testing.assert_allclose(ds.std, [ages.std(), 1, 1, 1, 1], rtol=1e-5)  # a constant is not divided by zero
-    x = data.normalize(jnp.asarray(ds.train_inputs), ds.mean, ds.std)
-    np.testing.assert_allclose(x[:, 0], (ages - ages.mean()) / ages.std(), atol=1e-5)
-    np.testing.assert_array_equal(x[:, 1:4], ds.train_inputs[:, 1:4])
-    assert (x[:, 4] == 0).all()
+    assert (ds.train_inputs[:, 4] == 0).all()  # a constant is not divided by zero
+    test_ages = np.array([row["age"] for row in splits["test"]])
+    np.testing.assert_allclose(ds.test_inputs[:, 0], (test_ages - ages.mean()) / ages.std(), atol=1e-6)
+    mean, std = data.column_statistics(ds.columns)
+    np.testing.assert_allclose(mean, [ages.mean(), 0, 0, 0, 3], rtol=1e-12)
+    np.testing.assert_allclose(std, [ages.std(), 1, 1, 1, 1], rtol=1e-12)
+    assert ds.mean is None and ds.std is None
+    with pytest.raises(
+        ValueError, match=r"data.name must be a set of tokens, which the model takes, got one of numbers"
+    ):
+        Preprocess(dtype="int32")(ds.train_inputs[:2])
+
+
+def test_large_numbers_of_a_table(people):
+    place, splits = people
+    for i, row in enumerate(splits["train"]):
+        row["one"] = 20200101 + i % 28  # in float32 there are 15 of them
+    ds = data.load("people", **place)
+    dates = np.array([row["one"] for row in splits["train"]])
+    assert len(np.unique(ds.train_inputs[:, 4])) == 28
+    np.testing.assert_allclose(ds.train_inputs[:, 4], (dates - dates.mean()) / dates.std(), atol=1e-6)
 
 
 def test_missing_values_of_a_table(people, monkeypatch):
@@ -192,12 +209,10 @@ def test_missing_values_of_a_table(people, monkeypatch):
         200,
         6,
     )  # age, whether it is missing, three jobs, and one, which no training row misses
-    np.testing.assert_allclose(ds.train_inputs[:, 0], filled, rtol=1e-6)
+    np.testing.assert_allclose(ds.train_inputs[:, 0], (filled - filled.mean()) / filled.std(), atol=1e-6)
     np.testing.assert_array_equal(ds.train_inputs[:, 1], ~is_there)
-    np.testing.assert_allclose(ds.mean, [filled.mean(), 0, 0, 0, 0, 3], rtol=1e-5)
-    np.testing.assert_allclose(ds.std, [filled.std(), 1, 1, 1, 1, 1], rtol=1e-5)
-    assert ds.test_inputs[2, 1] == 1 and ds.test_inputs[:, 1].sum() == 1 and ds.test_inputs[4, 5] == 3
-    np.testing.assert_allclose(ds.test_inputs[2, 0], np.median(ages[is_there]), rtol=1e-6)
+    assert ds.test_inputs[2, 1] == 1 and ds.test_inputs[:, 1].sum() == 1 and ds.test_inputs[4, 5] == 0
+    assert ds.columns[0].median == np.median(ages[is_there]) and ds.test_inputs[2, 0] == ds.train_inputs[3, 0]
 
 
 def test_only_tables_miss_values(reviews):

@@ -52,6 +52,7 @@ def test_columns_become_numbers(people):
         ds.train_inputs[:, 2:5], np.stack([frame["job"] == j for j in ("cook", "nurse", "smith")], 1)
     )
     assert (ds.train_inputs[:, 5] == 0).all()  # a constant
+    assert ds.columns == data.TableFormat.measure(frame, label="rich").columns
     np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].std(0), 1, atol=1e-6)
 

@@ -19,7 +19,7 @@ from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import check_alpha, epoch_indices, epoch_order, partition
-from msjax.data._columns import Missing
+from msjax.data._columns import Column, Missing, column_statistics, table_inputs
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
@@ -37,6 +37,7 @@ __all__ = [
     "TEXT_LENGTH",
     "VOCABULARY",
     "Arrays",
+    "Column",
     "DataError",
     "Dataset",
     "ImageStream",
@@ -47,6 +48,7 @@ __all__ = [
     "augment",
     "batches",
     "check_alpha",
+    "column_statistics",
     "crop_flip",
     "default_augmentation",
     "epoch_indices",
@@ -61,4 +63,5 @@ __all__ = [
     "normalize",
     "partition",
     "stream",
+    "table_inputs",
 ]

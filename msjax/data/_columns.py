@@ -118,7 +118,18 @@ def _refuse(gone: np.ndarray, may_miss: bool, values: np.ndarray, name: str, whe
         raise missing_error(values[at], f"at index {at} of {where}", name)
 
 
-def statistics(columns: Sequence[Column]) -> tuple[list[float], list[float]]:
+def standardized(inputs: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """float32 of floats (N, ..., C): each of the last axis centred and scaled in float64, in pieces."""
+    mean, std = (np.asarray([getattr(column, name) for column in columns]) for name in ("mean", "std"))
+    out = np.empty(inputs.shape, np.float32)
+    rows = max(1, (1 << 22) // max(1, out[:1].size))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as such
+        for lo in range(0, len(inputs), rows):
+            out[lo : lo + rows] = (inputs[lo : lo + rows].astype(np.float64) - mean) / std
+    return out
+
+
+def column_statistics(columns: Sequence[Column]) -> tuple[list[float], list[float]]:
     """Mean and std of the inputs for `data.normalize`: those of numbers, and 0 and 1 of all others."""
     found = [
         (column.mean, column.std) if i == 0 and not column.texts else (0.0, 1.0)

@@ -28,8 +28,9 @@ def from_csv(
     """Make a data set of a CSV file whose first line names the columns; needs pandas.
 
     Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
-    of the data set are None); a column of texts becomes a column of 0 and 1 for each text of the training rows. Labels
-    are classes, numbered in order, where they are texts or bools; numbers are predicted as float32.
+    of the data set are None, and its `columns` say what they were); a column of texts becomes a column of 0 and 1 for
+    each text of the training rows. Labels are classes, numbered in order, where they are texts or bools; numbers are
+    predicted as float32.
 
     Args:
         path: the file.
@@ -83,7 +84,7 @@ def _split_table(
     table_format = table_format or TableFormat.measure(train_rows, **options)
     splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
     num_classes = len(table_format.classes) if table_format.classes else None
-    return finish(name, *splits, num_classes=num_classes, columns=table_format.names)
+    return finish(name, *splits, num_classes=num_classes, columns=table_format.columns)
 
 
 def _read(path: Path) -> Any:

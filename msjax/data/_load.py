@@ -8,7 +8,7 @@ import numpy as np
 from msjax.data import _embedded, _records, _registry, _sets, _stream
 from msjax.data._as_dataset import from_path, is_path
 from msjax.data._check import check
-from msjax.data._columns import Column, Missing, check_missing, measure_table, statistics, table_inputs
+from msjax.data._columns import Column, Missing, check_missing, measure_table, table_inputs
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
 
@@ -38,6 +38,8 @@ def load(
     or `from_image_folder`, with `image_size` and `options`.
 
     A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
+    Its numbers are centred and scaled in float64 by the training rows, then float32; `columns` of the data set says
+    how.
 
     Texts are normalised and split into words and punctuation (`_words.words` has the rules); each word's token is a
     hash of it.
@@ -112,13 +114,11 @@ def _table(name: str, arrays: dict[str, np.ndarray], meta: dict[str, Any], missi
     """The columns as inputs, by what the training rows say."""
     like = [Column(column["name"], tuple(column["classes"])) for column in meta["columns"]]
     columns = measure_table(like, arrays["train_inputs"], missing, f"{name} (train)")
-    mean, std = (np.asarray(v, np.float32) for v in statistics(columns))
-    columns = tuple(column._replace(mean=0.0, std=1.0) for column in columns)
     splits = (
         Arrays(
             table_inputs(columns, arrays[f"{split}_inputs"], f"{name} ({split})"), np.asarray(arrays[f"{split}_labels"])
         )
         for split in ("train", "test")
     )
-    ds = Dataset(name, *splits, meta["num_classes"], mean, std, augment)
+    ds = Dataset(name, *splits, meta["num_classes"], None, None, augment, columns=columns)
     return check(ds, [input_name for column in columns for input_name in column.names])

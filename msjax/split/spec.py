@@ -51,8 +51,14 @@ class Preprocess:
             return data.normalize(inputs, mean, std, jnp.dtype(self.dtype or "float32"))
         if self.dtype is None:
             return inputs
-        cast = lambda leaf: leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
-        return jax.tree.map(cast, inputs)
+        return jax.tree.map(self._cast, inputs)
+
+    def _cast(self, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if self.dtype == "int32":
+            raise ValueError("data.name must be a set of tokens, which the model takes, got one of numbers")
+        return leaf.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
