@@ -93,7 +93,9 @@ class DataSummary(NamedTuple):
     def from_json(cls, tree: dict[str, Any]) -> "DataSummary":
         """Returns what `to_json` made, or an earlier version's; trees become flat dicts by their arrays' names."""
         mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
-        inputs = _from_names(tree.get("inputs", [["", "float32", tree.get("input_shape")]]))
+        shape = tree.get("input_shape")
+        first = "uint8" if shape is not None and len(shape) == 3 else "float32"  # images, where dtypes are not said yet
+        inputs = _from_names(tree.get("inputs", [["", first, shape]]))
         labels = _from_names(tree.get("labels", [["", "int32", []]]))
         columns = tree.get("columns")
         if columns is not None:
@@ -247,7 +249,14 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     if config.is_reference(augment):
         augment = config.resolve("data.augment", augment)
     tokens = cfg.model.name in models.TOKEN_MODELS
-    return Preprocess(augment, summary.mean, summary.std, "int32" if tokens else cfg.dtype, cfg.data.crop_padding)
+    dtype = "int32" if tokens else cfg.dtype
+    maximum = pixel_maximum(summary.inputs)
+    return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
+
+
+def pixel_maximum(inputs: TreeSpec) -> float:
+    """Returns what `data.normalize` divides by: mean and std of a data set are of pixels / 255, or of other numbers."""
+    return 255.0 if [leaf.dtype for leaf in inputs.leaves] == [np.uint8] else 1.0
 
 
 def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:

@@ -84,8 +84,8 @@ class DataConfig:
     vocabulary: int = data.VOCABULARY
     """How many different tokens there are; words get theirs by a hash."""
     augment: str | None = None
-    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs;
-    by default what is usual for the set."""
+    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs
+    of the same dtype; by default what is usual for the set."""
     mean: tuple[float, ...] | None = None
     """What is subtracted from inputs, channel by channel of pixels in [0, 1]; by default the set's own mean."""
     std: tuple[float, ...] | None = None
