@@ -16,6 +16,13 @@ from msjax.data._records import Images
 Image = pytest.importorskip("PIL.Image")
 
 
+def png(pixels):
+    """An image as a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
 class Records:
     """Encoded examples with the interface of a TFDS data source."""
 

@@ -122,11 +122,8 @@ class _Images:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.integer]:
         file = self._files[index]
-        try:
-            with _images.pillow().open(file) as image:
-                image = _images.flatten(_images.upright(image), self._channels)
-        except Exception as error:
-            raise DataError(f"image {file} cannot be decoded: {type(error).__name__}: {error}") from error
+        with _images.decoding(f"image {file}"), _images.pillow().open(file) as opened:
+            image = _images.flatten(_images.upright(opened), self._channels)
         if self._image_size is not None:
             image = _images.resize_center_crop(image, self._image_size, self._image_size)
         elif index and image.size != (first := self._size()):

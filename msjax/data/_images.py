@@ -1,6 +1,8 @@
 """Encoded images to arrays of one size, with pillow; nothing here knows about data sets."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +22,24 @@ def pillow() -> ModuleType:
     return Image
 
 
+@contextlib.contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Makes one error, which names the image, of all that Pillow's readers raise for a damaged one."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, zlib.error, DecompressionBombError …
+        detail = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} cannot be decoded: {detail}") from error
+
+
 def decode(encoded: bytes, channels: int) -> Any:
     """A decoded PIL image, grey for one channel and RGB for three."""
-    image = pillow().open(io.BytesIO(encoded))
+    try:
+        image = pillow().open(io.BytesIO(encoded))
+    except pillow().UnidentifiedImageError:
+        raise DataError(f"it is no image that Pillow knows, and begins with {bytes(encoded[:16])!r}") from None
     return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -243,7 +243,8 @@ class SequenceSplit:
 def _array(value: Any, name: str, label: bool, wide: bool) -> np.ndarray:
     """One value of an item."""
     if hasattr(value, "getbands"):  # a PIL image: of palettes and the like only this gives pixels
-        value = _images.to_array(_images.flatten(value)) if not label else np.asarray(value)
+        with _images.decoding(name):  # Pillow reads a file's pixels only now
+            value = np.asarray(value) if label else _images.to_array(_images.flatten(value))
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = np.stack([np.asarray(v.detach().cpu()) for v in value])
     array = cast(value, name, labels=label, wide=wide, axes=0)

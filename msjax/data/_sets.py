@@ -85,7 +85,7 @@ def cached(
             folder = _tfds.find(name, directory, asked)
             digest = _tfds.digest(folder)
             splits = {s: _tfds.open_split(name, folder, s) for s in ("train", "test")}
-            parts = {s: _from_tfds(name, opened, image_size) for s, opened in splits.items()}
+            parts = {s: _from_tfds(name, s, opened, image_size) for s, opened in splits.items()}
             num_classes, source = splits["train"].num_classes, str(directory)
         _build(entry, parts, {"name": name, "digest": digest, "num_classes": num_classes, "source": source})
     except DataError as error:
@@ -121,7 +121,7 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
     return _Part(len(images), shape, read)
 
 
-def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part:
+def _from_tfds(name: str, split_name: str, split: _tfds.Records, image_size: int | None) -> _Part:
     count, inputs = len(split.records), split.inputs
 
     def records(lo: int, hi: int) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -151,10 +151,14 @@ def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part
 
     def read_images(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         found, labels = records(lo, hi)
-        decoded = [_images.decode(r[inputs.key], c) for r in found]
-        if image_size is not None:
-            decoded = [_images.resize_center_crop(x, image_size, image_size) for x in decoded]
-        return np.stack([_images.to_array(x) for x in decoded]), labels
+        images = np.empty((len(found), h, w, c), np.uint8)
+        for i, record in enumerate(found):
+            with _images.decoding(f"image {lo + i} of {name} ({split_name})"):
+                image = _images.decode(record[inputs.key], c)
+                if image_size is not None:
+                    image = _images.resize_center_crop(image, image_size, image_size)
+                images[i] = _images.to_array(image)
+        return images, labels
 
     return _Part(count, (h, w, c), read_images)
 

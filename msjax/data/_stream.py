@@ -87,7 +87,7 @@ class ImageStream:
         records = _tfds.read(self.name, self._source, indices)
         images = np.empty((len(records), *self.input_shape), np.uint8)
         for j, (index, record) in enumerate(zip(indices, records, strict=True)):
-            try:
+            with _images.decoding(f"image {index} of {self.name} ({self.split})"):
                 image = _images.decode(record[self._source.inputs.key], self.input_shape[2])
                 if self.random_crop:
                     image = _images.random_resized_crop(
@@ -95,9 +95,7 @@ class ImageStream:
                     )
                 else:
                     image = _images.resize_center_crop(image, size, round(size * 256 / 224))
-            except OSError as error:
-                raise DataError(f"image {index} of {self.name} ({self.split}) cannot be decoded: {error}") from error
-            images[j] = _images.to_array(image)
+                images[j] = _images.to_array(image)
         return images, _tfds.labels(self.name, self._source, records)
 
 
