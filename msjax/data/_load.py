@@ -41,6 +41,9 @@ def load(
     Its numbers are centred and scaled in float64 by the training rows, then float32; `columns` of the data set says
     how.
 
+    Images are decoded as by `from_image_folder`: turned as EXIF says, transparent pixels over black, of more than 8
+    bits the upper 8.
+
     Texts are normalised and split into words and punctuation (`_words.words` has the rules); each word's token is a
     hash of it.
 

@@ -42,8 +42,9 @@ def from_sequence(
 
     So have grain's random-access sources, TFDS's data sources, Hugging Face's data sets and PyTorch's map-style sets.
     Items are pairs (input, label) or dicts; their values are arrays, numbers, PIL images or PyTorch tensors, and become
-    what `from_arrays` makes of them. Where there is a `__getitems__`, it is used. The set is read into memory where it
-    is small, else while it is used. What an item is must not change from one reading to the next.
+    what `from_arrays` makes of them; PIL images as by `from_image_folder`. Where there is a `__getitems__`, it is used.
+    The set is read into memory where it is small, else while it is used. What an item is must not change from one
+    reading to the next.
 
     Args:
         train, test: the items; without `test` and `test_share` the set has no test data.
@@ -244,7 +245,7 @@ def _array(value: Any, name: str, label: bool, wide: bool) -> np.ndarray:
     """One value of an item."""
     if hasattr(value, "getbands"):  # a PIL image: of palettes and the like only this gives pixels
         with _images.decoding(name):  # Pillow reads a file's pixels only now
-            value = np.asarray(value) if label else _images.to_array(_images.flatten(value))
+            value = np.asarray(_images.upright(value)) if label else _images.to_array(_images.flatten(value))
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = np.stack([np.asarray(v.detach().cpu()) for v in value])
     array = cast(value, name, labels=label, wide=wide, axes=0)

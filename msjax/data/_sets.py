@@ -157,7 +157,13 @@ def _from_tfds(name: str, split_name: str, split: _tfds.Records, image_size: int
                 image = _images.decode(record[inputs.key], c)
                 if image_size is not None:
                     image = _images.resize_center_crop(image, image_size, image_size)
-                images[i] = _images.to_array(image)
+                pixels = _images.to_array(image)
+                if pixels.shape != (h, w, c):
+                    raise DataError(
+                        f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels as it is seen, and the set says "
+                        f"{w} x {h}: give image_size"
+                    )
+                images[i] = pixels
         return images, labels
 
     return _Part(count, (h, w, c), read_images)

@@ -112,7 +112,7 @@ def stream(
 
     Training images get a random-resized-crop (8..100 % of the area, aspect 3/4..4/3) to `image_size`; flip them on the
     device with `augment(kind="flip")`. Test images get their shorter side resized to `image_size` * 256/224 and the
-    middle cropped. Both bilinear, as torchvision.
+    middle cropped. Both bilinear, as torchvision. Images are decoded as by `load`.
 
     Args:
         name, data_dir: as for `load`; a missing set is prepared where TFDS can.

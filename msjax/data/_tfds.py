@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _registry
+from msjax.data import _images, _registry
 from msjax.data._error import DataError
 from msjax.data._records import Columns, Images, Texts
 
@@ -102,9 +102,10 @@ def locate(name: str, directory: Path) -> Path | None:
 
 
 def digest(folder: Path) -> str:
-    """What a prepared set is, from its metadata: changes with version, splits, sizes and features."""
+    """What a prepared set is, and how it is decoded: changes with version, splits, sizes and features."""
     texts = [(folder / f).read_bytes() for f in ("dataset_info.json", "features.json") if (folder / f).exists()]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    decoder = f"decoder {_images.DECODER}".encode()
+    return hashlib.sha256(b"\0".join([*texts, decoder])).hexdigest()
 
 
 class Records(NamedTuple):
