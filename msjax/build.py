@@ -282,12 +282,14 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         text_length=cfg.data.text_length,
         vocabulary=cfg.data.vocabulary,
         missing=cfg.data.missing,
+        drop=cfg.data.drop,
+        test_share=cfg.data.test_share,
     )
 
 
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
-    options = {"test_share": cfg.test_share, "missing": cfg.missing}
+    options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
     if cfg.name.endswith(".npz"):

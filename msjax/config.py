@@ -69,8 +69,10 @@ class DataConfig:
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
     label: str = "label"
     """Of a CSV file: the column that is predicted."""
+    drop: tuple[str, ...] = ()
+    """Of a table: the columns that are not used, such as a row's number."""
     test_share: float = 0.2
-    """Of data of one's own that come without a test set: how much of them is set aside for it."""
+    """Of data that come without a test set: how much of them is set aside for it."""
     normalize: bool = False
     """Of an .npz file: whether numbers that are no images are standardised by mean and std of the training data, as
     those of tables of other kinds always are."""
@@ -291,7 +293,8 @@ def from_json(tree: dict[str, Any]) -> Config:
         optim = dict(tree.pop("optim", {}))
         optim["milestones"] = tuple(optim.get("milestones", ()))
         data_fields = dict(tree.pop("data", {}))
-        data_fields |= {name: tuple(data_fields[name]) for name in ("mean", "std") if data_fields.get(name) is not None}
+        tuples = ("mean", "std", "drop")
+        data_fields |= {name: tuple(data_fields[name]) for name in tuples if data_fields.get(name) is not None}
         return Config(
             model=ModelConfig(**tree.pop("model", {})),
             data=DataConfig(**data_fields),

@@ -99,7 +99,7 @@ class Source(list):
         return [self[i] for i in indices]
 
 
-def prepared(tmp_path, monkeypatch, name, features, splits):
+def prepared(tmp_path, monkeypatch, name, features, splits, supervised=None):
     """A data_dir with a set of these features and records, read through TFDS's own classes but for the files."""
     import tensorflow_datasets as tfds
 
@@ -107,7 +107,9 @@ def prepared(tmp_path, monkeypatch, name, features, splits):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps({"name": name, "version": "1.0.0"}))
     (folder / f"{name}-train.array_record-00000-of-00001").touch()
-    info = types.SimpleNamespace(supervised_keys=None, features=tfds.features.FeaturesDict(features), splits=splits)
+    info = types.SimpleNamespace(
+        supervised_keys=supervised, features=tfds.features.FeaturesDict(features), splits=splits
+    )
     builder = types.SimpleNamespace(info=info, as_data_source=lambda split, decoders: Source(splits[split]))
     fake = types.SimpleNamespace(
         builder_from_directory=lambda path: builder, features=tfds.features, decode=tfds.decode

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import build, data
+from msjax import build, config, data
 from msjax.data import _records, _tfds, _words
+from msjax.data._records import Feature
 from msjax.distributed import agreement
 from msjax.split.spec import Preprocess
 from msjax.training import loop
 
-from .data_helpers import prepare_reviews, prepared
+from .data_helpers import Records, prepare_reviews, prepared
 
 tfds = pytest.importorskip("tensorflow_datasets")
 kinds = tfds.features
@@ -242,15 +243,151 @@ def test_breast_cancer_is_embedded():
         ({"text": kinds.Text(), "more": kinds.Text(), "n": np.int32}, _records.Texts(("more", "text"))),
         (
             {"x": np.float32, "b": np.bool_, "c": kinds.ClassLabel(num_classes=4)},
-            _records.Columns(("b", "c", "x"), ((), ("0", "1", "2", "3"), ())),
+            _records.Columns((Feature("b"), Feature("c", ("0", "1", "2", "3")), Feature("x"))),
         ),
-        ({"x": kinds.Tensor(shape=(3,), dtype=np.float32)}, None),
+        (
+            {"x": kinds.Tensor(shape=(3,), dtype=np.float64), "d": {"a": np.int64, "b": {"c": np.str_}}},
+            _records.Columns((Feature("d/a"), Feature("d/b/c", is_text=True), Feature("x", length=3))),
+        ),
+        ({"d": {"pixels": kinds.Image(shape=(8, 8, 1))}}, _records.Images("d/pixels", (8, 8, 1))),
+        ({"d": {"review": kinds.Text()}}, _records.Texts(("d/review",))),
+        ({"x": kinds.Sequence(np.float32)}, None),
+        ({"x": kinds.Tensor(shape=(3, 4), dtype=np.float32)}, None),
         ({}, None),
     ],
 )
 def test_what_is_classified(features, found):
-    features = dict(kinds.FeaturesDict(features | {"label": kinds.ClassLabel(num_classes=2)}))
+    features = _tfds._leaves(kinds, kinds.FeaturesDict(features | {"label": kinds.ClassLabel(num_classes=2)}))
     assert _tfds._inputs(tfds, "set", "folder", features, None, "label") == found
+
+
+@pytest.mark.parametrize(
+    ("supervised", "found"),
+    [
+        (None, (None, "label")),
+        (("x", "y"), ({"x"}, "y")),
+        (({"a": "a", "b": {"c": "d"}}, "y"), ({"a", "d"}, "y")),
+        ((("a", "b"), "y"), ({"a", "b"}, "y")),
+        (({"a": "a"}, {"y": "y"}, "weight"), ({"a"}, "y")),
+    ],
+)
+def test_which_features_a_set_names(supervised, found):
+    assert _tfds._keys(supervised) == found
+
+
+VECTORS = np.random.default_rng(0).normal(size=(40, 4))
+DATES, TOWNS = 20200101 + np.arange(40) % 28, np.array(["Rome", "Oslo", "Bonn"])
+
+
+def table_set(tmp_path, monkeypatch, features, rows, supervised=None, **splits):
+    """A set `table` with a train split, whose first rows are also a test split."""
+    splits = {"train": rows, "test": rows[:10]} | splits
+    splits = {name: rows for name, rows in splits.items() if rows}
+    features = features | {"label": kinds.ClassLabel(num_classes=2)}
+    return prepared(tmp_path, monkeypatch, "table", features, splits, supervised)
+
+
+def test_a_vector_is_columns(tmp_path, monkeypatch):
+    rows = [{"features": x, "label": i % 2} for i, x in enumerate(VECTORS)]
+    features = {"features": kinds.Tensor(shape=(4,), dtype=np.float64)}
+    place = table_set(tmp_path, monkeypatch, features, rows, ("features", "label"))
+    ds = data.load("table", **place)
+    assert [column.name for column in ds.columns] == ["features/0", "features/1", "features/2", "features/3"]
+    np.testing.assert_allclose(ds.train_inputs, (VECTORS - VECTORS.mean(0)) / VECTORS.std(0), atol=1e-6)
+    some = data.load("table", drop=("features/0", "features/2"), **place)
+    np.testing.assert_array_equal(some.train_inputs, ds.train_inputs[:, [1, 3]])
+    np.testing.assert_array_equal(some.test_inputs, ds.test_inputs[:, [1, 3]])
+
+
+@pytest.mark.parametrize("supervised", [None, ("features", "label"), ({"features": "features"}, "label")])
+def test_dicts_of_columns_are_flattened(tmp_path, monkeypatch, supervised):
+    rows = [
+        {"features": {"date": d, "deep": {"town": TOWNS[i % 3].encode()}}, "label": i % 2} for i, d in enumerate(DATES)
+    ]
+    features = {"features": {"date": np.int64, "deep": {"town": np.str_}}}
+    ds = data.load("table", **table_set(tmp_path, monkeypatch, features, rows, supervised))
+    names = [name for column in ds.columns for name in column.names]
+    assert names == ["features/date", *(f"features/deep/town={town}" for town in ("Bonn", "Oslo", "Rome"))]
+    assert len(np.unique(ds.train_inputs[:, 0])) == 28
+    np.testing.assert_array_equal(ds.train_inputs[:, 1:], TOWNS[np.arange(40) % 3][:, None] == np.sort(TOWNS))
+
+
+def test_only_the_columns_that_a_set_names(tmp_path, monkeypatch):
+    rows = [{"a": x[0], "b": x[1], "id": i, "label": i % 2} for i, x in enumerate(VECTORS)]
+    features = {"a": np.float64, "b": np.float64, "id": np.int64}
+    ds = data.load("table", **table_set(tmp_path, monkeypatch, features, rows, ({"a": "a"}, "label")))
+    assert [column.name for column in ds.columns] == ["a"]
+
+
+def test_columns_of_texts_are_classes_of_the_training_rows(tmp_path, monkeypatch):
+    features = {"town": np.str_, "ticket": np.str_, "many": kinds.Sequence(np.int32), "age": np.float32}
+    rows = [
+        {"town": TOWNS[i % 3].encode(), "ticket": f"T{i}".encode(), "many": [1] * i, "age": i, "label": i % 2}
+        for i in range(120)
+    ]
+    test = [rows[3] | {"town": b"Paris"}, rows[0]]
+    place = table_set(tmp_path, monkeypatch, features, rows, test=test)
+    with pytest.raises(
+        data.DataError, match=r"column 'many' of table must be one value or a vector of fixed length, got Sequence"
+    ):
+        data.load("table", drop="ticket", **place)
+    with pytest.raises(
+        data.DataError,
+        match=r"column 'ticket' must be .*at most 100 different texts, got 120 such as 'T0': leave it out",
+    ):
+        data.load("table", drop="many", **place)
+    ds = data.load("table", drop=("ticket", "many"), **place)
+    assert ds.input_like.shape == (4,) and ds.columns[1].texts == ("Bonn", "Oslo", "Rome")
+    np.testing.assert_array_equal(ds.test_inputs[:, 1:], [[0, 0, 0], [0, 0, 1]])
+    with pytest.raises(data.DataError, match=r"drop must name columns of table, which has age, many, .*got 'name'"):
+        data.load("table", drop=("name",), **place)
+    with pytest.raises(data.DataError, match="drop must leave columns of table, got all of them"):
+        data.load("table", drop=("ticket", "many", "town", "age"), **place)
+    cfg = config.Config(data=config.DataConfig(name="table", drop=("ticket", "many")))
+    same = build.load_data(config.from_json(json.loads(json.dumps(config.to_json(cfg)))), **place)
+    np.testing.assert_array_equal(same.train_inputs, ds.train_inputs)
+
+
+def test_a_share_of_a_set_without_test_data_is_set_aside(tmp_path, monkeypatch):
+    rows = [{"x": x[0], "label": i % 2} for i, x in enumerate(VECTORS)]
+    place = table_set(tmp_path, monkeypatch, {"x": np.float64}, rows, test=None)
+    ds = data.load("table", **place)
+    assert (len(ds.train), len(ds.test)) == (32, 8) and np.bincount(ds.test_labels).tolist() == [4, 4]
+    np.testing.assert_allclose([ds.train_inputs.mean(), ds.train_inputs.std()], [0, 1], atol=1e-6)  # of training rows
+    monkeypatch.setattr(_tfds, "open_split", None)
+    again = data.load("table", **place)
+    np.testing.assert_array_equal(again.test_inputs, ds.test_inputs)
+    half = build.load_data(config.Config(data=config.DataConfig(name="table", test_share=0.5)), **place)
+    assert (len(half.train), len(half.test)) == (20, 20)
+    whole = data.load("table", test_share=None, **place)
+    assert (len(whole.train), len(whole.test)) == (40, 0)
+    with pytest.raises(data.DataError, match=r"test_share must be between 0 and 1, .*got 1.5"):
+        data.load("table", test_share=1.5, **place)
+
+
+def test_images_and_hidden_labels_without_test_data(tmp_path, monkeypatch):
+    images = Records(40, (6, 6, 1), 2)
+    rows = [{"image": image, "label": i % 2} for i, image in enumerate(images.encoded)]
+    hidden = [row | {"label": -1} for row in rows[:5]]
+    place = table_set(tmp_path, monkeypatch, {"image": kinds.Image(shape=(6, 6, 1))}, rows, test=hidden)
+    ds = data.load("table", **place)
+    assert (len(ds.train), len(ds.test)) == (32, 8)
+    np.testing.assert_allclose(ds.mean, [ds.train_inputs.mean() / 255], rtol=1e-6)  # of training images alone
+    with pytest.raises(
+        data.DataError, match=r"drop must be empty for table, a set of images and not a table, got .*'x'"
+    ):
+        data.load("table", drop="x", **place)
+    with pytest.raises(data.DataError, match=r"has no test or validation split; none whose labels are known"):
+        data.stream("table", "test", **place)
+
+
+def test_images_in_a_dict(tmp_path, monkeypatch):
+    images = Records(12, (6, 6, 1), 2)
+    rows = [{"sample": {"pixels": image}, "label": i % 2} for i, image in enumerate(images.encoded)]
+    features = {"sample": {"pixels": kinds.Image(shape=(6, 6, 1)), "id": np.int64}}
+    place = table_set(tmp_path, monkeypatch, features, rows)
+    np.testing.assert_array_equal(data.load("table", **place).train_inputs, images.images)
+    assert data.stream("table", image_size=4, **place).fetch(np.array([1, 2]))[0].shape == (2, 4, 4, 1)
 
 
 def test_wrong_sets_and_options(tmp_path, monkeypatch, reviews):

@@ -114,6 +114,8 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
     """
     path = Path(path).expanduser()
     kind = path.suffix.lower()
+    if kind != ".csv" and (drop := options.pop("drop", ())):
+        raise DataError(f"drop is for columns of tables with names, got {drop!r} with {path}")
     if kind in (".npz", ".csv") and not path.is_dir():
         if not path.exists():
             raise DataError(f"{path} does not exist")

@@ -7,6 +7,8 @@ import numpy as np
 
 from msjax.data._error import DataError
 
+MOST_TEXTS = 100
+"""Different texts of a column, by default."""
 Missing = Literal["refuse", "median"]
 """What becomes of values that are missing or infinite; `data.from_csv` says how."""
 
@@ -68,6 +70,13 @@ def missing_error(what: Any, place: str, name: Any) -> DataError:
     """A value is not there, or not finite, where it must be."""
     return DataError(
         f'every value must be there and finite, got {what} {place}, column {name!r}: missing="median" fills it in'
+    )
+
+
+def too_many_texts(name: Any, count: int, example: str, most: int, advice: str) -> DataError:
+    """A column of texts is not one of a few."""
+    return DataError(
+        f"column {name!r} must be numbers or at most {most} different texts, got {count} such as {example!r}: {advice}"
     )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from msjax.data._arrays import finish, share_indices
-from msjax.data._columns import Missing
+from msjax.data._columns import MOST_TEXTS, Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._table import MOST_TEXTS, TableFormat, are_classes, check_label, pandas
+from msjax.data._table import TableFormat, are_classes, check_label, pandas
 
 
 def from_csv(

@@ -1,5 +1,6 @@
 """Sets that fit in memory: decoded once into the array cache, read from there as memory-mapped arrays."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msjax.data import _cache, _images, _official, _records, _registry, _tfds, _words
+from msjax.data._columns import MOST_TEXTS
 from msjax.data._error import DataError
 from msjax.data._measure import measure_images
 
@@ -29,8 +31,8 @@ class _Part(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
     dtype: type = np.uint8
-    columns: _records.Columns | None = None
-    """Of a table."""
+    columns: list[dict[str, Any]] | None = None
+    """Of a table: what the metadata say of each; see `_table_columns`."""
 
     @property
     def kind(self) -> str:
@@ -84,8 +86,11 @@ def cached(
         else:
             folder = _tfds.find(name, directory, asked)
             digest = _tfds.digest(folder)
-            splits = {s: _tfds.open_split(name, folder, s) for s in ("train", "test")}
-            parts = {s: _from_tfds(name, s, opened, image_size) for s, opened in splits.items()}
+            splits = {"train": _tfds.open_split(name, folder, "train")}
+            with contextlib.suppress(_tfds.NoSplit):  # a share of the other is set aside when it is loaded
+                splits["test"] = _tfds.open_split(name, folder, "test")
+            known = _known_texts(name, splits["train"])
+            parts = {s: _from_tfds(name, s, opened, image_size, known) for s, opened in splits.items()}
             num_classes, source = splits["train"].num_classes, str(directory)
         _build(entry, parts, {"name": name, "digest": digest, "num_classes": num_classes, "source": source})
     except DataError as error:
@@ -106,7 +111,7 @@ def _check_meaning(meta: dict[str, Any]) -> None:
     """Raises `Damaged` where an entry's arrays are what an earlier version took for the texts or the table."""
     if meta["kind"] == "text" and (made := meta.get("tokenizer", 1)) != _words.TOKENIZER:
         raise _cache.Damaged(f"its words are those of tokenizer {made}, this version has {_words.TOKENIZER}")
-    if meta["kind"] == "table" and "columns" not in meta:
+    if meta["kind"] == "table" and not all("refused" in column for column in meta.get("columns", [{}])):
         raise _cache.Damaged("its table is not kept as it was read, which this version does")
 
 
@@ -121,7 +126,30 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
     return _Part(len(images), shape, read)
 
 
-def _from_tfds(name: str, split_name: str, split: _tfds.Records, image_size: int | None) -> _Part:
+def _known_texts(name: str, train: _tfds.Records) -> dict[str, tuple[str, ...]]:
+    """The texts of a table's columns of texts, for which all training records are read."""
+    if not (isinstance(train.inputs, _records.Columns) and any(f.is_text for f in train.inputs.features)):
+        return {}
+    return _records.known_texts(_tfds.read(name, train, range(len(train.records))), train.inputs)
+
+
+def _table_columns(inputs: _records.Columns, known: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """What the metadata say of each column: its name, classes or first texts, how many texts, why it is refused."""
+    return [
+        {
+            "name": name,
+            "classes": list(known[name][: MOST_TEXTS + 1] if feature.is_text else feature.classes),
+            "texts": len(known[name]) if feature.is_text else 0,
+            "refused": feature.refused,
+        }
+        for feature in inputs.features
+        for name in feature.names
+    ]
+
+
+def _from_tfds(
+    name: str, split_name: str, split: _tfds.Records, image_size: int | None, known: dict[str, tuple[str, ...]]
+) -> _Part:
     count, inputs = len(split.records), split.inputs
 
     def records(lo: int, hi: int) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -132,9 +160,10 @@ def _from_tfds(name: str, split_name: str, split: _tfds.Records, image_size: int
 
         def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
             found, labels = records(lo, hi)
-            return _records.table_of(found, inputs), labels
+            return _records.table_of(found, inputs, known), labels
 
-        return _Part(count, (len(inputs.keys),), read, np.float64, inputs)
+        columns = _table_columns(inputs, known)
+        return _Part(count, (len(columns),), read, np.float64, columns)
     if isinstance(inputs, _records.Texts):
         # All of them at once: how wide the array is follows from the longest.
         found, labels = records(0, count)
@@ -154,7 +183,7 @@ def _from_tfds(name: str, split_name: str, split: _tfds.Records, image_size: int
         images = np.empty((len(found), h, w, c), np.uint8)
         for i, record in enumerate(found):
             with _images.decoding(f"image {lo + i} of {name} ({split_name})"):
-                image = _images.decode(record[inputs.key], c)
+                image = _images.decode(_records.value(record, inputs.key), c)
                 if image_size is not None:
                     image = _images.resize_center_crop(image, image_size, image_size)
                 pixels = _images.to_array(image)
@@ -186,8 +215,7 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
                 meta["kind"] = part.kind
                 meta["mean"], meta["std"] = part.statistics(inputs)
                 if part.columns:
-                    named = zip(part.columns.keys, part.columns.classes, strict=True)
-                    meta["columns"] = [{"name": name, "classes": classes} for name, classes in named]
+                    meta["columns"] = part.columns
                 if part.kind == "text":
                     meta["tokenizer"] = _words.TOKENIZER
         draft.meta = meta

@@ -8,7 +8,7 @@ import numpy as np
 
 from msjax.data import _cache, _images, _registry, _sets, _tfds
 from msjax.data._error import DataError
-from msjax.data._records import Images
+from msjax.data._records import Images, value
 
 IMAGE_SIZE = 224  # of the crops, by default
 _AUGMENT = 3  # keeps this stream of random numbers apart from those of _clients
@@ -88,7 +88,7 @@ class ImageStream:
         images = np.empty((len(records), *self.input_shape), np.uint8)
         for j, (index, record) in enumerate(zip(indices, records, strict=True)):
             with _images.decoding(f"image {index} of {self.name} ({self.split})"):
-                image = _images.decode(record[self._source.inputs.key], self.input_shape[2])
+                image = _images.decode(value(record, self._source.inputs.key), self.input_shape[2])
                 if self.random_crop:
                     image = _images.random_resized_crop(
                         image, size, np.random.default_rng([_AUGMENT, *entropy, int(index)])

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from msjax.data._columns import Column, Missing, check_missing, check_values, missing_error
+from msjax.data._columns import MOST_TEXTS, Column, Missing, check_missing, check_values, missing_error, too_many_texts
 from msjax.data._error import DataError
-
-MOST_TEXTS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +129,8 @@ def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
     if len(texts) > most_texts:
         numbers = pandas().to_numeric(series, errors="coerce").isna().to_numpy()
         stray = f"; or is {_text(series[numbers].iloc[0])!r} a mistake among numbers?" if numbers.mean() < 0.5 else ""
-        raise DataError(
-            f"column {series.name!r} must be numbers or at most {most_texts} different texts, got {len(texts)} such as "
-            f"{texts[0]!r}: leave it out by drop, or raise most_texts{stray}"
-        )
+        advice = f"leave it out by drop, or raise most_texts{stray}"
+        raise too_many_texts(series.name, len(texts), texts[0], most_texts, advice)
     return Column(series.name, tuple(texts), may_miss=missing == "median", has_indicator=bool(gone.any()))
 
 
