@@ -108,6 +108,20 @@ def _from_names(arrays):
     return TreeSpec.of(found[""] if list(found) == [""] else found)
 
 
+def check_tokenizer(present: int | None, trained: int | None) -> None:
+    """Raises ValueError where texts have other words here than those that a checkpoint or part was trained on.
+
+    Args:
+      present: the version of what splits the texts into words here; None where there are none.
+      trained: the one that was written down with what was trained, as the first one was not.
+    """
+    if present not in (None, trained or 1):
+        raise ValueError(
+            f"what goes on must be trained on words of tokenizer {present}, which this version of msjax has, got what "
+            f"was trained on those of tokenizer {trained or 1}: train it anew, or use the version that began it"
+        )
+
+
 class Built(NamedTuple):
     """A run, before its first step."""
 

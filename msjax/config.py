@@ -89,7 +89,8 @@ class DataConfig:
     """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs
     of the same dtype; by default what is usual for the set."""
     mean: tuple[float, ...] | None = None
-    """What is subtracted from inputs, channel by channel of pixels in [0, 1]; by default the set's own mean."""
+    """What is subtracted from inputs, channel by channel of pixels in [0, 1], or column by column of a table; by
+    default the set's own mean."""
     std: tuple[float, ...] | None = None
     """What they are then divided by; by default the set's own. Set both to what model.weights were trained with."""
     crop_padding: int = data.CROP_PADDING

@@ -1,19 +1,23 @@
 """Texts and tables of prepared sets: from records to tokens and columns. Needs no prepared data."""
 
+import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import build, config, data
+from msjax import build, config, data, parts
 from msjax.data import _records, _tfds, _words
 from msjax.data._records import Feature
 from msjax.distributed import agreement
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.options import ClientOptions
+from msjax.runs import RunFolder
 from msjax.split.spec import Preprocess
-from msjax.training import loop
+from msjax.training import loop, program
+from msjax.training.from_config import load_run, train_config
 
 from .data_helpers import Records, prepare_reviews, prepared
 
@@ -134,11 +138,52 @@ def test_parties_and_runs_know_the_tokenizer(reviews):
     assert "tokenizer" not in build.DataSummary.of(data.load()).to_json()  # what other sets say is as it was
     here, there = ({"data": s.to_json()} for s in (summary, summary._replace(tokenizer=3)))
     assert agreement.differences(here, there) == "tokenizer is 2 here and 3 there"
-    text = types.SimpleNamespace(tokenizer=2)
-    loop._check_tokenizer(text, {"tokenizer": 2})
-    loop._check_tokenizer(types.SimpleNamespace(tokenizer=None), {})
-    with pytest.raises(ValueError, match=r"words of tokenizer 2, .*begun with tokenizer 1: train it anew"):
-        loop._check_tokenizer(text, {})
+    for present, trained in ((2, 2), (1, None), (None, None)):
+        build.check_tokenizer(present, trained)
+    for trained in (None, 1):
+        with pytest.raises(ValueError, match=r"words of tokenizer 2, .*trained on those of tokenizer 1: train it anew"):
+            build.check_tokenizer(2, trained)
+
+
+def test_a_client_goes_on_with_its_own_tokenizer_alone(tmp_path):
+    client = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path)))
+    client.session.name = "0" * 32
+    client._check_tokenizer(2)  # nothing is trained yet
+    (tmp_path / "checkpoints" / client.session.name / "10").mkdir(parents=True)
+    client._check_tokenizer(2)
+    client._check_tokenizer(None)
+    with pytest.raises(ValueError, match="words of tokenizer 3"):
+        client._check_tokenizer(3)
+    (tmp_path / "checkpoints" / f"{client.session.name}.tokenizer").unlink()  # as the first version left it
+    with pytest.raises(ValueError, match="trained on those of tokenizer 1"):
+        client._check_tokenizer(2)
+
+
+@pytest.mark.slow
+def test_a_run_on_texts_goes_on_with_its_own_tokenizer_alone(reviews, tmp_path, monkeypatch):
+    place, _ = reviews
+    cfg = config.Config(
+        model=config.ModelConfig(name="transformer", width=0.25),
+        data=config.DataConfig(
+            name="reviews", text_length=8, data_dir=str(place["data_dir"]), cache_dir=str(place["cache_dir"])
+        ),
+        clients=2,
+        batch_size=100,
+        epochs=1,
+        out=str(tmp_path / "runs"),
+    )
+    folder = RunFolder.create(cfg, "run")
+    train_config(cfg, folder, quiet=True)
+    folder.close()
+    run = load_run(cfg)
+    folder, _ = RunFolder.open(tmp_path / "runs" / "run")
+    state = program.place(run.spec, run.state, loop.mesh_of(run.spec))
+    assert loop.restore(folder, run, state, loop.mesh_of(run.spec))[2]["tokenizer"] == 2
+    older = run._replace(dataset=dataclasses.replace(run.dataset, tokenizer=3))
+    with pytest.raises(ValueError, match=r"words of tokenizer 3, .*trained on those of tokenizer 2"):
+        loop.restore(folder, older, state, loop.mesh_of(run.spec))
+    folder.close()
+    assert parts.load_part(tmp_path / "runs" / "run" / "client.safetensors").summary.tokenizer == 2
 
 
 def test_words_are_spread_over_the_vocabulary():

@@ -11,6 +11,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.parts import save_trained
+from msjax.runs import write_atomically
 from msjax.split.parties import Client, ClientData
 
 log = logging.getLogger("msjax.client")
@@ -69,6 +70,7 @@ class ClientProgram:
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         if not ds.in_memory:
             raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
+        self._check_tokenizer(ds.tokenizer)
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
@@ -78,6 +80,16 @@ class ClientProgram:
         self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
         spec = self._build_run(samples, len(ds.test)).spec
         return Own(samples, len(ds.test), agreement.describe(spec, self._summary))
+
+    def _check_tokenizer(self, tokenizer):
+        """Raises where this client's checkpoints are of another tokenizer, and writes down which it is."""
+        folder = self._options.folder() / "checkpoints"
+        file = folder / f"{self.session.name}.tokenizer"
+        if any((folder / self.session.name).glob("[0-9]*")):
+            build.check_tokenizer(tokenizer, int(file.read_text()) if file.exists() else None)
+        if tokenizer is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, f"{tokenizer}\n")
 
     def _build_run(self, samples, test_samples):
         counts = {"samples": samples, "test_samples": test_samples}

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from msjax import data
+from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
@@ -252,23 +253,13 @@ def restore(
         if run.spec.task.name != "classification":
             raise
     else:
-        _check_tokenizer(run.dataset, progress)
+        check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
         return state, sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
     (state, before), progress = folder.checkpoints.restore(step, (state, before))
-    _check_tokenizer(run.dataset, progress)
+    check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
     return state, replicate(sums, mesh), progress
-
-
-def _check_tokenizer(dataset, progress):
-    """Raises where texts have other words now than those that a checkpoint was trained on."""
-    trained = progress.get("tokenizer", 1)  # the first was not written down
-    if dataset.tokenizer not in (None, trained):
-        raise ValueError(
-            f"the run must be trained on words of tokenizer {dataset.tokenizer}, which this version of msjax has, got "
-            f"one that was begun with tokenizer {trained}: train it anew, or go on with the version that began it"
-        )
