@@ -268,9 +268,13 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
 
 
-def pixel_maximum(inputs: TreeSpec) -> float:
-    """Returns what `data.normalize` divides by: mean and std of a data set are of pixels / 255, or of other numbers."""
-    return 255.0 if [leaf.dtype for leaf in inputs.leaves] == [np.uint8] else 1.0
+def pixel_maximum(inputs: TreeSpec) -> float | None:
+    """Returns what `data.normalize` divides by: a data set's mean and std are of pixels / 255, or of floats.
+
+    None of all others: tokens are not divided, and whatever else there might be is refused.
+    """
+    dtypes = [leaf.dtype for leaf in inputs.leaves]
+    return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
 def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:

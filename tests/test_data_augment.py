@@ -107,6 +107,10 @@ def test_pixels_are_divided_by_a_declared_range():
     np.testing.assert_allclose(data.normalize(floats, [0.5], [0.25], maximum=1), expected, atol=1e-5)
     deep = jnp.asarray(pixels * 257, jnp.uint16)
     np.testing.assert_allclose(data.normalize(deep, [0.5], [0.25], maximum=65535), expected, atol=1e-5)
+    wide = jnp.asarray(pixels)  # int64 of NumPy
+    np.testing.assert_array_equal(data.normalize(wide, [0.5], [0.25], maximum=255), expected)
+    with pytest.raises(ValueError, match=r"got one of tokens \(int32; images of int32 need maximum=255\)"):
+        data.normalize(wide, [0.5], [0.25])
     for maximum in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"maximum must be positive and finite, got {maximum}"):
             data.normalize(floats, [0.5], [0.25], maximum=maximum)

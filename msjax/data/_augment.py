@@ -82,7 +82,7 @@ def normalize(
 
     Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
     float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
-    may differ from the formula; cast to `dtype`. Tokens, int32, need `dtype` int32.
+    may differ from the formula; cast to `dtype`. Tokens, int32 without `maximum`, need `dtype` int32.
 
     Args:
         inputs: as a `Dataset` has them, or as an augmentation made them.
@@ -95,10 +95,11 @@ def normalize(
         ValueError: tokens are to become floats, or the other way round: model and data set do not go together; or
             `maximum` is not positive, or is missing where only it can say what the inputs are.
     """
-    tokens, dtype = inputs.dtype == jnp.int32, jnp.dtype(dtype)
+    tokens, dtype = inputs.dtype == jnp.int32 and maximum is None, jnp.dtype(dtype)
     if tokens != (dtype == jnp.int32):
         kind, other = ("tokens", "numbers") if tokens else ("numbers", "tokens")
-        raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}")
+        hint = " (int32; images of int32 need maximum=255)" if tokens and inputs.ndim > 2 else ""
+        raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}{hint}")
     if tokens:
         return inputs
     if mean is None:

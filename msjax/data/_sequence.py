@@ -175,6 +175,8 @@ class SequenceSplit:
         for what, like, column in zip(
             ("inputs", "labels"), (self._read_like, self.label_like), zip(*examples, strict=True), strict=True
         ):
+            if self._wide and isinstance(like, jax.ShapeDtypeStruct):  # one float or the other
+                column = [one.astype(like.dtype) if one.dtype.kind == like.dtype.kind == "f" else one for one in column]
             for i, example in zip(inner, column, strict=True):
                 self._check_alike(f"the {what} of item {i}", example, like)
             found.append(map_arrays(lambda *leaves: np.stack(leaves), *column))
