@@ -1,11 +1,13 @@
 """CSV files as data sets."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from msjax import build, config, data
+from msjax.distributed import agreement
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions
 
@@ -150,6 +152,20 @@ def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
     part = data.from_csv(tmp_path / "part.csv", table_format=same, test_share=None)
     np.testing.assert_array_equal(part.train_inputs, whole.train_inputs[10:16])
     assert part.num_classes == 2
+
+
+def test_parties_whose_columns_differ_do_not_agree(people, tmp_path):
+    """Clients with rows of their own see other texts, or values missing elsewhere, in as many columns."""
+    _, frame = people
+    descriptions = []
+    for jobs in (["cook", "nurse"], ["cook", "smith"], ["cook", "nurse"]):
+        frame.assign(job=np.resize(jobs, 40)).to_csv(tmp_path / "own.csv", index=False)
+        summary = build.DataSummary.of(data.from_csv(tmp_path / "own.csv", label="rich"))
+        text = agreement.describe(types.SimpleNamespace(describe=dict), summary)
+        assert "nurse" not in text and agreement.summary_of(agreement.parse(text)).input_shape == (7,)
+        descriptions.append(agreement.parse(text))
+    assert agreement.differences(descriptions[0], descriptions[1]).startswith("hash of column names is ")
+    assert agreement.differences(descriptions[0], descriptions[2]) == ""
 
 
 def test_errors(people, tmp_path, monkeypatch, unchecked):
