@@ -156,6 +156,20 @@ def test_integers_are_tokens_unless_they_are_normalized():
     assert data.from_arrays((IMAGES, CLASSES), normalize=True).input_like.dtype == np.uint8
 
 
+def test_images_of_other_integers_are_refused():
+    for dtype in (np.int64, np.uint16, np.int8):
+        with pytest.raises(
+            data.DataError, match=rf"inputs must be uint8 where they are images .*got {np.dtype(dtype)} "
+        ):
+            data.from_arrays((IMAGES.astype(dtype), CLASSES))
+        with pytest.raises(
+            data.DataError, match=rf"item 0 must be uint8 where they are images .*got {np.dtype(dtype)} "
+        ):
+            data.from_sequence([(image, 0) for image in IMAGES.astype(dtype)])
+        assert data.from_arrays((IMAGES.astype(dtype), CLASSES), normalize=True).input_like.dtype == np.float32
+    assert data.from_arrays((IMAGES.astype(int)[..., 0], CLASSES)).input_like.shape == (6, 5)  # which may be tokens
+
+
 def test_columns_make_inputs_of_other_rows():
     table = np.stack([DATES, np.where(np.arange(84) == 3, np.nan, 1)], axis=1)
     ds = data.from_arrays((table, DATES % 2), normalize=True, missing="median")

@@ -61,6 +61,11 @@ def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axe
     if array.dtype == np.uint8 and not labels:
         return array
     if np.issubdtype(array.dtype, np.integer):
+        if not labels and array.ndim - axes == 3 and array.shape[-1] in (1, 3):  # would be tokens, never divided by 255
+            raise DataError(
+                f"{name} must be uint8 where they are images (H, W, C), got {array.dtype} {array.shape}: "
+                "array.astype(np.uint8) for pixels in 0..255, and others by normalize=True"
+            )
         if array.size and (array.max() > _INT32.max or array.min() < _INT32.min):
             raise DataError(f"{name} must be in {_INT32.min}..{_INT32.max} (int32), got {array.min()}..{array.max()}")
         return array.astype(np.int32, copy=False)
