@@ -30,6 +30,8 @@ class DataSummary(NamedTuple):
       num_classes: where labels are classes.
       mean, std: for `data.normalize`; None where inputs are taken as they are.
       augment: the usual augmentation of the set.
+      columns: of a table, how its columns became inputs.
+      tokenizer: of texts, the version of what split them into words.
     """
 
     inputs: TreeSpec
@@ -38,13 +40,15 @@ class DataSummary(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: str = "none"
+    tokenizer: int | None = None
+    columns: tuple[data.Column, ...] | None = None
 
     @classmethod
     def of(cls, ds: data.Dataset) -> "DataSummary":
         """Returns the summary of a data set."""
         mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
         inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
-        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns)
 
     def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
         """Returns it with the config's `mean` and `std`, where it has them.
@@ -52,12 +56,17 @@ class DataSummary(NamedTuple):
         Raises:
           ValueError: they are not as many as the inputs have channels.
         """
-        if cfg.mean is None:
+        if cfg.mean is None or cfg.std is None:
             return self
         for name, values in (("mean", cfg.mean), ("std", cfg.std)):
             if len(values) != self.input_shape[-1]:
                 raise ValueError(f"data.{name} must have {self.input_shape[-1]} numbers, got {values}")
-        return self._replace(mean=cfg.mean, std=cfg.std)
+        if self.columns is None:
+            return self._replace(mean=cfg.mean, std=cfg.std)
+        # What the config's mean and std are of the columns as they were, in terms of the inputs that came of them.
+        own_mean, own_std = map(np.asarray, data.column_statistics(self.columns))
+        mean, std = (np.asarray(cfg.mean) - own_mean) / own_std, np.asarray(cfg.std) / own_std
+        return self._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -75,6 +84,10 @@ class DataSummary(NamedTuple):
         found = {"inputs": self.inputs.to_json(), "labels": self.labels.to_json(), "num_classes": self.num_classes}
         if len(self.inputs.leaves) == 1:
             found["input_shape"] = list(self.input_shape)
+        if self.tokenizer is not None:
+            found["tokenizer"] = self.tokenizer
+        if self.columns is not None:
+            found["columns"] = [column._asdict() for column in self.columns]
         mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
         return found | {"mean": mean, "std": std}
 
@@ -82,14 +95,33 @@ class DataSummary(NamedTuple):
     def from_json(cls, tree: dict[str, Any]) -> "DataSummary":
         """Returns what `to_json` made, or an earlier version's; trees become flat dicts by their arrays' names."""
         mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
-        inputs = _from_names(tree.get("inputs", [["", "float32", tree.get("input_shape")]]))
+        shape = tree.get("input_shape")
+        first = "uint8" if shape is not None and len(shape) == 3 else "float32"  # images, where dtypes are not said yet
+        inputs = _from_names(tree.get("inputs", [["", first, shape]]))
         labels = _from_names(tree.get("labels", [["", "int32", []]]))
-        return cls(inputs, labels, tree["num_classes"], mean, std)
+        columns = tree.get("columns")
+        if columns is not None:
+            columns = tuple(data.Column(**(column | {"texts": tuple(column["texts"])})) for column in columns)
+        return cls(inputs, labels, tree["num_classes"], mean, std, tokenizer=tree.get("tokenizer"), columns=columns)
 
 
 def _from_names(arrays):
     found = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for name, dtype, shape in arrays}
     return TreeSpec.of(found[""] if list(found) == [""] else found)
+
+
+def check_tokenizer(present: int | None, trained: int | None) -> None:
+    """Raises ValueError where texts have other words here than those that a checkpoint or part was trained on.
+
+    Args:
+      present: the version of what splits the texts into words here; None where there are none.
+      trained: the one that was written down with what was trained, as the first one was not.
+    """
+    if present not in (None, trained or 1):
+        raise ValueError(
+            f"what goes on must be trained on words of tokenizer {present}, which this version of msjax has, got what "
+            f"was trained on those of tokenizer {trained or 1}: train it anew, or use the version that began it"
+        )
 
 
 class Built(NamedTuple):
@@ -272,7 +304,18 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     if config.is_reference(augment):
         augment = config.resolve("data.augment", augment)
     tokens = cfg.model.name in models.TOKEN_MODELS
-    return Preprocess(augment, summary.mean, summary.std, "int32" if tokens else cfg.dtype, cfg.data.crop_padding)
+    dtype = "int32" if tokens else cfg.dtype
+    maximum = pixel_maximum(summary.inputs)
+    return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
+
+
+def pixel_maximum(inputs: TreeSpec) -> float | None:
+    """Returns what `data.normalize` divides by: a data set's mean and std are of pixels / 255, or of floats.
+
+    None of all others: tokens are not divided, and whatever else there might be is refused.
+    """
+    dtypes = [leaf.dtype for leaf in inputs.leaves]
+    return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
 def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:
@@ -282,13 +325,19 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
       ValueError, data.DataError: it cannot be had.
     """
     if config.is_reference(cfg.data.name):
+        if cfg.data.missing != "refuse":
+            raise ValueError(
+                f"data.missing must be 'refuse' where data.name is a function of a preset, which can fill values in "
+                f"itself, got {cfg.data.missing!r}"
+            )
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
-    sizes = {name: getattr(cfg.data, name) for name in ("image_size", "text_length", "vocabulary")}
+    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share")
+    options = {name: getattr(cfg.data, name) for name in names}
     try:
-        return data.load(cfg.data.name, **where, **sizes)
+        return data.load(cfg.data.name, **where, **options)
     except RuntimeError as error:
         if "home directory" not in str(error):
             raise
@@ -300,10 +349,12 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
 
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
-    options = {"test_share": cfg.test_share}
+    options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
-    return options if cfg.name.endswith(".npz") else options | {"image_size": cfg.image_size}
+    if cfg.name.endswith(".npz"):
+        return options | {"normalize": cfg.normalize}
+    return options | {"image_size": cfg.image_size}
 
 
 def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:

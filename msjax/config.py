@@ -77,8 +77,16 @@ class DataConfig:
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
     label: str = "label"
     """Of a CSV file: the column that is predicted."""
+    drop: tuple[str, ...] = ()
+    """Of a table: the columns that are not used, such as a row's number."""
     test_share: float = 0.2
-    """Of data of one's own that come without a test set: how much of them is set aside for it."""
+    """Of data that come without a test set: how much of them is set aside for it."""
+    normalize: bool = False
+    """Of an .npz file: whether numbers that are no images are standardised by mean and std of the training data, as
+    those of tables of other kinds always are."""
+    missing: data.Missing = "refuse"
+    """Of a table: refuse values that are missing or infinite, or take the median of the training rows for them, with a
+    column that says which were missing. Not with clients' own data: each would measure its own rows."""
     image_size: int | None = None
     """Side of the images; by default the set's own."""
     text_length: int = data.TEXT_LENGTH
@@ -86,10 +94,11 @@ class DataConfig:
     vocabulary: int = data.VOCABULARY
     """How many different tokens there are; words get theirs by a hash."""
     augment: str | None = None
-    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs;
-    by default what is usual for the set."""
+    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs
+    of the same dtype; by default what is usual for the set."""
     mean: tuple[float, ...] | None = None
-    """What is subtracted from inputs, channel by channel of pixels in [0, 1]; by default the set's own mean."""
+    """What is subtracted from inputs, channel by channel of pixels in [0, 1], or column by column of a table; by
+    default the set's own mean."""
     std: tuple[float, ...] | None = None
     """What they are then divided by; by default the set's own. Set both to what model.weights were trained with."""
     crop_padding: int = data.CROP_PADDING

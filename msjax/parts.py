@@ -4,7 +4,8 @@
     y, _ = trained.apply(trained.params, trained.stats, h, train=False)
 
 A client's part takes inputs as its data set gives them, normalised: `data.normalize(x, summary.mean, summary.std)` of
-its `summary`; a server's takes features.
+its `summary`; a server's takes features. Of a table, `summary.columns` says how rows become such inputs, see
+`data.table_inputs`, or `data.TableFormat("", None, summary.columns).inputs(frame)` for a pandas.DataFrame.
 
 The file is in the safetensors format: arrays by name, `params/BLOCK/…` and `stats/BLOCK/…`, and in its header what they
 are. Reading it executes nothing, and other frameworks read it too. Of a model of one's own the file holds the arrays

@@ -16,6 +16,13 @@ from msjax.data._records import Images
 Image = pytest.importorskip("PIL.Image")
 
 
+def png(pixels):
+    """An image as a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
 class Records:
     """Encoded examples with the interface of a TFDS data source."""
 
@@ -92,7 +99,7 @@ class Source(list):
         return [self[i] for i in indices]
 
 
-def prepared(tmp_path, monkeypatch, name, features, splits):
+def prepared(tmp_path, monkeypatch, name, features, splits, supervised=None):
     """A data_dir with a set of these features and records, read through TFDS's own classes but for the files."""
     import tensorflow_datasets as tfds
 
@@ -100,7 +107,9 @@ def prepared(tmp_path, monkeypatch, name, features, splits):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps({"name": name, "version": "1.0.0"}))
     (folder / f"{name}-train.array_record-00000-of-00001").touch()
-    info = types.SimpleNamespace(supervised_keys=None, features=tfds.features.FeaturesDict(features), splits=splits)
+    info = types.SimpleNamespace(
+        supervised_keys=supervised, features=tfds.features.FeaturesDict(features), splits=splits
+    )
     builder = types.SimpleNamespace(info=info, as_data_source=lambda split, decoders: Source(splits[split]))
     fake = types.SimpleNamespace(
         builder_from_directory=lambda path: builder, features=tfds.features, decode=tfds.decode

@@ -1,13 +1,16 @@
 """A user's arrays and .npz files as data sets, and the rules that every set must keep."""
 
 import dataclasses
+import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import data
+from msjax import build, config, data
+from msjax.distributed import agreement
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
@@ -66,6 +69,35 @@ def test_trees_of_arrays():
     assert x["image"].shape == (2, 2, 6, 5, 3) and x["age"].shape == y[0].shape == (2, 2)
 
 
+def test_missing_values_of_a_table(tmp_path):
+    table = TABLE.copy()
+    table[[2, 5], 1], table[3, 2] = np.nan, np.inf
+    test = TABLE[:4].copy()
+    test[1, 0] = test[2, 1] = np.nan
+    ds = data.from_arrays((table, CLASSES), (test, CLASSES[:4]), missing="median")
+    known = np.float32(np.delete(table[:, 1], [2, 5]))
+    assert ds.train_inputs.shape == (20, 6)  # two of four columns miss values
+    np.testing.assert_array_equal(ds.train_inputs[[2, 5], 1], [np.median(known)] * 2)
+    np.testing.assert_array_equal(np.flatnonzero(ds.train_inputs[:, 2]), [2, 5])
+    np.testing.assert_array_equal(np.flatnonzero(ds.train_inputs[:, 4]), [3])
+    np.testing.assert_array_equal(ds.train_inputs[:, [0, 5]], np.float32(TABLE[:, [0, 3]]))
+    # Of a column that only test rows miss values of there is the median, and no column that says so.
+    assert ds.test_inputs[1, 0] == np.median(np.float32(TABLE[:, 0])) and ds.test_inputs[2, 2] == 1
+    np.savez(tmp_path / "set.npz", x_train=table, y_train=CLASSES, x_test=test, y_test=CLASSES[:4])
+    same = data.load(str(tmp_path / "set.npz"), missing="median")
+    np.testing.assert_array_equal(same.train_inputs, ds.train_inputs)
+    np.testing.assert_array_equal(same.test_inputs, ds.test_inputs)
+    scaled = data.from_arrays((table, CLASSES), missing="median", normalize=True)
+    x = data.normalize(jnp.asarray(scaled.train_inputs), scaled.mean, scaled.std)
+    np.testing.assert_allclose(x[:, [0, 1, 3, 5]].mean(0), 0, atol=1e-6)
+    with pytest.raises(data.DataError, match=r'missing must be "refuse" for inputs that are no table, .*\(6, 5, 3\)'):
+        data.from_arrays((IMAGES, CLASSES), missing="median")
+    with pytest.raises(data.DataError, match="column '1' must have values, got none"):
+        data.from_arrays((np.where(np.arange(4) == 1, np.nan, TABLE), CLASSES), missing="median")
+    with pytest.raises(data.DataError, match='missing must be "refuse" or "median", got \'drop\''):
+        data.from_arrays((TABLE, CLASSES), missing="drop")
+
+
 def test_floats_are_normalized_where_asked():
     ds = data.from_arrays((TABLE * 3 + 5, CLASSES), normalize=True)
     x = data.normalize(jnp.asarray(ds.train_inputs), ds.mean, ds.std)
@@ -73,8 +105,83 @@ def test_floats_are_normalized_where_asked():
     np.testing.assert_allclose(x.std(0), 1, atol=1e-5)
     plain = data.from_arrays((TABLE, CLASSES))
     np.testing.assert_array_equal(data.normalize(jnp.asarray(plain.train_inputs), None, None), plain.train_inputs)
-    constant = data.from_arrays((np.ones((4, 2, 1)), np.zeros(4)), normalize=True)
-    assert constant.std == [1]
+    constant = data.from_arrays((np.ones((4, 2, 1), np.float32), np.zeros(4)), normalize=True)
+    assert constant.std == [1] and constant.columns is None
+
+
+DATES = 20200101 + np.arange(84) % 28
+"""In float32 there are 15 of them."""
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float64, np.uint32])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_large_numbers_are_centred_before_they_are_rounded(dtype, axes):
+    inputs = np.stack([DATES, np.arange(84) % 5], axis=1).astype(dtype)
+    inputs = inputs.reshape(-1, *(3,) * (axes - 1), 2)
+    expected = (inputs - inputs.reshape(-1, 2).mean(0)) / inputs.reshape(-1, 2).std(0)
+    pair = (inputs, np.arange(len(inputs)) % 2)
+    ds = data.from_arrays(pair, (inputs[:9].astype(np.float64), pair[1][:9]), normalize=True)
+    assert ds.mean is None and ds.std is None and len(np.unique(ds.train_inputs[..., 0])) == 28
+    np.testing.assert_allclose(ds.train_inputs, expected, atol=1e-6)
+    np.testing.assert_array_equal(ds.test_inputs, ds.train_inputs[:9])
+    np.testing.assert_allclose([ds.columns[0].mean, ds.columns[0].std], [DATES.mean(), DATES.std()], rtol=1e-12)
+    items = list(zip(inputs, pair[1].tolist(), strict=True))
+    for in_memory in (True, False):
+        same = data.from_sequence(items, in_memory=in_memory, num_classes=2, normalize=True, test_share=0.5)
+        chosen = same.train.fetch(np.arange(len(same.train)))[0]
+        assert chosen.dtype == same.input_like.dtype == np.float32
+        if in_memory:
+            np.testing.assert_allclose(chosen.reshape(-1, 2).mean(0), 0, atol=1e-6)
+            np.testing.assert_allclose(chosen.reshape(-1, 2).std(0), 1, atol=1e-6)
+        assert len(np.unique(chosen[..., 0])) > 15
+
+
+def test_large_numbers_are_not_rounded_in_silence(tmp_path):
+    dates = np.stack([np.ones(84), DATES], axis=1).astype(np.float64)
+    with pytest.raises(
+        data.DataError,
+        match=r"train inputs must be .* numbers up to 20200128 in column 1, .* steps of 2 .*normalize=True",
+    ):
+        data.from_arrays((dates, DATES % 2))
+    assert len(data.from_arrays((dates.astype(np.float32), DATES % 2)).train) == 84  # it is the user who has rounded
+    np.savez(tmp_path / "dates.npz", x=dates, y=DATES % 2)
+    cfg = config.Config(data=config.DataConfig(name=str(tmp_path / "dates.npz"), normalize=True))
+    assert len(np.unique(build.load_data(cfg).train_inputs[:, 1])) > 24  # of 28, in four of five rows
+
+
+def test_integers_are_tokens_unless_they_are_normalized():
+    assert data.from_arrays((DATES[:, None], DATES % 2)).input_like.dtype == np.int32
+    small = data.from_arrays((np.uint8(DATES % 28)[:, None], DATES % 2), normalize=True)  # uint8, but no images
+    assert small.input_like == jax.ShapeDtypeStruct((1,), np.float32) and small.columns[0].mean == 13.5
+    assert data.from_arrays((IMAGES, CLASSES), normalize=True).input_like.dtype == np.uint8
+
+
+def test_images_of_other_integers_are_refused():
+    for dtype in (np.int64, np.uint16, np.int8):
+        with pytest.raises(
+            data.DataError, match=rf"inputs must be uint8 where they are images .*got {np.dtype(dtype)} "
+        ):
+            data.from_arrays((IMAGES.astype(dtype), CLASSES))
+        with pytest.raises(
+            data.DataError, match=rf"item 0 must be uint8 where they are images .*got {np.dtype(dtype)} "
+        ):
+            data.from_sequence([(image, 0) for image in IMAGES.astype(dtype)])
+        assert data.from_arrays((IMAGES.astype(dtype), CLASSES), normalize=True).input_like.dtype == np.float32
+    assert data.from_arrays((IMAGES.astype(int)[..., 0], CLASSES)).input_like.shape == (6, 5)  # which may be tokens
+
+
+def test_columns_make_inputs_of_other_rows():
+    table = np.stack([DATES, np.where(np.arange(84) == 3, np.nan, 1)], axis=1)
+    ds = data.from_arrays((table, DATES % 2), normalize=True, missing="median")
+    summary = build.DataSummary.from_json(json.loads(json.dumps(build.DataSummary.of(ds).to_json())))
+    np.testing.assert_array_equal(data.table_inputs(summary.columns, table[:5], "new rows"), ds.train_inputs[:5])
+    description = agreement.describe(types.SimpleNamespace(describe=dict), summary)
+    assert "columns" not in agreement.parse(description)["data"]  # which says what is in a client's rows
+    # A config's mean and std are of the columns as they were.
+    cfg = config.DataConfig(mean=(20200100.0, 0.0, 0.0), std=(10.0, 1.0, 1.0))
+    given = summary.normalized_as(cfg)
+    x = data.normalize(jnp.asarray(ds.train_inputs), given.mean, given.std)
+    np.testing.assert_allclose(x[:, 0], (DATES - 20200100) / 10, rtol=1e-5)
 
 
 def test_a_share_is_set_aside_of_each_class_alike():

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import data
+from msjax import build, config, data
+from msjax.split.spec import Preprocess
+
+from .setups import dataset
 
 augment = jax.jit(data.augment, static_argnames="kind")
 
@@ -86,3 +89,49 @@ def test_normalize(dtype, bound):
     np.testing.assert_allclose(
         np.asarray(x, np.float64), (np.asarray(images) / 255 - mean) / std, rtol=bound, atol=bound
     )
+
+
+def test_pixels_are_divided_by_a_declared_range():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1))
+    expected = data.normalize(jnp.asarray(pixels, jnp.uint8), [0.5], [0.25])
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int16):
+        x = jnp.asarray(pixels, dtype)
+        np.testing.assert_array_equal(data.normalize(x, [0.5], [0.25], maximum=255), expected)
+        with pytest.raises(
+            ValueError, match=rf"maximum must be given for .*got {x.dtype} \(2, 4, 4, 1\) without: 255 "
+        ):
+            data.normalize(x, [0.5], [0.25])
+    with pytest.raises(ValueError, match="maximum must be given for"):
+        data.normalize(jnp.ones((2, 1), jnp.uint16), [0.5], [0.25])
+    floats = jnp.asarray(pixels / 255, jnp.float32)
+    np.testing.assert_allclose(data.normalize(floats, [0.5], [0.25], maximum=1), expected, atol=1e-5)
+    deep = jnp.asarray(pixels * 257, jnp.uint16)
+    np.testing.assert_allclose(data.normalize(deep, [0.5], [0.25], maximum=65535), expected, atol=1e-5)
+    wide = jnp.asarray(pixels)  # int64 of NumPy
+    np.testing.assert_array_equal(data.normalize(wide, [0.5], [0.25], maximum=255), expected)
+    with pytest.raises(ValueError, match=r"got one of tokens \(int32; images of int32 need maximum=255\)"):
+        data.normalize(wide, [0.5], [0.25])
+    for maximum in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"maximum must be positive and finite, got {maximum}"):
+            data.normalize(floats, [0.5], [0.25], maximum=maximum)
+    np.testing.assert_array_equal(data.normalize(jnp.full((2, 1), 3.0), [1.0], [2.0]), [[1], [1]])  # a table
+
+
+def test_a_run_knows_what_its_pixels_are_divided_by():
+    ds = dataset()
+    summary = build.DataSummary.of(ds)
+    assert build.make_preprocess(config.Config(), summary).maximum == 255
+    images = jnp.asarray(ds.train_inputs[:3])
+    to_floats = Preprocess(lambda x, key: x.astype(jnp.float32), summary.mean, summary.std, maximum=255.0)
+    with pytest.raises(
+        ValueError, match=r"augment must return inputs of the dtype that it is given, uint8, got float32"
+    ):
+        to_floats(images, jax.random.key(0))
+    brighter = Preprocess(lambda x, key: x + jnp.uint8(1), summary.mean, summary.std, maximum=255.0)
+    np.testing.assert_array_equal(brighter(images, jax.random.key(0)), brighter(images + jnp.uint8(1)))
+    floats = np.random.default_rng(0).normal(size=(20, 4, 4, 1)).astype(np.float32)
+    measured = build.DataSummary.of(data.from_arrays((floats, np.arange(20) % 2), normalize=True))
+    x = build.make_preprocess(config.Config(), measured)(jnp.asarray(floats))
+    np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=1e-6)
+    old = {"input_shape": [8, 8, 1], "num_classes": 10, "mean": [0.5], "std": [0.25]}  # of parts of the first version
+    assert build.make_preprocess(config.Config(), build.DataSummary.from_json(old)).maximum == 255

@@ -1,5 +1,7 @@
 """Who holds which examples, and in what order."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -39,13 +41,55 @@ def test_dirichlet_partition():
     assert [len(p) for p in data.partition(labels[:20], 20, alpha=0.05)] == [1] * 20
 
 
+def digest(client_indices):
+    held = np.concatenate([np.r_[len(own), own] for own in client_indices]).astype("<i4")
+    return hashlib.sha256(held.tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        (1e-12, "18adcd39af7a3a91"),
+        (0.01, "68d3f8a8a5a3ea19"),
+        (0.1, "8f4021d808c779f6"),
+        (0.5, "36a114f090836caf"),
+        (1.0, "aee1a4274b16854f"),
+        (10.0, "7d9f8f7b3ec852bf"),
+        (1e6, "17d6bd77bd29507f"),
+    ],
+)
+def test_dirichlet_partition_stays_the_same(alpha, expected):
+    """If this fails: recorded runs and runs to be resumed have other shares, so the draw must not change."""
+    labels = np.random.default_rng(0).integers(0, 10, 1000)
+    assert digest(data.partition(labels, 7, alpha=alpha, seed=3)) == expected
+
+
+@pytest.mark.parametrize("clients", [2, 10, 100])
+def test_large_alpha_is_even(clients):
+    labels = np.arange(1000) % 5
+    for alpha in (1e20, 1e299, 1e305, 1e307, 1.7e308, np.finfo(np.float64).max, 10**300):
+        held = data.partition(labels, clients, alpha=alpha)
+        assert sorted(np.concatenate(held).tolist()) == list(range(1000))
+        counts = np.stack([np.bincount(labels[own], minlength=5) for own in held])
+        assert np.abs(counts - 200 / clients).max() <= 1
+
+
+def test_small_alpha_gives_a_class_to_one_client():
+    labels = np.arange(1000) % 200  # many classes, so that no client has to be filled up
+    for alpha in (1e-300, 1e-306, 1e-310, 5e-324):
+        held = data.partition(labels, 4, alpha=alpha)
+        counts = np.stack([np.bincount(labels[own], minlength=200) for own in held])
+        assert set(counts.ravel().tolist()) == {0, 5}
+        assert min(map(len, held)) / 5 > 30 and max(map(len, held)) / 5 < 70  # any client is as likely as another
+
+
 def test_partition_errors():
     with pytest.raises(ValueError, match=r"num_clients must be in 1..3 .*got 4"):
         data.partition(np.zeros(3), 4)
     with pytest.raises(ValueError, match="got 0"):
         data.partition(3, 0)
-    for alpha in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="alpha must be positive"):
+    for alpha in (0.0, -1.0, float("nan"), float("inf"), -float("inf"), 10**400, "much", True):
+        with pytest.raises(ValueError, match="alpha must be positive and finite, or None for an even partition, got "):
             data.partition(np.zeros(30), 3, alpha=alpha)
     with pytest.raises(ValueError, match=r"labels must be given for a Dirichlet partition \(alpha\)"):
         data.partition(30, 3, alpha=1.0)

@@ -1,11 +1,16 @@
 """Folders of images as data sets."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 
 from msjax import data
+from msjax.data import _images
 
-from .data_helpers import Image
+from .data_helpers import Image, prepare_tiny
 
 
 @pytest.fixture
@@ -65,6 +70,106 @@ def test_images_are_turned_and_flattened(tmp_path):
     assert (turned[:, 3] == 200).all() and (turned[:, :3] == 0).all()
     assert (flat[:2] == 0).all() and (flat[2:] == 100).all()  # transparent pixels are black
     assert (deep == 0x12).all()
+
+
+RAMP = np.array([[0, 21845, 43690, 65535]], np.uint16)  # 0, 1/3, 2/3, 1
+
+
+def deep_png(colour, samples):
+    """A PNG of 16 bits a channel, which Pillow writes of grey ones alone; `colour` is PNG's: 2 RGB, 4 LA, 6 RGBA."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def tiff12(values):
+    """A TIFF of 12 bits a value, which Pillow only reads."""
+    bits = "".join(f"{value:012b}" for value in values)
+    strip = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory
+
+
+LIGHT = np.stack([RAMP] * 3, -1)
+DEEP = {
+    "PNG, grey": (1, lambda: saved(Image.fromarray(RAMP), "png")),
+    "PGM": (1, lambda: b"P5 4 1 65535\n" + RAMP.astype(">u2").tobytes()),
+    "PGM, 10 bits": (1, lambda: b"P5 4 1 1023\n" + np.array([0, 341, 682, 1023], ">u2").tobytes()),
+    "TIFF": (1, lambda: saved(Image.fromarray(RAMP), "tiff")),
+    "TIFF, 12 bits": (1, lambda: tiff12([0, 1365, 2730, 4095])),
+    "PNG, RGB": (3, lambda: deep_png(2, LIGHT)),
+    "PNG, grey and opaque": (3, lambda: deep_png(4, np.stack([RAMP, 0 * RAMP + 65535], -1))),  # RGBA to Pillow
+    "PNG, RGB and opaque": (3, lambda: deep_png(6, np.concatenate([LIGHT, 0 * LIGHT[..., :1] + 65535], -1))),
+}
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_more_than_8_bits_become_8(what, tmp_path):
+    channels, encode = DEEP[what]
+    for wanted in (1, 3):
+        pixels = _images.to_array(_images.decode(encode(), wanted))
+        assert pixels.dtype == np.uint8 and pixels.shape == (1, 4, wanted)
+        assert (pixels == np.array([0, 85, 170, 255])[:, None]).all()
+    image = _images.flatten(Image.open(io.BytesIO(encode())))  # as from_sequence does
+    assert _images.to_array(image).shape == (1, 4, channels)
+    np.testing.assert_array_equal(_images.to_array(image)[0, :, 0], [0, 85, 170, 255])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_values_without_a_range_are_refused(dtype, tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "a" / "0.tif")
+    with pytest.raises(data.DataError, match=r"0.tif cannot be decoded: images must have 8 or 16 bits .* mode [IF]$"):
+        data.from_image_folder(tmp_path, image_size=None)
+
+
+def test_prepared_sets_and_items_are_seen_as_folders_are(tmp_path, monkeypatch):
+    """EXIF turns, transparent pixels are black: in every way to read an image."""
+    pixels = np.random.default_rng(0).integers(1, 256, (12, 10, 4), dtype=np.uint8)
+    pixels[..., 3] = np.where(np.arange(10) < 5, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn
+    encoded = saved(Image.fromarray(pixels), "png", exif=exif)
+    expected = np.where(pixels[..., 3:] > 0, pixels[..., :3], 0)[::-1, ::-1]
+    directory, splits = prepare_tiny(tmp_path, monkeypatch)
+    splits["train"].encoded[5] = encoded
+    np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs[5], expected)
+    stream = data.stream("tiny", data_dir=directory, image_size=10, random_crop=False)
+    plain = data.stream("tiny", "test", data_dir=directory, image_size=10, random_crop=False)
+    plain._source.records.encoded[0] = saved(Image.fromarray(expected), "png")
+    np.testing.assert_array_equal(stream.fetch(np.array([5]))[0], plain.fetch(np.array([0]))[0])
+    ds = data.from_sequence([(Image.open(io.BytesIO(encoded)), 0)] * 2)
+    np.testing.assert_array_equal(ds.train_inputs[0], expected)
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    (tmp_path / "folder" / "a" / "0.png").write_bytes(encoded)
+    ds = data.from_image_folder(tmp_path / "folder", image_size=None, test_share=None)
+    np.testing.assert_array_equal(ds.train_inputs[0], expected)
+    exif[0x0112] = 6  # a quarter, which changes the sides
+    splits["train"].encoded[5] = saved(Image.fromarray(pixels), "png", exif=exif)
+    with pytest.raises(
+        data.DataError, match=r"image 5 of tiny .*12 x 10 pixels as it is seen, and the set says 10 x 12"
+    ):
+        data.load("tiny", data_dir=directory, cache_dir=tmp_path / "other")
+    assert data.load("tiny", data_dir=directory, image_size=8).train_inputs.shape == (40, 8, 8, 3)
+
+
+def test_damaged_exif_data_are_passed_over(tmp_path):
+    pixels = np.full((4, 4), 7, np.uint8)
+    encoded = saved(Image.fromarray(pixels), "png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(_images.decode(encoded, 1), pixels)
 
 
 def test_streamed(animals):

@@ -1,5 +1,6 @@
 """Anything with `__len__` and `__getitem__` as a data set, and `as_dataset`."""
 
+import io
 import threading
 import types
 
@@ -9,7 +10,7 @@ import pytest
 
 from msjax import data
 
-from .data_helpers import Image
+from .data_helpers import Image, png
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (50, 4, 5, 3), dtype=np.uint8)
@@ -206,3 +207,16 @@ def test_paths(tmp_path, monkeypatch):
         data.load("set.npz", image_size=4)
     with pytest.raises(TypeError, match="load takes label only where name is a path, got 'digits'"):
         data.load("digits", label="x")
+
+
+def test_floats_of_both_kinds_are_normalized_together():
+    items = [(np.float32([i]) if i % 2 else [float(i)], 0) for i in range(6)]
+    x = data.from_sequence(items, normalize=True).train_inputs
+    np.testing.assert_allclose(x[:, 0], (np.arange(6) - 2.5) / np.arange(6).std(), atol=1e-6)
+
+
+def test_a_bad_pil_image_is_named():
+    good = png(np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8))
+    items = [(Image.open(io.BytesIO(good[: len(good) - 40 * (i == 3)])), 0) for i in range(5)]  # decoded when used
+    with pytest.raises(data.DataError, match="sequence: train inputs of item 3 cannot be decoded: OSError: "):
+        data.from_sequence(items)

@@ -1,9 +1,11 @@
 """Where sets come from: directories, downloads from files, real TFDS files, and what is said where there is nothing."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from msjax import data
 from msjax.data import _official, _registry, _tfds
 
-from .data_helpers import Records, forbid, prepare_tiny
+from .data_helpers import Records, forbid, png, prepare_tiny
 
 
 @pytest.fixture
@@ -54,6 +56,64 @@ def test_pillow_not_installed(tmp_path, monkeypatch):
     forbid(monkeypatch, "PIL")
     with pytest.raises(data.DataError, match=r"needs pillow.*pip install 'msjax\[data\]'"):
         data.load("tiny", data_dir=directory)
+
+
+def flipped(encoded, at):
+    return encoded[:at] + bytes([encoded[at] ^ 1]) + encoded[at + 1 :]
+
+
+BAD_IMAGES = {
+    "cut short": lambda encoded: encoded[:-40],
+    "cut in its head": lambda encoded: encoded[:20],
+    "empty": lambda encoded: b"",
+    "HTML": lambda encoded: b"<!DOCTYPE html><title>404</title>",
+    "SVG": lambda encoded: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "pixels changed": lambda encoded: flipped(encoded, encoded.index(b"IDAT") + 30),
+    "wrong CRC": lambda encoded: flipped(encoded, encoded.index(b"IDAT") - 5),
+    "none": lambda encoded: None,
+    "bomb": lambda encoded: png(np.zeros((40, 40, 3), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_a_bad_image_is_named(tmp_path, monkeypatch, what):
+    directory, splits = prepare_tiny(tmp_path, monkeypatch)
+    encoded = splits["train"].encoded
+    encoded[3] = BAD_IMAGES[what](encoded[3])
+    if what == "bomb":
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 700)  # an error is raised for more than twice as many
+    with pytest.raises(data.DataError, match=r"^image 3 of tiny \(train\) cannot be decoded: ") as caught:
+        data.load("tiny", data_dir=directory)
+    assert "cache" not in str(caught.value) and "0x" not in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir())
+    stream = data.stream("tiny", data_dir=directory, image_size=8)
+    with pytest.raises(data.DataError, match=r"^image 3 of tiny \(train\) cannot be decoded: "):
+        next(data.batches(stream, np.arange(8).reshape(1, 8)))
+
+
+def test_only_the_cache_is_told_to_be_unwritable(tmp_path, monkeypatch):
+    directory, splits = prepare_tiny(tmp_path, monkeypatch)
+
+    def unreadable(*args):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(splits["train"].__class__, "__getitems__", unreadable)
+        with pytest.raises(data.DataError, match="TFDS cannot read examples of tiny"):
+            data.load("tiny", data_dir=directory)
+    for number, advice in (
+        (errno.ENOSPC, "free some space there, or name another cache_dir"),
+        (errno.EROFS, "name an"),
+    ):
+
+        def full(*args, number=number):
+            raise OSError(number, "no")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "posix_fallocate", full)
+            with pytest.raises(data.DataError, match=rf"cannot write the array cache .*tiny.*: {advice}"):
+                data.load("tiny", data_dir=directory)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_wrong_directories(offline, tmp_path):

@@ -1,9 +1,15 @@
 """CSV files as data sets."""
 
+import dataclasses
+import types
+
 import numpy as np
 import pytest
 
-from msjax import data
+from msjax import build, config, data
+from msjax.distributed import agreement
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.options import ClientOptions
 
 from .data_helpers import forbid
 
@@ -48,6 +54,7 @@ def test_columns_become_numbers(people):
         ds.train_inputs[:, 2:5], np.stack([frame["job"] == j for j in ("cook", "nurse", "smith")], 1)
     )
     assert (ds.train_inputs[:, 5] == 0).all()  # a constant
+    assert ds.columns == data.TableFormat.measure(frame, label="rich").columns
     np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(ds.train_inputs[:, [0, 1, 6]].std(0), 1, atol=1e-6)
 
@@ -103,6 +110,38 @@ def test_missing_values(people):
         data.from_csv(path, label="rich", missing="median")
 
 
+def test_values_that_only_test_rows_miss(people, tmp_path):
+    path, frame = people
+    frame.iloc[:9].assign(age=np.nan, job=None).to_csv(tmp_path / "test.csv", index=False)
+    ds = data.from_csv(path, label="rich", test=tmp_path / "test.csv", missing="median")
+    assert ds.input_like.shape == (8,)  # as if nothing were missing: no column says what is
+    middle = (frame["age"].median() - frame["age"].mean()) / frame["age"].std(ddof=0)
+    np.testing.assert_allclose(ds.test_inputs[:, 1], middle, rtol=1e-5)
+    assert (ds.test_inputs[:, 2:5] == 0).all()
+
+
+def test_a_config_says_what_becomes_of_missing_values(people, tmp_path):
+    path, _ = people
+    change(path, 3, "age", "")
+    cfg = config.Config(data=config.DataConfig(name=str(path), label="rich"))
+    with pytest.raises(data.DataError, match="got missing in row 3, column 'age'"):
+        build.load_data(cfg)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, missing="median"))
+    assert build.load_data(cfg).input_like.shape in ((8,), (9,))  # by whether row 3 is among the training rows
+    assert config.from_json(config.to_json(cfg)) == cfg
+    with pytest.raises(ValueError, match=r"data.missing must be one of 'refuse', 'median', got 'mean'"):
+        config.Config(data=config.DataConfig(missing="mean"))
+    by_preset = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="preset.py:table"))
+    with pytest.raises(ValueError, match=r"data.missing must be 'refuse' where data.name is a function of a preset"):
+        build.load_data(by_preset)
+    client = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path / "state"), own_data=True))
+    with pytest.raises(ValueError, match=r"data.missing must be 'refuse' for clients with own data, got 'median'"):
+        client._load(cfg)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(data.DataError, match='missing must be "refuse" for a folder of images'):
+        data.as_dataset(tmp_path / "folder", missing="median")
+
+
 def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
     path, frame = people
     table_format = data.TableFormat.measure(frame, label="rich")
@@ -113,6 +152,20 @@ def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
     part = data.from_csv(tmp_path / "part.csv", table_format=same, test_share=None)
     np.testing.assert_array_equal(part.train_inputs, whole.train_inputs[10:16])
     assert part.num_classes == 2
+
+
+def test_parties_whose_columns_differ_do_not_agree(people, tmp_path):
+    """Clients with rows of their own see other texts, or values missing elsewhere, in as many columns."""
+    _, frame = people
+    descriptions = []
+    for jobs in (["cook", "nurse"], ["cook", "smith"], ["cook", "nurse"]):
+        frame.assign(job=np.resize(jobs, 40)).to_csv(tmp_path / "own.csv", index=False)
+        summary = build.DataSummary.of(data.from_csv(tmp_path / "own.csv", label="rich"))
+        text = agreement.describe(types.SimpleNamespace(describe=dict), summary)
+        assert "nurse" not in text and agreement.summary_of(agreement.parse(text)).input_shape == (7,)
+        descriptions.append(agreement.parse(text))
+    assert agreement.differences(descriptions[0], descriptions[1]).startswith("hash of column names is ")
+    assert agreement.differences(descriptions[0], descriptions[2]) == ""
 
 
 def test_errors(people, tmp_path, monkeypatch, unchecked):

@@ -103,6 +103,7 @@ def _evaluate(trained, remote, options):
         eval_compressed=trained.config.eval_compressed and not options.uncompressed,
     )
     ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    build.check_tokenizer(ds.tokenizer, trained.summary.tokenizer)
     spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)

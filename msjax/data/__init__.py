@@ -18,7 +18,8 @@ from msjax.data._arrays import from_arrays, from_npz
 from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
-from msjax.data._clients import epoch_indices, epoch_order, partition
+from msjax.data._clients import check_alpha, epoch_indices, epoch_order, partition
+from msjax.data._columns import Column, Missing, column_statistics, table_inputs
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split
 from msjax.data._error import DataError
@@ -36,14 +37,18 @@ __all__ = [
     "TEXT_LENGTH",
     "VOCABULARY",
     "Arrays",
+    "Column",
     "DataError",
     "Dataset",
     "ImageStream",
+    "Missing",
     "Split",
     "TableFormat",
     "as_dataset",
     "augment",
     "batches",
+    "check_alpha",
+    "column_statistics",
     "crop_flip",
     "default_augmentation",
     "epoch_indices",
@@ -58,4 +63,5 @@ __all__ = [
     "normalize",
     "partition",
     "stream",
+    "table_inputs",
 ]

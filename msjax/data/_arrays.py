@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from msjax.data._check import check
+from msjax.data._check import check, check_inputs
+from msjax.data._columns import Column, Missing, check_missing, measure_table, standardized, table_inputs
 from msjax.data._convert import convert_inputs, convert_labels
-from msjax.data._dataset import Arrays, Dataset, Split, Tree
+from msjax.data._dataset import Arrays, Dataset, Split, Tree, named_arrays
 from msjax.data._error import DataError
 from msjax.data._measure import measure_images, measure_last_axis
 
@@ -36,6 +37,7 @@ def from_arrays(
     num_classes: int | None = None,
     test_share: float | None = None,
     normalize: bool = False,
+    missing: Missing = "refuse",
     name: str = "arrays",
     seed: int = 0,
 ) -> Dataset:
@@ -44,7 +46,8 @@ def from_arrays(
     Inputs are an array (N, ...), or a dict or tuple of arrays; NumPy's, JAX's, PyTorch's or what else `np.asarray`
     takes. uint8 stays, other integers (tokens) become int32, floats and bools float32. uint8 (N, H, W, C), or
     (N, H, W), which gets a channel, are images: their mean and std are measured on the training images and applied by
-    `data.normalize`. Everything else is taken as it is, unless `normalize`.
+    `data.normalize`. Other integers of such a shape, (N, H, W, 1) or (N, H, W, 3), are refused: as tokens they would
+    not be divided by 255. Everything else is taken as it is, unless `normalize`.
 
     Labels are of any shape. Integers (N,) or (N, 1) are classes. Other labels (floats to predict, integers for each
     pixel or token) become float32 or int32, and `num_classes` is what it is given as.
@@ -54,7 +57,13 @@ def from_arrays(
         test: the same for testing; without it and `test_share` the set has no test data.
         num_classes: by default one more than the largest label.
         test_share: instead of `test`: this part of `train` is set aside, at random, of each class alike.
-        normalize: measure mean and std of float inputs (..., C), one each of the last axis.
+        normalize: standardise numbers (N, ..., C), floats or integers, by mean and std of the training inputs, one each
+            of the last axis. A table (N, F), and what is not float32, is centred and scaled in float64, before float32
+            would round what large numbers differ in, such as dates; `columns` of the data set says how. float32 of
+            more axes is not copied: `mean` and `std` are for `data.normalize`. Without this a table of float64 is
+            refused where float32 would leave little of what a column's values differ in.
+        missing: "refuse" NaN and infinite inputs; or, of a table, floats (N, F), take the "median" of the training rows
+            for them, and behind each column that training rows miss values of add one that says which, see `from_csv`.
         name: for messages and records.
         seed: chooses what is set aside.
 
@@ -62,23 +71,54 @@ def from_arrays(
         DataError: the arrays break a rule of `check`, are no numbers, or differ in length; `test` is empty or
             `test_share` leaves one side without examples.
     """
-    train_split = _converted(train, "train")
+    train_split = _converted(train, "train", normalize)
     if test is None:
         train_split, test_split = share_out(train_split, test_share, seed)
     else:
         if test_share is not None:
             raise DataError(f"test_share must be None where test is given, got {test_share}")
-        test_split = _converted(test, "test")
+        test_split = _converted(test, "test", normalize)
         if not len(test_split):
             raise DataError("test must have examples, got none: leave it out where there is no test set")
-    return finish(name, train_split, test_split, num_classes=num_classes, normalize=normalize)
+        if normalize:
+            train_split, test_split = _of_one_float(train_split, test_split)
+    return finish(name, train_split, test_split, num_classes=num_classes, normalize=normalize, missing=missing)
 
 
-def _converted(pair: Any, role: str) -> Arrays:
+def _converted(pair: Any, role: str, normalize: bool) -> Arrays:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         found = f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__
         raise DataError(f"{role} must be (inputs, labels), got {found}")
-    return Arrays(convert_inputs(pair[0], f"{role} inputs"), convert_labels(pair[1], f"{role} labels"))
+    inputs = convert_inputs(pair[0], f"{role} inputs", wide=normalize)
+    if not normalize:
+        _check_resolution(pair[0], f"{role} inputs")
+    return Arrays(inputs, convert_labels(pair[1], f"{role} labels"))
+
+
+def _check_resolution(tree: Tree, role: str) -> None:
+    """Raises where rounding to float32 leaves little of what the numbers of a table differ in, such as dates."""
+    for name, array in named_arrays(tree, role):
+        if not (isinstance(array, np.ndarray) and array.dtype == np.float64 and array.ndim == 2 and len(array)):
+            continue
+        with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
+            spread, most = array.std(0), np.abs(array).max(0).astype(np.float32)
+            coarse = (spread > 0) & (spread < 100 * np.spacing(most))
+        if coarse.any():
+            at = int(np.flatnonzero(coarse)[0])
+            raise DataError(
+                f"{name} must be such as float32 tells apart, got numbers up to {most[at]:.9g} in column {at}, where "
+                f"it has steps of {np.spacing(most[at]):.3g} and they differ by {spread[at]:.3g}: "
+                "normalize=True centres them first"
+            )
+
+
+def _of_one_float(*splits: Arrays) -> list[Arrays]:
+    """Floats of one dtype, the wider one of the two, where they are not rounded to float32 yet."""
+    inputs = [split.inputs for split in splits]
+    if all(isinstance(x, np.ndarray) and x.dtype in (np.float32, np.float64) for x in inputs):
+        dtype = np.result_type(*inputs)
+        return [Arrays(x.astype(dtype, copy=False), split.targets) for x, split in zip(inputs, splits, strict=True)]
+    return list(splits)
 
 
 def share_out(split: Arrays, test_share: float | None, seed: int) -> tuple[Arrays, Arrays]:
@@ -123,38 +163,86 @@ def finish(
     *,
     num_classes: int | None,
     normalize: bool = False,
-    columns: list[str] | None = None,
+    missing: Missing = "refuse",
+    columns: tuple[Column, ...] | None = None,
 ) -> Dataset:
-    """The data set of two splits of converted arrays: classes counted, inputs measured, everything checked."""
+    """The data set of two splits of converted arrays: classes counted, inputs measured, everything checked.
+
+    `columns` are those of a table that is standardised already.
+    """
     if num_classes is None and are_classes(train.label_like) and len(train):
         if not (train.in_memory and test.in_memory):
             raise DataError(f"num_classes must be given for {name}: its labels are not in memory to be counted")
         num_classes = max(int(s.targets.max()) for s in (train, test) if len(s)) + 1
         num_classes = max(num_classes, 1)  # a negative label is told of below
-    ds = check(Dataset(name, train, test, num_classes, None, None), columns)
-    mean, std = measure(train, normalize)
-    return dataclasses.replace(ds, mean=mean, std=std)
+    kind = _kind(train.input_like, normalize, missing)
+    if kind in ("table", "numbers") and len(train) and not (len(test) and test.input_like != train.input_like):
+        train, test, columns = _standardized(train, test, kind, normalize, missing)
+    names = [one for column in columns for one in column.names] if columns else None
+    ds = check(Dataset(name, train, test, num_classes, None, None, columns=columns), names)
+    if kind in ("images", "floats"):
+        mean, std = (measure_images if kind == "images" else measure_last_axis)(_some(train))
+        ds = dataclasses.replace(ds, mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
+    return ds
 
 
-def measure(split: Split, normalize: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Mean and std for `data.normalize`; None where inputs are taken as they are."""
-    like = split.input_like
+def _kind(like: Tree, normalize: bool, missing: str) -> str:
+    """What is done to inputs: images and floats are measured, a table and numbers standardised, others left alone.
+
+    Floats are float32 of more axes than a table, which need not be copied; numbers are those that float32 would round.
+    """
+    check_missing(missing)
     single = isinstance(like, jax.ShapeDtypeStruct)
-    images = single and like.dtype == np.uint8 and len(like.shape) == 3
-    if not images and not normalize:
-        return None, None
-    if not images and not (single and like.dtype == np.float32 and like.shape):
-        raise DataError(f"normalize must be False for inputs that are no images or one array of floats, got {like}")
+    is_float = single and like.dtype in (np.float32, np.float64)
+    if missing != "refuse" and not (is_float and len(like.shape) == 1):
+        raise DataError(
+            f'missing must be "refuse" for inputs that are no table, floats (N, F), got {missing!r} with {like}'
+        )
+    if single and like.dtype == np.uint8 and len(like.shape) == 3:
+        return "images"
+    if not normalize and missing == "refuse":
+        return "as they are"
+    if not (is_float and like.shape):
+        raise DataError(f"normalize must be False for inputs that are no images or one array of numbers, got {like}")
+    if len(like.shape) == 1:
+        return "table"
+    return "floats" if like.dtype == np.float32 else "numbers"
+
+
+def _standardized(
+    train: Split, test: Split, kind: str, normalize: bool, missing: str
+) -> tuple[Split, Split, tuple[Column, ...]]:
+    """Inputs in float64 made float32, by what the training data say."""
+    inputs = _some(train)
+    columns = tuple(Column(str(i)) for i in range(inputs.shape[-1]))
+    if kind == "table":
+        columns = measure_table(columns, inputs, missing, "train inputs")
+    else:
+        check_inputs(inputs, "train inputs")
+        statistics = zip(*measure_last_axis(inputs), strict=True)
+        columns = tuple(
+            c._replace(mean=float(mean), std=float(std)) for c, (mean, std) in zip(columns, statistics, strict=True)
+        )
+    if not normalize:
+        columns = tuple(column._replace(mean=0.0, std=1.0) for column in columns)
+    splits = [
+        split.standardized(columns)
+        if not split.in_memory
+        else Arrays(
+            table_inputs(columns, split.inputs, where) if kind == "table" else standardized(split.inputs, columns),
+            split.targets,
+        )
+        for split, where in ((train, "train inputs"), (test, "test inputs"))
+    ]
+    return splits[0], splits[1], columns
+
+
+def _some(split: Split) -> np.ndarray:
+    """The inputs of a split, or of 1,000 examples where it is not in memory."""
     if split.in_memory:
-        inputs = split.inputs
-    else:
-        chosen = np.random.default_rng(0).permutation(len(split))[:_MEASURED]
-        inputs, _ = split.fetch(np.sort(chosen))
-    if images:
-        mean, std = measure_images(inputs)
-    else:
-        mean, std = measure_last_axis(inputs)
-    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        return split.inputs
+    chosen = np.random.default_rng(0).permutation(len(split))[:_MEASURED]
+    return split.fetch(np.sort(chosen))[0]
 
 
 def from_npz(
@@ -167,6 +255,7 @@ def from_npz(
     num_classes: int | None = None,
     test_share: float | None = 0.2,
     normalize: bool = False,
+    missing: Missing = "refuse",
     seed: int = 0,
 ) -> Dataset:
     """Make a data set of an .npz file, as `from_arrays` does of its arrays.
@@ -177,7 +266,7 @@ def from_npz(
     Args:
         inputs, labels, test_inputs, test_labels: names of the arrays, where they have others.
         test_share: what is set aside where the file has no test arrays; None: nothing.
-        num_classes, normalize, seed: see `from_arrays`.
+        num_classes, normalize, missing, seed: see `from_arrays`.
 
     Raises:
         DataError: there is no such file or array, or as `from_arrays`.
@@ -202,6 +291,7 @@ def from_npz(
         num_classes=num_classes,
         test_share=None if test else test_share,
         normalize=normalize,
+        missing=missing,
         name=path.name,
         seed=seed,
     )

@@ -114,6 +114,8 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
     """
     path = Path(path).expanduser()
     kind = path.suffix.lower()
+    if kind != ".csv" and (drop := options.pop("drop", ())):
+        raise DataError(f"drop is for columns of tables with names, got {drop!r} with {path}")
     if kind in (".npz", ".csv") and not path.is_dir():
         if not path.exists():
             raise DataError(f"{path} does not exist")
@@ -121,5 +123,9 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
             raise DataError(f"image_size is for folders of images and sets by name, got it with {path}")
         return (from_npz if kind == ".npz" else from_csv)(path, **options)
     if path.is_dir():
+        if (missing := options.pop("missing", "refuse")) != "refuse":
+            raise DataError(
+                f'missing must be "refuse" for a folder of images and not a table, got {missing!r} with {path}'
+            )
         return from_image_folder(path, **({"image_size": None} | options))
     raise DataError(f"{path} must be an .npz file, a .csv file or a folder of images")

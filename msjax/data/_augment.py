@@ -1,5 +1,6 @@
 """Augmentation and normalisation on the device, inside `jit`, `vmap` and `scan`."""
 
+import math
 from typing import Any
 
 import jax
@@ -68,28 +69,57 @@ def augment(
 
 
 def normalize(
-    inputs: Shaped[Array, "..."], mean: Any, std: Any, dtype: DTypeLike = jnp.float32
+    inputs: Shaped[Array, "..."],
+    mean: Any,
+    std: Any,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    maximum: float | None = None,
 ) -> Shaped[Array, "..."]:
     """Inputs of a `Dataset` as a network takes them: images and tables normalised, tokens as they are.
 
     Where `mean` is None, numbers are only cast.
 
     Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
-    float32 (..., F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
-    may differ from the formula; cast to `dtype`. Tokens, int32, need `dtype` int32.
+    float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
+    may differ from the formula; cast to `dtype`. Tokens, int32 without `maximum`, need `dtype` int32.
+
+    Args:
+        inputs: as a `Dataset` has them, or as an augmentation made them.
+        mean, std: of inputs / maximum.
+        dtype: of the result.
+        maximum: what inputs are divided by first. By default 255 of uint8 and 1 of a table. It must be given for
+            everything else, since numbers of an image do not say whether they end at 1 or at 255.
 
     Raises:
-        ValueError: tokens are to become floats, or the other way round: model and data set do not go together.
+        ValueError: tokens are to become floats, or the other way round: model and data set do not go together; or
+            `maximum` is not positive, or is missing where only it can say what the inputs are.
     """
-    tokens, dtype = inputs.dtype == jnp.int32, jnp.dtype(dtype)
+    tokens, dtype = inputs.dtype == jnp.int32 and maximum is None, jnp.dtype(dtype)
     if tokens != (dtype == jnp.int32):
         kind, other = ("tokens", "numbers") if tokens else ("numbers", "tokens")
-        raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}")
+        hint = " (int32; images of int32 need maximum=255)" if tokens and inputs.ndim > 2 else ""
+        raise ValueError(f"data.name must be a set of {other}, which the model takes, got one of {kind}{hint}")
     if tokens:
         return inputs
     if mean is None:
         return inputs.astype(dtype)
     shape = (1,) * (inputs.ndim - 1) + inputs.shape[-1:]
     mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
-    unit = 255 if inputs.dtype == jnp.uint8 else 1
-    return (inputs.astype(jnp.float32) * (1 / (unit * std)) - mean / std).astype(dtype)
+    return (inputs.astype(jnp.float32) * (1 / (_divisor(inputs, maximum) * std)) - mean / std).astype(dtype)
+
+
+def _divisor(inputs: Shaped[Array, "..."], maximum: float | None) -> float:
+    """What inputs are divided by, which must be known: their values are not there while a program is traced."""
+    if maximum is not None:
+        if not 0 < maximum < math.inf:
+            raise ValueError(f"maximum must be positive and finite, got {maximum}")
+        return maximum
+    if inputs.dtype == jnp.uint8:
+        return 255
+    if jnp.issubdtype(inputs.dtype, jnp.floating) and inputs.ndim <= 2:
+        return 1
+    raise ValueError(
+        f"maximum must be given for inputs other than uint8 images and tables of floats (B, F), got {inputs.dtype} "
+        f"{inputs.shape} without: 255 where pixels are in 0..255, 1 where mean and std are of the inputs as they are"
+    )

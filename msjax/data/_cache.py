@@ -5,6 +5,7 @@ CRC-32.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -79,21 +80,33 @@ def source(entry: Path) -> str | None:
         return None
 
 
+@contextlib.contextmanager
+def _writes(entry: Path) -> Iterator[None]:
+    """Around what touches the entry's own files: an OSError means that they cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space there, or name another cache_dir" if full else "name another cache_dir"
+        raise DataError(f"cannot write the array cache {entry} ({error}): {advice}") from error
+
+
 class Draft:
     """An entry being written: make its arrays with `array`, put what is worth knowing into `meta`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, entry: Path):
+        self.folder, self.entry = folder, entry
         self.arrays: dict[str, np.ndarray] = {}
         self.meta: dict[str, Any] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A writable array on disk; what it holds at the end of the `with` block is kept."""
         path = self.folder / f"{name}.npy"
-        self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-        if hasattr(os, "posix_fallocate"):  # else a full disk kills the process at the first write (SIGBUS)
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with _writes(self.entry):
+            self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+            if hasattr(os, "posix_fallocate"):  # else a full disk kills the process at the first write (SIGBUS)
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return self.arrays[name]
 
     def finish(self) -> None:
@@ -129,14 +142,11 @@ def writing(entry: Path) -> Iterator[Draft]:
             f"$MSJAX_CACHE"
         ) from error
     try:
-        draft = Draft(folder)
-        yield draft
-        draft.finish()
-        _move(folder, entry)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the array cache {entry} ({error}): free some space there, or name another cache_dir"
-        ) from error
+        draft = Draft(folder, entry)
+        yield draft  # what is raised here comes from what is read, and says so itself
+        with _writes(entry):
+            draft.finish()
+            _move(folder, entry)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,11 +1,25 @@
 """Who holds which examples, and in what order each client goes over its own."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 # Keep the streams of random numbers apart that are drawn from one user seed.
 _PARTITION, _EPOCH = 1, 2
+_LEAST_ALPHA, _MOST_ALPHA = 1e-300, 1e300
+
+
+def check_alpha(alpha: float | None, name: str = "alpha") -> None:
+    """Raises ValueError where it is no parameter of a Dirichlet distribution, nor None."""
+    if alpha is None:
+        return
+    try:
+        is_valid = not isinstance(alpha, str | bool) and 0 < float(alpha) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{name} must be positive and finite, or None for an even partition, got {alpha!r}")
 
 
 def partition(
@@ -15,14 +29,17 @@ def partition(
 
     `alpha=None`: even (the paper): a seeded shuffle cut into shards of exactly floor(N / K); the N mod K left over are
     not used. `alpha > 0`: label skew: each class is divided by a draw from Dirichlet(alpha, ..., alpha), smaller is
-    more skewed (Yurochkin et al. 2019, arXiv:1905.12022; Li et al. 2021, arXiv:2102.02079). Every example is used. A
-    client with fewer than min(10, N // K) examples is filled up to that from the clients that hold most, so that no
-    draw leaves one empty.
+    more skewed (Yurochkin et al. 2019, arXiv:1905.12022; Li et al. 2021, arXiv:2102.02079), and a large one is even in
+    every class. Every example is used.
+
+    The least share is min(10, N // K) examples. A small alpha gives many clients nothing at all, and a client that
+    holds nothing cannot take part, so one with fewer is filled up from the clients that hold most. Where those papers'
+    programs draw again until each client has 10, this ends for every alpha, and for K close to N.
 
     Args:
         labels: class of each example [N]; for an even partition labels [N, ...] of any kind, or their number N.
         num_clients: K, 1 <= K <= N.
-        alpha: None, or Dirichlet's parameter.
+        alpha: None, or Dirichlet's parameter, any positive float.
         seed: chooses who holds what.
 
     Raises:
@@ -39,8 +56,7 @@ def partition(
     if alpha is None:
         shard = n // num_clients
         return list(rng.permutation(n)[: shard * num_clients].reshape(num_clients, shard).astype(np.int32))
-    if not (alpha > 0 and np.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive and finite, or None for an even partition, got {alpha}")
+    check_alpha(alpha)
     if isinstance(labels, int | np.integer):
         raise ValueError("labels must be given for a Dirichlet partition (alpha), got only their number")
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
@@ -48,6 +64,8 @@ def partition(
             f"labels must be classes, integers of shape (N,), for a Dirichlet partition (alpha), got {labels.dtype} "
             f"{labels.shape}: alpha=None divides examples with labels of any kind"
         )
+    # Beyond these the draw overflows (its sum is infinite, and all shares are 0) or underflows, and is as here anyway.
+    alpha = min(max(float(alpha), _LEAST_ALPHA), _MOST_ALPHA / num_clients)
     held: list[list[int]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))

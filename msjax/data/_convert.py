@@ -11,12 +11,12 @@ from msjax.data._error import DataError
 _INT32 = np.iinfo(np.int32)
 
 
-def convert_inputs(tree: Tree, role: str) -> Tree:
+def convert_inputs(tree: Tree, role: str, *, wide: bool = False) -> Tree:
     """Inputs (N, ...): uint8 as they are, other integers int32, floats and bools float32; grey images get a channel.
 
-    Images are uint8 (N, H, W, C), or (N, H, W), which becomes (N, H, W, 1).
+    Images are uint8 (N, H, W, C), or (N, H, W), which becomes (N, H, W, 1). `wide`: see `cast`.
     """
-    found = map_arrays(lambda name, array: _images(cast(array, name), name), *_with_names(tree, role))
+    found = map_arrays(lambda name, array: _images(cast(array, name, wide=wide), name), *_with_names(tree, role))
     return found
 
 
@@ -34,8 +34,11 @@ def _with_names(tree: Tree, role: str) -> tuple[Tree, Tree]:
     return map_arrays(lambda _: next(names), tree), tree
 
 
-def cast(value: Any, name: str, *, labels: bool = False) -> np.ndarray:
+def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axes: int = 1) -> np.ndarray:
     """An array of one of the dtypes that are taken: uint8 (inputs only), int32 or float32.
+
+    `wide`: of numbers that are centred before float32 holds them: float64 stays, and integers become it but for images,
+    which have two axes or more behind the `axes` of the examples.
 
     Raises:
         DataError: numbers that int32 does not hold, masked arrays, and what is no number: texts, objects, dates.
@@ -50,12 +53,19 @@ def cast(value: Any, name: str, *, labels: bool = False) -> np.ndarray:
         raise DataError(f"{name} must make one array: {error}") from error
     if array.dtype == bool:
         return array.astype(np.int32 if labels else np.float32)
+    if wide and (array.dtype == np.float64 or (array.dtype.kind in "iu" and not _is_image(array, axes))):
+        return array.astype(np.float64, copy=False)
     if jnp.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
             return array.astype(np.float32, copy=False)
     if array.dtype == np.uint8 and not labels:
         return array
     if np.issubdtype(array.dtype, np.integer):
+        if not labels and array.ndim - axes == 3 and array.shape[-1] in (1, 3):  # would be tokens, never divided by 255
+            raise DataError(
+                f"{name} must be uint8 where they are images (H, W, C), got {array.dtype} {array.shape}: "
+                "array.astype(np.uint8) for pixels in 0..255, and others by normalize=True"
+            )
         if array.size and (array.max() > _INT32.max or array.min() < _INT32.min):
             raise DataError(f"{name} must be in {_INT32.min}..{_INT32.max} (int32), got {array.min()}..{array.max()}")
         return array.astype(np.int32, copy=False)
@@ -67,6 +77,11 @@ def cast(value: Any, name: str, *, labels: bool = False) -> np.ndarray:
             "data.from_csv does it"
         )
     raise DataError(f"{name} must be integers, floats or bools, got {array.dtype}")
+
+
+def _is_image(array: np.ndarray, axes: int) -> bool:
+    """Whether integers are pixels by their dtype and shape."""
+    return array.dtype == np.uint8 and array.ndim - axes in (2, 3)
 
 
 def _images(array: np.ndarray, name: str) -> np.ndarray:

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from msjax.data._arrays import finish, share_indices
+from msjax.data._columns import MOST_TEXTS, Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._table import MOST_TEXTS, TableFormat, are_classes, check_label, pandas
+from msjax.data._table import TableFormat, are_classes, check_label, pandas
 
 
 def from_csv(
@@ -18,7 +19,7 @@ def from_csv(
     test: str | os.PathLike | None = None,
     test_share: float | None = 0.2,
     classes: bool | None = None,
-    missing: Literal["refuse", "median"] = "refuse",
+    missing: Missing = "refuse",
     drop: Sequence[str] = (),
     most_texts: int = MOST_TEXTS,
     table_format: TableFormat | None = None,
@@ -27,8 +28,9 @@ def from_csv(
     """Make a data set of a CSV file whose first line names the columns; needs pandas.
 
     Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
-    of the data set are None); a column of texts becomes a column of 0 and 1 for each text of the training rows. Labels
-    are classes, numbered in order, where they are texts or bools; numbers are predicted as float32.
+    of the data set are None, and its `columns` say what they were); a column of texts becomes a column of 0 and 1 for
+    each text of the training rows. Labels are classes, numbered in order, where they are texts or bools; numbers are
+    predicted as float32.
 
     Args:
         path: the file.
@@ -36,7 +38,8 @@ def from_csv(
         test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
         classes: True: numbers are classes too.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
-            text none of the texts; where training rows miss values a further column says which.
+            text none of the texts; where training rows miss values a further column says which. A column that only
+            test rows miss values of gets no further one, since the network would not learn what it means.
         drop: columns that are not used, such as a row's number.
         most_texts: a column of more different texts is refused.
         table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and
@@ -81,7 +84,7 @@ def _split_table(
     table_format = table_format or TableFormat.measure(train_rows, **options)
     splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
     num_classes = len(table_format.classes) if table_format.classes else None
-    return finish(name, *splits, num_classes=num_classes, columns=table_format.names)
+    return finish(name, *splits, num_classes=num_classes, columns=table_format.columns)
 
 
 def _read(path: Path) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from msjax.data._columns import Column
 from msjax.data._error import DataError
 
 Tree = Any
@@ -113,9 +114,13 @@ class Dataset:
         train: the split to train on.
         test: the split to test on; of length 0 where there is none.
         num_classes: number of classes where labels are classes, 0 <= label < num_classes; else None.
-        mean, std: float32 [C] for `normalize`: of pixels / 255 of images, of the columns of a table (0 and 1 where a
-            column is of a class), empty of tokens. None: inputs are taken as they are.
+        mean, std: float32 [C] for `normalize`: of pixels / 255 of images, of the last axis of floats, empty of tokens.
+            None: inputs are taken as they are.
         augment: the usual one of `AUGMENTATIONS` for the set.
+        columns: of a table, or other numbers that are standardised already: how each column became inputs (mean, std
+            and median of the training rows, names of classes). `table_inputs` and `TableFormat` make inputs of other
+            rows by them; `mean` and `std` are None then.
+        tokenizer: of texts that `load` split into words, the version that did it; else None.
     """
 
     name: str
@@ -125,6 +130,8 @@ class Dataset:
     mean: np.ndarray | None
     std: np.ndarray | None
     augment: str = "none"
+    tokenizer: int | None = None
+    columns: tuple[Column, ...] | None = None
 
     @property
     def input_like(self) -> Tree:

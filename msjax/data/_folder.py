@@ -29,7 +29,8 @@ def from_image_folder(
     """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or of PATH/CLASS/*, with Pillow.
 
     Classes are numbered by their folders' names in order; images may lie deeper inside. An image is turned as its EXIF
-    orientation says; transparent pixels are laid over black; 16 bits become 8. Then its shorter side is resized to
+    orientation says; transparent pixels are laid over black; of more than 8 bits a channel the upper 8 are left, and
+    where nothing says how many there are, as in floats, the image is refused. Then its shorter side is resized to
     `image_size` and the middle cropped, as `load` does. Mean and std are measured on the training images.
 
     Args:
@@ -122,11 +123,8 @@ class _Images:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.integer]:
         file = self._files[index]
-        try:
-            with _images.pillow().open(file) as image:
-                image = _images.flatten(_images.upright(image), self._channels)
-        except Exception as error:
-            raise DataError(f"image {file} cannot be decoded: {type(error).__name__}: {error}") from error
+        with _images.decoding(f"image {file}"), _images.pillow().open(file) as opened:
+            image = _images.flatten(opened, self._channels)
         if self._image_size is not None:
             image = _images.resize_center_crop(image, self._image_size, self._image_size)
         elif index and image.size != (first := self._size()):

@@ -1,6 +1,8 @@
 """Encoded images to arrays of one size, with pillow; nothing here knows about data sets."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,38 +22,77 @@ def pillow() -> ModuleType:
     return Image
 
 
+@contextlib.contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Makes one error, which names the image, of all that Pillow's readers raise for a damaged one."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, zlib.error, DecompressionBombError …
+        detail = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} cannot be decoded: {detail}") from error
+
+
+DECODER = 2
+"""The version of `flatten`: raise it when an image gives other pixels. 1 took no notice of EXIF and transparency in
+prepared sets, and cut 16 bits off at 255."""
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
 def decode(encoded: bytes, channels: int) -> Any:
-    """A decoded PIL image, grey for one channel and RGB for three."""
-    image = pillow().open(io.BytesIO(encoded))
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B")
+    """A decoded PIL image of 8 bits, grey for one channel and RGB for three; see `flatten`."""
+    try:
+        image = pillow().open(io.BytesIO(encoded))
+    except pillow().UnidentifiedImageError:
+        raise DataError(f"it is no image that Pillow knows, and begins with {bytes(encoded[:16])!r}") from None
+    return flatten(image, channels)
 
 
 def upright(image: Any) -> Any:
-    """As its EXIF orientation says that it is to be seen."""
+    """As its EXIF orientation says that it is to be seen; as it is where EXIF data cannot be read."""
     pillow()
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image)
+    image.load()  # here, where what is wrong with the pixels is not passed over
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data are no reason to do without the pixels
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
 
 
 def flatten(image: Any, channels: int | None = None) -> Any:
-    """An image of 8 bits, grey for one channel and RGB for three; transparent pixels are laid over black.
+    """An upright image of 8 bits, grey for one channel and RGB for three; transparent pixels are laid over black.
 
-    By default grey images have one channel, others three. 16 bits become 8 by leaving out the lower ones.
+    By default grey images have one channel, others three. Of more bits the upper 8 are left, as Pillow itself does it
+    with colours of 16 bits: 65535 becomes 255.
+
+    Raises:
+        DataError: nothing says how bright its numbers are, as of 32 bits and floats.
     """
+    bits, image = _grey_bits(image), upright(image)  # which may leave nothing of the file but its pixels
     if channels is None:
         channels = 1 if image.mode in GREY_MODES else 3
-    if image.mode.startswith("I;16"):
-        image = pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"images must have 8 or 16 bits a channel, got PIL's mode {image.mode}")
+    if bits:
+        image = pillow().fromarray((np.asarray(image) >> (bits - 8)).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = pillow().alpha_composite(pillow().new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _grey_bits(image: Any) -> int:
+    """How many bits a grey value of more than 8 has, 0 of other images."""
+    if image.mode in ("I", "F") and not (image.mode == "I" and image.format in ("PNG", "PPM")):  # these have 16 there
+        raise DataError(f"images must have 8 or 16 bits a channel, got PIL's mode {image.mode}")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return 0
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_BITS_PER_SAMPLE, (16,))[0]
 
 
 def to_array(image: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What a prepared set's records hold: images, texts or the columns of a table; texts and tables as arrays."""
 
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,6 @@ TEXT_LENGTH, VOCABULARY = 64, 8192
 """Defaults: tokens of a text, and how many different ones there are."""
 PAD = 0
 """The token behind a text's end; words take the numbers from 1 on."""
-_LONGEST = 1024  # words of a text that are kept in the cache
 
 
 class Images(NamedTuple):
@@ -26,33 +24,38 @@ class Texts(NamedTuple):
     keys: tuple[str, ...]
 
 
-class Columns(NamedTuple):
-    """A table's features: each a number, or one of `classes[i]` classes (0 for a number)."""
+class Feature(NamedTuple):
+    """A feature of a table, which is a column or, a vector, several.
 
-    keys: tuple[str, ...]
-    classes: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """How many columns the array has: one a number, one a class."""
-        return sum(c or 1 for c in self.classes)
-
-    @property
-    def is_number(self) -> np.ndarray:
-        """Which columns are numbers, bool (width,)."""
-        return np.concatenate([[c == 0] * (c or 1) for c in self.classes]).astype(bool)
-
-
-def word_hashes(texts: Iterable[str]) -> np.ndarray:
-    """uint32 (N, longest): CRC-32 of each word, lower-cased, split at white space; 0 behind a text's end.
-
-    Words beyond the first 1,024 of a text are left out.
+    Attributes:
+        key: where it is in a record; the names of nested features are joined by "/".
+        classes: of a class, the names; else empty.
+        length: how many values a vector has; None: one value.
+        is_text: whether values are texts, of which the training records tell which there are.
+        refused: why it is no column; it is not read then, and a user must leave it out.
     """
-    rows = [[zlib.crc32(word.encode()) or 1 for word in text.lower().split()[:_LONGEST]] for text in texts]
-    hashes = np.zeros((len(rows), max(map(len, rows), default=0)), np.uint32)
-    for row, found in zip(hashes, rows, strict=True):
-        row[: len(found)] = found
-    return hashes
+
+    key: str
+    classes: tuple[str, ...] = ()
+    length: int | None = None
+    is_text: bool = False
+    refused: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each of its columns."""
+        return [self.key] if self.length is None else [f"{self.key}/{i}" for i in range(self.length)]
+
+
+class Columns(NamedTuple):
+    """A table's features."""
+
+    features: tuple[Feature, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each column."""
+        return [name for feature in self.features for name in feature.names]
 
 
 def tokens(hashes: np.ndarray, length: int, vocabulary: int) -> np.ndarray:
@@ -75,19 +78,52 @@ def check_tokens(length: int, vocabulary: int) -> None:
         raise ValueError(f"vocabulary must be at least 2, got {vocabulary}")
 
 
+def value(record: dict[str, Any], key: str) -> Any:
+    """What a record has under a key, which joins the names of nested features by "/"."""
+    if key in record:
+        return record[key]
+    found: Any = record
+    for name in key.split("/"):
+        found = found[name]
+    return found
+
+
+def _text(found: Any) -> str:
+    return found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
+
+
 def texts_of(records: Sequence[dict[str, Any]], inputs: Texts) -> list[str]:
     """The text of each record."""
-
-    def text(value):
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-    return [" ".join(text(record[key]) for key in inputs.keys) for record in records]
+    return [" ".join(_text(value(record, key)) for key in inputs.keys) for record in records]
 
 
-def columns_of(records: Sequence[dict[str, Any]], inputs: Columns) -> np.ndarray:
-    """float32 (n, width): numbers as they are, a class as a 1 among 0s; all 0 where it is none of the classes."""
+def _columns_of_texts(records: Sequence[dict[str, Any]], feature: Feature) -> list[list[str]]:
+    """The texts of each column of a feature."""
+    rows = [np.atleast_1d(np.asarray(value(record, feature.key), object)).tolist() for record in records]
+    return [[_text(row[i]) for row in rows] for i in range(len(feature.names))]
+
+
+def known_texts(records: Sequence[dict[str, Any]], inputs: Columns) -> dict[str, tuple[str, ...]]:
+    """Which texts each column of texts has, in order, by its name."""
+    found = {}
+    for feature in inputs.features:
+        if feature.is_text:
+            texts = _columns_of_texts(records, feature)
+            found |= {name: tuple(sorted(set(column))) for name, column in zip(feature.names, texts, strict=True)}
+    return found
+
+
+def table_of(records: Sequence[dict[str, Any]], inputs: Columns, known: dict[str, tuple[str, ...]]) -> np.ndarray:
+    """float64 (n, columns): numbers as they are, the number of a class or of one of the `known` texts; -1: none."""
     parts = []
-    for key, classes in zip(inputs.keys, inputs.classes, strict=True):
-        values = np.asarray([record[key] for record in records])
-        parts.append(values[:, None] == np.arange(classes) if classes else values[:, None])
-    return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
+    for feature in inputs.features:
+        if feature.refused:
+            parts.append(np.full((len(records), len(feature.names)), np.nan))
+        elif feature.is_text:
+            for name, texts in zip(feature.names, _columns_of_texts(records, feature), strict=True):
+                number = {text: i for i, text in enumerate(known[name])}
+                parts.append(np.asarray([[number.get(text, -1)] for text in texts], np.float64))
+        else:
+            values = np.asarray([value(record, feature.key) for record in records], np.float64)
+            parts.append(values.reshape(len(records), len(feature.names)))
+    return np.concatenate(parts, axis=1)

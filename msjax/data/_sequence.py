@@ -11,6 +11,7 @@ import numpy as np
 from msjax.data import _images, _sets
 from msjax.data._arrays import are_classes, finish, share_indices
 from msjax.data._check import check_inputs, check_labels
+from msjax.data._columns import Column, standardized
 from msjax.data._convert import cast
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, map_arrays, named_arrays
 from msjax.data._error import DataError
@@ -41,8 +42,9 @@ def from_sequence(
 
     So have grain's random-access sources, TFDS's data sources, Hugging Face's data sets and PyTorch's map-style sets.
     Items are pairs (input, label) or dicts; their values are arrays, numbers, PIL images or PyTorch tensors, and become
-    what `from_arrays` makes of them. Where there is a `__getitems__`, it is used. The set is read into memory where it
-    is small, else while it is used. What an item is must not change from one reading to the next.
+    what `from_arrays` makes of them; PIL images as by `from_image_folder`. Where there is a `__getitems__`, it is used.
+    The set is read into memory where it is small, else while it is used. What an item is must not change from one
+    reading to the next.
 
     Args:
         train, test: the items; without `test` and `test_share` the set has no test data.
@@ -53,7 +55,7 @@ def from_sequence(
         test_share: instead of `test`: this part of `train` is set aside.
         in_memory: by default whether all items together have less than 2 GiB, going by the first.
         threads: how many read; by default as many as cores. 1 where the items must not be read by two at once.
-        normalize: measure mean and std of float inputs; of what is not in memory on 1,000 examples.
+        normalize: standardise numbers as `from_arrays` does; what is not in memory is measured on 1,000 examples.
         name: for messages and records.
         seed: chooses what is set aside.
 
@@ -61,7 +63,7 @@ def from_sequence(
         DataError: items differ in shape, dtype or structure (their index is named), are no numbers, or break a rule of
             `check`.
     """
-    options = {"inputs": inputs, "labels": labels, "threads": threads, "num_classes": num_classes}
+    options = {"inputs": inputs, "labels": labels, "threads": threads, "num_classes": num_classes, "wide": normalize}
     splits = [SequenceSplit(train, name, "train", **options)]
     if test is not None:
         if test_share is not None:
@@ -76,7 +78,7 @@ def from_sequence(
     if num_classes is None:
         num_classes = _known_classes(train, splits[0].label_like, labels)
     ds = finish(name, *splits, num_classes=num_classes, normalize=normalize)
-    for split in splits:
+    for split in (ds.train, ds.test):
         if isinstance(split, SequenceSplit):
             split.num_classes = ds.num_classes
     return ds
@@ -122,19 +124,32 @@ class SequenceSplit:
         labels: Keys = None,
         threads: int | None = None,
         num_classes: int | None = None,
+        wide: bool = False,
     ):
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
             raise DataError(f"{split} must have __len__ and __getitem__, got {type(items).__name__}")
         self.name, self.split, self.num_classes = name, split, num_classes
         self._items, self._keys, self._threads = items, (inputs, labels), threads
+        self._wide, self._columns = wide, None
         self._chosen: np.ndarray | None = None
         self._lock = threading.Lock() if threads == 1 else contextlib.nullcontext()
         if not len(items):
             raise DataError(f"{split} of {name} must have examples, got none")
         first = self._example(0, self._get([0])[0])
-        self.input_like, self.label_like = (
+        self._read_like, self.label_like = (
             map_arrays(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree) for tree in first
         )
+
+    @property
+    def input_like(self) -> Tree:
+        """Shape and dtype of one example's inputs."""
+        return self._read_like if self._columns is None else jax.ShapeDtypeStruct(self._read_like.shape, np.float32)
+
+    def standardized(self, columns: Sequence[Column]) -> "SequenceSplit":
+        """Returns the split of inputs that are centred and scaled before they become float32."""
+        new = self.only(np.arange(len(self)))
+        new._columns = columns
+        return new
 
     def __len__(self) -> int:
         return len(self._items) if self._chosen is None else len(self._chosen)
@@ -158,12 +173,16 @@ class SequenceSplit:
         examples = [self._example(int(i), item) for i, item in zip(inner, self._get(inner), strict=True)]
         found = []
         for what, like, column in zip(
-            ("inputs", "labels"), (self.input_like, self.label_like), zip(*examples, strict=True), strict=True
+            ("inputs", "labels"), (self._read_like, self.label_like), zip(*examples, strict=True), strict=True
         ):
+            if self._wide and isinstance(like, jax.ShapeDtypeStruct):  # one float or the other
+                column = [one.astype(like.dtype) if one.dtype.kind == like.dtype.kind == "f" else one for one in column]
             for i, example in zip(inner, column, strict=True):
                 self._check_alike(f"the {what} of item {i}", example, like)
             found.append(map_arrays(lambda *leaves: np.stack(leaves), *column))
         inputs, labels = found
+        if self._columns is not None:
+            inputs = standardized(inputs, self._columns)
         check_inputs(inputs, f"{self.name}: {self.split} inputs", indices=inner)
         check_labels(labels, f"{self.name}: {self.split} labels", self.num_classes, inner)
         return inputs, labels
@@ -204,7 +223,7 @@ class SequenceSplit:
         values = _choose(item, self._keys, f"item {index} of {self.name} ({self.split})")
         named = ((f"{self.name}: {self.split} {what} of item {index}") for what in ("inputs", "labels"))
         inputs, labels = (
-            map_arrays(lambda value, n=name, w=what: _array(value, n, w), value)
+            map_arrays(lambda value, n=name, w=what: _array(value, n, w, self._wide and not w), value)
             for name, what, value in zip(named, (False, True), values, strict=True)
         )
         if isinstance(labels, np.ndarray) and labels.shape == (1,) and labels.dtype == np.int32:
@@ -224,13 +243,14 @@ class SequenceSplit:
             )
 
 
-def _array(value: Any, name: str, label: bool) -> np.ndarray:
+def _array(value: Any, name: str, label: bool, wide: bool) -> np.ndarray:
     """One value of an item."""
     if hasattr(value, "getbands"):  # a PIL image: of palettes and the like only this gives pixels
-        value = _images.to_array(_images.flatten(value)) if not label else np.asarray(value)
+        with _images.decoding(name):  # Pillow reads a file's pixels only now
+            value = np.asarray(_images.upright(value)) if label else _images.to_array(_images.flatten(value))
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = np.stack([np.asarray(v.detach().cpu()) for v in value])
-    array = cast(value, name, labels=label)
+    array = cast(value, name, labels=label, wide=wide, axes=0)
     return array[..., None] if array.dtype == np.uint8 and array.ndim == 2 else array
 
 

@@ -1,5 +1,6 @@
 """Sets that fit in memory: decoded once into the array cache, read from there as memory-mapped arrays."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _cache, _images, _official, _records, _registry, _tfds
+from msjax.data import _cache, _images, _official, _records, _registry, _tfds, _words
+from msjax.data._columns import MOST_TEXTS
 from msjax.data._error import DataError
-from msjax.data._measure import measure_columns, measure_images
+from msjax.data._measure import measure_images
 
 _log = logging.getLogger("msjax")
 
@@ -29,21 +31,19 @@ class _Part(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
     dtype: type = np.uint8
-    is_number: np.ndarray | None = None
-    """bool [columns]: which columns of a table are numbers, not classes."""
+    columns: list[dict[str, Any]] | None = None
+    """Of a table: what the metadata say of each; see `_table_columns`."""
 
     @property
     def kind(self) -> str:
         """What the inputs are."""
-        return {np.uint8: "image", np.uint32: "text", np.float32: "table"}[self.dtype]
+        return {np.uint8: "image", np.uint32: "text", np.float64: "table"}[self.dtype]
 
     def statistics(self, inputs: np.ndarray) -> tuple[list[float], list[float]]:
         """Mean and std as `Dataset` has them."""
         if self.kind == "image":
             return measure_images(inputs)
-        if self.kind == "text":
-            return [], []
-        return measure_columns(inputs, self.is_number)
+        return [], []  # of texts there are none, and those of a table depend on what is missing
 
 
 def cached(
@@ -58,7 +58,10 @@ def cached(
 
     def read(entry: Path, digest: str | None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         try:
-            return _cache.read(entry, digest)
+            found = _cache.read(entry, digest)
+            if found:
+                _check_meaning(found[1])
+            return found
         except _cache.Damaged as damage:
             _log.info("array cache %s: %s; making it again", entry, damage)
             problems.append(f"The array cache {entry} cannot be used ({damage})")
@@ -83,8 +86,11 @@ def cached(
         else:
             folder = _tfds.find(name, directory, asked)
             digest = _tfds.digest(folder)
-            splits = {s: _tfds.open_split(name, folder, s) for s in ("train", "test")}
-            parts = {s: _from_tfds(name, opened, image_size) for s, opened in splits.items()}
+            splits = {"train": _tfds.open_split(name, folder, "train")}
+            with contextlib.suppress(_tfds.NoSplit):  # a share of the other is set aside when it is loaded
+                splits["test"] = _tfds.open_split(name, folder, "test")
+            known = _known_texts(name, splits["train"])
+            parts = {s: _from_tfds(name, s, opened, image_size, known) for s, opened in splits.items()}
             num_classes, source = splits["train"].num_classes, str(directory)
         _build(entry, parts, {"name": name, "digest": digest, "num_classes": num_classes, "source": source})
     except DataError as error:
@@ -101,6 +107,14 @@ def cached(
     )
 
 
+def _check_meaning(meta: dict[str, Any]) -> None:
+    """Raises `Damaged` where an entry's arrays are what an earlier version took for the texts or the table."""
+    if meta["kind"] == "text" and (made := meta.get("tokenizer", 1)) != _words.TOKENIZER:
+        raise _cache.Damaged(f"its words are those of tokenizer {made}, this version has {_words.TOKENIZER}")
+    if meta["kind"] == "table" and not all("refused" in column for column in meta.get("columns", [{}])):
+        raise _cache.Damaged("its table is not kept as it was read, which this version does")
+
+
 def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> _Part:
     h, w, c = images.shape[1:]
     shape = (h, w, c) if image_size is None else (image_size, image_size, c)
@@ -112,7 +126,30 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, image_size: int | None)
     return _Part(len(images), shape, read)
 
 
-def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part:
+def _known_texts(name: str, train: _tfds.Records) -> dict[str, tuple[str, ...]]:
+    """The texts of a table's columns of texts, for which all training records are read."""
+    if not (isinstance(train.inputs, _records.Columns) and any(f.is_text for f in train.inputs.features)):
+        return {}
+    return _records.known_texts(_tfds.read(name, train, range(len(train.records))), train.inputs)
+
+
+def _table_columns(inputs: _records.Columns, known: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """What the metadata say of each column: its name, classes or first texts, how many texts, why it is refused."""
+    return [
+        {
+            "name": name,
+            "classes": list(known[name][: MOST_TEXTS + 1] if feature.is_text else feature.classes),
+            "texts": len(known[name]) if feature.is_text else 0,
+            "refused": feature.refused,
+        }
+        for feature in inputs.features
+        for name in feature.names
+    ]
+
+
+def _from_tfds(
+    name: str, split_name: str, split: _tfds.Records, image_size: int | None, known: dict[str, tuple[str, ...]]
+) -> _Part:
     count, inputs = len(split.records), split.inputs
 
     def records(lo: int, hi: int) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -123,13 +160,14 @@ def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part
 
         def read(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
             found, labels = records(lo, hi)
-            return _records.columns_of(found, inputs), labels
+            return _records.table_of(found, inputs, known), labels
 
-        return _Part(count, (inputs.width,), read, np.float32, inputs.is_number)
+        columns = _table_columns(inputs, known)
+        return _Part(count, (len(columns),), read, np.float64, columns)
     if isinstance(inputs, _records.Texts):
         # All of them at once: how wide the array is follows from the longest.
         found, labels = records(0, count)
-        hashes = _records.word_hashes(_records.texts_of(found, inputs))
+        hashes = _words.word_hashes(_records.texts_of(found, inputs))
         return _Part(count, hashes.shape[1:], lambda lo, hi: (hashes[lo:hi], labels[lo:hi]), np.uint32)
     h, w, c = inputs.shape
     _images.pillow()  # say so now, not in a worker
@@ -142,10 +180,20 @@ def _from_tfds(name: str, split: _tfds.Records, image_size: int | None) -> _Part
 
     def read_images(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         found, labels = records(lo, hi)
-        decoded = [_images.decode(r[inputs.key], c) for r in found]
-        if image_size is not None:
-            decoded = [_images.resize_center_crop(x, image_size, image_size) for x in decoded]
-        return np.stack([_images.to_array(x) for x in decoded]), labels
+        images = np.empty((len(found), h, w, c), np.uint8)
+        for i, record in enumerate(found):
+            with _images.decoding(f"image {lo + i} of {name} ({split_name})"):
+                image = _images.decode(_records.value(record, inputs.key), c)
+                if image_size is not None:
+                    image = _images.resize_center_crop(image, image_size, image_size)
+                pixels = _images.to_array(image)
+                if pixels.shape != (h, w, c):
+                    raise DataError(
+                        f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels as it is seen, and the set says "
+                        f"{w} x {h}: give image_size"
+                    )
+                images[i] = pixels
+        return images, labels
 
     return _Part(count, (h, w, c), read_images)
 
@@ -166,6 +214,10 @@ def _build(entry: Path, parts: dict[str, _Part], meta: dict[str, Any]) -> None:
             if split == "train":
                 meta["kind"] = part.kind
                 meta["mean"], meta["std"] = part.statistics(inputs)
+                if part.columns:
+                    meta["columns"] = part.columns
+                if part.kind == "text":
+                    meta["tokenizer"] = _words.TOKENIZER
         draft.meta = meta
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from msjax.data import _cache, _images, _registry, _sets, _tfds
 from msjax.data._error import DataError
-from msjax.data._records import Images
+from msjax.data._records import Images, value
 
 IMAGE_SIZE = 224  # of the crops, by default
 _AUGMENT = 3  # keeps this stream of random numbers apart from those of _clients
@@ -87,17 +87,15 @@ class ImageStream:
         records = _tfds.read(self.name, self._source, indices)
         images = np.empty((len(records), *self.input_shape), np.uint8)
         for j, (index, record) in enumerate(zip(indices, records, strict=True)):
-            try:
-                image = _images.decode(record[self._source.inputs.key], self.input_shape[2])
+            with _images.decoding(f"image {index} of {self.name} ({self.split})"):
+                image = _images.decode(value(record, self._source.inputs.key), self.input_shape[2])
                 if self.random_crop:
                     image = _images.random_resized_crop(
                         image, size, np.random.default_rng([_AUGMENT, *entropy, int(index)])
                     )
                 else:
                     image = _images.resize_center_crop(image, size, round(size * 256 / 224))
-            except OSError as error:
-                raise DataError(f"image {index} of {self.name} ({self.split}) cannot be decoded: {error}") from error
-            images[j] = _images.to_array(image)
+                images[j] = _images.to_array(image)
         return images, _tfds.labels(self.name, self._source, records)
 
 
@@ -114,7 +112,7 @@ def stream(
 
     Training images get a random-resized-crop (8..100 % of the area, aspect 3/4..4/3) to `image_size`; flip them on the
     device with `augment(kind="flip")`. Test images get their shorter side resized to `image_size` * 256/224 and the
-    middle cropped. Both bilinear, as torchvision.
+    middle cropped. Both bilinear, as torchvision. Images are decoded as by `load`.
 
     Args:
         name, data_dir: as for `load`; a missing set is prepared where TFDS can.

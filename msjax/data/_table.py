@@ -3,34 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from msjax.data._columns import MOST_TEXTS, Column, Missing, check_missing, check_values, missing_error, too_many_texts
 from msjax.data._error import DataError
-
-MOST_TEXTS = 100
-
-
-class Column(NamedTuple):
-    """How one column becomes numbers.
-
-    Attributes:
-        name: in the file's first line.
-        texts: of a column of texts: each is a column of 1s among 0s; a text that is none of them is all 0s.
-        mean, std: of a column of numbers, which become (value - mean) / std; in float64.
-        median: what a missing number is taken to be.
-        may_miss: whether values may be missing at all.
-        has_indicator: whether a further column says what was missing, as it does where training rows miss something.
-    """
-
-    name: str
-    texts: tuple[str, ...] = ()
-    mean: float = 0.0
-    std: float = 1.0
-    median: float = 0.0
-    may_miss: bool = False
-    has_indicator: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +28,7 @@ class TableFormat:
     @property
     def names(self) -> list[str]:
         """A name for each input, as age, job=cook, job=nurse."""
-        found = []
-        for column in self.columns:
-            found += [f"{column.name}={text}" for text in column.texts] or [column.name]
-            found += [f"{column.name} missing"] if column.has_indicator else []
-        return found
+        return [name for column in self.columns for name in column.names]
 
     @classmethod
     def measure(
@@ -63,7 +37,7 @@ class TableFormat:
         *,
         label: str,
         classes: bool | None = None,
-        missing: Literal["refuse", "median"] = "refuse",
+        missing: Missing = "refuse",
         drop: Sequence[str] = (),
         most_texts: int = MOST_TEXTS,
     ) -> "TableFormat":
@@ -72,8 +46,7 @@ class TableFormat:
         Raises:
             DataError: as `from_csv`.
         """
-        if missing not in ("refuse", "median"):
-            raise DataError(f'missing must be "refuse" or "median", got {missing!r}')
+        check_missing(missing)
         drop = (drop,) if isinstance(drop, str) else drop
         for name in drop:
             _check_column(frame, name)
@@ -101,9 +74,7 @@ class TableFormat:
                 texts = np.asarray([_text(v) for v in series], dtype=object)
                 parts += [((texts == text) & ~gone).astype(np.float32) for text in column.texts]
             else:
-                values = _numbers(series)
-                values = np.where(gone, column.median, values)
-                parts.append(((values - column.mean) / column.std).astype(np.float32))
+                parts.append(column.numbers(_numbers(series), gone))
             if column.has_indicator:
                 parts.append(gone.astype(np.float32))
         return np.stack(parts, axis=1)
@@ -151,24 +122,16 @@ def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
     gone = _is_missing(series)
     if gone.any() and missing == "refuse":
         raise _missing_error(series, gone)
-    if gone.all():
-        raise DataError(f"column {series.name!r} must have values, got none: leave it out by drop")
-    may_miss, has_indicator = missing == "median", bool(gone.any())
     if pandas().api.types.is_numeric_dtype(series):
-        values = _numbers(series)
-        median = float(np.median(values[~gone]))
-        values = np.where(gone, median, values)
-        std = float(values.std())
-        return Column(series.name, (), float(values.mean()), std if std > 0 else 1.0, median, may_miss, has_indicator)
+        return Column.of_numbers(series.name, _numbers(series), gone, missing)
+    check_values(series.name, gone)
     texts = sorted({_text(v) for v in series[~gone]})
     if len(texts) > most_texts:
         numbers = pandas().to_numeric(series, errors="coerce").isna().to_numpy()
         stray = f"; or is {_text(series[numbers].iloc[0])!r} a mistake among numbers?" if numbers.mean() < 0.5 else ""
-        raise DataError(
-            f"column {series.name!r} must be numbers or at most {most_texts} different texts, got {len(texts)} such as "
-            f"{texts[0]!r}: leave it out by drop, or raise most_texts{stray}"
-        )
-    return Column(series.name, tuple(texts), may_miss=may_miss, has_indicator=has_indicator)
+        advice = f"leave it out by drop, or raise most_texts{stray}"
+        raise too_many_texts(series.name, len(texts), texts[0], most_texts, advice)
+    return Column(series.name, tuple(texts), may_miss=missing == "median", has_indicator=bool(gone.any()))
 
 
 def _numbers(series: Any) -> np.ndarray:
@@ -190,10 +153,7 @@ def _is_missing(series: Any) -> np.ndarray:
 def _missing_error(series: Any, gone: np.ndarray) -> DataError:
     at = int(np.flatnonzero(gone)[0])
     what = "missing" if series.isna().iloc[at] else str(series.iloc[at])
-    return DataError(
-        f"every value must be there and finite, got {what} in {_row(series, at)}, column {series.name!r}: "
-        'missing="median" fills it in'
-    )
+    return missing_error(what, f"in {_row(series, at)}", series.name)
 
 
 def _check_column(frame: Any, name: str) -> None:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.data import _registry
+from msjax.data import _images, _registry
 from msjax.data._error import DataError
-from msjax.data._records import Columns, Images, Texts
+from msjax.data._records import Columns, Feature, Images, Texts, value
 
 _NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?")
 _PREPARE = "`tfds build {name} --file_format=array_record --data_dir=DIR`"
@@ -102,9 +102,10 @@ def locate(name: str, directory: Path) -> Path | None:
 
 
 def digest(folder: Path) -> str:
-    """What a prepared set is, from its metadata: changes with version, splits, sizes and features."""
+    """What a prepared set is, and how it is decoded: changes with version, splits, sizes and features."""
     texts = [(folder / f).read_bytes() for f in ("dataset_info.json", "features.json") if (folder / f).exists()]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    decoder = f"decoder {_images.DECODER}".encode()
+    return hashlib.sha256(b"\0".join([*texts, decoder])).hexdigest()
 
 
 class Records(NamedTuple):
@@ -116,33 +117,35 @@ class Records(NamedTuple):
     num_classes: int
 
 
+class NoSplit(DataError):
+    """A prepared set has nothing that is set aside for testing."""
+
+
 def open_split(name: str, folder: Path, split: str) -> Records:
     """Open "train" or "test" of a prepared set; "test" is the labelled set-aside split, `test` or `validation`."""
     tfds = import_tfds(f"reading {name}")
     try:
         builder = tfds.builder_from_directory(os.fspath(folder))
         info = builder.info
-        features = dict(info.features) if hasattr(info.features, "keys") else {}
-        keys = info.supervised_keys
-        input_key, label_key = keys if keys and len(keys) == 2 else (None, "label")
+        features = _leaves(tfds.features, info.features) if hasattr(info.features, "keys") else {}
+        input_keys, label_key = _keys(info.supervised_keys)
         label = features.get(label_key)
-        inputs = _inputs(tfds, name, folder, features, input_key, label_key)
+        inputs = _inputs(tfds, name, folder, features, input_keys, label_key)
         if inputs is None or not isinstance(label, tfds.features.ClassLabel):
             raise DataError(
                 f"{name} in {folder} is no set of images, texts or a table with a class label each: its features are "
-                f"{', '.join(sorted(features))}"
+                f"{', '.join(f'{key} ({_described(features[key])})' for key in sorted(features))}, and the label is "
+                f"{label_key}"
             )
         wanted = ("train",) if split == "train" else _registry.test_splits(name)
         there = [s for s in wanted if s in info.splits]
-        if not there:
-            raise DataError(
-                f"{name} in {folder} has no {' or '.join(wanted)} split; it has {', '.join(sorted(info.splits))}"
-            )
-        decoders = {inputs.key: tfds.decode.SkipDecoding()} if isinstance(inputs, Images) else None
+        decoders = _nested(inputs.key, tfds.decode.SkipDecoding()) if isinstance(inputs, Images) else None
         for chosen in there:
             records = builder.as_data_source(chosen, decoders=decoders)
-            if records.__getitems__([0])[0][label_key] >= 0:
-                break  # else its labels are hidden, as those of the test splits of GLUE
+            if value(records.__getitems__([0])[0], label_key) >= 0:
+                return Records(records, inputs, label_key, label.num_classes)
+        what = "none whose labels are known" if there else f"it has {', '.join(sorted(info.splits))}"
+        raise NoSplit(f"{name} in {folder} has no {' or '.join(wanted)} split; {what}")
     except DataError:
         raise
     except Exception as error:  # whatever is wrong with the files, TFDS says it in its own way
@@ -150,13 +153,51 @@ def open_split(name: str, folder: Path, split: str) -> Records:
             f"TFDS cannot read {name} in {folder} ({type(error).__name__}: {error}). The copy may be incomplete: "
             f"prepare or copy it again"
         ) from error
-    return Records(records, inputs, label_key, label.num_classes)
 
 
-def _inputs(tfds, name, folder, features, input_key, label_key):
+def _keys(supervised: Any) -> tuple[set[str] | None, str]:
+    """The keys of inputs, all others where none are named, and that of the label."""
+    if not supervised or len(supervised) < 2:
+        return None, "label"
+
+    def names(tree: Any) -> set[str]:
+        """As a set says them: a key, or a dict or tuple of keys."""
+        if isinstance(tree, str):
+            return {tree}
+        return set().union(*map(names, tree.values() if hasattr(tree, "values") else tree))
+
+    label = sorted(names(supervised[1]))
+    return names(supervised[0]), label[0] if len(label) == 1 else ", ".join(label)
+
+
+def _leaves(kinds: ModuleType, features: Any, prefix: str = "") -> dict[str, Any]:
+    """Features by key, those in dicts of dicts with their names joined by "/"."""
+    found = {}
+    for key, feature in dict(features).items():
+        nested = isinstance(feature, kinds.FeaturesDict)
+        found |= _leaves(kinds, feature, f"{prefix}{key}/") if nested else {f"{prefix}{key}": feature}
+    return found
+
+
+def _nested(key: str, leaf: Any) -> dict[str, Any]:
+    """A leaf in dicts of dicts."""
+    first, _, rest = key.partition("/")
+    return {first: _nested(rest, leaf) if rest else leaf}
+
+
+def _described(feature: Any) -> str:
+    """A feature in a few words."""
+    return f"{type(feature).__name__} {getattr(feature, 'shape', '')}".strip()
+
+
+def _inputs(tfds, name, folder, features, input_keys, label_key):
     """What is classified: the images, else the texts, else all columns of a table; None where there are none."""
     kinds = tfds.features
-    others = {k: f for k, f in features.items() if k != label_key and input_key in (None, k)}
+
+    def is_input(key):
+        return input_keys is None or any(key == k or key.startswith(f"{k}/") for k in input_keys)
+
+    others = {k: f for k, f in features.items() if k != label_key and is_input(k)}
     images = [k for k, f in others.items() if isinstance(f, kinds.Image)]
     if images:
         h, w, channels = others[images[0]].shape
@@ -168,16 +209,21 @@ def _inputs(tfds, name, folder, features, input_key, label_key):
         return Images(images[0], (h, w, channels or 3))
     if texts := [k for k, f in others.items() if isinstance(f, kinds.Text)]:
         return Texts(tuple(sorted(texts)))
-    columns = {}
-    for key in sorted(others):
-        feature = others[key]
-        if isinstance(feature, kinds.ClassLabel):
-            columns[key] = feature.num_classes
-        elif feature.shape == () and np.dtype(feature.np_dtype).kind in "fiub":
-            columns[key] = 0
-        else:
-            return None
-    return Columns(tuple(columns), tuple(columns.values())) if columns else None
+    columns = tuple(_feature(kinds, key, others[key]) for key in sorted(others))
+    return Columns(columns) if any(not column.refused for column in columns) else None
+
+
+def _feature(kinds: ModuleType, key: str, feature: Any) -> Feature:
+    """A feature as one of a table."""
+    if isinstance(feature, kinds.ClassLabel):
+        return Feature(key, tuple(feature.names))
+    shape, dtype = feature.shape, feature.np_dtype
+    if not isinstance(shape, tuple) or len(shape) > 1 or None in shape:
+        return Feature(key, refused=f"must be one value or a vector of fixed length, got {_described(feature)}")
+    kind = np.dtype(dtype).kind
+    if kind not in "fiubOSU":
+        return Feature(key, refused=f"must be numbers, classes or texts, got {np.dtype(dtype)}")
+    return Feature(key, (), shape[0] if shape else None, kind in "OSU")
 
 
 def prepare(name: str, directory: Path) -> None:
@@ -251,7 +297,7 @@ def read(name: str, split: Records, indices: Sequence[int] | np.ndarray) -> list
 
 def labels(name: str, split: Records, records: Sequence[dict[str, Any]]) -> np.ndarray:
     """int32 labels of records, all of them known."""
-    found = np.asarray([r[split.label_key] for r in records], np.int32)
+    found = np.asarray([value(r, split.label_key) for r in records], np.int32)
     if found.size and not (found.min() >= 0 and found.max() < split.num_classes):
         raise DataError(f"{name} has labels outside 0..{split.num_classes - 1}: this split's labels are hidden")
     return found

@@ -3,6 +3,7 @@
 Each party builds the run from its own code, and a client says what came of it in its Ready message.
 """
 
+import hashlib
 import json
 from typing import Any
 
@@ -12,11 +13,17 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
+_OWN = ("mean", "std", "columns")
+"""Of a summary: what follows from the values of a client's data, which a server need not know."""
+
 
 def describe(spec: RunSpec, summary: DataSummary) -> str:
     """Returns what a client has, as JSON: its data's shapes, and the description of the run that it has built."""
-    data = {name: value for name, value in summary.to_json().items() if name not in ("mean", "std")}
+    data = {name: value for name, value in summary.to_json().items() if name not in _OWN}
     data["normalized channels"] = None if summary.mean is None else len(summary.mean)
+    if summary.columns is not None:  # two tables may be equally wide, and one miss what the other has
+        names = [name for column in summary.columns for name in column.names]
+        data["hash of column names"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     return json.dumps({"data": data, "run": _without_counts(spec.describe())})
 
 

@@ -12,6 +12,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.parts import save_trained
+from msjax.runs import write_atomically
 from msjax.split.parties import Client, ClientData
 
 log = logging.getLogger("msjax.client")
@@ -64,9 +65,16 @@ class ClientProgram:
     def _load(self, cfg):
         options = self._options
         self._cfg = cfg = own_config(cfg, self._preset, options.weights)
+        if options.own_data and cfg.data.missing != "refuse":
+            raise ValueError(
+                f"data.missing must be 'refuse' for clients with own data, got {cfg.data.missing!r}: each would take "
+                "the medians of its own rows, and have columns of its own that say what was missing. Fill values in "
+                "alike before, or by a preset whose data.name is a function that uses one data.TableFormat everywhere"
+            )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         if not ds.in_memory:
             raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
+        self._check_tokenizer(ds.tokenizer)
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
@@ -78,6 +86,16 @@ class ClientProgram:
         self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
         spec = self._build_run(samples, len(ds.test)).spec
         return Own(samples, len(ds.test), agreement.describe(spec, self._summary))
+
+    def _check_tokenizer(self, tokenizer):
+        """Raises where this client's checkpoints are of another tokenizer, and writes down which it is."""
+        folder = self._options.folder() / "checkpoints"
+        file = folder / f"{self.session.name}.tokenizer"
+        if any((folder / self.session.name).glob("[0-9]*")):
+            build.check_tokenizer(tokenizer, int(file.read_text()) if file.exists() else None)
+        if tokenizer is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, f"{tokenizer}\n")
 
     def _build_run(self, samples, test_samples):
         counts = {"samples": samples, "test_samples": test_samples}

@@ -27,10 +27,12 @@ class Preprocess:
     """From inputs as a data set stores them to those of the network, on the device.
 
     Attributes:
-      augment: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs, for training inputs.
+      augment: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs, for training inputs; of the same
+        dtype where they are normalised behind it.
       mean, std: for `data.normalize`; None takes inputs as they are.
       dtype: of floating inputs behind it; None leaves it.
       padding: of the augmentation "crop_flip".
+      maximum: see `data.normalize`; of the inputs as the data set has them.
     """
 
     augment: str | Callable[[Any, jax.Array], Any] = "none"
@@ -38,21 +40,34 @@ class Preprocess:
     std: tuple[float, ...] | None = None
     dtype: str | None = None
     padding: int = data.CROP_PADDING
+    maximum: float | None = None
 
     def __call__(self, inputs: Any, key: jax.Array | None = None) -> Any:
         """Returns inputs (B, …) as the network takes them; augmented with `key`, as they are without."""
         if key is not None:
             if callable(self.augment):
+                given = inputs
                 inputs = self.augment(inputs, key)
+                if self.mean is not None and inputs.dtype != given.dtype:
+                    raise ValueError(
+                        f"augment must return inputs of the dtype that it is given, {given.dtype}, got {inputs.dtype}: "
+                        "whether floats are in 0..1 or 0..255 cannot be told"
+                    )
             else:
                 inputs = data.augment(inputs, key, kind=self.augment, padding=self.padding)
         if self.mean is not None:
             mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
-            return data.normalize(inputs, mean, std, jnp.dtype(self.dtype or "float32"))
+            return data.normalize(inputs, mean, std, jnp.dtype(self.dtype or "float32"), maximum=self.maximum)
         if self.dtype is None:
             return inputs
-        cast = lambda leaf: leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
-        return jax.tree.map(cast, inputs)
+        return jax.tree.map(self._cast, inputs)
+
+    def _cast(self, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if self.dtype == "int32":
+            raise ValueError("data.name must be a set of tokens, which the model takes, got one of numbers")
+        return leaf.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import optax
 
 from msjax import data as data_lib
 from msjax import tasks
-from msjax.build import divide
+from msjax.build import divide, pixel_maximum
 from msjax.checks import integer
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
@@ -146,12 +146,13 @@ def train(
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
     indices, samples = divide(dataset, clients, alpha=alpha, seed=seed)
+    inputs, labels = TreeSpec.of(dataset.input_like), TreeSpec.of(dataset.label_like)
     preprocess = Preprocess(
         dataset.augment if augment is None else augment,
         None if dataset.mean is None else tuple(map(float, dataset.mean)),
         None if dataset.std is None else tuple(map(float, dataset.std)),
+        maximum=pixel_maximum(inputs),
     )
-    inputs, labels = TreeSpec.of(dataset.input_like), TreeSpec.of(dataset.label_like)
     x = jax.eval_shape(lambda x: preprocess(x), inputs.batch(2))
     parts = as_parts(model, x, cut=cut, seed=seed)
     if any(isinstance(part.apply, RemoteApply) for part in parts):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from msjax import data
+from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
@@ -223,6 +224,8 @@ class _Loop:
     def _save(self):
         if self._folder is not None:
             progress = self._progress | {"wall_seconds": self._wall_seconds()}
+            if self._run.dataset.tokenizer is not None:
+                progress["tokenizer"] = self._run.dataset.tokenizer
             self._folder.checkpoints.save(self._done, (self._state, self._sums), progress)
 
 
@@ -247,21 +250,28 @@ class _SumsBefore(NamedTuple):
 def restore(
     folder: RunFolder, run: LoadedRun, state: TrainState, mesh: Mesh | None
 ) -> tuple[TrainState, MetricSums, dict[str, Any]] | None:
-    """Returns the newest checkpoint's state, sums and progress, or None where there is none."""
+    """Returns the newest checkpoint's state, sums and progress, or None where there is none.
+
+    Raises:
+      ValueError: it does not fit the run, or was trained on texts that were split into words by another tokenizer.
+    """
     step = folder.checkpoints.latest()
     if step is None:
         return None
     sums = replicate(zero_sums(run.spec.metric_sums_like), mesh)
     try:
         (state, sums), progress = folder.checkpoints.restore(step, (state, sums))
-        return state, sums, progress
     except ValueError:
         if run.spec.task.name != "classification":
             raise
+    else:
+        check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
+        return state, sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
     (state, before), progress = folder.checkpoints.restore(step, (state, before))
+    check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
     return state, replicate(sums, mesh), progress

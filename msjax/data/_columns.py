@@ -1,0 +1,148 @@
+"""Columns of a table as inputs of a network: numbers, classes, and what is missing. With NumPy alone."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from msjax.data._error import DataError
+
+MOST_TEXTS = 100
+"""Different texts of a column, by default."""
+Missing = Literal["refuse", "median"]
+"""What becomes of values that are missing or infinite; `data.from_csv` says how."""
+
+
+def check_missing(missing: str) -> None:
+    """One of the two."""
+    if missing not in get_args(Missing):
+        raise DataError(f'missing must be "refuse" or "median", got {missing!r}')
+
+
+class Column(NamedTuple):
+    """How one column becomes numbers.
+
+    Attributes:
+        name: in the file's first line, or of the feature.
+        texts: of a column of texts or classes: each is a column of 1s among 0s; what is none of them is all 0s.
+        mean, std: of a column of numbers, which become (value - mean) / std; in float64.
+        median: what a missing number is taken to be.
+        may_miss: whether values may be missing at all.
+        has_indicator: whether a further column says what was missing, as it does where training rows miss something.
+    """
+
+    name: str
+    texts: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    median: float = 0.0
+    may_miss: bool = False
+    has_indicator: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each of its inputs, as age, job=cook, job=nurse, age missing."""
+        found = [f"{self.name}={text}" for text in self.texts] or [self.name]
+        return [*found, f"{self.name} missing"] if self.has_indicator else found
+
+    @classmethod
+    def of_numbers(cls, name: str, values: np.ndarray, gone: np.ndarray, missing: str) -> "Column":
+        """Returns the column by its values in the training rows, float64; those that are gone count for nothing."""
+        check_values(name, gone)
+        median = float(np.median(values[~gone]))
+        values = np.where(gone, median, values)
+        mean, std = float(values.mean()), float(values.std())
+        return cls(name, (), mean, std if std > 0 else 1.0, median, missing == "median", bool(gone.any()))
+
+    def numbers(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
+        """Returns float32 of float64: missing ones filled in, centred, scaled; only then rounded."""
+        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
+            return ((np.where(gone, self.median, values) - self.mean) / self.std).astype(np.float32)
+
+
+def check_values(name: Any, gone: np.ndarray) -> None:
+    """A column must have a value at least."""
+    if gone.all():
+        raise DataError(f"column {name!r} must have values, got none: leave it out by drop")
+
+
+def missing_error(what: Any, place: str, name: Any) -> DataError:
+    """A value is not there, or not finite, where it must be."""
+    return DataError(
+        f'every value must be there and finite, got {what} {place}, column {name!r}: missing="median" fills it in'
+    )
+
+
+def too_many_texts(name: Any, count: int, example: str, most: int, advice: str) -> DataError:
+    """A column of texts is not one of a few."""
+    return DataError(
+        f"column {name!r} must be numbers or at most {most} different texts, got {count} such as {example!r}: {advice}"
+    )
+
+
+def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where: str) -> tuple[Column, ...]:
+    """The columns of a table as `table_inputs` takes them, by the training rows.
+
+    Args:
+        like: names, and texts of columns of classes.
+        table: float64 (N, F): numbers, and the number of a class; what is no class is out of range.
+        missing: see `Missing`; classes are never missing.
+        where: for messages.
+    """
+    check_missing(missing)
+    found = []
+    for column, values in zip(like, table.T, strict=True):
+        if not column.texts:
+            gone = ~np.isfinite(values)
+            _refuse(gone, missing != "refuse", values, column.name, where)
+            column = Column.of_numbers(column.name, np.asarray(values), gone, missing)
+        found.append(column)
+    return tuple(found)
+
+
+def table_inputs(columns: Sequence[Column], table: np.ndarray, where: str) -> np.ndarray:
+    """float32 (N, one a name): the rows of a table as `measure_table` takes it.
+
+    Raises:
+        DataError: a value is missing that must not be; its row and column are named.
+    """
+    inputs = np.empty((len(table), sum(len(column.names) for column in columns)), np.float32)
+    at = 0
+    for column, values in zip(columns, table.T, strict=True):
+        if column.texts:
+            inputs[:, at : at + len(column.texts)] = values[:, None] == np.arange(len(column.texts))
+        else:
+            gone = ~np.isfinite(values)
+            _refuse(gone, column.may_miss, values, column.name, where)
+            inputs[:, at] = column.numbers(values, gone)
+            if column.has_indicator:
+                inputs[:, at + 1] = gone
+        at += len(column.names)
+    return inputs
+
+
+def _refuse(gone: np.ndarray, may_miss: bool, values: np.ndarray, name: str, where: str) -> None:
+    if gone.any() and not may_miss:
+        at = int(np.flatnonzero(gone)[0])
+        raise missing_error(values[at], f"at index {at} of {where}", name)
+
+
+def standardized(inputs: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """float32 of floats (N, ..., C): each of the last axis centred and scaled in float64, in pieces."""
+    mean, std = (np.asarray([getattr(column, name) for column in columns]) for name in ("mean", "std"))
+    out = np.empty(inputs.shape, np.float32)
+    rows = max(1, (1 << 22) // max(1, out[:1].size))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as such
+        for lo in range(0, len(inputs), rows):
+            out[lo : lo + rows] = (inputs[lo : lo + rows].astype(np.float64) - mean) / std
+    return out
+
+
+def column_statistics(columns: Sequence[Column]) -> tuple[list[float], list[float]]:
+    """Mean and std of the inputs for `data.normalize`: those of numbers, and 0 and 1 of all others."""
+    found = [
+        (column.mean, column.std) if i == 0 and not column.texts else (0.0, 1.0)
+        for column in columns
+        for i in range(len(column.names))
+    ]
+    return [mean for mean, _ in found], [std for _, std in found]
