@@ -18,7 +18,7 @@ from msjax.data._arrays import from_arrays, from_npz
 from msjax.data._as_dataset import as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
-from msjax.data._clients import check_alpha, epoch_indices, epoch_order, partition
+from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._columns import Column, Missing, column_statistics, table_inputs
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split
@@ -47,7 +47,6 @@ __all__ = [
     "as_dataset",
     "augment",
     "batches",
-    "check_alpha",
     "column_statistics",
     "crop_flip",
     "default_augmentation",

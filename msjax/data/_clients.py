@@ -10,16 +10,13 @@ _PARTITION, _EPOCH = 1, 2
 _LEAST_ALPHA, _MOST_ALPHA = 1e-300, 1e300
 
 
-def check_alpha(alpha: float | None, name: str = "alpha") -> None:
-    """Raises ValueError where it is no parameter of a Dirichlet distribution, nor None."""
-    if alpha is None:
-        return
+def _check_alpha(alpha):
     try:
         is_valid = not isinstance(alpha, str | bool) and 0 < float(alpha) < math.inf
     except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
-        raise ValueError(f"{name} must be positive and finite, or None for an even partition, got {alpha!r}")
+        raise ValueError(f"alpha must be positive and finite, or None for an even partition, got {alpha!r}")
 
 
 def partition(
@@ -56,7 +53,7 @@ def partition(
     if alpha is None:
         shard = n // num_clients
         return list(rng.permutation(n)[: shard * num_clients].reshape(num_clients, shard).astype(np.int32))
-    check_alpha(alpha)
+    _check_alpha(alpha)
     if isinstance(labels, int | np.integer):
         raise ValueError("labels must be given for a Dirichlet partition (alpha), got only their number")
     if labels.ndim != 1 or labels.dtype.kind not in "iub":

@@ -36,11 +36,22 @@ def say_refused(count: int, last: str) -> None:
 class TrainServicer(split_pb2_grpc.SplitServicer):
     """The RPC of training: checks who calls, and puts what is said into `inbox`, where the coordinator's loop takes it.
 
-    A stream holds two threads of gRPC's: one that reads, one that writes.
+    A stream holds two threads of gRPC's: one that reads, one that writes. Clients say Hello at once: a stream that does
+    not in `hello_seconds` is closed, and of more than `_MOST_SILENT` that have not yet, the oldest.
     """
 
-    def __init__(self, tokens: Tokens, metrics: Metrics, max_messages_per_second: float = 1000.0):
+    def __init__(
+        self,
+        tokens: Tokens,
+        metrics: Metrics,
+        max_messages_per_second: float = 1000.0,
+        *,
+        hello_seconds: float = 10.0,
+    ):
         self._tokens, self._metrics, self._max_messages_per_second = tokens, metrics, max_messages_per_second
+        self._hello_seconds = hello_seconds
+        self._silent: dict[int, queue.Queue] = {}  # the outboxes of streams without a Hello, oldest first
+        self._lock = threading.Lock()
         self.inbox: queue.Queue[Received | Lost | Stop] = queue.Queue()
         self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
@@ -66,12 +77,21 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
         session, outbox = next(self._sessions), queue.Queue()
         self._outboxes[session] = outbox
+        self._wait_for_hello(session, outbox)
         threading.Thread(target=self._read, args=(requests, context, session, outbox), daemon=True).start()
         context.add_callback(lambda: outbox.put(None))
         try:
-            while isinstance(message := outbox.get(), pb.FromServer):
+            try:
+                message = outbox.get(timeout=self._hello_seconds)
+            except queue.Empty:
+                if self._heard(session):  # where it was not heard before
+                    outbox.put(Close(session, f"Hello must come within {self._hello_seconds:g} s"))
+                message = outbox.get()
+            while isinstance(message, pb.FromServer):
                 yield message
+                message = outbox.get()
         finally:
+            self._heard(session)
             del self._outboxes[session]
             self.inbox.put(Lost(session))
         if isinstance(message, Close) and message.reason:
@@ -79,6 +99,20 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
             if message.reason.startswith(_WRONG_TOKEN):
                 code = grpc.StatusCode.UNAUTHENTICATED
             context.abort(code, message.reason)
+
+    def _wait_for_hello(self, session, outbox):
+        """Makes room for one that says it: a stranger with one valid token is not to hold all streams."""
+        with self._lock:
+            if len(self._silent) >= _MOST_SILENT:
+                oldest = next(iter(self._silent))
+                self._metrics.refused.inc()
+                self._silent.pop(oldest).put(Close(oldest, "Hello must come before so many other streams are opened"))
+            self._silent[session] = outbox
+
+    def _heard(self, session):
+        """Whether a stream had been silent, which it no longer is."""
+        with self._lock:
+            return self._silent.pop(session, None) is not None
 
     def _read(self, requests, context, session, outbox):
         rate, token, first = Rate(self._max_messages_per_second), token_of(context), True
@@ -91,6 +125,8 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
                     self._metrics.refused.inc()
                     outbox.put(Close(session, f"{_WRONG_TOKEN} for client {client}", final=True))
                     return
+                if first:
+                    self._heard(session)
                 first = False
                 self.inbox.put(Received(session, message, context.peer()))
         except grpc.RpcError:
@@ -101,6 +137,8 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
 
 
 _WRONG_TOKEN = "no such token"
+_MOST_SILENT = 6
+"""Below the number of streams that there may be besides two a client; see `Endpoint`."""
 
 
 class Endpoint:
