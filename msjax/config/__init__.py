@@ -1,0 +1,45 @@
+"""The configuration of a run: frozen dataclasses, saved with every result and set from the command line.
+
+A preset is a Python file with `get_config() -> Config`; see `configs/`.
+"""
+
+from msjax.config._checks import MAX_SEED
+from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
+from msjax.config._references import call_reference, is_local_path, references, resolve, with_own, without_paths
+from msjax.config._sections import (
+    CodecFlag,
+    Config,
+    DataConfig,
+    ModeConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    by_name,
+)
+from msjax.references import is_reference
+
+__all__ = [
+    "MAX_SEED",
+    "CodecFlag",
+    "Config",
+    "DataConfig",
+    "ModeConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TaskConfig",
+    "by_name",
+    "call_reference",
+    "earlier_names",
+    "from_json",
+    "is_local_path",
+    "is_reference",
+    "load",
+    "load_preset",
+    "references",
+    "resolve",
+    "save",
+    "to_json",
+    "to_text",
+    "with_own",
+    "without_paths",
+]

@@ -1,0 +1,124 @@
+"""What the fields of a config may be; errors name the field, the rule and the value."""
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from msjax import compress, data
+from msjax.references import is_reference
+
+MAX_SEED = 2**32 - 1
+"""JAX makes one key of seeds that are equal in their lower 32 bits."""
+
+_RANGES = {
+    **dict.fromkeys(("clients", "batch_size", "epochs", "test_every"), (1, math.inf)),
+    **dict.fromkeys(("mode.average_steps", "mode.turn_steps"), (1, math.inf)),
+    **dict.fromkeys(("data.text_length", "data.image_size"), (1, math.inf)),
+    "data.vocabulary": (2, math.inf),  # words, and padding
+    **dict.fromkeys(("optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), (0, math.inf)),
+    "seed": (0, MAX_SEED),
+}
+_POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha")
+_CUTS = ("model.cut", "mode.tail_cut")
+"""Fields that may be a number of a layer, too."""
+REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
+"""Fields that may name a function of a preset."""
+_TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
+
+
+def check(config: Any) -> None:
+    """Raises ValueError where a field of a config, or a pair of them, has a value that is not allowed."""
+    for name, value, kind in _fields(config):
+        choices = typing.get_origin(kind) is Literal  # see below
+        if not (choices or _fits(value, kind) or (name in _CUTS and _fits(value, int))):
+            raise ValueError(f"{name} must be {_in_words(kind)}, got {value!r}")
+    for name, (least, most) in _RANGES.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and not least <= value <= most:
+            rule = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            raise ValueError(f"{name} must be {rule}, got {value}")
+    for name in _POSITIVE:
+        if (value := operator.attrgetter(name)(config)) is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    # Literal types are checked on the command line alone; presets and files are checked here.
+    for name, value, choices in _choices(config):
+        if value not in choices and not (name in REFERENCES and is_reference(value)):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    for name in ("optim.label_smoothing", "optim.momentum"):
+        if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not 0 < config.data.test_share < 1:
+        raise ValueError(f"data.test_share must be above 0 and below 1, got {config.data.test_share}")
+    if (config.data.mean is None) != (config.data.std is None):
+        raise ValueError(f"data.mean and data.std must be given together, got {config.data.mean} and {config.data.std}")
+    if config.data.std is not None and not all(s > 0 for s in config.data.std):
+        raise ValueError(f"data.std must be above 0 and finite, got {config.data.std}")
+    if config.optim.schedule == "steps" and not config.optim.milestones:
+        raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
+    for name, codec in config.array_codecs:
+        parse_codec(f"array_codecs of {name!r}", codec)
+
+
+def _choices(config):
+    """(name, value, choices) of every field that has a few values."""
+    yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
+    yield "task.name", config.task.name, _TASKS
+    for name, value, kind in _fields(config):
+        if typing.get_origin(kind) is Literal:
+            yield name, value, typing.get_args(kind)
+
+
+def _fields(config, prefix=""):
+    """(name, value, type) of every field; of a section before those in it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield prefix + field.name, value, field.type
+        if dataclasses.is_dataclass(field.type) and isinstance(value, field.type):
+            yield from _fields(value, f"{field.name}.")
+
+
+def _fits(value, kind):
+    """Whether a value is of a field's type; numbers are finite, and True is none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin is Literal:
+        return value in args
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        kinds = (args[0],) * len(value) if isinstance(value, tuple) and args[-1] is ... else args
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_words(kind):
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_in_words, args))
+    if origin is tuple:
+        return f"a tuple of {_PLURALS[args[0]]}"
+    if origin is Annotated:
+        return "a codec of msjax.compress"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    words = {int: "an integer", float: "a finite number", str: "a text", bool: "True or False", type(None): "None"}
+    return words.get(kind) or f"a {kind.__name__}"
+
+
+_PLURALS = {int: "integers", float: "finite numbers", tuple[str, str]: "pairs of texts"}
+
+
+def parse_codec(name, text):
+    """A codec's text; errors begin with the field's name."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be the text of a codec, got {text!r}")
+    try:
+        return compress.from_string(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None

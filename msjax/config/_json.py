@@ -1,0 +1,123 @@
+"""Configs as JSON, and presets."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from msjax.compress import Codec
+from msjax.config._checks import parse_codec
+from msjax.config._references import map_references, references, resolve
+from msjax.config._sections import Config
+from msjax.paths import expand
+from msjax.references import call, load_module
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Returns the config as JSON-ready dicts; codecs as their text."""
+
+    def plain(value):
+        if isinstance(value, Codec):
+            return repr(value)
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def earlier_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `to_json` makes with each field under the name that it first had: records are named by these."""
+    return {
+        section: {_FIRST_NAMES.get(f"{section}.{name}", name): v for name, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for section, value in tree.items()
+    }
+
+
+_FIRST_NAMES = {"mode.tail_cut": "head_cut"}
+"""Fields that were renamed, and the names that files and records of earlier runs have for them."""
+
+
+def _present_names(section, fields):
+    present = {first: name.partition(".")[2] for name, first in _FIRST_NAMES.items() if name.startswith(f"{section}.")}
+    return {present.get(name, name): value for name, value in fields.items()}
+
+
+def from_json(tree: dict[str, Any]) -> Config:
+    """Returns the config that `to_json` made `tree` from, this version's or an earlier one's.
+
+    Raises:
+      ValueError: a field is unknown or has a value that is not allowed.
+    """
+    tree = dict(_section("config", tree))
+    sections = {}
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            fields = _present_names(field.name, _section(field.name, tree.pop(field.name, {})))
+            # JSON has lists alone.
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            unknown = sorted(fields.keys() - {f.name for f in dataclasses.fields(field.type)})
+            if unknown:
+                raise ValueError(f"config does not fit this version of msjax: unknown field {field.name}.{unknown[0]}")
+            sections[field.name] = field.type(**fields)
+    for name in ("codec", "grad_codec"):
+        if name not in tree:
+            raise ValueError(f"config does not fit this version of msjax: it has no {name}")
+        tree[name] = parse_codec(name, tree[name])
+    if isinstance(pairs := tree.pop("array_codecs", []), list):
+        pairs = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
+    unknown = sorted(tree.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise ValueError(f"config does not fit this version of msjax: unknown field {unknown[0]}")
+    return Config(array_codecs=pairs, **sections, **tree)
+
+
+def _section(name, value):
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object with fields, got {value!r}")
+    return value
+
+
+def to_text(config: Config) -> str:
+    """Returns the resolved config as the text of a JSON file."""
+    return json.dumps(to_json(config), indent=2) + "\n"
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Writes the resolved config as JSON."""
+    path.write_text(to_text(config))
+
+
+def load(path: pathlib.Path) -> Config:
+    """Reads what `save` wrote.
+
+    Raises:
+      ValueError: the file is damaged, or of another version.
+    """
+    try:
+        return from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_preset(path: str, *, name: str = "the preset") -> Config:
+    """Returns `get_config()` of the Python file at `path`; what it names as ":FUNCTION" is looked for in that file.
+
+    Raises:
+      ValueError: there is no such file, it has no `get_config` that returns a `Config`, or lacks a function that the
+        config names; `name` is what the error calls the file.
+    """
+    module = load_module(name, path)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{name} must be a Python file with get_config(), got {path!r}, which has none")
+    config = call(f"{name} {path!r}: get_config", module.get_config)
+    if not isinstance(config, Config):
+        raise ValueError(f"{name} must be a Python file whose get_config() returns a Config, got {path!r}")
+    file = os.path.abspath(expand(name, path))
+    config = map_references(config, lambda value: file + value if value.startswith(":") else value)
+    for name, value in references(config).items():
+        resolve(name, value)
+    return config

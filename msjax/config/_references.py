@@ -1,0 +1,69 @@
+"""Fields that name functions of a preset, files and folders."""
+
+import dataclasses
+import operator
+import os
+from collections.abc import Callable
+from typing import Any
+
+from msjax.config._checks import REFERENCES
+from msjax.config._sections import Config
+from msjax.references import call, is_reference, resolve_in
+
+
+def without_paths(config: Config) -> Config:
+    """Returns the config without where data, presets and runs lie on one machine, which says nothing on another.
+
+    Of presets, files of data and `model.weights` the file's name is left, which is part of what a run is.
+    """
+    name = config.data.name
+    name = os.path.basename(os.path.normpath(name)) if is_local_path(name) else name
+    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, name=name)
+    weights = config.model.weights and os.path.basename(config.model.weights)
+    model = dataclasses.replace(config.model, weights=weights)
+    plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)
+    return map_references(plain, os.path.basename)
+
+
+def is_local_path(data_name: str) -> bool:
+    """Whether the name of a data set is the path of a file or folder."""
+    return not is_reference(data_name) and (data_name.endswith((".npz", ".csv")) or os.path.isdir(data_name))
+
+
+def map_references(config: Config, change: Callable[[str], str]) -> Config:
+    """Returns the config with each name of a function of a preset as `change` makes it."""
+    for name, value in references(config).items():
+        section, _, field = name.partition(".")
+        new = dataclasses.replace(getattr(config, section), **{field: change(value)})
+        config = dataclasses.replace(config, **{section: new})
+    return config
+
+
+def references(config: Config) -> dict[str, str]:
+    """Returns the fields that name functions of a preset, and the names."""
+    found = {name: operator.attrgetter(name)(config) for name in REFERENCES}
+    return {name: value for name, value in found.items() if value is not None and is_reference(value)}
+
+
+def with_own(config: Config, own: Config) -> Config:
+    """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
+    return dataclasses.replace(config, model=own.model, data=own.data, task=own.task)
+
+
+def resolve(name: str, reference: str) -> Any:
+    """Returns the object that the field `name` refers to, as "FILE.py:OBJECT".
+
+    Raises:
+      ValueError: there is no such file, or nothing of that name in it.
+    """
+    path, _, attribute = reference.rpartition(":")
+    return resolve_in(name, path, attribute)
+
+
+def call_reference(name: str, reference: str, *arguments: Any) -> Any:
+    """Returns what the function that a field refers to makes of those arguments that it takes; an object as it is.
+
+    Raises:
+      ValueError: see `resolve`.
+    """
+    return call(f"{name} {reference!r}", resolve(name, reference), *arguments)

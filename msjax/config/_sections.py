@@ -1,0 +1,205 @@
+"""The fields of a run's description."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from msjax import compress, data
+from msjax.compress import Codec, Identity, MaskEncoded
+from msjax.config._checks import check
+
+CodecFlag = Annotated[
+    Codec,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="CODEC",
+        instance_from_str=lambda args: compress.from_string(args[0]),
+        is_instance=lambda value: isinstance(value, Codec),
+        # In double quotes, which stay as they are where a shell's quotes are put around.
+        str_from_instance=lambda value: [repr(value).replace("'", '"')],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network and where it is cut."""
+
+    name: str = "convnet"
+    """vgg19, resnet9, resnet9t, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp
+    for tables, transformer for texts; or ":FUNCTION" of a preset that makes the parts of a model of one's own."""
+    cut: str = "medium"
+    """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
+    width: float = 1.0
+    """Multiplier of the channel counts."""
+    activation: str = "relu"
+    """relu, leaky_relu, gelu, silu or tanh."""
+    cut_before_activation: bool = False
+    """Whether the server applies the activation that the client's last layer ends with, so that features have signs."""
+    first_block: Literal["residual", "paper"] = "residual"
+    """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
+    shortcut: Literal["projection", "zero_padding"] = "projection"
+    """ResNets: where the shape changes, a 1×1 convolution, or every second pixel and zero channels (option A)."""
+    conv_init: Literal["he_normal", "dirac"] = "he_normal"
+    """dirac: 3×3 convolutions start as identities, which helps short schedules."""
+    running_variance: Literal["biased", "unbiased"] = "biased"
+    """Of batch normalisation: as flax keeps it, or unbiased, as PyTorch does, to go on training from its weights."""
+    weights: str | None = None
+    """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and its share-out among the clients."""
+
+    name: str = "digits"
+    """digits and the table breast_cancer (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or in
+    data_dir any set of images, texts (glue/sst2) or a table (adult). For data of one's own: the path of an .npz, a CSV
+    file or a folder of images, or ":FUNCTION" of a preset."""
+    data_dir: str | None = None
+    """A TFDS data directory; by default TFDS's own, with download."""
+    cache_dir: str | None = None
+    """Where decoded arrays are kept; by default ~/.cache/msjax."""
+    label: str = "label"
+    """Of a CSV file: the column that is predicted."""
+    drop: tuple[str, ...] = ()
+    """Of a table: the columns that are not used, such as a row's number."""
+    test_share: float = 0.2
+    """Of data that come without a test set: how much of them is set aside for it."""
+    normalize: bool = False
+    """Of an .npz file: whether numbers that are no images are standardised by mean and std of the training data, as
+    those of tables of other kinds always are."""
+    missing: data.Missing = "refuse"
+    """Of a table: refuse values that are missing or infinite, or take the median of the training rows for them, with a
+    column that says which were missing. Not with clients' own data: each would measure its own rows."""
+    image_size: int | None = None
+    """Side of the images; by default the set's own."""
+    text_length: int = data.TEXT_LENGTH
+    """Tokens of a text; longer ones are cut, shorter ones padded."""
+    vocabulary: int = data.VOCABULARY
+    """How many different tokens there are; words get theirs by a hash."""
+    augment: str | None = None
+    """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs
+    of the same dtype; by default what is usual for the set."""
+    mean: tuple[float, ...] | None = None
+    """What is subtracted from inputs, channel by channel of pixels in [0, 1], or column by column of a table; by
+    default the set's own mean."""
+    std: tuple[float, ...] | None = None
+    """What they are then divided by; by default the set's own. Set both to what model.weights were trained with."""
+    crop_padding: int = data.CROP_PADDING
+    """Pixels that crop_flip pads on each side before it crops; fewer suit short schedules."""
+    alpha: float | None = None
+    """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
+    draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the network is trained for."""
+
+    name: str = "classification"
+    """classification, multi_label, regression, segmentation, next_token, or ":FUNCTION" of a preset that returns a
+    tasks.Task."""
+    ignore: int | None = None
+    """segmentation, next_token: a label that counts for nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How all parts are updated."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """sgd, as in the paper, or adamw, which transformers need."""
+    learning_rate: float = 0.1
+    """The peak rate."""
+    momentum: float = 0.9
+    """Of sgd; of adamw, the decay of its first moment."""
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """sgd: L2 penalty's factor, added to the gradient of every parameter before the momentum, as PyTorch's SGD does.
+    adamw: decoupled, times the learning rate (arXiv 1711.05101)."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """cosine to 0 over all epochs; steps multiplies by gamma at each of the milestones."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which `steps` lowers the rate."""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0, half of the run at most; the schedule covers the rest."""
+    label_smoothing: float = 0.0
+    """Part of the training target that is spread over all classes, in [0, 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeConfig:
+    """How the clients work together, and what stays with them."""
+
+    kind: Literal["parallel", "splitfed", "sequential"] = "parallel"
+    """parallel: all clients step together and their gradients are averaged in every step, as in the paper. splitfed:
+    every client updates a part of its own, and the parts are averaged now and then. sequential: one client after
+    another trains with the server, and hands its part to the next."""
+    average_steps: int = 10
+    """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
+    turn_steps: int | None = None
+    """sequential: steps of a turn; by default a client's whole share of an epoch."""
+    tail_cut: str | None = None
+    """U-shaped: the layers behind this cut, and the labels, stay with the client. A cut as of the model, or "last"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    task: TaskConfig = TaskConfig()
+    mode: ModeConfig = ModeConfig()
+    codec: CodecFlag = MaskEncoded()
+    """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
+    grad_codec: CodecFlag = Identity()
+    """Of the gradient, on its way down; the paper sends it uncompressed."""
+    array_codecs: tuple[tuple[str, str], ...] = ()
+    """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
+    `codec`."""
+    clients: int = 10
+    """Number of clients K."""
+    batch_size: int = 256
+    """Samples that each client sends in a step."""
+    epochs: int = 10
+    seed: int = 0
+    """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the network, and of the features that are sent. Parameters are float32."""
+    test_every: int = 1
+    """Epochs between two tests, each of which costs time and a test set of features; the last epoch always has one."""
+    eval_compressed: bool = True
+    """Whether test features go through the codec, as in the paper."""
+    allow_nonfinite: bool = False
+    """Whether to go on where a loss is NaN or infinite; otherwise the run ends there with an error."""
+    compare: bool = False
+    """Also train without compression, and print both beside each other."""
+    out: str = "runs"
+    """Where the run folder is made."""
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def cut(self) -> int | str:
+        """`model.cut` as `models.split` takes it."""
+        return _cut(self.model.cut)
+
+    @property
+    def tail_cut(self) -> int | str | None:
+        """`mode.tail_cut` as `models.split` takes it."""
+        return None if self.mode.tail_cut is None else _cut(self.mode.tail_cut)
+
+
+def _cut(cut):
+    return int(cut) if str(cut).isdecimal() else cut
+
+
+def by_name(codec: Codec, array_codecs: tuple[tuple[str, str], ...]) -> dict[str, Codec]:
+    """Returns the codecs of features by the names of their arrays, with "" for all others."""
+    return {"": codec} | {name: compress.from_string(text) for name, text in array_codecs}
