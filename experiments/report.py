@@ -17,6 +17,7 @@ import markdown_it
 
 from experiments import (
     activations,
+    beside_pytorch,
     biased_gradients,
     both_directions,
     cifar10_lite,
@@ -46,6 +47,7 @@ STUDIES = (
     mask_width,
     cut_sensitivity,
     activations,
+    beside_pytorch,
     depth,
     distributions,
     clients,
@@ -54,6 +56,7 @@ STUDIES = (
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
+    "Plain PyTorch beside msjax": beside_pytorch,
     "Published weights": published_weights,
     "Published weights, cut behind every block, nothing trained": published_cuts,
 }

@@ -45,7 +45,7 @@ modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for pa
 jaxtyping.install_import_hook(modules, f"{__name__}.check")
 
 pytest.register_assert_rewrite(f"{__package__}.helpers", f"{__package__}.setups", f"{__package__}.network")
-collect_ignore = ["fuzz_wire.py", "torch_networks.py"]  # of libraries that the tests do without
+collect_ignore = ["fuzz_wire.py"]  # which is no test
 
 STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""

@@ -285,7 +285,7 @@ def test_pytorch_computes_the_same_from_what_is_saved(case, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra `bench`")
     from safetensors.torch import load_file, save_file
 
-    from tests import torch_networks
+    from benchmarks import torch_networks
 
     model = build(case)
     network = torch_networks.vgg19_bn(5, 2, (2, 3)) if case == "vgg19" else torch_networks.ResNet(case, 5, 2)
