@@ -6,6 +6,7 @@ If a change was meant: raise the wire version, then UPDATE_GOLDEN=1 python -m py
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 
@@ -112,6 +113,7 @@ def inputs(shape, dtype):
     rng = np.random.default_rng(len(shape))
     normal = rng.normal(size=shape)
     wild = rng.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -2.0, 60000.0], shape)
+    most, least = (float(getattr(jnp.finfo(dtype), name)) for name in ("max", "tiny"))
     return {
         name: jnp.asarray(x, dtype)
         for name, x in {
@@ -123,6 +125,8 @@ def inputs(shape, dtype):
             "constant": np.full(shape, 0.3),
             "negative": -1 - np.abs(normal),
             "wild": wild,
+            "extreme": rng.choice([most, -most, most / 3, least, -least, 1.0, -0.0], shape),
+            "one largest": np.where(np.arange(math.prod(shape)).reshape(shape), most / 218, most),
         }.items()
     }
 
@@ -141,6 +145,11 @@ def check(codec, h, payload, decoded, roundtrip):
     # Relative for MS and the sparsifiers; min–max levels are relative to the ends, which may cancel.
     scale = np.abs(np.asarray(h, np.float32)).max(initial=0) if isinstance(codec, Uniform) else 0
     assert close(decoded, expected, h, scale if np.isfinite(scale) else 0)
+    if np.isfinite(np.asarray(h, np.float32)).all():
+        assert (
+            np.isfinite(np.asarray(decoded, np.float32)).all() and np.isfinite(np.asarray(roundtrip, np.float32)).all()
+        )
+        assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves)
 
 
 def same(a, b):
@@ -181,6 +190,26 @@ def test_contract_eager(codec):
     jit_payload, jit_decoded, _ = jitted(codec, h, KEY)
     assert all(map(same, payload, jit_payload)), "same key, same payload"
     assert same(decoded, jit_decoded) or (isinstance(codec, Uniform) and close(decoded, jit_decoded, h))
+
+
+@pytest.mark.parametrize(
+    "codec, dtype",
+    marked(
+        [(codec, jnp.float32) for codec in DEFAULTS + OTHERS[-3:-2]]
+        + [(codec, dtype) for codec in (RandK(), EntropyMask()) for dtype in DTYPES[1:]],
+        slow=lambda codec, dtype: codec not in (Identity(), Uniform()),
+    ),
+    ids=case_id,
+)
+def test_no_nan_or_inf_comes_of_finite_numbers(codec, dtype):
+    """Not even one that is not used: each operation is looked at by itself, under `vmap` that of every branch, too."""
+    kinds = inputs((24,), dtype)
+    h = jnp.stack([x for name, x in kinds.items() if name != "wild"] + [jnp.arange(24, dtype=dtype)])
+    codec = codec if isinstance(codec, Identity) else dataclasses.replace(codec, granularity="sample")
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
+        decoded = codec.decode(codec.encode(h, KEY), h)
+        _, pull = jax.vjp(lambda h: compress.straight_through(codec, h, KEY, codec), h)
+        pull(decoded)
 
 
 @pytest.mark.parametrize("codec, shape, dtype", marked(case for case in CASES if has_numpy(case[0])), ids=case_id)
