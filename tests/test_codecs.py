@@ -294,6 +294,23 @@ def test_numpy_scalars_and_ints_are_taken_for_what_they_are(unchecked):
     assert repr(compress.EntropyMask(bits=2)) == repr(compress.EntropyMask(bits=np.float64(2.0)))
 
 
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_64_bits():
+    """Each way to draw numbers, those for the rate control too."""
+    h = jax.random.normal(jax.random.key(1), (8, 64), jnp.float32)
+    codecs = [EntropyMask(bits=1.5, signed=True, rounding="stochastic"), RandTopK(0.7, granularity="sample")]
+    codecs += [StochasticUniform(2), RandK(0.7), EntropyMask(error=0.01, signed=True, rounding="stochastic")]
+
+    def all_of():
+        return [(codec.encode(h, KEY), codec.roundtrip(h, KEY)) for codec in codecs]
+
+    expected = all_of()
+    with jax.enable_x64(True):
+        found = all_of()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(expected)]
+
+
 @pytest.mark.parametrize("codec", marked(DEFAULTS, slow=is_random), ids=case_id)
 def test_with_64_bits_switched_on(codec):
     """The payload is the same, of an array that is long enough for every algorithm."""

@@ -326,7 +326,7 @@ class EntropyMask(VectorCodec):
     def _sampled_bits(self, values, step, bytes_):
         """Bits an element of the sample's bytes in Huffman's code, and of its outliers."""
         # Any random numbers will do, the same ones every time.
-        uniform = jax.random.uniform(jax.random.key(0), values.shape) if self.needs_key else None
+        uniform = jax.random.uniform(jax.random.key(0), values.shape, jnp.float32) if self.needs_key else None
         codes = self._codes(self._magnitude(values) / step, uniform)
         beyond = codes > self._most
         codes = jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values))
