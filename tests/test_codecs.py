@@ -291,6 +291,16 @@ def test_numpy_scalars_and_ints_are_taken_for_what_they_are(unchecked):
     made = compress.MaskEncoded(ratio=np.float32(0.75), bits=np.int64(3), signed=np.bool_(True))
     assert made == compress.from_string(repr(made)) and repr(made) == repr(compress.MaskEncoded(0.75, 3, signed=True))
     assert repr(compress.TopK(ratio=0)) == repr(compress.TopK(ratio=0.0))
+    for kind in (np.float16, np.float32, np.float64, np.longdouble):
+        assert TopK(kind(0.99)) == TopK(0.99) and RandTopK(0.9, alpha=kind(0.3)) == RandTopK(0.9, alpha=0.3)
+        options = {"error": 0.07, "ratio": 0.9, "dead_zone": 0.2}
+        assert EntropyMask(**{name: kind(value) for name, value in options.items()}) == EntropyMask(**options)
+        assert EntropyMask(bits=kind(1.3)) == EntropyMask(bits=1.3)
+    assert TopK(jnp.bfloat16(0.5).dtype.type(0.5)) == TopK(0.5)
+    assert MaskEncoded(0.9, np.uint8(3), np.str_("floor"), granularity=np.str_("sample")) == MaskEncoded(
+        0.9, 3, "floor", granularity="sample"
+    )
+    assert TopK(np.float32(0.99)).payload_like(jnp.zeros(1000)).values.size == 10
     assert repr(compress.EntropyMask(bits=2)) == repr(compress.EntropyMask(bits=np.float64(2.0)))
 
 

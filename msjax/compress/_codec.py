@@ -279,7 +279,10 @@ def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:
 
 def _plain(value, wanted):
     """A NumPy scalar, or an int for a float or bool, as what it is meant for: equal codecs print the same text."""
-    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        # As the decimal that it prints as: float32's 0.99 in more digits is another number.
+        number = value.item()
+        value = float(str(value)) if isinstance(number, (float, np.floating)) else number
     if "float" in wanted and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     return bool(value) if "bool" in wanted and type(value) in (int, float) and value in (0, 1) else value
