@@ -126,6 +126,7 @@ def inputs(shape, dtype):
             "negative": -1 - np.abs(normal),
             "wild": wild,
             "extreme": rng.choice([most, -most, most / 3, least, -least, 1.0, -0.0], shape),
+            "both zeros": rng.choice([0.0, -0.0], shape),
             "one largest": np.where(np.arange(math.prod(shape)).reshape(shape), most / 218, most),
         }.items()
     }

@@ -62,7 +62,7 @@ class Uniform(VectorCodec):
         if x.size == 0:
             return x.astype(jnp.float32), jnp.float32(0), jnp.float32(0)
         x = x.astype(jnp.float32)
-        low, high = _select.ends(x)
+        low, high = (jnp.where(end == 0, jnp.float32(0), end) for end in _select.ends(x))  # not −0
         x, start, end, _ = self._lowered(x, low, high)
         above = x - start
         # A divisor a value, also since XLA would multiply by the inverse of one for all, and round otherwise.
@@ -81,7 +81,7 @@ class Uniform(VectorCodec):
     def _encode_vector_numpy(self, x):
         if x.size == 0:
             return UniformPayload(np.zeros(0, np.uint8), np.zeros((), np.float32), np.zeros((), np.float32))
-        low, high = np.asarray(x.min(), np.float32), np.asarray(x.max(), np.float32)
+        low, high = (np.asarray(end.astype(np.float32) + np.float32(0)) for end in (x.min(), x.max()))  # not −0
         top, scale = np.float32(self._top), _numpy.scale(max(abs(low), abs(high)))
         spread = high * scale - low * scale
         codes = np.zeros(x.size, np.uint8)
