@@ -205,7 +205,9 @@ def test_contract_eager(codec):
 def test_no_nan_or_inf_comes_of_finite_numbers(codec, dtype):
     """Not even one that is not used: each operation is looked at by itself, under `vmap` that of every branch, too."""
     kinds = inputs((24,), dtype)
-    h = jnp.stack([x for name, x in kinds.items() if name != "wild"] + [jnp.arange(24, dtype=dtype)])
+    odd, limits = np.arange(24) % 2 == 1, jnp.finfo(dtype)
+    more = [np.arange(24), np.where(odd, -1, float(limits.tiny)), np.where(odd, -float(limits.max), 1)]
+    h = jnp.stack([x for name, x in kinds.items() if name != "wild"] + [jnp.asarray(x, dtype) for x in more])
     codec = codec if isinstance(codec, Identity) else dataclasses.replace(codec, granularity="sample")
     with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
         decoded = codec.decode(codec.encode(h, KEY), h)

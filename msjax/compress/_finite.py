@@ -43,8 +43,7 @@ def product(values: Float[Array, "..."], factor: Float32[Array, ""], dtype: Any)
     is_large = (jnp.abs(values) > 1) & (factor > 1)
     product = raised(lowered(values, is_large) * factor, is_large, dtype)
     other = jnp.where(finite, jnp.float32(0), given) * factor
-    # NaN in the factor makes all NaN.
-    return jnp.where(finite & ~jnp.isnan(factor), product, other.astype(dtype))
+    return jnp.where(finite, product, other.astype(dtype))
 
 
 def nan_where(is_nan: Bool[Array, "..."], x: Float32[Array, "..."]) -> Float32[Array, "..."]:

@@ -137,7 +137,7 @@ class MaskEncoded(VectorCodec):
         codes = _bits.unpack(payload.codes, self.bits, d)
         score = _select.score(payload.values, by_magnitude=self.signed)
         tau = _select.smallest(score)
-        x = self._levels(jnp.minimum(codes, self._top - 1).astype(jnp.float32), tau)
+        x = self._levels(codes.astype(jnp.float32), tau)
         if self.signed:
             x = jnp.where(_bits.unpack(payload.signs, 1, d) == 1, -x, x)
         kept = _select.positions(codes == self._top, payload.values.size)
