@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from msjax import compress
-from msjax.compress._codec import check_payload
+from msjax.compress._codec import check_payload, form_of, payload_arrays
 from msjax.compress._exact import EXACT_DTYPES
 from msjax.compress._huffman import coded_bytes as huffman_bytes
 
@@ -83,14 +83,16 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
         them shorter; None leaves them as they are. A codec with `entropy_coded` is always coded.
 
     Raises:
+      TypeError: an array of the payload has a mask.
       ValueError: `compression` is none of `COMPRESSIONS`, or the payload is not what the codec makes of such an array.
     """
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
+    like = form_of(like)
     if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
         raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
     layout = _layout(codec, like)
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
+    arrays = [np.asarray(leaf) for leaf in payload_arrays(payload)]
     check_payload(codec, like, layout, arrays)
     compression = _compression(codec, compression)
     coded = [_code(array, compression, cut=codec.entropy_coded) for array in arrays]
@@ -147,7 +149,7 @@ def estimate_bytes(
     Within 2 % on feature maps of some thousand values or more; uncompressed to the rounding of a float32. Arguments are
     those of `encode`; the payload's arrays are JAX's.
     """
-    arrays = jax.tree.leaves(payload)
+    arrays, like = jax.tree.leaves(payload), form_of(like)
     total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * len(arrays))))
     for array in arrays:
         raw = array.size * array.dtype.itemsize
@@ -186,7 +188,7 @@ def _read_form(reader, expect, max_bytes):
         raise WireError(f"there must be at most {_MAX_AXES} axes, got {axes}")
     shape, dtype = reader.unpack(f"<{axes}I"), _DTYPES[code]
     if expect is not None:
-        codec, like = expect
+        codec, like = expect[0], form_of(expect[1])
         if (text, shape, dtype) != (repr(codec).encode(), tuple(like.shape), _dtype(like.dtype)):
             raise WireError(
                 f"expected {codec} of {like.dtype}{list(like.shape)}, got {text[:80]!r} of {dtype}{list(shape)}"

@@ -8,6 +8,7 @@ equal to the bit.
 import math
 from decimal import Decimal, localcontext
 
+import ml_dtypes
 import numpy as np
 
 f32 = np.float32
@@ -63,8 +64,9 @@ def ms_codes(x, ratio, bits, rounding, signed):
         elif not 0 < tau < np.inf or not score > 0:
             code = 0
         else:
-            steps = score * f32(top) / tau  # float32, multiplied first
-            steps = top if np.isinf(steps) else np.floor(steps) if rounding == "floor" else np.rint(steps)
+            scale = f32(2.0**-32 if tau > 1e30 else 1)  # so that nothing overflows
+            steps = score * scale * f32(top) / (tau * scale)  # float32, multiplied first
+            steps = np.floor(steps) if rounding == "floor" else np.rint(steps)
             code = min(int(steps), top - 1)
         codes.append(code)
         signs.append(bool(0 < code < top and x[i] < 0))
@@ -111,8 +113,14 @@ def _sparse_decode(payload, d, dtype, fields):
 
 
 def _randk_decode(payload, d, dtype, fields):
-    scale = f32(d / max(len(payload[0]), 1))
-    return _sparse_decode((payload[0].astype(f32) * scale, payload[1]), d, dtype, fields)
+    scaled = payload[0].astype(np.float64) * float(f32(d / max(len(payload[0]), 1)))
+    return _sparse_decode((_clamped(scaled, dtype), payload[1]), d, dtype, fields)
+
+
+def _clamped(values, dtype):
+    """Float64 values in `dtype`: its largest numbers for those that are beyond them and finite."""
+    values, largest = np.array(values, np.float64), float(ml_dtypes.finfo(dtype).max)
+    return np.where(np.isinf(values), values, np.clip(values, -largest, largest)).astype(f32).astype(dtype)
 
 
 def uniform_steps(x, bits):
@@ -120,7 +128,9 @@ def uniform_steps(x, bits):
     if len(x) == 0:
         return [], f32(0), f32(0)
     low, high = f32(np.min(x.astype(f32))), f32(np.max(x.astype(f32)))
-    steps = [(f32(v) - low) * f32(2**bits - 1) / (high - low) for v in x]
+    scale = f32(2.0**-32 if max(abs(low), abs(high)) > 1e30 else 1)  # so that nothing overflows
+    above = [f32(v) * scale - low * scale for v in x]
+    steps = [a * f32(2**bits - 1) / (high * scale - low * scale) for a in above]
     return [f32(0) if np.isnan(s) else s for s in steps], low, high
 
 
@@ -133,8 +143,9 @@ def _uniform_encode(x, fields):
 def _uniform_decode(payload, d, dtype, fields):
     codes, low, high = payload
     spread = float(f32(high) - f32(low))
+    spread = spread if np.isfinite(spread) else float(high) - float(low)
     levels = [float(low) + code * spread / (2 ** fields["bits"] - 1) for code in unpack(codes, fields["bits"], d)]
-    return np.array(levels, np.float64).astype(f32).astype(dtype)
+    return _clamped(levels, dtype)
 
 
 def _digits(packed, base, d):
@@ -195,8 +206,8 @@ def _entropy_decode(payload, d, dtype, fields):
     if fields["signed"]:
         levels = [-level for level in levels[:0:-1]] + levels
     for code in _digits(packed, fields["levels"] + 1, d):
-        out.append(f32(float(queue.pop(0)) * float(step)) if code == fields["levels"] else f32(levels[code]))
-    return np.array(out, f32).astype(dtype)
+        out.append(float(queue.pop(0)) * float(step) if code == fields["levels"] else levels[code])
+    return _clamped(out, dtype)
 
 
 ENCODE = {

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from msjax import compress
-from msjax.compress import Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+from msjax import compress, wire
+from msjax.compress import Exact, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
 
 from . import reference
 from .helpers import encode
@@ -109,7 +109,7 @@ def test_uniform_corners():
     np.testing.assert_array_equal(step(jnp.array([0.1, 0.1, 0.1, 0.1])), np.float32([0.1] * 4))
     for bad in (np.nan, np.inf, -np.inf):
         assert jnp.isnan(step(jnp.array([1.0, bad, 2.0, 0.0]))).all()
-    assert jnp.isnan(step(jnp.array([-3e38, 3e38, 0, 0]))).all()
+    np.testing.assert_allclose(step(jnp.array([-3e38, 3e38, 0.9e38, 1.1e38])), [-3e38, 3e38, 1e38, 1e38], rtol=1e-6)
     np.testing.assert_array_equal(step(jnp.array([0.0, 0.5, 1.5, 3.0])), [0, 0, 2, 3])  # half to even
 
 
@@ -262,3 +262,84 @@ def test_bounds_are_the_formulas():
         functools.partial(compress.mask_encoded_error_bound, bits=2),
     ):
         assert bound(jnp.zeros((0, 3)), 0.5 if bound is not compress.uniform_error_bound else 1) == 0
+
+
+class Named(np.ndarray):
+    """A subclass, as other libraries have them."""
+
+
+class Tensor:
+    """What PyTorch's tensors are to NumPy: shape, a dtype of their own, and `__array__`."""
+
+    dtype = "torch.float32"
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values if dtype is None else self.values.astype(dtype)
+
+
+def test_arrays_from_elsewhere_are_taken_for_their_numbers(unchecked, tmp_path):
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    same = [x.astype(">f4"), np.asfortranarray(x), x[::-1, ::-1].copy()[::-1, ::-1], frozen, x.view(np.matrix)]
+    same += [np.load(tmp_path / "x.npy", mmap_mode="r"), x.view(Named), Tensor(x)]
+    for codec in (TopK(0.5), Exact()):
+        wanted = codec.encode(jnp.asarray(x if codec == TopK(0.5) else x.astype(np.int32)))
+        expected = codec.decode(wanted, x if codec == TopK(0.5) else x.astype(np.int32))
+        for h in same:
+            if codec != TopK(0.5):
+                if isinstance(h, Tensor):
+                    continue
+                h = h.astype(h.dtype.str.replace("f", "i"))
+            for payload in (codec.encode(h), codec.encode_numpy(h)):
+                assert [leaf.dtype for leaf in payload] == [leaf.dtype for leaf in wanted]
+                assert wire.encode(payload, codec, h) == wire.encode(wanted, codec, jnp.asarray(expected))
+                np.testing.assert_array_equal(codec.decode(payload, h), expected)
+            np.testing.assert_array_equal(codec.roundtrip(h), expected)
+            np.testing.assert_array_equal(compress.straight_through(codec, h), expected)
+            message = wire.encode(wanted, codec, h)
+            np.testing.assert_array_equal(wire.decode(message, expect=(codec, h)).payload[0], wanted[0])
+            assert codec.payload_like(h) == codec.payload_like(expected)
+    payload = TopK(0.5).encode_numpy(x)
+    for foreign in ((Tensor(payload.values), payload.mask), (np.asarray(payload.values).view(Named), payload.mask)):
+        np.testing.assert_array_equal(TopK(0.5).decode(foreign, x), TopK(0.5).decode(payload, x))
+        assert wire.encode(foreign, TopK(0.5), x) == wire.encode(payload, TopK(0.5), x)
+    with pytest.raises(ValueError, match=r"payload must be what TopK.* got >f4"):
+        TopK(0.5).decode(payload._replace(values=payload.values.astype(">f4")), x)
+    assert TopK(0.5).encode_numpy(x[:0].astype(">f4")).values.dtype == np.float32
+
+
+def test_arrays_from_elsewhere_that_say_something_else_are_refused(unchecked):
+    x = np.ones((3, 4), np.float32)
+    codec, masked = TopK(0.5), np.ma.masked_array(x, x > 3)
+    payload = codec.encode_numpy(x)
+    hidden = payload._replace(values=np.ma.masked_array(payload.values))
+    calls = [codec.encode, codec.encode_numpy, codec.roundtrip, lambda h: compress.straight_through(codec, h)]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"h must have no mask: fill it first, .* got a masked array"):
+            call(masked)
+        for wrong, name in ((x.tolist(), "list"), (1.0, "float")):
+            with pytest.raises(TypeError, match=f"h must be an array, got {name}"):
+                call(wrong)
+        with pytest.raises(TypeError, match=r"h must be one of float32, .* got float64"):
+            call(np.zeros(4))
+        with pytest.raises(TypeError, match=r"h must be one of float32, .* got key<fry>"):
+            call(KEY)
+    for call in (lambda: codec.decode(hidden, x), lambda: wire.encode(hidden, codec, x)):
+        with pytest.raises(TypeError, match=r"payload must have no mask: fill it first"):
+            call()
+
+
+def test_tensors_of_pytorch(unchecked):
+    torch = pytest.importorskip("torch")
+    x = torch.arange(12.0).reshape(3, 4)
+    for h in (x, x.T.contiguous().T, x.bfloat16(), x.half()):
+        expected = np.asarray(TopK(0.5).roundtrip(jnp.asarray(h.float().numpy())))
+        np.testing.assert_array_equal(np.asarray(TopK(0.5).roundtrip(h), np.float32), expected)
+        np.testing.assert_array_equal(np.asarray(TopK(0.5).encode_numpy(h).values, np.float32).size, 6)
+    with pytest.raises(TypeError, match=r"h must be an array, got Tensor: .*requires grad"):
+        TopK(0.5).encode(x.requires_grad_())

@@ -6,6 +6,7 @@ If a change was meant: raise the wire version, then UPDATE_GOLDEN=1 python -m py
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 
@@ -112,6 +113,7 @@ def inputs(shape, dtype):
     rng = np.random.default_rng(len(shape))
     normal = rng.normal(size=shape)
     wild = rng.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -2.0, 60000.0], shape)
+    most, least = (float(getattr(jnp.finfo(dtype), name)) for name in ("max", "tiny"))
     return {
         name: jnp.asarray(x, dtype)
         for name, x in {
@@ -123,6 +125,9 @@ def inputs(shape, dtype):
             "constant": np.full(shape, 0.3),
             "negative": -1 - np.abs(normal),
             "wild": wild,
+            "extreme": rng.choice([most, -most, most / 3, least, -least, 1.0, -0.0], shape),
+            "both zeros": rng.choice([0.0, -0.0], shape),
+            "one largest": np.where(np.arange(math.prod(shape)).reshape(shape), most / 218, most),
         }.items()
     }
 
@@ -141,6 +146,11 @@ def check(codec, h, payload, decoded, roundtrip):
     # Relative for MS and the sparsifiers; min–max levels are relative to the ends, which may cancel.
     scale = np.abs(np.asarray(h, np.float32)).max(initial=0) if isinstance(codec, Uniform) else 0
     assert close(decoded, expected, h, scale if np.isfinite(scale) else 0)
+    if np.isfinite(np.asarray(h, np.float32)).all():
+        assert (
+            np.isfinite(np.asarray(decoded, np.float32)).all() and np.isfinite(np.asarray(roundtrip, np.float32)).all()
+        )
+        assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves)
 
 
 def same(a, b):
@@ -181,6 +191,28 @@ def test_contract_eager(codec):
     jit_payload, jit_decoded, _ = jitted(codec, h, KEY)
     assert all(map(same, payload, jit_payload)), "same key, same payload"
     assert same(decoded, jit_decoded) or (isinstance(codec, Uniform) and close(decoded, jit_decoded, h))
+
+
+@pytest.mark.parametrize(
+    "codec, dtype",
+    marked(
+        [(codec, jnp.float32) for codec in DEFAULTS + OTHERS[-3:-2]]
+        + [(codec, dtype) for codec in (RandK(), EntropyMask()) for dtype in DTYPES[1:]],
+        slow=lambda codec, dtype: codec not in (Identity(), Uniform()),
+    ),
+    ids=case_id,
+)
+def test_no_nan_or_inf_comes_of_finite_numbers(codec, dtype):
+    """Not even one that is not used: each operation is looked at by itself, under `vmap` that of every branch, too."""
+    kinds = inputs((24,), dtype)
+    odd, limits = np.arange(24) % 2 == 1, jnp.finfo(dtype)
+    more = [np.arange(24), np.where(odd, -1, float(limits.tiny)), np.where(odd, -float(limits.max), 1)]
+    h = jnp.stack([x for name, x in kinds.items() if name != "wild"] + [jnp.asarray(x, dtype) for x in more])
+    codec = codec if isinstance(codec, Identity) else dataclasses.replace(codec, granularity="sample")
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
+        decoded = codec.decode(codec.encode(h, KEY), h)
+        _, pull = jax.vjp(lambda h: compress.straight_through(codec, h, KEY, codec), h)
+        pull(decoded)
 
 
 @pytest.mark.parametrize("codec, shape, dtype", marked(case for case in CASES if has_numpy(case[0])), ids=case_id)
@@ -262,7 +294,34 @@ def test_numpy_scalars_and_ints_are_taken_for_what_they_are(unchecked):
     made = compress.MaskEncoded(ratio=np.float32(0.75), bits=np.int64(3), signed=np.bool_(True))
     assert made == compress.from_string(repr(made)) and repr(made) == repr(compress.MaskEncoded(0.75, 3, signed=True))
     assert repr(compress.TopK(ratio=0)) == repr(compress.TopK(ratio=0.0))
+    for kind in (np.float16, np.float32, np.float64, np.longdouble):
+        assert TopK(kind(0.99)) == TopK(0.99) and RandTopK(0.9, alpha=kind(0.3)) == RandTopK(0.9, alpha=0.3)
+        options = {"error": 0.07, "ratio": 0.9, "dead_zone": 0.2}
+        assert EntropyMask(**{name: kind(value) for name, value in options.items()}) == EntropyMask(**options)
+        assert EntropyMask(bits=kind(1.3)) == EntropyMask(bits=1.3)
+    assert TopK(jnp.bfloat16(0.5).dtype.type(0.5)) == TopK(0.5)
+    assert MaskEncoded(0.9, np.uint8(3), np.str_("floor"), granularity=np.str_("sample")) == MaskEncoded(
+        0.9, 3, "floor", granularity="sample"
+    )
+    assert TopK(np.float32(0.99)).payload_like(jnp.zeros(1000)).values.size == 10
     assert repr(compress.EntropyMask(bits=2)) == repr(compress.EntropyMask(bits=np.float64(2.0)))
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_64_bits():
+    """Each way to draw numbers, those for the rate control too."""
+    h = jax.random.normal(jax.random.key(1), (8, 64), jnp.float32)
+    codecs = [EntropyMask(bits=1.5, signed=True, rounding="stochastic"), RandTopK(0.7, granularity="sample")]
+    codecs += [StochasticUniform(2), RandK(0.7), EntropyMask(error=0.01, signed=True, rounding="stochastic")]
+
+    def all_of():
+        return [(codec.encode(h, KEY), codec.roundtrip(h, KEY)) for codec in codecs]
+
+    expected = all_of()
+    with jax.enable_x64(True):
+        found = all_of()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(expected)]
 
 
 @pytest.mark.parametrize("codec", marked(DEFAULTS, slow=is_random), ids=case_id)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msjax import wire
-from msjax.compress import Identity, MaskEncoded, RandTopK, TopK, Uniform
+from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform
 
 from . import helpers
 from .helpers import (
@@ -177,6 +177,18 @@ def test_encode_refuses(unchecked):
         wire.encode((np.zeros(2),), Identity(), np.zeros(2))
     with pytest.raises(ValueError, match="batch axis"):
         wire.encode(payload, MaskEncoded(granularity="sample"), jax.ShapeDtypeStruct((), np.float32))
+
+
+def test_only_zeros_are_cut_and_only_what_is_shorter_is_coded():
+    codec, like = EntropyMask(), jax.ShapeDtypeStruct((300,), np.float32)
+    payload = payload_of(codec, like.shape, like.dtype)
+    for word in (0x2020, 0x2000, 0x0020, 0x0D0A, 0xFF00):
+        ends = payload._replace(outliers=np.full(3, word, np.uint16).view(np.float16))
+        assert_same(wire.decode(wire.encode(ends, codec, like)).payload, ends)
+    lengths = [len(wire.huffman(bytes(n))) - n for n in range(1, 20)]
+    assert 0 in lengths
+    codings = [wire._code(np.zeros(n, np.uint8), "huffman", cut=False)[0] for n in range(1, 20)]
+    assert codings == [int(length < 0) for length in lengths]
 
 
 def test_arrays_that_are_not_contiguous_are_sent_in_order():

@@ -38,15 +38,15 @@ class Codec(abc.ABC):
         """Returns the payload of `h`: a NamedTuple of arrays, packed to the size they have on the wire.
 
         Args:
-          h: features, any shape; float32, bfloat16 or float16.
+          h: features, any shape; float32, bfloat16 or float16. An array of JAX, NumPy or a library that gives its
+            arrays to either, as PyTorch does; in any order of axes and bytes.
           key: a JAX random key; needed by random codecs alone.
 
         Raises:
-          TypeError: `h` has another dtype.
+          TypeError: `h` is no array, has another dtype, or has a mask.
           ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
         """
-        self._check(h, key)
-        return _encode(self, jnp.asarray(h), key)
+        return _encode(self, jnp.asarray(self._checked(h, key)), key)
 
     def encode_numpy(self, h: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the payload that `encode` gives, bit for bit, as NumPy arrays and made by NumPy alone.
@@ -54,10 +54,10 @@ class Codec(abc.ABC):
         For clients whose accelerator, or none, should not do it; subnormal numbers may come out otherwise.
 
         Raises:
-          TypeError: `h` has another dtype.
+          TypeError: `h` is no array, has another dtype, or has a mask.
           ValueError: the codec is random, as its numbers are drawn by JAX, or has no NumPy encoder.
         """
-        self._check(h)
+        h = self._checked(h)
         if self.needs_key:
             raise ValueError(f"codec must not be random to encode with NumPy, got {self}")
         with np.errstate(all="ignore"):  # NaN and Inf have their codes
@@ -69,21 +69,22 @@ class Codec(abc.ABC):
         The payload's arrays may be NumPy's, as they come off a wire.
 
         Raises:
+          TypeError: an array of the payload has a mask.
           ValueError: the payload is not that of an array like `like`.
         """
-        self._check(like)
-        wanted = self._payload_like(like)
-        given = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(payload)]
+        like = form_of(like)
+        wanted = self.payload_like(like)
+        given = payload_arrays(payload)
         check_payload(self, like, wanted, given)
-        return _decode(self, type(wanted)(*map(jnp.asarray, given)), shaped(like.shape, like.dtype))
+        return _decode(self, type(wanted)(*map(jnp.asarray, given)), like)
 
     def roundtrip(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> Shaped[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
-        self._check(h, key)
-        return _roundtrip(self, jnp.asarray(h), key)
+        return _roundtrip(self, jnp.asarray(self._checked(h, key)), key)
 
     def payload_like(self, like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
+        like = form_of(like)
         self._check(like)
         return self._payload_like(like)
 
@@ -109,6 +110,13 @@ class Codec(abc.ABC):
 
     def _roundtrip(self, h, key):
         return self._decode(self._encode(h, key), h)
+
+    def _checked(self, h, key=...):
+        """`h` as an array of JAX or NumPy that this codec takes."""
+        h = as_array(h)
+        h = h if isinstance(h, jax.Array) else h.astype(_native(h.dtype), copy=False)
+        self._check(h, key)
+        return h
 
     def _check(self, h, key=...):
         check_array(h, FLOAT_DTYPES)
@@ -220,12 +228,45 @@ def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDty
 
 def check_array(h: Any, dtypes: tuple[str, ...], where: str = "") -> None:
     """Raises TypeError or ValueError for what a codec of arrays of these dtypes cannot take."""
-    if not hasattr(h, "dtype"):
-        raise TypeError(f"h must be an array, got {type(h).__name__}")
-    if jnp.dtype(h.dtype).name not in dtypes:
-        raise TypeError(f"h must be one of {', '.join(dtypes)}{where}, got {jnp.dtype(h.dtype).name}")
+    if h.dtype.name not in dtypes:
+        raise TypeError(f"h must be one of {', '.join(dtypes)}{where}, got {h.dtype.name}")
     if math.prod(h.shape) >= 1 << 31:
         raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
+
+
+def as_array(x: Any, name: str = "h") -> Any:
+    """`x`, of whatever library, as an array of JAX or NumPy; TypeError, with the argument's `name`, if it is none."""
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have no mask: fill it first, as with {name}.filled(0), got a masked array")
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    try:
+        return np.asarray(x)
+    except Exception as error:  # whatever the other library raises
+        try:  # NumPy has no bfloat16
+            return jnp.from_dlpack(x, copy=True)
+        except Exception:
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from None
+
+
+def form_of(like: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, or of what has these alone."""
+    if not (hasattr(like, "shape") and isinstance(getattr(like, "dtype", None), np.dtype)):
+        like = as_array(like)  # another library's dtype
+    return shaped(tuple(like.shape), _native(like.dtype))
+
+
+def payload_arrays(payload: Any) -> list:
+    """The arrays of a payload, of JAX or NumPy."""
+    leaves = jax.tree.leaves(payload)
+    return [as_array(leaf, "payload") if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+
+
+def _native(dtype):
+    """`dtype` in this machine's order of bytes."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:
@@ -238,7 +279,10 @@ def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:
 
 def _plain(value, wanted):
     """A NumPy scalar, or an int for a float or bool, as what it is meant for: equal codecs print the same text."""
-    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        # As the decimal that it prints as: float32's 0.99 in more digits is another number.
+        number = value.item()
+        value = float(str(value)) if isinstance(number, (float, np.floating)) else number
     if "float" in wanted and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     return bool(value) if "bool" in wanted and type(value) in (int, float) and value in (0, 1) else value

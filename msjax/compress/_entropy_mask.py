@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from msjax.compress import _bits, _huffman, _random, _select
+from msjax.compress import _bits, _finite, _huffman, _random, _select
 from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
 
 _SAMPLE = 1 << 14  # values that the step is chosen from
@@ -18,6 +18,7 @@ _FINEST, _COARSEST = -15 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest v
 _FINEST_WHOLE = -11 * _PER_OCTAVE  # and here as a whole number
 _TELLING = 64  # values of the sample that are not zero: fewer say little of the others
 _DEFAULT_ERROR = 0.07
+_UNREACHED = 1e6  # errors and bits: more is the same
 _HALF_MAX = 65504.0
 
 
@@ -163,9 +164,10 @@ class EntropyMask(VectorCodec):
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
         d, most = x.size, jnp.float32(self._most)
         step, means, finite = self._choose(x)
+        inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, jnp.float32(1)), jnp.float32(0))
 
         def quantize(x):
-            steps = self._magnitude(x) * jnp.where(step > 0, 1 / step, jnp.float32(0))
+            steps = self._magnitude(x) * inverse
             codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
             return steps, codes, ~(codes <= most)  # NaN is beyond, too
 
@@ -173,7 +175,7 @@ class EntropyMask(VectorCodec):
         positions = _select.positions(beyond, _select.num_kept(self.ratio, d))
         # Whole steps where that is unbiased: float16 holds them up to 2048.
         outliers = (codes if self.needs_key else steps)[jnp.minimum(positions, d - 1)]
-        outliers = jnp.where(jnp.isinf(outliers), outliers, jnp.minimum(outliers, jnp.float32(_HALF_MAX)))
+        outliers = jnp.where(jnp.isfinite(outliers), jnp.minimum(outliers, jnp.float32(_HALF_MAX)), outliers)
         outliers = jnp.where(x[jnp.minimum(positions, d - 1)] < 0, -outliers, outliers)
         outliers = jnp.where(positions < d, outliers, jnp.float32(0)).astype(jnp.float16)
         codes = self._with_sign(jnp.where(beyond, most, codes), x).astype(jnp.uint8)
@@ -182,19 +184,19 @@ class EntropyMask(VectorCodec):
         many = lax.cond(
             finite, lambda x: x[0] != x[0], lambda x: jnp.sum(quantize(x)[2], dtype=jnp.int32) > positions.size, x
         )
-        step = jnp.where(many, jnp.float32(jnp.nan), step)
+        step = _finite.nan_where(many, step)
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):
         if like.size == 0:
             return jnp.zeros(0, like.dtype)
         codes = self._unpack(payload.codes, like.size)
-        levels = payload.means.astype(jnp.float32) * payload.step
+        levels = _finite.product(payload.means, payload.step, like.dtype).astype(jnp.float32)
         levels = jnp.concatenate([-levels[:0:-1], levels]) if self.signed else levels
         # A scatter's result is in memory; else XLA's CPU would make the table anew for every value, despite a barrier.
         levels = _select.put(jnp.zeros_like(levels), lax.iota(jnp.int32, levels.size), levels)
         x = levels[jnp.minimum(codes, self.levels - 1)].astype(like.dtype)
-        outliers = (payload.outliers.astype(jnp.float32) * payload.step).astype(like.dtype)
+        outliers = _finite.product(payload.outliers, payload.step, like.dtype)
         return _select.put(x, _select.positions(codes == self.levels, outliers.size), outliers)
 
     def _pack(self, codes):
@@ -235,12 +237,13 @@ class EntropyMask(VectorCodec):
         group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
         values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
         values = jnp.where(jnp.isfinite(values), values.astype(jnp.float32), jnp.float32(0))
+        values = values if self.signed else self._magnitude(values)
         # Of a sample of zeros nothing can be learnt; then there is one value, the largest.
         alone = jnp.where(lax.iota(jnp.int32, values.size) == 0, largest, jnp.float32(0))
         lonely = ~jnp.any(self._magnitude(values) > 0)
         values = jnp.where(lonely, alone, values)
-        octave = jnp.clip(jnp.frexp(largest)[1], -125, 125)
-        scale = jnp.ldexp(jnp.float32(1), -octave)  # to about 1 at most, so that squares are in range
+        octave = jnp.clip(_octave(largest), -125, 125)
+        scale = _power_of_two(-octave)  # to about 1 at most, so that squares are in range
         values *= scale
         sample = _Sample.of(self._magnitude(values))
         room = jnp.float32(0.75 * _select.num_kept(self.ratio, d) / d)
@@ -250,14 +253,18 @@ class EntropyMask(VectorCodec):
 
         if self.bits is None:
             # Of all values: where tails are heavy a sample does not know it. Unless it is beyond float32.
-            square = jnp.vdot(x, x, preferred_element_type=jnp.float32) / d
-            square = jnp.where(
-                (square > 1e-30) & (square < 1e30), square * scale * scale, sample.squares[-1] / sample.sorted.size
-            )
-            wrong = jnp.float32(self.error or _DEFAULT_ERROR) * square
+            in_range = jnp.maximum(jnp.abs(low), jnp.abs(high)) < 2.0**48
+            within = jnp.where(in_range, x, jnp.zeros((), x.dtype))
+            square = jnp.vdot(within, within, preferred_element_type=jnp.float32) / d
+            usable = (square > 1e-30) & (square < 1e30)
+            limit = jnp.float32(2.0**60) / jnp.maximum(scale, jnp.float32(2.0**-60))
+            for _ in range(2):  # in units of the sample; unsigned, negative values can make it as large as they like
+                square = jnp.minimum(square, limit) * scale
+            square = jnp.where(usable, square, sample.squares[-1] / sample.sorted.size)
+            wrong = jnp.float32(min(self.error or _DEFAULT_ERROR, _UNREACHED)) * square
             at = _first(lambda at: self._error(sample, _step(at)) > wrong, sample.sorted) - 1
         else:
-            bits = jnp.float32(self.bits)
+            bits = jnp.float32(min(self.bits, _UNREACHED))
             at = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
             # The sample's bytes tell what single codes do not: what neighbours share, and what Huffman's code wastes.
             bits *= self._entropy(sample, _step(at)) / self._sampled_bits(values, _step(at), bytes_)
@@ -269,8 +276,10 @@ class EntropyMask(VectorCodec):
         at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
         if self.needs_key:
             at = jnp.maximum(at, _FINEST_WHOLE)
+        # A normal number whose reciprocal is one, too.
+        at = jnp.clip(at, (-126 - octave) * _PER_OCTAVE, (126 - octave) * _PER_OCTAVE)
         means = self._means(sample, _step(at), jnp.where((n == bytes_) | lonely, jnp.float32(0), jnp.float32(1)))
-        step = jnp.where(largest > 0, jnp.ldexp(_step(at), octave), jnp.float32(0))
+        step = jnp.where(largest > 0, _step(at + octave * _PER_OCTAVE), jnp.float32(0))
         return step, means, finite
 
     def _bins(self, sample, step):
@@ -307,12 +316,17 @@ class EntropyMask(VectorCodec):
         """Bits an element, if codes were coded one by one at their entropy."""
         shares = self._shares(sample, step)
         signs = jnp.sum(shares[1:-1]) if self.signed else 0
-        return -jnp.sum(jax.scipy.special.xlogy(shares, shares)) / np.float32(np.log(2)) + signs + 16 * shares[-1]
+        return (
+            -jnp.sum(jax.scipy.special.xlogy(shares, jnp.where(shares > 0, shares, jnp.float32(1))))
+            / np.float32(np.log(2))
+            + signs
+            + 16 * shares[-1]
+        )
 
     def _sampled_bits(self, values, step, bytes_):
         """Bits an element of the sample's bytes in Huffman's code, and of its outliers."""
         # Any random numbers will do, the same ones every time.
-        uniform = jax.random.uniform(jax.random.key(0), values.shape) if self.needs_key else None
+        uniform = jax.random.uniform(jax.random.key(0), values.shape, jnp.float32) if self.needs_key else None
         codes = self._codes(self._magnitude(values) / step, uniform)
         beyond = codes > self._most
         codes = jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values))
@@ -347,9 +361,19 @@ class _Sample(NamedTuple):
 
 
 def _step(at):
-    """2^(at/64)."""
+    """2^(at/64), for at/64 from −126 to less than 128."""
     fractions = jnp.asarray(np.exp2(np.arange(_PER_OCTAVE) / _PER_OCTAVE), jnp.float32)
-    return jnp.ldexp(fractions[at % _PER_OCTAVE], at // _PER_OCTAVE)
+    return fractions[at % _PER_OCTAVE] * _power_of_two(at // _PER_OCTAVE)
+
+
+def _power_of_two(exponent):
+    """2^exponent, for −126 to 127. `jnp.ldexp` makes infinities on the way, as `jnp.frexp` does."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _octave(x):
+    """The least power of two above a positive number; of smaller ones than float32's normal ones, −126."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 126
 
 
 def _first(passes, like):

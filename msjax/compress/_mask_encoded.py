@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress import _bits, _numpy, _select
+from msjax.compress import _bits, _finite, _numpy, _select
 from msjax.compress._codec import VectorCodec, check_bits, check_choice, check_ratio, shaped
 
 
@@ -47,8 +47,7 @@ class MaskEncoded(VectorCodec):
       - k is at least 1 (the paper's formula gives 0 for d < 1/(1 − ratio)); an empty array has an empty payload.
       - NaN ranks above +Inf. Both are kept exactly while there are at most k; from k of them on, τ is not finite and
         what is not kept decodes to NaN: a diverged network shows. −Inf is a negative value.
-      - Values above float32's maximum/(2^bits − 1) that are not kept may get the largest code; subnormal numbers may
-        count as 0.
+      - Subnormal numbers may count as 0.
 
     Bias: biased, toward 0 with "floor"; the error of a value is at most τ/(2^bits − 1), and at most the value itself.
     The squared error is bounded by `mask_encoded_error_bound`.
@@ -85,11 +84,15 @@ class MaskEncoded(VectorCodec):
         """(what is kept, codes of the others as float32) of the vector `x`, d ≥ 1."""
         score = _select.score(x, by_magnitude=self.signed)
         top = _select.select(x, _select.num_kept(self.ratio, x.size), by_magnitude=self.signed)
-        tau = top.kth
-        # Multiplied before it is divided: in this order float32 gives Figure 1's codes.
-        steps = score * jnp.float32(self._top) / tau
+        # Below 0 the code is 0, and above τ a value is kept: there, what follows could be out of range.
+        tau = jnp.maximum(top.kth, 0)
+        score = jnp.clip(score, 0, tau)
+        score, tau = (_finite.lowered(part, top.kth > _finite.LARGE) for part in (score, tau))
+        # Multiplied before it is divided: in this order float32 gives Figure 1's codes. And by a divisor a value, since
+        # XLA may multiply by the inverse of one for all.
+        steps = score * jnp.float32(self._top) / jnp.where(score > 0, tau, jnp.float32(1))
         steps = jnp.round(steps) if self.rounding == "nearest" else jnp.floor(steps)
-        # The comparison, not a maximum, so that NaN (0/0, τ not finite) becomes code 0.
+        # The comparison, not a maximum, so that NaN (τ not finite) becomes code 0.
         codes = jnp.where((steps > 0) & (tau > 0), jnp.minimum(steps, jnp.float32(self._top - 1)), jnp.float32(0))
         return top, codes
 
@@ -116,10 +119,10 @@ class MaskEncoded(VectorCodec):
             return MaskPayload(x, np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         scores = _numpy.score(x, by_magnitude=self.signed)
         kept, tau = _numpy.largest(scores, _select.num_kept(self.ratio, x.size))
-        codes = np.zeros(x.size, np.uint8)
+        codes, scale = np.zeros(x.size, np.uint8), _numpy.scale(tau)
         for piece in _numpy.pieces(x.size if tau > 0 else 0):
-            steps = scores[piece] * np.float32(self._top)
-            steps /= tau
+            steps = scores[piece] * np.float32(self._top * scale)
+            steps /= tau * np.float32(scale)
             codes[piece] = _numpy.to_codes(steps, self._top - 1, self.rounding)
         codes[kept] = self._top
         signs = np.zeros(0, np.uint8)
@@ -133,7 +136,7 @@ class MaskEncoded(VectorCodec):
             return jnp.zeros(0, like.dtype)
         codes = _bits.unpack(payload.codes, self.bits, d)
         score = _select.score(payload.values, by_magnitude=self.signed)
-        tau = jnp.min(jnp.where(jnp.isnan(score), jnp.float32(jnp.inf), score))
+        tau = _select.smallest(score)
         x = self._levels(codes.astype(jnp.float32), tau)
         if self.signed:
             x = jnp.where(_bits.unpack(payload.signs, 1, d) == 1, -x, x)

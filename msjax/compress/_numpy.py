@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from msjax.compress import _finite
+
 PIECE = 1 << 15
 _SAMPLE = 1 << 15  # values that the first guess of the threshold is taken from
 
@@ -42,6 +44,11 @@ def _likely(scores, k):
 
 def _kth_largest(scores, k):
     return np.partition(scores, scores.size - k)[scores.size - k]  # NumPy has NaN last, above +Inf
+
+
+def scale(largest: np.float32) -> np.float32:
+    """`_finite.scale`."""
+    return np.float32(_finite.DOWN if largest > _finite.LARGE else 1)
 
 
 def to_codes(steps: np.ndarray, most: int, rounding: str = "nearest") -> np.ndarray:

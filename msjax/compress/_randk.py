@@ -15,8 +15,8 @@ class RandK(Sparsifier):
 
     See `Sparsifier` for k and the payload. Every set of k positions is equally likely. Values travel unscaled. Needs a
     key. Unbiased: the mean over keys is `h` (to the rounding of h's dtype); the variance is (d/k − 1)·‖h‖². NaN and Inf
-    are kept where they are drawn; in float16 what is beyond 65504·k/d decodes to ±Inf. Source: Stich et al., arXiv
-    1809.07599.
+    are kept where they are drawn; what is beyond the dtype's largest number · k/d decodes to the largest. Source: Stich
+    et al., arXiv 1809.07599.
 
     >>> import jax, jax.numpy as jnp
     >>> RandK(ratio=0.5).roundtrip(jnp.ones(4), jax.random.key(0)).sum()

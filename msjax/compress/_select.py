@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped, UInt32
 
-from msjax.compress import _bits
+from msjax.compress import _bits, _finite
 
 DIRECT = 1 << 15
 """Below this length `lax.top_k` is at least as fast."""
@@ -46,7 +47,7 @@ def score(x: Float[Array, "d"], *, by_magnitude: bool) -> Float32[Array, "d"]:
     """What `x` is ranked by: its value or magnitude in float32, with one NaN and one zero."""
     x = x.astype(jnp.float32)
     x = jnp.abs(x) if by_magnitude else jnp.where(x == 0, jnp.float32(0), x)
-    return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
+    return _finite.nan_where(jnp.isnan(x), x)
 
 
 def select(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Selection:
@@ -103,9 +104,14 @@ def ends(x: Float[Array, "d"]) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
 
     Before a min and a max XLA's CPU would write what they read to memory.
     """
-    start = (jnp.float32(jnp.inf), jnp.float32(-jnp.inf))
+    start = (np.float32(np.inf), np.float32(-np.inf))
     x = x.astype(jnp.float32)
     return lax.reduce((x, x), start, lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])), (0,))
+
+
+def smallest(scores: Float32[Array, "k"]) -> Float32[Array, ""]:
+    """The smallest of k ≥ 1 scores, any of which may be NaN: that ranks above +Inf."""
+    return _score(jnp.min(_order(scores)))
 
 
 def put(x: Shaped[Array, "d"], positions: Int32[Array, "n"], values: Shaped[Array, "n"]) -> Shaped[Array, "d"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress import _bits, _numpy, _select
+from msjax.compress import _bits, _finite, _numpy, _select
 from msjax.compress._codec import VectorCodec, check_ratio, shaped
 
 
@@ -62,7 +62,7 @@ class Sparsifier(VectorCodec):
         return jnp.where(_bits.unpack_words(kept, x.size), self._scaled(x, x), jnp.zeros((), x.dtype))
 
     def _scaled(self, values, like):
-        return (values.astype(jnp.float32) * jnp.float32(self._scale(like.size))).astype(like.dtype)
+        return _finite.product(values, jnp.float32(self._scale(like.size)), like.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

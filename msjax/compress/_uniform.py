@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress import _bits, _numpy, _random, _select
+from msjax.compress import _bits, _finite, _numpy, _random, _select
 from msjax.compress._codec import VectorCodec, check_bits, shaped
 
 
@@ -27,10 +27,9 @@ class Uniform(VectorCodec):
     Payload: ⌈d·bits/8⌉ bytes, and 8 for the two ends, which the paper does not count. Arithmetic is float32; the
     result has the input's dtype.
 
-    A constant array is exact. NaN or ±Inf anywhere, or a spread beyond float32's maximum, make everything decode to
-    NaN; a spread whose reciprocal is no normal float32, above 8e37, may make everything decode to the minimum. Bias:
-    biased; the error of a value is at most half a step, (max − min)/(2^bits − 1)/2. Squared error:
-    `uniform_error_bound`. Source: arXiv 2408.13787, section 3.
+    A constant array is exact. NaN or ±Inf anywhere make everything decode to NaN. Bias: biased; the error of a value is
+    at most half a step, (max − min)/(2^bits − 1)/2. Squared error: `uniform_error_bound`. Source: arXiv 2408.13787,
+    section 3.
 
     >>> import jax.numpy as jnp
     >>> Uniform(bits=1).roundtrip(jnp.array([0.0, 0.2, 0.9, 1.0]))
@@ -53,18 +52,27 @@ class Uniform(VectorCodec):
     def _round(self, steps, key):
         return jnp.round(steps)
 
+    def _lowered(self, *x):
+        """Arrays, of which the last two are the ends, and whether they are large."""
+        is_large = jnp.maximum(jnp.abs(x[-2]), jnp.abs(x[-1])) > _finite.LARGE
+        return *(_finite.lowered(part, is_large) for part in x), is_large
+
     def _quantize(self, x, key):
-        """(codes as float32, low, high) of the vector `x`."""
+        """(codes as float32, smallest, largest) of the vector `x`."""
         if x.size == 0:
             return x.astype(jnp.float32), jnp.float32(0), jnp.float32(0)
         x = x.astype(jnp.float32)
-        low, high = _select.ends(x)
-        steps = (x - low) * jnp.float32(self._top) / (high - low)
-        # A comparison, so that 0/0 of a constant array and NaN become code 0; the decoder sees NaN in the ends.
+        low, high = (jnp.where(end == 0, jnp.float32(0), end) for end in _select.ends(x))  # not −0
+        x, start, end, _ = self._lowered(x, low, high)
+        above = x - start
+        # A divisor a value, also since XLA would multiply by the inverse of one for all, and round otherwise.
+        steps = above * jnp.float32(self._top) / jnp.where(above > 0, end - start, jnp.float32(1))
+        # A comparison, so that NaN becomes code 0; the decoder sees NaN in the ends.
         return jnp.where(steps > 0, jnp.minimum(self._round(steps, key), jnp.float32(self._top)), 0), low, high
 
-    def _levels(self, codes, low, high):
-        return low + codes * ((high - low) * jnp.float32(1 / self._top))
+    def _levels(self, codes, low, high, dtype):
+        low, high, is_large = self._lowered(low, high)
+        return _finite.raised(low + codes * ((high - low) * jnp.float32(1 / self._top)), is_large, dtype)
 
     def _encode_vector(self, x, key):
         codes, low, high = self._quantize(x, key)
@@ -73,20 +81,21 @@ class Uniform(VectorCodec):
     def _encode_vector_numpy(self, x):
         if x.size == 0:
             return UniformPayload(np.zeros(0, np.uint8), np.zeros((), np.float32), np.zeros((), np.float32))
-        low, high = np.asarray(x.min(), np.float32), np.asarray(x.max(), np.float32)
-        top, spread = np.float32(self._top), high - low
+        low, high = (np.asarray(end.astype(np.float32) + np.float32(0)) for end in (x.min(), x.max()))  # not −0
+        top, scale = np.float32(self._top), _numpy.scale(max(abs(low), abs(high)))
+        spread = high * scale - low * scale
         codes = np.zeros(x.size, np.uint8)
         for piece in _numpy.pieces(x.size):
-            steps = (x[piece].astype(np.float32) - low) * top / spread
+            steps = (x[piece].astype(np.float32) * scale - low * scale) * top / spread
             codes[piece] = _numpy.to_codes(steps, self._top)
         return UniformPayload(_numpy.pack(codes, self.bits), low, high)
 
     def _decode_vector(self, payload, like):
         codes = _bits.unpack(payload.codes, self.bits, like.size).astype(jnp.float32)
-        return self._levels(codes, payload.low, payload.high).astype(like.dtype)
+        return self._levels(codes, payload.low, payload.high, like.dtype)
 
     def _roundtrip_vector(self, x, key):
-        return self._levels(*self._quantize(x, key)).astype(x.dtype)
+        return self._levels(*self._quantize(x, key), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
