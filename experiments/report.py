@@ -47,7 +47,6 @@ STUDIES = (
     mask_width,
     cut_sensitivity,
     activations,
-    beside_pytorch,
     depth,
     distributions,
     clients,
