@@ -51,9 +51,11 @@ def main() -> int:
     options = parser.parse_args()
     start = time.monotonic()
     dataset = data.load(options.set, data_dir=options.data_dir)
-    rows = [compare(name, dataset, options.steps) for name in options.codecs]
+    rows = []
+    for name in options.codecs:
+        rows.append(compare(name, dataset, options.steps))
+        timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     print(table(rows))
-    timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     return 0
 
 
