@@ -100,6 +100,7 @@ def test_the_parties_take_the_fused_step_and_every_message_draws_its_own_positio
     after, loss, messages = party_step(*run)
     expected, metrics = fused_step(*run)
     assert_close(after, expected, 1e-5)
+    assert all(after.client.stats.values()) and all(after.server.stats.values())  # which were zero
     assert float(loss) == pytest.approx(float(metrics.loss), rel=1e-5)
     kept = [tuple(np.flatnonzero(of_client)) for message in messages for of_client in np.asarray(message)]
     assert {len(positions) for positions in kept} == {BATCH * WIDTH // 2}
