@@ -19,7 +19,7 @@ from msjax.distributed.coordinator import Stopped
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 
-from .network import net
+from .network import RUN, net
 from .setups import SMALL, TEST_COUNT, built, dataset
 
 pytestmark = pytest.mark.usefixtures("built_once")
@@ -174,6 +174,51 @@ def test_a_stop_while_clients_gather(tmp_path):
         it.loop.stop("by a signal")
         it.run()
         assert str(it.failures[0]) == "the server stopped: by a signal" and isinstance(it.failures["server"], Stopped)
+
+
+def test_a_client_does_not_go_on_with_a_server_of_another_run(tmp_path):
+    """What it has learned and saved is of the first: whoever wants it in the other starts it anew."""
+    with net(tmp_path, SMALL) as it:
+        it.start_client(0)
+        it.loop.run(lambda: it.server.membership.clients[0].ready)
+        it.kill_server()
+        it.run_name = "0" * 31 + "2"
+        it.start_server()
+        it.run(0, seconds=60.0)
+        assert "the server now serves another run" in str(it.failures.pop(0))
+        it.start_client(0)
+        it.loop.run(lambda: it.server.membership.clients[0].ready)
+        assert not it.failures
+
+
+@pytest.mark.parametrize(("run", "counts"), [(RUN, True), ("0" * 31 + "2", False), ("", False)])
+def test_where_a_client_was_counts_in_its_own_run_alone(tmp_path, run, counts):
+    """The generation of another run says nothing, even if it is the same number."""
+    with net(tmp_path, SMALL) as it:
+        hello = pb.Hello(protocol=2, client=0, run=run, generation=it.server.membership.generation)
+        talk(it, pb.FromClient(hello=hello))
+        generation = it.server.membership.clients[0].session.generation
+        assert generation == (it.server.membership.generation if counts else 0)
+
+
+@pytest.mark.parametrize(
+    ("welcome", "says"),
+    [
+        ({"protocol": 9}, "the server's protocol is 9, this client's 2"),
+        ({"run": "../elsewhere"}, "the run's name must be 32 hexadecimal digits, got '../elsewhere'"),
+        ({"run": RUN + "\n"}, "the run's name must be 32 hexadecimal digits"),
+    ],
+)
+def test_a_client_turns_a_welcome_away_that_it_cannot_take(tmp_path, welcome, says):
+    """It opens no store for it: the name would become a folder's."""
+    with net(tmp_path, SMALL) as it:
+        message = it.server._welcome()
+        for name, value in welcome.items():
+            setattr(message.welcome, name, value)
+        it.server._welcome = lambda: message
+        it.start_client(0)
+        it.run(0)
+        assert says in str(it.failures[0]) and 0 not in it.stores
 
 
 @pytest.mark.slow

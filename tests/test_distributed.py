@@ -319,6 +319,41 @@ def test_full_disks(tmp_path, monkeypatch):
         assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
 
 
+def test_no_checkpoint_of_the_server_where_a_client_could_not_save_its_own(tmp_path):
+    """It would be one to which nobody could go back. The next is one again."""
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores[1].full = True
+        it.run_to(2)
+        assert it.stores["server"].latest() is None and it.counted("failed_saves") == 1
+        it.stores[1].full = False
+        it.run()
+        assert it.stores["server"].latest() == 4 and it.counted("failed_saves") == 1
+        assert min(it.stores[0].steps()) == 4  # older ones are deleted once the server has said that it has this one
+        it.assert_equal_to_program()
+
+
+def test_old_copies_behind_the_new_request_change_nothing(tmp_path):
+    """They come while it waits for another client's: its place is taken, its answer is that of the new one."""
+    said = []
+    with net(tmp_path, SMALL) as it:
+
+        def keep(direction, client, message):
+            if client == 0 and message.WhichOneof("kind") == "request":
+                said.append(message)
+
+        it.disturb(keep)
+        it.delay(3, 1.0, step=2)
+        it.start_clients()
+        it.loop.run(lambda: it.server.membership.clients[0].message == (2, Phase.FEATURES, 0))
+        assert said[-1].request.position.step == 2 and len(said) == 5
+        for old in said[:-1]:
+            it.network.inject(0, old)
+        it.run()
+        it.assert_equal_to_program()
+
+
 # -- Two processes of one client. ----------------------------------------------------------------------------------
 
 

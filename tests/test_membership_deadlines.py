@@ -256,6 +256,15 @@ def test_a_late_copy_from_before_it_was_dropped_does_not_count_after_it_is_let_i
     assert run.state.clients[2].message == (1, FEATURES)
 
 
+def test_what_was_answered_before_a_client_was_dropped_is_not_answered_after_it_is_let_in():
+    run = dropped((1, FEATURES))
+    run.send(2)
+    run.go_to((2, FEATURES))
+    run.send(run.state.donor, part=True)
+    assert run.state.clients[2].active
+    assert run.send(2, key=(0, AVERAGE)) == []
+
+
 def test_in_turns_a_dropped_client_comes_back_when_its_own_begins():
     run = dropped((0, FEATURES), client=0, kind="turns")
     run.send(0, key=(0, FEATURES))

@@ -17,6 +17,7 @@ from msjax import compress, config, data, runs
 from msjax.optim import make_optimizer
 from msjax.runs.progress import Progress
 from msjax.runs.tables import print_summaries
+from msjax.split.metrics import zero_sums
 from msjax.split.modes import Parallel
 from msjax.split.schedule import Schedule
 from msjax.training import Interrupted, batching, loop, program
@@ -85,10 +86,19 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     assert len(steps) == stop_after
     assert not (folder.path / "summary.json").exists()
     again, cfg = runs.RunFolder.open(folder.path)
+    restore, history = loop.restore, again.path / "metrics.jsonl"
+    history.unlink(missing_ok=True)  # of a process that died before it had written what is in its checkpoint
+
+    def restore_after_hours(*args):
+        state, sums, progress = restore(*args)
+        return state, sums, progress | {name: progress[name] + 7200.0 for name in ("wall_seconds", "train_seconds")}
+
+    monkeypatch.setattr(loop, "restore", restore_after_hours)
     summary = train_config(cfg, again, quiet=True)
     again.close()
     assert numbers(summary) == numbers(whole_run[1])
-    assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert summary["wall_seconds"] > 7200.0 and summary["images_per_second"] < 5.0  # with earlier processes' time
+    assert [json.loads(line)["epoch"] for line in history.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
@@ -179,6 +189,14 @@ def test_optimizer_is_pytorchs_sgd():
             v = 0.9 * v + d
             w -= 0.1 * (d + 0.9 * v if nesterov else v)
             assert float(params["w"]) == pytest.approx(w, rel=1e-5)
+
+
+def test_bytes_of_coded_messages_are_of_all_epochs_so_far():
+    sums = zero_sums({})._replace(uplink_bytes=jnp.float32(10.4), downlink_bytes=jnp.float32(3.0))
+    first = loop._coded_bytes(sums, [])
+    assert first == {"coded_uplink_bytes": 10, "coded_downlink_bytes": 3}
+    history = [{"traffic": {"uplink_bytes": 7} | first}]
+    assert loop._coded_bytes(sums, history) == {"coded_uplink_bytes": 20, "coded_downlink_bytes": 6}
 
 
 class FakeStream:

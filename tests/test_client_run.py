@@ -1,0 +1,235 @@
+"""A client's way through its exchanges, with a party that computes nothing: what it takes, repeats, saves and drops."""
+
+import json
+
+import pytest
+
+from msjax import config
+from msjax.distributed import messages
+from msjax.distributed.channel import Clock, ConnectionLost
+from msjax.distributed.client_run import ClientRun, Refused
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.session import GOODBYE_SECONDS, ClientSession, Own
+from msjax.split.modes import Parallel
+from msjax.split.parties import Message
+from msjax.split.schedule import Phase, Schedule
+
+from .network import RUN
+from .setups import SMALL
+
+
+class Spec:
+    """Exchanges that carry nothing."""
+
+    def up(self, exchange):
+        return None
+
+    down = up
+
+
+class Party:
+    """Of two clients the first, with two steps an epoch, each of features and an average, and three rounds of tests."""
+
+    spec, schedule, client_id = Spec(), Schedule(Parallel(), 2, 4, 12, 2, 2), 0
+    needed = True
+
+    def __init__(self):
+        self.state, self.begun = "initial", 0
+
+    def exchanges(self, start=0):
+        return self.schedule.exchanges(start)
+
+    def begin(self):
+        self.begun += 1
+
+    def needs_state(self, at):
+        return self.needed
+
+    def may_checkpoint(self, exchange, every):
+        return exchange.phase == Phase.FEATURES and self.schedule.may_checkpoint(exchange.step, every)
+
+    def prepare(self, exchange):
+        pass
+
+    def send(self, exchange):
+        return Message()
+
+    def receive(self, exchange, message):
+        self.state = exchange.position
+
+
+class Store:
+    """Checkpoints in a dict."""
+
+    def __init__(self):
+        self.saved, self.full = {}, False
+
+    def steps(self):
+        return sorted(self.saved)
+
+    def save(self, step, state):
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.saved[step] = state
+
+    def restore(self, step, like):
+        return self.saved[step]
+
+    def prune(self, saved_step):
+        self.saved = {step: state for step, state in self.saved.items() if step >= saved_step}
+
+
+@pytest.fixture
+def run():
+    """A client that has been told to start, in generation 1."""
+    it = ClientRun(Party(), Store())
+    it.checkpoint_steps = 1
+    it.start(pb.Start(generation=1))
+    return it
+
+
+def answer(run, *, exchange=None, generation=1, saved_step=0):
+    return pb.Answer(
+        generation=generation, position=messages.to_position(exchange or run.exchange), saved_step=saved_step
+    )
+
+
+def go_to(run, *position):
+    while run.exchange.position != position:
+        assert run.take(answer(run)) is not None
+    return run
+
+
+def test_an_answer_counts_once_and_in_its_place_and_generation(run):
+    first = run.exchange
+    assert run.take(answer(run, generation=2)) is None
+    assert run.take(answer(run, exchange=first._replace(step=1))) is None
+    assert run.take(answer(run)) == first and run.party.state == first.position
+    second = run.exchange
+    assert run.take(answer(run, exchange=first)) is None
+    assert run.exchange == second and run.party.state == first.position
+    run.start(pb.Start(generation=2))
+    assert run.take(answer(run, exchange=first, generation=1)) is None
+    assert run.take(answer(run, exchange=first, generation=2)) == first
+
+
+def test_a_start_of_the_same_generation_is_heard_once(run):
+    """The server repeats it over every new connection; the request under way is repeated as it was."""
+    request = go_to(run, 1, Phase.AVERAGE, 0).request
+    begun, state = run.party.begun, run.party.state
+    run.start(pb.Start(generation=1, step=0))
+    assert (run.request, run.party.begun, run.party.state) == (request, begun, state)
+
+
+def test_a_new_generation_goes_back_to_the_checkpoint(run):
+    saved = go_to(run, 1, Phase.FEATURES, 0).party.state
+    go_to(run, 1, Phase.TEST, 0)
+    run.start(pb.Start(generation=2, step=1))
+    assert run.party.state == saved and run.exchange.position == (1, Phase.FEATURES, 0)
+    assert run.request.request.generation == 2
+    run.start(pb.Start(generation=3, step=0))
+    assert run.party.state == "initial"
+
+
+def test_a_request_that_was_made_early_is_of_its_generation_alone(run):
+    """In a test the next request is made while the one before is on its way."""
+    go_to(run, 1, Phase.TEST, 0).prepare()
+    run.start(pb.Start(generation=2, step=1))
+    request = run.request.request
+    assert (request.generation, request.position.phase) == (2, Phase.FEATURES)
+    go_to_test = [run.take(answer(run, generation=2)) for _ in range(2)]
+    assert [exchange.phase for exchange in go_to_test] == [Phase.FEATURES, Phase.AVERAGE]
+    run.prepare()
+    run.take(answer(run, generation=2))
+    assert messages.to_position(run.exchange) == run.request.request.position
+
+
+def test_without_the_checkpoint_a_client_goes_on_only_where_its_part_does_not_count(run):
+    with pytest.raises(Refused, match="the run is at step 3, of which this client has no checkpoint"):
+        run.start(pb.Start(generation=2, step=3))
+    run.party.needed = False
+    run.start(pb.Start(generation=3, step=3))
+    assert run.party.state == "initial" and run.exchange.step == 3
+
+
+def test_what_the_server_has_saved_is_kept_and_what_is_older_is_not(run):
+    assert not run.request.request.saved  # before the first step there is nothing to save
+    go_to(run, 3, Phase.FEATURES, 0)
+    assert run.request.request.saved and run._store.steps() == [1, 2, 3]
+    run.take(answer(run, saved_step=2))
+    assert run._store.steps() == [2, 3]
+
+
+def test_a_client_says_where_it_could_not_save(run):
+    run._store.full = True
+    assert not go_to(run, 1, Phase.FEATURES, 0).request.request.saved
+    run._store.full = False
+    assert go_to(run, 2, Phase.FEATURES, 0).request.request.saved
+    assert run._store.steps() == [2]
+
+
+def test_the_end_is_saved_though_no_step_follows(run):
+    while not run.done:
+        run.take(answer(run))
+    assert run._store.steps()[-1] == 4 and run.request is None
+    run.start(pb.Start(generation=1, step=4))
+    assert run.done
+
+
+# -- The session around it. ----------------------------------------------------------------------------------------
+
+
+def welcome(checkpoint_steps=1):
+    text = json.dumps(config.to_json(config.without_paths(SMALL)))
+    fields = {"protocol": 2, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
+    return pb.FromServer(welcome=pb.Welcome(**fields))
+
+
+@pytest.fixture
+def session():
+    """Connected and welcomed, at second 100."""
+    it = ClientSession(
+        0,
+        lambda cfg: Own(4, 12, "{}"),
+        lambda *args: Party(),
+        lambda name: Store(),
+        clock=Clock(100.0),
+        answer_seconds=20.0,
+        draw=lambda: 1.0,
+    )
+    assert [message.WhichOneof("kind") for message in it.on_connected()] == ["hello"]
+    assert [message.WhichOneof("kind") for message in it.on_message(welcome())] == ["ready"]
+    return it
+
+
+def test_what_a_client_waits_for_and_how_long(session):
+    """For the start however long it takes, for an answer for its time, for the end of the line a little."""
+    assert session.next_deadline is None
+    (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=1)))
+    assert request.WhichOneof("kind") == "request" and session.next_deadline == 120.0
+    while session.run.request is not None:
+        session._clock.now += 1.0
+        list(session.on_message(pb.FromServer(answer=answer(session.run))))
+        assert session.next_deadline in (session._clock.now + 20.0, None)
+    (goodbye,) = session.on_message(pb.FromServer(finished=pb.Finished()))
+    assert goodbye.WhichOneof("kind") == "goodbye" and not session.done
+    assert session.next_deadline == session._clock.now + GOODBYE_SECONDS
+    session.on_lost(ConnectionLost("no answer came in time"))
+    assert session.done
+
+
+def test_a_client_that_still_waits_for_an_answer_asks_again_where_it_hears_of_the_end(session):
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    (again,) = session.on_message(pb.FromServer(finished=pb.Finished()))
+    assert again == session.run.request and not session.done
+
+
+def test_a_server_that_was_started_anew_says_how_often_to_save(session):
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    session.on_lost(ConnectionLost("the server is gone"))
+    (hello,) = session.on_connected()
+    assert (hello.hello.run, hello.hello.generation) == (RUN, 1)
+    list(session.on_message(welcome(checkpoint_steps=3)))
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=2))))
+    go_on = [session.run.take(answer(session.run, generation=2)) for _ in range(4)]
+    assert go_on[-1].position == (1, Phase.AVERAGE, 0) and not session._store.steps()

@@ -1,0 +1,136 @@
+"""A U-shaped step on parts of 64 values each, every cut of one shape: what each party draws, and whom it counts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msjax import compress, models, tasks
+from msjax.split import fused, step
+from msjax.split.modes import Parallel
+from msjax.split.payloads import Codecs
+from msjax.split.schedule import Schedule
+from msjax.split.spec import Preprocess, init_part, make_spec
+from msjax.split.state import TrainState, client_keys
+from msjax.split.trees import TreeSpec, mean
+
+from .helpers import assert_close
+
+CLIENTS, BATCH, WIDTH = 3, 2, 64
+HALF = Codecs(compress.RandK(ratio=0.5, granularity="sample"))
+ALL = Codecs(compress.Identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """No output, and no gradient, is zero where only some of the inputs are; one statistic, and noise in training."""
+
+    name: str
+
+    def __call__(self, params, stats, h, *, train, key):
+        h = (h + h.mean(-1, keepdims=True) + 0.1) * params[self.name]
+        if train:
+            h = h * (1 + 0.1 * jax.random.uniform(key, (WIDTH,)))
+            stats = {self.name: stats[self.name] * 0.5 + h.mean()}
+        return h, stats
+
+
+def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0):
+    """A run, its first state, and a batch of each client."""
+    names = ("client", "server", "tail")[: 3 if u_shaped else 2]
+    parts = tuple(models.ModelPart(Mix(n), {n: jnp.linspace(1.0, 2.0, WIDTH)}, {n: jnp.zeros(())}) for n in names)
+    spec = make_spec(
+        parts,
+        inputs=TreeSpec.of(jax.ShapeDtypeStruct((WIDTH,), np.float32)),
+        labels=TreeSpec.of(jax.ShapeDtypeStruct((), np.int32)),
+        schedule=Schedule(Parallel(), CLIENTS, BATCH, 0, BATCH, 1, u_shaped=u_shaped),
+        task=tasks.classification(label_smoothing=label_smoothing),
+        optimizer=optax.sgd(0.1),
+        codec=codecs,
+        grad_codec=codecs,
+        test_codec=ALL,
+        preprocess=Preprocess(),
+    )
+    client, server = init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1])
+    x = jax.random.uniform(jax.random.key(1), (CLIENTS, BATCH, WIDTH))
+    y = jnp.arange(CLIENTS * BATCH, dtype=jnp.int32).reshape(CLIENTS, BATCH)
+    keys = client_keys(jax.random.key(2), jnp.int32(0), jnp.arange(CLIENTS))
+    return spec, TrainState(client, server, jnp.int32(0)), x, y, keys
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def party_step(spec, state, x, y, keys, present=(True,) * CLIENTS):
+    """The step as the parties take it: (state after it, mean loss, each of its messages decoded)."""
+    size = {"batch_size": BATCH}
+    forward = jax.vmap(lambda x, key: step.client_forward(spec, state.client, x, key))
+    tail = jax.vmap(lambda payload, y, key: step.client_tail(spec, state.client, payload, y, key, **size))
+    backward = jax.vmap(lambda pending, reply, tail: step.client_backward(spec, pending, reply, tail, **size))
+    features, pending = forward(x, keys)
+    outputs, kept = step.server_forward(spec, state.server, features, keys, **size)
+    gradients, update, metrics = tail(outputs, y, keys)
+    server, replies = step.server_backward(spec, state.server, kept, gradients, keys, jnp.array(present), **size)
+    client = step.update_part(spec, state.client, mean(backward(pending, replies, update)))
+    messages = (
+        (spec.feature_payload(BATCH), features),
+        (spec.tail_feature_payload(BATCH), outputs),
+        (spec.tail_gradient_payload(BATCH), gradients),
+        (spec.gradient_payload(BATCH), replies),
+    )
+    decoded = [jax.tree.leaves(jax.vmap(payload.decode)(message))[0] for payload, message in messages]
+    return TrainState(client, server, state.step + 1), metrics.loss.mean(), decoded
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def server_loss(spec, state, x, y, keys):
+    """That of a step in which the labels are the server's."""
+    features, _ = jax.vmap(lambda x, key: step.client_forward(spec, state.client, x, key))(x, keys)
+    return step.server_step(spec, state.server, features, y, keys, batch_size=BATCH)[2].loss
+
+
+fused_step = jax.jit(fused.fused_step, static_argnums=0)
+
+
+def test_the_parties_take_the_fused_step_and_every_message_draws_its_own_positions():
+    """As from one client to the next, so from cut to cut and from features to their gradients."""
+    run = make()
+    after, loss, messages = party_step(*run)
+    expected, metrics = fused_step(*run)
+    assert_close(after, expected, 1e-5)
+    assert all(after.client.stats.values()) and all(after.server.stats.values())  # which were zero
+    assert float(loss) == pytest.approx(float(metrics.loss), rel=1e-5)
+    kept = [tuple(np.flatnonzero(of_client)) for message in messages for of_client in np.asarray(message)]
+    assert {len(positions) for positions in kept} == {BATCH * WIDTH // 2}
+    assert len(set(kept)) == len(kept) == 4 * CLIENTS
+
+
+def test_the_servers_gradient_is_the_mean_of_those_that_are_present():
+    spec, state, x, y, keys = make(ALL)
+    two, _, (*_, replies) = party_step(spec, state, x, y, keys, (True, False, True))
+    grads = []
+    for k in (0, 2):
+        alone, *_ = party_step(spec, state, x, y, keys, np.arange(CLIENTS) == k)
+        grads.append(np.subtract(state.server.params["server"], alone.server.params["server"]))
+    found = np.subtract(state.server.params["server"], two.server.params["server"])
+    assert_close(found, np.mean(grads, axis=0), 1e-4)
+    # Each is told its own gradient, whoever else is there.
+    everyone, _, (*_, whole) = party_step(spec, state, x, y, keys)
+    assert_close(replies[::2], whole[::2], 1e-5)
+    assert not replies[1].any() and whole[1].any()
+    assert_close(two.server.stats, everyone.server.stats, 1e-5)
+
+
+@pytest.mark.parametrize("u_shaped", [False, True])
+def test_the_parties_smooth_labels_in_training(u_shaped):
+    """Where the labels are the server's, and where they are the client's."""
+
+    def losses(label_smoothing):
+        run = make(ALL, u_shaped=u_shaped, label_smoothing=label_smoothing)
+        found = float(party_step(*run)[1] if u_shaped else server_loss(*run))
+        assert found == pytest.approx(float(fused_step(*run)[1].loss), rel=1e-5)
+        return found
+
+    assert abs(losses(0.3) - losses(0.0)) > 0.01
