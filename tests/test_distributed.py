@@ -12,6 +12,7 @@ from msjax import compress
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.membership import Stage
 from msjax.split.schedule import Phase
+from msjax.split.traffic import exchange_traffic, run_traffic
 
 from .network import net
 from .setups import MODES, SLOW_BUT_FIRST, SMALL
@@ -226,6 +227,26 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
         assert it.counted("stragglers") == 1
         if not turns:
             jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
+
+
+def test_bytes_are_those_of_the_clients_that_took_part(tmp_path):
+    """And not of those that were to: client 2 is away from step 2 on. What is done again is counted once."""
+    with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.silence(2, step=2)
+        it.loop.run(lambda: it.loop.server is None)
+        run = it.server.run
+        exchanges = list(run.schedule.exchanges())
+        without = [e._replace(clients=tuple(c for c in e.clients if c != 2 or e.step < 2)) for e in exchanges]
+        assert run.traffic == exchange_traffic(run.spec, without)
+        assert 0 < run.traffic.uplink_bytes < run_traffic(run.spec, SMALL.epochs).uplink_bytes
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.run_to(3)
+        it.kill_server()
+        it.start_server()
+        it.run()
+        assert it.server.run.traffic == run_traffic(it.server.run.spec, SMALL.epochs)
 
 
 @pytest.mark.slow

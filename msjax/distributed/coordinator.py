@@ -74,6 +74,8 @@ class Coordinator:
         self.membership = Membership.begin(policy, clients=cfg.clients, generation=generation, now=clock())
         self.run: ServerRun | None = None
         """Once all clients were ready."""
+        self.ready_at: float | None = None
+        """When they first were, on the clock: training begins."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._readies: dict[int, pb.Ready] = {}  # by client
         self._agreed: set[str] = set()  # descriptions that are as this server's
@@ -227,6 +229,7 @@ class Coordinator:
 
     def _restore(self, again):
         if self.run is None:
+            self.ready_at = self._clock()
             readies = [self._readies[client] for client in range(self.cfg.clients)]
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))

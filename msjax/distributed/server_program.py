@@ -1,5 +1,6 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
+import json
 import logging
 import re
 import time
@@ -22,9 +23,11 @@ from msjax.runs import RunFolder, environment, write_atomically
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
-from msjax.split.traffic import Traffic, run_traffic
 
 log = logging.getLogger("msjax.server")
+
+_COUNTS = "counts.json"
+_COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what it has counted since
 
 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
@@ -86,7 +89,8 @@ class ServerProgram:
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
-        self._earlier: dict[str, float] | None = None
+        self._earlier = _read_counts(folder)
+        self._counts_written = 0.0
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
     def _build(self, samples, test_samples, description):
@@ -118,6 +122,8 @@ class ServerProgram:
 
     def close(self) -> None:
         """Closes all connections."""
+        if self.coordinator.run is not None or self._earlier is not None:
+            self._write_counts()
         self._servicer.close()
         self._endpoint.close()
 
@@ -137,6 +143,8 @@ class ServerProgram:
         self.metrics.exchanges.labels(exchange.phase.name).inc()
         run = self.coordinator.run
         schedule, party, task = run.schedule, run.party, run.spec.task
+        if time.monotonic() - self._counts_written >= _COUNTS_EVERY_SECONDS:
+            self._write_counts()
         if exchange.phase == Phase.FEATURES:
             now = time.monotonic()
             self.metrics.step.set(exchange.step)
@@ -149,20 +157,34 @@ class ServerProgram:
                 record["test"] = party.test.means(task)
                 if not self.cfg.allow_nonfinite:
                     check_test_loss(record["test"]["loss"], position.epoch + 1)
-            record |= self._so_far(run_traffic(run.spec, position.epoch + 1))
+            counts = self._so_far()
+            seconds = {name: round(counts.pop(name), 3) for name in ("seconds", "waited_seconds")}
+            record |= seconds | {"traffic": run.traffic.to_json() | counts}
             party.train = party.test = MetricSums()
             self.history.append(record)
             self.folder.write_history(self.history)
+            self._write_counts()
             self._on_epoch(record)
 
-    def _so_far(self, traffic: Traffic):
-        """What was sent and how long it took, with what an earlier process had recorded of this run."""
-        now = self.metrics.totals() | {"seconds": time.monotonic() - self._began}
-        if self._earlier is None:
+    def _so_far(self):
+        """What was sent and received and how long it took, with what earlier processes of this run have counted.
+
+        The wait until all clients are ready is apart: it says nothing about training.
+        """
+        now, ready_at = time.monotonic(), self.coordinator.ready_at
+        waited = (now if ready_at is None else ready_at) - self._began
+        counts = self.metrics.totals() | {"seconds": now - self._began - waited, "waited_seconds": waited}
+        if self._earlier is None:  # there are none, or they are of a version that wrote no file of them
             last = self.history[-1] if self.history else {}
-            self._earlier = {name: (last.get("traffic", {}) | last).get(name, 0) for name in now}
-        total = {name: value + self._earlier[name] for name, value in now.items()}
-        return {"seconds": round(total.pop("seconds"), 3), "traffic": traffic.to_json() | total}
+            self._earlier = last.get("traffic", {}) | last
+        return {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+
+    def _write_counts(self):
+        self._counts_written = time.monotonic()
+        try:
+            write_atomically(self.folder.path / _COUNTS, json.dumps(self._so_far()))
+        except OSError as error:
+            log.error("no counts of bytes: %s", error)
 
     def _write_summary(self):
         last = self.history[-1]
@@ -171,6 +193,15 @@ class ServerProgram:
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
         self.folder.write_summary(summary)
         return summary
+
+
+def _read_counts(folder):
+    """What earlier processes of the run have counted; None where there is no file, or a damaged one."""
+    try:
+        counts = json.loads((folder.path / _COUNTS).read_bytes())
+        return {name: float(counts[name]) for name in ("received_bytes", "sent_bytes", "seconds", "waited_seconds")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _run_id(folder):

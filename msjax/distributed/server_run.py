@@ -1,5 +1,6 @@
 """What the server itself does in a run: its part of the network, its checkpoints, and the schedule of exchanges."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,10 +13,12 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
+from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
 
 log = logging.getLogger("msjax.server")
 
 _CLIENTS = "checkpoint_clients"
+_EXCHANGED = "exchanged"
 
 
 class Came(NamedTuple):
@@ -68,6 +71,8 @@ class ServerRun:
             self._store.forget(party)
         else:
             self._store.restore(step, party)
+        if _EXCHANGED not in self._progress:  # at the beginning, or saved by a version that did not count
+            self._count(traffic_before(self.spec, step or 0))
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
         clients = self._progress.get(_CLIENTS)
@@ -92,10 +97,23 @@ class ServerRun:
             return {}  # everyone who should have taken part was dropped
         self._maybe_save(came)
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+        took_part = self.exchange._replace(clients=tuple(came))
+        self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
         if not self._allow_nonfinite and self.exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
             losses = self.party.losses
             check_losses(np.asarray([list(losses.values())]), list(losses), self.exchange.step)
         return answers
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes of the exchanges that have led here, of those clients alone that took part in them.
+
+        What was done again from a checkpoint is in it once.
+        """
+        return Traffic(**self._progress[_EXCHANGED])
+
+    def _count(self, traffic):
+        self._progress[_EXCHANGED] = dataclasses.asdict(traffic)
 
     @property
     def schedule(self) -> Schedule:
