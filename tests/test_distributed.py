@@ -370,6 +370,47 @@ def test_a_second_process_gives_up_after_its_time(tmp_path):
         assert 0 in it.loop.clients
 
 
+def test_a_client_that_never_gets_on_gives_up_though_its_connections_are_taken(tmp_path):
+    """Each is cut once the client has asked again: it is told where the run is, and never gets an answer."""
+    with net(tmp_path, SMALL) as it:
+
+        def rule(direction, client, message):
+            kind = message.WhichOneof("kind")
+            if client == 2 and direction == "up" and kind == "request" and message.request.position.step >= 2:
+                it.network.cut(2)
+            return None
+
+        it.start_client(2, retry_seconds=100.0)
+        for client in (0, 1, 3):
+            it.start_client(client)
+        it.run_to(1)
+        it.disturb(rule)
+        began = it.clock()
+        it.run(2, seconds=1000.0)
+        told = str(it.failures[2])
+        assert re.fullmatch(
+            r"the server takes this client's connections, but no new answer has come for 1\d\d s, all of "
+            r"retry_seconds: the connection is cut",
+            told,
+        ), told
+        assert 100.0 < it.clock() - began < 120.0
+
+
+def test_clients_that_wait_for_another_do_not_give_up(tmp_path):
+    """Though they get no answer for longer than retry_seconds: the server is there, and waits as they do."""
+    with net(tmp_path, SMALL, stragglers="wait") as it:
+        for client in range(4):
+            it.start_client(client, retry_seconds=60.0)
+        it.run_to(2)
+        it.kill(2)
+        away = it.clock() + 600.0
+        it.loop.run(lambda: it.clock() > away, seconds=1000.0)
+        assert not it.failures
+        it.start_client(2)
+        it.run()
+        it.assert_equal_to_program()
+
+
 def test_a_client_says_every_minute_that_the_server_is_away(tmp_path, caplog):
     with net(tmp_path, SMALL) as it:
         it.kill_server()

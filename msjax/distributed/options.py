@@ -117,7 +117,7 @@ class ClientOptions(ConnectOptions):
     weights: str | None = None
     """This client's copy of the file that the run's weights start from, where it starts from one."""
     retry_seconds: float = 600.0
-    """For how long a server that is away is tried again."""
+    """For how long the server is tried again without a new answer from it, be it away or cutting connections."""
     answer_seconds: float = 600.0
     """After how long an answer counts as lost, and the request is repeated."""
 
