@@ -81,6 +81,7 @@ class ServerProgram:
             progress=self.progress,
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
+            max_message_bytes=options.max_megabytes << 20,
             on_exchange=self._count,
             on_end=self._save_part,
         )

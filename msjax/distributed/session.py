@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from msjax import config
-from msjax.distributed import messages
+from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.rpc import split_pb2 as pb
@@ -134,6 +134,7 @@ class ClientSession:
         Raises:
           Refused: the run has ended before its time, or cannot be this client's.
           ProtocolError: it makes no sense.
+          MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
         self._heard = self._heard_since = True
         match message.WhichOneof("kind"):
@@ -219,6 +220,7 @@ class ClientSession:
     def _start(self, start):
         if self.run is None:
             party = self._build(self.config, start.samples, start.test_samples)
+            sizes.check_sizes(party.spec)  # the server does, too, before it lets anyone start
             self.run = ClientRun(party, self._store, self._compression)
             self.run.checkpoint_steps = self._checkpoint_steps
         self.run.start(start)
