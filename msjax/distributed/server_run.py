@@ -150,10 +150,11 @@ class ServerRun:
 def _info(schedule, exchange):
     """What membership has to know of an exchange."""
     passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
-    kind, donors = Entrance.CLOSED, ()
+    entrance, donors = Entrance.CLOSED, ()
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
-        kind = Entrance.FREE if passed_on else Entrance.WITH_PART
+        entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
     if not passed_on and exchange.step + 1 < schedule.total_steps:
         later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
         donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
-    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, kind, donors)
+    computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
+    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
