@@ -20,7 +20,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
 from msjax.distributed.server_program import ServerProgram
 from msjax.parts import load_part
-from msjax.runs import RunFolder
+from msjax.runs import RunFolder, plots
 from msjax.split import parties
 from msjax.split.traffic import run_traffic
 
@@ -79,8 +79,9 @@ class Net:
 
 
 @pytest.mark.slow
-def test_training_over_tls_with_tokens_equals_one_program(tmp_path):
+def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
     """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
+    caplog.set_level("INFO", "msjax")
     authority = Authority(tmp_path)
     (tmp_path / "tokens").write_text(TOKENS)
     for name in ("alice", "bob"):
@@ -99,6 +100,11 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
     summary = net.folder.read_summary()
     assert summary["test"] == server.test.means(server.spec.task)
+    if plots.available():
+        assert (net.folder.path / "curves.png").exists() and list((net.folder.path / "tensorboard").iterdir())
+    said = caplog.text
+    assert "is ready; training waits for clients [" in said and "epoch 1 of 1" in said
+    assert said.count("all clients are ready: training begins, and its first steps compile") == 1
     traffic = summary["traffic"]
     assert traffic.items() >= run_traffic(server.spec, net.cfg.epochs).to_json().items()
     assert traffic["received_bytes"] > traffic["uplink_bytes"] > 0

@@ -16,7 +16,7 @@ from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import ServerProgram, listen
 from msjax.paths import existing_file
-from msjax.runs import RunFolder
+from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
 
@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
         return 130
     finally:
         program.close()
+    if not plots.available():
+        print("no curves or TensorBoard events: pip install 'msjax[plots]'")
     print(f"done: {folder.path}/summary.json, server.safetensors")
     return 0
 

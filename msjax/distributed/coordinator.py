@@ -240,6 +240,7 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
+            log.info("all clients are ready: training begins, and its first steps compile")
             readies = [self._readies[client] for client in range(self.cfg.clients)]
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))

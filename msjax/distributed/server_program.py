@@ -1,5 +1,6 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
+import contextlib
 import json
 import logging
 import re
@@ -19,7 +20,8 @@ from msjax.distributed.rpc.server import Endpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
 from msjax.models import RemoteApply
 from msjax.parts import save_trained
-from msjax.runs import RunFolder, environment, write_atomically
+from msjax.runs import RunFolder, environment, plots, write_atomically
+from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
@@ -92,6 +94,9 @@ class ServerProgram:
         self._step_began = self._began = time.monotonic()
         self._earlier = _read_counts(folder)
         self._counts_written = 0.0
+        self._pace: Pace | None = None
+        self._told_at = 0.0
+        self._events: tuple[contextlib.ExitStack, Callable, int] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
     def _build(self, samples, test_samples, description):
@@ -114,7 +119,10 @@ class ServerProgram:
           Stopped: `stop` was called, or the policy says so.
         """
         self._on_epoch = on_epoch
-        drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+        try:
+            drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+        finally:
+            self._close_events()
         return self._write_summary()
 
     def stop(self, reason: str) -> None:
@@ -151,6 +159,7 @@ class ServerProgram:
             self.metrics.step.set(exchange.step)
             self.metrics.step_seconds.observe(now - self._step_began)
             self._step_began = now
+            self._tell_step(exchange, now)
         position = schedule.position(exchange.step)
         if position.epoch_ends and exchange == list(schedule.step_exchanges(exchange.step))[-1]:
             record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
@@ -165,7 +174,41 @@ class ServerProgram:
             self.history.append(record)
             self.folder.write_history(self.history)
             self._write_counts()
+            self._pace.epoch()
+            self._write_events(record)
             self._on_epoch(record)
+
+    def _tell_step(self, exchange, now):
+        schedule, position = self.coordinator.run.schedule, self.coordinator.run.schedule.position(exchange.step)
+        batch_size, left = position.stop - position.start, schedule.total_steps - exchange.step - 1
+        if self._pace is None:
+            self._told_at, self._pace = now, Pace(batch_size * len(exchange.clients))
+            seconds = now - self.coordinator.ready_at
+            log.info("step %d of %d, %.0f s after all were ready", exchange.step + 1, schedule.total_steps, seconds)
+        self._pace.step(1, batch_size)
+        if now - self._told_at >= SECONDS_BETWEEN_LINES:
+            self._told_at = now
+            log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
+
+    def _write_events(self, record):
+        """To TensorBoard; an epoch that is done again takes the place of the first."""
+        if not plots.available():
+            return
+        if self._events is not None and record["epoch"] <= self._events[2]:
+            self._close_events()
+        if self._events is None:
+            stack = contextlib.ExitStack()
+            events = plots.tensorboard(self.folder.path / "tensorboard", first_epoch=record["epoch"])
+            write = stack.enter_context(events)
+        else:
+            stack, write, _ = self._events
+        write(record)
+        self._events = stack, write, record["epoch"]
+
+    def _close_events(self):
+        if self._events is not None:
+            self._events[0].close()
+            self._events = None
 
     def _so_far(self):
         """What was sent and received and how long it took, with what earlier processes of this run have counted.
@@ -188,8 +231,11 @@ class ServerProgram:
             log.error("no counts of bytes: %s", error)
 
     def _write_summary(self):
-        last = self.history[-1]
-        summary = {"headline": self.coordinator.run.spec.task.headline}
+        last, headline, cfg = self.history[-1], self.coordinator.run.spec.task.headline, self.cfg
+        if plots.available():
+            title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
+            plots.draw_curves(self.history, headline, title, self.folder.path / "curves.png")
+        summary = {"headline": headline}
         summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
         self.folder.write_summary(summary)

@@ -114,6 +114,9 @@ class _Transition:
         if session is None or session.ready:
             return
         self._set_session(client, ready=True)
+        missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
+        if self.state.stage is Stage.GATHERING and missing:
+            self._do(do.Inform(f"client {client} is ready; training waits for clients {missing}"))
         if self.state.stage is Stage.ENDING:
             self._tell_end(client)
         elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):

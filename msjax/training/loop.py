@@ -197,7 +197,8 @@ class _Loop:
             steps = len(losses)
             self._done += steps
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
-            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)))
+            shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
+            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
             if self._stopped:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
