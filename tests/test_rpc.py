@@ -18,7 +18,7 @@ from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
-from msjax.distributed.server_program import ServerProgram
+from msjax.distributed.server_program import ServerProgram, write_missing_part
 from msjax.parts import load_part
 from msjax.runs import RunFolder, plots
 from msjax.split import parties
@@ -100,6 +100,14 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
     summary = net.folder.read_summary()
     assert summary["test"] == server.test.means(server.spec.task)
+    file = net.folder.path / "server.safetensors"
+    part = load_part(file)
+    assert not write_missing_part(net.cfg, net.folder)
+    file.unlink()
+    assert write_missing_part(net.cfg, net.folder)
+    anew = load_part(file)
+    assert (anew.run_id, anew.step) == (part.run_id, part.step)
+    jax.tree.map(np.testing.assert_array_equal, anew[1:3], part[1:3])
     if plots.available():
         assert (net.folder.path / "curves.png").exists() and list((net.folder.path / "tensorboard").iterdir())
     said = caplog.text

@@ -22,6 +22,7 @@ from msjax.models import RemoteApply
 from msjax.parts import save_trained
 from msjax.runs import RunFolder, environment, plots, write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
+from msjax.split import parties
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
@@ -29,6 +30,7 @@ from msjax.split.schedule import Exchange, Phase
 log = logging.getLogger("msjax.server")
 
 _COUNTS = "counts.json"
+_BUILT_FROM = "built_from.json"
 _COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what it has counted since
 
 
@@ -72,11 +74,12 @@ class ServerProgram:
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
-        self._parts = self._summary = self._told = None
+        self._store = ServerStore(folder.path / "checkpoints", self.progress)
+        self._parts = self._summary = self._told = self._built_from = None
         self.coordinator = Coordinator(
             cfg,
             self._build,
-            ServerStore(folder.path / "checkpoints", self.progress),
+            self._store,
             options.policy,
             self.metrics,
             run=_run_id(folder),
@@ -100,17 +103,14 @@ class ServerProgram:
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
     def _build(self, samples, test_samples, description):
-        summary = agreement.summary_of(description)
+        summary, self._built_from = agreement.summary_of(description), (samples, test_samples, description)
         if self._parts is None or self._summary != summary:
             self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
             self._summary = summary
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
             log.warning("%s", small)
             self._told = small
-        values = description["run"].get("client values"), description["run"].get("client state values")
-        remote = any(isinstance(part.apply, RemoteApply) for part in (self._parts[0], *self._parts[2:]))
-        options = {"parts": self._parts, "client_values": values if remote else None}
-        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples, **options)
+        return _built(self.cfg, self._parts, samples, test_samples, description)
 
     def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
         """Trains to the end, writes the server's part and the summary, and returns this.
@@ -238,8 +238,51 @@ class ServerProgram:
         summary = {"headline": headline}
         summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
+        self._save_end()
         self.folder.write_summary(summary)
         return summary
+
+    def _save_end(self):
+        """Keeps what `write_missing_part` needs: all clients have ended, so that nobody goes back any more."""
+        run = self.coordinator.run
+        try:
+            write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
+            self._store.save(run.schedule.total_steps, run.party)
+        except OSError as error:
+            log.error("no checkpoint of the end: %s", error)
+
+
+def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
+    """Writes the part of a finished run anew where its file is gone, from the last checkpoint.
+
+    Returns:
+      Whether it did; not where the file is there, or the checkpoint of the end is not.
+    """
+    path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
+    if path.exists() or not described.exists():
+        return False
+    samples, test_samples, description = json.loads(described.read_text("utf-8"))
+    summary = agreement.summary_of(description)
+    built = _built(cfg, build.make_parts(cfg, summary), samples, test_samples, description)
+    party, store = parties.Server(built.spec, built.server, cfg.seed), ServerStore(folder.path / "checkpoints", {})
+    try:
+        step = store.latest()
+        if step != built.spec.schedule.total_steps:
+            return False
+        store.restore(step, party)
+    finally:
+        store.close()
+    save_trained(path, "server", party.state, cfg, summary, run_id=_run_id(folder), step=step)
+    return True
+
+
+def _built(cfg, parts, samples, test_samples, description):
+    """The run that clients with this description have."""
+    values = description["run"].get("client values"), description["run"].get("client state values")
+    remote = any(isinstance(part.apply, RemoteApply) for part in (parts[0], *parts[2:]))
+    options = {"parts": parts, "client_values": values if remote else None}
+    summary = agreement.summary_of(description)
+    return build.build(cfg, summary, samples=samples, test_samples=test_samples, **options)
 
 
 def _read_counts(folder):
