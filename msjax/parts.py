@@ -12,6 +12,8 @@ are. Reading it executes nothing, and other frameworks read it too. Of a model o
 alone: `load_part(path, model)` puts them into the model.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -26,6 +28,7 @@ import safetensors.numpy
 
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
+from msjax.split.trees import TreeSpec
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
 _OWN_FORMAT = "msjax-part-1"  # of parts of a user's model
@@ -163,8 +166,67 @@ def load_part(
     params = {name: value for p in mine for name, value in p.params.items()}
     stats = {name: value for p in mine for name, value in p.stats.items()}
     params, stats = _fill(params, stats, arrays, path)
-    tail_apply = tail[0].apply if tail and part == "client" else None
-    return TrainedPart(mine[0].apply, params, stats, tail=tail_apply, **rest)
+    chain, at = (client, server, *tail), PARTS.index(part)
+    tail_apply = _NamedApply("tail", tail[0].apply, _what_it_takes(cfg, summary, chain, 2)) if tail and not at else None
+    apply = _NamedApply(part, chain[at].apply, _what_it_takes(cfg, summary, chain, at))
+    return TrainedPart(apply, params, stats, tail=tail_apply, **rest)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _NamedApply:
+    """A part's function that says what it takes, where it cannot take what it is given."""
+
+    part: str
+    apply: Callable[..., Any]
+    takes: Callable[[], Any] = dataclasses.field(compare=False)
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        try:
+            return self.apply(params, stats, x, train=train, key=key)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            wanted, given = _show(self.takes()), _show(x)
+            if wanted == given:
+                raise
+            raise ValueError(f"x must be what the {self.part}'s part takes, {wanted}, got {given}") from error
+
+
+def _show(tree):
+    """A batch, its first axis as B."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+    shown = []
+    for path, leaf in pairs:
+        shape, dtype = np.shape(leaf), getattr(leaf, "dtype", type(leaf).__name__)
+        axes = ", ".join(["B", *map(str, shape[1:])]) if shape else ""
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shown.append(f"{name + ': ' if name else ''}{dtype}[{axes}]")
+    return ", ".join(shown) or str(structure)
+
+
+def _what_it_takes(cfg, summary, chain, at):
+    """A function that returns shapes and dtypes of a batch that goes into `chain[at]`."""
+
+    @functools.cache
+    def takes():
+        x = jax.eval_shape(build.make_preprocess(cfg, summary), summary.inputs.batch(2))
+        for part in chain[:at]:
+            if isinstance(part.apply, models.RemoteApply):
+                x = TreeSpec(*part.apply.outputs).batch(2)
+            else:
+                apply = functools.partial(part.apply, train=False)
+                x, _ = jax.eval_shape(apply, part.params, part.stats, x)
+        return x
+
+    return takes
+
+
+def part_run_id(path: str | os.PathLike) -> str:
+    """Returns the name of the run that trained the part in a file; empty where it has none or is no part's."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("run", "")
+    except (OSError, safetensors.SafetensorError):
+        return ""
 
 
 def _by_name(params, stats):

@@ -141,6 +141,12 @@ def decode(
     return Message(codec, like, type(layout)(*arrays), nominal, len(data))
 
 
+def most_bytes(codec: compress.Codec, like: Any) -> int:
+    """Returns the most bytes that `encode` can return, from shape and dtype alone: those without coding."""
+    buffers = len(codec.payload_like(like))
+    return _PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * buffers)) + codec.payload_bytes(like)
+
+
 def estimate_bytes(
     payload: Any, codec: compress.Codec, like: Any, *, compression: str | None = None
 ) -> Float32[Array, ""]:

@@ -11,11 +11,14 @@ import time
 import types
 from concurrent import futures
 
+import jax
+import numpy as np
 import pytest
 
 from msjax import build, compress, config
 from msjax.cli import main as cli
 from msjax.distributed.options import ClientOptions
+from msjax.parts import load_part
 from msjax.runs import RunFolder
 from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
@@ -42,7 +45,14 @@ def test_command_line_trains_evaluates_and_compares(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["top1_percent"] == saved["test"]["top1_percent"]
     assert cli.run("eval", [str(tmp_path / "a"), "--uncompressed"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] == "no compression"
+    files = [tmp_path / "a" / f"{part}.safetensors" for part in ("client", "server")]
+    client, server = load_part(files[0]), files[1].read_bytes()
+    files[0].unlink()
     assert cli.run("train", ["--resume", str(tmp_path / "a")]) == 0
+    assert f"written anew from the last checkpoint: {files[0]}" in capsys.readouterr().out
+    anew = load_part(files[0])
+    assert (anew.run_id, anew.step) == (client.run_id, client.step) and files[1].read_bytes() == server
+    jax.tree.map(np.testing.assert_array_equal, anew[1:3], client[1:3])
     # A run that failed to start leaves no folder, so its name can be used again.
     assert cli.run("train", [*options, "--name", "b", "--model.cut", "nowhere"]) == 2
     assert not (tmp_path / "b").exists()

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from msjax import build, compress, data, tasks
-from msjax.distributed import agreement, drive
+from msjax.distributed import agreement, drive, sizes
 from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 
 from .network import RUN, net
-from .setups import SMALL, TEST_COUNT, built, dataset
+from .setups import MODES, SMALL, TEST_COUNT, built, dataset
 
 pytestmark = pytest.mark.usefixtures("built_once")
 
@@ -130,6 +130,57 @@ def test_a_client_that_has_built_another_run_is_told_what_differs(tmp_path, chan
             assert not lost.final
         else:
             assert lost.final and re.search(f"server and client must have the same run, but .*{differs}", str(lost))
+
+
+@pytest.mark.parametrize("limit", [1000, None])
+def test_a_run_whose_messages_can_become_too_large_ends_at_the_first_ready(tmp_path, monkeypatch, limit):
+    """Nobody waits on: the server ends, and its clients hear why."""
+    if limit is None:
+        monkeypatch.setattr(sizes, "_MOST_BYTES", 3000)
+    with net(tmp_path, SMALL, stragglers="drop") as it:
+        it.start_server(**({} if limit is None else {"max_message_bytes": limit}))
+        it.start_client(0)
+        it.run()
+        error = it.failures.pop("server")
+        assert isinstance(error, sizes.MessageTooLargeError)
+        told = f"a client's message in phase FEATURES must have at most {limit or 3000:,} bytes, and can have "
+        helps = "a smaller batch_size, another codec or another cut"
+        assert str(error).startswith(told) and str(error).endswith(helps) and "(it carries float32[10, " in str(error)
+        assert "a larger --max-megabytes (up to 2047)" in str(error)
+        assert str(it.failures[0]) == f"the server stopped: {error}"
+
+
+def test_a_client_refuses_a_run_that_its_server_did_not(tmp_path, monkeypatch):
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        check = sizes.check_sizes
+        monkeypatch.setattr(
+            sizes, "check_sizes", lambda spec, **options: check(spec, max_bytes=1000) if not options else None
+        )
+        it.loop.run(lambda: 0 in it.failures)
+        assert isinstance(it.failures[0], sizes.MessageTooLargeError)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow), MODES[3]], ids=str)
+def test_no_message_becomes_larger_than_was_foreseen(tmp_path, mode):
+    """Nor far from it, but where it is entropy-coded."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=1)
+    with net(tmp_path, cfg) as it:
+        largest = {}
+
+        def rule(direction, client, message):
+            if (kind := message.WhichOneof("kind")) in ("request", "answer"):
+                position = message.request.position if kind == "request" else message.answer.position
+                key = position.step, position.phase, position.test_round
+                largest[key, direction] = max(largest.get((key, direction), 0), message.ByteSize())
+
+        it.disturb(rule)
+        it.start_clients().run()
+        assert not it.failures, it.failures
+        run = it.server.run
+        for exchange in run.schedule.exchanges():
+            for direction, most in zip(("up", "down"), sizes.most_bytes(run.spec, exchange), strict=True):
+                assert most - 400 < largest[exchange.position, direction] <= most
 
 
 def test_another_task_is_another_run():

@@ -12,6 +12,7 @@ from msjax import compress
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.membership import Stage
 from msjax.split.schedule import Phase
+from msjax.split.traffic import exchange_traffic, run_traffic
 
 from .network import net
 from .setups import MODES, SLOW_BUT_FIRST, SMALL
@@ -228,6 +229,53 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
             jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
 
 
+def test_bytes_are_those_of_the_clients_that_took_part(tmp_path):
+    """And not of those that were to: client 2 is away from step 2 on. What is done again is counted once."""
+    with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.silence(2, step=2)
+        it.loop.run(lambda: it.loop.server is None)
+        run = it.server.run
+        exchanges = list(run.schedule.exchanges())
+        without = [e._replace(clients=tuple(c for c in e.clients if c != 2 or e.step < 2)) for e in exchanges]
+        assert run.traffic == exchange_traffic(run.spec, without)
+        assert 0 < run.traffic.uplink_bytes < run_traffic(run.spec, SMALL.epochs).uplink_bytes
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.run_to(3)
+        it.kill_server()
+        it.start_server()
+        it.run()
+        assert it.server.run.traffic == run_traffic(it.server.run.spec, SMALL.epochs)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[2], marks=pytest.mark.slow)], ids=str)
+def test_a_client_that_comes_back_is_not_dropped_for_compiling(tmp_path, mode):
+    """What every process takes 9 seconds to compile, all at the start, this one later: the deadline is of 2 seconds."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=6)
+    with net(tmp_path, cfg, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        said = {}  # of each process: between which phases and batches it has computed
+
+        def rule(direction, client, message):
+            if direction != "up" or message.WhichOneof("kind") != "request":
+                return None
+            position = message.request.position
+            last, compiled = said.get((client, it.instances[client]), (None, set()))
+            kind = position.phase, position.test_round, sum(map(len, message.request.labels))
+            said[client, it.instances[client]] = kind, compiled | {(last, kind)}
+            return None if (last, kind) in compiled else (9.0,)
+
+        it.disturb(rule)
+        it.start_clients()
+        it.run_to(4)
+        it.kill(2)
+        it.run_to(6)
+        it.start_client(2)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.counted("stragglers") == 1 and it.server.membership.active == (0, 1, 2, 3)
+
+
 @pytest.mark.slow
 def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
     """Nothing comes from it any more, so it is not let in again: each time would cost the others a deadline."""
@@ -382,6 +430,47 @@ def test_a_second_process_gives_up_after_its_time(tmp_path):
         it.run("second", seconds=60.0)
         assert "client_id must be of one process at a time, got 0" in str(it.failures["second"])
         assert 0 in it.loop.clients
+
+
+def test_a_client_that_never_gets_on_gives_up_though_its_connections_are_taken(tmp_path):
+    """Each is cut once the client has asked again: it is told where the run is, and never gets an answer."""
+    with net(tmp_path, SMALL) as it:
+
+        def rule(direction, client, message):
+            kind = message.WhichOneof("kind")
+            if client == 2 and direction == "up" and kind == "request" and message.request.position.step >= 2:
+                it.network.cut(2)
+            return None
+
+        it.start_client(2, retry_seconds=100.0)
+        for client in (0, 1, 3):
+            it.start_client(client)
+        it.run_to(1)
+        it.disturb(rule)
+        began = it.clock()
+        it.run(2, seconds=1000.0)
+        told = str(it.failures[2])
+        assert re.fullmatch(
+            r"the server takes this client's connections, but no new answer has come for 1\d\d s, all of "
+            r"retry_seconds: the connection is cut",
+            told,
+        ), told
+        assert 100.0 < it.clock() - began < 120.0
+
+
+def test_clients_that_wait_for_another_do_not_give_up(tmp_path):
+    """Though they get no answer for longer than retry_seconds: the server is there, and waits as they do."""
+    with net(tmp_path, SMALL, stragglers="wait") as it:
+        for client in range(4):
+            it.start_client(client, retry_seconds=60.0)
+        it.run_to(2)
+        it.kill(2)
+        away = it.clock() + 600.0
+        it.loop.run(lambda: it.clock() > away, seconds=1000.0)
+        assert not it.failures
+        it.start_client(2)
+        it.run()
+        it.assert_equal_to_program()
 
 
 def test_a_client_says_every_minute_that_the_server_is_away(tmp_path, caplog):

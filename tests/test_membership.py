@@ -15,7 +15,8 @@ from .membership_run import AVERAGE, FEATURES, TAKE, Run, of
 def test_training_begins_when_all_clients_are_ready():
     run = Run(works=False)
     assert of(run.join(0), do.WelcomeClient) == [do.WelcomeClient(0, 1)]
-    run.ready(0), run.come(1), run.join(2)
+    assert do.Inform("client 0 is ready; training waits for clients [1, 2]") in run.ready(0)
+    run.come(1), run.join(2)
     assert run.stage is Stage.GATHERING
     assert run.ready(2) == [do.RestoreCheckpoint(again=False)]
     assert of(run.work(), do.StartClient) == [do.StartClient(c, c + 1, 0) for c in range(3)]

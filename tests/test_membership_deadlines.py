@@ -103,6 +103,39 @@ def test_exchanges_of_dropped_clients_alone_are_passed_over():
     assert run.state.exchange.key == (1, TAKE)
 
 
+def compiled_slowly(**policy):
+    """A run whose clients took 30 seconds for the first message, all at once; client 2 is new at the second step."""
+    run = Run(**{"steps": 8, **policy}).begin()
+    run.wait(30.0)
+    run.go_to((1, FEATURES))
+    run.crash(2)
+    return run
+
+
+@pytest.mark.parametrize("stragglers", ["drop", "stop", "wait"])
+def test_a_process_to_which_an_exchange_is_new_has_as_long_as_all_had_at_first(stragglers):
+    run = compiled_slowly(stragglers=stragglers, min_clients=3)
+    run.send(0, 1)
+    assert of(run.wait(10.0), do.CountStragglers, do.Warn, do.StopRun) == []
+    assert run.state.wake_at == run.now + 30.0
+    assert of(run.wait(30.0), do.CountStragglers) == [do.CountStragglers(1)]
+
+
+def test_a_process_that_is_gone_has_no_time_to_compile():
+    run = compiled_slowly(stragglers="stop")
+    run.leave(2)
+    run.send(0, 1)
+    assert of(run.wait(10.0), do.StopRun)
+
+
+def test_a_process_that_has_compiled_is_late_as_before():
+    run = compiled_slowly(stragglers="drop", min_clients=3)
+    run.go_to((2, FEATURES))
+    run.send(0, 1)
+    run.wait(10.0)
+    assert do.Warn("step 2 waits for clients [2]") in run.log
+
+
 # -- Coming back. --------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Trained parts as files: what is loaded is what was saved, and what is no part is refused."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,30 @@ def test_loaded_parts_compute_what_the_saved_did(tmp_path, tail_cut):
     assert (client.part, server.part, client.run_id, client.step) == ("client", "server", "r", 7)
     assert client.summary == SUMMARY
     assert client.config == dataclasses.replace(cfg, data=config.DataConfig())
+
+
+def test_a_loaded_part_says_what_it_takes_where_it_is_given_something_else(tmp_path):
+    """Inside `jit`, too. What its layers take as well, as larger images, they are given."""
+    cfg = dataclasses.replace(CFG, mode=config.ModeConfig(tail_cut="last"))
+    save(tmp_path, cfg)
+    client, server = (parts.load_part(tmp_path / f"{name}.safetensors") for name in ("client", "server"))
+    images = jax.ShapeDtypeStruct((3, 8, 8, 1), "float32")
+
+    def apply(part, x, function=None):
+        function = functools.partial(function or part.apply, train=False)
+        return jax.eval_shape(function, part.params, part.stats, x)[0]
+
+    for wrong, shown in (((3, 8, 8, 5), "float32[B, 8, 8, 5]"), ((3,), "float32[B]")):
+        told = f"x must be what the client's part takes, float32[B, 8, 8, 1], got {shown}"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            apply(client, jax.ShapeDtypeStruct(wrong, "float32"))
+    features = apply(client, images)
+    with pytest.raises(ValueError, match=re.escape(f"server's part takes, float32[B, {features.shape[1]}, ")):
+        apply(server, images)
+    logits = apply(server, features)
+    with pytest.raises(ValueError, match=re.escape(f"tail's part takes, float32[B, {logits.shape[1]}")):
+        apply(client, images, client.tail)
+    assert client.apply == parts.load_part(tmp_path / "client.safetensors").apply  # so that `jit` need not trace anew
 
 
 def test_nothing_of_the_machine_is_in_the_file(tmp_path):

@@ -1,6 +1,7 @@
 """Over gRPC on loopback: what the lines in memory (`test_distributed`) do not show."""
 
 import dataclasses
+import json
 import threading
 import time
 
@@ -17,10 +18,11 @@ from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
-from msjax.distributed.server_program import ServerProgram
+from msjax.distributed.server_program import ServerProgram, write_missing_part
 from msjax.parts import load_part
-from msjax.runs import RunFolder
+from msjax.runs import RunFolder, plots
 from msjax.split import parties
+from msjax.split.traffic import run_traffic
 
 from .authority import Authority
 from .setups import MODES, SMALL, dataset, make_parties
@@ -77,8 +79,9 @@ class Net:
 
 
 @pytest.mark.slow
-def test_training_over_tls_with_tokens_equals_one_program(tmp_path):
+def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
     """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
+    caplog.set_level("INFO", "msjax")
     authority = Authority(tmp_path)
     (tmp_path / "tokens").write_text(TOKENS)
     for name in ("alice", "bob"):
@@ -97,7 +100,21 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
     summary = net.folder.read_summary()
     assert summary["test"] == server.test.means(server.spec.task)
+    file = net.folder.path / "server.safetensors"
+    part = load_part(file)
+    assert not write_missing_part(net.cfg, net.folder)
+    file.unlink()
+    assert write_missing_part(net.cfg, net.folder)
+    anew = load_part(file)
+    assert (anew.run_id, anew.step) == (part.run_id, part.step)
+    jax.tree.map(np.testing.assert_array_equal, anew[1:3], part[1:3])
+    if plots.available():
+        assert (net.folder.path / "curves.png").exists() and list((net.folder.path / "tensorboard").iterdir())
+    said = caplog.text
+    assert "is ready; training waits for clients [" in said and "epoch 1 of 1" in said
+    assert said.count("all clients are ready: training begins, and its first steps compile") == 1
     traffic = summary["traffic"]
+    assert traffic.items() >= run_traffic(server.spec, net.cfg.epochs).to_json().items()
     assert traffic["received_bytes"] > traffic["uplink_bytes"] > 0
     assert traffic["sent_bytes"] > traffic["downlink_bytes"] > 0
 
@@ -242,6 +259,24 @@ def test_a_server_that_stops_says_so(tmp_path):
         net.join()
         assert isinstance(net.failures["server"], Stopped)
         assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Refused)
+
+
+def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
+    """Also those since the last record of an epoch; the wait for the clients is apart."""
+    with Net(tmp_path) as net:
+        file = net.folder.path / "counts.json"
+        earlier = {"received_bytes": 100.0, "sent_bytes": 50.0, "seconds": 7.0, "waited_seconds": 3.0}
+        file.write_text(json.dumps(earlier))
+        program = ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder)
+        request = pb.Request(payload=[b"1234"])
+        program.metrics.received(0, request)
+        program._began -= 60.0  # nobody has come for a minute
+        program.close()
+        counts = json.loads(file.read_text())
+        assert counts["received_bytes"] == 100 + request.ByteSize() and counts["sent_bytes"] == 50
+        assert counts["seconds"] == 7.0 and 63 <= counts["waited_seconds"] < 120
+        file.write_text("damaged")
+        ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder).close()
 
 
 def test_an_address_that_is_taken(tmp_path):

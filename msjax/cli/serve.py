@@ -14,9 +14,9 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.server_program import ServerProgram, listen
+from msjax.distributed.server_program import ServerProgram, listen, write_missing_part
 from msjax.paths import existing_file
-from msjax.runs import RunFolder
+from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
 
@@ -43,6 +43,9 @@ def main(arguments: list[str]) -> int:
                 f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
             )
         if folder.read_summary() is not None:
+            if write_missing_part(cfg, folder):
+                print(f"written anew from the last checkpoint: {folder.path}/server.safetensors")
+                return 0
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
         endpoint = listen(cfg, options)
@@ -63,6 +66,8 @@ def main(arguments: list[str]) -> int:
         return 130
     finally:
         program.close()
+    if not plots.available():
+        print("no curves or TensorBoard events: pip install 'msjax[plots]'")
     print(f"done: {folder.path}/summary.json, server.safetensors")
     return 0
 

@@ -11,7 +11,7 @@ from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
 from msjax.training.devices import split_cpu
-from msjax.training.from_config import load_run, train_config, uncompressed
+from msjax.training.from_config import load_run, train_config, uncompressed, write_missing_parts
 
 
 def main(arguments: list[str]) -> int:
@@ -59,6 +59,8 @@ def _finish(folder, cfg, run=None):
     try:
         if (summary := folder.read_summary()) is not None:
             check_summary(summary, str(folder.path / "summary.json"))
+            for part in write_missing_parts(cfg, folder):
+                print(f"written anew from the last checkpoint: {folder.path / part}.safetensors")
             return summary
         return train_config(cfg, folder, run=run)
     finally:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+import time
 
 from msjax import build, config, data
 from msjax.distributed import agreement, drive
@@ -13,7 +14,9 @@ from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.parts import save_trained
 from msjax.runs import write_atomically
+from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split.parties import Client, ClientData
+from msjax.split.schedule import Phase
 
 log = logging.getLogger("msjax.client")
 
@@ -34,6 +37,8 @@ class ClientProgram:
         options.check()
         self._options, self._preset, self._token = options, preset, options.token()
         self._epoch, self._path = None, None
+        self._pace: Pace | None = None
+        self._told_at = 0.0
         self.session = ClientSession(
             options.client_id,
             self._load,
@@ -102,6 +107,7 @@ class ClientProgram:
         return build.build(self._cfg, self._summary, parts=self._parts, **counts)
 
     def _build(self, cfg, samples, test_samples):
+        log.info("all clients are ready; the first steps compile")
         built = self._build_run(samples, test_samples)
         self._schedule = built.spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
@@ -115,10 +121,19 @@ class ClientProgram:
             save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)
 
     def _tell(self, exchange):
-        position = self._schedule.position(exchange.step)
+        schedule = self._schedule
+        position, now = schedule.position(exchange.step), time.monotonic()
         if position.epoch != self._epoch:
-            self._epoch = position.epoch
-            log.info("epoch %d of %d", position.epoch + 1, self._schedule.epochs)
+            self._epoch, self._told_at = position.epoch, now
+            log.info("epoch %d of %d", position.epoch + 1, schedule.epochs)
+        if exchange.phase != Phase.FEATURES:
+            return
+        if self._pace is None:
+            self._pace = Pace(position.stop - position.start)
+        self._pace.step(1, position.stop - position.start)
+        if now - self._told_at >= SECONDS_BETWEEN_LINES:
+            self._told_at, left = now, schedule.total_steps - exchange.step - 1
+            log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
 
 
 def own_config(cfg: config.Config, preset: config.Config | None, weights: str | None = None) -> config.Config:

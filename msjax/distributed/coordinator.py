@@ -17,7 +17,7 @@ from typing import Any
 from msjax import config
 from msjax.build import Built
 from msjax.distributed import actions as do
-from msjax.distributed import agreement, messages
+from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
 from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
 from msjax.distributed.membership import Membership, Policy, Stage, Verdict
@@ -43,6 +43,8 @@ class Coordinator:
       store, progress: see `ServerRun`.
       run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
       compression: of the answers' bytes, as `msjax.wire` takes it.
+      max_message_bytes: that the server takes of a message; a run whose messages can become larger ends at the first
+        Ready.
       on_exchange: called after each exchange, once its answers are sent.
       on_end: called after the last, before the clients hear of the end.
       generation: the first, where it is not drawn.
@@ -60,6 +62,7 @@ class Coordinator:
         progress: dict[str, Any],
         checkpoint_steps: int = 100,
         compression: str | None = None,
+        max_message_bytes: int = sizes.MOST_MEGABYTES << 20,
         on_exchange: Callable[[Exchange], None] = lambda exchange: None,
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,12 +71,15 @@ class Coordinator:
         self.cfg, self.metrics, self.name = cfg, metrics, run
         self._build, self._store, self._progress = build, store, progress
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
+        self._max_message_bytes = max_message_bytes
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
         generation = secrets.randbits(48) + 1 if generation is None else generation
         self.membership = Membership.begin(policy, clients=cfg.clients, generation=generation, now=clock())
         self.run: ServerRun | None = None
         """Once all clients were ready."""
+        self.ready_at: float | None = None
+        """When they first were, on the clock: training begins."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._readies: dict[int, pb.Ready] = {}  # by client
         self._agreed: set[str] = set()  # descriptions that are as this server's
@@ -145,6 +151,8 @@ class Coordinator:
             follows = self._hello(event) if client is None else self._said(client, session, event.message)
         except messages.ProtocolError as error:
             fault = str(error)
+        except sizes.MessageTooLargeError:
+            raise  # no other client's would be smaller, so that there is nothing to wait for
         except Exception:
             log.exception("client %s", client)
             fault = "internal error"
@@ -196,6 +204,8 @@ class Coordinator:
                     f"all clients must have the same run, but between another client and this, {differing}"
                 )
             self._check(ready, description)
+        except sizes.MessageTooLargeError:
+            raise
         except ValueError as error:
             raise messages.ProtocolError(str(error)) from None
         if self.run is None:
@@ -210,6 +220,8 @@ class Coordinator:
         mine = {"data": description["data"], "run": agreement.of_run(built.spec)}
         if differing := agreement.differences(mine, description):
             raise ValueError(f"server and client must have the same run, but {differing}")
+        drops = self.membership.policy.stragglers == "drop"
+        sizes.check_sizes(built.spec, max_bytes=self._max_message_bytes, brings_part=drops)
         self._agreed.add(ready.description)
 
     def _request(self, client, session, request):
@@ -227,6 +239,8 @@ class Coordinator:
 
     def _restore(self, again):
         if self.run is None:
+            self.ready_at = self._clock()
+            log.info("all clients are ready: training begins, and its first steps compile")
             readies = [self._readies[client] for client in range(self.cfg.clients)]
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))

@@ -30,6 +30,8 @@ class ExchangeInfo:
     clients: tuple[int, ...]
     """Who takes part, unless dropped."""
     entrance: Entrance = Entrance.CLOSED
+    kind: tuple[int, ...] = ()
+    """Exchanges of one kind are computed by the same compiled programs."""
     donors: tuple[int, ...] = ()
     """Those of `clients` whose next exchange is an entrance `WITH_PART`: its answer may ask one to bring its part."""
 

@@ -20,6 +20,10 @@ A client has one session at a time. Its process may replace its own session; ano
 the session lives. A session that does not say that it is ready within the policy's deadline is closed, so that it does
 not keep others out; until then, and without one, its client counts as absent.
 
+A process compiles its programs where it first needs them, so an exchange of a kind that is new to it takes longer: at
+the start for all. One that comes later, when the others have compiled theirs, is given as long beyond the deadline as
+that exchange took when it was first waited for. (A server that was started again learns that anew.)
+
 What nobody can do anything about is waited for, with a warning after every deadline: clients that have not come yet,
 and more absent ones than `min_clients` allows. Only while all active clients are silent is there no deadline at all.
 """
@@ -37,7 +41,8 @@ class Policy:
 
     deadline_seconds: float = 300.0
     """How long an exchange waits for a client, from when the first of the others has come; the end for all to hear of
-    it; and a new session for its client to be ready."""
+    it; and a new session for its client to be ready. A process that does what it has not done before is given longer,
+    by what that took at first."""
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
@@ -107,6 +112,10 @@ class Session:
     """Whether the client has been told, in this session and generation, where the run is."""
 
 
+Kinds = tuple[tuple[int, ...] | None, tuple[int, ...]]
+"""Those of a client's last exchange and of this one: what a process computes between their two messages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Client:
     """What is known of a client."""
@@ -121,6 +130,12 @@ class Client:
     brings_part: bool = False
     answered: Key | None = None
     goodbye: bool = False
+    process: str = ""
+    """The instance whose message came last."""
+    last_kind: tuple[int, ...] | None = None
+    """Of the last exchange that this process took part in."""
+    done: frozenset[Kinds] = frozenset()
+    """What this process has done before."""
 
     @property
     def ready(self) -> bool:
@@ -131,6 +146,14 @@ class Client:
     def returning(self) -> bool:
         """Whether it waits to be let in."""
         return self.ready and not self.active and self.alive
+
+    def new_to(self, kind: tuple[int, ...]) -> Kinds | None:
+        """What its process has to compile for an exchange of this kind; None where it has, or there is no process."""
+        if self.session is None:
+            return None
+        if self.session.instance != self.process:
+            return None, kind
+        return None if (self.last_kind, kind) in self.done else (self.last_kind, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +175,14 @@ class Membership:
     """Who was asked to bring its part to the next entrance."""
     extended: bool = False
     """Whether the deadline has been moved for those that were let in at this exchange."""
+    opened_at: float = 0.0
+    """When the exchange was."""
+    late: bool = False
+    """Whether its deadline has passed, and it is still waited for."""
+    compiling: bool = False
+    """Whether its deadline has been moved for those to whom it is new."""
+    first_seconds: tuple[tuple[Kinds, float], ...] = ()
+    """How long exchanges took when they were first waited for."""
     lost_memory: bool = False
     stop: str | None = None
 

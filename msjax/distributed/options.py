@@ -10,6 +10,7 @@ import tyro
 from msjax.distributed.membership import Policy
 from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
+from msjax.distributed.sizes import MOST_MEGABYTES
 from msjax.paths import existing_file, expand, folder_to_be
 
 log = logging.getLogger("msjax")
@@ -38,7 +39,7 @@ class ListenOptions:
     metrics_port: int | None = None
     """Port of Prometheus metrics, on this machine alone; 0 for one that is free."""
     max_megabytes: int = 1024
-    """Of a message that is received, and of the features in it."""
+    """Of a message that is received, and of the features in it. A run whose messages can become larger is refused."""
     max_messages_per_second: float = 1000.0
     """Of each client; one that sends more is read more slowly."""
 
@@ -49,13 +50,10 @@ class ListenOptions:
             self.tls.server()
         Tokens(self.tokens)
         check_positive(self, "max_messages_per_second")
-        if not 1 <= self.max_megabytes <= _MOST_MEGABYTES:
-            raise ValueError(f"max_megabytes must be in 1..{_MOST_MEGABYTES}, got {self.max_megabytes}")
+        if not 1 <= self.max_megabytes <= MOST_MEGABYTES:
+            raise ValueError(f"max_megabytes must be in 1..{MOST_MEGABYTES}, got {self.max_megabytes}")
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
-
-
-_MOST_MEGABYTES = 2047  # gRPC counts a message's bytes in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ class ClientOptions(ConnectOptions):
     weights: str | None = None
     """This client's copy of the file that the run's weights start from, where it starts from one."""
     retry_seconds: float = 600.0
-    """For how long a server that is away is tried again."""
+    """For how long the server is tried again without a new answer from it, be it away or cutting connections."""
     answer_seconds: float = 600.0
     """After how long an answer counts as lost, and the request is repeated."""
 

@@ -1,5 +1,7 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
+import contextlib
+import json
 import logging
 import re
 import time
@@ -18,13 +20,18 @@ from msjax.distributed.rpc.server import Endpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
 from msjax.models import RemoteApply
 from msjax.parts import save_trained
-from msjax.runs import RunFolder, environment, write_atomically
+from msjax.runs import RunFolder, environment, plots, write_atomically
+from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
+from msjax.split import parties
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
-from msjax.split.traffic import Traffic, run_traffic
 
 log = logging.getLogger("msjax.server")
+
+_COUNTS = "counts.json"
+_BUILT_FROM = "built_from.json"
+_COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what it has counted since
 
 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
@@ -67,17 +74,19 @@ class ServerProgram:
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
-        self._parts = self._summary = self._told = None
+        self._store = ServerStore(folder.path / "checkpoints", self.progress)
+        self._parts = self._summary = self._told = self._built_from = None
         self.coordinator = Coordinator(
             cfg,
             self._build,
-            ServerStore(folder.path / "checkpoints", self.progress),
+            self._store,
             options.policy,
             self.metrics,
             run=_run_id(folder),
             progress=self.progress,
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
+            max_message_bytes=options.max_megabytes << 20,
             on_exchange=self._count,
             on_end=self._save_part,
         )
@@ -86,21 +95,22 @@ class ServerProgram:
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
-        self._earlier: dict[str, float] | None = None
+        self._earlier = _read_counts(folder)
+        self._counts_written = 0.0
+        self._pace: Pace | None = None
+        self._told_at = 0.0
+        self._events: tuple[contextlib.ExitStack, Callable, int] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
     def _build(self, samples, test_samples, description):
-        summary = agreement.summary_of(description)
+        summary, self._built_from = agreement.summary_of(description), (samples, test_samples, description)
         if self._parts is None or self._summary != summary:
             self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
             self._summary = summary
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
             log.warning("%s", small)
             self._told = small
-        values = description["run"].get("client values"), description["run"].get("client state values")
-        remote = any(isinstance(part.apply, RemoteApply) for part in (self._parts[0], *self._parts[2:]))
-        options = {"parts": self._parts, "client_values": values if remote else None}
-        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples, **options)
+        return _built(self.cfg, self._parts, samples, test_samples, description)
 
     def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
         """Trains to the end, writes the server's part and the summary, and returns this.
@@ -109,7 +119,10 @@ class ServerProgram:
           Stopped: `stop` was called, or the policy says so.
         """
         self._on_epoch = on_epoch
-        drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+        try:
+            drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+        finally:
+            self._close_events()
         return self._write_summary()
 
     def stop(self, reason: str) -> None:
@@ -118,6 +131,8 @@ class ServerProgram:
 
     def close(self) -> None:
         """Closes all connections."""
+        if self.coordinator.run is not None or self._earlier is not None:
+            self._write_counts()
         self._servicer.close()
         self._endpoint.close()
 
@@ -137,11 +152,14 @@ class ServerProgram:
         self.metrics.exchanges.labels(exchange.phase.name).inc()
         run = self.coordinator.run
         schedule, party, task = run.schedule, run.party, run.spec.task
+        if time.monotonic() - self._counts_written >= _COUNTS_EVERY_SECONDS:
+            self._write_counts()
         if exchange.phase == Phase.FEATURES:
             now = time.monotonic()
             self.metrics.step.set(exchange.step)
             self.metrics.step_seconds.observe(now - self._step_began)
             self._step_began = now
+            self._tell_step(exchange, now)
         position = schedule.position(exchange.step)
         if position.epoch_ends and exchange == list(schedule.step_exchanges(exchange.step))[-1]:
             record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
@@ -149,28 +167,131 @@ class ServerProgram:
                 record["test"] = party.test.means(task)
                 if not self.cfg.allow_nonfinite:
                     check_test_loss(record["test"]["loss"], position.epoch + 1)
-            record |= self._so_far(run_traffic(run.spec, position.epoch + 1))
+            counts = self._so_far()
+            seconds = {name: round(counts.pop(name), 3) for name in ("seconds", "waited_seconds")}
+            record |= seconds | {"traffic": run.traffic.to_json() | counts}
             party.train = party.test = MetricSums()
             self.history.append(record)
             self.folder.write_history(self.history)
+            self._write_counts()
+            self._pace.epoch()
+            self._write_events(record)
             self._on_epoch(record)
 
-    def _so_far(self, traffic: Traffic):
-        """What was sent and how long it took, with what an earlier process had recorded of this run."""
-        now = self.metrics.totals() | {"seconds": time.monotonic() - self._began}
-        if self._earlier is None:
+    def _tell_step(self, exchange, now):
+        schedule, position = self.coordinator.run.schedule, self.coordinator.run.schedule.position(exchange.step)
+        batch_size, left = position.stop - position.start, schedule.total_steps - exchange.step - 1
+        if self._pace is None:
+            self._told_at, self._pace = now, Pace(batch_size * len(exchange.clients))
+            seconds = now - self.coordinator.ready_at
+            log.info("step %d of %d, %.0f s after all were ready", exchange.step + 1, schedule.total_steps, seconds)
+        self._pace.step(1, batch_size)
+        if now - self._told_at >= SECONDS_BETWEEN_LINES:
+            self._told_at = now
+            log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
+
+    def _write_events(self, record):
+        """To TensorBoard; an epoch that is done again takes the place of the first."""
+        if not plots.available():
+            return
+        if self._events is not None and record["epoch"] <= self._events[2]:
+            self._close_events()
+        if self._events is None:
+            stack = contextlib.ExitStack()
+            events = plots.tensorboard(self.folder.path / "tensorboard", first_epoch=record["epoch"])
+            write = stack.enter_context(events)
+        else:
+            stack, write, _ = self._events
+        write(record)
+        self._events = stack, write, record["epoch"]
+
+    def _close_events(self):
+        if self._events is not None:
+            self._events[0].close()
+            self._events = None
+
+    def _so_far(self):
+        """What was sent and received and how long it took, with what earlier processes of this run have counted.
+
+        The wait until all clients are ready is apart: it says nothing about training.
+        """
+        now, ready_at = time.monotonic(), self.coordinator.ready_at
+        waited = (now if ready_at is None else ready_at) - self._began
+        counts = self.metrics.totals() | {"seconds": now - self._began - waited, "waited_seconds": waited}
+        if self._earlier is None:  # there are none, or they are of a version that wrote no file of them
             last = self.history[-1] if self.history else {}
-            self._earlier = {name: (last.get("traffic", {}) | last).get(name, 0) for name in now}
-        total = {name: value + self._earlier[name] for name, value in now.items()}
-        return {"seconds": round(total.pop("seconds"), 3), "traffic": traffic.to_json() | total}
+            self._earlier = last.get("traffic", {}) | last
+        return {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+
+    def _write_counts(self):
+        self._counts_written = time.monotonic()
+        try:
+            write_atomically(self.folder.path / _COUNTS, json.dumps(self._so_far()))
+        except OSError as error:
+            log.error("no counts of bytes: %s", error)
 
     def _write_summary(self):
-        last = self.history[-1]
-        summary = {"headline": self.coordinator.run.spec.task.headline}
+        last, headline, cfg = self.history[-1], self.coordinator.run.spec.task.headline, self.cfg
+        if plots.available():
+            title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
+            plots.draw_curves(self.history, headline, title, self.folder.path / "curves.png")
+        summary = {"headline": headline}
         summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
+        self._save_end()
         self.folder.write_summary(summary)
         return summary
+
+    def _save_end(self):
+        """Keeps what `write_missing_part` needs: all clients have ended, so that nobody goes back any more."""
+        run = self.coordinator.run
+        try:
+            write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
+            self._store.save(run.schedule.total_steps, run.party)
+        except OSError as error:
+            log.error("no checkpoint of the end: %s", error)
+
+
+def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
+    """Writes the part of a finished run anew where its file is gone, from the last checkpoint.
+
+    Returns:
+      Whether it did; not where the file is there, or the checkpoint of the end is not.
+    """
+    path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
+    if path.exists() or not described.exists():
+        return False
+    samples, test_samples, description = json.loads(described.read_text("utf-8"))
+    summary = agreement.summary_of(description)
+    built = _built(cfg, build.make_parts(cfg, summary), samples, test_samples, description)
+    party, store = parties.Server(built.spec, built.server, cfg.seed), ServerStore(folder.path / "checkpoints", {})
+    try:
+        step = store.latest()
+        if step != built.spec.schedule.total_steps:
+            return False
+        store.restore(step, party)
+    finally:
+        store.close()
+    save_trained(path, "server", party.state, cfg, summary, run_id=_run_id(folder), step=step)
+    return True
+
+
+def _built(cfg, parts, samples, test_samples, description):
+    """The run that clients with this description have."""
+    values = description["run"].get("client values"), description["run"].get("client state values")
+    remote = any(isinstance(part.apply, RemoteApply) for part in (parts[0], *parts[2:]))
+    options = {"parts": parts, "client_values": values if remote else None}
+    summary = agreement.summary_of(description)
+    return build.build(cfg, summary, samples=samples, test_samples=test_samples, **options)
+
+
+def _read_counts(folder):
+    """What earlier processes of the run have counted; None where there is no file, or a damaged one."""
+    try:
+        counts = json.loads((folder.path / _COUNTS).read_bytes())
+        return {name: float(counts[name]) for name in ("received_bytes", "sent_bytes", "seconds", "waited_seconds")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _run_id(folder):

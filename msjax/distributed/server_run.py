@@ -1,5 +1,6 @@
 """What the server itself does in a run: its part of the network, its checkpoints, and the schedule of exchanges."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,10 +13,12 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
+from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
 
 log = logging.getLogger("msjax.server")
 
 _CLIENTS = "checkpoint_clients"
+_EXCHANGED = "exchanged"
 
 
 class Came(NamedTuple):
@@ -68,6 +71,8 @@ class ServerRun:
             self._store.forget(party)
         else:
             self._store.restore(step, party)
+        if _EXCHANGED not in self._progress:  # at the beginning, or saved by a version that did not count
+            self._count(traffic_before(self.spec, step or 0))
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
         clients = self._progress.get(_CLIENTS)
@@ -92,10 +97,23 @@ class ServerRun:
             return {}  # everyone who should have taken part was dropped
         self._maybe_save(came)
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+        took_part = self.exchange._replace(clients=tuple(came))
+        self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
         if not self._allow_nonfinite and self.exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
             losses = self.party.losses
             check_losses(np.asarray([list(losses.values())]), list(losses), self.exchange.step)
         return answers
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes of the exchanges that have led here, of those clients alone that took part in them.
+
+        What was done again from a checkpoint is in it once.
+        """
+        return Traffic(**self._progress[_EXCHANGED])
+
+    def _count(self, traffic):
+        self._progress[_EXCHANGED] = dataclasses.asdict(traffic)
 
     @property
     def schedule(self) -> Schedule:
@@ -132,10 +150,11 @@ class ServerRun:
 def _info(schedule, exchange):
     """What membership has to know of an exchange."""
     passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
-    kind, donors = Entrance.CLOSED, ()
+    entrance, donors = Entrance.CLOSED, ()
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
-        kind = Entrance.FREE if passed_on else Entrance.WITH_PART
+        entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
     if not passed_on and exchange.step + 1 < schedule.total_steps:
         later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
         donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
-    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, kind, donors)
+    computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
+    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from msjax import config
-from msjax.distributed import messages
+from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.rpc import split_pb2 as pb
@@ -33,6 +33,9 @@ GOODBYE_SECONDS = 10.0
 
 TELL_SECONDS = 60.0
 """How often a client says that the server is still away."""
+
+STEADY_SECONDS = 60.0
+"""A connection that stood so long, or as long as an answer may take, was not at fault: the server waits for others."""
 
 
 class Own(NamedTuple):
@@ -59,7 +62,8 @@ class ClientSession:
       open_store: from the run's name to its store of checkpoints; see `ClientRun`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
       answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
-      retry_seconds: for how long a lost connection is tried again.
+      retry_seconds: for how long a lost connection is tried again without getting on, which is: a new answer, or a
+        connection that stands. That the server takes the connection, and says where the run is, does not count.
       on_exchange: called after each exchange of this client.
       on_end: called at the end of training with the client as it then is.
       instance: names this process; drawn by default.
@@ -100,8 +104,9 @@ class ClientSession:
         self._checkpoint_steps = 0
         self._connected = self._leaving = False
         self._next_deadline: float | None = clock()  # at once
-        self._last_contact = clock()
+        self._got_on_at = self._connected_at = clock()
         self._heard = False  # anything over this connection
+        self._heard_since = False  # anything since this client got on
         self._wait, self._told, self._told_at = 0.1, "", 0.0
 
     @property
@@ -117,6 +122,7 @@ class ClientSession:
     def on_connected(self) -> Iterator[pb.FromClient]:
         """There is a connection: yields what to send. Take all of it, and send each before taking the next."""
         self._connected, self._heard, self._leaving = True, False, False
+        self._connected_at = self._clock()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
         yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, **hello))
@@ -128,8 +134,9 @@ class ClientSession:
         Raises:
           Refused: the run has ended before its time, or cannot be this client's.
           ProtocolError: it makes no sense.
+          MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
-        self._heard, self._last_contact = True, self._clock()
+        self._heard = self._heard_since = True
         match message.WhichOneof("kind"):
             case "welcome":
                 yield self._welcome(message.welcome)
@@ -139,6 +146,7 @@ class ClientSession:
             case "answer":
                 exchange = None if self.run is None else self.run.take(message.answer)
                 if exchange is not None:
+                    self._get_on()
                     self._on_exchange(exchange)
                     yield from self._requests()
             case "finished":
@@ -150,7 +158,7 @@ class ClientSession:
 
         Raises:
           Refused: the server turned this client away.
-          ConnectionError: the server has been away for too long, with steps left to do.
+          ConnectionError: this client has not got on for too long, with steps left to do.
         """
         if self._leaving or self.done:
             self.done = True
@@ -158,12 +166,17 @@ class ClientSession:
         if lost.final:
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
-        if self._heard:  # it was there until now
-            self._last_contact, self._heard = now, False
-        away = now - self._last_contact
+        if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
+            self._get_on()
+        self._heard = False
+        away = now - self._got_on_at
         if away > self._retry_seconds:
             if self.run is None or not self.run.done:
-                raise ConnectionError(f"the server has been away for {away:.0f} s, all of retry_seconds: {lost}")
+                if self._heard_since:
+                    what = "the server takes this client's connections, but no new answer has come for"
+                else:
+                    what = "the server has been away for"
+                raise ConnectionError(f"{what} {away:.0f} s, all of retry_seconds: {lost}")
             log.warning("all steps are done, but the server did not say so: %s", lost)
             self._on_end(self.party)
             self.done = True
@@ -173,6 +186,9 @@ class ClientSession:
             log.warning("%s; trying again for up to %.0f s", lost, self._retry_seconds - away)
             self._told, self._told_at = str(lost), now
         self._next_deadline = now + self._wait * self._draw()
+
+    def _get_on(self):
+        self._got_on_at, self._heard_since = self._clock(), False
 
     def _wait_for_more(self):
         if self._leaving:
@@ -198,11 +214,13 @@ class ClientSession:
         if self._data is None:
             self.config = config.from_json(json.loads(welcome.config))
             self._data = self._load(self.config)
+            self._get_on()
         return pb.FromClient(ready=pb.Ready(**self._data._asdict()))
 
     def _start(self, start):
         if self.run is None:
             party = self._build(self.config, start.samples, start.test_samples)
+            sizes.check_sizes(party.spec)  # the server does, too, before it lets anyone start
             self.run = ClientRun(party, self._store, self._compression)
             self.run.checkpoint_steps = self._checkpoint_steps
         self.run.start(start)

@@ -114,6 +114,9 @@ class _Transition:
         if session is None or session.ready:
             return
         self._set_session(client, ready=True)
+        missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
+        if self.state.stage is Stage.GATHERING and missing:
+            self._do(do.Inform(f"client {client} is ready; training waits for clients {missing}"))
         if self.state.stage is Stage.ENDING:
             self._tell_end(client)
         elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):
@@ -141,6 +144,9 @@ class _Transition:
         match self.state.verdict(event):
             case Verdict.NEW:
                 it = {"memory": Memory.OF_ALL, "message": event.key, "brings_part": event.brings_part}
+                process = self.state.session_of(client, event.session).instance
+                if process != self.state.clients[client].process:
+                    it |= {"process": process, "last_kind": None, "done": frozenset()}
                 self._set_client(client, **it)
             case Verdict.REPEAT:
                 self._do(do.ResendAnswer(client, event.session))
@@ -168,7 +174,8 @@ class _Transition:
             active = able is None or c in able
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
-            clients.append(Client(session=client.session, active=active, alive=alive))
+            known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
+            clients.append(Client(session=client.session, active=active, alive=alive, **known))
         self._set(clients=tuple(clients), step=step, stage=Stage.ADVANCING, lost_memory=False)
         for c, client in enumerate(clients):
             if client.active and client.ready:
@@ -190,7 +197,8 @@ class _Transition:
             raise ValueError(f"key must be above that of the last exchange, answered, got {exchange.key}")
         # The clock runs from the first message on: while none has come, it is not one that is late.
         deadline = self._later() if len(exchange.clients) == 1 else None
-        self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=deadline, extended=False)
+        self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=deadline, opened_at=self.now)
+        self._set(extended=False, late=False, compiling=False)
 
     # -- What follows. ---------------------------------------------------------------------------------------------
 
@@ -258,13 +266,38 @@ class _Transition:
         expected = [c for c in exchange.clients if state.clients[c].active]
         there = [c for c in expected if state.clients[c].message == exchange.key]
         if len(there) == len(expected):
+            self._learn(there)
             self._advance(there)
             return
         if state.deadline is None and any(client.message is not None for client in state.clients):
             # Those whose turn is later wait as well.
             self._set(deadline=self._later())
         elif self._passed(state.deadline):
-            self._late([c for c in expected if c not in there], there)
+            missing = [c for c in expected if c not in there]
+            if not self._let_compile(missing):
+                self._late(missing, there)
+
+    def _learn(self, there):
+        """Notes how long an exchange took that was new to those who took part."""
+        if self.state.late:
+            return  # that says nothing about compilation
+        known = dict(self.state.first_seconds)
+        for c in there:
+            client = self.state.clients[c]
+            known.setdefault((client.last_kind, self.state.exchange.kind), self.now - self.state.opened_at)
+        self._set(first_seconds=tuple(known.items()))
+
+    def _let_compile(self, missing):
+        """Whether the deadline is moved, once, for those to whom this exchange is new."""
+        state, known = self.state, dict(self.state.first_seconds)
+        new = {c: state.clients[c].new_to(state.exchange.kind) for c in missing}
+        seconds = max((known.get(kinds, 0.0) for kinds in new.values() if kinds is not None), default=0.0)
+        if state.compiling or not seconds:
+            return False
+        who = [c for c, kinds in new.items() if kinds is not None]
+        self._do(do.Inform(f"step {state.exchange.step} gives clients {who} up to {seconds:.1f} s more to compile"))
+        self._set(compiling=True, deadline=self.now + seconds)
+        return True
 
     def _late(self, missing, there):
         policy, step = self.state.policy, self.state.exchange.step
@@ -278,7 +311,7 @@ class _Transition:
             self._advance(there)
         else:
             self._do(do.Warn(f"step {step} waits for clients {missing}"))
-            self._set(deadline=self._later())
+            self._set(deadline=self._later(), late=True)
 
     def _can_do_without(self, count):
         policy = self.state.policy
@@ -295,6 +328,10 @@ class _Transition:
         asked = None
         if donor is None and any(client.returning for client in state.clients):
             donor = asked = min(set(there) & set(exchange.donors), default=None)
+        for c in there:
+            it = state.clients[c]
+            done = it.done | {(it.last_kind, exchange.kind)}
+            self._set_client(c, last_kind=exchange.kind, done=done)
         self._set(stage=Stage.ADVANCING, collected=tuple(there), deadline=None, donor=donor)
         self._do(do.Advance(exchange, tuple(there), asked))
 

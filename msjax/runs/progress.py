@@ -1,12 +1,55 @@
 """What a person sees of a run while it trains."""
 
 import time
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import rich.console
 import rich.progress
 
-_SECONDS_BETWEEN_LINES = 60  # where there is no terminal and an epoch is long
+SECONDS_BETWEEN_LINES = 60
+"""Where there is no terminal and an epoch is long."""
+
+
+class Pace:
+    """How fast steps are done, and how long the rest will take.
+
+    The first step of a shape compiles, and says nothing about the others; nor does the first end of an epoch.
+    """
+
+    def __init__(self, samples_per_step: float, clock: Callable[[], float] = time.monotonic):
+        self._samples_per_step, self._clock, self._last = samples_per_step, clock, clock()
+        self._shapes: set[Hashable] = set()
+        self._steps, self._step_seconds, self._other_seconds = 0, 0.0, 0.0
+        self._epoch_ended = False
+
+    def step(self, steps: int, shape: Hashable) -> None:
+        """Notes that `steps` more steps are done, in arrays of this shape."""
+        seconds = self._lap()
+        if shape in self._shapes:
+            self._steps, self._step_seconds = self._steps + steps, self._step_seconds + seconds
+        self._shapes.add(shape)
+
+    def epoch(self) -> None:
+        """Notes that an epoch has ended, with its test."""
+        seconds = self._lap()
+        self._other_seconds += seconds if self._epoch_ended else 0.0
+        self._epoch_ended = True
+
+    def status(self, steps_left: int) -> str:
+        """Returns samples a second, and the time left with `steps_left` steps to go."""
+        if not steps_left and not self._steps:
+            return "0.0 min left"
+        if not self._steps:
+            return "compiling …"
+        speed = self._steps * self._samples_per_step / max(self._step_seconds, 1e-9)
+        left = steps_left * (self._step_seconds + self._other_seconds) / self._steps
+        return f"{speed:,.0f} samples/s, {left / 60:.1f} min left"
+
+    def _lap(self):
+        now, last = self._clock(), self._last
+        self._last = now
+        return now - last
 
 
 class Progress:
@@ -21,13 +64,14 @@ class Progress:
         done_steps: int,
         samples_per_step: float,
         quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        console: rich.console.Console | None = None,
     ):
-        self._console = rich.console.Console(quiet=quiet)
+        self._console = rich.console.Console(quiet=quiet) if console is None else console
         self._title, self._headline = title, headline
-        self._total, self._done, self._first = total_steps, done_steps, done_steps
-        self._samples_per_step = samples_per_step
-        self._start = self._last_line = time.monotonic()
-        self._shown = "–"
+        self._total, self._done = total_steps, done_steps
+        self._pace, self._clock, self._last_line = Pace(samples_per_step, clock), clock, clock()
+        self._tested = ""
         self._live = None
         if self._console.is_terminal and not quiet:
             columns = ["{task.description}", rich.progress.BarColumn(8), "{task.fields[status]}"]
@@ -48,35 +92,37 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def step(self, steps: int, sent_bytes: int) -> None:
-        """Notes that `steps` more steps are on their way, and the bytes sent by all so far."""
+    def step(self, steps: int, sent_bytes: int, shape: Hashable = None) -> None:
+        """Notes that `steps` more steps are done, in arrays of this shape, and the bytes sent by all so far."""
         self._done += steps
+        self._pace.step(steps, shape)
         if self._live:
             self._live.update(self._task, completed=self._done, status=self._status(sent_bytes))
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        elif self._clock() - self._last_line > SECONDS_BETWEEN_LINES:
             self.note(f"{self._title} step {self._done}/{self._total}: {self._status(sent_bytes)}")
 
     def epoch(self, record: dict[str, Any], epochs: int, sent_bytes: int) -> None:
         """Shows a finished epoch's record."""
-        if "test" in record:
-            self._shown = format_metric(self._headline, record["test"][self._headline])
-        trained = format_metric(self._headline, record["train"][self._headline])
+        self._pace.epoch()
+        found = {s: format_metric(self._headline, record[s][self._headline]) for s in ("train", "test") if s in record}
+        if "test" in found:
+            self._tested = f", test {found['test']}"
+        shown = ", ".join(f"{split} {metric}" for split, metric in found.items())
         self.note(
-            f"{self._title} epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.4f}, "
-            f"train {trained}, {self._status(sent_bytes)}"
+            f"{self._title} epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.4f}, {shown}, "
+            f"{self._speed(sent_bytes)}"
         )
 
     def note(self, text: str) -> None:
         """Prints a line above the live one."""
-        self._last_line = time.monotonic()
+        self._last_line = self._clock()
         (self._live.console if self._live else self._console).print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _status(self, sent_bytes):
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = (self._done - self._first) / seconds
-        left = (self._total - self._done) / rate if rate else 0.0
-        speed = f"{rate * self._samples_per_step:,.0f} samples/s"
-        return f"{speed}, test {self._shown}, {sent_bytes / 1e6:,.1f} MB sent, {left / 60:.1f} min left"
+        return f"{self._speed(sent_bytes)}{self._tested}"
+
+    def _speed(self, sent_bytes):
+        return f"{self._pace.status(self._total - self._done)}, {sent_bytes / 1e6:,.1f} MB sent"
 
 
 def format_metric(name: str, value: float) -> str:

@@ -52,6 +52,11 @@ def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange]) -> Traffic:
     return sum((_of_client(spec, exchange) * len(exchange.clients) for exchange in exchanges), Traffic())
 
 
+def traffic_before(spec: RunSpec, step: int) -> Traffic:
+    """Returns the bytes of the exchanges before step `step`."""
+    return exchange_traffic(spec, (each for earlier in range(step) for each in spec.schedule.step_exchanges(earlier)))
+
+
 def epoch_traffic(spec: RunSpec, epoch: int) -> Traffic:
     """Returns the bytes of an epoch, counted from 0."""
     schedule = spec.schedule

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from msjax import build, config
 from msjax.compress import Identity
-from msjax.parts import save_trained
+from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.state import TrainState
 from msjax.training import loop
 from msjax.training.api import check_labels
+
+_PARTS = ("client", "server")
 
 
 def load_run(cfg: config.Config) -> loop.LoadedRun:
@@ -71,12 +73,37 @@ def train_config(
         "config": config.to_json(cfg),
         "environment": environment(),
     }
-    run_id, step = uuid.uuid4().hex, int(finished.state.step)
-    data_summary = build.DataSummary.of(run.dataset).normalized_as(cfg.data)
-    for part, state in (("client", finished.state.client), ("server", finished.state.server)):
-        save_trained(folder.path / f"{part}.safetensors", part, state, cfg, data_summary, run_id=run_id, step=step)
+    _save_parts(_PARTS, cfg, folder, run, finished.state, uuid.uuid4().hex)
     folder.write_summary(summary)
     return summary
+
+
+def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:
+    """Writes those trained parts of a finished run anew whose files are gone, from its last checkpoint.
+
+    Returns:
+      Their names; none where nothing is missing or the checkpoint is not there.
+    """
+    missing = [part for part in _PARTS if not (folder.path / f"{part}.safetensors").exists()]
+    if not missing or folder.checkpoints.latest() is None:
+        return []
+    run = load_run(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None)))
+    state = loop.trained_state(run, folder)
+    if state is None:
+        return []
+    run_id = uuid.uuid4().hex
+    for part in _PARTS:
+        if part not in missing:  # parts of one run have the same
+            run_id = part_run_id(folder.path / f"{part}.safetensors") or run_id
+    _save_parts(missing, cfg, folder, run, state, run_id)
+    return missing
+
+
+def _save_parts(parts, cfg, folder, run, state, run_id):
+    data_summary = build.DataSummary.of(run.dataset).normalized_as(cfg.data)
+    names = {"run_id": run_id, "step": int(state.step)}
+    for part in parts:
+        save_trained(folder.path / f"{part}.safetensors", part, getattr(state, part), cfg, data_summary, **names)
 
 
 def uncompressed(cfg: config.Config) -> config.Config:

@@ -109,6 +109,15 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
     return _Loop(run, folder, quiet).run()
 
 
+def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
+    """Returns the parts that a finished run ended with, from its last checkpoint; None where that is not there."""
+    if folder.checkpoints.latest() != run.spec.schedule.total_steps:
+        return None
+    mesh = mesh_of(run.spec)
+    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    return jax.device_get(run.spec.mode.gather(state))
+
+
 class _Loop:
     """One process's part of a run: what changes from step to step."""
 
@@ -197,7 +206,8 @@ class _Loop:
             steps = len(losses)
             self._done += steps
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
-            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)))
+            shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
+            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
             if self._stopped:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()

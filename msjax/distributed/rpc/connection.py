@@ -21,6 +21,10 @@ _FINAL = (
 )
 
 
+_TOO_LARGE = ("larger than max", "Exception serializing")
+"""What gRPC says of a message above a limit, and above protobuf's of 2 GiB."""
+
+
 class Connection:
     """One stream to the server; a `Channel`."""
 
@@ -42,7 +46,7 @@ class Connection:
             self._inbox.put(ConnectionLost("the server closed the stream"))
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
-            final = error.code() in _FINAL or "larger than max" in (error.details() or "")
+            final = error.code() in _FINAL or any(text in (error.details() or "") for text in _TOO_LARGE)
             reason = reason_of(error)
             if (
                 not heard

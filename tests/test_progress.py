@@ -1,0 +1,61 @@
+"""What a person sees of a run while it trains."""
+
+import io
+
+import rich.console
+
+from msjax.distributed.channel import Clock
+from msjax.runs.progress import Pace, Progress
+
+RECORD = {"epoch": 1, "train": {"loss": 1.0, "top1_percent": 50.0}}
+
+
+def shown(clock, total=20, done=0):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=80)
+    options = {"headline": "top1_percent", "total_steps": total, "done_steps": done, "samples_per_step": 8.0}
+    return Progress("net", clock=clock, console=console, **options), out
+
+
+def test_the_first_step_of_a_shape_is_not_in_the_speed():
+    """Each compiles for a minute; the others take a second, of eight samples each."""
+    clock = Clock()
+    pace = Pace(8.0, clock)
+    assert pace.status(100) == "compiling …"
+    for shape, seconds in ((10, 60.0), (10, 1.0), (10, 1.0), (5, 60.0), (5, 1.0)):
+        clock.now += seconds
+        pace.step(1, shape)
+    assert pace.status(120) == "8 samples/s, 2.0 min left"
+
+
+def test_time_left_counts_the_ends_of_epochs_but_the_first_which_compiles():
+    clock = Clock()
+    pace = Pace(8.0, clock)
+    pace.step(1, 10)
+    for seconds in (100.0, 3.0):
+        clock.now += 3.0
+        pace.step(3, 10)
+        clock.now += seconds
+        pace.epoch()
+    assert pace.status(60) == "8 samples/s, 1.5 min left"
+
+
+def test_an_epochs_line_says_test_once_and_only_where_there_was_one():
+    clock = Clock()
+    bar, out = shown(clock)
+    with bar:
+        for epoch in (1, 2):
+            for _ in range(2):
+                clock.now += 1.0
+                bar.step(1, 3_000_000)
+            tested = {"test": {"loss": 1.0, "top1_percent": 75.0}} if epoch == 1 else {}
+            bar.epoch(RECORD | {"epoch": epoch} | tested, 2, 3_000_000)
+        clock.now += 61.0
+        bar.step(1, 3_000_000)
+    first, *lines = out.getvalue().splitlines()
+    assert first == "net: 20 steps to go, the first compiles"
+    assert lines[0] == (
+        "net epoch 1/2: loss 1.0000, train 50.00 %, test 75.00 %, 8 samples/s, 0.3 min left, 3.0 MB sent"
+    )
+    assert "test" not in lines[1]
+    assert lines[2].startswith("net step 5/20: ") and lines[2].endswith("3.0 MB sent, test 75.00 %")
