@@ -70,12 +70,13 @@ def test_run_folder_is_complete(whole_run):
 )  # steps of 8 an epoch: inside the first, between two, inside the second
 def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monkeypatch, stop_after):
     folder = start(SMALL, tmp_path, "cut")
-    steps = []
+    steps, written, history = [], [], folder.path / "metrics.jsonl"
     original = Progress.step
 
     def step(self, count, sent_bytes):
         original(self, count, sent_bytes)
         steps.append(count)
+        written.append(len(history.read_text().splitlines()) if history.exists() else 0)
         if len(steps) == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -86,7 +87,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     assert len(steps) == stop_after
     assert not (folder.path / "summary.json").exists()
     again, cfg = runs.RunFolder.open(folder.path)
-    restore, history = loop.restore, again.path / "metrics.jsonl"
+    restore = loop.restore
     history.unlink(missing_ok=True)  # of a process that died before it had written what is in its checkpoint
 
     def restore_after_hours(*args):
@@ -98,7 +99,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     again.close()
     assert numbers(summary) == numbers(whole_run[1])
     assert summary["wall_seconds"] > 7200.0 and summary["images_per_second"] < 5.0  # with earlier processes' time
-    assert [json.loads(line)["epoch"] for line in history.read_text().splitlines()] == [1, 2, 3]
+    assert written[stop_after] == stop_after // 8 and len(history.read_text().splitlines()) == 3
 
 
 def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
