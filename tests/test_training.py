@@ -73,8 +73,8 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     steps, written, history = [], [], folder.path / "metrics.jsonl"
     original = Progress.step
 
-    def step(self, count, sent_bytes):
-        original(self, count, sent_bytes)
+    def step(self, count, *rest):
+        original(self, count, *rest)
         steps.append(count)
         written.append(len(history.read_text().splitlines()) if history.exists() else 0)
         if len(steps) == stop_after:
