@@ -61,9 +61,12 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
         environment["torch_threads"] = torch.get_num_threads()
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else sys.argv[0]
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        del arguments[arguments.index("--out") : arguments.index("--out") + 2]
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
         # Where the record itself lies says nothing of the run.
+        "command": " ".join([program, *arguments]),
         "options": json.loads(json.dumps({k: v for k, v in vars(options).items() if k != "out"}, default=str)),
         "environment": environment,
         "wall_seconds": round(wall_seconds, 1),
