@@ -1,0 +1,181 @@
+"""Clients that are late, dropped and let in again, over lines in memory on a clock of their own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from msjax.distributed.coordinator import Stopped
+from msjax.split.schedule import Phase
+from msjax.split.traffic import exchange_traffic, run_traffic
+
+from .network import net
+from .setups import MODES, SMALL
+
+pytestmark = pytest.mark.usefixtures("built_once")
+
+
+@pytest.mark.slow
+def test_straggler_stops_the_run(tmp_path):
+    with net(tmp_path, SMALL, deadline_seconds=1.0, stragglers="stop") as it:
+        it.silence(2, step=3)
+        it.start_clients().run()
+        assert isinstance(it.failures["server"], Stopped) and "[2]" in str(it.failures["server"])
+        told = "the server stopped: clients [2] did not answer within 1.0 s"
+        assert {str(it.failures[c]) for c in range(4)} == {told}
+
+
+def test_straggler_is_waited_for(tmp_path):
+    with net(tmp_path, SMALL, deadline_seconds=0.2, stragglers="wait") as it:
+        it.delay(2, 1.0, step=2)
+        it.start_clients().run()
+        it.assert_equal_to_program()
+        assert it.counted("stragglers") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[3]], ids=str)
+def test_dropped_straggler_comes_back(tmp_path, mode):
+    """The others go on without it; when it is back it takes part again, with the others' part."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=4 if mode.kind == "sequential" else 5)
+    turns = mode.kind == "sequential"
+    with net(tmp_path, cfg, latency=0.5, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.run_to(2)
+        it.kill(2)
+        it.run_to(2 + (20 if turns else 6))
+        it.start_client(2)
+        if not turns:  # the first that is asked for its part dies of it, and comes back, too
+            it.loop.run(lambda: it.server.membership.donor is not None)
+            it.restart(it.server.membership.donor)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.epochs == list(range(1, cfg.epochs + 1)) and it.counted("restarts") == 0
+        assert it.counted("stragglers") == 1
+        if not turns:
+            jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
+
+
+def test_bytes_are_those_of_the_clients_that_took_part(tmp_path):
+    """And not of those that were to: client 2 is away from step 2 on. What is done again is counted once."""
+    with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.silence(2, step=2)
+        it.loop.run(lambda: it.loop.server is None)
+        run = it.server.run
+        exchanges = list(run.schedule.exchanges())
+        without = [e._replace(clients=tuple(c for c in e.clients if c != 2 or e.step < 2)) for e in exchanges]
+        assert run.traffic == exchange_traffic(run.spec, without)
+        assert 0 < run.traffic.uplink_bytes < run_traffic(run.spec, SMALL.epochs).uplink_bytes
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.run_to(3)
+        it.kill_server()
+        it.start_server()
+        it.run()
+        assert it.server.run.traffic == run_traffic(it.server.run.spec, SMALL.epochs)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[2], marks=pytest.mark.slow)], ids=str)
+def test_a_client_that_comes_back_is_not_dropped_for_compiling(tmp_path, mode):
+    """What every process takes 9 seconds to compile, all at the start, this one later: the deadline is of 2 seconds."""
+    cfg = dataclasses.replace(SMALL, mode=mode, epochs=6)
+    with net(tmp_path, cfg, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        said = {}  # of each process: between which phases and batches it has computed
+
+        def rule(direction, client, message):
+            if direction != "up" or message.WhichOneof("kind") != "request":
+                return None
+            position = message.request.position
+            last, compiled = said.get((client, it.instances[client]), (None, set()))
+            kind = position.phase, position.test_round, sum(map(len, message.request.labels))
+            said[client, it.instances[client]] = kind, compiled | {(last, kind)}
+            return None if (last, kind) in compiled else (9.0,)
+
+        it.disturb(rule)
+        it.start_clients()
+        it.run_to(4)
+        it.kill(2)
+        it.run_to(6)
+        it.start_client(2)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.counted("stragglers") == 1 and it.server.membership.active == (0, 1, 2, 3)
+
+
+@pytest.mark.slow
+def test_a_straggler_whose_line_is_open_is_dropped_once(tmp_path):
+    """Nothing comes from it any more, so it is not let in again: each time would cost the others a deadline."""
+    with net(tmp_path, SMALL, deadline_seconds=2.0, stragglers="drop") as it:
+        it.silence(2, step=2)
+        it.start_clients()
+        it.loop.run(lambda: it.loop.server is None)
+        assert it.counted("stragglers") == 1
+
+
+@pytest.mark.slow
+def test_dropped_client_comes_back_where_every_step_ends_with_a_test(tmp_path):
+    """Its part comes with the features, not with what is tested before them."""
+    cfg = dataclasses.replace(SMALL, batch_size=30, epochs=6)
+    with net(tmp_path, cfg, latency=0.5, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        it.delay(2, 5.0, step=1)
+        it.start_clients().run()
+        assert not it.failures, it.failures
+        assert it.server.membership.active == (0, 1, 2, 3) and it.counted("stragglers") == 1
+
+
+@pytest.mark.slow
+def test_first_in_turn_is_dropped_before_it_gives_a_part(tmp_path):
+    """The next then begins as the first would have, with the part that all draw from the seed."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, deadline_seconds=5.0, stragglers="drop") as it:
+        it.silence(0, step=1)
+        it.start_clients()
+        it.run_to(4)
+        it.loop.stop("enough")
+        it.run()
+        assert str(it.failures["server"]) == "enough"
+
+
+@pytest.mark.slow
+def test_dropped_from_its_turn(tmp_path):
+    """It comes back for its next. After its last it hears of the end: the last client lacks the trained part then."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3])
+    with net(tmp_path, cfg, latency=0.1, checkpoint_steps=1000, deadline_seconds=3.0, stragglers="drop") as it:
+        for client, step in ((0, 1), (1, 15), (3, 21)):
+            it.delay(client, 4.0, step=step, phase=Phase.FEATURES)
+        it.start_clients().run()
+        assert str(it.failures.pop(3)).endswith("its part is not the trained one")
+        assert not it.failures, it.failures
+        assert it.counted("stragglers") == 3  # each once
+
+
+@pytest.mark.slow
+def test_dropped_between_features_and_gradient(tmp_path):
+    """U-shaped, where the server waits for its gradient with the features of all."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[1])
+    with net(tmp_path, cfg, latency=0.5, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        it.delay(1, 5.0, step=2, phase=Phase.GRADIENT)
+        it.start_clients().run()
+        assert "server" not in it.failures
+        assert it.counted("stragglers") == 1 and it.epochs == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it(tmp_path):
+    """It has no checkpoint of that step, and is let in again."""
+    cfg = dataclasses.replace(SMALL, epochs=4)
+    with net(
+        tmp_path, cfg, latency=0.5, deadline_seconds=2.0, stragglers="drop", min_clients=3, checkpoint_steps=4
+    ) as it:
+        it.delay(2, 4.0, step=3)
+        it.start_clients()
+        it.run_to(5)
+        assert len(it.server.membership.active) == 4
+        assert it.stores["server"].latest() == 4 and 4 not in it.stores[2].steps()
+        for client in (0, 1):
+            it.restart(client)
+        it.run()
+        assert not it.failures, it.failures
+        assert it.counted("restarts") == 1 and it.server.membership.active == (0, 1, 2, 3)
