@@ -331,7 +331,7 @@ DATES, TOWNS = 20200101 + np.arange(40) % 28, np.array(["Rome", "Oslo", "Bonn"])
 def table_set(tmp_path, monkeypatch, features, rows, supervised=None, **splits):
     """A set `table` with a train split, whose first rows are also a test split."""
     splits = {"train": rows, "test": rows[:10]} | splits
-    splits = {name: rows for name, rows in splits.items() if rows}
+    splits = {name: rows for name, rows in splits.items() if rows is not None}
     features = features | {"label": kinds.ClassLabel(num_classes=2)}
     return prepared(tmp_path, monkeypatch, "table", features, splits, supervised)
 
@@ -426,7 +426,17 @@ def test_images_and_hidden_labels_without_test_data(tmp_path, monkeypatch):
         data.DataError, match=r"drop must be empty for table, a set of images and not a table, got .*'x'"
     ):
         data.load("table", drop="x", **place)
-    with pytest.raises(data.DataError, match=r"has no test or validation split; none whose labels are known"):
+    with pytest.raises(data.DataError, match=r"has no test or validation split; none that has examples whose labels"):
+        data.stream("table", "test", **place)
+
+
+def test_an_empty_test_split_is_none(tmp_path, monkeypatch):
+    images = Records(40, (6, 6, 1), 2)
+    rows = [{"image": image, "label": i % 2} for i, image in enumerate(images.encoded)]
+    place = table_set(tmp_path, monkeypatch, {"image": kinds.Image(shape=(6, 6, 1))}, rows, test=[])
+    ds = data.load("table", **place)
+    assert (len(ds.train), len(ds.test)) == (32, 8)
+    with pytest.raises(data.DataError, match="has no test or validation split; none that has examples"):
         data.stream("table", "test", **place)
 
 

@@ -142,9 +142,9 @@ def open_split(name: str, folder: Path, split: str) -> Records:
         decoders = _nested(inputs.key, tfds.decode.SkipDecoding()) if isinstance(inputs, Images) else None
         for chosen in there:
             records = builder.as_data_source(chosen, decoders=decoders)
-            if value(records.__getitems__([0])[0], label_key) >= 0:
+            if len(records) and value(records.__getitems__([0])[0], label_key) >= 0:
                 return Records(records, inputs, label_key, label.num_classes)
-        what = "none whose labels are known" if there else f"it has {', '.join(sorted(info.splits))}"
+        what = "none that has examples whose labels are known" if there else f"it has {', '.join(sorted(info.splits))}"
         raise NoSplit(f"{name} in {folder} has no {' or '.join(wanted)} split; {what}")
     except DataError:
         raise
