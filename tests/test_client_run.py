@@ -21,6 +21,9 @@ from .setups import SMALL
 class Spec:
     """Exchanges that carry nothing."""
 
+    schedule, mode = Schedule(Parallel(), 2, 4, 12, 2, 2), Parallel()
+    sends_labels, metric_sums_like, labels = False, {}, None
+
     def up(self, exchange):
         return None
 

@@ -10,6 +10,7 @@ import pytest
 
 import msjax
 from msjax import config, tasks
+from msjax.config import _checks as config_checks
 from msjax.split.modes import MODES
 
 BLOCKED = """
@@ -95,7 +96,7 @@ def test_the_version_is_in_one_place():
 
 def test_what_the_config_names_is_there():
     """The choices of the config, which the command line shows without importing what they name."""
-    assert tuple(tasks.TASKS) == config._TASKS
+    assert tuple(tasks.TASKS) == config_checks._TASKS
     hints = typing.get_type_hints(config.ModeConfig)
     assert typing.get_args(hints["kind"]) == tuple(MODES)
     fields = set(typing.get_type_hints(config.ModeConfig)) - {"kind", "tail_cut"}

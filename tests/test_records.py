@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import config, models, runs
+from msjax import compress, config, models, runs
 from msjax.optim import make_optimizer
 from msjax.training.from_config import train_config
 
@@ -83,7 +83,7 @@ def test_texts_are_learned(reviews, tmp_path):
         model=config.ModelConfig(name="transformer", width=0.25, activation="gelu"),
         data=config.DataConfig(name="reviews", text_length=12, vocabulary=500, **place),
         optim=config.OptimConfig(kind="adamw", learning_rate=3e-3, weight_decay=0.01, warmup_epochs=0.5),
-        codec=config.MaskEncoded(signed=True),
+        codec=compress.MaskEncoded(signed=True),
         clients=2,
         batch_size=30,
         epochs=3,
