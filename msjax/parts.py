@@ -138,7 +138,7 @@ def load_part(
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file: {error}") from None
-    if header.get("crc32", _crc(arrays)) != _crc(arrays):
+    if "crc32" in header and header["crc32"] != _crc(arrays):
         raise ValueError(f"{path} is damaged: its arrays are not those that were written")
     if header.get("format") not in (_FORMAT, _OWN_FORMAT):
         raise ValueError(f"{path} must have the format {_FORMAT!r} or {_OWN_FORMAT!r}, got {header.get('format')!r}")

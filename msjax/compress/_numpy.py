@@ -47,7 +47,7 @@ def _kth_largest(scores, k):
 
 
 def scale(largest: np.float32) -> np.float32:
-    """`_finite.scale`."""
+    """What numbers are multiplied by before they are divided, as `_finite.lowered` does."""
     return np.float32(_finite.DOWN if largest > _finite.LARGE else 1)
 
 
