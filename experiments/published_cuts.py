@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
     parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet32", "resnet56"])
+    parser.add_argument("--ends", action="store_true", help="only behind the stem and each stage")
     parser.add_argument("--images", type=int, default=10_000, help="so many of the test images, for a trial")
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
@@ -62,7 +63,8 @@ def main() -> int:
     rows, start = earlier["rows"], time.monotonic()
     done = {(row["model"], row["layer"], row["codec"], row["images"]) for row in rows}
     for name in options.models:
-        for row in measure(name, options.weights / f"{name}.safetensors", options.data_dir, options.images, done):
+        weights = options.weights / f"{name}.safetensors"
+        for row in measure(name, weights, options.data_dir, options.images, done, ends=options.ends):
             rows.append(row)
             print("{model} {block} {codec}: {bits:.2f} bits, {top1_percent:.2f} %".format(**row), flush=True)
             wall = earlier["wall_seconds"] + time.monotonic() - start
@@ -78,8 +80,8 @@ def codecs(model: str) -> tuple[compress.Codec, ...]:
     return found + MORE if model == "resnet20" else found
 
 
-def measure(name, weights, data_dir, images, done):
-    """Yields a row for each block and codec that is not in `done`."""
+def measure(name, weights, data_dir, images, done, *, ends=False):
+    """Yields a row for each block (with `ends`, for the stem and the last of each stage) and codec not in `done`."""
     cfg = config.Config(
         model=config.ModelConfig(name, shortcut="zero_padding", weights=str(weights)),
         data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
@@ -90,7 +92,12 @@ def measure(name, weights, data_dir, images, done):
     params, stats = (getattr(state.client, n) | getattr(state.server, n) for n in ("params", "stats"))
     network = feature_maps.Network(cfg, run, params, stats)
     x, labels = run.dataset.test.fetch(np.arange(images))
-    for cut in models.list_cuts(models.build(name, input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")):
+    whole = models.build(name, input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
+    network_cuts = models.list_cuts(whole)
+    stages = {cut.block.split("_")[0]: cut.layer for cut in network_cuts}
+    for cut in network_cuts:
+        if ends and cut.layer not in stages.values():
+            continue
         wanted = [c for c in codecs(name) if (name, cut.layer, str(c), images) not in done]
         if not wanted:
             continue
