@@ -1,7 +1,8 @@
-"""Both parts of a trained network together: predictions from inputs.
+"""Both parts of a trained network together: predictions from inputs, and one file of the whole.
 
     pair = msjax.load_pair("runs/NAME")                     # or the files of the two parts
     outputs = msjax.predict(pair, x)                        # x as the data set stores inputs; outputs are logits
+    msjax.pair.save_network("network.safetensors", pair)    # without the cut
 
 Predictions go through the run's codec, as its tests do.
 """
@@ -10,20 +11,22 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import build, config
+from msjax import build, config, models
 from msjax.checks import integer
-from msjax.parts import TrainedPart, load_part
+from msjax.parts import NETWORK, TrainedPart, load_part, merged, save_trained
 from msjax.paths import existing_file
 from msjax.runs import RunFolder
 from msjax.split.spec import RunSpec
 from msjax.split.state import client_keys, eval_key, tail_key
 
+Names = Literal["pytorch", "msjax"]
+"""How the arrays of a network's file are named."""
 CHUNK = 64
 """Inputs that are computed at a time, where each is compressed by itself."""
 
@@ -175,3 +178,53 @@ def _outputs(spec, states, x, key):
         return y
 
     return jax.vmap(one_batch)(x)
+
+
+def whole(pair: Pair) -> models.ModelPart:
+    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it."""
+    cfg, summary = pair.config, pair.summary
+    client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+
+    def filled(part, trained):
+        return part._replace(
+            params={name: trained.params[name] for name in part.params},
+            stats={name: trained.stats[name] for name in part.stats},
+        )
+
+    parts = (filled(client, pair.client), filled(server, pair.server), *(filled(part, pair.client) for part in tail))
+    return merged(cfg, parts)
+
+
+def save_network(path: str | os.PathLike, pair: Pair, *, names: Names | None = None) -> Names:
+    """Writes all parts of a network as one safetensors file, atomically.
+
+    Args:
+      names: "pytorch": as `models.save_weights` names the arrays, which `models.load_weights`, `--model.weights` and
+        PyTorch read; the file does not say what inputs are normalised by. "msjax": `params/BLOCK/…` and `stats/BLOCK/…`
+        with config and normalisation, which `load_part` reads as one part. By default the first where the model has
+        such names.
+
+    Returns:
+      Which names they are.
+
+    Raises:
+      ValueError: the model has no names in PyTorch, or `names` is neither.
+      OSError: the file cannot be written.
+    """
+    cfg, summary = pair.config, pair.summary
+    own = config.is_reference(cfg.model.name)
+    if names is None:
+        names = "pytorch" if cfg.model.name in models.PYTORCH else "msjax"
+    network = whole(pair)
+    if names == "pytorch":
+        if own:
+            raise ValueError(
+                'names must be "msjax" for a model of one\'s own, which has no names in PyTorch, got "pytorch"'
+            )
+        models.save_weights(path, build.make_model(cfg, summary), network.params, network.stats)
+    elif names == "msjax":
+        ids = {"run_id": pair.client.run_id, "step": pair.client.step}
+        save_trained(path, NETWORK, network, cfg, summary, **ids)
+    else:
+        raise ValueError(f'names must be "pytorch" or "msjax", got {names!r}')
+    return names

@@ -1,4 +1,4 @@
-"""Predictions of a trained pair: from files to what is printed, the same numbers as by hand."""
+"""A trained pair in use: predictions, from files to what is printed, and one file of the whole; as by hand."""
 
 import dataclasses
 import json
@@ -237,3 +237,88 @@ def test_a_task_whose_outputs_are_no_line(photos, tmp_path, capsys):
     given = [tmp_path / f"{name}.safetensors" for name in ("client", "server")]
     for line in run(capsys, *given, path / "photos"):
         assert all(cell == "none" or ":" in cell for cell in line.split("\t")[1:])
+
+
+@pytest.mark.parametrize("mode", [config.ModeConfig(), config.ModeConfig(tail_cut="last")], ids=repr)
+def test_one_file_of_the_whole_network(photos, tmp_path, capsys, mode):
+    _, ds, _ = photos
+    model = dataclasses.replace(CFG.model, cut_before_activation=True)
+    cfg = dataclasses.replace(CFG, mode=mode, model=model)
+    made = save(tmp_path, cfg, build.DataSummary.of(ds))
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("client", "server")]
+    out = tmp_path / "network.safetensors"
+    assert cli.run("export", [*given, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"convnet of step 7 in msjax's names: {out}\n"
+    network = parts.load_part(out)
+    assert (network.part, network.run_id, network.step) == ("network", "r", 7) and network.summary.classes
+    x = data.normalize(jnp.asarray(ds.train_inputs), ds.mean, ds.std)
+    expected, chain = x, [(part.apply, part.params, part.stats) for part in made]
+    for apply, params, stats in chain:
+        expected, _ = apply(params, stats, expected, train=False)
+    found, _ = network.apply(network.params, network.stats, x, train=False)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match=r"x must be what the network's part takes, float32\[B, 8, 8, 1\]"):
+        network.apply(network.params, network.stats, x[..., 0], train=False)
+    assert cli.run("export", [*given, "--out", str(out), "--names", "pytorch"]) == 2
+    assert "model must be one that has names in PyTorch, vgg19, resnet18" in capsys.readouterr().err
+    assert cli.run("export", [given[0], "--out", str(out)]) == 2
+    assert cli.run("export", [str(out), given[1], "--out", str(out)]) == 2
+    assert "client must be the file of a client's part, got that of a network" in capsys.readouterr().err
+
+
+def test_one_file_in_pytorchs_names(photos, tmp_path, capsys):
+    path, ds, _ = photos
+    model = config.ModelConfig(name="resnet20", width=0.25, cut="medium")
+    cfg = dataclasses.replace(CFG, model=model, out=str(path))
+    folder = RunFolder.create(cfg, "resnet")
+    client, server = save(folder.path, cfg, build.DataSummary.of(ds))
+    out = tmp_path / "resnet.safetensors"
+    assert cli.run("export", [str(folder.path), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"resnet20 of step 7 in pytorch's names: {out}"
+    assert said[1] == f"pixels / 255 are normalised by mean {ds.mean[0]:.6g} and std {ds.std[0]:.6g}"
+    network = models.load_weights(out, build.make_model(cfg, build.DataSummary.of(ds)))
+    for whole in (network, pair.whole(pair.load_pair(folder.path))):
+        for tree, first, second in (
+            (whole.params, client.params, server.params),
+            (whole.stats, client.stats, server.stats),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, tree, first | second)
+    assert cli.run("export", [str(folder.path), "--out", str(tmp_path / "none" / "x")]) == 2
+    assert "out must be a file that can be written, got" in capsys.readouterr().err
+
+
+OWN = """
+from flax import nnx
+from msjax import config
+
+def model():
+    return nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.relu), nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+
+def get_config():
+    return config.Config(model=config.ModelConfig(name=":model"))
+"""
+
+
+def test_a_model_of_ones_own_keeps_its_parts_apart(tmp_path, capsys):
+    """Whose arrays may have the same names."""
+    (tmp_path / "own.py").write_text(OWN)
+    cfg = config.load_preset(str(tmp_path / "own.py"))
+    ds = data.from_arrays((np.float32([[0, 1], [2, 3], [4, 5]]), np.arange(3)))
+    made = save(tmp_path, cfg, build.DataSummary.of(ds))
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("client", "server")]
+    preset, out = ["--config", str(tmp_path / "own.py")], tmp_path / "network.safetensors"
+    assert cli.run("export", [*given, "--out", str(out)]) == 2
+    assert "is of a model of one's own: give its preset with --config" in capsys.readouterr().err
+    assert cli.run("export", [*given, *preset, "--out", str(out), "--names", "pytorch"]) == 2
+    assert 'names must be "msjax" for a model of one\'s own' in capsys.readouterr().err
+    assert cli.run("export", [*given, *preset, "--out", str(out)]) == 0
+    network = parts.load_part(out, preset=cfg)
+    assert set(network.params) == {"client", "server"} and parts.load_part(out).apply is None
+    x = jnp.asarray(ds.train_inputs)
+    found, _ = network.apply(network.params, network.stats, x, train=False)
+    np.testing.assert_allclose(found, by_hand(made, ds.train_inputs, compress.Identity()), rtol=1e-5, atol=1e-6)
+    capsys.readouterr()
+    np.savez(tmp_path / "x.npz", ds.train_inputs)
+    lines = run(capsys, *given, *preset, "--uncompressed", tmp_path / "x.npz")
+    assert [line.split("\t")[1] for line in lines] == [str(y.argmax()) for y in found]

@@ -1,4 +1,4 @@
-"""The command line: `msjax train | eval | predict | models | serve | client`."""
+"""The command line: `msjax train | eval | predict | export | models | serve | client`."""
 
 import codecs
 import importlib
@@ -20,6 +20,7 @@ commands:
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
   predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...
+  export    a trained run's network in one file:  msjax export RUN --out FILE.safetensors
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
               msjax serve --part SERVER.safetensors               answer with a trained part
   client    one of its clients:  msjax client --client-id 0 --server HOST:PORT
@@ -32,6 +33,7 @@ COMMANDS = {
     "train": ("train", "train"),
     "eval": ("eval", "train"),
     "predict": ("predict", "train"),
+    "export": ("export", "train"),
     "models": ("models", "train"),
     "serve": ("serve", "train,net"),
     "client": ("client", "train,net"),

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print an object a line, with all outputs")
     parser.add_argument("--out", metavar="FILE", help="write the lines to a file instead")
     parser.add_argument("--config", metavar="FILE.py", help="the preset of a model of one's own")
-    options = parser.parse_args(rest)
+    options = parser.parse_intermixed_args(rest)
     preset, inputs, server = preset_of(where), options.inputs, None
     if options.network.endswith(".safetensors"):
         server, *inputs = inputs
