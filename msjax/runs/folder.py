@@ -81,6 +81,11 @@ class RunFolder:
             return cls.open(path)
         return cls.create(config, name), config
 
+    def set_config(self, config: Config) -> None:
+        """Gives a run another config to go on with, so that it is no longer finished."""
+        (self.path / "summary.json").unlink(missing_ok=True)  # first: a run without one goes on, whatever its config
+        write_atomically(self.path / "config.json", config_lib.to_text(config))
+
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl from the records of the finished epochs."""
         write_atomically(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in history))
