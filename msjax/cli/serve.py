@@ -95,6 +95,7 @@ def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
     trained = parts.load_part(existing_file("part", path), preset=preset)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
+    limits |= options.admission()
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
     endpoint = Endpoint(options, metrics, streams=64)

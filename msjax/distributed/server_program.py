@@ -15,6 +15,7 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
+from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
@@ -44,6 +45,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
         )
     Tokens(options.tokens, cfg.clients)
+    Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
 
 
@@ -91,7 +93,7 @@ class ServerProgram:
             on_end=self._save_part,
         )
         tokens = Tokens(options.tokens)
-        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second)
+        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second, **options.admission())
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
