@@ -100,12 +100,14 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         for number, request in enumerate(requests):
             rate.wait()
             self._metrics.received(ANYONE, request)
+            began = time.perf_counter()
             try:
                 payload, up = self._read(request)
             except wire.WireError as error:
                 self._metrics.refused.inc()
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             outputs = pb.Outputs(payload=self._answer(payload, up, number))
+            self._metrics.answered(up.likes[0].shape[0], time.perf_counter() - began)
             self._metrics.sent(ANYONE, outputs)
             yield outputs
 
