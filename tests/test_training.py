@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from msjax import compress, config, data, runs
 from msjax.cli import main as cli
 from msjax.optim import make_optimizer
 from msjax.parts import load_part
+from msjax.runs import checkpoints
 from msjax.runs.progress import Progress
 from msjax.runs.tables import print_summaries
 from msjax.split.metrics import zero_sums
@@ -166,6 +168,26 @@ def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     state, _, progress = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
     folder.close()
     assert int(state.step) == int(last.name) and len(progress["history"]) == 3
+
+
+def test_a_folder_is_read_without_warnings(whole_run):
+    """Orbax warns of what was asked for; what it may have to say beside that is shown."""
+    said, logger = [], logging.getLogger("absl")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        folder, _ = runs.RunFolder.open(whole_run[0], read_only=True)
+        assert folder.checkpoints.latest() == 24
+        folder.close()
+        assert not said
+        with checkpoints._without_warning("Given"):
+            logger.warning("Given directory")
+            logger.warning("another %s", "warning")
+        logger.warning("Given now")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["another warning", "Given now"]
 
 
 def test_records_of_a_diverged_run_are_json():
