@@ -120,7 +120,7 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
 
 
 def hello(client=0):
-    return pb.FromClient(hello=pb.Hello(protocol=2, client=client))
+    return pb.FromClient(hello=pb.Hello(protocol=3, client=client))
 
 
 def answer_to(address, *messages, token=None):

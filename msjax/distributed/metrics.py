@@ -16,8 +16,8 @@ class Metrics:
     def __init__(self):
         self.registry = prometheus_client.CollectorRegistry()
         labels = {"registry": self.registry, "namespace": "msjax"}
-        self._received = Counter("received_bytes", "Bytes of requests, as serialized", ["client"], **labels)
-        self._sent = Counter("sent_bytes", "Bytes of answers, as serialized", ["client"], **labels)
+        self._received = Counter("received_bytes", "Bytes of messages, as serialized", ["client"], **labels)
+        self._sent = Counter("sent_bytes", "Bytes of messages, as serialized", ["client"], **labels)
         self.exchanges = Counter("exchanges", "Exchanges done", ["phase"], **labels)
         self.step = Gauge("step", "The training step under way", **labels)
         self.connected = Gauge("connected_clients", "Clients with a stream", **labels)
@@ -31,13 +31,13 @@ class Metrics:
         self.answer_seconds = Histogram("answer_seconds", "From a request to its answer", buckets=_SECONDS, **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
-    def received(self, client: int | str, request: pb.Request | pb.Features) -> None:
-        """Counts a request's bytes."""
-        self._received.labels(client).inc(request.ByteSize())
+    def received(self, client: int | str, message: pb.FromClient | pb.Features) -> None:
+        """Counts a message's bytes, also one that has come before."""
+        self._received.labels(client).inc(message.ByteSize())
 
-    def sent(self, client: int | str, answer: pb.Answer | pb.Outputs) -> None:
-        """Counts an answer's bytes."""
-        self._sent.labels(client).inc(answer.ByteSize())
+    def sent(self, client: int | str, message: pb.FromServer | pb.Outputs) -> None:
+        """Counts a message's bytes, also one that is repeated."""
+        self._sent.labels(client).inc(message.ByteSize())
 
     def answered(self, samples: int, seconds: float) -> None:
         """Counts a request to a trained part."""
