@@ -275,6 +275,13 @@ def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
         counts = json.loads(file.read_text())
         assert counts["received_bytes"] == 100 + request.ByteSize() and counts["sent_bytes"] == 50
         assert counts["seconds"] == 7.0 and 63 <= counts["waited_seconds"] < 120
+        program.coordinator.membership = dataclasses.replace(
+            program.coordinator.membership, first_seconds=(((None, (0, 10)), 9.0), (((0, 10), (1, 10)), 3.5))
+        )
+        program._write_counts()
+        again = ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder)
+        assert again.coordinator.membership.first_seconds == program.coordinator.membership.first_seconds
+        again.close()
         file.write_text("damaged")
         ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder).close()
 

@@ -20,7 +20,7 @@ from msjax.distributed import actions as do
 from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
 from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
-from msjax.distributed.membership import Membership, Policy, Stage, Verdict
+from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdict
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
@@ -48,6 +48,7 @@ class Coordinator:
       on_exchange: called after each exchange, once its answers are sent.
       on_end: called after the last, before the clients hear of the end.
       generation: the first, where it is not drawn.
+      first_seconds: that of the membership of an earlier process that served this run: how long compiling takes.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Coordinator:
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         generation: int | None = None,
+        first_seconds: tuple[tuple[Kinds, float], ...] = (),
     ):
         self.cfg, self.metrics, self.name = cfg, metrics, run
         self._build, self._store, self._progress = build, store, progress
@@ -75,7 +77,8 @@ class Coordinator:
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
         generation = secrets.randbits(48) + 1 if generation is None else generation
-        self.membership = Membership.begin(policy, clients=cfg.clients, generation=generation, now=clock())
+        first = {"generation": generation, "first_seconds": first_seconds}
+        self.membership = Membership.begin(policy, clients=cfg.clients, now=clock(), **first)
         self.run: ServerRun | None = None
         """Once all clients were ready."""
         self.ready_at: float | None = None

@@ -6,7 +6,8 @@ summary.json    the result: metrics, bytes, wall time, versions, hardware
 client.safetensors, server.safetensors    the trained parts; see msjax.parts
 curves.png      loss and first metric by epoch
 tensorboard/    the same as events
-counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped
+counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped; and
+                how long exchanges took that had to be compiled
 built_from.json of a served run that has ended: samples, and what the clients said of their data
 checkpoints/    the training state; the last two are kept
 """
