@@ -3,10 +3,8 @@
 import dataclasses
 import sys
 
-import tyro
-
 from msjax import build, config, training
-from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
@@ -38,7 +36,7 @@ def main(arguments: list[str]) -> int:
             "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
             "rate from there on is that of a run of N epochs)."
         )
-        cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
         check_early(cfg)
         check_new(cfg, where.name)
         split_cpu(cfg.clients)
