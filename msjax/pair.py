@@ -40,13 +40,15 @@ class Pair(NamedTuple):
     @property
     def config(self) -> config.Config:
         """The config of the run that trained them."""
-        assert self.client.config is not None  # `load_pair` refuses others
+        if self.client.config is None:  # which `load_pair` refuses
+            raise ValueError("client must be a part with a config, got one of a run from Python")
         return self.client.config
 
     @property
     def summary(self) -> build.DataSummary:
         """What the network has to know of its data; the client's, which knows more of it than the server's."""
-        assert self.client.summary is not None
+        if self.client.summary is None:
+            raise ValueError("client must be a part with a summary of its data, got one of a run from Python")
         return self.client.summary
 
 
@@ -134,7 +136,7 @@ def predictions(
             batches = max(1, (count - at) // batch_size)
         taken = min(batches * batch_size, count - at)
         x = fetch(at, at + taken)
-        _check_inputs(x, spec.preprocess, pair.summary)
+        _check_inputs(x, pair.summary)
         x = jax.tree.map(lambda leaf, b=batches: np.reshape(leaf, (b, len(leaf) // b, *np.shape(leaf)[1:])), x)
         outputs = jax.device_get(_outputs(spec, states, x, key))
         yield jax.tree.map(lambda leaf: np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[2:]), outputs)
@@ -150,7 +152,7 @@ def _spec_of(pair: Pair, compressed: bool | None) -> RunSpec:
     return build.build(cfg, pair.summary, parts=parts, shapes_only=True, **counts).spec
 
 
-def _check_inputs(x, preprocess, summary):
+def _check_inputs(x, summary):
     expected = summary.inputs
     found = [(np.shape(leaf)[1:], leaf.dtype) for leaf in jax.tree.leaves(x)]
     if found != [(leaf.shape, leaf.dtype) for leaf in expected.leaves]:
