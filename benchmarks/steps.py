@@ -120,7 +120,7 @@ def make_step(name, classes, side, cut, codec, width, options):
     order = np.arange(options.clients * per_client, dtype=np.int32).reshape(1, options.clients, per_client)
     fixed = replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
     state = TrainState(built.client, built.server, jnp.int32(0))
-    carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec.metric_sums_like), mesh)]
+    carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec), mesh)]
     everyone = np.arange(options.clients, dtype=np.int32)
 
     def call():

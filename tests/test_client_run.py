@@ -51,6 +51,12 @@ class Party:
     def may_checkpoint(self, exchange, every):
         return exchange.phase == Phase.FEATURES and self.schedule.may_checkpoint(exchange.step, every)
 
+    def checkpoint(self):
+        return self.state
+
+    def go_back(self, checkpoint):
+        self.state = checkpoint
+
     def prepare(self, exchange):
         pass
 
