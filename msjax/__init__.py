@@ -4,7 +4,8 @@
     result = msjax.train(model=(client, server), data=(inputs, labels), codec=msjax.compress.MaskEncoded())
 
 `compress` has the codecs, `wire` their payloads as bytes; both need JAX alone. `data`, `models`, `tasks` and `modes`
-are what a run is made of, `train` runs it, `load_part` reads a trained part. Modules are imported when they are named.
+are what a run is made of, `train` runs it, `load_part` reads a trained part, `load_pair` both, with which `predict`
+predicts. Modules are imported when they are named.
 """
 
 import importlib
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from msjax import models as models
     from msjax import tasks as tasks
     from msjax import wire as wire
+    from msjax.pair import load_pair as load_pair
+    from msjax.pair import predict as predict
     from msjax.parts import load_part as load_part
     from msjax.split import modes as modes
     from msjax.training import train as train
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
 _WHERE = {
     "compress": "msjax.compress",
     "data": "msjax.data",
+    "load_pair": "msjax.pair:load_pair",
     "load_part": "msjax.parts:load_part",
     "models": "msjax.models",
     "modes": "msjax.split.modes",
+    "predict": "msjax.pair:predict",
     "save_part": "msjax.parts:save_part",
     "tasks": "msjax.tasks",
     "train": "msjax.training:train",

@@ -32,6 +32,7 @@ class DataSummary(NamedTuple):
       augment: the usual augmentation of the set.
       columns: of a table, how its columns became inputs.
       tokenizer: of texts, the version of what split them into words.
+      classes: the names of the classes, where they are known.
     """
 
     inputs: TreeSpec
@@ -42,13 +43,14 @@ class DataSummary(NamedTuple):
     augment: str = "none"
     tokenizer: int | None = None
     columns: tuple[data.Column, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, ds: data.Dataset) -> "DataSummary":
         """Returns the summary of a data set."""
         mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
         inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
-        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns, ds.classes)
 
     def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
         """Returns it with the config's `mean` and `std`, where it has them.
@@ -86,6 +88,8 @@ class DataSummary(NamedTuple):
             found["input_shape"] = list(self.input_shape)
         if self.tokenizer is not None:
             found["tokenizer"] = self.tokenizer
+        if self.classes is not None:
+            found["classes"] = list(self.classes)
         if self.columns is not None:
             found["columns"] = [column._asdict() for column in self.columns]
         mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
@@ -102,7 +106,9 @@ class DataSummary(NamedTuple):
         columns = tree.get("columns")
         if columns is not None:
             columns = tuple(data.Column(**(column | {"texts": tuple(column["texts"])})) for column in columns)
-        return cls(inputs, labels, tree["num_classes"], mean, std, tokenizer=tree.get("tokenizer"), columns=columns)
+        classes = None if tree.get("classes") is None else tuple(map(str, tree["classes"]))
+        rest = {"tokenizer": tree.get("tokenizer"), "columns": columns, "classes": classes}
+        return cls(inputs, labels, tree["num_classes"], mean, std, **rest)
 
 
 def _from_names(arrays):

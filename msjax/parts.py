@@ -7,6 +7,8 @@ A client's part takes inputs as its data set gives them, normalised: `data.norma
 its `summary`; a server's takes features. Of a table, `summary.columns` says how rows become such inputs, see
 `data.table_inputs`, or `data.TableFormat("", None, summary.columns).inputs(frame)` for a pandas.DataFrame.
 
+The file of a whole network, which `pair.save_network` writes, is read likewise: its `apply` takes inputs.
+
 The file is in the safetensors format: arrays by name, `params/BLOCK/…` and `stats/BLOCK/…`, and in its header what they
 are. Reading it executes nothing, and other frameworks read it too. Of a model of one's own the file holds the arrays
 alone: `load_part(path, model)` puts them into the model.
@@ -28,11 +30,14 @@ import safetensors.numpy
 
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
+from msjax.split.spec import merge_arrays
 from msjax.split.trees import TreeSpec
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
 _OWN_FORMAT = "msjax-part-1"  # of parts of a user's model
 PARTS = ("client", "server", "tail")
+NETWORK = "network"
+"""In place of a part: all parts merged, see `pair.save_network`."""
 
 
 class TrainedPart(NamedTuple):
@@ -40,7 +45,7 @@ class TrainedPart(NamedTuple):
 
     Attributes:
       apply: the part's function; None of a user's model that was not given.
-      part: "client" or "server"; of a model of one's own also "tail".
+      part: "client" or "server"; of a model of one's own also "tail"; or "network", all of them merged.
       config: of the run that trained it, without the paths of its machine; None where it was started from Python.
       summary: of the data set: one input, classes, what inputs are normalised by; None likewise.
       run_id: names the run that trained it: parts of one run have the same.
@@ -149,7 +154,7 @@ def load_part(
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
-    if part not in (PARTS if own else PARTS[:2]):
+    if part not in (PARTS if own else (*PARTS[:2], NETWORK)):
         raise ValueError(f"{path} must be of a client or a server, got {part!r}")
     if cfg is not None and preset is not None:
         cfg = config.with_own(cfg, preset)
@@ -162,6 +167,11 @@ def load_part(
         tree = _nested(arrays)
         return TrainedPart(None, tree.get("params", {}), tree.get("stats", {}), tail=None, **rest)
     client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+    if part == NETWORK:
+        whole = merged(cfg, (client, server, *tail))
+        params, stats = _fill(whole.params, whole.stats, arrays, path)
+        apply = _NamedApply(part, whole.apply, _what_it_takes(cfg, summary, (client, server, *tail), 0))
+        return TrainedPart(apply, params, stats, tail=None, **rest)
     mine = [client, *tail] if part == "client" else [server]
     params = {name: value for p in mine for name, value in p.params.items()}
     stats = {name: value for p in mine for name, value in p.stats.items()}
@@ -189,6 +199,33 @@ class _NamedApply:
             if wanted == given:
                 raise
             raise ValueError(f"x must be what the {self.part}'s part takes, {wanted}, got {given}") from error
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """The functions of all parts, one after the other, of which each takes its own of the arrays."""
+
+    parts: tuple[Callable[..., Any], ...]
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        new_stats = dict(stats)
+        for apply in self.parts:
+            x, changed = apply(params, stats, x, train=train, key=key)
+            new_stats |= changed
+        return x, new_stats
+
+
+def merged(cfg: config.Config, chain: tuple[models.ModelPart, ...]) -> models.ModelPart:
+    """Returns all parts of a network as one, without what happens to the features between them.
+
+    The arrays of msjax's own models keep their blocks' names; those of a model of one's own, which may have the same
+    names in two parts, are under "client", "server" and "tail".
+    """
+    if config.is_reference(cfg.model.name):
+        chain = tuple(part.scoped(name) for name, part in zip(PARTS, chain, strict=False))
+    params, stats = (merge_arrays(*(getattr(part, name) for part in chain)) for name in ("params", "stats"))
+    return models.ModelPart(_Sequence(tuple(part.apply for part in chain)), params, stats)
 
 
 def _show(tree):

@@ -95,6 +95,29 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--clients", "0"], "clients must be at least 1, got 0"),
+        ("train", ["--codec", "TopK(ratio=2)"], "--codec: ratio must be a number in [0, 1), got 2.0"),
+        ("train", ["--clients", "x"], "--clients: invalid literal for int() with base 10: 'x'"),
+        ("eval", ["--data.test-share", "2"], "data.test_share must be above 0 and below 1, got 2.0"),
+        ("serve", ["--policy.deadline-seconds", "0"], "policy.deadline_seconds must be above 0, got 0.0"),
+        ("serve", ["--part", "a", "--max-megabytes", "x"], "--max-megabytes: invalid literal for int() with base 10"),
+        ("client", ["--client-id", "one"], "--client-id: invalid literal for int() with base 10: 'one'"),
+    ],
+)
+def test_values_that_are_refused_make_one_line(capsys, command, arguments, message):
+    assert cli.run(command, arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"msjax {command}: {message}") and said.err.count("\n") == 1 and not said.out
+
+
+def test_options_that_there_are_not_are_shown_as_before(capsys):
+    assert cli.run("train", ["--nonsense"]) == 2
+    assert "Unrecognized options: --nonsense" in capsys.readouterr().err
+
+
 IN_THE_WAY = "must be a folder that can be written to, got 'file"
 
 

@@ -51,6 +51,12 @@ class Party:
     def may_checkpoint(self, exchange, every):
         return exchange.phase == Phase.FEATURES and self.schedule.may_checkpoint(exchange.step, every)
 
+    def checkpoint(self):
+        return self.state
+
+    def go_back(self, checkpoint):
+        self.state = checkpoint
+
     def prepare(self, exchange):
         pass
 
@@ -184,7 +190,7 @@ def test_the_end_is_saved_though_no_step_follows(run):
 
 def welcome(checkpoint_steps=1):
     text = json.dumps(config.to_json(config.without_paths(SMALL)))
-    fields = {"protocol": 2, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
+    fields = {"protocol": 3, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
     return pb.FromServer(welcome=pb.Welcome(**fields))
 
 

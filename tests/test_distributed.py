@@ -315,3 +315,66 @@ def test_a_client_says_every_minute_that_the_server_is_away(tmp_path, caplog):
         )
         left = [int(s) for s in re.findall(r"no server is there; trying again for up to (\d+) s", caplog.text)]
         assert len(left) == 4 and left[0] == 200 and all(60 <= a - b < 71 for a, b in itertools.pairwise(left))
+
+
+def test_bytes_of_repeated_messages_are_counted(tmp_path):
+    """At both ends: what was sent again after a lost connection or a lost answer was really sent."""
+    cfg, lost, carried = dataclasses.replace(SMALL, epochs=1), [], {"up": 0, "down": 0}
+
+    def rule(direction, client, message):
+        carried[direction] += message.ByteSize()
+        if direction == "down" and client == 1 and message.WhichOneof("kind") == "answer" and not lost:
+            lost.append(message)
+            return ()
+        return None
+
+    with net(tmp_path, cfg) as it:
+        it.disturb(rule)
+        it.start_clients()
+        clients = list(it.loop.clients.values())
+        it.run_to(1)
+        it.cut(2)
+        it.run()
+        it.assert_equal_to_program()
+        totals = it.metrics.totals()
+        assert lost and totals["sent_bytes"] == carried["down"]
+        assert sum(client.sent_bytes for client in clients) == carried["up"] >= totals["received_bytes"]
+        received = sum(client.received_bytes for client in clients)
+        assert totals["sent_bytes"] - received >= lost[0].ByteSize()
+        spec = it.server.run.spec
+        payloads = sum(
+            len(exchange.clients) * spec.up(exchange).nbytes
+            for step in range(spec.schedule.total_steps)
+            for exchange in spec.schedule.step_exchanges(step)
+            if spec.up(exchange) is not None
+        )
+        assert totals["received_bytes"] > payloads
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_requests_or_answers_that_are_lost_silently(tmp_path, way):
+    """The line stays open, and small messages pass: the client repeats its request over a fresh one, and then says so.
+
+    One whose request has come is told so, and waits for the others for as long as it takes.
+    """
+
+    def rule(direction, client, message):
+        kind = message.WhichOneof("kind")
+        position = getattr(message, kind).position if kind in ("request", "answer") else None
+        return () if direction == way and client == 1 and position is not None and position.step >= 1 else None
+
+    with net(tmp_path, dataclasses.replace(SMALL, epochs=1)) as it:
+        it.disturb(rule)
+        for client in range(4):
+            it.start_client(client, answer_seconds=100.0, retry_seconds=90.0)
+        it.run(1)
+        told = "the server takes this client's connections, but no new answer has come for"
+        assert str(it.failures.pop(1)).startswith(told) and not it.failures
+        assert it.clock() < 250  # two tries of 100 s
+        began = it.clock()
+        it.loop.run(lambda: it.clock() > began + 2000)
+        assert not it.failures  # the others wait
+        it.rules.clear()
+        it.start_client(1)
+        it.run()
+        it.assert_equal_to_program()

@@ -96,6 +96,23 @@ def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
             np.testing.assert_allclose(message.payload[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_requests_are_counted(tmp_path):
+    client, _ = make(tmp_path)
+    metrics = Metrics()
+    with served(tmp_path, metrics) as address, remote(address) as there:
+        for batch in (4, 1, 4):
+            ask(there, CODEC, features(client, batch, seed=batch))
+            there.receive()
+        there._requests.put(pb.Features(payload=[b"nonsense, and more"]))
+        with pytest.raises(Refused, match="begin with b'MSJX'"):
+            there.receive()
+    totals, text = metrics.totals(), metrics.text()
+    for line in ("requests_total 3.0", "samples_total 9.0", "answer_seconds_count 3.0", "refused_clients_total 1.0"):
+        assert f"msjax_{line}" in text
+    said = f"{totals['received_bytes']:,.0f} bytes received, {totals['sent_bytes']:,.0f} sent; 1 refused"
+    assert metrics.summary().startswith("3 requests of 9 samples answered in ") and metrics.summary().endswith(said)
+
+
 @pytest.mark.slow
 def test_u_shaped(tmp_path):
     client, server, tail = make(tmp_path, tail_cut="last")

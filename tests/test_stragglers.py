@@ -77,23 +77,28 @@ def test_bytes_are_those_of_the_clients_that_took_part(tmp_path):
         assert it.server.run.traffic == run_traffic(it.server.run.spec, SMALL.epochs)
 
 
+def compiling(it):
+    """A rule: what a process has not done before takes it 9 seconds."""
+    said = {}  # of each process: between which phases and batches it has computed
+
+    def rule(direction, client, message):
+        if direction != "up" or message.WhichOneof("kind") != "request":
+            return None
+        position = message.request.position
+        last, compiled = said.get((client, it.instances[client]), (None, set()))
+        kind = position.phase, position.test_round, sum(map(len, message.request.labels))
+        said[client, it.instances[client]] = kind, compiled | {(last, kind)}
+        return None if (last, kind) in compiled else (9.0,)
+
+    return rule
+
+
 @pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[2], marks=pytest.mark.slow)], ids=str)
 def test_a_client_that_comes_back_is_not_dropped_for_compiling(tmp_path, mode):
     """What every process takes 9 seconds to compile, all at the start, this one later: the deadline is of 2 seconds."""
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=6)
     with net(tmp_path, cfg, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
-        said = {}  # of each process: between which phases and batches it has computed
-
-        def rule(direction, client, message):
-            if direction != "up" or message.WhichOneof("kind") != "request":
-                return None
-            position = message.request.position
-            last, compiled = said.get((client, it.instances[client]), (None, set()))
-            kind = position.phase, position.test_round, sum(map(len, message.request.labels))
-            said[client, it.instances[client]] = kind, compiled | {(last, kind)}
-            return None if (last, kind) in compiled else (9.0,)
-
-        it.disturb(rule)
+        it.disturb(compiling(it))
         it.start_clients()
         it.run_to(4)
         it.kill(2)
@@ -102,6 +107,27 @@ def test_a_client_that_comes_back_is_not_dropped_for_compiling(tmp_path, mode):
         it.run()
         assert not it.failures, it.failures
         assert it.counted("stragglers") == 1 and it.server.membership.active == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_server_that_is_started_again_knows_how_long_compiling_takes(tmp_path, told):
+    """Its clients have compiled already, but for one that comes back: else that would be late each time."""
+    cfg = dataclasses.replace(SMALL, epochs=6)
+    with net(tmp_path, cfg, checkpoint_steps=4, deadline_seconds=2.0, stragglers="drop") as it:
+        it.disturb(compiling(it))
+        it.start_clients()
+        it.run_to(5)
+        learned = it.server.membership.first_seconds
+        assert learned and it.stores["server"].latest() == 4
+        it.kill_server()
+        it.kill(2)
+        it.start_server(first_seconds=learned if told else ())
+        it.start_client(2)
+        it.run()
+        assert "server" not in it.failures
+        assert (it.counted("stragglers") == 0) == told
+        if told:
+            it.assert_equal_to_program()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,7 +15,10 @@ import optax
 import pytest
 
 from msjax import compress, config, data, runs
+from msjax.cli import main as cli
 from msjax.optim import make_optimizer
+from msjax.parts import load_part
+from msjax.runs import checkpoints
 from msjax.runs.progress import Progress
 from msjax.runs.tables import print_summaries
 from msjax.split.metrics import MetricSums
@@ -104,6 +108,55 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     assert written[stop_after] == stop_after // 8 and len(history.read_text().splitlines()) == 3
 
 
+def test_a_finished_run_goes_on_to_more_epochs(tmp_path, capsys):
+    """With a constant rate to the numbers of a run that had them from the beginning."""
+    optim = config.OptimConfig(learning_rate=0.05, schedule="constant")
+    cfg = dataclasses.replace(SMALL, optim=optim, epochs=2, test_every=1)
+    straight = start(cfg, tmp_path, "straight")
+    expected = train_config(cfg, straight, quiet=True)
+    straight.close()
+    short = dataclasses.replace(cfg, epochs=1)
+    folder = start(short, tmp_path, "short")
+    train_config(short, folder, quiet=True)
+    folder.close()
+    path = str(tmp_path / "short")
+    for wrong, message in (
+        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
+        (["--epochs", "x"], "epochs must be an integer of at least 1, got 'x'"),
+        (["--epochs=2", "--clients", "4"], "config, and beside it --epochs alone, got also --clients 4"),
+    ):
+        assert cli.run("train", ["--resume", path, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.run("train", ["--resume", path, "--epochs", "2"]) == 0
+    summary = folder.read_summary()
+    assert numbers(summary) == numbers(expected) and summary["config"]["epochs"] == 2
+    records = [[{**r, "seconds": 0} for r in f.read_history()] for f in (folder, straight)]
+    assert records[0] == records[1]
+    client, same = (load_part(f.path / "client.safetensors") for f in (folder, straight))
+    jax.tree.map(np.testing.assert_array_equal, client[1:3], same[1:3])
+    assert client.step == same.step
+    assert cli.run("train", ["--resume", path, "--epochs", "1"]) == 2
+    assert "epochs must be above 2, which the run has done or is in, got 1" in capsys.readouterr().err
+    assert cli.run("train", ["--resume", path, "--epochs", "2"]) == 0  # nothing is left to do
+    assert config.load(folder.path / "config.json").epochs == 2 and folder.read_summary() == summary
+    shutil.rmtree(folder.path / "checkpoints")
+    assert cli.run("train", ["--resume", path, "--epochs", "3"]) == 2
+    assert "the run must have a checkpoint to go on from" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_more_epochs_of_a_comparison(tmp_path, capsys):
+    """Both runs go on; the test that was the last is counted, though the longer run would not have had it."""
+    options = ["--out", str(tmp_path), "--name", "a", "--epochs", "1", "--model.width", "0.125", "--test-every", "2"]
+    assert cli.run("train", [*options, "--clients", "2"]) == 0
+    assert cli.run("train", ["--resume", str(tmp_path / "a"), "--epochs", "3"]) == 0
+    for path in (tmp_path / "a", tmp_path / "a" / "uncompressed"):
+        first, second, third = runs.RunFolder(path).read_history()
+        assert "test" in first and "test" in second and "test" in third
+        tests = [r["traffic"]["paper_bytes"] - r["traffic"]["uplink_feature_bytes"] for r in (first, second, third)]
+        assert tests[0] > 0 and tests == [n * tests[0] for n in (1, 2, 3)]
+
+
 def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     path = tmp_path / "copy"
     shutil.copytree(whole_run[0], path)
@@ -117,6 +170,26 @@ def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     state, _, progress = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
     folder.close()
     assert int(state.step) == int(last.name) and len(progress["history"]) == 3
+
+
+def test_a_folder_is_read_without_warnings(whole_run):
+    """Orbax warns of what was asked for; what it may have to say beside that is shown."""
+    said, logger = [], logging.getLogger("absl")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        folder, _ = runs.RunFolder.open(whole_run[0], read_only=True)
+        assert folder.checkpoints.latest() == 24
+        folder.close()
+        assert not said
+        with checkpoints._without_warning("Given"):
+            logger.warning("Given directory")
+            logger.warning("another %s", "warning")
+        logger.warning("Given now")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["another warning", "Given now"]
 
 
 def test_records_of_a_diverged_run_are_json():

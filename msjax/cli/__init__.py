@@ -1,1 +1,1 @@
-"""The command line: `msjax train | eval | models | serve | client`, one file a command."""
+"""The command line: `msjax train | eval | predict | export | models | serve | client`, one file a command."""

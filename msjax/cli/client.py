@@ -1,9 +1,7 @@
 """`msjax client`: take part in split training as one of a run's clients."""
 
-import tyro
-
 from msjax.cli.network import log_to_stderr
-from msjax.cli.options import preset_of, split_options
+from msjax.cli.options import parse, preset_of, split_options
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ClientOptions
@@ -13,7 +11,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config")
     description = "Take part in split training. Also: --config FILE.py (a preset: own model, data and task)."
-    options = tyro.cli(ClientOptions, args=rest, prog="msjax client", description=description)
+    options = parse(ClientOptions, rest, prog="msjax client", description=description)
     program = ClientProgram(options, preset_of(where))
     log_to_stderr()
     print(f"msjax client {options.client_id}: connecting to {options.server}", flush=True)

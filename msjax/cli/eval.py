@@ -3,10 +3,8 @@
 import argparse
 import dataclasses
 
-import tyro
-
 from msjax import config
-from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.training import loop, program
@@ -61,7 +59,7 @@ def _evaluate_config(arguments):
     where, rest = split_options(arguments, "--config")
     default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
-    cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax eval", description=description)
+    cfg = parse(config.Config, rest, default=default, prog="msjax eval", description=description)
     check_early(cfg)
     split_cpu(cfg.clients)
     run = load_run(cfg)

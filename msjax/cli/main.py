@@ -1,4 +1,4 @@
-"""The command line: `msjax train | eval | models | serve | client`."""
+"""The command line: `msjax train | eval | predict | export | models | serve | client`."""
 
 import codecs
 import importlib
@@ -16,9 +16,11 @@ commands:
               msjax train                                 digits, small net, MS against no compression, about a minute
               msjax train --config configs/NAME.py        a preset; any option overrides it
               msjax train --codec "TopK(ratio=0.9)"       another codec
-              msjax train --resume RUN                    go on where a run stopped
+              msjax train --resume RUN                    go on where a run stopped; with --epochs N to N epochs
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
+  predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...
+  export    a trained run's network in one file:  msjax export RUN --out FILE.safetensors
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
               msjax serve --part SERVER.safetensors               answer with a trained part
   client    one of its clients:  msjax client --client-id 0 --server HOST:PORT
@@ -30,12 +32,14 @@ commands:
 COMMANDS = {
     "train": ("train", "train"),
     "eval": ("eval", "train"),
+    "predict": ("predict", "train"),
+    "export": ("export", "train"),
     "models": ("models", "train"),
     "serve": ("serve", "train,net"),
     "client": ("client", "train,net"),
 }
 """Each command's module, and the extras that it needs."""
-COMPUTING = ("train", "eval", "serve", "client")
+COMPUTING = ("train", "eval", "predict", "serve", "client")
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """An environment in which glibc takes large pages for large arrays.
 

@@ -13,7 +13,7 @@ import jax
 import tyro
 
 from msjax import build, parts
-from msjax.cli.options import preset_of, split_options
+from msjax.cli.options import parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, check_positive
@@ -71,7 +71,7 @@ def evaluate(arguments: list[str]) -> int:
     description = (
         "Test a client's part with a server elsewhere. Also: --config FILE.py (the preset of a model of one's own)."
     )
-    options = tyro.cli(_EvalOptions, args=rest, prog="msjax eval", description=description)
+    options = parse(_EvalOptions, rest, prog="msjax eval", description=description)
     options.check()
     preset = preset_of(where)
     trained = parts.load_part(existing_file("part", options.part), preset=preset)

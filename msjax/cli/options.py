@@ -1,13 +1,21 @@
 """What commands share: options that come before all others, and errors as one line."""
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
 
 from msjax import build, config
 from msjax.logs import shorten
 from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
+
+T = TypeVar("T")
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
 """What a command's user can do something about."""
@@ -32,6 +40,32 @@ def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace
 def preset_of(where: argparse.Namespace) -> config.Config | None:
     """Returns the preset that --config names, None without it."""
     return None if where.config is None else config.load_preset(where.config, name="config")
+
+
+def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
+    """Returns the options that arguments give, as `tyro.cli` does; values that are refused are errors like all others.
+
+    Raises:
+      ValueError: a value is none of its kind, or what is made of them refuses it.
+      SystemExit: help was asked for, or an option is unknown or lacks, which tyro has printed.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, args=arguments, **options)
+    except SystemExit as ended:
+        refused, error = None, ended.__context__
+        while error is not None and refused is None:
+            refused, error = error if isinstance(error, ValueError) else None, error.__context__
+        if refused is None and ended.code:
+            return tyro.cli(kind, args=arguments, **options)  # prints the same, with colours where there are some
+        if refused is None:
+            raise
+    # tyro says what was being made: an option, a section of options, or all of them, which is called by its class.
+    found = re.search(r"Error parsing (--[\w.-]+|[a-z][\w.]*):", shown.getvalue())
+    if found is None:
+        raise ValueError(str(refused))
+    raise ValueError(f"{found[1]}{': ' if found[1].startswith('--') else '.'}{refused}")
 
 
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -3,11 +3,9 @@
 import dataclasses
 import threading
 
-import tyro
-
 from msjax import config, parts
 from msjax.cli.network import fields_of, log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.metrics import Metrics
@@ -32,7 +30,7 @@ def main(arguments: list[str]) -> int:
     preset = preset_of(where)
     if where.part is not None:
         description = "Answer with a trained server part: --part FILE.safetensors."
-        options = tyro.cli(ListenOptions, args=rest, prog="msjax serve --part", description=description)
+        options = parse(ListenOptions, rest, prog="msjax serve --part", description=description)
         return _serve_part(where.part, options, preset)
     if where.resume is not None:
         if where.config is not None or where.name is not None:
@@ -47,7 +45,7 @@ def main(arguments: list[str]) -> int:
                 print(f"written anew from the last checkpoint: {folder.path}/server.safetensors")
                 return 0
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
-        options = tyro.cli(ServeOptions, args=rest, prog="msjax serve --resume", description="Go on serving a run.")
+        options = parse(ServeOptions, rest, prog="msjax serve --resume", description="Go on serving a run.")
         endpoint = listen(cfg, options)
     else:
         folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
@@ -78,7 +76,7 @@ def _new_run(default, name, arguments):
         "--part FILE.safetensors (answer with a trained part)."
     )
     default = _ServeFlags(**vars(dataclasses.replace(default, compare=False)))
-    flags = tyro.cli(_ServeFlags, args=arguments, default=default, prog="msjax serve", description=description)
+    flags = parse(_ServeFlags, arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
     check_early(cfg)
@@ -95,6 +93,7 @@ def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
     trained = parts.load_part(existing_file("part", path), preset=preset)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
+    limits |= options.admission()
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
     endpoint = Endpoint(options, metrics, streams=64)
@@ -105,6 +104,7 @@ def _serve_part(path, options, preset):
     with stopping(done.set):
         done.wait()
     endpoint.close()
+    print(f"msjax serve: {metrics.summary()}")
     return 0
 
 

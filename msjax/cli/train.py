@@ -3,36 +3,40 @@
 import dataclasses
 import sys
 
-import tyro
-
 from msjax import build, config, training
-from msjax.cli.options import DEFAULT, check_early, preset_of, split_options
+from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
 from msjax.training.devices import split_cpu
-from msjax.training.from_config import load_run, train_config, uncompressed, write_missing_parts
+from msjax.training.from_config import load_run, train_config, uncompressed, with_more_epochs, write_missing_parts
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config", "--resume", "--name")
     if where.resume is not None:
+        more, rest = split_options(rest, "--epochs")
         if rest or where.config is not None or where.name is not None:
-            raise ValueError(f"--resume takes the run's own config, got also {' '.join(rest) or '--config or --name'}")
+            also = " ".join(rest) or "--config or --name"
+            raise ValueError(f"--resume takes the run's own config, and beside it --epochs alone, got also {also}")
         folder, cfg = RunFolder.open(where.resume, name="resume")
         if folder.is_served:
             raise ValueError(
                 f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
             )
         split_cpu(cfg.clients)
+        if more.epochs is not None:
+            cfg = _with_epochs(folder, cfg, more.epochs)
         run = None
     else:
         default = preset_of(where) or DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run)."
+            "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
+            "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
+            "rate from there on is that of a run of N epochs)."
         )
-        cfg = tyro.cli(config.Config, args=rest, default=default, prog="msjax train", description=description)
+        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
         check_early(cfg)
         check_new(cfg, where.name)
         split_cpu(cfg.clients)
@@ -52,6 +56,20 @@ def main(arguments: list[str]) -> int:
         return 130
     print_summaries(summaries)
     return 0
+
+
+def _with_epochs(folder, cfg, text):
+    """The config of a run that goes on to another number of epochs, as the one beside it does."""
+    if not text.isdecimal():
+        raise ValueError(f"epochs must be an integer of at least 1, got {text!r}")
+    new = with_more_epochs(cfg, folder, int(text))
+    if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
+        beside, base = RunFolder.open(folder.path / "uncompressed")
+        try:
+            with_more_epochs(base, beside, int(text))
+        finally:
+            beside.close()
+    return new
 
 
 def _finish(folder, cfg, run=None):

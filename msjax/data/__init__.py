@@ -24,23 +24,27 @@ from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split, split_digest
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
+from msjax.data._inputs import Inputs, read_inputs
 from msjax.data._load import load
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
 from msjax.data._registry import default_augmentation, is_streamed
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
+from msjax.data._words import TOKENIZER
 
 __all__ = [
     "AUGMENTATIONS",
     "CROP_PADDING",
     "TEXT_LENGTH",
+    "TOKENIZER",
     "VOCABULARY",
     "Arrays",
     "Column",
     "DataError",
     "Dataset",
     "ImageStream",
+    "Inputs",
     "Missing",
     "Split",
     "TableFormat",
@@ -61,6 +65,7 @@ __all__ = [
     "load",
     "normalize",
     "partition",
+    "read_inputs",
     "split_digest",
     "stream",
     "table_inputs",

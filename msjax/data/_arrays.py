@@ -4,7 +4,7 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,11 @@ def finish(
     normalize: bool = False,
     missing: Missing = "refuse",
     columns: tuple[Column, ...] | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Dataset:
     """The data set of two splits of converted arrays: classes counted, inputs measured, everything checked.
 
-    `columns` are those of a table that is standardised already.
+    `columns` are those of a table that is standardised already, `classes` the names of the classes.
     """
     if num_classes is None and are_classes(train.label_like) and len(train):
         if not (train.in_memory and test.in_memory):
@@ -179,7 +180,7 @@ def finish(
     if kind in ("table", "numbers") and len(train) and not (len(test) and test.input_like != train.input_like):
         train, test, columns = _standardized(train, test, kind, normalize, missing)
     names = [one for column in columns for one in column.names] if columns else None
-    ds = check(Dataset(name, train, test, num_classes, None, None, columns=columns), names)
+    ds = check(Dataset(name, train, test, num_classes, None, None, columns=columns, classes=classes), names)
     if kind in ("images", "floats"):
         mean, std = (measure_images if kind == "images" else measure_last_axis)(_some(train))
         ds = dataclasses.replace(ds, mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
@@ -275,15 +276,7 @@ def from_npz(
     names = [inputs, labels, test_inputs, test_labels]
     if any(names) and (not (inputs and labels) or bool(test_inputs) != bool(test_labels)):
         raise DataError(f"inputs and labels must both be named, and test_inputs and test_labels too, got {names}")
-    try:
-        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
-            if not inputs:
-                names = find_names(file.files, str(path))
-            found = [_read(file, key, path) for key in names if key]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    found = read_npz(path, lambda there: [n for n in names if n] if inputs else find_names(there, str(path)))
     test = (found[2], found[3]) if len(found) == 4 else None
     return from_arrays(
         (found[0], found[1]),
@@ -295,6 +288,17 @@ def from_npz(
         name=path.name,
         seed=seed,
     )
+
+
+def read_npz(path: Path, choose: Callable[[list[str]], list[str]]) -> list[np.ndarray]:
+    """The arrays of an .npz file that are chosen among the names there; objects, which only pickle reads, never."""
+    try:
+        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
+            return [_read(file, key, path) for key in choose(file.files)]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
 
 
 def _read(file: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:

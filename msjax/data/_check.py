@@ -19,12 +19,14 @@ def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
 
     Raises:
         DataError: no example to train on; inputs or labels of train and test differ in shape or dtype; labels of
-            classes outside 0..num_classes - 1; a number that is not finite.
+            classes outside 0..num_classes - 1, or more or fewer names of classes; a number that is not finite.
     """
     if len(ds.train) == 0:
         raise DataError(f"{ds.name} must have examples to train on, got none")
     if ds.num_classes is not None and ds.num_classes < 1:
         raise DataError(f"num_classes of {ds.name} must be at least 1, got {ds.num_classes}")
+    if ds.classes is not None and len(ds.classes) != ds.num_classes:
+        raise DataError(f"classes of {ds.name} must be as many as num_classes, {ds.num_classes}, got {len(ds.classes)}")
     if len(ds.test):
         for what in ("input_like", "label_like"):
             _check_alike(ds, what.partition("_")[0], getattr(ds.train, what), getattr(ds.test, what))

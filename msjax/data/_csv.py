@@ -52,7 +52,7 @@ def from_csv(
     """
     path = Path(path).expanduser()
     options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
-    frame = _read(path)
+    frame = read_frame(path)
     try:
         return _split_table(path.name, frame, test, test_share, table_format, seed, options)
     except DataError as error:
@@ -70,7 +70,7 @@ def _split_table(
 ) -> Dataset:
     """Rows to train and to test on, in the format of the former."""
     if test is not None:
-        train_rows, test_rows = frame, _read(Path(test).expanduser())
+        train_rows, test_rows = frame, read_frame(Path(test).expanduser())
         if not len(test_rows):
             raise DataError(f"{test} must have rows to test on, got none")
     elif test_share is None:
@@ -84,10 +84,11 @@ def _split_table(
     table_format = table_format or TableFormat.measure(train_rows, **options)
     splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
     num_classes = len(table_format.classes) if table_format.classes else None
-    return finish(name, *splits, num_classes=num_classes, columns=table_format.columns)
+    options = {"columns": table_format.columns, "classes": table_format.classes}
+    return finish(name, *splits, num_classes=num_classes, **options)
 
 
-def _read(path: Path) -> Any:
+def read_frame(path: Path) -> Any:
     """The rows of a file."""
     try:
         frame = pandas().read_csv(path)

@@ -122,6 +122,7 @@ class Dataset:
             and median of the training rows, names of classes). `table_inputs` and `TableFormat` make inputs of other
             rows by them; `mean` and `std` are None then.
         tokenizer: of texts that `load` split into words, the version that did it; else None.
+        classes: the names of the classes in the order of their numbers, where they are known.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Dataset:
     augment: str = "none"
     tokenizer: int | None = None
     columns: tuple[Column, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def input_like(self) -> Tree:

@@ -28,10 +28,11 @@ def from_image_folder(
 ) -> Dataset:
     """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or of PATH/CLASS/*, with Pillow.
 
-    Classes are numbered by their folders' names in order; images may lie deeper inside. An image is turned as its EXIF
-    orientation says; transparent pixels are laid over black; of more than 8 bits a channel the upper 8 are left, and
-    where nothing says how many there are, as in floats, the image is refused. Then its shorter side is resized to
-    `image_size` and the middle cropped, as `load` does. Mean and std are measured on the training images.
+    Classes are numbered by their folders' names in order, which `classes` of the data set has; images may lie deeper
+    inside. An image is turned as its EXIF orientation says; transparent pixels are laid over black; of more than 8 bits
+    a channel the upper 8 are left, and where nothing says how many there are, as in floats, the image is refused. Then
+    its shorter side is resized to `image_size` and the middle cropped, as `load` does. Mean and std are measured on the
+    training images.
 
     Args:
         path: the folder.
@@ -72,13 +73,13 @@ def from_image_folder(
         splits = [split.read() for split in splits]
     if not test_root:
         splits = share_split(splits[0], test_share, seed, labels)
-    return finish(path.name, *splits, num_classes=len(classes))
+    return finish(path.name, *splits, num_classes=len(classes), classes=tuple(classes))
 
 
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: sorted(f for f in p.rglob("*") if _is_image(f)) for p in folders}
+    found = {p.name: sorted(f for f in p.rglob("*") if is_image(f)) for p in folders}
     found = {name: files for name, files in found.items() if files}
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
@@ -90,7 +91,7 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
     return classes, files, labels
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """By its name; hidden files are passed over."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 

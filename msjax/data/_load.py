@@ -1,5 +1,6 @@
 """`load`: a data set by its name."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -98,7 +99,8 @@ def load(
         size = _stream.IMAGE_SIZE if image_size is None else image_size
         options = {"data_dir": data_dir, "cache_dir": cache_dir, "image_size": size}
         train, test = (_stream.stream(name, split, **options) for split in ("train", "test"))
-        return Dataset(name, train, test, train.num_classes, train.mean, train.std, entry.augment)
+        normalized = train.num_classes, train.mean, train.std, entry.augment
+        return Dataset(name, train, test, *normalized, classes=train.classes)
     if entry.test_of_class is not None:
         if name == "digits":
             _refuse_options(name, missing, drop, "images")
@@ -127,8 +129,13 @@ def load(
         mean, std = measure_images(inputs["train"])
     train, test = (Arrays(inputs[split], targets[split]) for split in ("train", "test"))
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    tokenizer = meta.get("tokenizer")
-    return check(Dataset(name, train, test, meta["num_classes"], mean, std, entry.augment, tokenizer))
+    ds = Dataset(name, train, test, meta["num_classes"], mean, std, entry.augment, meta.get("tokenizer"))
+    return check(dataclasses.replace(ds, classes=_class_names(meta)))
+
+
+def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:
+    """What the classes are called, where the prepared set said it and this version made the entry."""
+    return tuple(meta.get("classes", ())) or None
 
 
 def _refuse_options(name: str, missing: str, drop: tuple[str, ...], kind: str) -> None:
@@ -155,7 +162,8 @@ def _table(
     train, test = (
         Arrays(table_inputs(columns, tables[split], f"{name} ({split})"), targets[split]) for split in ("train", "test")
     )
-    ds = Dataset(name, train, test, meta["num_classes"], None, None, augment, columns=columns)
+    options = {"columns": columns, "classes": _class_names(meta)}
+    ds = Dataset(name, train, test, meta["num_classes"], None, None, augment, **options)
     return check(ds, [input_name for column in columns for input_name in column.names])
 
 

@@ -83,6 +83,7 @@ def cached(
             )
             parts = {s: _from_arrays(x, y, image_size) for s, x, y in _official.download(name, looked)}
             num_classes, source = _registry.find(name).num_classes, _registry.find(name).sources[0][0]
+            classes: list[str] = []
         else:
             folder = _tfds.find(name, directory, asked)
             digest = _tfds.digest(folder)
@@ -92,7 +93,9 @@ def cached(
             known = _known_texts(name, splits["train"])
             parts = {s: _from_tfds(name, s, opened, image_size, known) for s, opened in splits.items()}
             num_classes, source = splits["train"].num_classes, str(directory)
-        _build(entry, parts, {"name": name, "digest": digest, "num_classes": num_classes, "source": source})
+            classes = list(splits["train"].classes)
+        meta = {"name": name, "digest": digest, "num_classes": num_classes, "classes": classes, "source": source}
+        _build(entry, parts, meta)
     except DataError as error:
         for other in sorted(caches.glob(stem + "*")) if caches.is_dir() else ():
             if other != entry and (made_from := _cache.source(other)):

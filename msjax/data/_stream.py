@@ -14,12 +14,18 @@ IMAGE_SIZE = 224  # of the crops, by default
 _AUGMENT = 3  # keeps this stream of random numbers apart from those of _clients
 
 
+def test_resize(size: int) -> int:
+    """The shorter side to which test images are resized before the middle, `size` pixels wide, is cropped."""
+    return round(size * 256 / 224)
+
+
 class ImageStream:
     """One split of a prepared TFDS set, a `Split`; made by `stream`, read by `batches`.
 
     Attributes:
         name, split: what it was opened as.
         num_classes: number of classes.
+        classes: their names, where the set says them.
         input_shape: (size, size, C) of what `batches` yields.
         mean, std: float32 [C], of pixels / 255; for `normalize`. Published values; ImageNet's for sets that have none.
         random_crop: whether images are cropped at random (training) or in the middle (test).
@@ -40,6 +46,7 @@ class ImageStream:
     ):
         self.name, self.split, self.random_crop = name, split, random_crop
         self.num_classes = source.num_classes
+        self.classes = source.classes or None
         self.input_shape = (image_size, image_size, source.inputs.shape[2])
         known = _registry.find(name if _registry.find(name).mean else "imagenet2012")
         channels = self.input_shape[2]
@@ -94,7 +101,7 @@ class ImageStream:
                         image, size, np.random.default_rng([_AUGMENT, *entropy, int(index)])
                     )
                 else:
-                    image = _images.resize_center_crop(image, size, round(size * 256 / 224))
+                    image = _images.resize_center_crop(image, size, test_resize(size))
                 images[j] = _images.to_array(image)
         return images, _tfds.labels(self.name, self._source, records)
 

@@ -115,6 +115,8 @@ class Records(NamedTuple):
     inputs: Images | Texts | Columns
     label_key: str
     num_classes: int
+    classes: tuple[str, ...] = ()
+    """Their names."""
 
 
 class NoSplit(DataError):
@@ -143,7 +145,7 @@ def open_split(name: str, folder: Path, split: str) -> Records:
         for chosen in there:
             records = builder.as_data_source(chosen, decoders=decoders)
             if len(records) and value(records.__getitems__([0])[0], label_key) >= 0:
-                return Records(records, inputs, label_key, label.num_classes)
+                return Records(records, inputs, label_key, label.num_classes, tuple(label.names))
         what = "none that has examples whose labels are known" if there else f"it has {', '.join(sorted(info.splits))}"
         raise NoSplit(f"{name} in {folder} has no {' or '.join(wanted)} split; {what}")
     except DataError:

@@ -13,8 +13,8 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
-_OWN = ("mean", "std", "columns")
-"""Of a summary: what follows from the values of a client's data, which a server need not know."""
+_OWN = ("mean", "std", "columns", "classes")
+"""Of a summary: what follows from the values of a client's data, and names of classes; a server need not know it."""
 
 
 def describe(spec: RunSpec, summary: DataSummary) -> str:

@@ -64,7 +64,11 @@ class ClientProgram:
         Raises:
           Refused, ConnectionError: see `ClientSession`.
         """
-        drive.take_part(self.session, self.connect)
+        try:
+            drive.take_part(self.session, self.connect)
+        finally:
+            sent, received = self.session.sent_bytes, self.session.received_bytes
+            log.info("%s bytes sent, %s received, as serialized", f"{sent:,}", f"{received:,}")
         return self._path
 
     def _load(self, cfg):

@@ -20,7 +20,7 @@ from msjax.distributed import actions as do
 from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
 from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
-from msjax.distributed.membership import Membership, Policy, Stage, Verdict
+from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdict
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
@@ -48,6 +48,7 @@ class Coordinator:
       on_exchange: called after each exchange, once its answers are sent.
       on_end: called after the last, before the clients hear of the end.
       generation: the first, where it is not drawn.
+      first_seconds: that of the membership of an earlier process that served this run: how long compiling takes.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Coordinator:
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         generation: int | None = None,
+        first_seconds: tuple[tuple[Kinds, float], ...] = (),
     ):
         self.cfg, self.metrics, self.name = cfg, metrics, run
         self._build, self._store, self._progress = build, store, progress
@@ -75,12 +77,14 @@ class Coordinator:
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
         generation = secrets.randbits(48) + 1 if generation is None else generation
-        self.membership = Membership.begin(policy, clients=cfg.clients, generation=generation, now=clock())
+        first = {"generation": generation, "first_seconds": first_seconds}
+        self.membership = Membership.begin(policy, clients=cfg.clients, now=clock(), **first)
         self.run: ServerRun | None = None
         """Once all clients were ready."""
         self.ready_at: float | None = None
         """When they first were, on the clock: training begins."""
         self._clients: dict[int, int] = {}  # whose a session is
+        self._heard: set[int] = set()  # sessions of which a request has come
         self._readies: dict[int, pb.Ready] = {}  # by client
         self._agreed: set[str] = set()  # descriptions that are as this server's
         self._came: dict[int, Came] = {}
@@ -109,11 +113,17 @@ class Coordinator:
           Stopped: the run has ended before its time, as somebody or the policy wanted.
           Exception: whatever went wrong; the clients have been told.
         """
+        for out in self._handle(event):
+            if isinstance(out, Send) and (client := self._clients.get(out.session)) is not None:
+                self.metrics.sent(client, out.message)
+            yield out
+
+    def _handle(self, event):
         try:
             match event:
                 case Received():
                     yield from self._receive(event)
-                case Lost(session) if (client := self._clients.pop(session, None)) is not None:
+                case Lost(session) if (client := self._forget(session)) is not None:
                     yield from self._follow(ev.Left(client, session))
                 case Stop(reason):
                     yield from self._follow(ev.StopAsked(reason))
@@ -147,6 +157,8 @@ class Coordinator:
 
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
+        if client is not None:
+            self.metrics.received(client, event.message)
         try:
             follows = self._hello(event) if client is None else self._said(client, session, event.message)
         except messages.ProtocolError as error:
@@ -157,6 +169,8 @@ class Coordinator:
             log.exception("client %s", client)
             fault = "internal error"
         else:
+            if isinstance(follows, ev.Requested):
+                yield from self._acknowledge(follows)
             yield from self._follow(follows)
             return
         if client is None:
@@ -175,8 +189,21 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
+        self.metrics.received(hello.client, event.message)
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
+
+    def _acknowledge(self, event):
+        """Says, once a session, that requests arrive; not where the answer itself is there to be repeated."""
+        waits = self.membership.verdict(event) in (Verdict.NEW, Verdict.SIGN_OF_LIFE)
+        if waits and event.session not in self._heard:
+            self._heard.add(event.session)
+            yield Send(event.session, pb.FromServer(received=pb.Received()))
+
+    def _forget(self, session):
+        """A session is over; returns whose it was."""
+        self._heard.discard(session)
+        return self._clients.pop(session, None)
 
     def _said(self, client, session, message):
         match message.WhichOneof("kind"):
@@ -232,7 +259,6 @@ class Coordinator:
             message = messages.from_request(request, self.run.spec, exchange)
             messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
             self._came[client] = Came(exchange, request, message)
-            self.metrics.received(client, request)
         return event
 
     # -- What the server does itself. ------------------------------------------------------------------------------
@@ -292,7 +318,6 @@ class Coordinator:
                 self._answers[client] = self._answer(client)
                 if session is not None:
                     yield Send(session, self._answers[client])
-                self.metrics.sent(client, self._answers[client].answer)
             case do.ResendAnswer(client, session):
                 yield Send(session, self._answers[client])
             case do.TellEnd(_, session, dropped):
@@ -301,10 +326,10 @@ class Coordinator:
                 yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
             case do.RefuseSession(session, reason):
                 self.metrics.refused.inc()
-                self._clients.pop(session, None)
+                self._forget(session)
                 yield Close(session, reason)
             case do.CloseSession(session, fault):
-                client = self._clients.pop(session, None)
+                client = self._forget(session)
                 if fault:
                     log.warning("client %s: %s", client, fault)
                     self.metrics.refused.inc()

@@ -18,9 +18,10 @@ from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
-from msjax.distributed.rpc.server import say_refused, token_of
+from msjax.distributed.rpc.server import say_refused
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
@@ -67,12 +68,15 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         max_bytes: int = 1 << 30,
         max_messages_per_second: float = 1000.0,
         compression: str | None = None,
+        certificates: Certificates | None = None,
+        wrong_tokens: WrongTokens | None = None,
     ):
         if trained.part != "server":
             raise ValueError(f"part must be that of a server, got that of a {trained.part}")
         if trained.apply is None:
             raise ValueError("part must come with its model, got one of a model of one's own: give its preset")
-        self._trained, self._tokens, self._metrics, self._max_bytes = trained, tokens, metrics, max_bytes
+        self._admission = Admission(tokens, certificates, wrong_tokens)
+        self._trained, self._metrics, self._max_bytes = trained, metrics, max_bytes
         self._state = PartState(trained.params, trained.stats, ())
         self._compression, self._max_messages_per_second = compression, max_messages_per_second
         spec = spec_of(trained)
@@ -96,20 +100,23 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         for number, request in enumerate(requests):
             rate.wait()
             self._metrics.received(ANYONE, request)
+            began = time.perf_counter()
             try:
                 payload, up = self._read(request)
             except wire.WireError as error:
                 self._metrics.refused.inc()
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             outputs = pb.Outputs(payload=self._answer(payload, up, number))
+            self._metrics.answered(up.likes[0].shape[0], time.perf_counter() - began)
             self._metrics.sent(ANYONE, outputs)
             yield outputs
 
     def _authenticate(self, context):
-        if not self._tokens.accept_any(token_of(context)):
+        if refusal := self._admission.refusal(context):
             self._metrics.refused.inc()
-            self._refused(context.peer())
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
+            if not refusal.is_told:
+                self._refused(f"{context.peer()}: {refusal.reason}")
+            context.abort(refusal.code, refusal.reason)
 
     def _read(self, request):
         if len(request.payload) != len(self._features.leaves):

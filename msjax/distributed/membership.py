@@ -22,7 +22,8 @@ not keep others out; until then, and without one, its client counts as absent.
 
 A process compiles its programs where it first needs them, so an exchange of a kind that is new to it takes longer: at
 the start for all. One that comes later, when the others have compiled theirs, is given as long beyond the deadline as
-that exchange took when it was first waited for. (A server that was started again learns that anew.)
+that exchange took when it was first waited for. A server that is started again is told what an earlier one has learned
+of that, since its clients may have compiled before it came.
 
 What nobody can do anything about is waited for, with a warning after every deadline: clients that have not come yet,
 and more absent ones than `min_clients` allows. Only while all active clients are silent is there no deadline at all.
@@ -187,11 +188,20 @@ class Membership:
     stop: str | None = None
 
     @classmethod
-    def begin(cls, policy: Policy, *, clients: int, generation: int, now: float) -> "Membership":
+    def begin(
+        cls,
+        policy: Policy,
+        *,
+        clients: int,
+        generation: int,
+        now: float,
+        first_seconds: tuple[tuple[Kinds, float], ...] = (),
+    ) -> "Membership":
         """Nobody has come yet.
 
         Args:
           generation: the first one, above 0, and unlike those of another process that served this run.
+          first_seconds: what such a process has learned, if there was one.
 
         Raises:
           ValueError: an argument is out of range.
@@ -200,7 +210,8 @@ class Membership:
             raise ValueError(f"clients must be at least 1, got {clients}")
         if generation < 1:
             raise ValueError(f"generation must be at least 1, got {generation}")
-        return cls(policy, (Client(),) * clients, generation, now + policy.deadline_seconds)
+        deadline = now + policy.deadline_seconds
+        return cls(policy, (Client(),) * clients, generation, deadline, first_seconds=first_seconds)
 
     @property
     def active(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class ProtocolError(Exception):

@@ -16,8 +16,8 @@ class Metrics:
     def __init__(self):
         self.registry = prometheus_client.CollectorRegistry()
         labels = {"registry": self.registry, "namespace": "msjax"}
-        self._received = Counter("received_bytes", "Bytes of requests, as serialized", ["client"], **labels)
-        self._sent = Counter("sent_bytes", "Bytes of answers, as serialized", ["client"], **labels)
+        self._received = Counter("received_bytes", "Bytes of messages, as serialized", ["client"], **labels)
+        self._sent = Counter("sent_bytes", "Bytes of messages, as serialized", ["client"], **labels)
         self.exchanges = Counter("exchanges", "Exchanges done", ["phase"], **labels)
         self.step = Gauge("step", "The training step under way", **labels)
         self.connected = Gauge("connected_clients", "Clients with a stream", **labels)
@@ -26,15 +26,37 @@ class Metrics:
         self.stragglers = Counter("stragglers", "Clients that missed a deadline", **labels)
         self.restarts = Counter("restarts", "Times that training went back to a checkpoint", **labels)
         self.failed_saves = Counter("failed_saves", "Checkpoints that could not be written", **labels)
+        self.requests = Counter("requests", "Requests to a trained part that were answered", **labels)
+        self.samples = Counter("samples", "Samples in them", **labels)
+        self.answer_seconds = Histogram("answer_seconds", "From a request to its answer", buckets=_SECONDS, **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
-    def received(self, client: int | str, request: pb.Request | pb.Features) -> None:
-        """Counts a request's bytes."""
-        self._received.labels(client).inc(request.ByteSize())
+    def received(self, client: int | str, message: pb.FromClient | pb.Features) -> None:
+        """Counts a message's bytes, also one that has come before."""
+        self._received.labels(client).inc(message.ByteSize())
 
-    def sent(self, client: int | str, answer: pb.Answer | pb.Outputs) -> None:
-        """Counts an answer's bytes."""
-        self._sent.labels(client).inc(answer.ByteSize())
+    def sent(self, client: int | str, message: pb.FromServer | pb.Outputs) -> None:
+        """Counts a message's bytes, also one that is repeated."""
+        self._sent.labels(client).inc(message.ByteSize())
+
+    def answered(self, samples: int, seconds: float) -> None:
+        """Counts a request to a trained part."""
+        self.requests.inc()
+        self.samples.inc(samples)
+        self.answer_seconds.observe(seconds)
+
+    def summary(self) -> str:
+        """Returns what a server with a trained part has done, as a line."""
+        found = {sample.name: sample.value for metric in self.registry.collect() for sample in metric.samples}
+        requests, samples, seconds, refused = (
+            found[f"msjax_{name}"]
+            for name in ("requests_total", "samples_total", "answer_seconds_sum", "refused_clients_total")
+        )
+        totals = self.totals()
+        return (
+            f"{requests:,.0f} requests of {samples:,.0f} samples answered in {seconds:,.1f} s; "
+            f"{totals['received_bytes']:,.0f} bytes received, {totals['sent_bytes']:,.0f} sent; {refused:,.0f} refused"
+        )
 
     def waited(self, seconds: float) -> None:
         """Counts how long an exchange waited for its clients."""

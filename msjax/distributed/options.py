@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
+from msjax.checks import integer
 from msjax.distributed.membership import Policy
 from msjax.distributed.rpc.addresses import check_port, parse_address
+from msjax.distributed.rpc.admission import Certificates, WrongTokens
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
 from msjax.distributed.sizes import MOST_MEGABYTES
 from msjax.paths import existing_file, expand, folder_to_be
@@ -32,6 +34,13 @@ class ListenOptions:
     tls: TlsFiles = dataclasses.field(default_factory=TlsFiles)
     tokens: str | None = None
     """A file of lines `NUMBER TOKEN`, one a client (or `NUMBER sha256:HEX`)."""
+    max_wrong_tokens: int = 10
+    """After so many wrong tokens within a minute an address is refused for a minute; 0 for no limit. Clients behind one
+    NAT or proxy have one address, and are refused together."""
+    certificates: str | None = None
+    """With TLS: a file of lines `NUMBER NAME`, one a client, where NAME is in its certificate: an alternative name or,
+    where it has none, its common name (or `NUMBER sha256:FINGERPRINT`). By default any certificate of the authority
+    will do for any client."""
     insecure: bool = False
     """Listen in the open on an address that is not this machine's own."""
     compression: Literal["huffman"] | None = None
@@ -43,12 +52,23 @@ class ListenOptions:
     max_messages_per_second: float = 1000.0
     """Of each client; one that sends more is read more slowly."""
 
+    def admission(self) -> dict[str, Any]:
+        """Returns what a servicer is to ask of callers beside their tokens, by the names of its arguments."""
+        return {
+            "certificates": Certificates(self.certificates),
+            "wrong_tokens": WrongTokens(self.max_wrong_tokens),
+        }
+
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
         check_plaintext(parse_address("listen", self.listen, any_port=True), self.tls, self.insecure)
         if self.tls:
             self.tls.server()
         Tokens(self.tokens)
+        Certificates(self.certificates)
+        if self.certificates is not None and not self.tls:
+            raise ValueError(f"certificates must go with tls, got {self.certificates!r} without it")
+        integer("max_wrong_tokens", self.max_wrong_tokens, 0)
         check_positive(self, "max_messages_per_second")
         if not 1 <= self.max_megabytes <= MOST_MEGABYTES:
             raise ValueError(f"max_megabytes must be in 1..{MOST_MEGABYTES}, got {self.max_megabytes}")

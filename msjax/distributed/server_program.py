@@ -15,6 +15,7 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
+from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
@@ -30,6 +31,7 @@ from msjax.split.schedule import Exchange, Phase
 log = logging.getLogger("msjax.server")
 
 _COUNTS = "counts.json"
+_FIRST_SECONDS = "first_seconds"
 _BUILT_FROM = "built_from.json"
 _COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what it has counted since
 
@@ -44,6 +46,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
         )
     Tokens(options.tokens, cfg.clients)
+    Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
 
 
@@ -89,9 +92,10 @@ class ServerProgram:
             max_message_bytes=options.max_megabytes << 20,
             on_exchange=self._count,
             on_end=self._save_part,
+            first_seconds=_read_first_seconds(folder),
         )
         tokens = Tokens(options.tokens)
-        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second)
+        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second, **options.admission())
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()
@@ -226,7 +230,8 @@ class ServerProgram:
     def _write_counts(self):
         self._counts_written = time.monotonic()
         try:
-            write_atomically(self.folder.path / _COUNTS, json.dumps(self._so_far()))
+            learned = {_FIRST_SECONDS: self.coordinator.membership.first_seconds}
+            write_atomically(self.folder.path / _COUNTS, json.dumps(self._so_far() | learned))
         except OSError as error:
             log.error("no counts of bytes: %s", error)
 
@@ -293,6 +298,16 @@ def _read_counts(folder):
         return {name: float(counts[name]) for name in ("received_bytes", "sent_bytes", "seconds", "waited_seconds")}
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _read_first_seconds(folder):
+    """What earlier processes of the run have learned of how long compiling takes; nothing where that is not there."""
+    try:
+        learned = json.loads((folder.path / _COUNTS).read_bytes())[_FIRST_SECONDS]
+        kinds = lambda kind: None if kind is None else tuple(map(int, kind))  # noqa: E731
+        return tuple(((kinds(last), kinds(kind)), float(seconds)) for (last, kind), seconds in learned)
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
 
 
 def _run_id(folder):

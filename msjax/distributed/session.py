@@ -63,7 +63,8 @@ class ClientSession:
       compression: of the requests' bytes, as `msjax.wire` takes it.
       answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
       retry_seconds: for how long a lost connection is tried again without getting on, which is: a new answer, or a
-        connection that stands. That the server takes the connection, and says where the run is, does not count.
+        connection that stands, over which the server says that it has the request and waits for others. That the server
+        takes the connection, and says where the run is, does not count.
       on_exchange: called after each exchange of this client.
       on_end: called at the end of training with the client as it then is.
       instance: names this process; drawn by default.
@@ -107,7 +108,11 @@ class ClientSession:
         self._got_on_at = self._connected_at = clock()
         self._heard = False  # anything over this connection
         self._heard_since = False  # anything since this client got on
+        self._received = False  # that a request has come, since the last answer and over this connection
+        self._in_vain = False  # whether the last connection stood until the answer was late, and nothing was said of it
         self._wait, self._told, self._told_at = 0.1, "", 0.0
+        self.sent_bytes = self.received_bytes = 0
+        """Of all messages so far, as serialized, with those that were repeated."""
 
     @property
     def next_deadline(self) -> float | None:
@@ -121,7 +126,15 @@ class ClientSession:
 
     def on_connected(self) -> Iterator[pb.FromClient]:
         """There is a connection: yields what to send. Take all of it, and send each before taking the next."""
-        self._connected, self._heard, self._leaving = True, False, False
+        return self._counted(self._greet())
+
+    def _counted(self, messages_: Iterator[pb.FromClient]) -> Iterator[pb.FromClient]:
+        for message in messages_:
+            self.sent_bytes += message.ByteSize()
+            yield message
+
+    def _greet(self):
+        self._connected, self._heard, self._leaving, self._received = True, False, False, False
         self._connected_at = self._clock()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
@@ -136,6 +149,10 @@ class ClientSession:
           ProtocolError: it makes no sense.
           MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
+        return self._counted(self._take(message))
+
+    def _take(self, message):
+        self.received_bytes += message.ByteSize()
         self._heard = self._heard_since = True
         match message.WhichOneof("kind"):
             case "welcome":
@@ -143,10 +160,13 @@ class ClientSession:
             case "start":
                 self._start(message.start)
                 yield from self._requests()
+            case "received":
+                self._received, self._in_vain = True, False
             case "answer":
                 exchange = None if self.run is None else self.run.take(message.answer)
                 if exchange is not None:
                     self._get_on()
+                    self._received = self._in_vain = False
                     self._on_exchange(exchange)
                     yield from self._requests()
             case "finished":
@@ -167,7 +187,10 @@ class ClientSession:
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
         if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
-            self._get_on()
+            asks = self.run is not None and self.run.request is not None
+            if self._received or not (asks and self._in_vain):
+                self._get_on()
+            self._in_vain = asks and not self._received
         self._heard = False
         away = now - self._got_on_at
         if away > self._retry_seconds:

@@ -14,12 +14,13 @@ from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._model import Block, Model
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
-from msjax.models._pytorch import load_weights, save_weights
+from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._split import Apply, Cut, count_params, cut_places, list_cuts, resolve_cut, split, whole
 
 __all__ = [
     "ACTIVATIONS",
     "NAMES",
+    "PYTORCH",
     "RESNETS",
     "TOKEN_MODELS",
     "Apply",

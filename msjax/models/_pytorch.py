@@ -16,6 +16,8 @@ from msjax.models._build import RESNETS
 from msjax.models._model import Model
 from msjax.models._split import Apply, ModelPart, check_state, whole_shapes
 
+PYTORCH = ("vgg19", *RESNETS)
+"""The models that have names in PyTorch."""
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -138,8 +140,7 @@ def _entries(model):
     elif model.name in RESNETS:
         modules, flattened = _resnet_modules(model), None
     else:
-        known = ", ".join(("vgg19", *RESNETS))
-        raise ValueError(f"model must be one that has names in PyTorch, {known}, got {model.name!r}")
+        raise ValueError(f"model must be one that has names in PyTorch, {', '.join(PYTORCH)}, got {model.name!r}")
     grid = tuple(side // 32 for side in model.input_shape[:2])
     shapes = whole_shapes(model)
     leaves = jax.tree.leaves_with_path({"params": shapes.params, "stats": shapes.stats})

@@ -1,10 +1,13 @@
 """Checkpoints of a state by step, kept by Orbax; each is complete or not there, and read as it was written."""
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +16,9 @@ import orbax.checkpoint as ocp
 from msjax.runs.files import write_atomically
 
 _SUMS = "checksums.json"
+
+
+_IS_READ_ONLY = "Given directory is read only"  # a warning of Orbax, of what was asked for
 
 
 class DamagedError(OSError):
@@ -41,8 +47,10 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
         )
-        return ocp.CheckpointManager(self._path.absolute(), options=options)
+        with _without_warning(_IS_READ_ONLY):
+            return ocp.CheckpointManager(self._path.absolute(), options=options)
 
     def steps(self) -> list[int]:
         """Returns the steps of which there is one, oldest first."""
@@ -115,6 +123,21 @@ class Checkpoints:
         """Waits for what is being written, and lets go of the folder."""
         if "_manager" in vars(self):
             self._manager.close()
+
+
+@contextlib.contextmanager
+def _without_warning(beginning: str) -> Iterator[None]:
+    """Keeps one warning of Orbax from the log, by how it begins; all others are shown."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(beginning)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _files(folder):

@@ -6,7 +6,8 @@ summary.json    the result: metrics, bytes, wall time, versions, hardware
 client.safetensors, server.safetensors    the trained parts; see msjax.parts
 curves.png      loss and first metric by epoch
 tensorboard/    the same as events
-counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped
+counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped; and
+                how long exchanges took that had to be compiled
 built_from.json of a served run that has ended: samples, and what the clients said of their data
 checkpoints/    the training state; the last two are kept
 """
@@ -80,6 +81,11 @@ class RunFolder:
         if (path / "config.json").is_file():
             return cls.open(path)
         return cls.create(config, name), config
+
+    def set_config(self, config: Config) -> None:
+        """Gives a run another config to go on with, so that it is no longer finished."""
+        (self.path / "summary.json").unlink(missing_ok=True)  # first: a run without one goes on, whatever its config
+        write_atomically(self.path / "config.json", config_lib.to_text(config))
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl from the records of the finished epochs."""

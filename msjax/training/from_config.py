@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from msjax import build, config
+from msjax.checks import integer
 from msjax.compress import Identity
 from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
@@ -81,6 +82,30 @@ def train_config(
     _save_parts(_PARTS, cfg, folder, run, finished.state, uuid.uuid4().hex)
     folder.write_summary(summary)
     return summary
+
+
+def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> config.Config:
+    """Returns the config of a run that is to have so many epochs, and gives it to the folder.
+
+    The run then goes on from its last checkpoint with all of its state. The learning rate is from there on that of the
+    new config: a cosine that had come to 0 is again where one of `epochs` epochs is at that step.
+
+    Raises:
+      ValueError: the run has done as many epochs or more, or has no checkpoint left.
+    """
+    integer("epochs", epochs, 1)
+    if epochs == cfg.epochs:
+        return cfg
+    history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
+    step = folder.checkpoints.latest()
+    if step is None and history:
+        raise ValueError(f"the run must have a checkpoint to go on from, got {str(folder.path)!r} without one")
+    done = -(-(step or 0) // history[0]["step"]) if history else int(step is not None)  # also one that it is in
+    if epochs <= done:
+        raise ValueError(f"epochs must be above {done}, which the run has done or is in, got {epochs}")
+    cfg = dataclasses.replace(cfg, epochs=epochs)
+    folder.set_config(cfg)
+    return cfg
 
 
 def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:

@@ -1,6 +1,7 @@
 """The training loop: epochs, tests, bytes, checkpoints."""
 
 import contextlib
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ class _Loop:
         if folder is not None and (found := restore(folder, run, self._state, self._mesh)) is not None:
             self._state, self._sums, self._progress = found
             folder.write_history(self._history)  # a process may have died between the state and this
-        self._traffic = run_traffic(self._spec, len(self._history))
+        self._traffic = _traffic_until(self._spec, self._history)
         self._done = int(self._state.step)
         self._start, self._earlier = time.monotonic(), self._progress["wall_seconds"]
         self._stopped = False
@@ -236,6 +237,13 @@ class _Loop:
             if self._run.dataset.tokenizer is not None:
                 progress["tokenizer"] = self._run.dataset.tokenizer
             self._folder.checkpoints.save(self._done, (_to_save(self._state), self._sums), progress)
+
+
+def _traffic_until(spec, history):
+    """The bytes so far. As recorded: a run that was given more epochs had a test after what had been its last."""
+    if not history:
+        return run_traffic(spec, 0)
+    return Traffic(**{field.name: history[-1]["traffic"][field.name] for field in dataclasses.fields(Traffic)})
 
 
 def _coded_bytes(spec, sums, history):

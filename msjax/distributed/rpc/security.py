@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import re
 import time
+from collections.abc import Iterator
 
 import grpc
 
@@ -108,6 +109,22 @@ def _text(name, path):
         raise ValueError(f"{name} must be a file of text, got {path!r}") from None
 
 
+def client_lines(name: str, path: str, what: str) -> Iterator[tuple[int, str, str]]:
+    """Yields client, rest and place of each line `NUMBER REST` of a file; empty lines and those with # are none.
+
+    Raises:
+      ValueError: a line is none of a client's; `name` is what the error calls the file, `what` the rest.
+    """
+    for number, line in enumerate(_text(name, path).splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        where = f"line {number} of {path}"
+        client, _, rest = line.strip().partition(" ")
+        if not re.fullmatch("[0-9]{1,9}", client) or not rest.strip():
+            raise ValueError(f"{name} must be lines of a client's number and {what}, got {where}")
+        yield int(client), rest.strip(), where
+
+
 class Tokens:
     """The clients' secrets, read from a file of lines `NUMBER TOKEN`; None for no tokens.
 
@@ -126,14 +143,7 @@ class Tokens:
         if path is None:
             return
         self._hashes = hashes = {}
-        for number, line in enumerate(_text("tokens", path).splitlines(), 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            where = f"line {number} of {path}"
-            client, _, token = line.strip().partition(" ")
-            token = token.strip()
-            if not re.fullmatch("[0-9]{1,9}", client) or not token:
-                raise ValueError(f"tokens must be lines of a client's number and its token, got {where}")
+        for client, token, where in client_lines("tokens", path, "its token"):
             if token.startswith("sha256:"):
                 hashed = token.removeprefix("sha256:").lower()
                 if not re.fullmatch("[0-9a-f]{64}", hashed):
@@ -141,11 +151,11 @@ class Tokens:
             else:
                 check_token(f"tokens: the token in {where}", token)
                 hashed = hashlib.sha256(token.encode()).hexdigest()
-            if int(client) in hashes:
-                raise ValueError(f"tokens must have one line a client, got another of client {int(client)}, {where}")
+            if client in hashes:
+                raise ValueError(f"tokens must have one line a client, got another of client {client}, {where}")
             if hashed in hashes.values():
                 raise ValueError(f"tokens must be another for each client, got an earlier client's in {where}")
-            hashes[int(client)] = hashed
+            hashes[client] = hashed
         lacking = [client for client in range(clients or 0) if client not in hashes]
         if lacking or not hashes:
             some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"

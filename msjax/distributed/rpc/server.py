@@ -16,6 +16,7 @@ from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.addresses import parse_address
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import channel_options
 from msjax.distributed.rpc.security import Rate, Tokens
 from msjax.logs import Seldom
@@ -23,14 +24,9 @@ from msjax.logs import Seldom
 log = logging.getLogger("msjax.server")
 
 
-def token_of(context: grpc.ServicerContext) -> str:
-    """Returns the token that a call came with, or an empty one."""
-    return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
-
-
 def say_refused(count: int, last: str) -> None:
-    """Logs calls that were refused because of their token, which may be very many."""
-    log.warning("refused for a wrong token: %d call%s, the last from %s", count, "" if count == 1 else "s", last)
+    """Logs calls that were refused because of their token or certificate, which may be very many."""
+    log.warning("refused: %d call%s, the last from %s", count, "" if count == 1 else "s", last)
 
 
 class TrainServicer(split_pb2_grpc.SplitServicer):
@@ -47,8 +43,11 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
         max_messages_per_second: float = 1000.0,
         *,
         hello_seconds: float = 10.0,
+        certificates: Certificates | None = None,
+        wrong_tokens: WrongTokens | None = None,
     ):
-        self._tokens, self._metrics, self._max_messages_per_second = tokens, metrics, max_messages_per_second
+        self._admission = Admission(tokens, certificates, wrong_tokens)
+        self._metrics, self._max_messages_per_second = metrics, max_messages_per_second
         self._hello_seconds = hello_seconds
         self._silent: dict[int, queue.Queue] = {}  # the outboxes of streams without a Hello, oldest first
         self._lock = threading.Lock()
@@ -71,10 +70,11 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
     def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> Iterator[pb.FromServer]:
         """Carries one client's messages, to the end of its stream."""
         # Before anything is read: a stranger is not to hold a thread by saying nothing.
-        if not self._tokens.accept_any(token_of(context)):
+        if refusal := self._admission.refusal(context):
             self._metrics.refused.inc()
-            self._refused(context.peer())
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
+            if not refusal.is_told:
+                self._refused(f"{context.peer()}: {refusal.reason}")
+            context.abort(refusal.code, refusal.reason)
         session, outbox = next(self._sessions), queue.Queue()
         self._outboxes[session] = outbox
         self._wait_for_hello(session, outbox)
@@ -96,7 +96,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
             self.inbox.put(Lost(session))
         if isinstance(message, Close) and message.reason:
             code = grpc.StatusCode.INVALID_ARGUMENT if message.final else grpc.StatusCode.UNAVAILABLE
-            if message.reason.startswith(_WRONG_TOKEN):
+            if isinstance(message, _NotAdmitted):
                 code = grpc.StatusCode.UNAUTHENTICATED
             context.abort(code, message.reason)
 
@@ -115,15 +115,16 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
             return self._silent.pop(session, None) is not None
 
     def _read(self, requests, context, session, outbox):
-        rate, token, first = Rate(self._max_messages_per_second), token_of(context), True
+        rate, first = Rate(self._max_messages_per_second), True
         try:
             for message in requests:
                 rate.wait()
                 client = message.hello.client
-                if first and message.WhichOneof("kind") == "hello" and not self._tokens.accept(client, token):
-                    self._refused(f"{context.peer()} as client {client}")
+                is_hello = first and message.WhichOneof("kind") == "hello"
+                if is_hello and (refusal := self._admission.refusal(context, client)):
+                    self._refused(f"{context.peer()} as client {client}: {refusal.reason}")
                     self._metrics.refused.inc()
-                    outbox.put(Close(session, f"{_WRONG_TOKEN} for client {client}", final=True))
+                    outbox.put(_NotAdmitted(session, refusal.reason, final=True))
                     return
                 if first:
                     self._heard(session)
@@ -136,7 +137,10 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
         outbox.put(None)
 
 
-_WRONG_TOKEN = "no such token"
+class _NotAdmitted(Close):
+    """Its token or certificate is not that of the client that it says it is."""
+
+
 _MOST_SILENT = 6
 """Below the number of streams that there may be besides two a client; see `Endpoint`."""
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!msjax/distributed/rpc/split.proto\x12\x08msjax.v2\"\xa4\x01\n\nFromClient\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.msjax.v2.HelloH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.msjax.v2.ReadyH\x00\x12$\n\x07request\x18\x03 \x01(\x0b\x32\x11.msjax.v2.RequestH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.msjax.v2.GoodbyeH\x00\x42\x06\n\x04kind\"\xa8\x01\n\nFromServer\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.msjax.v2.WelcomeH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.msjax.v2.StartH\x00\x12\"\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.msjax.v2.AnswerH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.msjax.v2.FinishedH\x00\x42\x06\n\x04kind\"\t\n\x07Goodbye\"\\\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x10\n\x08instance\x18\x05 \x01(\t\"R\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x18\n\x10\x63heckpoint_steps\x18\x04 \x01(\r\"C\n\x05Ready\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"^\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x04 \x01(\x04\x12\x0c\n\x04part\x18\x05 \x01(\x0c\";\n\x08Position\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05phase\x18\x02 \x01(\r\x12\x12\n\ntest_round\x18\x03 \x01(\r\";\n\nMetricSums\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x0e\n\x06values\x18\x03 \x03(\x01\"\xa8\x01\n\x07Request\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12$\n\x08position\x18\x02 \x01(\x0b\x32\x12.msjax.v2.Position\x12\x0f\n\x07payload\x18\x03 \x03(\x0c\x12\x0e\n\x06labels\x18\x04 \x03(\x0c\x12%\n\x07metrics\x18\x05 \x01(\x0b\x32\x14.msjax.v2.MetricSums\x12\r\n\x05saved\x18\x06 \x01(\x08\x12\x0c\n\x04part\x18\x07 \x01(\x0c\"z\n\x06\x41nswer\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12$\n\x08position\x18\x02 \x01(\x0b\x32\x12.msjax.v2.Position\x12\x0f\n\x07payload\x18\x03 \x03(\x0c\x12\x12\n\nsaved_step\x18\x04 \x01(\x04\x12\x11\n\tsend_part\x18\x05 \x01(\x08\"*\n\x08\x46inished\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\"\x11\n\x0f\x44\x65scribeRequest\"J\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\"\x1b\n\x08\x46\x65\x61tures\x12\x0f\n\x07payload\x18\x01 \x03(\x0c\"\x1a\n\x07Outputs\x12\x0f\n\x07payload\x18\x01 \x03(\x0c\x32\xb2\x01\n\x05Split\x12\x37\n\x05Train\x12\x14.msjax.v2.FromClient\x1a\x14.msjax.v2.FromServer(\x01\x30\x01\x12<\n\x08\x44\x65scribe\x12\x19.msjax.v2.DescribeRequest\x1a\x15.msjax.v2.Description\x12\x32\n\x05Infer\x12\x12.msjax.v2.Features\x1a\x11.msjax.v2.Outputs(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!msjax/distributed/rpc/split.proto\x12\x08msjax.v2\"\xa4\x01\n\nFromClient\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.msjax.v2.HelloH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.msjax.v2.ReadyH\x00\x12$\n\x07request\x18\x03 \x01(\x0b\x32\x11.msjax.v2.RequestH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.msjax.v2.GoodbyeH\x00\x42\x06\n\x04kind\"\xd0\x01\n\nFromServer\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.msjax.v2.WelcomeH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.msjax.v2.StartH\x00\x12\"\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.msjax.v2.AnswerH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.msjax.v2.FinishedH\x00\x12&\n\x08received\x18\x05 \x01(\x0b\x32\x12.msjax.v2.ReceivedH\x00\x42\x06\n\x04kind\"\t\n\x07Goodbye\"\\\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x10\n\x08instance\x18\x05 \x01(\t\"R\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x18\n\x10\x63heckpoint_steps\x18\x04 \x01(\r\"C\n\x05Ready\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\n\n\x08Received\"^\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x14\n\x0ctest_samples\x18\x04 \x01(\x04\x12\x0c\n\x04part\x18\x05 \x01(\x0c\";\n\x08Position\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05phase\x18\x02 \x01(\r\x12\x12\n\ntest_round\x18\x03 \x01(\r\";\n\nMetricSums\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x0e\n\x06values\x18\x03 \x03(\x01\"\xa8\x01\n\x07Request\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12$\n\x08position\x18\x02 \x01(\x0b\x32\x12.msjax.v2.Position\x12\x0f\n\x07payload\x18\x03 \x03(\x0c\x12\x0e\n\x06labels\x18\x04 \x03(\x0c\x12%\n\x07metrics\x18\x05 \x01(\x0b\x32\x14.msjax.v2.MetricSums\x12\r\n\x05saved\x18\x06 \x01(\x08\x12\x0c\n\x04part\x18\x07 \x01(\x0c\"z\n\x06\x41nswer\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12$\n\x08position\x18\x02 \x01(\x0b\x32\x12.msjax.v2.Position\x12\x0f\n\x07payload\x18\x03 \x03(\x0c\x12\x12\n\nsaved_step\x18\x04 \x01(\x04\x12\x11\n\tsend_part\x18\x05 \x01(\x08\"*\n\x08\x46inished\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\"\x11\n\x0f\x44\x65scribeRequest\"J\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\"\x1b\n\x08\x46\x65\x61tures\x12\x0f\n\x07payload\x18\x01 \x03(\x0c\"\x1a\n\x07Outputs\x12\x0f\n\x07payload\x18\x01 \x03(\x0c\x32\xb2\x01\n\x05Split\x12\x37\n\x05Train\x12\x14.msjax.v2.FromClient\x1a\x14.msjax.v2.FromServer(\x01\x30\x01\x12<\n\x08\x44\x65scribe\x12\x19.msjax.v2.DescribeRequest\x1a\x15.msjax.v2.Description\x12\x32\n\x05Infer\x12\x12.msjax.v2.Features\x1a\x11.msjax.v2.Outputs(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FROMCLIENT']._serialized_start=48
   _globals['_FROMCLIENT']._serialized_end=212
   _globals['_FROMSERVER']._serialized_start=215
-  _globals['_FROMSERVER']._serialized_end=383
-  _globals['_GOODBYE']._serialized_start=385
-  _globals['_GOODBYE']._serialized_end=394
-  _globals['_HELLO']._serialized_start=396
-  _globals['_HELLO']._serialized_end=488
-  _globals['_WELCOME']._serialized_start=490
-  _globals['_WELCOME']._serialized_end=572
-  _globals['_READY']._serialized_start=574
-  _globals['_READY']._serialized_end=641
-  _globals['_START']._serialized_start=643
-  _globals['_START']._serialized_end=737
-  _globals['_POSITION']._serialized_start=739
-  _globals['_POSITION']._serialized_end=798
-  _globals['_METRICSUMS']._serialized_start=800
-  _globals['_METRICSUMS']._serialized_end=859
-  _globals['_REQUEST']._serialized_start=862
-  _globals['_REQUEST']._serialized_end=1030
-  _globals['_ANSWER']._serialized_start=1032
-  _globals['_ANSWER']._serialized_end=1154
-  _globals['_FINISHED']._serialized_start=1156
-  _globals['_FINISHED']._serialized_end=1198
-  _globals['_DESCRIBEREQUEST']._serialized_start=1200
-  _globals['_DESCRIBEREQUEST']._serialized_end=1217
-  _globals['_DESCRIPTION']._serialized_start=1219
-  _globals['_DESCRIPTION']._serialized_end=1293
-  _globals['_FEATURES']._serialized_start=1295
-  _globals['_FEATURES']._serialized_end=1322
-  _globals['_OUTPUTS']._serialized_start=1324
-  _globals['_OUTPUTS']._serialized_end=1350
-  _globals['_SPLIT']._serialized_start=1353
-  _globals['_SPLIT']._serialized_end=1531
+  _globals['_FROMSERVER']._serialized_end=423
+  _globals['_GOODBYE']._serialized_start=425
+  _globals['_GOODBYE']._serialized_end=434
+  _globals['_HELLO']._serialized_start=436
+  _globals['_HELLO']._serialized_end=528
+  _globals['_WELCOME']._serialized_start=530
+  _globals['_WELCOME']._serialized_end=612
+  _globals['_READY']._serialized_start=614
+  _globals['_READY']._serialized_end=681
+  _globals['_RECEIVED']._serialized_start=683
+  _globals['_RECEIVED']._serialized_end=693
+  _globals['_START']._serialized_start=695
+  _globals['_START']._serialized_end=789
+  _globals['_POSITION']._serialized_start=791
+  _globals['_POSITION']._serialized_end=850
+  _globals['_METRICSUMS']._serialized_start=852
+  _globals['_METRICSUMS']._serialized_end=911
+  _globals['_REQUEST']._serialized_start=914
+  _globals['_REQUEST']._serialized_end=1082
+  _globals['_ANSWER']._serialized_start=1084
+  _globals['_ANSWER']._serialized_end=1206
+  _globals['_FINISHED']._serialized_start=1208
+  _globals['_FINISHED']._serialized_end=1250
+  _globals['_DESCRIBEREQUEST']._serialized_start=1252
+  _globals['_DESCRIBEREQUEST']._serialized_end=1269
+  _globals['_DESCRIPTION']._serialized_start=1271
+  _globals['_DESCRIPTION']._serialized_end=1345
+  _globals['_FEATURES']._serialized_start=1347
+  _globals['_FEATURES']._serialized_end=1374
+  _globals['_OUTPUTS']._serialized_start=1376
+  _globals['_OUTPUTS']._serialized_end=1402
+  _globals['_SPLIT']._serialized_start=1405
+  _globals['_SPLIT']._serialized_end=1583
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,158 @@
+"""Inputs without labels, to predict from: files as what a data set stores of them."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from msjax.data import _images, _records, _words
+from msjax.data._arrays import TOGETHER, TRAIN_AND_TEST, read_npz
+from msjax.data._check import check_inputs
+from msjax.data._columns import Column, standardized, table_inputs
+from msjax.data._convert import convert_inputs
+from msjax.data._csv import read_frame
+from msjax.data._dataset import Tree
+from msjax.data._error import DataError
+from msjax.data._folder import SUFFIXES, is_image
+from msjax.data._registry import is_streamed
+from msjax.data._stream import test_resize
+from msjax.data._table import TableFormat
+
+
+class Inputs(NamedTuple):
+    """Inputs with names, read where they are needed.
+
+    Attributes:
+        names: what each is called: an image's file, or a file and a row's number, from 1 on.
+        fetch: from first and last (exclusive) to the inputs between them, (n, ...), as a data set stores them.
+    """
+
+    names: list[str]
+    fetch: Callable[[int, int], np.ndarray]
+
+
+def read_inputs(
+    path: str | os.PathLike,
+    *,
+    like: Tree,
+    columns: tuple[Column, ...] | None = None,
+    is_text: bool = False,
+    vocabulary: int = _records.VOCABULARY,
+    set_name: str = "",
+) -> Inputs:
+    """Find inputs in a file or folder, and make of them what a data set would that they came with.
+
+    Images (a file, or all that lie in a folder, however deep) are decoded as by `from_image_folder`; where they have
+    another size than the network's, which must be a square then, their shorter side is resized and the middle cropped,
+    as of the set's test images. An .npz has its inputs under one of the usual names; labels are passed over. A .csv has
+    the columns that the network was trained on, or, of texts, as a .txt, one text a line.
+
+    Args:
+        path: the file or folder.
+        like: shape and dtype of one input of the data set.
+        columns: of a table, how its columns became inputs.
+        is_text: whether inputs are texts that `load` split into words.
+        vocabulary: of texts, as of `load`.
+        set_name: of the data set, by which a streamed one's images are cropped otherwise.
+
+    Raises:
+        DataError: there is no such file, or nothing in it that is such an input.
+    """
+    path = Path(path).expanduser()
+    if not isinstance(like, jax.ShapeDtypeStruct):
+        raise DataError(f"inputs must be one array to be read from files, and this data set has {like}: give arrays")
+    kind, is_pixels = path.suffix.lower(), like.dtype == np.uint8 and len(like.shape) == 3
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    if path.is_dir() or kind in SUFFIXES:
+        if not is_pixels:
+            raise DataError(f"{path} must hold inputs such as the network takes, {_shown(like)}, got images")
+        return _from_images(path, like, set_name)
+    if kind == ".npz":
+        return _of_array(path, _from_npz(path, like, columns))
+    if is_text and kind == ".txt":
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+        return _of_array(path, _records.tokens(_words.word_hashes(lines), like.shape[0], vocabulary))
+    if kind == ".csv" and not is_text and not is_pixels:
+        if columns is None:
+            raise DataError(f"{path} must be an .npz file, as the columns that the network takes have no names")
+        try:
+            return _of_array(path, TableFormat("", None, columns).inputs(read_frame(path)))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    known = "an image, a folder or an .npz" if is_pixels else "a .txt or .npz" if is_text else "a .csv or .npz"
+    raise DataError(f"{path} must be {known} file: the network takes {_shown(like)}")
+
+
+def _shown(like: jax.ShapeDtypeStruct) -> str:
+    return f"{like.dtype}{list(like.shape)}"
+
+
+def _of_array(path: Path, array: np.ndarray) -> Inputs:
+    """The rows of an array, all in memory."""
+    check_inputs(array, f"{path}: inputs")
+    return Inputs([f"{path}:{row}" for row in range(1, len(array) + 1)], lambda lo, hi: array[lo:hi])
+
+
+def _from_images(path: Path, like: jax.ShapeDtypeStruct, set_name: str) -> Inputs:
+    """One image, or all in a folder."""
+    height, width, channels = like.shape
+    files = sorted(file for file in path.rglob("*") if is_image(file)) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} must hold images ({', '.join(SUFFIXES)}), and has none")
+    streamed = is_streamed(set_name)
+
+    def read(file: Path) -> np.ndarray:
+        with _images.decoding(f"image {file}"):
+            with _images.pillow().open(file) as opened:
+                image = _images.flatten(opened, channels)
+            if streamed:
+                image = _images.resize_center_crop(image, height, test_resize(height))
+            elif image.size != (width, height):
+                if width != height:
+                    got = f"{image.size[0]} x {image.size[1]}"
+                    raise DataError(f"it must have {width} x {height} pixels as the network takes them, got {got}")
+                image = _images.resize_center_crop(image, height, height)
+        return _images.to_array(image)
+
+    _images.pillow()
+    return Inputs(list(map(str, files)), lambda lo, hi: np.stack([read(file) for file in files[lo:hi]]))
+
+
+def _from_npz(path: Path, like: jax.ShapeDtypeStruct, columns: Sequence[Column] | None) -> np.ndarray:
+    """The inputs of a file, standardised as those of the training data were."""
+    (found,) = read_npz(path, lambda there: [_inputs_name(path, there)])
+    role = f"array of {path}"
+    array = convert_inputs(found, role, wide=columns is not None)
+    if columns is None:
+        pass
+    elif any(column.texts for column in columns):
+        raise DataError(f"{path} must be a .csv file, as the network was trained on a table with columns of texts")
+    elif array.ndim == 2:
+        if array.shape[1] != len(columns):
+            raise DataError(f"{role} must have {len(columns)} columns, got {array.shape[1]}")
+        array = table_inputs(columns, array, str(path))
+    else:
+        array = standardized(array, columns)
+    if (array.shape[1:], array.dtype) != (like.shape, like.dtype):
+        got = f"{array.dtype}{list(array.shape[1:])}"
+        raise DataError(f"{role} must have inputs such as the network takes, {_shown(like)}, got {got}")
+    return array
+
+
+_USUAL = tuple(
+    dict.fromkeys([*(n[0] for n in TOGETHER), *(n[2] for n in TRAIN_AND_TEST), *(n[0] for n in TRAIN_AND_TEST)])
+)
+"""Names of inputs: of both kinds those to test on before those to train on."""
+
+
+def _inputs_name(path: Path, there: list[str]) -> str:
+    """The name of the inputs in a file: a usual one, or that of its only array."""
+    if len(there) == 1:
+        return there[0]
+    if (found := next((name for name in _USUAL if name in there), None)) is None:
+        raise DataError(f"{path} must have one array, or one named {', '.join(_USUAL)}; it has {', '.join(there)}")
+    return found

@@ -1,0 +1,222 @@
+"""Whom a server lets in: by token, by certificate, and not who guesses."""
+
+import hashlib
+import ipaddress
+import logging
+import re
+import ssl
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import grpc
+
+from msjax.distributed.rpc.security import Tokens, client_lines
+from msjax.logs import shorten
+
+log = logging.getLogger("msjax.server")
+
+_MOST_ADDRESSES = 4096
+"""Of which wrong tokens are remembered; beyond them the one is forgotten whose last is longest ago."""
+
+
+class Certificates:
+    """Which certificate each client has, read from a file of lines `NUMBER NAME`; None for any of the authority.
+
+    NAME is one of the certificate's alternative names or, where it has none, its common name; or
+    `sha256:FINGERPRINT`, as `openssl x509 -noout -fingerprint -sha256` prints it.
+
+    Args:
+      path: of the file.
+      clients: how many clients there are, of which each must have its line.
+
+    Raises:
+      ValueError: a line is none of a client's, two clients have one certificate, or a client has none or two.
+    """
+
+    def __init__(self, path: str | None, clients: int | None = None):
+        self._wanted: dict[int, str] | None = None
+        if path is None:
+            return
+        self._wanted = wanted = {}
+        for client, name, where in client_lines("certificates", path, "the name in its certificate"):
+            if name.startswith("sha256:"):
+                name = name.replace(":", "").lower().removeprefix("sha256")
+                if not re.fullmatch("[0-9a-f]{64}", name):
+                    raise ValueError(f"certificates: sha256: needs 64 hexadecimal digits, in {where}")
+                name = f"sha256:{name}"
+            if client in wanted:
+                raise ValueError(f"certificates must have one line a client, got another of client {client}, {where}")
+            if name in wanted.values():
+                raise ValueError(f"certificates must be another for each client, got an earlier client's in {where}")
+            wanted[client] = name
+        lacking = [client for client in range(clients or 0) if client not in wanted]
+        if lacking or not wanted:
+            some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
+            raise ValueError(f"certificates must have a line of every client, got {some} in {path}")
+
+    def __bool__(self):
+        return self._wanted is not None
+
+    def refusal(self, found: "Identity", client: int | None) -> str | None:
+        """Returns why a certificate is not that of a client, or of any where `client` is None; None where it is."""
+        if self._wanted is None:
+            return None
+        mine = {*found.names, f"sha256:{found.fingerprint}"}
+        shown = shorten(", ".join(found.names) or found.fingerprint or "none", 200)
+        if client is None:
+            return None if mine & set(self._wanted.values()) else f"this certificate, of {shown}, is no client's"
+        return None if self._wanted.get(client) in mine else f"this certificate, of {shown}, is not client {client}'s"
+
+
+class Identity(NamedTuple):
+    """Whose certificate a caller has shown: its names, and its fingerprint in hexadecimal."""
+
+    names: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, context: grpc.ServicerContext) -> "Identity":
+        """Returns that of a call; an empty one of a caller without a certificate."""
+        found = context.auth_context()
+        # A common name beside alternative ones is not one, as authorities need not have checked it (RFC 6125).
+        names = found.get("x509_subject_alternative_name") or found.get("x509_common_name") or ()
+        pem = next(iter(found.get("x509_pem_cert", ())), b"")
+        der = ssl.PEM_cert_to_DER_cert(pem.decode("ascii")) if pem else b""
+        texts = tuple(name.decode("utf-8", "replace") for name in names)
+        return cls(texts, hashlib.sha256(der).hexdigest() if der else "")
+
+
+class _Guesses:
+    """Of one address."""
+
+    def __init__(self, began: float):
+        self.count, self.began, self.refused_until, self.refused = 0, began, 0.0, 0
+
+
+class WrongTokens:
+    """Refuses an address for `seconds` that has shown `most` wrong tokens within as long.
+
+    Those behind one NAT or proxy have one address, and are refused together; of IPv6 those of one /64 count as one.
+
+    Args:
+      most: how many; 0 for no limit.
+      clock: says the time in seconds.
+      say: takes a line at the beginning of a refusal, and one at its end, when the next call comes.
+    """
+
+    def __init__(
+        self,
+        most: int = 10,
+        seconds: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = log.warning,
+    ):
+        self._most, self._seconds, self._clock, self._say = most, seconds, clock, say
+        self._found: OrderedDict[str, _Guesses] = OrderedDict()
+        self._refused: dict[str, _Guesses] = {}
+        self._lock = threading.Lock()
+
+    def refuses(self, address: str) -> bool:
+        """Whether an address is refused at this time, so that its token need not be looked at."""
+        said = []
+        with self._lock:
+            now = self._clock()
+            for other, guesses in list(self._refused.items()):  # in the order of their ends
+                if guesses.refused_until > now:
+                    break
+                del self._refused[other]
+                self._found.pop(other, None)
+                said.append(f"{other} may try tokens again; {guesses.refused} calls of it were refused meanwhile")
+            if (guesses := self._refused.get(address)) is not None:
+                guesses.refused += 1
+        for line in said:
+            self._say(line)
+        return guesses is not None
+
+    def count(self, address: str) -> None:
+        """An address has shown a wrong token."""
+        if not self._most:
+            return
+        with self._lock:
+            now, guesses = self._clock(), self._found.get(address)
+            if guesses is None or (now - guesses.began > self._seconds and address not in self._refused):
+                guesses = self._found[address] = _Guesses(now)
+            self._found.move_to_end(address)
+            if len(self._found) > _MOST_ADDRESSES:
+                forgotten, _ = self._found.popitem(last=False)
+                self._refused.pop(forgotten, None)
+            guesses.count += 1
+            begins = guesses.count >= self._most and address not in self._refused
+            if begins:
+                guesses.refused_until = now + self._seconds
+                self._refused[address] = guesses
+        if begins:
+            many = f"{self._most} wrong token{'' if self._most == 1 else 's'} within {self._seconds:g} s"
+            self._say(f"{address}: {many}; it is refused for {self._seconds:g} s")
+
+
+class Refusal(NamedTuple):
+    """Why a call is not answered."""
+
+    reason: str
+    code: grpc.StatusCode
+    is_told: bool
+    """Whether it has been logged already."""
+
+
+class Admission:
+    """What a server asks of a call before it answers."""
+
+    def __init__(
+        self, tokens: Tokens, certificates: Certificates | None = None, wrong_tokens: WrongTokens | None = None
+    ):
+        self._tokens = tokens
+        self._certificates = Certificates(None) if certificates is None else certificates
+        self._wrong = WrongTokens() if wrong_tokens is None else wrong_tokens
+
+    def refusal(self, context: grpc.ServicerContext, client: int | None = None) -> Refusal | None:
+        """Returns why a call is refused, None where it is let in.
+
+        Args:
+          client: the number that the caller says it has; None before it has said any, when any client's will do.
+        """
+        address, token = address_of(context.peer()), token_of(context)
+        if client is None and self._wrong.refuses(address):
+            # Not for good: who is refused may be another behind the same NAT.
+            reason = "too many wrong tokens have come from this address; it may try again later"
+            return Refusal(reason, grpc.StatusCode.UNAVAILABLE, True)
+        good = self._tokens.accept_any(token) if client is None else self._tokens.accept(client, token)
+        if not good:
+            self._wrong.count(address)
+            reason = "no such token" + ("" if client is None else f" for client {client}")
+            return Refusal(reason, grpc.StatusCode.UNAUTHENTICATED, False)
+        if not self._certificates:
+            return None
+        if (reason := self._certificates.refusal(Identity.of(context), client)) is not None:
+            return Refusal(reason, grpc.StatusCode.UNAUTHENTICATED, False)
+        return None
+
+
+def token_of(context: grpc.ServicerContext) -> str:
+    """Returns the token that a call came with, or an empty one."""
+    return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
+
+
+def address_of(peer: str) -> str:
+    """Returns the address in what gRPC calls a peer, as "ipv4:192.0.2.1:5000"; of IPv6 its /64."""
+    kind, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].strip("[]")
+    if kind not in ("ipv4", "ipv6"):
+        return peer
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address) and not address.is_loopback:
+        mapped = address.ipv4_mapped
+        return str(mapped or ipaddress.ip_network((address, 64), strict=False))
+    return str(address)

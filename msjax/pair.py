@@ -1,0 +1,232 @@
+"""Both parts of a trained network together: predictions from inputs, and one file of the whole.
+
+    pair = msjax.load_pair("runs/NAME")                     # or the files of the two parts
+    outputs = msjax.predict(pair, x)                        # x as the data set stores inputs; outputs are logits
+    msjax.pair.save_network("network.safetensors", pair)    # without the cut
+
+Predictions go through the run's codec, as its tests do.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msjax import build, config, models
+from msjax.checks import integer
+from msjax.parts import NETWORK, TrainedPart, load_part, merged, save_trained
+from msjax.paths import existing_file
+from msjax.runs import RunFolder
+from msjax.split.spec import RunSpec
+from msjax.split.state import client_keys, eval_key, tail_key
+
+Names = Literal["pytorch", "msjax"]
+"""How the arrays of a network's file are named."""
+CHUNK = 64
+"""Inputs that are computed at a time, where each is compressed by itself."""
+
+
+class Pair(NamedTuple):
+    """The two parts of one trained network; the client's has the tail, too, where the run is U-shaped."""
+
+    client: TrainedPart
+    server: TrainedPart
+
+    @property
+    def config(self) -> config.Config:
+        """The config of the run that trained them."""
+        if self.client.config is None:  # which `load_pair` refuses
+            raise ValueError("client must be a part with a config, got one of a run from Python")
+        return self.client.config
+
+    @property
+    def summary(self) -> build.DataSummary:
+        """What the network has to know of its data; the client's, which knows more of it than the server's."""
+        if self.client.summary is None:
+            raise ValueError("client must be a part with a summary of its data, got one of a run from Python")
+        return self.client.summary
+
+
+def load_pair(
+    run: str | os.PathLike, server: str | os.PathLike | None = None, *, preset: config.Config | None = None
+) -> Pair:
+    """Reads both parts of a trained network.
+
+    Args:
+      run: the folder of a finished run of `msjax train`; or, with `server`, the file of the client's part.
+      server: the file of the server's part.
+      preset: of a model or task of one's own; a run's folder names its preset itself.
+
+    Raises:
+      ValueError: there are no such parts, they are not of one run, or their model is not here.
+    """
+    if server is None:
+        folder, cfg = RunFolder.open(run, read_only=True)
+        folder.close()
+        paths = [folder.path / f"{part}.safetensors" for part in ("client", "server")]
+        if folder.is_served:
+            raise ValueError(
+                f"the run must be one of msjax train, got {os.fspath(run)!r} of msjax serve, whose clients have their "
+                f"parts: give both files, CLIENT.safetensors and {paths[1]}"
+            )
+        if lacking := next((path for path in paths if not path.exists()), None):
+            raise ValueError(
+                f"the run must be finished, got {os.fspath(run)!r} without {lacking.name}: msjax train --resume {run}"
+            )
+        preset = preset or cfg
+    else:
+        paths = [existing_file("client", run), existing_file("server", server)]
+    pair = Pair(*(load_part(path, preset=preset) for path in paths))
+    for name, part, path in zip(Pair._fields, pair, paths, strict=True):
+        if part.part != name:
+            raise ValueError(f"{name} must be the file of a {name}'s part, got that of a {part.part}: {path}")
+        if part.config is None:
+            raise ValueError(f"{name} must be a part with a config, got one of a run from Python: {path}")
+        if part.apply is None:
+            raise ValueError(f"{path} is of a model of one's own: give its preset with --config")
+    if pair.client.run_id != pair.server.run_id:
+        ids = f"{pair.client.run_id!r} of the client and {pair.server.run_id!r} of the server"
+        raise ValueError(f"the parts must be of one run, got {ids}")
+    return pair
+
+
+def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | None = None) -> Any:
+    """Returns the network's outputs for inputs, in float32; logits of a classification.
+
+    The features go through the codec of the run's tests. A codec compresses what it is given at once together, so that
+    what becomes of an input depends on what else is in its batch; with a batch size of 1 it does not.
+
+    Args:
+      inputs: (N, …), as the data set stores them: uint8 images, tokens, or a table's inputs, which
+        `data.read_inputs` makes of files.
+      batch_size: inputs whose features are compressed together; a test takes the run's own.
+      compressed: whether features go through the codec; by default as in the run's tests.
+
+    Raises:
+      ValueError: `inputs` are not such as the network takes, or `batch_size` is below 1.
+    """
+    lengths = {len(leaf) for leaf in jax.tree.leaves(inputs)}
+    if len(lengths) != 1:
+        raise ValueError(f"inputs must have one length, got {sorted(lengths)}")
+    fetch = lambda lo, hi: jax.tree.map(lambda leaf: leaf[lo:hi], inputs)  # noqa: E731
+    found = list(predictions(pair, fetch, lengths.pop(), batch_size=batch_size, compressed=compressed))
+    if not found:
+        raise ValueError("inputs must have an example, got none")
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def predictions(
+    pair: Pair, fetch: Any, count: int, *, batch_size: int = 1, compressed: bool | None = None
+) -> Iterator[Any]:
+    """Yields the outputs of `predict` piece by piece, of inputs that `fetch(first, last)` reads; see `data.Inputs`."""
+    batch_size = integer("batch_size", batch_size, 1)
+    spec = _spec_of(pair, compressed)
+    states = jax.device_put([(part.params, part.stats) for part in pair])
+    # That of a test's first round and client.
+    key = client_keys(jax.random.fold_in(eval_key(pair.config.seed), 0), jnp.int32(0), jnp.zeros(1, jnp.int32))[0]
+    at = 0
+    while at < count:
+        batches = max(1, CHUNK // batch_size)
+        if count - at < batches * batch_size:  # what is left: whole batches, then the rest of one
+            batches = max(1, (count - at) // batch_size)
+        taken = min(batches * batch_size, count - at)
+        x = fetch(at, at + taken)
+        _check_inputs(x, pair.summary)
+        x = jax.tree.map(lambda leaf, b=batches: np.reshape(leaf, (b, len(leaf) // b, *np.shape(leaf)[1:])), x)
+        outputs = jax.device_get(_outputs(spec, states, x, key))
+        yield jax.tree.map(lambda leaf: np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[2:]), outputs)
+        at += taken
+
+
+def _spec_of(pair: Pair, compressed: bool | None) -> RunSpec:
+    cfg = pair.config
+    if compressed is not None:
+        cfg = dataclasses.replace(cfg, eval_compressed=compressed)
+    parts = jax.eval_shape(lambda: build.make_parts(cfg, pair.summary))
+    counts = {"samples": cfg.batch_size, "test_samples": cfg.clients}
+    return build.build(cfg, pair.summary, parts=parts, shapes_only=True, **counts).spec
+
+
+def _check_inputs(x, summary):
+    expected = summary.inputs
+    found = [(np.shape(leaf)[1:], leaf.dtype) for leaf in jax.tree.leaves(x)]
+    if found != [(leaf.shape, leaf.dtype) for leaf in expected.leaves]:
+        got = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in found)
+        raise ValueError(f"inputs must be {expected} each, as the network takes them, got {got}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(spec, states, x, key):
+    """Outputs (K, B, …) of inputs (K, B, …), each batch through the codec by itself."""
+    (client, client_stats), (server, server_stats) = states
+
+    def one_batch(x):
+        batch_size = jax.tree.leaves(x)[0].shape[0]
+
+        def cross(payload, h, key):
+            return payload.decode(payload.encode(h, key))
+
+        h, _ = spec.client(client, client_stats, spec.preprocess(x), train=False, key=None)
+        h = cross(spec.test_payload(batch_size), h, key)
+        y, _ = spec.server(server, server_stats, h, train=False, key=None)
+        if spec.u_shaped:
+            h = cross(spec.tail_test_payload(batch_size), y, tail_key(key))
+            y, _ = spec.tail(client, client_stats, h, train=False, key=None)
+        return y
+
+    return jax.vmap(one_batch)(x)
+
+
+def whole(pair: Pair) -> models.ModelPart:
+    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it."""
+    cfg, summary = pair.config, pair.summary
+    client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+
+    def filled(part, trained):
+        return part._replace(
+            params={name: trained.params[name] for name in part.params},
+            stats={name: trained.stats[name] for name in part.stats},
+        )
+
+    parts = (filled(client, pair.client), filled(server, pair.server), *(filled(part, pair.client) for part in tail))
+    return merged(cfg, parts)
+
+
+def save_network(path: str | os.PathLike, pair: Pair, *, names: Names | None = None) -> Names:
+    """Writes all parts of a network as one safetensors file, atomically.
+
+    Args:
+      names: "pytorch": as `models.save_weights` names the arrays, which `models.load_weights`, `--model.weights` and
+        PyTorch read; the file does not say what inputs are normalised by. "msjax": `params/BLOCK/…` and `stats/BLOCK/…`
+        with config and normalisation, which `load_part` reads as one part. By default the first where the model has
+        such names.
+
+    Returns:
+      Which names they are.
+
+    Raises:
+      ValueError: the model has no names in PyTorch, or `names` is neither.
+      OSError: the file cannot be written.
+    """
+    cfg, summary = pair.config, pair.summary
+    own = config.is_reference(cfg.model.name)
+    if names is None:
+        names = "pytorch" if cfg.model.name in models.PYTORCH else "msjax"
+    network = whole(pair)
+    if names == "pytorch":
+        if own:
+            raise ValueError(
+                'names must be "msjax" for a model of one\'s own, which has no names in PyTorch, got "pytorch"'
+            )
+        models.save_weights(path, build.make_model(cfg, summary), network.params, network.stats)
+    elif names == "msjax":
+        ids = {"run_id": pair.client.run_id, "step": pair.client.step}
+        save_trained(path, NETWORK, network, cfg, summary, **ids)
+    else:
+        raise ValueError(f'names must be "pytorch" or "msjax", got {names!r}')
+    return names

@@ -1,0 +1,210 @@
+"""Whom a server lets in: a client's certificate is its own, and who guesses tokens is refused for a while."""
+
+import contextlib
+import hashlib
+import ssl
+
+import grpc
+import pytest
+
+from msjax import config
+from msjax.distributed.channel import Clock, ConnectionLost
+from msjax.distributed.metrics import Metrics
+from msjax.distributed.options import ListenOptions, ServeOptions
+from msjax.distributed.rpc import admission
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of
+from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.security import TlsFiles, Tokens
+from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.server_program import check_serve
+
+from .authority import Authority
+
+
+class Call:
+    """What gRPC says of a call."""
+
+    def __init__(self, peer="ipv4:192.0.2.1:5000", token="", **auth):
+        self._peer, self._token = peer, token
+        self._auth = {f"x509_{name}": value for name, value in auth.items()}
+
+    def peer(self):
+        return self._peer
+
+    def invocation_metadata(self):
+        return [("authorization", f"Bearer {self._token}")] if self._token else []
+
+    def auth_context(self):
+        return self._auth
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("admission")
+    (path / "tokens").write_text("0 alice\n1 bob\n")
+    (path / "names").write_text("# of two\n0 client-0\n1 the second client\n")
+    return path
+
+
+def test_names_in_certificates(path):
+    names = Certificates(str(path / "names"))
+    second = Identity.of(Call(common_name=[b"the second client"]))
+    assert names.refusal(second, 1) is None and names.refusal(second, None) is None
+    assert names.refusal(second, 0) == "this certificate, of the second client, is not client 0's"
+    assert names.refusal(second, 2) == "this certificate, of the second client, is not client 2's"
+    # A common name beside others is none.
+    first = Identity.of(Call(subject_alternative_name=[b"10.0.0.1", b"client-0"], common_name=[b"the second client"]))
+    assert names.refusal(first, 0) is None
+    assert names.refusal(first, 1) == "this certificate, of 10.0.0.1, client-0, is not client 1's"
+    assert names.refusal(Identity.of(Call()), None) == "this certificate, of none, is no client's"
+    assert Certificates(None).refusal(Identity(), 5) is None
+
+
+def test_fingerprints_as_openssl_prints_them(path, tmp_path):
+    files = Authority(tmp_path).issue("anyone")
+    with open(files.certificate) as file:
+        pem = file.read()
+    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest().upper()
+    shown = ":".join(digest[i : i + 2] for i in range(0, 64, 2))
+    (tmp_path / "certificates").write_text(f"0 sha256:{shown}\n")
+    certificates = Certificates(str(tmp_path / "certificates"), 1)
+    assert certificates.refusal(Identity.of(Call(pem_cert=[pem.encode()])), 0) is None
+    assert certificates.refusal(Identity.of(Call(common_name=[shown.encode()])), 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 a\n", "certificates must have a line of every client, got none of client 1 in"),
+        ("", "got none at all"),
+        ("a\n", "certificates must be lines of a client's number and the name in its certificate, got line 1"),
+        ("0 a\n0 b\n", "certificates must have one line a client, got another of client 0, line 2"),
+        ("0 a\n1 a\n", "certificates must be another for each client, got an earlier client's in line 2"),
+        ("0 a\n1 sha256:ab\n", "certificates: sha256: needs 64 hexadecimal digits, in line 2"),
+    ],
+)
+def test_certificates_that_no_client_could_use(tmp_path, text, message):
+    (tmp_path / "names").write_text(text)
+    options = ServeOptions(tls=Authority(tmp_path).issue("localhost"), certificates=str(tmp_path / "names"))
+    with pytest.raises(ValueError, match=message):
+        check_serve(config.Config(clients=2), options)
+
+
+def test_certificates_go_with_tls(path):
+    with pytest.raises(ValueError, match=r"certificates must go with tls, got '.*names' without it"):
+        ListenOptions(certificates=str(path / "names")).check()
+    with pytest.raises(ValueError, match="max_wrong_tokens must be an integer of at least 0, got -1"):
+        ListenOptions(max_wrong_tokens=-1).check()
+
+
+@contextlib.contextmanager
+def listening(tls, **options):
+    endpoint = Endpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
+    endpoint.start(TrainServicer(metrics=endpoint.metrics, **options))
+    try:
+        yield str(endpoint.address), endpoint.metrics
+    finally:
+        endpoint.close()
+
+
+def answer_to(address, client, tls, token=None):
+    connection = Connection(address, tls, token)
+    try:
+        connection.send(pb.FromClient(hello=pb.Hello(protocol=3, client=client)))
+        return connection.receive(0.5)
+    except ConnectionLost as lost:
+        return lost
+    finally:
+        connection.close()
+
+
+def test_a_client_cannot_use_anothers_certificate(path, tmp_path):
+    authority = Authority(tmp_path)
+    first, third = authority.issue("client-0"), authority.issue("client-2")
+    certificates = Certificates(str(path / "names"))
+    with listening(authority.issue("localhost"), tokens=Tokens(None), certificates=certificates) as (address, metrics):
+        assert "no answer within" in str(answer_to(address, 0, first))  # it is let in; no coordinator is there
+        lost = answer_to(address, 1, first)
+        assert str(lost) == "this certificate, of client-0, is not client 1's" and lost.final
+        lost = answer_to(address, 0, third)
+        assert str(lost) == "this certificate, of client-2, is no client's" and lost.final
+        assert metrics.refused._value.get() == 2
+
+
+def test_who_guesses_is_refused_for_a_minute(path):
+    clock, said = Clock(), []
+    it = Admission(Tokens(str(path / "tokens")), wrong_tokens=WrongTokens(3, 60.0, clock, said.append))
+    guess, good = Call(token="x"), Call(token="alice")
+    other = Call("ipv4:192.0.2.2:5000", "alice")
+    for second in (0.0, 1.0):
+        clock.now = second
+        assert it.refusal(guess).reason == "no such token"
+    assert it.refusal(good) is None and not said
+    clock.now = 2.0
+    assert it.refusal(good, 1).reason == "no such token for client 1"  # that is a wrong one, too
+    assert said == ["192.0.2.1: 3 wrong tokens within 60 s; it is refused for 60 s"]
+    for call in (guess, good):
+        refusal = it.refusal(call)
+        assert refusal.reason == "too many wrong tokens have come from this address; it may try again later"
+        assert refusal.is_told and refusal.code is grpc.StatusCode.UNAVAILABLE  # so that a client tries again
+    assert it.refusal(other) is None
+    clock.now = 62.1
+    assert it.refusal(other) is None
+    assert said[1:] == ["192.0.2.1 may try tokens again; 2 calls of it were refused meanwhile"]
+    assert it.refusal(good) is None and it.refusal(guess).reason == "no such token"
+    assert len(said) == 2
+
+
+def test_wrong_tokens_that_come_seldom_are_no_guessing():
+    clock, said = Clock(), []
+    it = WrongTokens(3, 60.0, clock, said.append)
+    for n in range(20):
+        clock.now = 31.0 * n
+        it.count("a")
+        assert not it.refuses("a")
+    assert not said
+
+
+def test_no_limit():
+    it = WrongTokens(0)
+    for _ in range(100):
+        it.count("a")
+    assert not it.refuses("a") and not it._found
+
+
+def test_addresses_that_are_remembered_are_few(monkeypatch):
+    monkeypatch.setattr(admission, "_MOST_ADDRESSES", 5)
+    it = WrongTokens(2, 60.0, Clock(), lambda line: None)
+    for n in range(100):
+        it.count(f"{n}")
+        it.count(f"{n}")
+    assert len(it._found) == len(it._refused) == 5
+    assert it.refuses("99") and it.refuses("95") and not it.refuses("94")
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:192.0.2.1:5000", "192.0.2.1"),
+        ("ipv6:[2001:db8:1:2:3::4]:5000", "2001:db8:1:2::/64"),
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:5000", "2001:db8:1:2::/64"),
+        ("ipv6:[::ffff:192.0.2.1]:5000", "192.0.2.1"),
+        ("ipv6:[::1]:5000", "::1"),
+        ("ipv6:[fe80::1%25eth0]:5000", "fe80::/64"),
+        ("unix:/tmp/socket", "unix:/tmp/socket"),
+    ],
+)
+def test_addresses_of_peers(peer, address):
+    assert address_of(peer) == address
+
+
+def test_over_grpc(path):
+    tokens, wrong = Tokens(str(path / "tokens")), WrongTokens(2, 60.0, Clock(), lambda line: None)
+    with listening(TlsFiles(), tokens=tokens, wrong_tokens=wrong) as (address, metrics):
+        for _ in range(2):
+            lost = answer_to(address, 0, TlsFiles(), "x")
+            assert str(lost) == "no such token" and lost.final
+        lost = answer_to(address, 0, TlsFiles(), "alice")
+        assert "too many wrong tokens have come from this address" in str(lost) and not lost.final
+        assert metrics.refused._value.get() == 3
