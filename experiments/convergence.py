@@ -83,13 +83,13 @@ def report(scale, records):
     lines, figures = [], {}
     for number, (setting, (_, published, cuts)) in enumerate(settings(scale).items()):
         groups = groups_of(setting, records)
+        if not groups:
+            continue
         if setting:
             lines += [f"### {setting}", ""]
-        lines += [table(groups, published, cuts), ""]
-        if groups:
-            figure = f"convergence{number or ''}"
-            figures[figure] = plot(groups, cuts)
-            lines += [f"![Loss and accuracy by epoch]({figure}.png)", ""]
+        figure = f"convergence{number or ''}"
+        figures[figure] = plot(groups, cuts)
+        lines += [table(groups, published, cuts), "", f"![Loss and accuracy by epoch]({figure}.png)", ""]
     return study.Page("\n".join(lines), figures)
 
 

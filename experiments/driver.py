@@ -155,6 +155,7 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     parser.add_argument("--scale", choices=study.SCALES, default="lite")
     parser.add_argument("--data-dir", help="a TFDS data directory")
     parser.add_argument("--cache-dir", help="where the decoded images are kept")
+    parser.add_argument("--weights", help="the folder of published weights, for studies that start from some")
     parser.add_argument("--out", default="runs", help="where the run folders are")
     parser.add_argument("--results", type=pathlib.Path, default=study.RESULTS, help="where the records are")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
@@ -194,7 +195,9 @@ def _placed(run, options):
     if isinstance(run, study.Measured):
         return run._replace(config=_placed(run.config, options))
     data = dataclasses.replace(run.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
-    return dataclasses.replace(run, data=data, out=options.out)
+    weights = run.model.weights and os.path.join(options.weights or "", run.model.weights)
+    model = dataclasses.replace(run.model, weights=weights)
+    return dataclasses.replace(run, data=data, model=model, out=options.out)
 
 
 def _one_run(scale: str, results: str, command: str, *cores: str) -> int:

@@ -50,7 +50,8 @@ def runs(scale):
 
 def report(scale, records):
     found = study.by_arm(records)
-    shown = settings(scale)
+    labels = {setting: [study.label(setting, name) for name in one.codecs] for setting, one in settings(scale).items()}
+    shown = {setting: one for setting, one in settings(scale).items() if found.keys() & set(labels[setting])}
     lines = []
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(shown), 4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]

@@ -11,7 +11,8 @@ in `experiments/results/<scale>/` and is never repeated, whichever study asks fo
 its checkpoint in the run folder.
 
 smoke: seconds, on the embedded data, to see that a study works; its numbers mean nothing and are not committed.
-lite: CIFAR-10, a narrow ResNet9 and a short schedule, about five minutes a run on two CPU cores; see `base`.
+lite: CIFAR-10's original pixels, a narrow ResNet9 and a short schedule, about five minutes a run on two CPU cores; see
+`base`. `lite_jpeg` has earlier records of the same runs on a lossy copy of CIFAR-10.
 paper: the published setting, for a GPU or TPU.
 """
 
@@ -31,6 +32,8 @@ from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
 ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results"
 SCALES = ("smoke", "lite", "paper")
+LOSSY = "lite_jpeg"
+"""The folder of lite runs on a JPEG-coded copy of CIFAR-10."""
 CUTS = ("shallow", "medium", "deep")
 PLAIN_CUT = "medium"
 """Where a run that compresses nothing is cut; it would be the same anywhere."""
@@ -123,9 +126,11 @@ def record(scale: str, run: Run, results: pathlib.Path = RESULTS) -> Record | No
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def records(study: ModuleType, scale: str, results: pathlib.Path = RESULTS) -> dict[str, Record]:
-    """The records that there are of a study's runs, by name."""
-    found = {name: record(scale, run, results) for name, run in study.runs(scale).items()}
+def records(
+    study: ModuleType, scale: str, results: pathlib.Path = RESULTS, folder: str | None = None
+) -> dict[str, Record]:
+    """The records that there are of a study's runs, by name; in the folder of the scale, or another one."""
+    found = {name: record(folder or scale, run, results) for name, run in study.runs(scale).items()}
     return {name: one for name, one in found.items() if one is not None}
 
 

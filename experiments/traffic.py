@@ -57,9 +57,11 @@ def report(scale, records):
             arm: {record["config"]["seed"]: record for record in found}
             for arm, found in convergence.groups_of(setting, records, ARMS).items()
         }
+        if not any(groups.values()):
+            continue
         if setting:
             lines += [f"### {setting}", ""]
-        for way, title in WAYS.items() if any(groups.values()) else ():
+        for way, title in WAYS.items():
             lines += [f"{title}:", "", table(groups, PUBLISHED.get(setting, {}) if way == "paper" else {}, way), ""]
     return study.Page("\n".join(lines), {})
 

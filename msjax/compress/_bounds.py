@@ -36,8 +36,8 @@ def mask_encoded_error_bound(h: Float[Array, "..."], ratio: float, bits: int) ->
         return jnp.float32(0)
     x = h.reshape(h.size).astype(jnp.float32)
     k = _select.num_kept(ratio, x.size)
-    kept = _select.select(x, k, by_magnitude=True).mask
-    dropped = jnp.sqrt(_norm2(jnp.where(kept, 0, x)))
+    kept = _select.select(x, k, by_magnitude=True).positions
+    dropped = jnp.sqrt(_norm2(_select.put(x, kept, jnp.zeros(k, x.dtype))))
     return dropped * jnp.sqrt(_norm2(x)) * jnp.float32((x.size - k) ** 0.5 / (2**bits - 1))
 
 

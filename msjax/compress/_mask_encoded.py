@@ -105,7 +105,7 @@ class MaskEncoded(VectorCodec):
         if x.size == 0:
             return MaskPayload(x, jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.uint8))
         top, codes = self._quantize(x)
-        codes = jnp.where(top.mask, jnp.uint8(self._top), codes.astype(jnp.uint8))
+        codes = jnp.where(_bits.unpack_words(top.words, x.size), jnp.uint8(self._top), codes.astype(jnp.uint8))
         packed = _bits.pack(codes, self.bits)
         signs = jnp.zeros(0, jnp.uint8)
         if self.signed:
@@ -150,4 +150,4 @@ class MaskEncoded(VectorCodec):
         levels = self._levels(codes, top.kth)
         if self.signed:
             levels = jnp.where((x < 0) & (codes > 0), -levels, levels)
-        return jnp.where(top.mask, x, levels.astype(x.dtype))
+        return jnp.where(_bits.unpack_words(top.words, x.size), x, levels.astype(x.dtype))

@@ -39,7 +39,7 @@ class RandTopK(Sparsifier):
         return TopK(self.ratio, granularity=self.granularity)
 
     def _kept(self, x, k, key):
-        top = _bits.pack_words(_select.select(x, k, by_magnitude=True).mask)
+        top = _select.select(x, k, by_magnitude=True).words
         rest = top ^ _bits.ones(x.size)
         count_key, top_key, rest_key = jax.random.split(key, 3)
         swapped = jnp.sum(_random.words(count_key, k) >> 8 < round(self.alpha * 2**24), dtype=jnp.int32)

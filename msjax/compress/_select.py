@@ -1,8 +1,12 @@
 """Which k of d values are the largest: exactly k, ties settled by position.
 
 Values are ranked by `score`: NaN above +Inf, and −0 equal to +0, so that every input has one answer. Short arrays are
-left to `lax.top_k`, the reference; longer ones take `_select_by_threshold`, which keeps the same values and reads the
-array about three times, with no sort.
+left to `lax.top_k`, the reference; longer ones take `select_by_threshold`, which keeps the same values and reads the
+array about twice, with no sort.
+
+What is kept is known by position alone. A comparison of every value with the smallest of the kept would read the array
+anew, and in a program of its own XLA may compute a value twice and round it otherwise the second time: then one value
+too few, or one too many, would be marked.
 """
 
 import functools
@@ -27,8 +31,8 @@ class Selection(NamedTuple):
 
     kth: Float32[Array, ""]
     """The k-th largest score."""
-    mask: Bool[Array, "d"]
-    """Which scores are kept: k of them."""
+    words: UInt32[Array, "w"]
+    """The packed mask of the values that are kept: exactly k bits are 1."""
     positions: Int32[Array, "k"]
     """Where they are, ascending."""
 
@@ -47,8 +51,6 @@ def score(x: Float[Array, "d"], *, by_magnitude: bool) -> Float32[Array, "d"]:
     """What `x` is ranked by: its value or magnitude in float32, with one NaN and one zero."""
     x = x.astype(jnp.float32)
     x = jnp.abs(x) if by_magnitude else jnp.where(x == 0, jnp.float32(0), x)
-    # By a choice between floats. Of one between their bits XLA's CPU, in a program with a convolution before it, made a
-    # score that differed from itself, so that the smallest of the kept was not marked as kept.
     return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), x)
 
 
@@ -62,8 +64,8 @@ def select_by_sorting(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Se
     """`select` by `lax.top_k`: the reference."""
     scores = score(x, by_magnitude=by_magnitude)
     values, indices = _top_k(scores, k)
-    # Equal scores come in the order of their positions, so the last index is that of the last tie that is kept.
-    return Selection(values[-1], _kept(_order(scores), _order(values[-1]), indices[-1]), jnp.sort(indices))
+    kept = jnp.sort(indices)  # of equal scores the first by position come first
+    return Selection(values[-1], _marked(kept, x.size), kept)
 
 
 def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> Selection:
@@ -77,8 +79,8 @@ def select_by_threshold(x: Float[Array, "d"], k: int, *, by_magnitude: bool) -> 
     kth = _kth_largest(orders, k)
     above, tied = orders > kth, orders == kth
     among = above | (tied & (_cumulative_sum(tied) <= k - jnp.sum(above, dtype=jnp.int32)))
-    last = jnp.max(jnp.where(tied & among, candidates, -1))
-    return Selection(_score(kth), _kept(_order(scores(x)), kth, last), candidates[positions(among, k)])
+    kept = candidates[positions(among, k)]
+    return Selection(_score(kth), _marked(kept, d), kept)
 
 
 def positions(mask: Bool[Array, "d"], n: int) -> Int32[Array, "n"]:
@@ -130,6 +132,12 @@ def _top_k(score, k):
     values, indices = lax.top_k(score, k)
     # Swapped, since a barrier right behind the pair aborts XLA's compiler where it does decompose the top-k.
     return lax.optimization_barrier((indices, values))[::-1]
+
+
+def _marked(positions, d):
+    """The packed mask of d entries of which those at these positions, ascending and distinct, are 1."""
+    bits = jnp.uint32(1) << (positions & 31).astype(jnp.uint32)
+    return jnp.zeros(-(-d // 32), jnp.uint32).at[positions >> 5].add(bits, indices_are_sorted=True)
 
 
 def _kept(order, threshold, last):

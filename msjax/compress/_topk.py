@@ -80,7 +80,7 @@ class TopK(Sparsifier):
     """
 
     def _kept(self, x, k, key):
-        return _bits.pack_words(_select.select(x, k, by_magnitude=True).mask)
+        return _select.select(x, k, by_magnitude=True).words
 
     def _encode_vector_numpy(self, x):
         if x.size == 0:

@@ -21,7 +21,7 @@ from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._columns import Column, Missing, column_statistics, table_inputs
 from msjax.data._csv import from_csv
-from msjax.data._dataset import Arrays, Dataset, Split
+from msjax.data._dataset import Arrays, Dataset, Split, split_digest
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._load import load
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "normalize",
     "partition",
+    "split_digest",
     "stream",
     "table_inputs",
 ]

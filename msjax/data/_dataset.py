@@ -1,6 +1,7 @@
 """What a data set is: two splits, and what a network has to know of them."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -173,6 +174,16 @@ class Dataset:
         if not found.in_memory:
             raise DataError(f"the {split} split of {self.name} is not in memory: read it by data.batches or its fetch")
         return found
+
+
+def split_digest(split: Split) -> str | int:
+    """Returns a SHA-256 of the bytes of a split in memory, inputs and then labels; of a streamed one, its length."""
+    if not split.in_memory:
+        return len(split)
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves((split.inputs, split.targets)):  # type: ignore[attr-defined]  # it is in memory
+        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def as_array(value: Any) -> np.ndarray:

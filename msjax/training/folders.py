@@ -1,14 +1,11 @@
 """The folder of a run that was started from Python, on objects rather than a config."""
 
-import hashlib
 import json
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from msjax.config import OptimConfig
+from msjax.data import split_digest
 from msjax.models import ModelPart
 from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
@@ -34,7 +31,7 @@ def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) 
         "augment": preprocess.augment if isinstance(preprocess.augment, str) else "a function",
         "mean": preprocess.mean,
         "std": preprocess.std,
-        "data": [_contents(split) for split in (run.dataset.train, run.dataset.test)],
+        "data": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
     }
     digest = json.loads(json.dumps(described))
     file = folder / "spec.json"
@@ -50,16 +47,6 @@ def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) 
     else:
         write_atomically(file, json.dumps(digest, indent=2) + "\n")
     return RunFolder(folder)
-
-
-def _contents(split):
-    """A hash of a split in memory; what is streamed is known by its length alone."""
-    if not split.in_memory:
-        return len(split)
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves((split.inputs, split.targets)):
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()
 
 
 def write_parts(folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int) -> None:

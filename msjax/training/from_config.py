@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from msjax import build, config
 from msjax.compress import Identity
+from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.state import TrainState
@@ -67,6 +68,7 @@ def train_config(
         "headline": headline,
         **{name: last[name] for name in ("test", "train", "traffic") if name in last},
         "uncompressed_feature_bytes": samples * dense.nbytes,
+        "data_sha256": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),
         "command": " ".join(sys.argv),
