@@ -198,15 +198,20 @@ def work_on(stage: str, jobs: dict, record: Record, seconds: float, least: float
 
 
 def work_on_training(name: str, job, record: Record, seconds: float) -> dict:
-    """Goes on with a training; the record has what it says after every epoch."""
+    """Goes on with a training; the record has what it says after every epoch.
+
+    One that had to start anew leaves the record as it is until it has come as far.
+    """
+    known = len(record[name].get("history", []))
 
     def told(row):
-        record.put("train", name, row)
+        if len(row["history"]) >= known:
+            record.put("train", name, row)
         epoch = row["history"][-1]
         print(f"{name}: epoch {epoch['epoch']}, {epoch.get('test')}, {epoch['seconds']:.0f} s", flush=True)
 
     row = job(seconds, told)
-    if row.get("history"):  # else it was stopped before it began
+    if len(row.get("history", [])) >= max(known, 1):
         record.put("train", name, row)
     return row
 

@@ -82,6 +82,22 @@ def test_a_call_that_is_killed_leaves_what_it_was_doing(tmp_path):
     assert row["error"] == "did not end"
 
 
+def test_a_training_that_starts_anew_does_not_shorten_its_record(tmp_path):
+    def epochs(count):
+        def job(seconds, told):
+            history = [{"epoch": n + 1, "seconds": 1.0} for n in range(count)]
+            for n in range(count):
+                told({"history": history[: n + 1]})
+            return {"history": history}
+
+        return job
+
+    for count, known in ((3, 3), (2, 3), (0, 3), (4, 4)):
+        accelerator.work_on("train", {"a": epochs(count)}, accelerator.Record(options_for(tmp_path)), 9.0)
+        (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
+        assert len(row["history"]) == known
+
+
 def test_records_of_two_kinds_of_device_are_not_mixed(tmp_path):
     accelerator.work_on("steps", {"a": dict}, accelerator.Record(options_for(tmp_path)), 9.0)
     text = (tmp_path / "record.json").read_text()
