@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -59,6 +60,8 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
         torch = sys.modules["torch"]
         environment["packages"]["torch"] = torch.__version__
         environment["torch_threads"] = torch.get_num_threads()
+        if "OMP_WAIT_POLICY" in os.environ:  # how those threads wait
+            environment["variables"]["OMP_WAIT_POLICY"] = os.environ["OMP_WAIT_POLICY"]
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     arguments = sys.argv[1:]

@@ -11,7 +11,8 @@ Losses are compared as the largest relative difference of a client's in a step; 
 far‖, the median over arrays. "PyTorch again" is PyTorch beside itself with one thread instead of two, which adds in
 another order: what differs no more than that is the same method. Rounding moves values over the edge between two codes
 of MS and QU, and between kept and not of SP; then a step differs by more than float32's precision, in both. Speed is
-measured by `benchmarks.steps`.
+measured by `benchmarks.steps`; where the cores are busy, OMP_WAIT_POLICY=PASSIVE in the environment keeps PyTorch's
+threads from waiting in a loop, which takes ten times as long.
 """
 
 import pathlib

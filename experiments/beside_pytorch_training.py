@@ -13,7 +13,8 @@ accuracy, over seeds.
 
 PyTorch takes the clients one after another, as the paper says, msjax all at once. The two take turns step by step in
 one process on the same cores, each timed for itself: forward, codec, backward, update and for msjax the augmentation,
-which PyTorch gets done. A run of a codec and a seed that is in the record is not repeated.
+which PyTorch gets done. PyTorch's threads wait passively (OMP_WAIT_POLICY), since on two busy cores they take ten times
+as long otherwise. A run of a codec and a seed that is in the record is not repeated.
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="print what the record says, run nothing")
     options = parser.parse_args()
-    if (lacking := large_pages()) and not options.table:  # as `msjax train` has them
+    # As `msjax train` has them; and PyTorch's threads are not to wait in a loop on cores that msjax computes on.
+    lacking = large_pages() | ({} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "PASSIVE"})
+    if lacking and not options.table:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | lacking)
     file = options.out.with_suffix(".json")
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
