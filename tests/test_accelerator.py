@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import accelerator, accelerator_jobs, packed_images, report
+from msjax import data
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +44,17 @@ def test_packed_images_come_back(tmp_path):
     np.savez(files[1], **changed)
     with pytest.raises(ValueError, match="must hold the train images that were packed"):
         packed_images.load(files)
+
+
+def test_the_files_to_carry(tmp_path, monkeypatch, capsys):
+    """Both of about one size, the test images in the first, so that it is enough to train on."""
+    (x, y), test = split(50), split(10)
+    train, test = (data.Arrays(images, labels.astype(np.int32)) for images, labels in ((x, y), test))
+    monkeypatch.setattr(data, "load", lambda name, data_dir: data.Dataset(name, train, test, 10, None, None))
+    assert accelerator.pack(tmp_path, "there") == 0
+    first, second = (packed_images.load([tmp_path / f"cifar10-{n}.npz"]) for n in (1, 2))
+    assert len(first["train"][1]) == 20 and len(first["test"][1]) == 10 and len(second["train"][1]) == 30
+    assert "cifar10-2.npz: 0.0 MiB" in capsys.readouterr().out
 
 
 def options_for(tmp_path, **others):
