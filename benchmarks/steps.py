@@ -121,7 +121,7 @@ def make_step(name, classes, side, cut, codec, width, options, *, dtype="float32
     order = np.repeat(order, steps, axis=0)
     fixed = replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
     state = TrainState(built.client, built.server, jnp.int32(0))
-    carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec.metric_sums_like), mesh)]
+    carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec), mesh)]
     everyone = np.arange(options.clients, dtype=np.int32)
 
     def call():

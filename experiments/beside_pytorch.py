@@ -118,7 +118,7 @@ def run_ours(codec, dataset, x, y, steps):
     state = TrainState(built.client, built.server, jnp.int32(0))
     first, found, losses = _named(model, state), {}, []
     state = program.place(built.spec, state, None)
-    sums, fixed = zero_sums(built.spec.metric_sums_like), (jnp.asarray(x), jnp.asarray(y))
+    sums, fixed = zero_sums(built.spec), (jnp.asarray(x), jnp.asarray(y))
     everyone = np.arange(CLIENTS, dtype=np.int32)
     for step in range(steps):
         order = np.arange(CLIENTS * BATCH, dtype=np.int32).reshape(1, CLIENTS, BATCH) + step * CLIENTS * BATCH

@@ -139,7 +139,7 @@ def build(
     samples: int,
     test_samples: int,
     parts: tuple[models.ModelPart, ...] | None = None,
-    client_values: tuple[int, int] | None = None,
+    client_values: tuple[int, int, int] | None = None,
     shapes_only: bool = False,
 ) -> Built:
     """Builds the model, cuts it, and describes the run of clients with `samples` training samples each.
@@ -168,6 +168,7 @@ def build(
         codec=codec,
         grad_codec=Codecs.of(cfg.grad_codec, "grad_codec"),
         test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
+        update_codec=cfg.update_codec,
         preprocess=make_preprocess(cfg, summary),
     )
     client, server, *tail = parts

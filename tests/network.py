@@ -50,13 +50,14 @@ class MemoryStore:
             self.saved[step] = jax.tree.map(np.array, party)
         elif step not in self.saved:
             kept = copy.deepcopy((self._progress, party.train, party.test))
-            self.saved[step] = jax.tree.map(np.array, party.state), party.part_in_transit, kept
+            state, memory = jax.tree.map(np.array, (party.state, party.memory))
+            self.saved[step] = state, memory, party.part_in_transit, kept
             self.prune(step)
 
     def restore(self, step, like):
         if self._progress is None:
             return self.saved[step]
-        like.state, like.part_in_transit, kept = self.saved[step]
+        like.state, like.memory, like.part_in_transit, kept = self.saved[step]
         progress, like.train, like.test = copy.deepcopy(kept)
         self._progress.clear()
         self._progress.update(progress)

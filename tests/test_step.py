@@ -49,6 +49,7 @@ def make(codec, grad_codec, name="convnet", shape=(8, 8, 1), dtype=jnp.float32, 
             "codec": Codecs(codec),
             "grad_codec": Codecs(grad_codec),
             "test_codec": Codecs(compress.Identity()),
+            "update_codec": compress.Identity(),
             "preprocess": Preprocess(),
             **options,
         },
@@ -145,7 +146,7 @@ def test_shard_map_equals_vmap(codec, grad_codec):
     results = []
     for m in (None, mesh if codec == CODECS[1][0] else Mesh(np.array(jax.devices()[:2]), (devices.AXIS,))):
         copy = jax.tree.map(jnp.array, state)
-        sums = devices.replicate(zero_sums(spec.metric_sums_like), m)
+        sums = devices.replicate(zero_sums(spec), m)
         results.append(program.train_steps(spec, m, copy, sums, images, labels, order, EVERYONE, jax.random.key(9))[:2])
     assert_close(results[0], results[1], tolerance(codec, grad_codec))
     assert int(results[0][1].samples) == 2 * CLIENTS * 4
@@ -160,7 +161,7 @@ def test_streamed_batches_give_the_same_step_as_resident_ones():
     for mesh in (None, devices.make_mesh(CLIENTS)):
         results = []
         for batch in ((images, labels, order), (images[order[0]], labels[order[0]], None)):
-            copy, sums = jax.tree.map(jnp.array, state), devices.replicate(zero_sums(spec.metric_sums_like), mesh)
+            copy, sums = jax.tree.map(jnp.array, state), devices.replicate(zero_sums(spec), mesh)
             results.append(program.train_steps(spec, mesh, copy, sums, *batch, EVERYONE, key)[:2])
         assert_close(*results, 1e-6)
 
@@ -170,7 +171,7 @@ def test_train_does_not_recompile_and_donates_its_state():
     spec, images, labels = program_inputs(spec, "none")
     order = np.zeros((1, CLIENTS, 4), np.int32)
     first = state.client.params["conv1"]["conv"]["conv"]["kernel"]
-    sums = zero_sums(spec.metric_sums_like)
+    sums = zero_sums(spec)
     before = program.train_steps._cache_size()
     for _ in range(3):
         same = dataclasses.replace(spec)  # another object: a static argument is compared by value

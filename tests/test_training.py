@@ -17,11 +17,13 @@ from msjax import compress, config, data, runs
 from msjax.optim import make_optimizer
 from msjax.runs.progress import Progress
 from msjax.runs.tables import print_summaries
-from msjax.split.metrics import zero_sums
+from msjax.split.metrics import MetricSums
 from msjax.split.modes import Parallel
 from msjax.split.schedule import Schedule
 from msjax.training import Interrupted, batching, loop, program
 from msjax.training.from_config import load_run, train_config
+
+from . import setups
 
 SMALL = config.Config(
     model=config.ModelConfig(width=0.125),
@@ -193,11 +195,12 @@ def test_optimizer_is_pytorchs_sgd():
 
 
 def test_bytes_of_coded_messages_are_of_all_epochs_so_far():
-    sums = zero_sums({})._replace(uplink_bytes=jnp.float32(10.4), downlink_bytes=jnp.float32(3.0))
-    first = loop._coded_bytes(sums, [])
+    sums = MetricSums(uplink_bytes=jnp.float32(10.4), downlink_bytes=jnp.float32(3.0))
+    spec = setups.built(dataclasses.replace(setups.SMALL, codec=compress.EntropyMask()), 30).spec
+    first = loop._coded_bytes(spec, sums, [])
     assert first == {"coded_uplink_bytes": 10, "coded_downlink_bytes": 3}
     history = [{"traffic": {"uplink_bytes": 7} | first}]
-    assert loop._coded_bytes(sums, history) == {"coded_uplink_bytes": 20, "coded_downlink_bytes": 6}
+    assert loop._coded_bytes(spec, sums, history) == {"coded_uplink_bytes": 20, "coded_downlink_bytes": 6}
 
 
 class FakeStream:
@@ -297,7 +300,7 @@ def test_checkpoints_of_the_first_version_are_resumed(whole_run, tmp_path):
     state = program.place(run.spec, run.state, loop.mesh_of(run.spec))
     zero = [jnp.zeros((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 3, jnp.float32, jnp.float32)]
     progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
-    folder.checkpoints.save(0, (state, SumsOfBefore(*zero)), progress)
+    folder.checkpoints.save(0, (loop._to_save(state), SumsOfBefore(*zero)), progress)
     summary = train_config(cfg, folder, run=run, quiet=True)
     folder.close()
     assert numbers(summary) == numbers(whole_run[1])

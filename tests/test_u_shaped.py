@@ -53,6 +53,7 @@ def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0):
         codec=codecs,
         grad_codec=codecs,
         test_codec=ALL,
+        update_codec=compress.Identity(),
         preprocess=Preprocess(),
     )
     client, server = init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1])

@@ -26,6 +26,10 @@ class Codec(abc.ABC):
     needs_key: ClassVar[bool] = False
     """Whether `encode` draws random numbers; such a codec raises `ValueError` when it gets no key."""
 
+    unbiased: ClassVar[bool] = False
+    """Whether the mean over keys of what is decoded is the input. An error that such a codec makes may be larger than
+    what is encoded, so it is not to be added to what is encoded next (error feedback)."""
+
     entropy_coded: ClassVar[bool] = False
     """Whether the payload is made for lossless coding, so that `msjax.wire` always codes it."""
 

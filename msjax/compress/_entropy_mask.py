@@ -126,6 +126,11 @@ class EntropyMask(VectorCodec):
         return self.rounding == "stochastic"
 
     @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        """Whether it rounds at random, which is unbiased."""
+        return self.rounding == "stochastic"
+
+    @property
     def _most(self) -> int:
         """m: the largest code of a magnitude."""
         levels = self.levels or 0  # filled in by the constructor

@@ -24,6 +24,7 @@ class RandK(Sparsifier):
     """
 
     needs_key: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
 
     def _kept(self, x, k, key):
         return _random.subset(key, _bits.ones(x.size), jnp.int32(k))

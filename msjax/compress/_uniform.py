@@ -116,6 +116,7 @@ class StochasticUniform(Uniform):
     """
 
     needs_key: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
 
     def _round(self, steps, key):
         low = jnp.floor(steps)

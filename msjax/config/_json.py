@@ -63,7 +63,9 @@ def from_json(tree: dict[str, Any]) -> Config:
             if unknown:
                 raise ValueError(f"config does not fit this version of msjax: unknown field {field.name}.{unknown[0]}")
             sections[field.name] = field.type(**fields)
-    for name in ("codec", "grad_codec"):
+    for name in ("codec", "grad_codec", "update_codec"):
+        if name == "update_codec" and name not in tree:  # of a version that had none
+            continue
         if name not in tree:
             raise ValueError(f"config does not fit this version of msjax: it has no {name}")
         tree[name] = parse_codec(name, tree[name])

@@ -159,6 +159,9 @@ class Config:
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()
     """Of the gradient, on its way down; the paper sends it uncompressed."""
+    update_codec: CodecFlag = Identity()
+    """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
+    the parts, and statistics. Not in sequential mode, which averages nothing."""
     array_codecs: tuple[tuple[str, str], ...] = ()
     """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
     `codec`."""

@@ -21,13 +21,13 @@ class ClientRun:
 
     Args:
       party: the client as it is before the first step.
-      store: of checkpoints, with `steps()`, `save(step, state)`, `restore(step, state)`, `prune(step)`.
+      store: of checkpoints, with `steps()`, `save(step, checkpoint)`, `restore(step, like)`, `prune(step)`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
     """
 
     def __init__(self, party: Client, store: Any, compression: str | None = None):
         self.party, self._store, self._compression = party, store, compression
-        self._initial = party.state
+        self._initial = party.checkpoint()
         self.generation = 0
         self.checkpoint_steps = 0
         self.exchange: Exchange | None = None
@@ -59,9 +59,9 @@ class ClientRun:
         if start.part:
             party.adopt(messages.decode_part(start.part, party.spec), start.step)
         elif start.step in self._store.steps():
-            party.state = self._store.restore(start.step, self._initial)
+            party.go_back(self._store.restore(start.step, self._initial))
         elif start.step == 0 or not party.needs_state(start.step):
-            party.state = self._initial
+            party.go_back(self._initial)
         else:
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
         self._exchanges = party.exchanges(start.step)
@@ -124,7 +124,7 @@ class ClientRun:
         if step in self._store.steps():
             return True
         try:
-            self._store.save(step, self.party.state)
+            self._store.save(step, self.party.checkpoint())
         except OSError as error:
             log.error("no checkpoint at step %d: %s", step, error)
             return False

@@ -278,7 +278,8 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
 
 def _built(cfg, parts, samples, test_samples, description):
     """The run that clients with this description have."""
-    values = description["run"].get("client values"), description["run"].get("client state values")
+    run = description["run"]
+    values = run.get("client values"), run.get("client state values"), run.get("client statistics", 0)
     remote = any(isinstance(part.apply, RemoteApply) for part in (parts[0], *parts[2:]))
     options = {"parts": parts, "client_values": values if remote else None}
     summary = agreement.summary_of(description)

@@ -9,7 +9,6 @@ import numpy as np
 from msjax.runs.checkpoints import Checkpoints
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Server
-from msjax.split.state import PartState
 
 
 class ClientStore:
@@ -25,12 +24,12 @@ class ClientStore:
         """Returns the steps of which there is a checkpoint."""
         return self._checkpoints.steps()
 
-    def save(self, step: int, state: PartState) -> None:
-        """Saves the part before a step; raises OSError where it cannot be written."""
-        self._checkpoints.save(step, state)
+    def save(self, step: int, checkpoint: Any) -> None:
+        """Saves `Client.checkpoint()` before a step; raises OSError where it cannot be written."""
+        self._checkpoints.save(step, checkpoint)
 
-    def restore(self, step: int, like: PartState) -> PartState:
-        """Returns the part before a step."""
+    def restore(self, step: int, like: Any) -> Any:
+        """Returns what was saved before a step."""
         return self._checkpoints.restore(step, like)[0]
 
     def prune(self, saved_step: int) -> None:
@@ -60,7 +59,7 @@ class ServerStore(ClientStore):
 
     def save(self, step: int, party: Server) -> None:
         """Saves the server's state before a step, and deletes older ones; raises OSError where it cannot be written."""
-        tree = {"state": party.state}
+        tree = {"state": party.state} | ({"memory": party.memory} if party.memory else {})
         if party.part_in_transit is not None:
             tree["relayed"] = party.part_in_transit
         sums = {"train": _to_json(party.train), "test": _to_json(party.test)}
@@ -69,11 +68,12 @@ class ServerStore(ClientStore):
 
     def restore(self, step: int, party: Server) -> None:
         """Puts the server's state before a step into `party`."""
-        tree = {"state": party.state}
+        tree = {"state": party.state} | ({"memory": party.memory} if party.memory else {})
         if party.passes_parts_on:
             tree["relayed"] = np.zeros(party.spec.client_state_values, np.float32)
         tree, progress = self._checkpoints.restore(step, tree)
-        party.state, party.part_in_transit = tree["state"], tree.get("relayed")
+        party.state, party.memory = tree["state"], tree.get("memory", ())
+        party.part_in_transit = tree.get("relayed")
         party.train, party.test = (_from_json(progress.pop(name), party) for name in ("train", "test"))
         self._progress.clear()
         self._progress.update(progress)

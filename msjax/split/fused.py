@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from msjax import compress, wire
+from msjax.split import averages
 from msjax.split.payloads import Codecs, leaf_key
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, split_key, tail_key
@@ -39,6 +40,7 @@ def fused_step(
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
     """
     clients = keys.shape[0]
+    compressed = spec.compresses_updates and not own_parts
 
     def client_loss(params, byte_slots, client_stats, x, y, key):
         keys = split_key(key)
@@ -54,11 +56,12 @@ def fused_step(
         loss = spec.task.losses(outputs, y, train=True).mean()
         return loss, ((new_stats, server_stats), spec.task.sums(outputs, y), (up, down))
 
-    client_axis = 0 if own_parts else None
+    stats_axis = 0 if own_parts else None
+    params_axis = 0 if own_parts or compressed else None
 
     def total_loss(params, byte_slots):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((client_axis, None), 0, client_axis, 0, 0, 0)
+        axes = ((params_axis, None), 0, stats_axis, 0, 0, 0)
         losses, aux = jax.vmap(client_loss, in_axes=axes)(params, byte_slots, state.client.stats, x, y, keys)
         return losses.sum(), (losses, *aux)
 
@@ -67,7 +70,10 @@ def fused_step(
             return tree
         return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name) if is_float(leaf) else leaf, tree)
 
-    params = (state.client.params, state.server.params)
+    client_params = state.client.params
+    if compressed:  # the gradient of each client is needed, not of their sum alone
+        client_params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), client_params)
+    params = (client_params, state.server.params)
     byte_slots = jnp.zeros((clients, 2), jnp.float32)
     grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, byte_slots)
     (client_grads, server_grads), gradient_bytes = grads
@@ -82,6 +88,11 @@ def fused_step(
         client = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
             state.client, client_grads, client_stats
         )
+    elif compressed:
+        update, found = averages.average_update(
+            spec, PartUpdate(client_grads, client_stats), state.client.stats, state.memory, keys, axis_name
+        )
+        client = update_part(spec, state.client, update)
     else:
         client = update_part(spec, state.client, mean_update(client_grads, client_stats))
     server = update_part(spec, state.server, mean_update(server_grads, server_stats))
@@ -89,7 +100,36 @@ def fused_step(
     totals = (add_up(sums), features_up.sum() + grads_up, features_down.sum() + grads_down)
     if axis_name is not None:
         totals = jax.lax.psum(totals, axis_name)
-    return TrainState(client, server, state.step + 1), StepMetrics(loss, *totals, losses)
+    metrics = StepMetrics(loss, *totals, losses)
+    memory = state.memory
+    if compressed:
+        memory, metrics = (
+            found.memory,
+            with_average_bytes(spec, metrics, average_bytes(spec, found, clients), axis_name),
+        )
+    return TrainState(client, server, state.step + 1, memory), metrics
+
+
+def average_bytes(spec: RunSpec, found: averages.Exchanged, clients: int) -> tuple[jax.Array, jax.Array]:
+    """Returns about the bytes of an average's messages up and down, of this device's clients; 0 if they follow."""
+    if not spec.update_codec.entropy_coded:
+        return jnp.float32(0), jnp.float32(0)
+
+    def size(payloads):
+        likes = spec.average_payload().likes
+        return sum(wire.estimate_bytes(p, spec.update_codec, like) for p, like in zip(payloads, likes, strict=True))
+
+    return jax.vmap(size)(found.payloads).sum(), size(found.answer) * clients
+
+
+def with_average_bytes(
+    spec: RunSpec, metrics: StepMetrics, sent: tuple[jax.Array, jax.Array], axis_name: str | None
+) -> StepMetrics:
+    """Returns a step's metrics with the bytes of its average beside those that crossed the cut."""
+    up, down = sent if axis_name is None else jax.lax.psum(sent, axis_name)
+    return metrics._replace(
+        uplink_bytes=jnp.stack([metrics.uplink_bytes, up]), downlink_bytes=jnp.stack([metrics.downlink_bytes, down])
+    )
 
 
 def cross_cut(

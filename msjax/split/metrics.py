@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.split.spec import RunSpec
 from msjax.split.step import StepMetrics
 from msjax.tasks import Task
 
@@ -46,10 +47,11 @@ def add_step(sums: MetricSums, metrics: StepMetrics, samples: int) -> MetricSums
     )
 
 
-def zero_sums(like: dict[str, jax.ShapeDtypeStruct]) -> MetricSums:
-    """Returns sums of nothing, arrays of their own, since they are given away; `like` as `RunSpec.metric_sums_like`."""
-    sums = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
-    return MetricSums(jnp.array(0, jnp.float32), jnp.array(0, jnp.int32), sums, *(jnp.zeros(()) for _ in range(2)))
+def zero_sums(spec: RunSpec) -> MetricSums:
+    """Returns the sums of a run's epoch before its first step: arrays of their own, since they are given away."""
+    sums = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in spec.metric_sums_like.items()}
+    shape = (2,) if spec.compresses_updates else ()
+    return MetricSums(jnp.array(0, jnp.float32), jnp.array(0, jnp.int32), sums, *(jnp.zeros(shape) for _ in range(2)))
 
 
 def sums_of(metrics: StepMetrics, samples: int) -> MetricSums:

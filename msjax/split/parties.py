@@ -66,6 +66,8 @@ class Client:
         numpy_encoder: bool = False,
     ):
         self.client_id, self.spec, self.state = client_id, spec, state
+        self.memory = spec.mode.client_memory(spec, state)
+        """What it remembers of averages; see `averages.Memory`."""
         self._data, self._seed, self._numpy = own, seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
@@ -109,13 +111,26 @@ class Client:
             return False
         return self.schedule.may_checkpoint(exchange.step, every)
 
+    def checkpoint(self) -> Any:
+        """Returns all that it has to go on from here with, as a tree of arrays."""
+        return (self.state, self.memory) if self.memory else self.state
+
+    def go_back(self, checkpoint: Any) -> None:
+        """Goes on from such a checkpoint."""
+        self.state, self.memory = checkpoint if self.memory else (checkpoint, ())
+
     def part(self) -> Payload:
         """Returns its part with the optimizer's state, as `RunSpec.part_payload` describes it."""
-        return vector_payload(programs.to_vector(self.state))
+        reference = self.memory.reference if self.memory else ()
+        return vector_payload(programs.to_vector((self.state, reference)))
 
     def adopt(self, payload: Payload, at: int) -> None:
         """Goes on with the part of another client, as it is before step `at`."""
-        self.state = with_update_count(programs.from_vector(payload_vector(payload), self.state), at)
+        fresh = self.spec.mode.client_memory(self.spec, self.state)
+        reference = fresh.reference if fresh else ()
+        state, reference = programs.from_vector(payload_vector(payload), (self.state, reference))
+        self.state = with_update_count(state, at)
+        self.memory = fresh._replace(reference=reference) if fresh else ()
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""
@@ -125,7 +140,7 @@ class Client:
         """Does in advance what of a coming exchange does not depend on the state: the batch of a training step."""
         if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
             inputs, labels = self._batch(exchange)
-            key = self._key(exchange)
+            key = self.key(exchange)
             self._prepared = exchange, (programs.preprocess(self.spec, inputs, key), labels, key)
 
     def send(self, exchange: Exchange) -> Message:
@@ -149,7 +164,7 @@ class Client:
                     h = programs.client_test_features(spec, self.state, inputs)
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
                 else:
-                    payload = programs.client_test_payload(spec, self.state, inputs, self._key(exchange))
+                    payload = programs.client_test_payload(spec, self.state, inputs, self.key(exchange))
                 return Message(payload, labels if spec.sends_labels else None)
             case Phase.RESULT:
                 tested, self._tested = self._tested, []
@@ -190,7 +205,8 @@ class Client:
             out, self._tail_update, found = programs.client_tail(*args, batch_size=batch_size)
         return Message(out, metrics=sums_of(found, batch_size))
 
-    def _key(self, exchange):
+    def key(self, exchange: Exchange) -> jax.Array:
+        """Returns this client's random key of an exchange."""
         testing = exchange.phase == Phase.TEST
         at = np.int32(exchange.test_round if testing else exchange.step)
         return programs.key(self._seed, testing, at, np.int32(self.client_id))
@@ -216,6 +232,7 @@ class Server:
 
     Attributes:
       part_in_transit: a client's part with its optimizer state, float32 (n,), between two clients' turns.
+      memory: what it remembers of averages; see `averages.Memory`.
       train, test: loss and metrics since they were last reset.
       losses: each client's mean loss in the last training step, by number.
     """
@@ -223,6 +240,7 @@ class Server:
     def __init__(self, spec: RunSpec, state: PartState, seed: int):
         self.spec, self.state = spec, state
         self.part_in_transit: np.ndarray | None = None
+        self.memory = spec.mode.server_memory(spec)
         self.train = self.test = MetricSums()
         self.losses: dict[int, float] = {}
         self._seed, self._pending = seed, None
@@ -237,6 +255,14 @@ class Server:
         clients = tuple(sorted(messages))
         answers = self._answers(exchange, clients, [messages[client] for client in clients])
         return dict(zip(clients, answers, strict=True))
+
+    def mean(self, exchange: Exchange, payloads: list[Payload]) -> Payload:
+        """Returns the mean of what clients send to be averaged, as all of them get it."""
+        if not self.spec.compresses_updates:
+            return vector_payload(programs.mean_vectors(list(map(payload_vector, payloads))))
+        key = self._keys(exchange, exchange.clients[:1])[0]
+        answer, self.memory = programs.encode_mean(self.spec, stack(payloads), self.memory, key)
+        return answer
 
     def _answers(self, exchange, clients, messages):
         spec = self.spec

@@ -117,6 +117,13 @@ class PayloadSpec:
         like = jax.ShapeDtypeStruct((size,), np.dtype(np.float32))
         return cls(jax.tree.structure(0), (compress.Identity(),), (like,), (0,))
 
+    @classmethod
+    def of_vectors(cls, sizes: list[int], codec: Codec) -> "PayloadSpec":
+        """Returns the spec of a list of float32 vectors of these sizes, each through the codec."""
+        likes = tuple(jax.ShapeDtypeStruct((size,), np.dtype(np.float32)) for size in sizes)
+        places = tuple(range(len(sizes)))
+        return cls(jax.tree.structure(list(places)), (codec,) * len(sizes), likes, places)
+
     def key(self, key: jax.Array | None, place: int) -> jax.Array | None:
         """Returns the key that the array at `place` is encoded with, given that of the message."""
         key = leaf_key(key, place)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.split import step, trees
+from msjax.split import averages, step, trees
 from msjax.split.spec import RunSpec
 from msjax.split.state import client_keys, eval_key, split_key, train_key
 
@@ -28,6 +28,11 @@ server_forward = _jit_batch(step.server_forward)
 server_backward = _jit_batch(step.server_backward)
 server_test_outputs = _jit_batch(step.server_test_outputs)
 score = _jit(step.score)
+encode_update = _jit(averages.encode_update)
+decode_update = _jit(averages.decode_update)
+encode_part = _jit(averages.encode_part)
+decode_part = _jit(averages.decode_part)
+encode_mean = _jit(averages.encode_mean)
 to_vector = jax.jit(trees.to_vector)
 from_vector = jax.jit(trees.from_vector)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from msjax import data
+from msjax.compress import Codec, Identity
 from msjax.models import ModelPart, RemoteApply
 from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
@@ -85,9 +86,11 @@ class RunSpec:
       labels: of one sample.
       client_update_values: floating values of the client part's weights and statistics, which are averaged.
       client_state_values: the same with the optimizer's state: what is handed on from client to client.
+      client_statistic_values: how many of those averaged values are statistics.
       codec: of the features, up (and, U-shaped, those for the tail, down).
       grad_codec: of their gradients.
       test_codec: of test features.
+      update_codec: of what keeps the clients' parts equal, both ways; see `averages`.
       optimizer: of every part.
       task: loss and metrics.
       preprocess: of the inputs, at the client.
@@ -103,9 +106,11 @@ class RunSpec:
     labels: TreeSpec
     client_update_values: int
     client_state_values: int
+    client_statistic_values: int
     codec: Codecs
     grad_codec: Codecs
     test_codec: Codecs
+    update_codec: Codec
     optimizer: optax.GradientTransformation
     task: Task
     preprocess: Preprocess
@@ -140,19 +145,26 @@ class RunSpec:
         """Returns what parties must agree on, as JSON-ready values by name."""
         schedule = self.schedule
         counts = ("clients", "samples", "test_samples", "batch_size", "epochs", "test_every", "u_shaped")
-        return {
-            "features": self.features.to_json(),
-            "outputs": self.outputs.to_json(),
-            "labels": self.labels.to_json(),
-            "client values": self.client_update_values,
-            "client state values": self.client_state_values,
-            "task": self.task.name,
-            "metrics": [name for name, _ in self.task.metrics],
-            "codec": str(self.codec),
-            "grad_codec": str(self.grad_codec),
-            "test_codec": str(self.test_codec),
-            "mode": repr(schedule.mode),
-        } | {name: getattr(schedule, name) for name in counts}
+        updates = {}
+        if self.compresses_updates:  # other runs are described as they were before there was this
+            updates = {"update_codec": str(self.update_codec), "client statistics": self.client_statistic_values}
+        return (
+            {
+                "features": self.features.to_json(),
+                "outputs": self.outputs.to_json(),
+                "labels": self.labels.to_json(),
+                "client values": self.client_update_values,
+                "client state values": self.client_state_values,
+                "task": self.task.name,
+                "metrics": [name for name, _ in self.task.metrics],
+                "codec": str(self.codec),
+                "grad_codec": str(self.grad_codec),
+                "test_codec": str(self.test_codec),
+                "mode": repr(schedule.mode),
+            }
+            | updates
+            | {name: getattr(schedule, name) for name in counts}
+        )
 
     # -- What messages carry. ---------------------------------------------------------------------------------------
 
@@ -218,8 +230,29 @@ class RunSpec:
         return self.mode.down(self, exchange)
 
     def part_payload(self) -> PayloadSpec:
-        """Returns the spec of a client's part with its optimizer state, as it is handed on."""
-        return PayloadSpec.of_vector(self.client_state_values)
+        """Returns the spec of a client's part with its optimizer state, as it is handed on.
+
+        With it goes what the changes of parts are counted from, where the mode compresses these.
+        """
+        reference = self.compresses_updates and self.mode.averages_parts
+        return PayloadSpec.of_vector(self.client_state_values + reference * self.client_update_values)
+
+    @property
+    def compresses_updates(self) -> bool:
+        """Whether averages go through a codec, with error feedback; see `averages`."""
+        together = self.schedule.clients > 1 and not self.mode.one_at_a_time
+        return together and self.update_codec != Identity()
+
+    @functools.cached_property
+    def _average_payload(self):
+        if not self.compresses_updates:
+            return PayloadSpec.of_vector(self.client_update_values)
+        sizes = (self.client_update_values - self.client_statistic_values, self.client_statistic_values)
+        return PayloadSpec.of_vectors([size for size in sizes if size], self.update_codec)
+
+    def average_payload(self) -> PayloadSpec:
+        """Returns the spec of what a client sends to be averaged, and of the server's answer."""
+        return self._average_payload
 
     @property
     def sends_labels(self) -> bool:
@@ -236,7 +269,7 @@ class RunSpec:
 def make_spec(
     parts: tuple[ModelPart, ...],
     *,
-    client_values: tuple[int, int] | None = None,
+    client_values: tuple[int, int, int] | None = None,
     inputs: TreeSpec,
     labels: TreeSpec,
     schedule: Schedule,
@@ -245,6 +278,7 @@ def make_spec(
     codec: Codecs,
     grad_codec: Codecs,
     test_codec: Codecs,
+    update_codec: Codec,
     preprocess: Preprocess,
 ) -> RunSpec:
     """Returns the description of a run, checked on shapes alone.
@@ -252,13 +286,14 @@ def make_spec(
     Args:
       parts: client, server and, where `schedule.u_shaped`, tail; arrays, or their shapes and dtypes. Of a part that
         another party has its `apply` is a `models.RemoteApply`.
-      client_values: how many floating values the client's part has without and with the optimizer's state; needed
-        where it is another party's.
+      client_values: how many floating values the client's part has without and with the optimizer's state, and how
+        many of them are statistics; needed where it is another party's.
       inputs: one sample as the data set stores it.
 
     Raises:
-      ValueError: a part does not take what the one before returns, loss or metrics do not fit, or a codec is named for
-        an array that is not there.
+      TypeError: `update_codec` is no codec.
+      ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
+        array that is not there, or `update_codec` does not fit the mode.
     """
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
@@ -281,9 +316,10 @@ def make_spec(
         raise ValueError(f"client must return at least one floating array to be compressed, got {features}")
     if client_values is None:
         client = jax.eval_shape(lambda: init_part(optimizer, parts[0], *parts[2:]))
-        client_values = count_floats((client.params, client.stats)), count_floats(client)
+        averaged = count_floats((client.params, client.stats))
+        client_values = averaged, count_floats(client), count_floats(client.stats)
     here = [None if isinstance(part.apply, RemoteApply) else part.apply for part in parts]
-    update_values, state_values = client_values
+    update_values, state_values, statistic_values = client_values
     spec = RunSpec(
         client=here[0],
         server=here[1],
@@ -294,19 +330,33 @@ def make_spec(
         labels=labels,
         client_update_values=update_values,
         client_state_values=state_values,
+        client_statistic_values=statistic_values,
         codec=codec,
         grad_codec=grad_codec,
         test_codec=test_codec,
+        update_codec=update_codec,
         optimizer=optimizer,
         task=task,
         preprocess=preprocess,
         schedule=schedule,
     )
+    _check_update_codec(update_codec, schedule)
     codec.for_tree(features)
     grad_codec.for_tree(features, "grad_codec")
     _ = spec.metric_sums_like
     task.check_sums(found[-1].batch(3), labels.batch(3))
     return spec
+
+
+def _check_update_codec(codec, schedule):
+    if not isinstance(codec, Codec):
+        raise TypeError(f"update_codec must be a codec of msjax.compress, got {codec!r}")
+    if codec == Identity():
+        return
+    if schedule.mode.one_at_a_time:
+        raise ValueError(f"update_codec must be Identity() where clients train one after another, got {codec}")
+    if getattr(codec, "granularity", "tensor") != "tensor":
+        raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
 
 
 def _part_outputs(name, part, x, before):

@@ -1,6 +1,6 @@
 """What a party carries from step to step, and the random keys of a step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ class TrainState(NamedTuple):
     client: PartState
     server: PartState
     step: Int[Array, ""]
+    memory: Any = ()
+    """Where averages are compressed, an `averages.Averages`."""
 
 
 class StepKeys(NamedTuple):

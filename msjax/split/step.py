@@ -40,7 +40,8 @@ class StepMetrics(NamedTuple):
     sums: dict[str, jax.Array]
     uplink_bytes: jax.Array | float = 0.0
     """About the bytes of all clients' messages of features and gradients; only of the fused step, where a codec is
-    `entropy_coded`, since all others' bytes follow from shapes. See `wire.estimate_bytes`."""
+    `entropy_coded`, since all others' bytes follow from shapes. See `wire.estimate_bytes`. Where averages are
+    compressed, (2,): of features and gradients, and of averages."""
     downlink_bytes: jax.Array | float = 0.0
     losses: jax.Array | None = None
     """(K,), each client's mean loss, of a training step."""

@@ -71,6 +71,7 @@ def train(
     cut: int | None = None,
     codec: Codec | Mapping[str, Codec] | None = None,
     grad_codec: Codec | Mapping[str, Codec] | None = None,
+    update_codec: Codec | None = None,
     compress_test: bool = True,
     mode: Mode | None = None,
     clients: int = 10,
@@ -99,6 +100,9 @@ def train(
         {"skip": TopK(0.9), "": MaskEncoded()}, where the client returns a tree of arrays; "" is for all others, which
         without it are sent uncompressed.
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
+      update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
+        gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. Not in
+        `Sequential`, which averages nothing.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.
@@ -170,6 +174,7 @@ def train(
         codec=codecs,
         grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
         test_codec=codecs.at_inference() if compress_test else Codecs(Identity()),
+        update_codec=Identity() if update_codec is None else update_codec,
         preprocess=preprocess,
     )
     check_labels(spec, dataset)

@@ -110,4 +110,6 @@ def _save_parts(parts, cfg, folder, run, state, run_id):
 
 def uncompressed(cfg: config.Config) -> config.Config:
     """Returns the same run without compression in either direction: what `compare` compares with."""
-    return dataclasses.replace(cfg, codec=Identity(), grad_codec=Identity(), array_codecs=(), compare=False)
+    return dataclasses.replace(
+        cfg, codec=Identity(), grad_codec=Identity(), update_codec=Identity(), array_codecs=(), compare=False
+    )

@@ -80,7 +80,7 @@ class Evaluator:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the mean loss and the metrics of a state as `program.place` gives it."""
         spec, key = self._run.spec, eval_key(self._run.seed)
-        sums = replicate(zero_sums(spec.metric_sums_like), self._mesh)
+        sums = replicate(zero_sums(spec), self._mesh)
         rounds = [samples[None] for samples in spec.schedule.test_rounds()]
         everyone = len(spec.schedule.test_clients)
         for n, (inputs, labels, order) in enumerate(batches_on_device(self._run.dataset.test, self._resident, rounds)):
@@ -141,7 +141,7 @@ class _Loop:
         return self._progress["history"]
 
     def _zero(self):
-        return replicate(zero_sums(self._spec.metric_sums_like), self._mesh)
+        return replicate(zero_sums(self._spec), self._mesh)
 
     def _wall_seconds(self):
         return self._earlier + time.monotonic() - self._start
@@ -222,8 +222,7 @@ class _Loop:
             if not self._run.allow_nonfinite:
                 check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
-        if self._spec.codec.entropy_coded or self._spec.grad_codec.entropy_coded:
-            record["traffic"] |= _coded_bytes(sums, self._history)
+        record["traffic"] |= _coded_bytes(self._spec, sums, self._history)
         self._history.append(record)
         self._sums = self._zero()
         self._save()
@@ -236,14 +235,31 @@ class _Loop:
             progress = self._progress | {"wall_seconds": self._wall_seconds()}
             if self._run.dataset.tokenizer is not None:
                 progress["tokenizer"] = self._run.dataset.tokenizer
-            self._folder.checkpoints.save(self._done, (self._state, self._sums), progress)
+            self._folder.checkpoints.save(self._done, (_to_save(self._state), self._sums), progress)
 
 
-def _coded_bytes(sums, history):
-    """About the bytes of all features and gradients so far, as messages."""
+def _coded_bytes(spec, sums, history):
+    """About the bytes so far of the messages of entropy-coded codecs: of features and gradients, and of averages."""
     earlier = history[-1]["traffic"] if history else {}
-    names = {"coded_uplink_bytes": sums.uplink_bytes, "coded_downlink_bytes": sums.downlink_bytes}
-    return {name: round(earlier.get(name, 0) + float(value)) for name, value in names.items()}
+    up, down = (np.atleast_1d(sent) for sent in (sums.uplink_bytes, sums.downlink_bytes))
+    found = {}
+    if spec.codec.entropy_coded or spec.grad_codec.entropy_coded:
+        found |= {"coded_uplink_bytes": up[0], "coded_downlink_bytes": down[0]}
+    if spec.compresses_updates and spec.update_codec.entropy_coded:
+        found |= {"coded_uplink_synchronization_bytes": up[1], "coded_downlink_synchronization_bytes": down[1]}
+    return {name: round(earlier.get(name, 0) + float(value)) for name, value in found.items()}
+
+
+class _StateWithoutMemory(NamedTuple):
+    """What is saved of a `TrainState` where averages are not compressed: as before there was a memory."""
+
+    client: Any
+    server: Any
+    step: Any
+
+
+def _to_save(state):
+    return state if state.memory else _StateWithoutMemory(*state[:3])
 
 
 class _SumsBefore(NamedTuple):
@@ -268,20 +284,20 @@ def restore(
     step = folder.checkpoints.latest()
     if step is None:
         return None
-    sums = replicate(zero_sums(run.spec.metric_sums_like), mesh)
+    sums = replicate(zero_sums(run.spec), mesh)
     try:
-        (state, sums), progress = folder.checkpoints.restore(step, (state, sums))
+        (state, sums), progress = folder.checkpoints.restore(step, (_to_save(state), sums))
     except ValueError:
         if run.spec.task.name != "classification":
             raise
     else:
         check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
-        return state, sums, progress
+        return TrainState(*state), sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
-    (state, before), progress = folder.checkpoints.restore(step, (state, before))
+    (state, before), progress = folder.checkpoints.restore(step, (_to_save(state), before))
     check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
-    return state, replicate(sums, mesh), progress
+    return TrainState(*state), replicate(sums, mesh), progress

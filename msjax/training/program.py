@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from msjax.split import fused
+from msjax.split.averages import Averages, Memory
 from msjax.split.metrics import MetricSums, add_step
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, client_keys, split_key
@@ -21,11 +22,17 @@ from msjax.training.devices import AXIS, replicate, spread_by_client
 
 def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
     """Returns the state on the devices, as `train_steps` takes it."""
-    spread = spec.mode.spread(state, spec.schedule.clients)
-    if not spec.mode.own_parts:
-        return replicate(spread, mesh)
-    rest = replicate(spread._replace(client=None), mesh)
-    return rest._replace(client=spread_by_client(spread.client, mesh))
+    clients = spec.schedule.clients
+    if spec.compresses_updates and not state.memory:
+        own, server = spec.mode.client_memory(spec, state.client), spec.mode.server_memory(spec)
+        errors = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), own.error)
+        state = state._replace(memory=Averages(own._replace(error=errors), server))
+    spread = spec.mode.spread(state, clients)
+
+    def put(where, tree):
+        return spread_by_client(tree, mesh) if where == PartitionSpec(AXIS) else replicate(tree, mesh)
+
+    return jax.tree.map(put, _state_specs(spec), spread, is_leaf=lambda tree: isinstance(tree, PartitionSpec))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -125,8 +132,9 @@ def _repeat(one_step, carry, inputs, labels, order):
 
 
 def _state_specs(spec):
-    everywhere = PartitionSpec()
-    return TrainState(PartitionSpec(AXIS) if spec.mode.own_parts else everywhere, everywhere, everywhere)
+    everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
+    memory = Averages(Memory(by_client, everywhere), Memory(everywhere, everywhere)) if spec.compresses_updates else ()
+    return TrainState(by_client if spec.mode.own_parts else everywhere, everywhere, everywhere, memory)
 
 
 def _spread(spec, run, mesh, out_specs, streamed):

@@ -9,7 +9,7 @@ import jax
 from msjax.split import fused
 from msjax.split.payloads import PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
-from msjax.split.state import TrainState
+from msjax.split.state import PartState, TrainState
 from msjax.split.step import StepMetrics
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ class Mode:
 
     own_parts: ClassVar[bool] = False
     """Whether every client has a part of its own that differs from the others' within a run."""
+    averages_parts: ClassVar[bool] = False
+    """Whether weights are averaged, rather than gradients."""
     one_at_a_time: ClassVar[bool] = False
     """Whether a step is one client's, and the part goes from client to client by the server."""
 
@@ -93,6 +95,14 @@ class Mode:
     def client_finish(self, client: "Client", exchange: Exchange, update: Any) -> None:
         """Does with a client's gradients what the mode wants behind the backward pass: here, updates its part."""
         client.update(update)
+
+    def client_memory(self, spec: "RunSpec", state: PartState) -> Any:
+        """Returns what a client remembers of averages before the first step; () where nothing."""
+        return ()
+
+    def server_memory(self, spec: "RunSpec") -> Any:
+        """Returns what the server remembers of averages before the first step; () where nothing."""
+        return ()
 
     # -- The same in one program. -----------------------------------------------------------------------------------
 

@@ -3,8 +3,9 @@
 import dataclasses
 
 from msjax.split import programs
+from msjax.split.averages import Memory, no_error
 from msjax.split.modes._mode import Mode
-from msjax.split.payloads import PayloadSpec, payload_vector, vector_payload
+from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Phase
 
 
@@ -19,7 +20,7 @@ class Parallel(Mode):
         return schedule.clients > 1
 
     def up(self, spec, exchange):
-        return PayloadSpec.of_vector(spec.client_update_values) if exchange.phase == Phase.AVERAGE else None
+        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
 
     down = up
 
@@ -29,12 +30,25 @@ class Parallel(Mode):
         else:
             client.update(update)
 
+    def client_memory(self, spec, state):
+        return Memory(no_error(spec)) if spec.compresses_updates else ()
+
+    def server_memory(self, spec):
+        return self.client_memory(spec, None)
+
     def client_send(self, client, exchange):
-        return vector_payload(programs.to_vector(client.pending_update))
+        if not client.spec.compresses_updates:
+            return vector_payload(programs.to_vector(client.pending_update))
+        args = (client.pending_update, client.state.stats, client.memory, client.key(exchange))
+        payload, client.memory = programs.encode_update(client.spec, *args)
+        return payload
 
     def client_receive(self, client, exchange, payload):
-        client.update(programs.from_vector(payload_vector(payload), client.pending_update))
-        client.pending_update = None
+        update, client.pending_update = client.pending_update, None
+        if client.spec.compresses_updates:
+            client.update(programs.decode_update(client.spec, payload, update, client.state.stats))
+        else:
+            client.update(programs.from_vector(payload_vector(payload), update))
 
     def server_answer(self, server, exchange, payloads):
-        return [vector_payload(programs.mean_vectors(list(map(payload_vector, payloads))))] * len(payloads)
+        return [server.mean(exchange, payloads)] * len(payloads)

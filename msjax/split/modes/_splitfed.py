@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from msjax.split import fused, programs
+from msjax.split import averages, fused, programs
+from msjax.split.averages import Memory, no_error
 from msjax.split.modes._mode import Mode
-from msjax.split.payloads import PayloadSpec, payload_vector, vector_payload
+from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Phase
 
 
@@ -24,7 +25,7 @@ class SplitFed(Mode):
 
     average_steps: int = 10
 
-    own_parts = True
+    own_parts = averages_parts = True
 
     def __post_init__(self):
         if self.average_steps < 1:
@@ -38,19 +39,34 @@ class SplitFed(Mode):
         return (within % self.average_steps == 0) | (within == epoch_steps)
 
     def up(self, spec, exchange):
-        return PayloadSpec.of_vector(spec.client_update_values) if exchange.phase == Phase.AVERAGE else None
+        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
 
     down = up
 
+    def client_memory(self, spec, state):
+        if not spec.compresses_updates:
+            return ()
+        return Memory(no_error(spec), averages.to_vectors(state.params, state.stats))
+
+    def server_memory(self, spec):
+        return Memory(no_error(spec)) if spec.compresses_updates else ()
+
     def client_send(self, client, exchange):
+        if client.spec.compresses_updates:
+            args = (client.state, client.memory, client.key(exchange))
+            payload, client.memory = programs.encode_part(client.spec, *args)
+            return payload
         return vector_payload(programs.to_vector((client.state.params, client.state.stats)))
 
     def client_receive(self, client, exchange, payload):
+        if client.spec.compresses_updates:
+            client.state, client.memory = programs.decode_part(client.spec, payload, client.state, client.memory)
+            return
         params, stats = programs.from_vector(payload_vector(payload), (client.state.params, client.state.stats))
         client.state = client.state._replace(params=params, stats=stats)
 
     def server_answer(self, server, exchange, payloads):
-        return [vector_payload(programs.mean_vectors(list(map(payload_vector, payloads))))] * len(payloads)
+        return [server.mean(exchange, payloads)] * len(payloads)
 
     def spread(self, state, clients):
         client = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), state.client)
@@ -61,7 +77,24 @@ class SplitFed(Mode):
 
     def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
         state, metrics = super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
+        if spec.compresses_updates:
+            return self._average(spec, state, metrics, keys, axis_name)
         mean = fused.average_parts(state.client, axis_name=axis_name)
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
         client = jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, state.client)
         return state._replace(client=client), metrics
+
+    def _average(self, spec, state, metrics, keys, axis_name):
+        """The average through the codec, in the steps that have one."""
+
+        def average(client, memory):
+            client, found = averages.average_parts(spec, client, memory, keys, axis_name)
+            return client, found.memory, fused.average_bytes(spec, found, keys.shape[0])
+
+        def nothing(client, memory):
+            return client, memory, (jnp.float32(0), jnp.float32(0))
+
+        now = self._after(state.step - 1, spec.schedule.epoch_steps)
+        client, memory, sent = jax.lax.cond(now, average, nothing, state.client, state.memory)
+        metrics = fused.with_average_bytes(spec, metrics, sent, axis_name)
+        return state._replace(client=client, memory=memory), metrics
