@@ -8,8 +8,8 @@
 
 For a GPU that is lent by the minute. A call takes about `--seconds`, begins with what tells most and writes its record
 after every row and every epoch, so a call that is cut off loses one row; the next call does what is missing. Its files
-are under `--work`: the unpacked data, compiled programs, and the run folders with their checkpoints (about 300 MB a
-run), without which a training starts anew. `--out` names the record, which has to be where the next call finds it, on
+are under `--work`: the unpacked data, compiled programs, and the run folders with their checkpoints (about 300 MB
+each), without which a training starts anew. `--out` names the record, which has to be where the next call finds it, on
 a machine of the same kind.
 
 To a machine without a network go this repository, the two files of `--pack` (47 MiB each, of CIFAR-10's original
@@ -27,9 +27,9 @@ column MS is `torch.topk` and codes that are not packed. All take turns in one p
 products, which is JAX's default on a GPU; "float32" is full precision in both; "bfloat16" is msjax's `dtype` and
 PyTorch's autocast.
 
-train: `configs/vgg19_cifar10.py` without compression and with MS in turns, each for half of the time, for as many
-epochs as fit; `--epochs 30` is the same with its cosine schedule over 30. Samples a second are the median over epochs
-and include tests and checkpoints.
+train: `configs/vgg19_cifar10.py`, in float32 with TF32 products, without compression and with MS in turns, each for
+half of the time, for as many epochs as fit; `--epochs 30` is the same with its cosine schedule over 30.
+Samples a second are the median over epochs and include tests and checkpoints.
 """
 
 import concurrent.futures

@@ -218,12 +218,12 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the paper's
 def unpacked(parts: list[pathlib.Path], work: pathlib.Path) -> pathlib.Path:
     """Returns an .npz file of the images of these files, as `msjax train` takes it; made once."""
     names = "-".join(part.stem for part in parts)
-    file = work / f"{names}.npz"
+    file = work / "unpacked" / f"{names}.npz"  # a folder of its own: the parts may lie in `work`
     if not file.exists():
         found = packed_images.load(parts)
         arrays = {f"{x}_{split}": value for split, pair in found.items() for x, value in zip("xy", pair, strict=True)}
-        work.mkdir(parents=True, exist_ok=True)
-        draft = work / f"draft-{os.getpid()}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.parent / f"draft-{os.getpid()}.npz"
         np.savez(draft, **arrays)
         draft.replace(file)
     return file
