@@ -129,7 +129,7 @@ class Ours:
     def __init__(self, run: loop.LoadedRun):
         self._run, self._mesh = run, loop.mesh_of(run.spec)
         self.state = program.place(run.spec, run.state, self._mesh)
-        self._sums = replicate(zero_sums(run.spec.metric_sums_like), self._mesh)
+        self._sums = replicate(zero_sums(run.spec), self._mesh)
         self._data = replicate(tuple(map(np.array, (run.dataset.train.inputs, run.dataset.train.targets))), self._mesh)
         self._key, self._clients = train_key(run.seed), np.arange(run.spec.schedule.clients, dtype=np.int32)
         # Compiled apart from the step, which augments for itself.
