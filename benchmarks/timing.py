@@ -80,7 +80,8 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
 def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
     """Writes `out`.json and, of a matplotlib figure, `out`.png."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    # Never half of it: some records are what a later call goes on from.
+    runs.write_atomically(out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     if figure is not None:
         figure.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
 

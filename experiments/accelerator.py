@@ -108,6 +108,7 @@ class Record:
         before = json.loads(file.read_text()) if file.exists() else {"rows": [], "calls": [], "wall_seconds": 0.0}
         self._rows = {row["name"]: row for row in before["rows"]}
         self._calls, self._earlier = before["calls"], before["wall_seconds"]
+        self.failed = set()  # in this call, which does not try them again
         self.device = jax.devices()[0].device_kind
         others = {row["device"] for row in before["rows"]} - {self.device}
         if others:
@@ -179,21 +180,24 @@ def has_torch() -> bool:
 def work_on(stage: str, jobs: dict, record: Record, seconds: float, least: float = 0.0) -> None:
     """Does the jobs of a stage that are not done, while `least`, and the longest so far, would fit into `seconds`."""
     end, longest = time.monotonic() + seconds, least
-    todo = {name: job for name, job in jobs.items() if not record.is_done(name)}
+    todo = {name: job for name, job in jobs.items() if not record.is_done(name) and name not in record.failed}
     for number, (name, job) in enumerate(todo.items()):
         start = time.monotonic()
         if start + longest > end:
             return
-        if stage == "train":
-            row = work_on_training(name, job, record, (end - start) / (len(todo) - number))
-        else:
-            record.put(stage, name, {"error": "did not end"})
-            try:
-                row = job() | {"finished": True}
-            except Exception as error:  # of one row alone, as where memory is short
-                row = {"error": f"{type(error).__name__}: {error}"[:500]}
+        try:
+            if stage == "train":
+                row = work_on_training(name, job, record, (end - start) / (len(todo) - number))
+            else:
+                record.put(stage, name, {"error": "did not end"})
+                row = job() | {"finished": True, "wall_seconds": round(time.monotonic() - start, 1)}
+                record.put(stage, name, row)
+        except Exception as error:  # of one row alone, as where memory is short or a training diverges
+            row = record[name] | {"error": f"{type(error).__name__}: {error}"[:500]}
+            record.put(stage, name, row)
+            record.failed.add(name)
+        if stage != "train":
             longest = max(longest, time.monotonic() - start)
-            record.put(stage, name, row | {"wall_seconds": round(time.monotonic() - start, 1)})
         print(f"{name}: {row.get('error', 'done' if row.get('finished') else 'goes on')}", flush=True)
 
 
@@ -221,7 +225,7 @@ def table(rows: list[dict]) -> str:
     makers = {"codecs": codec_table, "steps": step_table, "train": training_table}
     parts = [f"On {', '.join(sorted({row['device'] for row in rows}))}."]
     for stage, make in makers.items():
-        own = [row for row in rows if row["stage"] == stage and "error" not in row]
+        own = [row for row in rows if row["stage"] == stage and ("error" not in row or row.get("history"))]
         parts.append(make(own) if own else f"{stage}: not run.")
     if failed := [f"{row['name']}: {row['error']}" for row in rows if "error" in row]:
         parts.append("Failed: " + "; ".join(failed) + ".")

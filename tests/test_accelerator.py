@@ -73,7 +73,9 @@ def test_a_row_that_fails_is_kept_and_tried_again_last(tmp_path):
     jobs = {"a": failing, "b": lambda: calls.append("b") or {"seconds": {}}}
     accelerator.work_on("steps", jobs, accelerator.Record(options_for(tmp_path)), 0.1)
     assert calls == ["a"]
-    accelerator.work_on("steps", jobs, accelerator.Record(options_for(tmp_path)), 100.0)
+    record = accelerator.Record(options_for(tmp_path))
+    for _ in range(2):
+        accelerator.work_on("steps", jobs, record, 100.0)
     assert calls == ["a", "a", "b"]
     made = json.loads((tmp_path / "record.json").read_text())
     assert [row.get("error") for row in made["rows"]] == ["RuntimeError: out of memory", None]
@@ -108,6 +110,19 @@ def test_a_training_that_starts_anew_does_not_shorten_its_record(tmp_path):
         accelerator.work_on("train", {"a": epochs(count)}, accelerator.Record(options_for(tmp_path)), 9.0)
         (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
         assert len(row["history"]) == known
+
+
+def test_a_training_that_diverges_keeps_its_epochs_and_the_next_one_runs(tmp_path):
+    def diverges(seconds, told):
+        told({"history": [{"epoch": 1, "seconds": 1.0}]})
+        raise ValueError("loss is NaN")
+
+    def goes_on(seconds, told):
+        return {"history": [{"epoch": 1, "seconds": 1.0}], "finished": True}
+
+    accelerator.work_on("train", {"a": diverges, "b": goes_on}, accelerator.Record(options_for(tmp_path)), 9.0)
+    first, second = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert first["error"] == "ValueError: loss is NaN" and len(first["history"]) == 1 and second["finished"]
 
 
 def test_records_of_two_kinds_of_device_are_not_mixed(tmp_path):
