@@ -1,6 +1,6 @@
 """Images of one size, packed without loss in files to carry along: NumPy and the standard library alone.
 
-CIFAR-10's 60,000 images are 176 MiB of pixels; like this they are 94. Each pixel is predicted from the three
+CIFAR-10's 60,000 images are 176 MiB of pixels; like this they are 95. Each pixel is predicted from the three
 above and to the left of it (the median predictor of JPEG-LS), red and blue as differences from green; what the
 prediction misses goes through LZMA.
 """
