@@ -56,12 +56,6 @@ def arms(base, cuts, seeds):
     return study.with_seeds(study.at_cuts(found, cuts), seeds)
 
 
-def saved(record, *, everything=False):
-    """By which factor less crossed the cut than without compression; or less was sent in all."""
-    beside = study.other_bytes(record["traffic"]) if everything else 0
-    return (2 * record["uncompressed_feature_bytes"] + beside) / (study.cut_bytes(record["traffic"]) + beside)
-
-
 def report(scale, records, figure="both_directions"):
     groups = study.by_arm(records)
     plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in study.at_cut(groups, "none", study.PLAIN_CUT)}
@@ -72,7 +66,7 @@ def report(scale, records, figure="both_directions"):
                 continue
             accuracy = [r["test"]["top1_percent"] for r in found]
             megabytes = statistics.mean(study.cut_bytes(r["traffic"]) for r in found) / 1e6
-            factors = [statistics.mean(saved(r, everything=e) for r in found) for e in (False, True)]
+            factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
             seeds = [r["config"]["seed"] for r in found]
             lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
             cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]

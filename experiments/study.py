@@ -225,9 +225,21 @@ def cut_bytes(traffic: dict[str, int]) -> int:
 
 
 def other_bytes(traffic: dict[str, int]) -> int:
-    """Bytes of labels, and of what keeps the clients' parts equal, both ways: no codec of the cut changes them."""
-    names = ("uplink_label_bytes", "uplink_synchronization_bytes", "downlink_synchronization_bytes")
-    return sum(traffic[name] for name in names)
+    """Bytes of labels, and of what keeps the clients' parts equal, both ways; as messages where entropy-coded."""
+    names = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
+    return traffic["uplink_label_bytes"] + sum(traffic.get(f"coded_{name}", traffic[name]) for name in names)
+
+
+def saved(record: Record, *, everything: bool = False) -> float:
+    """By which factor less crossed the cut than without compression; or less was sent in all."""
+    plain, sent = 2 * record["uncompressed_feature_bytes"], cut_bytes(record["traffic"])
+    if not everything:
+        return plain / sent
+    traffic, other = record["traffic"], other_bytes(record["traffic"])
+    # Records of before averages could be compressed do not say it.
+    names = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
+    synchronization = record.get("uncompressed_synchronization_bytes", sum(traffic[name] for name in names))
+    return (plain + traffic["uplink_label_bytes"] + synchronization) / (sent + other)
 
 
 def feature_bits(one: Record) -> float:

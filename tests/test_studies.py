@@ -60,8 +60,8 @@ def test_a_run_is_done_once_and_reported(tmp_path, capfd, monkeypatch):
     assert f"{name}: done; 0 runs to go" in capfd.readouterr().out
     (file,) = (tmp_path / "results" / "smoke").iterdir()
     made = json.loads(file.read_text())
-    assert 1.8 < both_directions.saved(made) < 1.9
-    assert 1.0 < both_directions.saved(made, everything=True) < both_directions.saved(made)
+    assert 1.8 < study.saved(made) < 1.9
+    assert 1.0 < study.saved(made, everything=True) < study.saved(made)
     assert made["environment"]["packages"]["jax"] and len(made["history"]) == made["config"]["epochs"]
     assert made["command"] == "python -m experiments.both_directions --scale smoke"
 

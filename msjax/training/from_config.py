@@ -13,6 +13,7 @@ from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.state import TrainState
+from msjax.split.traffic import run_traffic
 from msjax.training import loop
 from msjax.training.api import check_labels
 
@@ -64,10 +65,12 @@ def train_config(
         plots.draw_curves(finished.history, headline, f"{run.title}: {cfg.codec}", folder.path / "curves.png")
     samples = cfg.epochs * cfg.clients * schedule.samples
     dense = spec.feature_payload(1).dense()
+    plain = run_traffic(dataclasses.replace(spec, update_codec=Identity()), cfg.epochs)
     summary = {
         "headline": headline,
         **{name: last[name] for name in ("test", "train", "traffic") if name in last},
         "uncompressed_feature_bytes": samples * dense.nbytes,
+        "uncompressed_synchronization_bytes": plain.uplink_synchronization_bytes + plain.downlink_synchronization_bytes,
         "data_sha256": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),

@@ -1,0 +1,77 @@
+"""Everything that is sent: features and gradients as in `both_directions`, and what keeps the clients equal, too.
+
+    python -m experiments.everything --data-dir DIR       # six minutes a run on two CPU cores
+
+In the paper's mode each client sends the gradients of its part in every step and gets their mean. Here these go
+through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
+with labels. The cut has 1.6 bits up and 1.5 down; averages have as many bits as a row says. In SplitFed the clients
+average the changes of their parts every ten steps.
+"""
+
+import dataclasses
+import statistics
+import sys
+
+from benchmarks import timing
+from experiments import both_directions, driver, study
+from msjax import compress, config
+
+TITLE = "Everything that is sent: averages compressed, too"
+UP, DOWN = both_directions.ARMS["EntropyMask 1.6 up 1.5 down"]
+PLAIN = compress.Identity()
+
+
+def coded(bits, levels=15):
+    """The codec of averages: signed, and rounded to the nearest, as its error is made good later."""
+    return compress.EntropyMask(bits=bits, levels=levels, signed=True)
+
+
+ARMS = {
+    "none": (PLAIN, PLAIN, PLAIN),
+    "the cut alone": (UP, DOWN, PLAIN),
+    "averages 2 bits": (UP, DOWN, coded(2.0)),
+    "averages 1 bit": (UP, DOWN, coded(1.0)),
+    "averages 0.5 bits": (UP, DOWN, coded(0.5, levels=3)),
+    "averages SP 1 %": (UP, DOWN, compress.TopK(ratio=0.99)),
+}
+SPLITFED = config.ModeConfig(kind="splitfed", average_steps=10)
+
+
+def runs(scale):
+    if scale == "paper":
+        return {}
+    base = study.base(scale)
+    arms = {
+        arm: dataclasses.replace(base, codec=up, grad_codec=down, update_codec=averages)
+        for arm, (up, down, averages) in ARMS.items()
+    }
+    for arm in ("none", "the cut alone", "averages 1 bit"):
+        arms[study.label("SplitFed", arm)] = dataclasses.replace(arms[arm], mode=SPLITFED)
+    if scale == "smoke":
+        arms = {arm: arms[arm] for arm in ("none", "averages 1 bit", "SplitFed, averages 1 bit")}
+    return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
+
+
+def report(scale, records):
+    groups = study.by_arm(records)
+    rows = []
+    for cut in study.CUTS:
+        for mode in ("", "SplitFed"):
+            plain = study.at_cut(groups, study.label(mode, "none"), cut)
+            for arm in ARMS:
+                found = study.at_cut(groups, study.label(mode, arm), cut)
+                # What nothing was compressed of is the same at every cut, but for its bytes.
+                if not found or (arm == "none" and cut != study.PLAIN_CUT):
+                    continue
+                lost = [
+                    p["test"]["top1_percent"] - r["test"]["top1_percent"] for p, r in zip(plain, found, strict=False)
+                ]
+                factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
+                cells = [cut, study.label(mode, arm), str(len(found)), study.top1(found)]
+                rows.append([*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(lost)])
+    names = "cut/compressed/seeds/test top-1, %/saved of features and gradients/saved of everything/below “none”"
+    return study.Page(timing.table(names.split("/"), rows) + "\n", {})
+
+
+if __name__ == "__main__":
+    sys.exit(driver.main(sys.modules[__name__]))
