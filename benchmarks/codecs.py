@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import CODECS, OPERATIONS, call_of, timing, torch_ms
+from benchmarks import CODECS, OPERATIONS, prepared, timing, torch_ms
 from msjax import compress
 
 
@@ -73,17 +73,6 @@ def measure(size: float, dtype: str, repeats: int) -> list[dict]:
 def has_numpy(codec) -> bool:
     """Whether NumPy can encode for it."""
     return not codec.needs_key and not isinstance(codec, compress.EntropyMask)
-
-
-def prepared(codec, operation, h):
-    """(a call of the compiled operation, (seconds to compile it, bytes it takes beside its input and output))."""
-    key = jax.random.key(1) if codec.needs_key else None
-    arguments = (codec.encode(h, key),) if operation == "decode" else (h, key)
-    start = time.perf_counter()
-    compiled = jax.jit(call_of(codec, operation, h)).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return (lambda: compiled(*arguments)), (seconds, memory and memory.temp_size_in_bytes)
 
 
 def check_same_codes(h, h_torch):

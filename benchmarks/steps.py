@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from msjax import build, compress, config
+from msjax import build, compress, config, models
 from msjax.split.metrics import zero_sums
 from msjax.split.state import TrainState
 from msjax.split.trees import TreeSpec
@@ -103,14 +103,14 @@ def beside_torch(width: float, options) -> dict:
     }
 
 
-def make_step(name, classes, side, cut, codec, width, options):
-    """(a call that runs the next step, seconds to compile it)."""
+def make_step(name, classes, side, cut, codec, width, options, *, dtype="float32", steps=1):
+    """(a call that runs the next `steps` steps, seconds to compile it)."""
     per_client = options.batch // options.clients
     inputs = TreeSpec.of(jax.ShapeDtypeStruct((side, side, 3), np.uint8))
     labels = TreeSpec.of(jax.ShapeDtypeStruct((), np.int32))
     summary = build.DataSummary(inputs, labels, classes, (0.5,) * 3, (0.25,) * 3, "crop_flip")
     model = config.ModelConfig(name, cut, width)
-    cfg = config.Config(model, codec=codec, clients=options.clients, batch_size=per_client, epochs=1)
+    cfg = config.Config(model, codec=codec, clients=options.clients, batch_size=per_client, epochs=1, dtype=dtype)
     built = build.build(cfg, summary, samples=per_client * 10**6, test_samples=0)
     mesh = make_mesh(options.clients)
     rng = np.random.default_rng(0)
@@ -118,6 +118,7 @@ def make_step(name, classes, side, cut, codec, width, options):
     images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     labels = rng.integers(0, classes, count, dtype=np.int32)
     order = np.arange(options.clients * per_client, dtype=np.int32).reshape(1, options.clients, per_client)
+    order = np.repeat(order, steps, axis=0)
     fixed = replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
     state = TrainState(built.client, built.server, jnp.int32(0))
     carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec), mesh)]

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -59,6 +60,8 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
         torch = sys.modules["torch"]
         environment["packages"]["torch"] = torch.__version__
         environment["torch_threads"] = torch.get_num_threads()
+        if "OMP_WAIT_POLICY" in os.environ:  # how those threads wait
+            environment["variables"]["OMP_WAIT_POLICY"] = os.environ["OMP_WAIT_POLICY"]
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     arguments = sys.argv[1:]
@@ -77,7 +80,8 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
 def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
     """Writes `out`.json and, of a matplotlib figure, `out`.png."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    # Never half of it: some records are what a later call goes on from.
+    runs.write_atomically(out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     if figure is not None:
         figure.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
 

@@ -1,4 +1,7 @@
-"""torchvision's VGG19-BN and ResNets as far as tests need them: the same modules under the same names, any width."""
+"""torchvision's VGG19-BN and ResNets as far as they are needed here: the same modules under the same names, any width.
+
+And ResNet9, for small images, with the names that msjax has.
+"""
 
 import torch
 from torch import nn
@@ -59,3 +62,48 @@ class ResNet(nn.Module):
         h = self.pool(torch.relu(self.bn1(self.conv1(x))))
         h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
         return self.fc(h.mean((2, 3)))
+
+
+class ConvNorm(nn.Module):
+    """A 3×3 convolution, a max-pool where `pool`, batch normalisation, and ReLU."""
+
+    def __init__(self, channels, features, pool=False):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, features, 3, 1, 1, bias=False), nn.BatchNorm2d(features)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.pool(self.conv(x))))
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a skip connection."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(features, features), ConvNorm(features, features)
+
+    def forward(self, x):
+        return x + self.conv2(self.conv1(x))
+
+
+class ResNet9(nn.Module):
+    """As `msjax.models` has it: `width` channels at first, where Page's network has 64."""
+
+    def __init__(self, classes, width):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(3, width), ConvNorm(width, 2 * width, pool=True)
+        self.residual4, self.conv5 = Residual(2 * width), ConvNorm(2 * width, 4 * width, pool=True)
+        self.conv6, self.residual8 = ConvNorm(4 * width, 8 * width, pool=True), Residual(8 * width)
+        self.head = nn.Linear(8 * width, classes)
+
+    def client(self, x):
+        """Up to the medium cut."""
+        return self.conv5(self.residual4(self.conv2(self.conv1(x))))
+
+    def server(self, h):
+        """From there on."""
+        return self.head(self.residual8(self.conv6(h)).amax((2, 3))) / 8
+
+    def forward(self, x):
+        return self.server(self.client(x))

@@ -11,7 +11,8 @@ Losses are compared as the largest relative difference of a client's in a step; 
 far‖, the median over arrays. "PyTorch again" is PyTorch beside itself with one thread instead of two, which adds in
 another order: what differs no more than that is the same method. Rounding moves values over the edge between two codes
 of MS and QU, and between kept and not of SP; then a step differs by more than float32's precision, in both. Speed is
-measured by `benchmarks.steps`.
+measured by `benchmarks.steps`; where the cores are busy, OMP_WAIT_POLICY=PASSIVE in the environment keeps PyTorch's
+threads from waiting in a loop, which takes ten times as long.
 """
 
 import pathlib
@@ -143,32 +144,14 @@ def _named(model, state):
 def run_torch(name, first, batches, wanted, threads):
     """Losses (S, K) and weights after `wanted` steps, of the method as the paper says it."""
     import torch
-    from torch import nn
 
-    from benchmarks import torch_ms, torch_networks
+    from benchmarks import torch_networks
+    from experiments import pytorch_method
 
     torch.set_num_threads(threads)
-
-    def codec(h):
-        if name == "MS":
-            out = torch_ms.decode(*torch_ms.encode(h))
-        elif name == "SP":
-            flat = h.flatten()
-            kept = torch.topk(flat.abs(), int((1 - CODECS["SP"].ratio) * flat.numel() + 1e-6)).indices
-            out = torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view(h.shape)
-        elif name == "QU":
-            low, top = h.min(), 2 ** CODECS["QU"].bits - 1
-            step = (h.max() - low) / top
-            out = torch.round((h - low) / step) * step + low
-        else:
-            return h
-        return h + (out - h).detach()  # backward as if there were no codec
-
     network = torch_networks.ResNet("resnet18", len(first["fc.bias"]), len(first["conv1.weight"]))
     network.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in first.items()}, strict=False)
-    network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    running = [b for n, b in network.named_buffers() if "running" in n]
 
     def client(x):
         return network.layer2(network.layer1(torch.relu(network.bn1(network.conv1(x)))))
@@ -176,25 +159,10 @@ def run_torch(name, first, batches, wanted, threads):
     def server(h):
         return network.fc(network.layer4(network.layer3(h)).mean((2, 3)))
 
+    method = pytorch_method.Method(network, client, server, pytorch_method.codec(CODECS[name]), optimizer)
     losses, weights = [], {}
     for number, (images, labels) in enumerate(zip(*batches, strict=True), 1):
-        optimizer.zero_grad()
-        before, moved, of_step = [b.clone() for b in running], [torch.zeros_like(b) for b in running], []
-        for x, y in zip(images, labels, strict=True):
-            for buffer, old in zip(running, before, strict=True):
-                buffer.copy_(old)
-            h = client(torch.from_numpy(x).permute(0, 3, 1, 2))
-            # As msjax has the features of a client: in the order (sample, row, column, channel).
-            h = codec(h.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-            loss = nn.functional.cross_entropy(server(h), torch.from_numpy(y).long())
-            (loss / CLIENTS).backward()
-            of_step.append(loss.item())
-            for total, buffer in zip(moved, running, strict=True):
-                total += buffer / CLIENTS
-        for buffer, mean in zip(running, moved, strict=True):
-            buffer.copy_(mean)
-        optimizer.step()
-        losses.append(of_step)
+        losses.append(method.step(images, labels))
         if number in wanted:
             weights[number] = {k: v.detach().numpy().copy() for k, v in network.state_dict().items()}
     return {"losses": np.array(losses), "weights": weights}

@@ -16,8 +16,10 @@ from collections.abc import Iterable
 import markdown_it
 
 from experiments import (
+    accelerator,
     activations,
     beside_pytorch,
+    beside_pytorch_training,
     biased_gradients,
     both_directions,
     cifar10_lite,
@@ -60,8 +62,10 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
     "Plain PyTorch beside msjax": beside_pytorch,
+    "A whole training in PyTorch and in msjax": beside_pytorch_training,
     "Published weights": published_weights,
     "Published weights, cut behind every block, nothing trained": published_cuts,
+    "On a GPU": accelerator,
 }
 HEAD = """# Results
 
@@ -126,6 +130,8 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
             if (picture := file.with_suffix(".png")).exists():
                 figures[picture.name] = picture.read_bytes()
                 parts.append(f"![{title}]({picture.name})\n")
+        else:
+            parts.append(f"## {title}\n\n{explanation(module)}\n\nThere is no record: not run.\n")
     lossy = [(module, study.records(module, "lite", results, study.LOSSY)) for module in STUDIES]
     if any(found for _, found in lossy):
         parts.append(LOSSY_HEAD)
