@@ -141,9 +141,10 @@ def run(options) -> None:
     record = Record(options)  # before PyTorch is imported, so that JAX finds its libraries first
     jobs = jobs_of(options, record)
     left = lambda: options.seconds - (time.monotonic() - start)  # noqa: E731
-    for shares in (STAGES, dict.fromkeys(STAGES, 1.0)):
-        for stage, of_stage in jobs.items():
-            work_on(stage, of_stage, record, shares[stage] * left(), 0.0 if options.small else LEAST_SECONDS[stage])
+    # Trainings take all the time that is left, so the second round is for the others' rows alone.
+    for shares in (STAGES, {stage: 1.0 for stage in STAGES if stage != "train"}):
+        for stage in (stage for stage in jobs if stage in shares):
+            work_on(stage, jobs[stage], record, shares[stage] * left(), 0.0 if options.small else LEAST_SECONDS[stage])
 
 
 def jobs_of(options, record: Record) -> dict:
