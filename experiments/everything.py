@@ -4,8 +4,8 @@
 
 In the paper's mode each client sends the gradients of its part in every step and gets their mean. Here these go
 through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
-with labels. The cut has 1.6 bits up and 1.5 down; averages have as many bits as a row says. In SplitFed the clients
-average the changes of their parts every ten steps.
+with labels. The cut has 1.6 bits up and 1.5 down, or gradients as many bits as noise of so much of their energy takes;
+averages have as many bits as a row says. In SplitFed the clients average the changes of their parts every ten steps.
 """
 
 import dataclasses
@@ -26,9 +26,17 @@ def coded(bits, levels=15):
     return compress.EntropyMask(bits=bits, levels=levels, signed=True)
 
 
+def noisy(error):
+    """The codec of gradients whose variance is this part of their energy, instead of a number of bits."""
+    return compress.EntropyMask(error=error, levels=7, signed=True, rounding="stochastic")
+
+
 ARMS = {
     "none": (PLAIN, PLAIN, PLAIN),
     "the cut alone": (UP, DOWN, PLAIN),
+    "averages 1 bit, gradient's noise 0.3": (UP, noisy(0.3), coded(1.0)),
+    "averages 1 bit, gradient's noise 1": (UP, noisy(1.0), coded(1.0)),
+    "averages 1 bit, 1.1 bits up, gradient's noise 0.3": (compress.EntropyMask(bits=1.1), noisy(0.3), coded(1.0)),
     "averages 2 bits": (UP, DOWN, coded(2.0)),
     "averages 1 bit": (UP, DOWN, coded(1.0)),
     "averages 0.5 bits": (UP, DOWN, coded(0.5, levels=3)),

@@ -229,6 +229,8 @@ def test_what_does_not_fit_is_refused():
     for changes, said in (
         ({"mode": MODES[3]}, "where clients train one after another"),
         ({"update_codec": compress.TopK(granularity="sample")}, 'granularity="tensor"'),
+        ({"update_codec": compress.MaskEncoded()}, "update_codec must have signed=True"),
+        ({"grad_codec": compress.EntropyMask()}, "grad_codec must have signed=True"),
     ):
         with pytest.raises(ValueError, match=said):
             built(dataclasses.replace(CFG, **changes), 30)

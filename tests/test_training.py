@@ -226,6 +226,15 @@ def test_the_table_sets_a_single_run_against_no_compression(capsys):
     print_summaries([summary, coded | {"config": configs | {"grad_codec": "EntropyMask()"}}])
     out = capsys.readouterr().out
     assert "13.80×" in out and "69.00×" in out and "gradients: EntropyMask()" in out
+    traffic |= {"uplink_bytes": 3e6, "uplink_synchronization_bytes": 2e6, "coded_uplink_synchronization_bytes": 1e5}
+    traffic |= {
+        "downlink_bytes": 4e6,
+        "downlink_synchronization_bytes": 2e6,
+        "coded_downlink_synchronization_bytes": 2e5,
+    }
+    print_summaries([summary | {"traffic": traffic, "config": configs | {"update_codec": "TopK()"}}])
+    out = capsys.readouterr().out
+    assert "averages: TopK()" in out and "1.10" in out and "2.20" in out
 
 
 def rates(optim, epochs, steps):

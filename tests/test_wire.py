@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import struct
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from .helpers import (
     assert_same,
     case_id,
     decode_or_refuse,
-    deflated,
     form_of,
     message,
     payload_of,
@@ -100,7 +98,7 @@ def test_huffman_shortens_codes_only():
     plain, coded = (wire.encode(payload, codec, like, compression=c) for c in wire.COMPRESSIONS)
     header = 4 + 1 + 4 + 2 + len(MASK) + 2 + 4 * 2 + 1 + 9 * 3
     assert len(plain) == header + codec.payload_bytes(like)
-    codes = len(deflated(payload.codes.tobytes(), 1, zlib.Z_HUFFMAN_ONLY))
+    codes = min(len(coder(payload.codes.tobytes())) for coder in (wire.huffman, wire.runs))
     assert len(coded) == header + payload.values.nbytes + codes < 0.6 * len(plain)
     # Codes that no code shortens stay as they are.
     noise = payload._replace(codes=np.frombuffer(np.random.default_rng(0).bytes(payload.codes.size), np.uint8))
@@ -112,7 +110,8 @@ def test_huffmans_best_case_is_within_the_decoders_bound():
     codec, like = MaskEncoded(), jax.ShapeDtypeStruct((1 << 23,), jnp.bfloat16)
     form = form_of(codec, like.shape, like.dtype)
     payload = jax.tree.map(lambda f: np.zeros(f.shape, f.dtype), form)
-    data = wire.encode(payload, codec, like, compression="huffman")
+    buffers = ((0, payload.values.tobytes()), (1, wire.huffman(payload.codes.tobytes())), (0, b""))
+    data = message(repr(codec).encode(), 1, like.shape, buffers)
     assert len(data) < payload.values.nbytes + payload.codes.nbytes / 7.9
     peak = traced_peak(lambda: assert_same(wire.decode(data).payload.codes, payload.codes))
     # The comparison above takes two copies more.
@@ -185,10 +184,28 @@ def test_only_zeros_are_cut_and_only_what_is_shorter_is_coded():
     for word in (0x2020, 0x2000, 0x0020, 0x0D0A, 0xFF00):
         ends = payload._replace(outliers=np.full(3, word, np.uint16).view(np.float16))
         assert_same(wire.decode(wire.encode(ends, codec, like)).payload, ends)
-    lengths = [len(wire.huffman(bytes(n))) - n for n in range(1, 20)]
-    assert 0 in lengths
-    codings = [wire._code(np.zeros(n, np.uint8), "huffman", cut=False)[0] for n in range(1, 20)]
-    assert codings == [int(length < 0) for length in lengths]
+    for n in range(1, 20):
+        lengths = {0: n, 1: len(wire.huffman(bytes(n))), 3: len(wire.runs(bytes(n)))}
+        coding, buffer = wire._code(np.zeros(n, np.uint8), "huffman", cut=False)
+        assert len(buffer) == lengths[coding] == min(lengths.values())
+
+
+@pytest.mark.parametrize("size", (7, 1000, 1 << 20))
+@pytest.mark.parametrize("share", (0.001, 0.05, 0.5))
+def test_runs(size, share):
+    """Where most codes are zero runs are shorter, and the message is of version 2; else it is of version 1."""
+    rng = np.random.default_rng(0)
+    codes = np.where(rng.random(size) < share, rng.integers(1, 256, size), 0).astype(np.uint8)
+    like = jax.ShapeDtypeStruct((2 * size,), np.float32)
+    codec = EntropyMask(error=0.07)
+    payload = payload_of(codec, like.shape, like.dtype)._replace(codes=codes)
+    data = wire.encode(payload, codec, like)
+    assert_same(wire.decode(data, expect=(codec, like)).payload, payload)
+    coded = [len(coder(codes.tobytes())) for coder in (wire.huffman, wire.runs)]
+    assert data[4] == (2 if coded[1] < min(coded[0], size) else 1)
+    if size > 7:
+        estimate = float(jax.jit(functools.partial(wire.estimate_bytes, codec=codec, like=like))(payload))
+        assert estimate == pytest.approx(len(data), rel=0.1, abs=30)
 
 
 def test_arrays_that_are_not_contiguous_are_sent_in_order():

@@ -38,9 +38,12 @@ def print_summaries(summaries: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for s in summaries:
         traffic, gradients = s["traffic"], s["config"]["grad_codec"]
+        averages = s["config"].get("update_codec", "Identity()")  # summaries of before there was one
         features, up, down = _as_sent(traffic)
         table.add_row(
-            s["config"]["codec"] + (f"\ngradients: {gradients}" if gradients != "Identity()" else ""),
+            s["config"]["codec"]
+            + (f"\ngradients: {gradients}" if gradients != "Identity()" else "")
+            + (f"\naverages: {averages}" if averages != "Identity()" else ""),
             _headline(s),
             f"{features / 1e6:,.2f}",
             f"{s['uncompressed_feature_bytes'] / features:.2f}×",
@@ -67,4 +70,7 @@ def _as_sent(traffic):
         coded = traffic["coded_uplink_bytes"]
         up, features = up - features + coded, coded
         down += traffic["coded_downlink_bytes"] - traffic["downlink_gradient_bytes"]
+    if "coded_uplink_synchronization_bytes" in traffic:
+        up += traffic["coded_uplink_synchronization_bytes"] - traffic["uplink_synchronization_bytes"]
+        down += traffic["coded_downlink_synchronization_bytes"] - traffic["downlink_synchronization_bytes"]
     return features, up, down

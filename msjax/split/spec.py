@@ -293,7 +293,7 @@ def make_spec(
     Raises:
       TypeError: `update_codec` is no codec.
       ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
-        array that is not there, or `update_codec` does not fit the mode.
+        array that is not there, `update_codec` does not fit the mode, or `grad_codec` or `update_codec` is not signed.
     """
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
@@ -341,6 +341,8 @@ def make_spec(
         schedule=schedule,
     )
     _check_update_codec(update_codec, schedule)
+    for one in grad_codec.all:
+        _check_signed("grad_codec", one)
     codec.for_tree(features)
     grad_codec.for_tree(features, "grad_codec")
     _ = spec.metric_sums_like
@@ -348,11 +350,18 @@ def make_spec(
     return spec
 
 
+def _check_signed(name, codec):
+    """Gradients have both signs, of which one would be lost."""
+    if not getattr(codec, "signed", True):
+        raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
+
+
 def _check_update_codec(codec, schedule):
     if not isinstance(codec, Codec):
         raise TypeError(f"update_codec must be a codec of msjax.compress, got {codec!r}")
     if codec == Identity():
         return
+    _check_signed("update_codec", codec)
     if schedule.mode.one_at_a_time:
         raise ValueError(f"update_codec must be Identity() where clients train one after another, got {codec}")
     if getattr(codec, "granularity", "tensor") != "tensor":
