@@ -23,6 +23,7 @@ from experiments import (
     biased_gradients,
     both_directions,
     cifar10_lite,
+    claims,
     clients,
     compression_error,
     convergence,
@@ -39,6 +40,7 @@ from experiments import (
     rate_distortion,
     study,
     traffic,
+    verdicts,
 )
 
 STUDIES = (
@@ -109,7 +111,7 @@ def main() -> int:
 
 def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tuple[str, dict[str, bytes]]:
     """Returns the whole page as Markdown, and its figures as PNG by the name that it calls them."""
-    parts, figures = [HEAD], {}
+    parts, figures = [HEAD, claims.page(verdicts.Results(results))], {}
     for module in STUDIES:
         parts.append(f"## {module.TITLE}\n\n{explanation(module)}\n")
         for scale in scales:
