@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import msjax
-from msjax import build, compress, config, data, wire
+from msjax import build, compress, config, data, models, wire
 from msjax.runs import RunFolder
 from msjax.runs.progress import Progress
 from msjax.split import averages, modes, parties
@@ -227,15 +227,27 @@ def _coded(payload, spec):
 
 def test_what_does_not_fit_is_refused():
     for changes, said in (
-        ({"mode": MODES[3]}, "where clients train one after another"),
+        ({"mode": MODES[3]}, "in sequential mode"),
         ({"update_codec": compress.TopK(granularity="sample")}, 'granularity="tensor"'),
         ({"update_codec": compress.MaskEncoded()}, "update_codec must have signed=True"),
+        ({"update_codec": compress.Exact()}, "update_codec must be one of float32 vectors"),
         ({"grad_codec": compress.EntropyMask()}, "grad_codec must have signed=True"),
     ):
         with pytest.raises(ValueError, match=said):
             built(dataclasses.replace(CFG, **changes), 30)
     with pytest.raises(TypeError, match="update_codec must be a codec"):
         msjax.train(_model(), dataset(), update_codec="TopK")
+
+
+def test_a_client_part_without_arrays():
+    """There is nothing to average, and so nothing to compress."""
+    relu = models.ModelPart(lambda params, stats, x, train, key: (jax.nn.relu(x), stats), {}, {})
+    linear = models.ModelPart(
+        lambda params, stats, x, train, key: (x @ params["w"], stats), {"w": jnp.ones((4, 2))}, {}
+    )
+    samples = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32), np.arange(24, dtype=np.int32) % 2
+    result = msjax.train((relu, linear), samples, update_codec=SP, clients=2, batch_size=6, epochs=1)
+    assert not result.spec.compresses_updates and result.traffic.uplink_synchronization_bytes == 0
 
 
 def test_a_run_without_it_is_described_as_before():

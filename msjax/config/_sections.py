@@ -161,7 +161,8 @@ class Config:
     """Of the gradient, on its way down; the paper sends it uncompressed."""
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
-    the parts, and statistics. Not in sequential mode, which averages nothing."""
+    the parts, and statistics; a codec for both signs, as EntropyMask(bits=1.0, signed=True). It pays for parts of some
+    hundred values or more. Not in sequential mode, which averages nothing, nor with one client."""
     array_codecs: tuple[tuple[str, str], ...] = ()
     """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
     `codec`."""

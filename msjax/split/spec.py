@@ -240,7 +240,7 @@ class RunSpec:
     @property
     def compresses_updates(self) -> bool:
         """Whether averages go through a codec, with error feedback; see `averages`."""
-        together = self.schedule.clients > 1 and not self.mode.one_at_a_time
+        together = self.schedule.clients > 1 and not self.mode.one_at_a_time and self.client_update_values > 0
         return together and self.update_codec != Identity()
 
     @functools.cached_property
@@ -362,8 +362,12 @@ def _check_update_codec(codec, schedule):
     if codec == Identity():
         return
     _check_signed("update_codec", codec)
+    try:
+        codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
     if schedule.mode.one_at_a_time:
-        raise ValueError(f"update_codec must be Identity() where clients train one after another, got {codec}")
+        raise ValueError(f"update_codec must be Identity() in sequential mode, which averages nothing, got {codec}")
     if getattr(codec, "granularity", "tensor") != "tensor":
         raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
 

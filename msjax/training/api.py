@@ -101,8 +101,9 @@ def train(
         without it are sent uncompressed.
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
       update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
-        gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. Not in
-        `Sequential`, which averages nothing.
+        gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. A codec
+        for both signs, as `EntropyMask(bits=1.0, signed=True)`; it pays for parts of some hundred values or more. Not
+        in `Sequential`, which averages nothing, nor with one client.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.

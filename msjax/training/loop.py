@@ -247,7 +247,7 @@ def _traffic_until(spec, history):
 
 
 def _coded_bytes(spec, sums, history):
-    """About the bytes so far of the messages of entropy-coded codecs: of features and gradients, and of averages."""
+    """About the bytes so far of the messages of entropy-coded codecs, headers and all: of the cut, and of averages."""
     earlier = history[-1]["traffic"] if history else {}
     up, down = (np.atleast_1d(sent) for sent in (sums.uplink_bytes, sums.downlink_bytes))
     found = {}
