@@ -10,6 +10,7 @@ import pytest
 
 from msjax import build, compress, config, data
 from msjax.split import parties, schedule
+from msjax.training import from_config, loop
 
 SMALL = config.Config(
     model=config.ModelConfig(name="convnet", width=0.25),
@@ -66,6 +67,16 @@ def make_parties(cfg, counts=(COUNT, TEST_COUNT), **options):
         for client_id, own in enumerate(indices)
     ]
     return parties.Server(run.spec, run.server, cfg.seed), clients
+
+
+def load_program(cfg, monkeypatch, *, spread):
+    """The run in one program on uneven data: over several devices where `spread`, else on one."""
+    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset(*UNEVEN))
+    if not spread:
+        monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
+    run = from_config.load_run(cfg)
+    assert (loop.mesh_of(run.spec) is not None) == spread
+    return run
 
 
 class Finished(NamedTuple):

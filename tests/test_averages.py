@@ -23,7 +23,7 @@ from msjax.training import from_config, loop
 
 from .helpers import assert_close
 from .network import net
-from .setups import MODES, SMALL, SMOOTH, UNEVEN, built, dataset, make_parties
+from .setups import MODES, SMALL, SMOOTH, UNEVEN, built, dataset, load_program, make_parties
 
 SP = compress.TopK(ratio=0.8)
 CODED = compress.EntropyMask(bits=2.0, signed=True)
@@ -55,11 +55,7 @@ def test_clients_stay_equal_and_remember_what_was_lost(mode):
 @pytest.mark.parametrize("spread", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     cfg = dataclasses.replace(CFG, mode=mode, out=str(tmp_path))
-    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset(*UNEVEN))
-    if not spread:
-        monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
-    run = from_config.load_run(cfg)
-    assert (loop.mesh_of(run.spec) is not None) == spread
+    run = load_program(cfg, monkeypatch, spread=spread)
     state = loop.train(run, quiet=True).state
     server, clients = finished(mode, SP)
     assert_close(server.state, state.server, 1e-5)

@@ -13,10 +13,10 @@ from msjax.split import parties
 from msjax.split.metrics import MetricSums
 from msjax.split.modes import Sequential
 from msjax.split.schedule import Phase, Schedule
-from msjax.training import from_config, loop
+from msjax.training import loop
 
 from .helpers import assert_close
-from .setups import MODES, SMALL, SMOOTH, UNEVEN, dataset, finished, make_parties
+from .setups import MODES, SMALL, SMOOTH, UNEVEN, finished, load_program, make_parties
 
 
 @pytest.mark.slow
@@ -107,11 +107,7 @@ def test_sequential_schedule():
 def test_parties_equal_the_program(mode, spread, monkeypatch, tmp_path):
     """`msjax train`, on one device and on several, against the parties, in every mode."""
     cfg = dataclasses.replace(SMOOTH, mode=mode, out=str(tmp_path))
-    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset(*UNEVEN))
-    if not spread:
-        monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
-    run = from_config.load_run(cfg)
-    assert (loop.mesh_of(run.spec) is not None) == spread
+    run = load_program(cfg, monkeypatch, spread=spread)
     folder = RunFolder.create(cfg, "run")
     finished_run = loop.train(run, folder, quiet=True)
     folder.close()

@@ -103,10 +103,8 @@ def fused_step(
     metrics = StepMetrics(loss, *totals, losses)
     memory = state.memory
     if compressed:
-        memory, metrics = (
-            found.memory,
-            with_average_bytes(spec, metrics, average_bytes(spec, found, clients), axis_name),
-        )
+        sent = average_bytes(spec, found, clients)
+        memory, metrics = found.memory, with_average_bytes(spec, metrics, sent, axis_name)
     return TrainState(client, server, state.step + 1, memory), metrics
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import ipaddress
 import logging
-import re
 import ssl
 import threading
 import time
@@ -14,13 +13,20 @@ from urllib.parse import unquote
 
 import grpc
 
-from msjax.distributed.rpc.security import Tokens, client_lines
+from msjax.distributed.rpc.security import Tokens, client_lines, hexadecimal
 from msjax.logs import shorten
 
 log = logging.getLogger("msjax.server")
 
 _MOST_ADDRESSES = 4096
 """Of which wrong tokens are remembered; beyond them the one is forgotten whose last is longest ago."""
+
+
+def _wanted(name, where):
+    """A certificate's name, or its fingerprint without colons."""
+    if not name.startswith("sha256:"):
+        return name
+    return f"sha256:{hexadecimal('certificates', name.removeprefix('sha256:').replace(':', ''), where)}"
 
 
 class Certificates:
@@ -38,25 +44,8 @@ class Certificates:
     """
 
     def __init__(self, path: str | None, clients: int | None = None):
-        self._wanted: dict[int, str] | None = None
-        if path is None:
-            return
-        self._wanted = wanted = {}
-        for client, name, where in client_lines("certificates", path, "the name in its certificate"):
-            if name.startswith("sha256:"):
-                name = name.replace(":", "").lower().removeprefix("sha256")
-                if not re.fullmatch("[0-9a-f]{64}", name):
-                    raise ValueError(f"certificates: sha256: needs 64 hexadecimal digits, in {where}")
-                name = f"sha256:{name}"
-            if client in wanted:
-                raise ValueError(f"certificates must have one line a client, got another of client {client}, {where}")
-            if name in wanted.values():
-                raise ValueError(f"certificates must be another for each client, got an earlier client's in {where}")
-            wanted[client] = name
-        lacking = [client for client in range(clients or 0) if client not in wanted]
-        if lacking or not wanted:
-            some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
-            raise ValueError(f"certificates must have a line of every client, got {some} in {path}")
+        args = ("certificates", path, "the name in its certificate", _wanted, clients)
+        self._wanted = None if path is None else client_lines(*args)
 
     def __bool__(self):
         return self._wanted is not None

@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import grpc
 
@@ -109,20 +109,54 @@ def _text(name, path):
         raise ValueError(f"{name} must be a file of text, got {path!r}") from None
 
 
-def client_lines(name: str, path: str, what: str) -> Iterator[tuple[int, str, str]]:
-    """Yields client, rest and place of each line `NUMBER REST` of a file; empty lines and those with # are none.
+def client_lines(
+    name: str, path: str, what: str, read: Callable[[str, str], str], clients: int | None
+) -> dict[int, str]:
+    """Returns what each client has in a file of lines `NUMBER REST`; empty lines and those with # are none.
+
+    Args:
+      name: what an error calls the file.
+      path: of the file.
+      what: what an error calls the rest.
+      read: from the rest and its place to what is kept; raises ValueError.
+      clients: how many clients there are, of which each must have its line; None: any that are there.
 
     Raises:
-      ValueError: a line is none of a client's; `name` is what the error calls the file, `what` the rest.
+      ValueError: a line is none of a client's, or two clients have the same, or a client has none or two.
     """
+    found: dict[int, str] = {}
     for number, line in enumerate(_text(name, path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         where = f"line {number} of {path}"
-        client, _, rest = line.strip().partition(" ")
-        if not re.fullmatch("[0-9]{1,9}", client) or not rest.strip():
+        given, _, rest = line.strip().partition(" ")
+        if not re.fullmatch("[0-9]{1,9}", given) or not rest.strip():
             raise ValueError(f"{name} must be lines of a client's number and {what}, got {where}")
-        yield int(client), rest.strip(), where
+        client, value = int(given), read(rest.strip(), where)
+        if client in found:
+            raise ValueError(f"{name} must have one line a client, got another of client {client}, {where}")
+        if value in found.values():
+            raise ValueError(f"{name} must be another for each client, got an earlier client's in {where}")
+        found[client] = value
+    lacking = [client for client in range(clients or 0) if client not in found]
+    if lacking or not found:
+        some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
+        raise ValueError(f"{name} must have a line of every client, got {some} in {path}")
+    return found
+
+
+def hexadecimal(name: str, digits: str, where: str) -> str:
+    """Returns the digits of a SHA-256 hash in lower case; raises ValueError where they are none."""
+    if not re.fullmatch("[0-9a-f]{64}", digits.lower()):
+        raise ValueError(f"{name}: sha256: needs 64 hexadecimal digits, in {where}")
+    return digits.lower()
+
+
+def _hashed(token, where):
+    if token.startswith("sha256:"):
+        return hexadecimal("tokens", token.removeprefix("sha256:"), where)
+    check_token(f"tokens: the token in {where}", token)
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Tokens:
@@ -139,27 +173,7 @@ class Tokens:
     """
 
     def __init__(self, path: str | None, clients: int | None = None):
-        self._hashes = None
-        if path is None:
-            return
-        self._hashes = hashes = {}
-        for client, token, where in client_lines("tokens", path, "its token"):
-            if token.startswith("sha256:"):
-                hashed = token.removeprefix("sha256:").lower()
-                if not re.fullmatch("[0-9a-f]{64}", hashed):
-                    raise ValueError(f"tokens: sha256: needs 64 hexadecimal digits, in {where}")
-            else:
-                check_token(f"tokens: the token in {where}", token)
-                hashed = hashlib.sha256(token.encode()).hexdigest()
-            if client in hashes:
-                raise ValueError(f"tokens must have one line a client, got another of client {client}, {where}")
-            if hashed in hashes.values():
-                raise ValueError(f"tokens must be another for each client, got an earlier client's in {where}")
-            hashes[client] = hashed
-        lacking = [client for client in range(clients or 0) if client not in hashes]
-        if lacking or not hashes:
-            some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
-            raise ValueError(f"tokens must have a line of every client, got {some} in {path}")
+        self._hashes = None if path is None else client_lines("tokens", path, "its token", _hashed, clients)
 
     def accept(self, client: int, token: str | None) -> bool:
         """Returns whether `token` is that of a client."""

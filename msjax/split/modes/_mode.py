@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 
 from msjax.split import fused
+from msjax.split.averages import Memory, no_error
 from msjax.split.payloads import PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
 from msjax.split.state import PartState, TrainState
@@ -123,3 +124,18 @@ class Mode:
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
         return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+
+
+class AveragingMode(Mode):
+    """A mode in which the clients average, in exchanges of phase AVERAGE, and all get the same answer."""
+
+    def up(self, spec, exchange):
+        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
+
+    down = up
+
+    def server_memory(self, spec):
+        return Memory(no_error(spec)) if spec.compresses_updates else ()
+
+    def server_answer(self, server, exchange, payloads):
+        return [server.mean(exchange, payloads)] * len(payloads)

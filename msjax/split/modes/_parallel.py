@@ -4,13 +4,12 @@ import dataclasses
 
 from msjax.split import programs
 from msjax.split.averages import Memory, no_error
-from msjax.split.modes._mode import Mode
+from msjax.split.modes._mode import AveragingMode
 from msjax.split.payloads import payload_vector, vector_payload
-from msjax.split.schedule import Phase
 
 
 @dataclasses.dataclass(frozen=True)
-class Parallel(Mode):
+class Parallel(AveragingMode):
     """In every step all clients' gradients and batch statistics are averaged, so that their parts stay equal.
 
     Source: arXiv 2408.13787, section 2. The server sees features, labels and every client's gradients.
@@ -18,11 +17,6 @@ class Parallel(Mode):
 
     def averages_after(self, schedule, step):
         return schedule.clients > 1
-
-    def up(self, spec, exchange):
-        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
-
-    down = up
 
     def client_finish(self, client, exchange, update):
         if self.averages_after(client.schedule, exchange.step):
@@ -32,9 +26,6 @@ class Parallel(Mode):
 
     def client_memory(self, spec, state):
         return Memory(no_error(spec)) if spec.compresses_updates else ()
-
-    def server_memory(self, spec):
-        return self.client_memory(spec, None)
 
     def client_send(self, client, exchange):
         if not client.spec.compresses_updates:
@@ -49,6 +40,3 @@ class Parallel(Mode):
             client.update(programs.decode_update(client.spec, payload, update, client.state.stats))
         else:
             client.update(programs.from_vector(payload_vector(payload), update))
-
-    def server_answer(self, server, exchange, payloads):
-        return [server.mean(exchange, payloads)] * len(payloads)

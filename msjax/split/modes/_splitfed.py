@@ -7,13 +7,12 @@ import jax.numpy as jnp
 
 from msjax.split import averages, fused, programs
 from msjax.split.averages import Memory, no_error
-from msjax.split.modes._mode import Mode
+from msjax.split.modes._mode import AveragingMode
 from msjax.split.payloads import payload_vector, vector_payload
-from msjax.split.schedule import Phase
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitFed(Mode):
+class SplitFed(AveragingMode):
     """Every client updates a part of its own; weights and statistics are averaged every `average_steps` steps.
 
     There is an average at the end of an epoch in any case. Momenta stay each client's own. Source: SplitFed learning,
@@ -38,18 +37,10 @@ class SplitFed(Mode):
         within = step % epoch_steps + 1
         return (within % self.average_steps == 0) | (within == epoch_steps)
 
-    def up(self, spec, exchange):
-        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
-
-    down = up
-
     def client_memory(self, spec, state):
         if not spec.compresses_updates:
             return ()
         return Memory(no_error(spec), averages.to_vectors(state.params, state.stats))
-
-    def server_memory(self, spec):
-        return Memory(no_error(spec)) if spec.compresses_updates else ()
 
     def client_send(self, client, exchange):
         if client.spec.compresses_updates:
@@ -64,9 +55,6 @@ class SplitFed(Mode):
             return
         params, stats = programs.from_vector(payload_vector(payload), (client.state.params, client.state.stats))
         client.state = client.state._replace(params=params, stats=stats)
-
-    def server_answer(self, server, exchange, payloads):
-        return [server.mean(exchange, payloads)] * len(payloads)
 
     def spread(self, state, clients):
         client = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), state.client)
