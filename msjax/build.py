@@ -177,6 +177,7 @@ def build(
         grad_kept_only=cfg.grad_kept_only,
         test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
         update_codec=cfg.update_codec,
+        cut_bits=cfg.cut_bits,
         preprocess=make_preprocess(cfg, summary),
     )
     client, server, *tail = parts

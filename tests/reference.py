@@ -210,8 +210,13 @@ def _entropy_decode(payload, d, dtype, fields):
     return _clamped(out, dtype)
 
 
+def _half(fields):
+    return np.dtype(ml_dtypes.bfloat16 if fields["dtype"] == "bfloat16" else np.float16)
+
+
 ENCODE = {
     "Identity": lambda x, fields: (x,),
+    "Cast": lambda x, fields: (_clamped(x, _half(fields)),),
     "MaskEncoded": _ms_encode,
     "TopK": _topk_encode,
     "Uniform": _uniform_encode,
@@ -220,6 +225,7 @@ ENCODE = {
 
 DECODE = {
     "Identity": lambda payload, d, dtype, fields: payload[0],
+    "Cast": lambda payload, d, dtype, fields: _clamped(payload[0].ravel(), dtype),
     "MaskEncoded": _ms_decode,
     "TopK": _sparse_decode,
     "RandTopK": _sparse_decode,
@@ -256,6 +262,8 @@ def payload_bits(name, d, itemsize, fields):
     f, k = 8 * itemsize, num_kept(fields["ratio"], d) if "ratio" in fields else 0
     if name == "Identity":
         return [d * f]
+    if name == "Cast":
+        return [16 * d]
     if name == "EntropyMask":
         per_byte = math.floor(math.log(256, fields["levels"] + 1) + 1e-9)
         return [8 * math.ceil(d / per_byte), 16 * k, 16 * (entropy_most(fields) + 1), 32]

@@ -16,6 +16,7 @@ from msjax.runs import RunFolder
 from msjax.runs.progress import Progress
 from msjax.split import averages, modes, parties
 from msjax.split.make_spec import init_part
+from msjax.split.schedule import Phase
 from msjax.split.state import TrainState
 from msjax.split.step import PartUpdate
 from msjax.split.traffic import run_traffic
@@ -24,6 +25,7 @@ from msjax.training import from_config, loop
 from .helpers import assert_close
 from .network import net
 from .setups import MODES, SMALL, SMOOTH, UNEVEN, built, dataset, load_program, make_parties
+from .test_budget import BUDGET
 
 SP = compress.TopK(ratio=0.8)
 CODED = compress.EntropyMask(bits=2.0, signed=True)
@@ -65,13 +67,36 @@ def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     assert_close(errors, state.memory.client.error, 1e-4)
 
 
+@pytest.mark.parametrize("mode", [pytest.param(MODES[3], marks=pytest.mark.slow), MODES[4]], ids=str)
+def test_what_is_handed_on_in_half_precision(mode, monkeypatch, tmp_path):
+    """Each client begins with the rounded part, the optimizer's state too, and tests with its own."""
+    cfg = dataclasses.replace(SMOOTH, mode=mode, update_codec=compress.Cast(), out=str(tmp_path))
+    state = loop.train(load_program(cfg, monkeypatch, spread=False), quiet=True).state
+    server, clients = make_parties(cfg, UNEVEN)
+    handed = []
+    for exchange in parties.run(server, clients):
+        if exchange.phase == Phase.RETURN_PART:
+            handed.append(server.part_in_transit)
+    assert_close(server.state, state.server, 1e-5)
+    assert_close(clients[-1].state[:2], state.client[:2], 1e-5)
+    for vector in handed:
+        np.testing.assert_array_equal(vector, vector.astype(jnp.bfloat16).astype(np.float32))
+    traffic, plain = (run_traffic(built(c, 25).spec, 2) for c in (cfg, dataclasses.replace(SMOOTH, mode=mode)))
+    assert 2 * traffic.uplink_synchronization_bytes == plain.uplink_synchronization_bytes > 0
+
+
 @pytest.mark.usefixtures("built_once")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
 @pytest.mark.parametrize("update_codec", [SP, compress.RandK(ratio=0.5), CODED], ids=str)
 def test_over_a_network_with_faults(tmp_path, mode, update_codec):
-    """A client and the server die, and all go back to their checkpoints: the memory is part of these."""
-    cfg = dataclasses.replace(SMALL, mode=mode, update_codec=update_codec, epochs=3)
+    """A client and the server die, and all go back to their checkpoints: the memory is part of these.
+
+    And, in one case, what is left of a budget for the cut.
+    """
+    cfg = dataclasses.replace(
+        SMALL, mode=mode, update_codec=update_codec, epochs=3, **(BUDGET if update_codec == CODED else {})
+    )
     with net(tmp_path, cfg, checkpoint_steps=2, disk=True) as it:
         it.start_clients()
         it.run_to(3)
@@ -115,6 +140,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch)
         epochs=2,
         update_codec=CODED,
         out=str(tmp_path),
+        **BUDGET,
     )
     folder = RunFolder.create(cfg, "whole")
     whole = from_config.train_config(cfg, folder, quiet=True)
@@ -252,7 +278,7 @@ def test_a_run_without_it_is_described_as_before():
     assert {"update_codec", "client statistics"} == compressed.describe().keys() - plain.describe().keys()
     assert plain.average_payload().nbytes == 4 * plain.client_update_values
     state = TrainState(1, 2, 3)
-    assert loop._to_save(state)._fields == ("client", "server", "step")
+    assert list(loop._to_save(state)) == ["client", "server", "step"]
 
 
 def test_statistics_are_sent_as_changes():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from msjax import compress
-from msjax.compress import EntropyMask, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+from msjax.compress import Cast, EntropyMask, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
 
 from . import reference
 from .helpers import case_id, encode
@@ -213,7 +213,7 @@ def test_no_nan_or_inf_comes_of_finite_numbers(codec, dtype):
     odd, limits = np.arange(24) % 2 == 1, jnp.finfo(dtype)
     more = [np.arange(24), np.where(odd, -1, float(limits.tiny)), np.where(odd, -float(limits.max), 1)]
     h = jnp.stack([x for name, x in kinds.items() if name != "wild"] + [jnp.asarray(x, dtype) for x in more])
-    codec = codec if isinstance(codec, Identity) else dataclasses.replace(codec, granularity="sample")
+    codec = codec if isinstance(codec, Identity | Cast) else dataclasses.replace(codec, granularity="sample")
     selects = isinstance(codec, MaskEncoded | TopK | RandTopK | EntropyMask)
     with jax.debug_nans(True), jax.debug_infs(True), contextlib.nullcontext() if selects else jax.disable_jit():
         decoded = codec.decode(codec.encode(h, KEY), h)

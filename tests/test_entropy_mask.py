@@ -251,7 +251,6 @@ def test_negative_values_are_zero_unless_signed():
         ({"error": 0}, "error must be a number above 0, got 0"),
         ({"bits": -1.0}, "bits must be a number above 0, got -1.0"),
         ({"bits": float("inf")}, "bits must be a number above 0, got inf"),
-        ({"bits": 1.0, "error": 0.1}, "bits must be None where error is given, got 1.0"),
         ({"levels": 1}, "levels must be an integer in 2..255, got 1"),
         ({"levels": 256}, "levels must be an integer in 2..255, got 256"),
         ({"levels": 16, "signed": True}, "levels must be odd for a signed codec, got 16"),

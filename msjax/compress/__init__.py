@@ -13,6 +13,7 @@ inside `shard_map`, once a client: a selection over the whole array would gather
 """
 
 from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound
+from msjax.compress._cast import Cast
 from msjax.compress._codec import Codec
 from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
 from msjax.compress._exact import Exact
@@ -27,6 +28,7 @@ from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
 
 CODECS: tuple[type[Codec], ...] = (
     Identity,
+    Cast,
     MaskEncoded,
     TopK,
     RandTopK,
@@ -52,6 +54,7 @@ def from_string(text: str) -> Codec:
 
 __all__ = [
     "CODECS",
+    "Cast",
     "Codec",
     "DensePayload",
     "EntropyMask",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from msjax.compress import _bits, _finite, _huffman, _random, _select
 from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
@@ -46,7 +47,8 @@ class EntropyMask(VectorCodec):
     Attributes:
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.
         Unsigned, what negative values lose comes on top.
-      bits: the real bits an element to aim at, instead of an error, without the header of a message.
+      bits: the real bits an element to aim at, without the header of a message; with `error`, the most that it may
+        take.
       levels: codes of values that are no outliers, 2 to 255; odd where signed. By default 15, 63 or 255, as the target
         needs where tails are no heavier than Student's t with 4 degrees of freedom and, for `bits`, half of the values
         at most are zeros. 15 put two codes in a byte. Fewer serve low rates: with 5, three codes fill a byte.
@@ -103,8 +105,6 @@ class EntropyMask(VectorCodec):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < float("inf")):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        if self.error is not None and self.bits is not None:
-            raise ValueError(f"bits must be None where error is given, got {self.bits!r}")
         if self.levels is None:
             object.__setattr__(self, "levels", self._enough_levels())
         if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= 255:
@@ -120,12 +120,27 @@ class EntropyMask(VectorCodec):
 
     def _enough_levels(self):
         """The fewest of 15, 63 and 255 that reach the target before `ratio` stops the step."""
+        beyond = []
         if self.bits is not None:
-            beyond = [self.bits > limit for limit in ((2.75, 4.75) if self.signed else (2.5, 4.0))]
-        else:
+            beyond.append(sum(self.bits > limit for limit in ((2.75, 4.75) if self.signed else (2.5, 4.0))))
+        if self.error is not None or self.bits is None:
             error = self.error or _DEFAULT_ERROR
-            beyond = [error < limit for limit in ((0.02, 0.0015) if self.signed else (0.01, 0.001))]
-        return (15, 63, 255)[sum(beyond)]
+            beyond.append(sum(error < limit for limit in ((0.02, 0.0015) if self.signed else (0.01, 0.001))))
+        return (15, 63, 255)[min(beyond)]
+
+    def encode_at_bits(
+        self, h: Float[Array, "..."], bits: Float[Array, ""], key: jax.Array | None = None
+    ) -> tuple[Array, ...]:
+        """Returns the payload of `h`, as `encode` does, with `bits` in place of the field.
+
+        Args:
+          bits: float32 (), the real bits an element to aim at; an array, so that another number compiles nothing anew.
+
+        Raises:
+          TypeError, ValueError: as `encode`.
+        """
+        h = jnp.asarray(self._checked(h, key))
+        return _encode_at_bits(self, h, jnp.asarray(bits, jnp.float32), key)
 
     @property
     def needs_key(self) -> bool:  # type: ignore[override]  # of others a class variable
@@ -176,11 +191,11 @@ class EntropyMask(VectorCodec):
             return codes
         return jnp.where(x < 0, -codes, codes) + jnp.float32(self._most)
 
-    def _encode_vector(self, x, key):
+    def _encode_vector(self, x, key, bits=None):
         if x.size == 0:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
         d, most = x.size, jnp.float32(self._most)
-        step, means, finite = self._choose(x)
+        step, means, finite = self._choose(x, self.bits if bits is None else bits)
         inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, jnp.float32(1)), jnp.float32(0))
 
         def quantize(x):
@@ -245,7 +260,7 @@ class EntropyMask(VectorCodec):
 
     # -- Rate control. ----------------------------------------------------------------------------------------------
 
-    def _choose(self, x):
+    def _choose(self, x, bits):
         """(step, means in steps, whether all of `x` is finite)."""
         d, g = x.size, self._per_byte
         bytes_ = -(-d // g)
@@ -274,7 +289,8 @@ class EntropyMask(VectorCodec):
         def crowded(at):
             return self._shares(sample, _step(at))[-1] > room
 
-        if self.bits is None:
+        at = jnp.int32(_FINEST)
+        if self.error is not None or bits is None:
             # Of all values: where tails are heavy a sample does not know it. Unless it is beyond float32.
             in_range = jnp.maximum(jnp.abs(low), jnp.abs(high)) < 2.0**48
             within = jnp.where(in_range, x, jnp.zeros((), x.dtype))
@@ -286,12 +302,12 @@ class EntropyMask(VectorCodec):
             square = jnp.where(usable, square, sample.squares[-1] / sample.sorted.size)
             wrong = jnp.float32(min(self.error or _DEFAULT_ERROR, _UNREACHED)) * square
             at = _first(lambda at: self._error(sample, _step(at)) > wrong, sample.sorted) - 1
-        else:
-            bits = jnp.float32(min(self.bits, _UNREACHED))
-            at = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
+        if bits is not None:
+            bits = jnp.minimum(jnp.float32(bits), jnp.float32(_UNREACHED))
+            coarse = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
             # The sample's bytes tell what single codes do not: what neighbours share, and what Huffman's code wastes.
-            bits *= self._entropy(sample, _step(at)) / self._sampled_bits(values, _step(at), bytes_)
-            at = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
+            bits *= self._entropy(sample, _step(coarse)) / self._sampled_bits(values, _step(coarse), bytes_)
+            at = jnp.maximum(at, _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted))
         # Where the sample has met few values, the rest is spread over all levels.
         few = jnp.sum(sample.sorted > 0, dtype=jnp.int32) < _TELLING
         spread = _first(lambda at: _step(at) * self._most >= largest * scale, sample.sorted)
@@ -367,6 +383,11 @@ class EntropyMask(VectorCodec):
         weight = jnp.where(counts > 0, weight, jnp.float32(1))
         means = (sums / step + weight * codes) / (counts + weight)
         return (means.at[0].set(0) if self._zero_is_zero else means).astype(jnp.float16)
+
+
+@functools.partial(jax.jit, inline=True, static_argnames="codec")
+def _encode_at_bits(codec, h, bits, key):
+    return codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
 
 
 class _Sample(NamedTuple):

@@ -165,7 +165,11 @@ class Config:
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
     the parts, and statistics; a codec for both signs, as EntropyMask(bits=1.0, signed=True). It pays for parts of some
-    hundred values or more. Not in sequential mode, which averages nothing, nor with one client."""
+    hundred values or more. In sequential mode a Cast, of what a client hands on to the next. Not with one client."""
+    cut_bits: float | None = None
+    """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
+    then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
+    is left, from step to step. Not in sequential mode, nor U-shaped. Test features have their codec's own target."""
     array_codecs: tuple[tuple[str, str], ...] = ()
     """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
     `codec`."""

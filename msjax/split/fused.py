@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from msjax import compress, wire
-from msjax.split import averages
-from msjax.split.payloads import Codecs, leaf_key
+from msjax.split import averages, budget
+from msjax.split.payloads import Codecs, encode_at_bits, leaf_key
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, split_key, tail_key
 from msjax.split.step import PartUpdate, StepMetrics, add_up, score, update_part
@@ -42,18 +42,17 @@ def fused_step(
     clients = keys.shape[0]
     compressed = spec.compresses_updates and not own_parts
 
-    def client_loss(params, byte_slots, client_stats, x, y, key):
+    def client_loss(params, byte_slots, client_stats, x, y, key, bits):
         keys = split_key(key)
         h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=spec.grad_kept_only)
+        kept_only = spec.grad_kept_only
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=kept_only, bits=bits)
         down = jnp.float32(0)
         outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
         if spec.u_shaped:
             grad_codec = Codecs(spec.grad_codec.default)
             tail_keys = tail_key(keys.codec)
-            h, down = cross_cut(
-                spec.tail_codec, grad_codec, outputs, tail_keys, byte_slots[1], kept_only=spec.grad_kept_only
-            )
+            h, down = cross_cut(spec.tail_codec, grad_codec, outputs, tail_keys, byte_slots[1], kept_only=kept_only)
             outputs, tail_stats = spec.tail(params[0], client_stats, h, train=True, key=keys.client)
             new_stats = new_stats | tail_stats
         loss = spec.task.losses(outputs, y, train=True).mean()
@@ -64,8 +63,9 @@ def fused_step(
 
     def total_loss(params, byte_slots):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((params_axis, None), 0, stats_axis, 0, 0, 0)
-        losses, aux = jax.vmap(client_loss, in_axes=axes)(params, byte_slots, state.client.stats, x, y, keys)
+        axes = ((params_axis, None), 0, stats_axis, 0, 0, 0, 0)
+        bits = None if spec.cut_bits is None else state.up_bits
+        losses, aux = jax.vmap(client_loss, in_axes=axes)(params, byte_slots, state.client.stats, x, y, keys, bits)
         return losses.sum(), (losses, *aux)
 
     def over_devices(tree):
@@ -108,7 +108,10 @@ def fused_step(
     if compressed:
         sent = average_bytes(spec, found, clients)
         memory, metrics = found.memory, with_average_bytes(spec, metrics, sent, axis_name)
-    return TrainState(client, server, state.step + 1, memory), metrics
+    up_bits = state.up_bits
+    if spec.cut_bits is not None:
+        up_bits = budget.next_up_bits(spec, up_bits, features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1])
+    return TrainState(client, server, state.step + 1, memory, up_bits), metrics
 
 
 def average_bytes(spec: RunSpec, found: averages.Exchanged, clients: int) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +137,14 @@ def with_average_bytes(
 
 
 def cross_cut(
-    codecs: Codecs, grad_codecs: Codecs, h: Any, key: jax.Array, byte_slot: jax.Array, *, kept_only: bool = False
+    codecs: Codecs,
+    grad_codecs: Codecs,
+    h: Any,
+    key: jax.Array,
+    byte_slot: jax.Array,
+    *,
+    kept_only: bool = False,
+    bits: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Takes the features of one client over the cut, in one program.
 
@@ -143,6 +153,7 @@ def cross_cut(
       byte_slot: float32 (), a zero. A backward pass returns nothing but gradients, so the bytes of the gradients'
         messages are returned as the gradient of this argument.
       kept_only: gradients are sent only where the features were kept.
+      bits: what features are aimed at, in place of their codecs' own targets.
 
     Returns:
       The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
@@ -156,34 +167,40 @@ def cross_cut(
             crossed.append(leaf)
             continue
         leaf_key_ = leaf_key(key, place)
-        passed = compress.straight_through(codec, leaf, leaf_key_, grad_codec, kept_only=kept_only)
         if codecs.entropy_coded or grad_codecs.entropy_coded:
-            payload = codec.encode(jax.lax.stop_gradient(leaf), leaf_key_)
+            payload = encode_at_bits(codec, jax.lax.stop_gradient(leaf), leaf_key_, bits)
             up += wire.estimate_bytes(payload, codec, leaf)
-            keeper = (codec, payload) if kept_only else (None, None)
-            passed = _count_gradient_bytes(grad_codec, keeper[0], passed, leaf_key_, keeper[1], byte_slot)
-        crossed.append(passed)
+            decoded = codec.decode(payload, leaf)
+            args = (codec if kept_only else None, grad_codec, leaf, decoded, payload, leaf_key_, byte_slot)
+            crossed.append(_cross_counted(*args))
+        else:
+            crossed.append(compress.straight_through(codec, leaf, leaf_key_, grad_codec, kept_only=kept_only))
     return jax.tree.unflatten(spec.structure, crossed), up
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _count_gradient_bytes(grad_codec, keeper, h, key, payload, byte_slot):
-    """Returns `h`; the bytes of its gradient's message, of what `keeper` kept if there is one, go to `byte_slot`."""
-    return h
+def _cross_counted(keeper, grad_codec, h, decoded, payload, key, byte_slot):
+    """Returns `decoded`, the features `h` behind the cut, of which `keeper` kept some if there is one.
+
+    The gradient of `h` is as `grad_codec` transmits it, and that of `byte_slot` is about the bytes of its message.
+    """
+    return decoded
 
 
-def _count_forward(grad_codec, keeper, h, key, payload, byte_slot):
-    return h, (key, payload)
+def _cross_forward(keeper, grad_codec, h, decoded, payload, key, byte_slot):
+    return decoded, (payload, key)
 
 
-def _count_backward(grad_codec, keeper, residuals, g):
-    key, payload = residuals
+def _cross_backward(keeper, grad_codec, residuals, g):
+    payload, key = residuals
     sent = g if keeper is None else keeper.take_kept(payload, g)
     message = grad_codec.encode(sent, compress.downlink_key(key))
-    return g, None, None, wire.estimate_bytes(message, grad_codec, sent)
+    received = grad_codec.decode(message, sent)
+    received = received if keeper is None else keeper.put_kept(payload, received, g)
+    return received, None, None, None, wire.estimate_bytes(message, grad_codec, sent)
 
 
-_count_gradient_bytes.defvjp(_count_forward, _count_backward)
+_cross_counted.defvjp(_cross_forward, _cross_backward)
 
 
 def average_parts(client: PartState, *, axis_name: str | None = None) -> PartState:

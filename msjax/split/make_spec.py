@@ -1,5 +1,6 @@
 """The description of a run from its parts, data and codecs, checked on shapes alone; and the first states."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msjax.compress import Codec, Identity
+from msjax.compress import Cast, Codec, EntropyMask, Identity
 from msjax.models import ModelPart, RemoteApply
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
@@ -31,6 +32,7 @@ def make_spec(
     grad_kept_only: bool = False,
     test_codec: Codecs,
     update_codec: Codec,
+    cut_bits: float | None = None,
     preprocess: Preprocess,
 ) -> RunSpec:
     """Returns the description of a run, checked on shapes alone.
@@ -45,9 +47,12 @@ def make_spec(
     Raises:
       TypeError: `update_codec` is no codec.
       ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
-        array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed, or
-        `grad_codec` takes samples where none are left of what was kept.
+        array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed,
+        `grad_codec` takes samples where none are left of what was kept, or `cut_bits` does not fit codecs or mode.
     """
+    if cut_bits is not None:
+        _check_budget(cut_bits, codec, grad_codec, schedule)
+        grad_codec = Codecs(dataclasses.replace(grad_codec.default, bits=cut_bits / 2))
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
     key = jax.random.key(0)
@@ -89,6 +94,7 @@ def make_spec(
         grad_kept_only=grad_kept_only,
         test_codec=test_codec,
         update_codec=update_codec,
+        cut_bits=cut_bits,
         optimizer=optimizer,
         task=task,
         preprocess=preprocess,
@@ -113,6 +119,19 @@ def _check_signed(name, codec):
         raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
 
 
+def _check_budget(bits, codec, grad_codec, schedule):
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 32:
+        raise ValueError(f"cut_bits must be a number above 0, at most 32, or None, got {bits!r}")
+    for name, codecs in {"codec": codec, "grad_codec": grad_codec}.items():
+        if other := next((one for one in codecs.all if not isinstance(one, EntropyMask)), None):
+            raise ValueError(f"{name} must be an EntropyMask where cut_bits is given, got {other}")
+    if grad_codec.named or grad_codec.default.error is None or grad_codec.default.bits is not None:
+        raise ValueError(f"grad_codec must have an error and no bits where cut_bits is given, got {grad_codec}")
+    if schedule.mode.one_at_a_time or schedule.u_shaped:
+        where = "U-shaped" if schedule.u_shaped else "in sequential mode"
+        raise ValueError(f"cut_bits must be None {where}, got {bits!r}")
+
+
 def _check_granularity(payload):
     """What a sparsifier keeps of a batch is one vector, without samples."""
     for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
@@ -133,8 +152,9 @@ def _check_update_codec(codec, schedule):
         codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
-    if schedule.mode.one_at_a_time:
-        raise ValueError(f"update_codec must be Identity() in sequential mode, which averages nothing, got {codec}")
+    if schedule.mode.one_at_a_time and not isinstance(codec, Cast):
+        rule = "Identity() or a Cast in sequential mode, which hands on weights and averages nothing"
+        raise ValueError(f"update_codec must be {rule}, got {codec}")
     if getattr(codec, "granularity", "tensor") != "tensor":
         raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from msjax import data
-from msjax.split import programs
+from msjax.split import budget, programs
 from msjax.split.metrics import MetricSums, sums_of, total
 from msjax.split.payloads import Payload, payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule
@@ -68,6 +68,8 @@ class Client:
         self.client_id, self.spec, self.state = client_id, spec, state
         self.memory = spec.mode.client_memory(spec, state)
         """What it remembers of averages; see `averages.Memory`."""
+        self.up_bits: Any = self._first_up_bits()
+        """Where there is a budget for the cut, what it aims its features at; else ()."""
         self._data, self._seed, self._numpy = own, seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
@@ -113,11 +115,19 @@ class Client:
 
     def checkpoint(self) -> Any:
         """Returns all that it has to go on from here with, as a tree of arrays."""
+        if self.spec.cut_bits is not None:
+            return self.state, self.memory, self.up_bits
         return (self.state, self.memory) if self.memory else self.state
 
     def go_back(self, checkpoint: Any) -> None:
         """Goes on from such a checkpoint."""
-        self.state, self.memory = checkpoint if self.memory else (checkpoint, ())
+        if self.spec.cut_bits is not None:
+            self.state, self.memory, self.up_bits = checkpoint
+        else:
+            self.state, self.memory = checkpoint if self.memory else (checkpoint, ())
+
+    def _first_up_bits(self):
+        return () if self.spec.cut_bits is None else budget.first_up_bits(self.spec)
 
     def part(self) -> Payload:
         """Returns its part with the optimizer's state, as `RunSpec.part_payload` describes it."""
@@ -131,6 +141,7 @@ class Client:
         state, reference = programs.from_vector(payload_vector(payload), (self.state, reference))
         self.state = with_update_count(state, at)
         self.memory = fresh._replace(reference=reference) if fresh else ()
+        self.up_bits = self._first_up_bits()
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""
@@ -155,7 +166,8 @@ class Client:
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
                     self._pending = with_payload(spec, self._pending, payload)
                 else:
-                    payload, self._pending = programs.client_forward(spec, self.state, x, key)
+                    bits = None if spec.cut_bits is None else self.up_bits
+                    payload, self._pending = programs.client_forward(spec, self.state, x, key, bits)
                 return Message(payload, labels if spec.sends_labels else None)
             case Phase.GRADIENT:
                 return self._outgoing
@@ -182,6 +194,9 @@ class Client:
                 tail = {} if self._tail_update is None else {"tail": self._tail_update}
                 batch_size = self.schedule.batch_size_of(exchange)
                 pending, self._pending, self._tail_update = self._pending, None, None
+                if spec.cut_bits is not None:
+                    args = (spec, self.up_bits, pending, message.payload)
+                    self.up_bits = programs.next_up_bits(*args, batch_size=batch_size)
                 update = programs.client_backward(spec, pending, message.payload, batch_size=batch_size, **tail)
                 spec.mode.client_finish(self, exchange, update)
             case Phase.TEST if spec.u_shaped:

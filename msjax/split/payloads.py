@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from msjax import compress
-from msjax.compress import Codec, Exact
+from msjax.compress import Codec, EntropyMask, Exact
 from msjax.split.trees import TreeSpec, is_float
 
 Payload = tuple[Any, ...]
@@ -147,11 +147,15 @@ class PayloadSpec:
         key = leaf_key(key, place)
         return compress.downlink_key(key) if self.downlink else key
 
-    def encode(self, tree: Any, key: jax.Array | None = None) -> Payload:
-        """Returns the payload of each array of `tree`; inside `jit` or outside."""
+    def encode(self, tree: Any, key: jax.Array | None = None, bits: jax.Array | None = None) -> Payload:
+        """Returns the payload of each array of `tree`; inside `jit` or outside.
+
+        Args:
+          bits: what codecs that can aim at a number of bits are to aim at, in place of their own target.
+        """
         leaves = self.structure.flatten_up_to(tree)
         return tuple(
-            codec.encode(leaf, self.key(key, place))
+            encode_at_bits(codec, leaf, self.key(key, place), bits)
             for codec, leaf, place in zip(self.codecs, leaves, self.places, strict=True)
         )
 
@@ -191,6 +195,13 @@ class PayloadSpec:
         """Returns the spec of the same arrays, uncompressed."""
         codecs = tuple(codec if isinstance(codec, Exact) else compress.Identity() for codec in self.codecs)
         return dataclasses.replace(self, codecs=codecs)
+
+
+def encode_at_bits(codec: Codec, h: Any, key: jax.Array | None, bits: jax.Array | None) -> Any:
+    """Returns the payload of one array, at so many bits a value where they are given and the codec can aim at them."""
+    if bits is None or not isinstance(codec, EntropyMask):
+        return codec.encode(h, key)
+    return codec.encode_at_bits(h, bits, key)
 
 
 def vector_payload(vector: Any) -> Payload:

@@ -89,7 +89,9 @@ class RunSpec:
       grad_codec: of their gradients.
       grad_kept_only: whether gradients are sent only where the features were kept; see `Codec.take_kept`.
       test_codec: of test features.
-      update_codec: of what keeps the clients' parts equal, both ways; see `averages`.
+      update_codec: of what keeps the clients' parts equal, both ways; see `averages`. In sequential mode, of what they
+        hand on.
+      cut_bits: real bits a value of the features, up and down together; None leaves it to the codecs. See `budget`.
       optimizer: of every part.
       task: loss and metrics.
       preprocess: of the inputs, at the client.
@@ -111,6 +113,7 @@ class RunSpec:
     grad_kept_only: bool
     test_codec: Codecs
     update_codec: Codec
+    cut_bits: float | None
     optimizer: optax.GradientTransformation
     task: Task
     preprocess: Preprocess
@@ -148,8 +151,12 @@ class RunSpec:
         updates = {}
         if self.compresses_updates:  # other runs are described as they were before there was this
             updates = {"update_codec": str(self.update_codec), "client statistics": self.client_statistic_values}
+        if self.compresses_parts:
+            updates["update_codec"] = str(self.update_codec)
         if self.grad_kept_only:
             updates["grad_kept_only"] = True
+        if self.cut_bits is not None:
+            updates["cut_bits"] = self.cut_bits
         return (
             {
                 "features": self.features.to_json(),
@@ -246,6 +253,17 @@ class RunSpec:
         """Whether averages go through a codec, with error feedback; see `averages`."""
         together = self.schedule.clients > 1 and not self.mode.one_at_a_time and self.client_update_values > 0
         return together and self.update_codec != Identity()
+
+    @property
+    def compresses_parts(self) -> bool:
+        """Whether what a client hands on to the next goes through `update_codec`."""
+        return self.schedule.clients > 1 and self.mode.one_at_a_time and self.update_codec != Identity()
+
+    def handed_payload(self) -> PayloadSpec:
+        """Returns the spec of what a client hands on: one vector, in a list where it is compressed."""
+        if not self.compresses_parts:
+            return PayloadSpec.of_vector(self.client_state_values)
+        return PayloadSpec.of_vectors([self.client_state_values], self.update_codec)
 
     @functools.cached_property
     def _average_payload(self):

@@ -26,6 +26,8 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     memory: Any = ()
     """Where averages are compressed, an `averages.Averages`."""
+    up_bits: Any = ()
+    """Where there is a budget for the cut, float32 (K,), what the clients aim their features at; see `budget`."""
 
 
 class StepKeys(NamedTuple):

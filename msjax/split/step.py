@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from msjax.split import budget
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, split_key, tail_key
@@ -53,8 +54,8 @@ class Pending(NamedTuple):
     vjp: Any
     stats: PyTree
     payload: Payload = ()
-    """Of the features, where their gradient is sent only for what was kept of them: what a client sent; at the server,
-    U-shaped, what it got from the clients and what it sent to their tails."""
+    """Of the features, where their gradient is sent only for what was kept of them, or both have one budget: what a
+    client sent; at the server, U-shaped, what it got from the clients and what it sent to their tails."""
 
 
 class PartUpdate(NamedTuple):
@@ -64,17 +65,24 @@ class PartUpdate(NamedTuple):
     stats: PyTree
 
 
-def client_forward(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> tuple[Payload, Pending]:
-    """Returns the payload of one client's features of its batch `x`, and what its backward pass needs."""
+def client_forward(
+    spec: RunSpec, client: PartState, x: Any, key: jax.Array, up_bits: jax.Array | None = None
+) -> tuple[Payload, Pending]:
+    """Returns the payload of one client's features of its batch `x`, and what its backward pass needs.
+
+    Args:
+      up_bits: where there is a budget for the cut, what the client aims its features at; see `budget`.
+    """
     h, pending = client_features(spec, client, x, key)
     batch_size = jax.tree.leaves(x)[0].shape[0]
-    payload = spec.feature_payload(batch_size).encode(h, split_key(key).codec)
+    payload = spec.feature_payload(batch_size).encode(h, split_key(key).codec, up_bits)
     return payload, with_payload(spec, pending, payload)
 
 
 def with_payload(spec: RunSpec, pending: Pending, payload: Payload) -> Pending:
     """Returns what is kept, with the payload that was sent where the backward pass needs it."""
-    return pending._replace(payload=payload) if spec.grad_kept_only else pending
+    needed = spec.grad_kept_only or spec.cut_bits is not None
+    return pending._replace(payload=payload) if needed else pending
 
 
 def client_features(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> tuple[Any, Pending]:
@@ -222,6 +230,13 @@ def client_backward(
         return PartUpdate(grads, pending.stats)
     # Each is zero where the other is not.
     return PartUpdate(jax.tree.map(jnp.add, grads, tail.grads), pending.stats | tail.stats)
+
+
+def next_up_bits(spec: RunSpec, up_bits: jax.Array, pending: Pending, reply: Payload, *, batch_size: int) -> jax.Array:
+    """Returns the bits that a client aims its next features at, given its last messages; see `budget`."""
+    sent = budget.payload_bytes(spec.feature_payload(batch_size), pending.payload)
+    sent += budget.payload_bytes(spec.gradient_payload(batch_size), reply)
+    return budget.next_up_bits(spec, up_bits, sent, batch_size)
 
 
 def update_part(spec: RunSpec, part: PartState, update: PartUpdate) -> PartState:

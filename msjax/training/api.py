@@ -74,6 +74,7 @@ def train(
     grad_codec: Codec | Mapping[str, Codec] | None = None,
     grad_kept_only: bool = False,
     update_codec: Codec | None = None,
+    cut_bits: float | None = None,
     compress_test: bool = True,
     mode: Mode | None = None,
     clients: int = 10,
@@ -107,8 +108,11 @@ def train(
         `compress.straight_through`.
       update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
         gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. A codec
-        for both signs, as `EntropyMask(bits=1.0, signed=True)`; it pays for parts of some hundred values or more. Not
-        in `Sequential`, which averages nothing, nor with one client.
+        for both signs, as `EntropyMask(bits=1.0, signed=True)`; it pays for parts of some hundred values or more. In
+        `Sequential` a `Cast`, of what a client hands on to the next. Not with one client.
+      cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
+        codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
+        and features what is left, from step to step. Not in `Sequential`, nor U-shaped.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.
@@ -183,6 +187,7 @@ def train(
         grad_kept_only=grad_kept_only,
         test_codec=codecs.at_inference() if compress_test else Codecs(Identity()),
         update_codec=Identity() if update_codec is None else update_codec,
+        cut_bits=cut_bits,
         preprocess=preprocess,
     )
     check_labels(spec, dataset)

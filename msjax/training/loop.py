@@ -258,16 +258,9 @@ def _coded_bytes(spec, sums, history):
     return {name: round(earlier.get(name, 0) + float(value)) for name, value in found.items()}
 
 
-class _StateWithoutMemory(NamedTuple):
-    """What is saved of a `TrainState` where averages are not compressed: as before there was a memory."""
-
-    client: Any
-    server: Any
-    step: Any
-
-
 def _to_save(state):
-    return state if state.memory else _StateWithoutMemory(*state[:3])
+    """What is saved of a `TrainState`: without what this run does not have, as before there was such a thing."""
+    return {name: value for name, value in state._asdict().items() if not isinstance(value, tuple) or value != ()}
 
 
 class _SumsBefore(NamedTuple):
@@ -300,7 +293,7 @@ def restore(
             raise
     else:
         check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
-        return TrainState(*state), sums, progress
+        return TrainState(**state), sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
@@ -308,4 +301,4 @@ def restore(
     check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
-    return TrainState(*state), replicate(sums, mesh), progress
+    return TrainState(**state), replicate(sums, mesh), progress

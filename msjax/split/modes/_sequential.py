@@ -1,12 +1,16 @@
 """One client after another trains with the server and hands its part on."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msjax.split.modes._mode import Mode
-from msjax.split.payloads import PayloadSpec, payload_vector, vector_payload
+from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, StepPosition
+from msjax.split.trees import from_vector, to_vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +37,23 @@ class Sequential(Mode):
 
     def position(self, schedule, step):
         epoch, within = divmod(step, schedule.epoch_steps)
-        steps = schedule.client_steps
-        turn = min(self.turn_steps or steps, steps)
-        round_, rest = divmod(within, turn * schedule.clients)
-        # The last round of an epoch may be shorter.
-        turn_length = min(turn, steps - round_ * turn)
-        client, at = divmod(rest, turn_length)
-        start = (round_ * turn + at) * schedule.batch_size
+        before, client, at, turn_length = self._turn(schedule, within)
+        start = (before + at) * schedule.batch_size
         stop = min(start + schedule.batch_size, schedule.samples)
         ends = within == schedule.epoch_steps - 1
         return StepPosition(epoch, start, stop, (client,), at == 0, at == turn_length - 1, ends)
+
+    def _turn(self, schedule, within, minimum=min):
+        """(batches of each client before this round, whose turn, step in the turn, its length), at a step of an epoch.
+
+        With `jnp.minimum` also of a step that is traced.
+        """
+        steps = schedule.client_steps
+        turn = min(self.turn_steps or steps, steps)
+        round_, rest = within // (turn * schedule.clients), within % (turn * schedule.clients)
+        # The last round of an epoch may be shorter.
+        length = minimum(turn, steps - round_ * turn)
+        return round_ * turn, rest // length, rest % length, length
 
     def exchanges(self, schedule, step):
         position = self.position(schedule, step)
@@ -64,22 +75,45 @@ class Sequential(Mode):
         return schedule.clients == 1
 
     def up(self, spec, exchange):
-        return PayloadSpec.of_vector(spec.client_state_values) if exchange.phase == Phase.RETURN_PART else None
+        return spec.handed_payload() if exchange.phase == Phase.RETURN_PART else None
 
     def down(self, spec, exchange):
         # No part is handed on before one was returned.
         fetched = exchange.phase == Phase.FETCH_PART and exchange.step > 0
-        return PayloadSpec.of_vector(spec.client_state_values) if fetched else None
+        return spec.handed_payload() if fetched else None
 
     def client_send(self, client, exchange):
-        return client.part() if exchange.phase == Phase.RETURN_PART else None
+        return _encoded(client.spec, client.part()) if exchange.phase == Phase.RETURN_PART else None
 
     def client_receive(self, client, exchange, payload):
         if exchange.phase == Phase.FETCH_PART and payload is not None:
-            client.adopt(payload, exchange.step)
+            client.adopt(_decoded(client.spec, payload), exchange.step)
 
     def server_answer(self, server, exchange, payloads):
         if exchange.phase == Phase.RETURN_PART:
-            server.part_in_transit = np.asarray(payload_vector(payloads[0]))
+            server.part_in_transit = np.asarray(payload_vector(_decoded(server.spec, payloads[0])))
             return [None]
-        return [None if server.part_in_transit is None else vector_payload(server.part_in_transit)]
+        part = server.part_in_transit
+        return [None if part is None else _encoded(server.spec, vector_payload(part))]
+
+    def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
+        if spec.compresses_parts:
+            # A client begins its turn with what the one before has handed on.
+            _, _, at, _ = self._turn(spec.schedule, state.step % spec.schedule.epoch_steps, jnp.minimum)
+            handed = functools.partial(_handed_on, spec)
+            client = jax.lax.cond((at == 0) & (state.step > 0), handed, lambda client: client, state.client)
+            state = state._replace(client=client)
+        return super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
+
+
+def _encoded(spec, payload):
+    """What a client hands on, as `RunSpec.handed_payload` describes it, of the payload of its vector."""
+    return spec.handed_payload().encode([jnp.asarray(payload_vector(payload))]) if spec.compresses_parts else payload
+
+
+def _decoded(spec, payload):
+    return vector_payload(spec.handed_payload().decode(payload)[0]) if spec.compresses_parts else payload
+
+
+def _handed_on(spec, client):
+    return from_vector(spec.update_codec.roundtrip(to_vector(client)), client)

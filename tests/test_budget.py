@@ -1,0 +1,106 @@
+"""One budget for both ways over the cut: features aim at what gradients leave."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax import compress, config, wire
+from msjax.split import budget, parties
+from msjax.training import loop
+
+from .helpers import assert_close
+from .setups import MODES, SMALL, built, load_program, make_parties
+
+BUDGET = {
+    "codec": compress.EntropyMask(bits=3.0),
+    "grad_codec": compress.EntropyMask(error=0.3, levels=7, signed=True, rounding="stochastic"),
+    "cut_bits": 5.0,
+}
+"""More than one would choose: so small messages take many bits for their headers."""
+CFG = dataclasses.replace(SMALL, model=config.ModelConfig("convnet", width=1.0), **BUDGET)
+
+
+def test_the_aim_meets_the_budget():
+    """Whatever the messages take: more than was aimed at, and gradients that take less and less."""
+    spec = built(dataclasses.replace(CFG, cut_bits=3.0), 30).spec
+    values = sum(like.size for like in spec.feature_payload(10).likes)
+    aim = jnp.broadcast_to(budget.first_up_bits(spec), (2,))
+    for step in range(60):
+        gradients = np.array([1.4 * 0.9**step + 0.1, 0.5])
+        taken = 1.1 * aim + 0.05 + gradients
+        aim = budget.next_up_bits(spec, aim, taken * values / 8, 10)
+    np.testing.assert_allclose(taken, 3.0, atol=0.02)
+    # Gradients get half of the budget at most, so features never get less than the other half.
+    for _ in range(60):
+        aim = budget.next_up_bits(spec, aim, jnp.full(2, 5.0) * values / 8, 10)
+    np.testing.assert_allclose(aim, 1.5)
+    assert spec.grad_codec.default.bits == 1.5 and spec.grad_codec.default.error == 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [True, False])
+def test_the_program_equals_the_parties(spread, monkeypatch, tmp_path):
+    """With a budget that each client keeps for itself, also in SplitFed, and gradients of what was kept."""
+    cfg = dataclasses.replace(CFG, mode=MODES[2 if spread else 0], grad_kept_only=True, epochs=1, out=str(tmp_path))
+    run = load_program(cfg, monkeypatch, spread=spread)
+    state = loop.train(run, quiet=True).state
+    server, clients = make_parties(cfg, (100, 42))
+    for _ in parties.run(server, clients):
+        pass
+    aims = np.array([client.up_bits for client in clients])
+    assert len(set(aims.tolist())) == len(clients)
+    np.testing.assert_allclose(aims, state.up_bits, atol=0.02)
+    assert_close(server.state.params, state.server.params, 0.1)
+
+
+def test_the_aim_is_what_features_are_coded_at():
+    """An array, so that no other program is compiled; of a codec with an error it is the most that they take."""
+    h = jax.nn.relu(jax.random.normal(jax.random.key(0), (50_000,)))
+    codec = compress.EntropyMask(bits=1.0)
+    traces = []
+
+    @jax.jit
+    def encode(h, bits):
+        traces.append(bits)
+        return codec.encode_at_bits(h, bits)
+
+    for bits in (1.2, 2.0):
+        payload = encode(h, bits)
+        expected = jax.jit(dataclasses.replace(codec, bits=bits).encode)(h)
+        jax.tree.map(np.testing.assert_array_equal, payload, expected)
+        assert 8 * len(wire.encode(payload, codec, h)) / h.size == pytest.approx(bits, rel=0.06)
+    assert len(traces) == 1
+    plain = {bits: jax.jit(compress.EntropyMask(bits=bits).encode)(h) for bits in (1.0,)}
+    for error, other in ((1e-3, plain[1.0]), (0.5, jax.jit(compress.EntropyMask(error=0.5, levels=15).encode)(h))):
+        both = jax.jit(compress.EntropyMask(error=error, bits=1.0, levels=15).encode)(h)
+        np.testing.assert_array_equal(both.codes, other.codes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cut_bits": 0.0}, "cut_bits must be a number above 0, at most 32, or None, got 0.0"),
+        ({"cut_bits": 33.0}, "cut_bits must be a number above 0, at most 32, or None, got 33.0"),
+        ({"codec": compress.TopK()}, "codec must be an EntropyMask where cut_bits is given, got TopK"),
+        (
+            {"grad_codec": compress.Identity()},
+            "grad_codec must be an EntropyMask where cut_bits is given, got Identity",
+        ),
+        (
+            {"grad_codec": compress.EntropyMask(bits=1.0, signed=True)},
+            "grad_codec must have an error and no bits where cut_bits is given, got EntropyMask",
+        ),
+        ({"mode": MODES[3]}, "cut_bits must be None in sequential mode, got 5.0"),
+        ({"mode": MODES[1]}, "cut_bits must be None U-shaped, got 5.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        built(dataclasses.replace(CFG, **changes), 30)
+
+
+def test_a_run_without_it_is_described_as_before():
+    assert built(CFG, 30).spec.describe().keys() - built(SMALL, 30).spec.describe().keys() == {"cut_bits"}
