@@ -16,6 +16,7 @@ from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, u
 from msjax.compress._codec import Codec
 from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
 from msjax.compress._exact import Exact
+from msjax.compress._feature_memory import FeatureMemory, MemoryPayload, MemoryState
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
@@ -57,9 +58,12 @@ __all__ = [
     "EntropyMask",
     "EntropyPayload",
     "Exact",
+    "FeatureMemory",
     "Identity",
     "MaskEncoded",
     "MaskPayload",
+    "MemoryPayload",
+    "MemoryState",
     "RandK",
     "RandTopK",
     "SparsePayload",
