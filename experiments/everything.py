@@ -4,8 +4,9 @@
 
 In the paper's mode each client sends the gradients of its part in every step and gets their mean. Here these go
 through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
-with labels. The cut has 1.6 bits up and 1.5 down, or gradients as many bits as noise of so much of their energy takes;
-averages have as many bits as a row says. In SplitFed the clients average the changes of their parts every ten steps.
+with labels. The cut has 1.6 bits up and 1.5 down, unless a row says otherwise; gradients also as many bits as noise of
+so much of their energy takes, and "kept" ones are sent only where the features were kept (`grad_kept_only`). Averages
+have as many bits as a row says. In SplitFed the clients average the changes of their parts every ten steps.
 """
 
 import dataclasses
@@ -31,16 +32,33 @@ def noisy(error):
     return compress.EntropyMask(error=error, levels=7, signed=True, rounding="stochastic")
 
 
+def arm(codec=UP, grad_codec=DOWN, update_codec=PLAIN, grad_kept_only=False):
+    """The fields of a config that say what is compressed, and how."""
+    return {
+        "codec": codec,
+        "grad_codec": grad_codec,
+        "update_codec": update_codec,
+        "grad_kept_only": grad_kept_only,
+    }
+
+
+def low(bits, averages, **options):
+    """Features at a low rate, and the gradient of what was kept of them with noise of 0.3 of its energy."""
+    return arm(compress.EntropyMask(bits=bits, **options), noisy(0.3), coded(averages), grad_kept_only=True)
+
+
 ARMS = {
-    "none": (PLAIN, PLAIN, PLAIN),
-    "the cut alone": (UP, DOWN, PLAIN),
-    "averages 1 bit, gradient's noise 0.3": (UP, noisy(0.3), coded(1.0)),
-    "averages 1 bit, gradient's noise 1": (UP, noisy(1.0), coded(1.0)),
-    "averages 1 bit, 1.1 bits up, gradient's noise 0.3": (compress.EntropyMask(bits=1.1), noisy(0.3), coded(1.0)),
-    "averages 2 bits": (UP, DOWN, coded(2.0)),
-    "averages 1 bit": (UP, DOWN, coded(1.0)),
-    "averages 0.5 bits": (UP, DOWN, coded(0.5, levels=3)),
-    "averages SP 1 %": (UP, DOWN, compress.TopK(ratio=0.99)),
+    "none": arm(PLAIN, PLAIN),
+    "the cut alone": arm(),
+    "averages 1 bit, gradient's noise 0.3": arm(UP, noisy(0.3), coded(1.0)),
+    "averages 1 bit, kept gradient's noise 0.3": low(1.6, 1.0),
+    "averages 1 bit, 1.3 bits up, kept gradient's noise 0.3": low(1.3, 1.0),
+    "averages 1 bit, 1.3 bits up with zeros, kept gradient's noise 0.3": low(1.3, 1.0, keep_zeros=True),
+    "averages 2 bits, 1.3 bits up, kept gradient's noise 0.3": low(1.3, 2.0),
+    "averages 2 bits": arm(update_codec=coded(2.0)),
+    "averages 1 bit": arm(update_codec=coded(1.0)),
+    "averages 0.5 bits": arm(update_codec=coded(0.5, levels=3)),
+    "averages SP 1 %": arm(update_codec=compress.TopK(ratio=0.99)),
 }
 SPLITFED = config.ModeConfig(kind="splitfed", average_steps=10)
 
@@ -49,14 +67,12 @@ def runs(scale):
     if scale == "paper":
         return {}
     base = study.base(scale)
-    arms = {
-        arm: dataclasses.replace(base, codec=up, grad_codec=down, update_codec=averages)
-        for arm, (up, down, averages) in ARMS.items()
-    }
-    for arm in ("none", "the cut alone", "averages 1 bit"):
-        arms[study.label("SplitFed", arm)] = dataclasses.replace(arms[arm], mode=SPLITFED)
+    arms = {name: dataclasses.replace(base, **fields) for name, fields in ARMS.items()}
+    for name in ("none", "the cut alone", "averages 1 bit"):
+        arms[study.label("SplitFed", name)] = dataclasses.replace(arms[name], mode=SPLITFED)
     if scale == "smoke":
-        arms = {arm: arms[arm] for arm in ("none", "averages 1 bit", "SplitFed, averages 1 bit")}
+        kept = "averages 1 bit, kept gradient's noise 0.3"
+        arms = {name: arms[name] for name in ("none", "averages 1 bit", kept, "SplitFed, averages 1 bit")}
     return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
 
 
@@ -66,16 +82,16 @@ def report(scale, records):
     for cut in study.CUTS:
         for mode in ("", "SplitFed"):
             plain = study.at_cut(groups, study.label(mode, "none"), cut)
-            for arm in ARMS:
-                found = study.at_cut(groups, study.label(mode, arm), cut)
+            for name in ARMS:
+                found = study.at_cut(groups, study.label(mode, name), cut)
                 # What nothing was compressed of is the same at every cut, but for its bytes.
-                if not found or (arm == "none" and cut != study.PLAIN_CUT):
+                if not found or (name == "none" and cut != study.PLAIN_CUT):
                     continue
                 lost = [
                     p["test"]["top1_percent"] - r["test"]["top1_percent"] for p, r in zip(plain, found, strict=False)
                 ]
                 factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
-                cells = [cut, study.label(mode, arm), str(len(found)), study.top1(found)]
+                cells = [cut, study.label(mode, name), str(len(found)), study.top1(found)]
                 rows.append([*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(lost)])
     names = "cut/compressed/seeds/test top-1, %/saved of features and gradients/saved of everything/below “none”"
     return study.Page(timing.table(names.split("/"), rows) + "\n", {})

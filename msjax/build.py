@@ -14,10 +14,11 @@ from msjax import config, data, models, tasks
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
 from msjax.paths import existing_file
+from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
-from msjax.split.spec import Preprocess, RunSpec, init_part, make_spec
+from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import PartState
 from msjax.split.trees import TreeSpec
 
@@ -173,6 +174,7 @@ def build(
         optimizer=make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=schedule.epoch_steps),
         codec=codec,
         grad_codec=Codecs.of(cfg.grad_codec, "grad_codec"),
+        grad_kept_only=cfg.grad_kept_only,
         test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
         update_codec=cfg.update_codec,
         preprocess=make_preprocess(cfg, summary),

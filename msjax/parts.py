@@ -30,7 +30,7 @@ import safetensors.numpy
 
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
-from msjax.split.spec import merge_arrays
+from msjax.split.make_spec import merge_arrays
 from msjax.split.trees import TreeSpec
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version

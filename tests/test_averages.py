@@ -15,7 +15,7 @@ from msjax import build, compress, config, data, models, wire
 from msjax.runs import RunFolder
 from msjax.runs.progress import Progress
 from msjax.split import averages, modes, parties
-from msjax.split.spec import init_part
+from msjax.split.make_spec import init_part
 from msjax.split.state import TrainState
 from msjax.split.step import PartUpdate
 from msjax.split.traffic import run_traffic

@@ -10,7 +10,7 @@ from flax import linen, nnx
 import msjax
 from msjax import compress, config, data, models, modes, tasks
 from msjax.split import parties
-from msjax.split.spec import init_part
+from msjax.split.make_spec import init_part
 
 from .helpers import assert_close
 from .own_models import Decoder, Dense, Encoder, LinenBody, LinenHead, affine, as_set, counting, numbers, squares

@@ -39,7 +39,11 @@ def test_parties_train(mode):
 def test_clients_that_encode_with_numpy():
     """U-shaped, where they encode features and gradients."""
     cfg = dataclasses.replace(
-        SMALL, mode=MODES[1], grad_codec=compress.MaskEncoded(ratio=0.9, bits=3, signed=True), epochs=1
+        SMALL,
+        mode=MODES[1],
+        grad_codec=compress.MaskEncoded(ratio=0.9, bits=3, signed=True),
+        grad_kept_only=True,
+        epochs=1,
     )
     ends = []
     for numpy_encoder in (False, True):

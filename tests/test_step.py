@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from msjax import compress, models, tasks, wire
 from msjax.split import fused, step
+from msjax.split.make_spec import init_part, make_spec
 from msjax.split.metrics import zero_sums
 from msjax.split.modes import Parallel
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
-from msjax.split.spec import Preprocess, init_part, make_spec
+from msjax.split.spec import Preprocess
 from msjax.split.state import TrainState, client_keys
 from msjax.split.trees import TreeSpec
 from msjax.training import devices, program
@@ -32,6 +33,11 @@ CODECS = [
     (compress.MaskEncoded(ratio=0.9, granularity="sample"), compress.StochasticUniform(bits=8)),
     (compress.RandTopK(ratio=0.8), compress.MaskEncoded(ratio=0.9, bits=4, signed=True)),
 ]
+KEPT = [
+    (compress.RandK(ratio=0.5, granularity="sample"), compress.RandK(ratio=0.5, granularity="sample")),
+    (compress.TopK(ratio=0.8), compress.StochasticUniform(bits=8)),
+]
+"""Where gradients are sent only of what was kept."""
 
 
 def make(codec, grad_codec, name="convnet", shape=(8, 8, 1), dtype=jnp.float32, **options):
@@ -82,12 +88,15 @@ fused_step = jax.jit(fused.fused_step, static_argnums=0)
 
 
 @pytest.mark.parametrize(
-    ("codec", "grad_codec"),
-    [pytest.param(*pair, marks=[] if pair is CODECS[2] else [pytest.mark.slow]) for pair in CODECS],
+    ("codec", "grad_codec", "kept_only"),
+    [
+        pytest.param(*pair, pair in KEPT, marks=[] if pair in (CODECS[2], KEPT[0]) else [pytest.mark.slow])
+        for pair in CODECS + KEPT
+    ],
     ids=str,
 )
-def test_fused_step_equals_the_parties_steps(codec, grad_codec):
-    spec, state, x, y, keys = make(codec, grad_codec)
+def test_fused_step_equals_the_parties_steps(codec, grad_codec, kept_only):
+    spec, state, x, y, keys = make(codec, grad_codec, grad_kept_only=kept_only)
     after, fused_metrics = fused_step(spec, state, x, y, keys)
     parties, parties_metrics = party_step(spec, state, x, y, keys)
     assert_close(after, parties, tolerance(codec, grad_codec))
@@ -96,16 +105,29 @@ def test_fused_step_equals_the_parties_steps(codec, grad_codec):
     assert all(m > 0 for m in jax.tree.leaves(moved)), "the step must move every parameter of the client"
 
 
+def test_kept_gradients_without_samples_need_a_codec_without_samples():
+    by_sample = compress.StochasticUniform(bits=8, granularity="sample")
+    message = 'grad_codec must have granularity="tensor" where grad_kept_only leaves one vector of a batch'
+    with pytest.raises(ValueError, match=message):
+        make(compress.TopK(ratio=0.8), by_sample, grad_kept_only=True)
+    make(compress.TopK(ratio=0.8, granularity="sample"), by_sample, grad_kept_only=True)
+    make(compress.MaskEncoded(), by_sample, grad_kept_only=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "grad_codec",
-    [compress.Identity(), compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic")],
-    ids=["plain gradient", "coded gradient"],
+    ("grad_codec", "kept_only"),
+    [
+        (compress.Identity(), False),
+        (compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic"), False),
+        (compress.EntropyMask(error=0.3, levels=7, signed=True, rounding="stochastic"), True),
+    ],
+    ids=["plain gradient", "coded gradient", "coded gradient of what was kept"],
 )
-def test_bytes_of_entropy_coded_messages(grad_codec):
+def test_bytes_of_entropy_coded_messages(grad_codec, kept_only):
     """The fused step knows about how long the messages are that the parties would send."""
     codec = compress.EntropyMask(error=0.05)
-    spec, state, x, y, keys = make(codec, grad_codec)
+    spec, state, x, y, keys = make(codec, grad_codec, grad_kept_only=kept_only)
     x = jnp.concatenate([x] * 8, axis=1) + 0.1 * jax.random.normal(jax.random.key(2), (CLIENTS, 8 * BATCH, 8, 8, 1))
     y = jnp.concatenate([y] * 8, axis=1)
     metrics = fused_step(spec, state, x, y, keys)[1]

@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 
 from msjax import compress
-from msjax.compress import Identity, MaskEncoded, RandK, TopK, straight_through
+from msjax.compress import EntropyMask, Identity, MaskEncoded, RandK, RandTopK, TopK, Uniform, straight_through
 
 KEY = jax.random.key(5)
 H = jax.random.normal(jax.random.key(0), (3, 7))
@@ -62,6 +62,73 @@ def test_dtypes(dtype):
     assert y.dtype == grad.dtype == dtype
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def kept_and_pullback(codec, h, g):
+    payload = codec.encode(h, KEY)
+    kept = codec.take_kept(payload, g)
+    y, pull = jax.vjp(lambda h: straight_through(codec, h, KEY, kept_only=True), h)
+    return codec.decode(payload, h), kept, codec.put_kept(payload, kept, h), y, pull(g)[0]
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Identity(),
+        TopK(0.6),
+        RandK(0.6, granularity="sample"),
+        RandTopK(0.6, granularity="sample"),
+        MaskEncoded(0.9, bits=1),
+        Uniform(1),
+        pytest.param(EntropyMask(error=0.3, levels=5, keep_zeros=True), marks=pytest.mark.slow),
+        pytest.param(EntropyMask(error=0.3, levels=5, signed=True, granularity="sample"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_of_what_was_kept(codec):
+    """They are g where the features do not decode to zero; of a sparsifier its derivative, and as short as it keeps."""
+    h = H.at[0].set(0.0)
+    decoded, kept, whole, y, pulled = kept_and_pullback(codec, h, G)
+    np.testing.assert_array_equal(y, decoded)
+    assert (kept.shape, kept.dtype) == (codec.kept_like(h).shape, codec.kept_like(h).dtype)
+    factor = np.where(decoded != 0, 1, 0)
+    if hasattr(codec, "_kept"):  # a sparsifier: what it kept may be 0
+        ones = codec.decode(codec.encode(h, KEY)._replace(values=jnp.ones(kept.shape)), h)
+        assert kept.size == np.count_nonzero(ones) < h.size
+        factor = np.asarray(ones)
+    np.testing.assert_allclose(whole, factor * np.asarray(G), rtol=1e-6)
+    np.testing.assert_array_equal(pulled, whole)
+    assert isinstance(codec, Uniform) or 0 < np.count_nonzero(pulled) < h.size
+
+
+@pytest.mark.slow
+def test_what_entropy_mask_keeps_are_codes_but_zero():
+    """Where small values decode to their mean, they do not count as kept, either."""
+    h = jax.random.normal(jax.random.key(2), (4000,))
+    means, zeros = (EntropyMask(bits=1.0, keep_zeros=keep) for keep in (False, True))
+    decoded = [np.asarray(jax.jit(codec.roundtrip)(h)) for codec in (means, zeros)]
+    assert decoded[0].min() > 0 == decoded[1].min()
+    for codec in (means, zeros):
+        kept = kept_and_pullback(codec, h, jnp.ones_like(h))[2]
+        np.testing.assert_array_equal(kept != 0, decoded[1] != 0)
+    assert "keep_zeros" not in repr(means) and compress.from_string(repr(zeros)) == zeros
+
+
+def test_kept_gradients_through_the_downlink_codec():
+    """The gradient codec sees what was kept alone, and is unbiased in that if it is unbiased."""
+
+    @jax.jit
+    def draw(keys):
+        def pull(key):
+            return jax.vjp(lambda h: straight_through(TopK(0.5), h, key, RandK(0.5), kept_only=True), H)[1](G)
+
+        return jax.vmap(pull)(keys)[0]
+
+    found = np.asarray(draw(jax.random.split(KEY, 2000)))
+    kept = np.asarray(jax.jit(TopK(0.5).roundtrip)(H)) != 0
+    assert (np.count_nonzero(found, axis=(1, 2)) == kept.sum() // 2).all()
+    np.testing.assert_allclose(found.mean(0), np.where(kept, G, 0), atol=6 * np.abs(G).max() / 2000**0.5)
+
+
 def test_large_values_pass_exactly():
     """`x + stop_gradient(d − x)` would lose them."""
     h = jnp.array([1e30, 3.0, 1e-30, 2.0])
@@ -93,6 +160,12 @@ def test_reverse_mode_only():
         (lambda: straight_through("TopK", H), TypeError, "codec must be a Codec, got 'TopK'"),
         (lambda: straight_through(None, H), TypeError, "codec must be a Codec, got None"),
         (lambda: straight_through(TopK(), H, None, "TopK"), TypeError, "grad_codec must be a Codec, got 'TopK'"),
+        (
+            lambda: TopK(0.5).put_kept(TopK(0.5).encode(H), jnp.zeros(3), H),
+            ValueError,
+            r"kept must be float32\[10\], as kept_like says, got float32\[3\]",
+        ),
+        (lambda: TopK(0.5).take_kept(TopK(0.6).encode(H), G), ValueError, "payload must be what TopK"),
         (lambda: straight_through(RandK(), H), ValueError, "key must be a JAX random key for RandK, got None"),
         (
             lambda: straight_through(TopK(), H, None, RandK()),

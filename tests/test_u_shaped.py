@@ -11,10 +11,11 @@ import pytest
 
 from msjax import compress, models, tasks
 from msjax.split import fused, step
+from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Parallel
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
-from msjax.split.spec import Preprocess, init_part, make_spec
+from msjax.split.spec import Preprocess
 from msjax.split.state import TrainState, client_keys
 from msjax.split.trees import TreeSpec, mean
 
@@ -39,7 +40,7 @@ class Mix:
         return h, stats
 
 
-def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0):
+def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0, grad_kept_only=False):
     """A run, its first state, and a batch of each client."""
     names = ("client", "server", "tail")[: 3 if u_shaped else 2]
     parts = tuple(models.ModelPart(Mix(n), {n: jnp.linspace(1.0, 2.0, WIDTH)}, {n: jnp.zeros(())}) for n in names)
@@ -51,7 +52,8 @@ def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0):
         task=tasks.classification(label_smoothing=label_smoothing),
         optimizer=optax.sgd(0.1),
         codec=codecs,
-        grad_codec=codecs,
+        grad_codec=ALL if grad_kept_only else codecs,
+        grad_kept_only=grad_kept_only,
         test_codec=ALL,
         update_codec=compress.Identity(),
         preprocess=Preprocess(),
@@ -106,6 +108,18 @@ def test_the_parties_take_the_fused_step_and_every_message_draws_its_own_positio
     kept = [tuple(np.flatnonzero(of_client)) for message in messages for of_client in np.asarray(message)]
     assert {len(positions) for positions in kept} == {BATCH * WIDTH // 2}
     assert len(set(kept)) == len(kept) == 4 * CLIENTS
+
+
+def test_gradients_only_of_what_was_kept():
+    """Up and down, each is as long as what was kept, and stands for the derivative of `RandK`."""
+    run = make(grad_kept_only=True)
+    after, _, (features, outputs, *gradients) = party_step(*run)
+    assert_close(after, fused_step(*run)[0], 1e-5)
+    for kept, sent in zip((outputs, features), gradients, strict=True):
+        assert sent.shape == (CLIENTS, BATCH, WIDTH // 2) and kept.shape == (CLIENTS, BATCH, WIDTH)
+    whole, _, messages = party_step(*make())
+    assert messages[3].shape == messages[0].shape
+    assert not np.allclose(whole.client.params["client"], after.client.params["client"], rtol=1e-4)
 
 
 def test_the_servers_gradient_is_the_mean_of_those_that_are_present():

@@ -34,8 +34,11 @@ class Codec(abc.ABC):
     """Whether the payload is made for lossless coding, so that `msjax.wire` always codes it."""
 
     def __repr__(self):
-        # A subclass's own fields before the inherited options; dataclasses would print those first.
-        fields = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
+        # A subclass's own fields before the inherited options; dataclasses would print those first. A field that came
+        # later hides its default, so that the codecs of before keep the text that messages and records have.
+        hidden = [f.name for f in dataclasses.fields(self) if f.metadata.get("hide_default")]
+        fields = [f for f in dataclasses.fields(self) if f.name not in hidden or getattr(self, f.name) != f.default]
+        fields = sorted(fields, key=lambda field: field.kw_only)
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
     def encode(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> tuple[Array, ...]:
@@ -77,10 +80,7 @@ class Codec(abc.ABC):
           ValueError: the payload is not that of an array like `like`.
         """
         like = form_of(like)
-        wanted = self.payload_like(like)
-        given = payload_arrays(payload)
-        check_payload(self, like, wanted, given)
-        return _decode(self, type(wanted)(*map(jnp.asarray, given)), like)
+        return _decode(self, self._given(payload, like), like)
 
     def roundtrip(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> Shaped[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
@@ -100,6 +100,51 @@ class Codec(abc.ABC):
         """Returns the codec to use on test data: this one, unless its source says otherwise."""
         return self
 
+    def kept_like(self, like: Any) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype of what `take_kept` gives for features like `like`."""
+        like = form_of(like)
+        self._check(like)
+        return self._kept_like(like)
+
+    def take_kept(self, payload: Any, g: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Returns a gradient where `payload` has kept the features, as `kept_like` says.
+
+        What a sender of gradients needs to send to one who throws the others away. Of most codecs it is `g` with zeros
+        where the features decode to zero: behind a ReLU their derivative is zero. Of sparsifiers it is short, the
+        gradient of the kept values alone (Zheng et al., IJCAI 2023, arXiv 2305.18469).
+
+        Args:
+          payload: of features like `g`, by this codec.
+          g: the gradient of the decoded features.
+
+        Raises:
+          TypeError, ValueError: as `decode`; `g` is of another dtype than features may have.
+        """
+        g = jnp.asarray(as_array(g, "g"))
+        return _take_kept(self, self._given(payload, form_of(g)), g)
+
+    def put_kept(self, payload: Any, kept: Shaped[Array, "..."], like: Any) -> Shaped[Array, "..."]:
+        """Returns the gradient of features like `like` from what `take_kept` gave: zero where they were not kept.
+
+        A sparsifier's is its derivative: of `RandK`, which multiplies what it keeps by d/k, d/k times the kept ones.
+
+        Raises:
+          TypeError, ValueError: as `decode`; `kept` has not the shape and dtype that `kept_like` says.
+        """
+        like, kept = form_of(like), jnp.asarray(as_array(kept, "kept"))
+        wanted = self.kept_like(like)
+        if form_of(kept) != wanted:
+            right, found = (f"{jnp.dtype(a.dtype).name}{list(a.shape)}" for a in (wanted, kept))
+            raise ValueError(f"kept must be {right}, as kept_like says, got {found}")
+        return _put_kept(self, self._given(payload, like), kept, like)
+
+    def _given(self, payload, like):
+        """A payload of an array like `like`, whose shapes and dtypes are checked, of JAX's arrays."""
+        wanted = self.payload_like(like)
+        given = payload_arrays(payload)
+        check_payload(self, like, wanted, given)
+        return type(wanted)(*map(jnp.asarray, given))
+
     @abc.abstractmethod
     def _payload_like(self, like): ...
 
@@ -108,6 +153,19 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, payload, like): ...
+
+    def _kept_like(self, like):
+        return shaped(like.shape, like.dtype)
+
+    def _is_kept(self, payload, like):
+        """bool, of the shape of `like`: where the features do not decode to zero."""
+        return self._decode(payload, like) != 0
+
+    def _take_kept(self, payload, g):
+        return jnp.where(self._is_kept(payload, g), g, jnp.zeros((), g.dtype))
+
+    def _put_kept(self, payload, kept, like):
+        return jnp.where(self._is_kept(payload, like), kept, jnp.zeros((), kept.dtype))
 
     def _encode_numpy(self, h):
         raise ValueError(f"codec must be one that has a NumPy encoder, got {self}")
@@ -145,6 +203,16 @@ def _decode(codec, payload, like):
 @functools.partial(_program, static_argnames="codec")
 def _roundtrip(codec, h, key):
     return codec._roundtrip(h, key)
+
+
+@functools.partial(_program, static_argnames="codec")
+def _take_kept(codec, payload, g):
+    return codec._take_kept(payload, g)
+
+
+@functools.partial(_program, static_argnames=("codec", "like"))
+def _put_kept(codec, payload, kept, like):
+    return codec._put_kept(payload, kept, like)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -56,6 +56,9 @@ class EntropyMask(VectorCodec):
       signed: False codes a negative value as 0, for features behind a ReLU.
       rounding: "nearest", or "stochastic", which needs a key and is unbiased: for gradients.
       dead_zone: by how many steps the zone that becomes 0 is wider than the others at either end; only "nearest".
+      keep_zeros: unsigned, small values decode to 0, as the zeros of a ReLU among them are, instead of to their mean.
+        The squared error is a little larger, but the features' zeros stay zeros: below a bit an element networks bear
+        this better. Signed codecs always do so.
       granularity: see `VectorCodec`.
 
     Why each part is there. Of quantizers with an entropy coder behind them the uniform one is within 0.25 bits of the
@@ -90,6 +93,7 @@ class EntropyMask(VectorCodec):
     signed: bool = False
     rounding: Literal["nearest", "stochastic"] = "nearest"
     dead_zone: float = 0.1
+    keep_zeros: bool = dataclasses.field(default=False, metadata={"hide_default": True})
 
     entropy_coded: ClassVar[bool] = True
 
@@ -107,6 +111,7 @@ class EntropyMask(VectorCodec):
             raise ValueError(f"levels must be an integer in 2..255, got {self.levels!r}")
         check_ratio(self.ratio)
         check_choice("signed", self.signed, (False, True))
+        check_choice("keep_zeros", self.keep_zeros, (False, True))
         if self.signed and self.levels % 2 == 0:
             raise ValueError(f"levels must be odd for a signed codec, got {self.levels}")
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
@@ -137,6 +142,11 @@ class EntropyMask(VectorCodec):
         """m: the largest code of a magnitude."""
         levels = self.levels or 0  # filled in by the constructor
         return levels // 2 if self.signed else levels - 1
+
+    @property
+    def _zero_is_zero(self) -> bool:
+        """Whether the code 0 decodes to 0, not to a mean."""
+        return self.signed or self.keep_zeros
 
     @property
     def _per_byte(self) -> int:
@@ -205,6 +215,12 @@ class EntropyMask(VectorCodec):
         x = levels[jnp.minimum(codes, self.levels - 1)].astype(like.dtype)
         outliers = _finite.product(payload.outliers, payload.step, like.dtype)
         return _select.put(x, _select.positions(codes == self.levels, outliers.size), outliers)
+
+    def _is_kept(self, payload, like):
+        rows, d = self._rows(like)
+        unpack = functools.partial(self._unpack, d=d)
+        codes = unpack(payload.codes) if rows is None else jax.vmap(unpack)(payload.codes)
+        return (codes != (self._most if self.signed else 0)).reshape(like.shape)
 
     def _pack(self, codes):
         """uint8 (⌈d/g⌉,) of uint8 codes (d,)."""
@@ -316,7 +332,7 @@ class EntropyMask(VectorCodec):
             errors = (2 * j + 1) * step * sums - squares - j * (j + 1) * step**2 * counts
             return jnp.sum(errors) / sample.sorted.size
         explained = sums**2 / jnp.maximum(counts, 1)
-        errors = squares - (explained.at[0].set(0) if self.signed else explained)
+        errors = squares - (explained.at[0].set(0) if self._zero_is_zero else explained)
         return jnp.sum(errors) / sample.sorted.size
 
     def _entropy(self, sample, step):
@@ -350,7 +366,7 @@ class EntropyMask(VectorCodec):
         # Drawn to the middle where few values tell, unless these are all.
         weight = jnp.where(counts > 0, weight, jnp.float32(1))
         means = (sums / step + weight * codes) / (counts + weight)
-        return (means.at[0].set(0) if self.signed else means).astype(jnp.float16)
+        return (means.at[0].set(0) if self._zero_is_zero else means).astype(jnp.float16)
 
 
 class _Sample(NamedTuple):

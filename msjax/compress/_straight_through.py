@@ -10,7 +10,12 @@ from msjax.compress._codec import Codec
 
 
 def straight_through(
-    codec: Codec, h: Float[Array, "..."], key: jax.Array | None = None, grad_codec: Codec | None = None
+    codec: Codec,
+    h: Float[Array, "..."],
+    key: jax.Array | None = None,
+    grad_codec: Codec | None = None,
+    *,
+    kept_only: bool = False,
 ) -> Float[Array, "..."]:
     """Returns `codec.roundtrip(h, key)`; its derivative is the identity, or the gradient as `grad_codec` transmits it.
 
@@ -18,11 +23,17 @@ def straight_through(
     unchanged, or as `grad_codec.roundtrip(g, downlink_key(key))` to compress the downlink too. Works under `jit`,
     `vmap`, `grad` and `shard_map`. Reverse mode only: like every `custom_vjp` it has no `jvp`.
 
+    With `kept_only` the cotangent is sent only where `codec` has kept the features (`Codec.take_kept`), and is zero
+    elsewhere: the derivative of a sparsifier. Behind a ReLU nothing is lost by this where a feature is zero. Where it
+    was small and decodes to zero, the layers before the cut do not learn from it: the gradient is biased, as that of
+    the dead zone itself. What is sent is unbiased if `grad_codec` is.
+
     Args:
       codec: for the features, on their way up.
       h: features, any shape; float32, bfloat16 or float16.
       key: a JAX random key, needed when either codec is random.
       grad_codec: for the cotangent of the result, on its way down; None leaves it as it is.
+      kept_only: send the cotangent only where the features were kept.
 
     Raises:
       TypeError: `h` is not of a supported dtype, or a codec is not a `Codec`.
@@ -38,13 +49,18 @@ def straight_through(
             raise TypeError(f"{name} must be a Codec, got {value!r}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
-    return _straight_through(codec, jnp.asarray(codec._checked(h, key)), key, grad_codec)
+    h = jnp.asarray(codec._checked(h, key))
+    return (_kept_only if kept_only else _straight_through)(codec, h, key, grad_codec)
 
 
 def downlink_key(key: jax.Array | None) -> jax.Array | None:
     """Returns the key with which the gradient codec draws, given the key of the feature codec."""
     # Far from 0, 1, 2, …: codecs split their key, and split(key)[i] may equal fold_in(key, i).
     return None if key is None else jax.random.fold_in(key, 1 << 31)
+
+
+def _transmitted(grad_codec, g, key):
+    return g if grad_codec is None else grad_codec.roundtrip(g, downlink_key(key))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -57,7 +73,25 @@ def _forward(codec, h, key, grad_codec):
 
 
 def _backward(codec, grad_codec, key, g):
-    return (g if grad_codec is None else grad_codec.roundtrip(g, downlink_key(key))), None
+    return _transmitted(grad_codec, g, key), None
 
 
 _straight_through.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _kept_only(codec, h, key, grad_codec):
+    return codec.roundtrip(h, key)
+
+
+def _kept_forward(codec, h, key, grad_codec):
+    payload = codec.encode(h, key)
+    return codec.decode(payload, h), (payload, key)
+
+
+def _kept_backward(codec, grad_codec, residuals, g):
+    payload, key = residuals
+    return codec.put_kept(payload, _transmitted(grad_codec, codec.take_kept(payload, g), key), g), None
+
+
+_kept_only.defvjp(_kept_forward, _kept_backward)

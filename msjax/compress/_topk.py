@@ -61,6 +61,22 @@ class Sparsifier(VectorCodec):
         kept = self._kept(x, _select.num_kept(self.ratio, x.size), key)
         return jnp.where(_bits.unpack_words(kept, x.size), self._scaled(x, x), jnp.zeros((), x.dtype))
 
+    def _kept_like(self, like):
+        return self._payload_like(like).values
+
+    def _take_kept(self, payload, g):
+        rows, d = self._rows(g)
+        take = self._take_kept_vector
+        return take(payload, g.reshape(d)) if rows is None else jax.vmap(take)(payload, g.reshape(rows, d))
+
+    def _take_kept_vector(self, payload, g):
+        if g.size == 0:
+            return g
+        return g[_select.packed_positions(_bits.to_words(payload.mask), payload.values.size, g.size)]
+
+    def _put_kept(self, payload, kept, like):
+        return self._decode(payload._replace(values=kept), like)
+
     def _scaled(self, values, like):
         return _finite.product(values, jnp.float32(self._scale(like.size)), like.dtype)
 

@@ -159,6 +159,9 @@ class Config:
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()
     """Of the gradient, on its way down; the paper sends it uncompressed."""
+    grad_kept_only: bool = False
+    """Whether the gradient is sent only where the features were kept, and taken for zero elsewhere: of a sparsifier's
+    kept values alone, of other codecs' where a feature does not decode to zero, as behind a ReLU half of them do."""
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
     the parts, and statistics; a codec for both signs, as EntropyMask(bits=1.0, signed=True). It pays for parts of some

@@ -45,12 +45,15 @@ def fused_step(
     def client_loss(params, byte_slots, client_stats, x, y, key):
         keys = split_key(key)
         h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0])
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=spec.grad_kept_only)
         down = jnp.float32(0)
         outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
         if spec.u_shaped:
             grad_codec = Codecs(spec.grad_codec.default)
-            h, down = cross_cut(spec.tail_codec, grad_codec, outputs, tail_key(keys.codec), byte_slots[1])
+            tail_keys = tail_key(keys.codec)
+            h, down = cross_cut(
+                spec.tail_codec, grad_codec, outputs, tail_keys, byte_slots[1], kept_only=spec.grad_kept_only
+            )
             outputs, tail_stats = spec.tail(params[0], client_stats, h, train=True, key=keys.client)
             new_stats = new_stats | tail_stats
         loss = spec.task.losses(outputs, y, train=True).mean()
@@ -131,7 +134,7 @@ def with_average_bytes(
 
 
 def cross_cut(
-    codecs: Codecs, grad_codecs: Codecs, h: Any, key: jax.Array, byte_slot: jax.Array
+    codecs: Codecs, grad_codecs: Codecs, h: Any, key: jax.Array, byte_slot: jax.Array, *, kept_only: bool = False
 ) -> tuple[Any, jax.Array]:
     """Takes the features of one client over the cut, in one program.
 
@@ -139,6 +142,7 @@ def cross_cut(
       h: features, a tree of arrays of a batch.
       byte_slot: float32 (), a zero. A backward pass returns nothing but gradients, so the bytes of the gradients'
         messages are returned as the gradient of this argument.
+      kept_only: gradients are sent only where the features were kept.
 
     Returns:
       The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
@@ -152,27 +156,31 @@ def cross_cut(
             crossed.append(leaf)
             continue
         leaf_key_ = leaf_key(key, place)
-        passed = compress.straight_through(codec, leaf, leaf_key_, grad_codec)
+        passed = compress.straight_through(codec, leaf, leaf_key_, grad_codec, kept_only=kept_only)
         if codecs.entropy_coded or grad_codecs.entropy_coded:
             payload = codec.encode(jax.lax.stop_gradient(leaf), leaf_key_)
             up += wire.estimate_bytes(payload, codec, leaf)
-            passed = _count_gradient_bytes(grad_codec, passed, leaf_key_, byte_slot)
+            keeper = (codec, payload) if kept_only else (None, None)
+            passed = _count_gradient_bytes(grad_codec, keeper[0], passed, leaf_key_, keeper[1], byte_slot)
         crossed.append(passed)
     return jax.tree.unflatten(spec.structure, crossed), up
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _count_gradient_bytes(grad_codec, h, key, byte_slot):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _count_gradient_bytes(grad_codec, keeper, h, key, payload, byte_slot):
+    """Returns `h`; the bytes of its gradient's message, of what `keeper` kept if there is one, go to `byte_slot`."""
     return h
 
 
-def _count_forward(grad_codec, h, key, byte_slot):
-    return h, key
+def _count_forward(grad_codec, keeper, h, key, payload, byte_slot):
+    return h, (key, payload)
 
 
-def _count_backward(grad_codec, key, g):
-    payload = grad_codec.encode(g, compress.downlink_key(key))
-    return g, None, wire.estimate_bytes(payload, grad_codec, g)
+def _count_backward(grad_codec, keeper, residuals, g):
+    key, payload = residuals
+    sent = g if keeper is None else keeper.take_kept(payload, g)
+    message = grad_codec.encode(sent, compress.downlink_key(key))
+    return g, None, None, wire.estimate_bytes(message, grad_codec, sent)
 
 
 _count_gradient_bytes.defvjp(_count_forward, _count_backward)

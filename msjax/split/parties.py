@@ -19,7 +19,7 @@ from msjax.split.payloads import Payload, payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, with_update_count
-from msjax.split.step import PartUpdate
+from msjax.split.step import PartUpdate, with_payload
 from msjax.split.trees import stack, unstack
 
 
@@ -153,6 +153,7 @@ class Client:
                 if self._numpy:
                     h, self._pending = programs.client_features(spec, self.state, x, key)
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
+                    self._pending = with_payload(spec, self._pending, payload)
                 else:
                     payload, self._pending = programs.client_forward(spec, self.state, x, key)
                 return Message(payload, labels if spec.sends_labels else None)

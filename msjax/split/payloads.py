@@ -88,6 +88,9 @@ class PayloadSpec:
       likes: shape and dtype that each array decodes to.
       places: the place of each array among the features, by which it draws its random numbers.
       downlink: whether these are gradients of such features, which draw other numbers.
+      kept_by: of gradients that are sent only where the features were kept, the features' codecs, one an array; else
+        empty.
+      wholes: then, shape and dtype of each whole gradient, of which `likes` says what is sent.
     """
 
     structure: Any
@@ -95,6 +98,8 @@ class PayloadSpec:
     likes: tuple[jax.ShapeDtypeStruct, ...]
     places: tuple[int, ...]
     downlink: bool = False
+    kept_by: tuple[Codec, ...] = ()
+    wholes: tuple[jax.ShapeDtypeStruct, ...] = ()
 
     @classmethod
     def of_features(cls, spec: TreeSpec, codecs: Codecs, batch_size: int) -> "PayloadSpec":
@@ -103,13 +108,26 @@ class PayloadSpec:
         return cls(spec.structure, codecs.for_tree(spec), spec.batch_leaves(batch_size), places)
 
     @classmethod
-    def of_gradients(cls, spec: TreeSpec, codecs: Codecs, batch_size: int) -> "PayloadSpec":
-        """Returns the spec of the gradients of such features: a list of those of the floating arrays."""
+    def of_gradients(
+        cls, spec: TreeSpec, codecs: Codecs, batch_size: int, kept_by: Codecs | None = None
+    ) -> "PayloadSpec":
+        """Returns the spec of the gradients of such features: a list of those of the floating arrays.
+
+        Args:
+          kept_by: the features' codecs, where gradients are sent only where these kept the features.
+        """
         places = tuple(i for i, leaf in enumerate(spec.leaves) if is_float(leaf))
         by_place = codecs.for_tree(spec, "grad_codec")
-        likes = spec.batch_leaves(batch_size)
+        batch = spec.batch_leaves(batch_size)
+        wholes = tuple(batch[i] for i in places)
         structure = jax.tree.structure([0] * len(places))
-        return cls(structure, tuple(by_place[i] for i in places), tuple(likes[i] for i in places), places, True)
+        own = tuple(by_place[i] for i in places)
+        if kept_by is None:
+            return cls(structure, own, wholes, places, True)
+        features = kept_by.for_tree(spec)
+        keepers = tuple(features[i] for i in places)
+        likes = tuple(codec.kept_like(like) for codec, like in zip(keepers, wholes, strict=True))
+        return cls(structure, own, likes, places, True, keepers, wholes)
 
     @classmethod
     def of_vector(cls, size: int) -> "PayloadSpec":
@@ -145,6 +163,24 @@ class PayloadSpec:
         """Returns the tree in a payload."""
         leaves = [codec.decode(p, like) for codec, p, like in zip(self.codecs, payload, self.likes, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)
+
+    def take_kept(self, features: Payload, tree: Any) -> Any:
+        """Returns of gradients, a list, what is sent; all of them, unless they are sent where features were kept.
+
+        Args:
+          features: the payload of the features whose gradients these are; see `Codec.take_kept`.
+        """
+        if not self.kept_by:
+            return tree
+        triples = zip(self.kept_by, self.places, tree, strict=True)
+        return [codec.take_kept(features[place], g) for codec, place, g in triples]
+
+    def put_kept(self, features: Payload, tree: Any) -> Any:
+        """Returns the whole gradients from what was sent of them: the inverse of `take_kept`, zero elsewhere."""
+        if not self.kept_by:
+            return tree
+        quadruples = zip(self.kept_by, self.places, tree, self.wholes, strict=True)
+        return [codec.put_kept(features[place], g, like) for codec, place, g, like in quadruples]
 
     @functools.cached_property
     def nbytes(self) -> int:

@@ -12,11 +12,9 @@ import optax
 
 from msjax import data
 from msjax.compress import Codec, Identity
-from msjax.models import ModelPart, RemoteApply
 from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
-from msjax.split.state import PartState
-from msjax.split.trees import TreeSpec, count_floats, float_leaves
+from msjax.split.trees import TreeSpec
 from msjax.tasks import Task
 
 Apply = Callable[..., tuple[Any, Any]]
@@ -89,6 +87,7 @@ class RunSpec:
       client_statistic_values: how many of those averaged values are statistics.
       codec: of the features, up (and, U-shaped, those for the tail, down).
       grad_codec: of their gradients.
+      grad_kept_only: whether gradients are sent only where the features were kept; see `Codec.take_kept`.
       test_codec: of test features.
       update_codec: of what keeps the clients' parts equal, both ways; see `averages`.
       optimizer: of every part.
@@ -109,6 +108,7 @@ class RunSpec:
     client_statistic_values: int
     codec: Codecs
     grad_codec: Codecs
+    grad_kept_only: bool
     test_codec: Codecs
     update_codec: Codec
     optimizer: optax.GradientTransformation
@@ -148,6 +148,8 @@ class RunSpec:
         updates = {}
         if self.compresses_updates:  # other runs are described as they were before there was this
             updates = {"update_codec": str(self.update_codec), "client statistics": self.client_statistic_values}
+        if self.grad_kept_only:
+            updates["grad_kept_only"] = True
         return (
             {
                 "features": self.features.to_json(),
@@ -176,7 +178,8 @@ class RunSpec:
     @functools.lru_cache(maxsize=32)  # noqa: B019
     def gradient_payload(self, batch_size: int) -> PayloadSpec:
         """Returns the spec of the gradients of those features, as the server sends them."""
-        return PayloadSpec.of_gradients(self.features, self.grad_codec, batch_size)
+        kept_by = self.codec if self.grad_kept_only else None
+        return PayloadSpec.of_gradients(self.features, self.grad_codec, batch_size, kept_by)
 
     @functools.lru_cache(maxsize=32)  # noqa: B019
     def tail_feature_payload(self, batch_size: int) -> PayloadSpec:
@@ -186,7 +189,8 @@ class RunSpec:
     @functools.lru_cache(maxsize=32)  # noqa: B019
     def tail_gradient_payload(self, batch_size: int) -> PayloadSpec:
         """Returns the spec of the gradients of those, as the client sends them."""
-        return PayloadSpec.of_gradients(self.outputs, Codecs(self.grad_codec.default), batch_size)
+        kept_by = self.tail_codec if self.grad_kept_only else None
+        return PayloadSpec.of_gradients(self.outputs, Codecs(self.grad_codec.default), batch_size, kept_by)
 
     @property
     def tail_codec(self) -> Codecs:
@@ -264,156 +268,3 @@ class RunSpec:
         """Shape and dtype of each metric's sums."""
         outputs = self.outputs if self.tail_outputs is None else self.tail_outputs
         return self.task.check(outputs.batch(2), self.labels.batch(2))
-
-
-def make_spec(
-    parts: tuple[ModelPart, ...],
-    *,
-    client_values: tuple[int, int, int] | None = None,
-    inputs: TreeSpec,
-    labels: TreeSpec,
-    schedule: Schedule,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    codec: Codecs,
-    grad_codec: Codecs,
-    test_codec: Codecs,
-    update_codec: Codec,
-    preprocess: Preprocess,
-) -> RunSpec:
-    """Returns the description of a run, checked on shapes alone.
-
-    Args:
-      parts: client, server and, where `schedule.u_shaped`, tail; arrays, or their shapes and dtypes. Of a part that
-        another party has its `apply` is a `models.RemoteApply`.
-      client_values: how many floating values the client's part has without and with the optimizer's state, and how
-        many of them are statistics; needed where it is another party's.
-      inputs: one sample as the data set stores it.
-
-    Raises:
-      TypeError: `update_codec` is no codec.
-      ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
-        array that is not there, `update_codec` does not fit the mode, or `grad_codec` or `update_codec` is not signed.
-    """
-    names = ("client", "server", "tail")[: len(parts)]
-    batch = 2
-    key = jax.random.key(0)
-    x = _shapes_of("preprocessing", "what the data set stores", lambda x: preprocess(x, key), inputs.batch(batch))
-    found, before = [], "the data"
-    for name, part in zip(names, parts, strict=True):
-        if isinstance(part.apply, RemoteApply):
-            y = TreeSpec(*part.apply.outputs).batch(batch)
-        else:
-            y = _part_outputs(name, part, x, before)
-        found.append(TreeSpec.of_batch(y, batch, f"what {name} returns"))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(part.params):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                where = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(f"{name} must have floating parameters, got {leaf.dtype} at {where!r}: see as_part")
-        x, before = y, name
-    features, outputs = found[0], found[1]
-    if not float_leaves(features.batch(1)):
-        raise ValueError(f"client must return at least one floating array to be compressed, got {features}")
-    if client_values is None:
-        client = jax.eval_shape(lambda: init_part(optimizer, parts[0], *parts[2:]))
-        averaged = count_floats((client.params, client.stats))
-        client_values = averaged, count_floats(client), count_floats(client.stats)
-    here = [None if isinstance(part.apply, RemoteApply) else part.apply for part in parts]
-    update_values, state_values, statistic_values = client_values
-    spec = RunSpec(
-        client=here[0],
-        server=here[1],
-        tail=here[2] if len(parts) > 2 else None,
-        features=features,
-        outputs=outputs,
-        tail_outputs=found[2] if len(parts) > 2 else None,
-        labels=labels,
-        client_update_values=update_values,
-        client_state_values=state_values,
-        client_statistic_values=statistic_values,
-        codec=codec,
-        grad_codec=grad_codec,
-        test_codec=test_codec,
-        update_codec=update_codec,
-        optimizer=optimizer,
-        task=task,
-        preprocess=preprocess,
-        schedule=schedule,
-    )
-    _check_update_codec(update_codec, schedule)
-    for one in grad_codec.all:
-        _check_signed("grad_codec", one)
-    codec.for_tree(features)
-    grad_codec.for_tree(features, "grad_codec")
-    _ = spec.metric_sums_like
-    task.check_sums(found[-1].batch(3), labels.batch(3))
-    return spec
-
-
-def _check_signed(name, codec):
-    """Gradients have both signs, of which one would be lost."""
-    if not getattr(codec, "signed", True):
-        raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
-
-
-def _check_update_codec(codec, schedule):
-    if not isinstance(codec, Codec):
-        raise TypeError(f"update_codec must be a codec of msjax.compress, got {codec!r}")
-    if codec == Identity():
-        return
-    _check_signed("update_codec", codec)
-    try:
-        codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
-    if schedule.mode.one_at_a_time:
-        raise ValueError(f"update_codec must be Identity() in sequential mode, which averages nothing, got {codec}")
-    if getattr(codec, "granularity", "tensor") != "tensor":
-        raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
-
-
-def _part_outputs(name, part, x, before):
-    def run(params, stats, x):
-        return part.apply(params, stats, x, train=True, key=jax.random.key(0))
-
-    y, stats = _shapes_of(name, f"what {before} returns", run, part.params, part.stats, x)
-    expected, got = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (part.stats, stats))
-    if expected != got:
-        raise ValueError(f"{name} must return statistics of the structure that it gets, {expected}; got {got}")
-    return y
-
-
-def _shapes_of(name, what, function, *args):
-    try:
-        return jax.eval_shape(function, *args)
-    except Exception as error:
-        shapes, detail = TreeSpec.of(args[-1]), (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{name} must take {what}, {shapes}, but raised {type(error).__name__}: {detail}") from error
-
-
-def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> PartState:
-    """Returns what a party that has these parts of the model starts with.
-
-    Raises:
-      ValueError: two parts have arrays of one name.
-    """
-    params, stats = {}, {}
-    if len(parts) == 1:
-        params, stats = parts[0].params, parts[0].stats
-    else:
-        params, stats = merge_arrays(*(part.params for part in parts)), merge_arrays(*(part.stats for part in parts))
-    return PartState(params, stats, optimizer.init(params))
-
-
-def merge_arrays(*dicts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the union of dicts of arrays whose names must differ.
-
-    Raises:
-      ValueError: a name is in two of them.
-    """
-    merged: dict[str, Any] = {}
-    for arrays in dicts:
-        if twice := sorted(merged.keys() & arrays.keys()):
-            raise ValueError(f"client and tail must have arrays of different names, got {twice[0]!r} in both")
-        merged |= arrays
-    return merged

@@ -52,6 +52,9 @@ class Pending(NamedTuple):
 
     vjp: Any
     stats: PyTree
+    payload: Payload = ()
+    """Of the features, where their gradient is sent only for what was kept of them: what a client sent; at the server,
+    U-shaped, what it got from the clients and what it sent to their tails."""
 
 
 class PartUpdate(NamedTuple):
@@ -65,7 +68,13 @@ def client_forward(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> 
     """Returns the payload of one client's features of its batch `x`, and what its backward pass needs."""
     h, pending = client_features(spec, client, x, key)
     batch_size = jax.tree.leaves(x)[0].shape[0]
-    return spec.feature_payload(batch_size).encode(h, split_key(key).codec), pending
+    payload = spec.feature_payload(batch_size).encode(h, split_key(key).codec)
+    return payload, with_payload(spec, pending, payload)
+
+
+def with_payload(spec: RunSpec, pending: Pending, payload: Payload) -> Pending:
+    """Returns what is kept, with the payload that was sent where the backward pass needs it."""
+    return pending._replace(payload=payload) if spec.grad_kept_only else pending
 
 
 def client_features(spec: RunSpec, client: PartState, x: Any, key: jax.Array) -> tuple[Any, Pending]:
@@ -107,7 +116,8 @@ def server_step(
 
         differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, (stats, outputs)), (grads, g) = differentiated(server.params, float_leaves(h))
-        reply = spec.gradient_payload(batch_size).encode(g, keys.codec)
+        gradients = spec.gradient_payload(batch_size)
+        reply = gradients.encode(gradients.take_kept(payload, g), keys.codec)
         return grads, stats, reply, value, spec.task.sums(outputs, y)
 
     grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys)
@@ -119,7 +129,8 @@ def server_forward(
     spec: RunSpec, server: PartState, payloads: Payload, keys: jax.Array, *, batch_size: int
 ) -> tuple[Payload, Pending]:
     """Returns the payloads for the clients' tails, with a leading axis K, and what the backward pass needs."""
-    h = jax.vmap(spec.feature_payload(batch_size).decode)(payloads)
+    features = payloads
+    h = jax.vmap(spec.feature_payload(batch_size).decode)(features)
 
     def forward(params, floats):
         def one_client(h, key):
@@ -131,7 +142,8 @@ def server_forward(
     _, vjp, (stats, outputs) = jax.vjp(forward, server.params, float_leaves(h), has_aux=True)
     encode = spec.tail_feature_payload(batch_size).encode
     payloads = jax.vmap(lambda outputs, key: encode(outputs, tail_key(split_key(key).codec)))(outputs, keys)
-    return payloads, Pending(vjp, stats)
+    kept = (features, payloads) if spec.grad_kept_only else ()
+    return payloads, Pending(vjp, stats, kept)
 
 
 def client_tail(
@@ -146,7 +158,7 @@ def client_tail(
 def client_tail_gradient(
     spec: RunSpec, client: PartState, payload: Payload, y: Any, key: jax.Array, *, batch_size: int
 ) -> tuple[list, PartUpdate, StepMetrics]:
-    """Returns the same with the gradient before it is encoded."""
+    """Returns the same with the gradient, what is sent of it, before it is encoded."""
     h = spec.tail_feature_payload(batch_size).decode(payload)
 
     def loss(params, floats):
@@ -156,6 +168,7 @@ def client_tail_gradient(
 
     differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (value, (stats, outputs)), (grads, g) = differentiated(client.params, float_leaves(h))
+    g = spec.tail_gradient_payload(batch_size).take_kept(payload, g)
     return g, PartUpdate(grads, stats), StepMetrics(value, spec.task.sums(outputs, y))
 
 
@@ -181,11 +194,14 @@ def server_backward(
     def only_present(g):
         return jnp.where(present.reshape(-1, *(1,) * (g.ndim - 1)), g, 0)
 
-    g = jax.vmap(spec.tail_gradient_payload(batch_size).decode)(payloads)
+    features, outputs = pending.payload or ((), ())
+    received, sent = spec.tail_gradient_payload(batch_size), spec.gradient_payload(batch_size)
+    g = jax.vmap(lambda outputs, payload: received.put_kept(outputs, received.decode(payload)))(outputs, payloads)
     grads, g = pending.vjp(jax.tree.map(only_present, g))
     grads = jax.tree.map(lambda leaf: leaf / present.sum(), grads)
-    encode = spec.gradient_payload(batch_size).encode
-    replies = jax.vmap(lambda g, key: encode(g, split_key(key).codec))(g, keys)
+    replies = jax.vmap(lambda features, g, key: sent.encode(sent.take_kept(features, g), split_key(key).codec))(
+        features, g, keys
+    )
     return update_part(spec, server, PartUpdate(grads, mean(pending.stats))), replies
 
 
@@ -200,7 +216,8 @@ def client_backward(
     Returns:
       Its gradients and statistics, to be averaged over the clients or applied.
     """
-    (grads,) = pending.vjp(spec.gradient_payload(batch_size).decode(reply))
+    gradients = spec.gradient_payload(batch_size)
+    (grads,) = pending.vjp(gradients.put_kept(pending.payload, gradients.decode(reply)))
     if tail is None:
         return PartUpdate(grads, pending.stats)
     # Each is zero where the other is not.

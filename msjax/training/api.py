@@ -16,10 +16,11 @@ from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import ModelPart, RemoteApply, as_parts
 from msjax.optim import make_optimizer
+from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Mode, Parallel
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
-from msjax.split.spec import Preprocess, RunSpec, init_part, make_spec
+from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import TrainState
 from msjax.split.traffic import Traffic
 from msjax.split.trees import TreeSpec
@@ -71,6 +72,7 @@ def train(
     cut: int | None = None,
     codec: Codec | Mapping[str, Codec] | None = None,
     grad_codec: Codec | Mapping[str, Codec] | None = None,
+    grad_kept_only: bool = False,
     update_codec: Codec | None = None,
     compress_test: bool = True,
     mode: Mode | None = None,
@@ -100,6 +102,9 @@ def train(
         {"skip": TopK(0.9), "": MaskEncoded()}, where the client returns a tree of arrays; "" is for all others, which
         without it are sent uncompressed.
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
+      grad_kept_only: send gradients only where the features were kept, and take them for zero elsewhere: of a
+        sparsifier's kept values alone, of other codecs' where a feature does not decode to zero; see
+        `compress.straight_through`.
       update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
         gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. A codec
         for both signs, as `EntropyMask(bits=1.0, signed=True)`; it pays for parts of some hundred values or more. Not
@@ -145,8 +150,9 @@ def train(
     seed = integer("seed", seed, 0, MAX_SEED)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
-    if not isinstance(compress_test, bool):
-        raise TypeError(f"compress_test must be True or False, got {compress_test!r}")
+    for name, value in {"compress_test": compress_test, "grad_kept_only": grad_kept_only}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
@@ -174,6 +180,7 @@ def train(
         optimizer=_optimizer(optimizer, schedule),
         codec=codecs,
         grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
+        grad_kept_only=grad_kept_only,
         test_codec=codecs.at_inference() if compress_test else Codecs(Identity()),
         update_codec=Identity() if update_codec is None else update_codec,
         preprocess=preprocess,

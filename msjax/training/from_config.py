@@ -138,6 +138,5 @@ def _save_parts(parts, cfg, folder, run, state, run_id):
 
 def uncompressed(cfg: config.Config) -> config.Config:
     """Returns the same run without compression in either direction: what `compare` compares with."""
-    return dataclasses.replace(
-        cfg, codec=Identity(), grad_codec=Identity(), update_codec=Identity(), array_codecs=(), compare=False
-    )
+    plain = {name: Identity() for name in ("codec", "grad_codec", "update_codec")}
+    return dataclasses.replace(cfg, **plain, grad_kept_only=False, array_codecs=(), compare=False)

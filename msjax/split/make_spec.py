@@ -1,0 +1,186 @@
+"""The description of a run from its parts, data and codecs, checked on shapes alone; and the first states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from msjax.compress import Codec, Identity
+from msjax.models import ModelPart, RemoteApply
+from msjax.split.payloads import Codecs
+from msjax.split.schedule import Schedule
+from msjax.split.spec import Preprocess, RunSpec
+from msjax.split.state import PartState
+from msjax.split.trees import TreeSpec, count_floats, float_leaves
+from msjax.tasks import Task
+
+
+def make_spec(
+    parts: tuple[ModelPart, ...],
+    *,
+    client_values: tuple[int, int, int] | None = None,
+    inputs: TreeSpec,
+    labels: TreeSpec,
+    schedule: Schedule,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    codec: Codecs,
+    grad_codec: Codecs,
+    grad_kept_only: bool = False,
+    test_codec: Codecs,
+    update_codec: Codec,
+    preprocess: Preprocess,
+) -> RunSpec:
+    """Returns the description of a run, checked on shapes alone.
+
+    Args:
+      parts: client, server and, where `schedule.u_shaped`, tail; arrays, or their shapes and dtypes. Of a part that
+        another party has its `apply` is a `models.RemoteApply`.
+      client_values: how many floating values the client's part has without and with the optimizer's state, and how
+        many of them are statistics; needed where it is another party's.
+      inputs: one sample as the data set stores it.
+
+    Raises:
+      TypeError: `update_codec` is no codec.
+      ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
+        array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed, or
+        `grad_codec` takes samples where none are left of what was kept.
+    """
+    names = ("client", "server", "tail")[: len(parts)]
+    batch = 2
+    key = jax.random.key(0)
+    x = _shapes_of("preprocessing", "what the data set stores", lambda x: preprocess(x, key), inputs.batch(batch))
+    found, before = [], "the data"
+    for name, part in zip(names, parts, strict=True):
+        if isinstance(part.apply, RemoteApply):
+            y = TreeSpec(*part.apply.outputs).batch(batch)
+        else:
+            y = _part_outputs(name, part, x, before)
+        found.append(TreeSpec.of_batch(y, batch, f"what {name} returns"))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part.params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"{name} must have floating parameters, got {leaf.dtype} at {where!r}: see as_part")
+        x, before = y, name
+    features, outputs = found[0], found[1]
+    if not float_leaves(features.batch(1)):
+        raise ValueError(f"client must return at least one floating array to be compressed, got {features}")
+    if client_values is None:
+        client = jax.eval_shape(lambda: init_part(optimizer, parts[0], *parts[2:]))
+        averaged = count_floats((client.params, client.stats))
+        client_values = averaged, count_floats(client), count_floats(client.stats)
+    here = [None if isinstance(part.apply, RemoteApply) else part.apply for part in parts]
+    update_values, state_values, statistic_values = client_values
+    spec = RunSpec(
+        client=here[0],
+        server=here[1],
+        tail=here[2] if len(parts) > 2 else None,
+        features=features,
+        outputs=outputs,
+        tail_outputs=found[2] if len(parts) > 2 else None,
+        labels=labels,
+        client_update_values=update_values,
+        client_state_values=state_values,
+        client_statistic_values=statistic_values,
+        codec=codec,
+        grad_codec=grad_codec,
+        grad_kept_only=grad_kept_only,
+        test_codec=test_codec,
+        update_codec=update_codec,
+        optimizer=optimizer,
+        task=task,
+        preprocess=preprocess,
+        schedule=schedule,
+    )
+    _check_update_codec(update_codec, schedule)
+    for one in grad_codec.all:
+        _check_signed("grad_codec", one)
+    codec.for_tree(features)
+    grad_codec.for_tree(features, "grad_codec")
+    payloads = [spec.gradient_payload(batch), *([spec.tail_gradient_payload(batch)] if spec.u_shaped else [])]
+    for payload in payloads:
+        _check_granularity(payload)
+    _ = spec.metric_sums_like
+    task.check_sums(found[-1].batch(3), labels.batch(3))
+    return spec
+
+
+def _check_signed(name, codec):
+    """Gradients have both signs, of which one would be lost."""
+    if not getattr(codec, "signed", True):
+        raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
+
+
+def _check_granularity(payload):
+    """What a sparsifier keeps of a batch is one vector, without samples."""
+    for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
+        if like.shape != whole.shape and len(like.shape) == 1 and getattr(codec, "granularity", "tensor") != "tensor":
+            raise ValueError(
+                'grad_codec must have granularity="tensor" where grad_kept_only leaves one vector of a batch, as a '
+                f"sparsifier of whole batches does, got {codec}"
+            )
+
+
+def _check_update_codec(codec, schedule):
+    if not isinstance(codec, Codec):
+        raise TypeError(f"update_codec must be a codec of msjax.compress, got {codec!r}")
+    if codec == Identity():
+        return
+    _check_signed("update_codec", codec)
+    try:
+        codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
+    if schedule.mode.one_at_a_time:
+        raise ValueError(f"update_codec must be Identity() in sequential mode, which averages nothing, got {codec}")
+    if getattr(codec, "granularity", "tensor") != "tensor":
+        raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
+
+
+def _part_outputs(name, part, x, before):
+    def run(params, stats, x):
+        return part.apply(params, stats, x, train=True, key=jax.random.key(0))
+
+    y, stats = _shapes_of(name, f"what {before} returns", run, part.params, part.stats, x)
+    expected, got = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (part.stats, stats))
+    if expected != got:
+        raise ValueError(f"{name} must return statistics of the structure that it gets, {expected}; got {got}")
+    return y
+
+
+def _shapes_of(name, what, function, *args):
+    try:
+        return jax.eval_shape(function, *args)
+    except Exception as error:
+        shapes, detail = TreeSpec.of(args[-1]), (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{name} must take {what}, {shapes}, but raised {type(error).__name__}: {detail}") from error
+
+
+def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> PartState:
+    """Returns what a party that has these parts of the model starts with.
+
+    Raises:
+      ValueError: two parts have arrays of one name.
+    """
+    params, stats = {}, {}
+    if len(parts) == 1:
+        params, stats = parts[0].params, parts[0].stats
+    else:
+        params, stats = merge_arrays(*(part.params for part in parts)), merge_arrays(*(part.stats for part in parts))
+    return PartState(params, stats, optimizer.init(params))
+
+
+def merge_arrays(*dicts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the union of dicts of arrays whose names must differ.
+
+    Raises:
+      ValueError: a name is in two of them.
+    """
+    merged: dict[str, Any] = {}
+    for arrays in dicts:
+        if twice := sorted(merged.keys() & arrays.keys()):
+            raise ValueError(f"client and tail must have arrays of different names, got {twice[0]!r} in both")
+        merged |= arrays
+    return merged
