@@ -39,6 +39,10 @@ class FeatureMemory:
     decodes to is the new m and what the receiver goes on with; of a new one, h itself. What the base codec loses of a
     change is part of the next one, so features that do not change come closer with every epoch.
 
+    In training, let gradients go on only where `is_sent`: other samples' features at the receiver do not depend on the
+    sender's parameters. Passed straight through, their gradients would drive features on that the receiver does not
+    see move, until they overflow; with a base of too few bits they do (`experiments.feature_memory`).
+
     State is explicit: `encode` and `decode` take it and return the new one; save it with the parameters. Features of
     samples without a slot, and of test data, which comes with none, go whole.
 
@@ -156,6 +160,10 @@ class FeatureMemory:
         """Returns what `decode` gives of what `encode` made, and the memory after it; see `encode`."""
         _, decoded, state = self._call(h, state, slots, key)
         return decoded, state
+
+    def is_sent(self, payload: MemoryPayload, like: Any) -> Shaped[Array, "b"]:
+        """Returns bool (B,): whose features of a payload of an array like `like` are new to the receiver."""
+        return _bits.unpack(jnp.asarray(payload.sent), 1, self._form(like).shape[0]) == 1
 
     def payload_like(self, like: Any) -> MemoryPayload:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
