@@ -126,9 +126,8 @@ def arms(*, signed: bool) -> list[Arm]:
     def entropy_mask(bits, signed=True):
         return EntropyMask(bits=bits, signed=signed)
 
-    found = [Arm(Identity(), True)]
-    for bits in (0.25, 0.5, 1.0):
-        found += [Arm(entropy_mask(bits, signed)), Arm(entropy_mask(bits), True)]
+    found = [Arm(Identity(), True), *(Arm(entropy_mask(bits, signed)) for bits in (0.25, 0.5, 1.0, 2.0))]
+    found += [Arm(entropy_mask(bits), True) for bits in (0.25, 0.5, 1.0)]
     found += [Arm(EntropyMask(error=0.25, signed=True), True, threshold=threshold) for threshold in (0.1, 0.3)]
     later = Arm(entropy_mask(0.25), True, entropy_mask(1.0))
     found += [later, later._replace(all_gradients=True)]
@@ -386,6 +385,23 @@ def _of_epoch(rows, name, epoch):
     return statistics.mean(row["history"][epoch][name] for row in rows)
 
 
+def bits_alone(rows: list[dict], row: dict) -> float | None:
+    """Returns the bits that `EntropyMask` alone would need for the training loss of a row, between those measured.
+
+    Of the same setting and seed; None where the loss is beyond them.
+    """
+    points = {}
+    for other in rows:
+        arm = _arm(other)
+        same = (other["setting"], other["seed"]) == (row["setting"], row["seed"]) and not other["diverged"]
+        if same and isinstance(arm.codec, EntropyMask) and not arm.remembers:
+            points[other["history"][-1]["train_loss"]] = np.log(total_bits([other]))
+    loss, losses = row["history"][-1]["train_loss"], sorted(points)
+    if len(losses) < 2 or not losses[0] <= loss <= losses[-1]:
+        return None
+    return float(np.exp(np.interp(loss, losses, [points[one] for one in losses])))
+
+
 def table(rows: list[dict]) -> str:
     """Returns all that was measured, of each setting, as Markdown."""
     lines = []
@@ -393,18 +409,23 @@ def table(rows: list[dict]) -> str:
         ended = [row for row in own if not row["diverged"]]
         if not ended:
             epochs = ", ".join(str(len(row["history"]) + 1) for row in own)
-            lines.append([setting, str(arm), *["–"] * 4, f"diverged in epoch {epochs}", *["–"] * 2, str(len(own))])
+            lines.append([setting, str(arm), *["–"] * 5, f"diverged in epoch {epochs}", *["–"] * 2, str(len(own))])
             continue
         bits, errors, changes = (
             " → ".join(f"{_of_epoch(ended, name, epoch):.{digits}f}" for epoch in epochs)
             for name, digits, epochs in (("bits", 2, (0, 1, -1)), ("error", 3, (0, 1, -1)), ("change", 3, (1, -1)))
         )
-        cells = [setting, str(arm), f"{total_bits(ended):.3f}", bits, errors, changes if arm.remembers else "–"]
+        needed = [bits_alone(rows, row) for row in ended if arm.remembers]
+        alone = "–" if not needed or None in needed else f"{statistics.mean(needed):.3f}"
+        cells = [setting, str(arm), f"{total_bits(ended):.3f}", alone, bits, errors, changes if arm.remembers else "–"]
         cells.append(study.mean_and_deviation([row["history"][-1]["train_loss"] for row in ended], 4))
         cells += [study.mean_and_deviation([row[t]["top1_percent"] for row in ended]) for t in TESTS]
         lines.append([*cells, f"{len(ended)}" if ended == own else f"{len(ended)} of {len(own)}"])
-    header = ["setting", "codec", "bits a value", "in the first, second, last epoch", "error", "second, last: change"]
-    return timing.table([*header, "training loss", "test top-1, %", "through the codec", "seeds"], lines)
+    header = ["setting", "codec", "bits a value", "EntropyMask alone, for this loss", "first → second → last epoch"]
+    return timing.table(
+        [*header, "error", "change, second → last", "training loss", "test top-1, %", "through the codec", "seeds"],
+        lines,
+    )
 
 
 KINDS = {

@@ -97,7 +97,7 @@ def test_what_is_measured_is_in_the_table_and_the_picture():
     diverged |= {"diverged": True, "all_gradients": True, "history": diverged["history"][:1]}
     text = study.table([plain, row(CODED), diverged])
     assert "| a table | none |" in text and "| a table | MS 4 bits, then MS 1 bits, memory |" in text
-    assert "MS 4 bits, then MS 1 bits, memory, with all gradients | – | – | – | – | diverged in epoch 2 |" in text
+    assert "MS 4 bits, then MS 1 bits, memory, with all gradients | – | – | – | – | – | diverged in epoch 2 |" in text
     assert len(study.plot([plain, row(CODED), diverged]).axes) == 2
 
 
