@@ -32,6 +32,7 @@ from experiments import (
     distributions,
     entropy_variants,
     everything,
+    feature_memory,
     fine_tuning,
     mask_width,
     not_images,
@@ -63,6 +64,7 @@ STUDIES = (
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
+    "Features against those that the receiver remembers": feature_memory,
     "Plain PyTorch beside msjax": beside_pytorch,
     "A whole training in PyTorch and in msjax": beside_pytorch_training,
     "Published weights": published_weights,

@@ -7,6 +7,8 @@
     codec.payload_bytes(h)                     # from the shape alone
     y = compress.straight_through(codec, h)    # as a layer: the gradient passes through
 
+`FeatureMemory` sends what has changed of samples that come again, through any codec for both signs; it has a state.
+
 Needs JAX and jaxtyping alone; works in Flax Linen, Flax NNX, Equinox, Haiku or none of them, under `jit`, `vmap`,
 `shard_map` and, through `straight_through`, `grad`. A random codec takes a `key`. Across a sharded axis, call a codec
 inside `shard_map`, once a client: a selection over the whole array would gather it.
@@ -17,6 +19,7 @@ from msjax.compress._cast import Cast
 from msjax.compress._codec import Codec
 from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
 from msjax.compress._exact import Exact
+from msjax.compress._feature_memory import FeatureMemory, MemoryPayload, MemoryState
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
@@ -60,9 +63,12 @@ __all__ = [
     "EntropyMask",
     "EntropyPayload",
     "Exact",
+    "FeatureMemory",
     "Identity",
     "MaskEncoded",
     "MaskPayload",
+    "MemoryPayload",
+    "MemoryState",
     "RandK",
     "RandTopK",
     "SparsePayload",
