@@ -26,6 +26,7 @@ from experiments import (
     claims,
     clients,
     compression_error,
+    contexts,
     convergence,
     cut_sensitivity,
     depth,
@@ -63,6 +64,7 @@ STUDIES = (
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
     "What `EntropyMask` might have been": entropy_variants,
+    "What neighbours save": contexts,
     "Plain PyTorch beside msjax": beside_pytorch,
     "A whole training in PyTorch and in msjax": beside_pytorch_training,
     "Published weights": published_weights,

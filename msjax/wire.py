@@ -102,8 +102,8 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
     Args:
       payload: arrays of NumPy or JAX, as `codec.encode` returns them.
       like: shape and dtype of the features.
-      compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, with runs where these are
-        shorter, without loss, where that makes them shorter; None leaves them as they are. A codec with
+      compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, with runs or in classes where
+        these are shorter, without loss, where that makes them shorter; None leaves them as they are. A codec with
         `entropy_coded` is always coded.
 
     Raises:
@@ -182,8 +182,9 @@ def estimate_bytes(
 ) -> Float32[Array, ""]:
     """Returns about how many bytes `encode` would return, inside `jit`.
 
-    Within 2 % on feature maps of some thousand values or more, and on gradients within 5 %; where 99 % of the codes or
-    more are zero, and a message is a hundredth of its payload, it may be half as much again or twice. Uncompressed to
+    Within about 2 % on feature maps whose message has ten thousand bytes or more, and on gradients and smaller ones
+    within about 7 %; where 99 % of the codes or more are zero, and a message is a hundredth of its payload, it may be
+    half as much again or twice. Uncompressed to
     the rounding of a float32. Arguments are those of `encode`; the payload's arrays are JAX's.
     """
     arrays, like = jax.tree.leaves(payload), form_of(like)
