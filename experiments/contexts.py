@@ -1,17 +1,19 @@
 """What neighbours save: real bytes of codes of real maps, by the codings of `msjax.wire` and by what else was tried.
 
-    python -m experiments.contexts --weights resnet20.safetensors --data-dir DIR      # four minutes on two cores
+    python -m experiments.contexts --weights resnet20.safetensors --data-dir DIR      # half an hour on two busy cores
 
 Features and gradients of the mean loss behind four blocks of the published ResNet20 (see `published_weights`), of
 CIFAR-10's first training images, not augmented, as in training. "Today" is what version 2 had: the shorter of zlib's
 Huffman code and of that with runs. "Flags" codes the commonest byte by one bit; the classes have flags, too, where
 they are shorter. "Above" takes classes from the pixel above alone, and the others from those to the left and above.
 "Channels first" and "pairs of pixels" put other codes into a byte, and code it as today. The estimate is that of
-`wire.estimate_bytes` against the whole message; speeds are those of one core beside other work. Writes a record.
+`wire.estimate_bytes` against the whole message; speeds are those of one core beside other work. Writes a
+record; what is done is kept, and not done again.
 """
 
 import dataclasses
 import functools
+import json
 import pathlib
 import sys
 import time
@@ -150,15 +152,21 @@ def main() -> int:
     parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
     parser.add_argument("--samples", type=int, nargs="+", default=[25, 250])
     options = parser.parse_args()
-    start, rows = time.monotonic(), []
+    file = options.out.with_suffix(".json")
+    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
+    start, rows = time.monotonic(), earlier["rows"]
+    done = {(row["source"], row["samples"], row["codec"]) for row in rows}
     maps = maps_of(options.weights, options.data_dir, max(options.samples))
     for samples in options.samples:
         for source, h in maps.items():
             for codec in FEATURES if source.endswith("features") else GRADIENTS:
+                if (source, samples, _short(codec)) in done:
+                    continue
                 row = {"source": source, "samples": samples, "codec": _short(codec), "values": h[:samples].size}
                 rows.append(row | measure(h[:samples], codec, options.repeats))
+                wall = earlier["wall_seconds"] + time.monotonic() - start
+                timing.save(options.out, timing.record(options, rows, wall))
             print(f"{source}, {samples}: {time.monotonic() - start:.0f} s", flush=True)
-            timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     print(table(rows))
     return 0
 
