@@ -9,13 +9,14 @@ All integers are little-endian, unsigned:
 | bytes | |
 |---|---|
 | 4 | "MSJX" |
-| 1 | version: 2 where a buffer has runs, else 1 |
+| 1 | version: 3 where a buffer has classes, else 2 where one has runs, else 1 |
 | 4 | CRC-32 of everything behind it |
 | 2, then as many | the codec's text, as `repr` gives it and `compress.from_string` reads it |
 | 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16; of arrays that travel beside them by `Exact`: 3 bool, |
 | | 4 int8, 5 int16, 6 int32, 7 int64, 8 uint8, 9 uint16, 10 uint32, 11 uint64 |
 | 1, then 4 each | their number of axes, at most 32, and their shape |
-| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut, 3 runs) in 1 byte, its length in 8 |
+| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut, 3 runs, 4 classes) in 1 byte, its |
+| | length in 8 |
 | | the buffers: the arrays of the payload in order, C-contiguous |
 
 Huffman's code is a raw deflate stream (RFC 1951) of literals alone; "runs" is one in which bytes that repeat the byte
@@ -24,9 +25,25 @@ those of gradients. The length of a buffer before coding follows from codec, sha
 least a bit on a byte and runs two bits on 258, so a header cannot promise what is not there, and memory is taken as
 bytes come out. "Cut" buffers lack their zeros at the end; only codecs with `entropy_coded` may have them, beside codes
 that are there.
+
+A buffer with "classes" is one whose bytes have Huffman codes of their own by what their neighbours are, or whose
+commonest byte has a flag of one bit; only codes packed by the last axis have neighbours, see
+`msjax.compress._contexts` for which, and for their order:
+
+| bytes | |
+|---|---|
+| 1 | number of levels, 1 to 4; with 1 there is one class, in the order of memory |
+| 1 | the commonest byte |
+| levels − 1 | thresholds that increase: a sum of sizes is of the level that is the number of thresholds below it |
+| 4 each | of each class (levels², or levels where a byte holds one code) its number of bytes, below 2^31; the highest |
+| | bit is set where flags say which of them are not the commonest byte |
+| | deflate streams, one behind the other, of each class: where it has flags these, eight in a byte, the first one |
+| | highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no bytes |
+
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -41,25 +58,24 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from msjax import compress
+from msjax.compress import _contexts, _deflate
+from msjax.compress._class_bytes import shortest_bytes
 from msjax.compress._codec import check_payload, form_of, payload_arrays
+from msjax.compress._deflate import huffman, runs
 from msjax.compress._exact import EXACT_DTYPES
-from msjax.compress._huffman import coded_bytes as huffman_bytes
-from msjax.compress._huffman import run_bytes
 
-VERSION = 2
+VERSION = 3
 COMPRESSIONS = (None, "huffman")
 _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
-_RAW, _HUFFMAN, _CUT, _RUNS = 0, 1, 2, 3
-_MOST = {_HUFFMAN: 8, _RUNS: 1032}
-"""The most bytes that one byte of a deflate stream stands for."""
+_RAW, _HUFFMAN, _CUT, _RUNS, _CLASSES = 0, 1, 2, 3, 4
+_VERSIONS = {_RUNS: 2, _CLASSES: 3}  # others have been there from the first
 _TRIAL_PIECES, _TRIAL_BYTES = 16, 1 << 12
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
 _CODEC_TEXT = re.compile(rb"\w+(\((\w+=('\w*'|True|False|None|-?[\d.]+(e[+-]?\d+)?)(, |(?=\))))*\))?")
-_CHUNK = 1 << 16
 
 
 class WireError(ValueError):
@@ -86,8 +102,8 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
     Args:
       payload: arrays of NumPy or JAX, as `codec.encode` returns them.
       like: shape and dtype of the features.
-      compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, with runs where these are
-        shorter, without loss, where that makes them shorter; None leaves them as they are. A codec with
+      compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, with runs or in classes where
+        these are shorter, without loss, where that makes them shorter; None leaves them as they are. A codec with
         `entropy_coded` is always coded.
 
     Raises:
@@ -103,11 +119,12 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
     arrays = [np.asarray(leaf) for leaf in payload_arrays(payload)]
     check_payload(codec, like, layout, arrays)
     compression = _compression(codec, compression)
-    coded = [_code(array, compression, cut=codec.entropy_coded) for array in arrays]
-    body = [_header(codec, like, [(coding, len(buffer)) for coding, buffer in coded]), *(buffer for _, buffer in coded)]
+    grid = _contexts.grid_of(codec, like)
+    coded = [_code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
+    codings = [(coding, len(buffer)) for coding, buffer in coded]
+    body = [_header(codec, like, codings), *(buffer for _, buffer in coded)]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, 0)
-    version = VERSION if any(coding == _RUNS for coding, _ in coded) else 1  # which earlier versions read, too
-    return b"".join([_PREFIX.pack(_MAGIC, version, checksum), *body])
+    return b"".join([_PREFIX.pack(_MAGIC, _version(codings), checksum), *body])
 
 
 def decode(
@@ -121,7 +138,8 @@ def decode(
       max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded.
 
     Raises:
-      WireError: anything about `data` is wrong; it is the only exception, and no more than `max_bytes` is allocated.
+      WireError: anything about `data` is wrong; it is the only exception, and no more than `max_bytes` is allocated,
+        but for classes, which take up to eight bytes for each byte of codes while they are put in order.
     """
     data = memoryview(data).cast("B")
     reader = _Reader(data)
@@ -141,8 +159,11 @@ def decode(
     if count != len(layout):
         raise WireError(f"{type(codec).__name__} has {len(layout)} buffers, got {count}")
     codings = [reader.unpack("<BQ") for _ in layout]
+    if version != _version(codings):
+        raise WireError(f"version must be the first that has the buffers' codings, {_version(codings)}, got {version}")
+    grid = _contexts.grid_of(codec, like)
     arrays = [
-        _read_array(reader, form, *coding, may_cut=codec.entropy_coded, may_run=version > 1)
+        _read_array(reader, form, *coding, may_cut=codec.entropy_coded, grid=grid)
         for form, coding in zip(layout, codings, strict=True)
     ]
     if len(reader.rest()):
@@ -161,23 +182,29 @@ def estimate_bytes(
 ) -> Float32[Array, ""]:
     """Returns about how many bytes `encode` would return, inside `jit`.
 
-    Within 2 % on feature maps of some thousand values or more, and on gradients within 5 %; where 99 % of the codes or
-    more are zero, and a message is a hundredth of its payload, it may be half as much again or twice. Uncompressed to
+    Within about 2 % on feature maps whose message has ten thousand bytes or more, and on gradients and smaller ones
+    within about 7 %; where 99 % of the codes or more are zero, and a message is a hundredth of its payload, it may be
+    half as much again or twice. Uncompressed to
     the rounding of a float32. Arguments are those of `encode`; the payload's arrays are JAX's.
     """
     arrays, like = jax.tree.leaves(payload), form_of(like)
+    grid = _contexts.grid_of(codec, like)
     total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * len(arrays))))
     for array in arrays:
         raw = array.size * array.dtype.itemsize
         if array.dtype == jnp.uint8 and _compression(codec, compression) == "huffman":
-            coded = jnp.minimum(huffman_bytes(array.reshape(-1)), run_bytes(array.reshape(-1)))
-            total += jnp.minimum(coded, jnp.float32(raw))
+            total += shortest_bytes(array.reshape(-1), _grid_for(raw, grid))
         elif codec.entropy_coded and array.size:
             last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
             total += (last * array.dtype.itemsize).astype(jnp.float32)
         else:
             total += raw
     return total
+
+
+def _version(codings):
+    """The first version that has them, so that as many peers as can may read a message."""
+    return max((_VERSIONS.get(coding, 1) for coding, _ in codings), default=1)
 
 
 def _compression(codec, compression):
@@ -224,73 +251,70 @@ def _read_form(reader, expect, max_bytes):
         raise WireError(f"unknown codec {text[:80]!r}: {error}") from None
 
 
-def _read_array(reader, form, coding, length, *, may_cut, may_run):
+def _read_array(reader, form, coding, length, *, may_cut, grid):
     raw = math.prod(form.shape) * form.dtype.itemsize
     buffer = reader.take(length)
-    if coding == _HUFFMAN or (coding == _RUNS and may_run):
-        buffer = _decompressed(buffer, raw, _MOST[coding])
-    elif coding == _CUT and may_cut and form.dtype != np.uint8:
-        buffer = bytes(buffer).ljust(raw, b"\0")
-    elif coding != _RAW:
-        raise WireError(f"coding must be 0 or 1, 2 where zeros may be cut, or 3 in version 2, got {coding}")
+    try:
+        if coding == _HUFFMAN:
+            buffer = _whole(buffer, raw, _deflate.MOST_WITHOUT_RUNS)
+        elif coding == _RUNS:
+            buffer = _whole(buffer, raw, _deflate.MOST)
+        elif coding == _CLASSES and form.dtype == np.uint8:
+            buffer = _contexts.decoded(buffer, raw, _grid_for(raw, grid))
+        elif coding == _CUT and may_cut and form.dtype != np.uint8:
+            buffer = bytes(buffer).ljust(raw, b"\0")
+        elif coding != _RAW:
+            raise WireError(f"coding must be 0, 1 or 3, 2 where zeros may be cut, or 4 of codes, got {coding}")
+    except ValueError as error:
+        raise error if isinstance(error, WireError) else WireError(str(error)) from None
     if len(buffer) != raw:
         raise WireError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
     return np.frombuffer(buffer, form.dtype).reshape(form.shape)
 
 
-def _decompressed(coded, raw, most):
-    """The `raw` bytes of a compressed buffer, in pieces: zlib would make all of them twice."""
-    if raw > most * len(coded):
-        raise WireError(f"a compressed buffer of {len(coded)} bytes cannot hold {raw}")
-    # Of untouched pages an empty array takes no memory.
-    out, at, decoder = np.empty(raw, np.uint8), 0, zlib.decompressobj(-15)
-    try:
-        for start in range(0, len(coded), _CHUNK):
-            left = coded[start : start + _CHUNK]
-            while left and not decoder.eof:
-                piece = decoder.decompress(left, 8 * _CHUNK + 8)
-                if at + len(piece) > raw:
-                    raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
-                out[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-                at, left = at + len(piece), decoder.unconsumed_tail
-    except zlib.error as error:
-        raise WireError(f"a compressed buffer is damaged: {error}") from None
-    if at != raw or not decoder.eof or left or decoder.unused_data:
+def _whole(coded, raw, most):
+    """The `raw` bytes of the deflate stream that `coded` is."""
+    out, used = _deflate.inflated(coded, raw, most)
+    if used != len(coded):
         raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
     return out
 
 
-def huffman(raw: bytes | memoryview) -> bytes:
-    """Returns `raw` as a raw deflate stream (RFC 1951) without matches: Huffman codes alone."""
-    return _deflated(raw, zlib.Z_HUFFMAN_ONLY)
+def _grid_for(raw_bytes, grid):
+    """The grid of a buffer of so many bytes; a payload may have others than that of the codes."""
+    return grid if grid is not None and grid.buffer_bytes == raw_bytes else None
 
 
-def runs(raw: bytes | memoryview) -> bytes:
-    """Returns `raw` as a raw deflate stream in which a byte's repetitions are coded by their number."""
-    return _deflated(raw, zlib.Z_RLE)
+def _shortest(raw, grid):
+    """(coding, buffer) of the coding that makes the least of bytes of codes; of long buffers by a trial on parts."""
+    trial, trial_grid = _trial(raw, grid)
+    coders = [(_HUFFMAN, lambda raw, grid: huffman(raw)), (_RUNS, lambda raw, grid: runs(raw))]
+    coders.append((_CLASSES, lambda raw, grid: _contexts.coded(raw, None)))
+    if grid is not None:
+        coders.append((_CLASSES, _contexts.coded))
+    tried = [(coding, coder, coder(trial, trial_grid)) for coding, coder in coders]
+    coding, coder, buffer = min(tried, key=lambda found: len(found[2]))
+    return coding, buffer if trial is raw else coder(raw, grid)
 
 
-def _deflated(raw, strategy):
-    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
-    return coder.compress(raw) + coder.flush()
+def _trial(raw, grid):
+    """(as many bytes as tell which coding to take, their grid): some samples, or pieces from everywhere."""
+    step = len(raw) // _TRIAL_PIECES
+    if step <= 2 * _TRIAL_BYTES:
+        return raw, grid
+    if grid is None:
+        return np.concatenate([raw[at : at + _TRIAL_BYTES] for at in range(0, step * _TRIAL_PIECES, step)]), None
+    every = max(1, min(grid.samples, step // _TRIAL_BYTES))
+    samples = raw.reshape(grid.samples, -1)[::every]
+    return samples.reshape(-1), dataclasses.replace(grid, samples=len(samples))
 
 
-def _shorter(raw):
-    """(coding, buffer) of what is shorter, Huffman's code with or without runs; of long buffers by a trial on parts."""
-    step, trial = len(raw) // _TRIAL_PIECES, raw
-    if step > 2 * _TRIAL_BYTES:
-        trial = b"".join(raw[at : at + _TRIAL_BYTES] for at in range(0, step * _TRIAL_PIECES, step))
-    without, with_runs = huffman(trial), runs(trial)
-    coding, buffer, coder = (_HUFFMAN, without, huffman) if len(without) <= len(with_runs) else (_RUNS, with_runs, runs)
-    return coding, buffer if trial is raw else coder(raw)
-
-
-def _code(array, compression, *, cut):
+def _code(array, compression, *, cut, grid=None):
     """(coding, buffer) of one array. Floats are not compressed: what deflate gains there is not worth its time."""
     array = np.ascontiguousarray(array)
     raw = memoryview(array.reshape(-1).view(np.uint8))
-    if compression == "huffman" and array.dtype == np.uint8:
-        coding, coded = _shorter(raw)
+    if compression == "huffman" and array.dtype == np.uint8 and array.size:
+        coding, coded = _shortest(array.reshape(-1), _grid_for(array.size, grid))
         if len(coded) < len(raw):
             return coding, coded
     if cut and array.dtype != np.uint8:

@@ -33,8 +33,8 @@ def one_input(data: bytes) -> None:
     global accepted
     kind, message = data[:1], data[1:]
     if kind and kind[0] % 2 == MENDED:
-        body = message[PREFIX.size :]
-        message = PREFIX.pack(b"MSJX", wire.VERSION, zlib.crc32(body)) + body
+        version, body = (message[4] if len(message) > 4 else wire.VERSION), message[PREFIX.size :]
+        message = PREFIX.pack(b"MSJX", version, zlib.crc32(body)) + body
     try:
         found = wire.decode(message, max_bytes=MAX_BYTES)
     except wire.WireError:

@@ -13,7 +13,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import both_directions, driver, entropy_variants, report, study, traffic
+from experiments import both_directions, contexts, driver, entropy_variants, report, study, traffic
 from msjax import compress, config
 from msjax.training.from_config import load_run
 
@@ -281,3 +281,16 @@ def test_entropy_of_a_coin():
     assert entropy_variants.entropy(codes) == pytest.approx(codes.size, rel=1e-3)
     assert entropy_variants.entropy(codes, codes) < 40  # known from its context, but for the statistics
     assert entropy_variants.entropy_of_pairs(codes) == pytest.approx(codes.size, rel=2e-3)
+
+
+def test_what_neighbours_save_is_measured():
+    """On blocks of equal values; what is called today is zlib's Huffman code or runs."""
+    rng = np.random.default_rng(0)
+    blocks = np.repeat(np.repeat(rng.random((8, 4, 4, 16)) < 0.3, 4, 1), 4, 2)
+    h = np.where(blocks, rng.random(blocks.shape) + 1, 0).astype(np.float32)
+    codec = contexts.FEATURES[1]
+    row = contexts.measure(h, codec, 1) | {"source": "blocks", "samples": 8, "codec": "E", "values": h.size}
+    found = row["bytes"]
+    assert found["left and above, 16 classes"] < 0.8 * found["today"]
+    assert row["version"] == 3 and row["message_bytes"] < found["today"]
+    assert "| blocks, 8 samples, E |" in contexts.table([row])

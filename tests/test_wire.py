@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msjax import wire
-from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform
+from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform, _contexts
 
 from . import helpers
 from .helpers import (
@@ -92,13 +92,18 @@ def test_features_come_back(codec, compression):
     np.testing.assert_array_equal(decoded, decode(codec, payload, like))
 
 
+def lengths(codes):
+    """Of a buffer without neighbours, by coding."""
+    return {1: len(wire.huffman(codes)), 3: len(wire.runs(codes)), 4: len(_contexts.coded(codes, None))}
+
+
 def test_huffman_shortens_codes_only():
     codec, shape = MaskEncoded(), (64, 1024)
     like, payload = jax.ShapeDtypeStruct(shape, np.float32), payload_of(codec, shape, np.float32)
     plain, coded = (wire.encode(payload, codec, like, compression=c) for c in wire.COMPRESSIONS)
     header = 4 + 1 + 4 + 2 + len(MASK) + 2 + 4 * 2 + 1 + 9 * 3
     assert len(plain) == header + codec.payload_bytes(like)
-    codes = min(len(coder(payload.codes.tobytes())) for coder in (wire.huffman, wire.runs))
+    codes = min(lengths(payload.codes).values())
     assert len(coded) == header + payload.values.nbytes + codes < 0.6 * len(plain)
     # Codes that no code shortens stay as they are.
     noise = payload._replace(codes=np.frombuffer(np.random.default_rng(0).bytes(payload.codes.size), np.uint8))
@@ -139,9 +144,11 @@ def test_golden_messages():
     huffman = payload_of(MaskEncoded(), (40, 8), np.float32)
     data = wire.encode(huffman, MaskEncoded(), jax.ShapeDtypeStruct((40, 8), np.float32), compression="huffman")
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(found | {"huffman": data.hex()}, indent=1) + "\n")
+        classes = json.loads(GOLDEN.read_text())["classes"]
+        GOLDEN.write_text(json.dumps(found | {"huffman": data.hex(), "classes": classes}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
     stored = bytes.fromhex(golden.pop("huffman"))
+    golden.pop("classes")  # tests/test_wire_classes.py
     changed = [name for name in found.keys() | golden.keys() if found.get(name) != golden.get(name)]
     assert not changed, f"messages changed of {sorted(changed)}. {__doc__.split(chr(10))[-2]}"
     for name, payload in payloads.items():
@@ -185,15 +192,16 @@ def test_only_zeros_are_cut_and_only_what_is_shorter_is_coded():
         ends = payload._replace(outliers=np.full(3, word, np.uint16).view(np.float16))
         assert_same(wire.decode(wire.encode(ends, codec, like)).payload, ends)
     for n in range(1, 20):
-        lengths = {0: n, 1: len(wire.huffman(bytes(n))), 3: len(wire.runs(bytes(n)))}
-        coding, buffer = wire._code(np.zeros(n, np.uint8), "huffman", cut=False)
-        assert len(buffer) == lengths[coding] == min(lengths.values())
+        zeros = np.zeros(n, np.uint8)
+        found = {0: n} | lengths(zeros)
+        coding, buffer = wire._code(zeros, "huffman", cut=False)
+        assert len(buffer) == found[coding] == min(found.values())
 
 
 @pytest.mark.parametrize("size", (7, 1000, 1 << 20))
 @pytest.mark.parametrize("share", (0.001, 0.05, 0.5))
 def test_runs(size, share):
-    """Where most codes are zero runs are shorter, and the message is of version 2; else it is of version 1."""
+    """Where codes are zero runs are shorter, or flags; the message is of the first version that has what it needs."""
     rng = np.random.default_rng(0)
     codes = np.where(rng.random(size) < share, rng.integers(1, 256, size), 0).astype(np.uint8)
     like = jax.ShapeDtypeStruct((2 * size,), np.float32)
@@ -201,8 +209,8 @@ def test_runs(size, share):
     payload = payload_of(codec, like.shape, like.dtype)._replace(codes=codes)
     data = wire.encode(payload, codec, like)
     assert_same(wire.decode(data, expect=(codec, like)).payload, payload)
-    coded = [len(coder(codes.tobytes())) for coder in (wire.huffman, wire.runs)]
-    assert data[4] == (2 if coded[1] < min(coded[0], size) else 1)
+    found = {0: size} | lengths(codes)
+    assert data[4] == {0: 1, 1: 1, 3: 2, 4: 3}[min(found, key=found.get)]
     if size > 7:
         estimate = float(jax.jit(functools.partial(wire.estimate_bytes, codec=codec, like=like))(payload))
         assert estimate == pytest.approx(len(data), rel=0.1, abs=30)
