@@ -9,6 +9,12 @@ they are shorter. "Above" takes classes from the pixel above alone, and the othe
 "Channels first" and "pairs of pixels" put other codes into a byte, and code it as today. The estimate is that of
 `wire.estimate_bytes` against the whole message; speeds are those of one core beside other work. Writes a
 record; what is done is kept, and not done again.
+
+What the record says, of two of the blocks and 25 samples so far, since the machine was busy. With 16 classes features
+take 16 to 47 % less than before, gradients 5 to 19 %, most of it by flags where noise is let grow. Putting codes of one
+channel into a byte saves 11 to 41 % of features without classes, but less than they do. Of 4, 9 and 16 classes the
+last are best or near it. Estimates are within 3.1 %. Encoding, with its trial, has a tenth to a half of the speed of
+Huffman's code alone.
 """
 
 import dataclasses
