@@ -6,7 +6,9 @@ In the paper's mode each client sends the gradients of its part in every step an
 through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
 with labels. The cut has 1.6 bits up and 1.5 down, unless a row says otherwise; gradients also as many bits as noise of
 so much of their energy takes, and "kept" ones are sent only where the features were kept (`grad_kept_only`). Averages
-have as many bits as a row says. In SplitFed the clients average the changes of their parts every ten steps.
+have as many bits as a row says. "Bits both ways" are one budget of real bits for features and gradients (`cut_bits`).
+Records of before the wire coded classes of bytes by their neighbours have more bytes for the same codes: the first nine
+arms' of 1.6 bits up. In SplitFed the clients average the changes of their parts every ten steps.
 """
 
 import dataclasses
@@ -32,19 +34,20 @@ def noisy(error):
     return compress.EntropyMask(error=error, levels=7, signed=True, rounding="stochastic")
 
 
-def arm(codec=UP, grad_codec=DOWN, update_codec=PLAIN, grad_kept_only=False):
+def arm(codec=UP, grad_codec=DOWN, update_codec=PLAIN, **others):
     """The fields of a config that say what is compressed, and how."""
-    return {
-        "codec": codec,
-        "grad_codec": grad_codec,
-        "update_codec": update_codec,
-        "grad_kept_only": grad_kept_only,
-    }
+    return {"codec": codec, "grad_codec": grad_codec, "update_codec": update_codec, **others}
 
 
 def low(bits, averages, **options):
     """Features at a low rate, and the gradient of what was kept of them with noise of 0.3 of its energy."""
     return arm(compress.EntropyMask(bits=bits, **options), noisy(0.3), coded(averages), grad_kept_only=True)
+
+
+def both_ways(bits, averages):
+    """One budget for features and gradients, which get noise of 0.3 of their energy and half of the budget at most."""
+    up = compress.EntropyMask(bits=bits, keep_zeros=True)
+    return arm(up, noisy(0.3), coded(averages), grad_kept_only=True, cut_bits=bits)
 
 
 ARMS = {
@@ -55,6 +58,8 @@ ARMS = {
     "averages 1 bit, 1.3 bits up, kept gradient's noise 0.3": low(1.3, 1.0),
     "averages 1 bit, 1.3 bits up with zeros, kept gradient's noise 0.3": low(1.3, 1.0, keep_zeros=True),
     "averages 2 bits, 1.3 bits up, kept gradient's noise 0.3": low(1.3, 2.0),
+    "averages 1 bit, 1.6 bits both ways": both_ways(1.6, 1.0),
+    "averages 1 bit, 2.4 bits both ways": both_ways(2.4, 1.0),
     "averages 2 bits": arm(update_codec=coded(2.0)),
     "averages 1 bit": arm(update_codec=coded(1.0)),
     "averages 0.5 bits": arm(update_codec=coded(0.5, levels=3)),
