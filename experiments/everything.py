@@ -6,9 +6,9 @@ In the paper's mode each client sends the gradients of its part in every step an
 through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
 with labels. The cut has 1.6 bits up and 1.5 down, unless a row says otherwise; gradients also as many bits as noise of
 so much of their energy takes, and "kept" ones are sent only where the features were kept (`grad_kept_only`). Averages
-have as many bits as a row says. "Bits both ways" are one budget of real bits for features and gradients (`cut_bits`).
-Records of before the wire coded classes of bytes by their neighbours have more bytes for the same codes: the first nine
-arms' of 1.6 bits up. In SplitFed the clients average the changes of their parts every ten steps.
+have as many bits as a row says. "Bits both ways" are one budget of real bits for features and gradients (`cut_bits`);
+these runs alone are of since the wire codes bytes in classes by their neighbours, and all others would send fewer bytes
+now. In SplitFed the clients average the changes of their parts every ten steps.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Gradients only where the features were kept: what it saves, and what the layers before the cut no longer learn.
 
-    python -m experiments.kept_gradients --data-dir DIR --weights DIR          # ten minutes on two CPU cores, most of them compilation
+    python -m experiments.kept_gradients --data-dir DIR --weights DIR        # ten minutes on two CPU cores
 
 Published ResNet20 on a batch of CIFAR-10's training images, as `published_cuts` cuts it, in training. Features go up
 through a codec, and the gradient of the loss comes down: of all features, or of those alone that were kept
