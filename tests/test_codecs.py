@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 
 from msjax import compress
-from msjax.compress import EntropyMask, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+from msjax.compress import (
+    EntropyMask,
+    Identity,
+    MaskEncoded,
+    Quantile,
+    RandK,
+    RandTopK,
+    SmallFloat,
+    StochasticUniform,
+    TopK,
+    Uniform,
+)
 
 from . import reference
 from .helpers import case_id, encode
@@ -42,6 +53,12 @@ OTHERS = (
     Uniform(1),
     Uniform(8, granularity="sample"),
     StochasticUniform(2, granularity="sample"),
+    Quantile(2, granularity="sample"),
+    Quantile(8),
+    SmallFloat(4, 3, granularity="sample"),
+    SmallFloat(1, 0),
+    SmallFloat(5, 2),
+    SmallFloat(7, 0),
     RandK(0.7, granularity="sample"),
     EntropyMask(bits=2.0, signed=True),
     EntropyMask(error=0.01, levels=4, ratio=0.9, granularity="sample"),

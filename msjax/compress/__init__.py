@@ -19,8 +19,11 @@ from msjax.compress._exact import Exact
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
+from msjax.compress._quantile import Quantile
 from msjax.compress._randk import RandK
 from msjax.compress._randtopk import RandTopK
+from msjax.compress._scaled import ScaledPayload
+from msjax.compress._small_float import SmallFloat
 from msjax.compress._straight_through import downlink_key, straight_through
 from msjax.compress._topk import SparsePayload, TopK
 from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
@@ -32,6 +35,8 @@ CODECS: tuple[type[Codec], ...] = (
     RandTopK,
     Uniform,
     StochasticUniform,
+    Quantile,
+    SmallFloat,
     RandK,
     EntropyMask,
 )
@@ -60,8 +65,11 @@ __all__ = [
     "Identity",
     "MaskEncoded",
     "MaskPayload",
+    "Quantile",
     "RandK",
     "RandTopK",
+    "ScaledPayload",
+    "SmallFloat",
     "SparsePayload",
     "StochasticUniform",
     "TopK",
