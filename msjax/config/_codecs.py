@@ -27,7 +27,17 @@ def codec_text(codec: Codec, *, paths: bool = True) -> str:
 
 
 def parse_codec(name: str, text: str, *, own_code: bool = False, known: Iterable[Codec] = ()) -> Codec:
-    """Returns the codec that `text` names; errors begin with the field's `name`.
+    """`codec_from_text`, whose errors begin with the field's `name`."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be the text of a codec, got {text!r}")
+    try:
+        return codec_from_text(text, own_code=own_code, known=known)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def codec_from_text(text: str, *, own_code: bool = False, known: Iterable[Codec] = ()) -> Codec:
+    """Returns the codec that `text` names.
 
     Args:
       own_code: whether a codec that is not of `msjax.compress` is looked for where the text says, which imports that
@@ -37,30 +47,16 @@ def parse_codec(name: str, text: str, *, own_code: bool = False, known: Iterable
     Raises:
       ValueError: there is no such codec or option, or its value is not allowed.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be the text of a codec, got {text!r}")
-    found = _OWN.fullmatch(text)
-    try:
-        if found is None:
-            return compress.from_string(text)
-        head = f"{os.path.basename(found['place'])}:"
-        by_head = {_head(type(codec), paths=False) + type(codec).__name__: type(codec) for codec in known}
-        cls = by_head.get(head + found["name"])
-        if cls is None:
-            if not own_code:
-                raise ValueError(
-                    f"codec must be one of msjax.compress or of this side's own preset, got {text!r}: code does not "
-                    "travel"
-                )
-            cls = _find(found["place"], found["name"])
-        return codec_from_string(found["name"] + found["rest"], (cls,))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def is_own(codec: Codec) -> bool:
-    """Whether the codec is not one of `msjax.compress`."""
-    return type(codec) not in (*compress.CODECS, compress.Exact)
+    if (found := _OWN.fullmatch(text)) is None:
+        return compress.from_string(text)
+    place, name = found["place"], found["name"]
+    by_head = {_head(type(codec), paths=False) + type(codec).__name__: type(codec) for codec in known}
+    cls = by_head.get(f"{os.path.basename(place)}:{name}")
+    if cls is None and not own_code:
+        raise ValueError(
+            f"codec must be one of msjax.compress or of this side's own preset, got {text!r}: code does not travel"
+        )
+    return codec_from_string(name + found["rest"], (cls or _find(place, name),))
 
 
 def _head(cls, *, paths):
@@ -86,7 +82,10 @@ def _find(place, name):
         is_main = os.path.abspath(getattr(main, "__file__", None) or "") == path
         module = main if is_main else load_module("codec", place)
     else:
-        module = importlib.import_module(place)
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise ValueError(f"codec must be in a module that can be imported, got {place!r}: {error}") from None
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Codec)):
         raise ValueError(f"codec must name a subclass of msjax.compress.Codec in {place}, got {name!r}")

@@ -8,14 +8,14 @@ import tyro
 from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config._checks import check
-from msjax.config._codecs import codec_text, parse_codec
+from msjax.config._codecs import codec_from_text, codec_text
 
 CodecFlag = Annotated[
     Codec,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="CODEC",
-        instance_from_str=lambda args: parse_codec("codec", args[0], own_code=True),
+        instance_from_str=lambda args: codec_from_text(args[0], own_code=True),
         is_instance=lambda value: isinstance(value, Codec),
         # In double quotes, which stay as they are where a shell's quotes are put around.
         str_from_instance=lambda value: [codec_text(value).replace("'", '"')],
