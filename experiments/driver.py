@@ -209,7 +209,7 @@ def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
         os.sched_setaffinity(0, map(int, cores))
     try:
         given = json.load(sys.stdin)
-        cfg = config_lib.from_json(given["config"])
+        cfg = config_lib.from_json(given["config"], own_code=True)
         do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
     except (training.Interrupted, KeyboardInterrupt):
         return INTERRUPTED

@@ -35,6 +35,8 @@ from experiments import (
     everything,
     feature_memory,
     fine_tuning,
+    frontier,
+    frontier_untrained,
     mask_width,
     not_images,
     published_cuts,
@@ -50,6 +52,7 @@ STUDIES = (
     convergence,
     traffic,
     both_directions,
+    frontier,
     cifar10_lite,
     everything,
     fine_tuning,
@@ -71,6 +74,7 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "A whole training in PyTorch and in msjax": beside_pytorch_training,
     "Published weights": published_weights,
     "Published weights, cut behind every block, nothing trained": published_cuts,
+    "Rivals in one harness, untrained: accuracy against real bits": frontier_untrained,
     "On a GPU": accelerator,
 }
 HEAD = """# Results

@@ -84,7 +84,7 @@ def save_trained(
         "part": part,
         "run": run_id,
         "step": str(step),
-        "config": json.dumps(config.to_json(config.without_paths(cfg))),
+        "config": json.dumps(config.to_json(config.without_paths(cfg), paths=False)),
         "info": json.dumps(summary.to_json()),
     }
     _write(path, trained, header)
@@ -130,7 +130,8 @@ def load_part(
       model: of a model of one's own, the part that the arrays belong to, as `models.as_part` takes it. Without it they
         come as nested dicts, and `apply` is None.
       inputs: arrays of a batch as the part takes them, or their shapes and dtypes; needed for a Linen module.
-      preset: of a run whose config names functions of a preset, the preset; see `config.load_preset`.
+      preset: of a run whose config names functions of a preset, or has a codec of one's own, the preset; see
+        `config.load_preset`.
 
     Raises:
       ValueError: the file is not a part of a network, or not one that fits its own config or the model.
@@ -149,7 +150,7 @@ def load_part(
         raise ValueError(f"{path} must have the format {_FORMAT!r} or {_OWN_FORMAT!r}, got {header.get('format')!r}")
     try:
         own = header["format"] == _OWN_FORMAT
-        cfg = None if own else config.from_json(json.loads(header["config"]))
+        cfg = None if own else config.from_json(json.loads(header["config"]), preset=preset)
         summary = None if own else build.DataSummary.from_json(json.loads(header["info"]))
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
     except (KeyError, ValueError, TypeError) as error:

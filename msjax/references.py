@@ -5,10 +5,15 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import sys
+import zlib
 from types import ModuleType
 from typing import Any
 
 from msjax.paths import existing_file, expand
+
+MODULE_PREFIX = "msjax_preset_"
+"""What the names of modules begin with that are no modules but files of a user."""
 
 
 def is_reference(value: Any) -> bool:
@@ -40,9 +45,15 @@ def load_module(name: str, path: str) -> ModuleType:
 
 @functools.lru_cache(maxsize=64)  # so that its functions are the same objects, and compiled programs are shared
 def _execute(path):
-    spec = importlib.util.spec_from_file_location(f"msjax_preset_{pathlib.Path(path).stem}", path)
+    name = f"{MODULE_PREFIX}{pathlib.Path(path).stem}_{zlib.crc32(path.encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses and pickle look
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

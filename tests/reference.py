@@ -5,11 +5,13 @@ add the granularity. Codes are computed in float32, in the order the paper write
 equal to the bit.
 """
 
+import itertools
 import math
 from decimal import Decimal, localcontext
 
 import ml_dtypes
 import numpy as np
+import scipy.stats
 
 f32 = np.float32
 
@@ -148,6 +150,57 @@ def _uniform_decode(payload, d, dtype, fields):
     return _clamped(levels, dtype)
 
 
+def normal_float(bits):
+    """Appendix E of arXiv 2305.14314: quantiles from an offset to one half, on each side, and one 0."""
+    half = 2 ** (bits - 1)
+    offset = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+    above = scipy.stats.norm.ppf(np.linspace(offset, 0.5, half + 1)[:-1])
+    below = -scipy.stats.norm.ppf(np.linspace(offset, 0.5, half)[:-1])
+    return np.sort(np.concatenate([below, [0.0], above]) / above.max()).astype(f32)
+
+
+def small_float(exponent_bits, mantissa_bits):
+    """Magnitudes of every code, in units of the smallest that is not 0."""
+    ones = 2**mantissa_bits
+    return [float(m if e == 0 else (ones + m) * 2 ** (e - 1)) for e in range(2**exponent_bits) for m in range(ones)]
+
+
+def _scale(x):
+    largest = f32(max((abs(f32(v)) for v in x), key=lambda v: (np.isnan(v), v), default=0))
+    return largest if np.isfinite(largest) else f32(np.nan)
+
+
+def _quantile_encode(x, fields):
+    levels, scale = normal_float(fields["bits"]), _scale(x)
+    middles = [(a + b) * f32(0.5) for a, b in itertools.pairwise(levels)]
+    codes = [sum(f32(v) > middle * scale for middle in middles) if scale > 0 else len(levels) // 2 - 1 for v in x]
+    return pack(codes, fields["bits"]), scale
+
+
+def _quantile_decode(payload, d, dtype, fields):
+    levels = normal_float(fields["bits"]).astype(np.float64)
+    return _clamped([levels[code] * float(payload[1]) for code in unpack(payload[0], fields["bits"], d)], dtype)
+
+
+def _small_float_encode(x, fields):
+    numbers, scale = small_float(fields["exponent_bits"], fields["mantissa_bits"]), _scale(x)
+    octave = max(-126, min(126, math.floor(math.log2(scale)))) if scale > 0 else 0  # so that nothing overflows
+    down, codes = f32(2.0**-octave), []
+    for v in x:
+        units = float(abs(f32(v)) * down * (f32(numbers[-1]) / (scale * down))) if scale > 0 else 0.0
+        code = min(range(len(numbers)), key=lambda c: (abs(numbers[c] - units), c % 2))
+        codes.append(code + len(numbers) * bool(v < 0 and code > 0))
+    return pack(codes, 1 + fields["exponent_bits"] + fields["mantissa_bits"]), scale
+
+
+def _small_float_decode(payload, d, dtype, fields):
+    numbers = small_float(fields["exponent_bits"], fields["mantissa_bits"])
+    numbers = [n / numbers[-1] for n in numbers]
+    numbers += [-n for n in numbers]
+    codes = unpack(payload[0], 1 + fields["exponent_bits"] + fields["mantissa_bits"], d)
+    return _clamped([numbers[code] * float(payload[1]) for code in codes], dtype)
+
+
 def _digits(packed, base, d):
     """Codes to a base, as many in a byte as fit, the first lowest."""
     per_byte = math.floor(math.log(256, base) + 1e-9)
@@ -220,6 +273,8 @@ ENCODE = {
     "MaskEncoded": _ms_encode,
     "TopK": _topk_encode,
     "Uniform": _uniform_encode,
+    "Quantile": _quantile_encode,
+    "SmallFloat": _small_float_encode,
 }
 """The deterministic codecs; what the others encode to is checked by `check_random`."""
 
@@ -232,6 +287,8 @@ DECODE = {
     "RandK": _randk_decode,
     "Uniform": _uniform_decode,
     "StochasticUniform": _uniform_decode,
+    "Quantile": _quantile_decode,
+    "SmallFloat": _small_float_decode,
     "EntropyMask": _entropy_decode,
 }
 
@@ -271,6 +328,10 @@ def payload_bits(name, d, itemsize, fields):
         return [k * f, d * fields["bits"], d if fields["signed"] else 0]
     if "Uniform" in name:
         return [d * fields["bits"], 32, 32]  # the paper does not count the two ends
+    if name == "Quantile":
+        return [d * fields["bits"], 32]
+    if name == "SmallFloat":
+        return [d * (1 + fields["exponent_bits"] + fields["mantissa_bits"]), 32]
     return [k * f, d]
 
 

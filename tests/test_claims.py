@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from msjax import compress, wire
-from msjax.compress import Cast, Exact, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+from msjax.compress import (
+    Cast,
+    Exact,
+    Identity,
+    MaskEncoded,
+    Quantile,
+    RandK,
+    RandTopK,
+    SmallFloat,
+    StochasticUniform,
+    TopK,
+    Uniform,
+)
 
 from . import reference
 from .helpers import encode
@@ -113,9 +126,64 @@ def test_uniform_corners():
     np.testing.assert_array_equal(step(jnp.array([0.0, 0.5, 1.5, 3.0])), [0, 0, 2, 3])  # half to even
 
 
+NF4 = [
+    *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+]  # appendix E of arXiv 2305.14314, in eight digits
+
+
+def test_quantile_levels_and_corners():
+    codec = Quantile(4)
+    np.testing.assert_allclose(codec._levels(), NF4, atol=1e-6)
+    h = jnp.asarray(NF4, jnp.float32) * 3
+    np.testing.assert_allclose(codec.roundtrip(h), h, atol=4e-6)  # levels stay where they are
+    np.testing.assert_array_equal(reference.unpack(encode(codec, h).codes, 4, 16), range(16))
+    halfway = jnp.array([1.0, 0.5 * float(codec._levels()[8])])
+    assert jitted(codec, halfway)[0][1] == 0, "the lower one of two"
+
+
+@pytest.mark.parametrize("name", ("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"))
+def test_small_floats_are_those_of_others(name):
+    """Where the largest magnitude is the largest number, so that nothing is scaled, equal to ml_dtypes to the bit."""
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    e, m = int(name[-5]), int(name[-3])
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    h = np.concatenate([[largest], np.random.default_rng(0).uniform(-largest, largest, 999)]).astype(np.float32)
+    halves = np.arange(1 << (e + m), dtype=np.uint8).view(dtype).astype(np.float32)
+    h = np.concatenate([h, (halves[1:] + halves[:-1]) / 2, halves, -halves])  # half to even
+    codec = SmallFloat(e, m)
+    np.testing.assert_allclose(codec.roundtrip(jnp.asarray(h)), h.astype(dtype).astype(np.float32), rtol=3e-7)
+    negative_zero = (h.astype(dtype).view(np.uint8) == 1 << (e + m)) * np.uint8(1 << (e + m))
+    codes = h.astype(dtype).view(np.uint8) - negative_zero
+    np.testing.assert_array_equal(encode(codec, jnp.asarray(h)).codes, reference.pack(codes, 1 + e + m))
+
+
+@pytest.mark.parametrize("codec", (Quantile(), SmallFloat(), SmallFloat(7, 0)), ids=repr)
+def test_corners_of_fixed_levels(codec):
+    for bad in (np.nan, np.inf, -np.inf):
+        assert jnp.isnan(codec.roundtrip(jnp.array([1.0, bad, 0.0, 2.0]))).all()
+    for h in ([0.3] * 4, [-0.3, 0.3, 0.0, -0.3], [0.0] * 4, [-3e38, 3e38, 0.0, 0.0], [1e-37, -1e-37, 0.0, 0.0]):
+        np.testing.assert_array_equal(codec.roundtrip(jnp.array(h, jnp.float32)), np.float32(h))
+    np.testing.assert_array_equal(np.signbit(codec.roundtrip(jnp.array([-0.0, 0.0, -0.0]))), False)
+    subnormal = jnp.array([1e-40, -1e-40, 0.0])
+    assert (jnp.abs(codec.roundtrip(subnormal) - subnormal) <= 1e-40).all()
+
+
+@pytest.mark.parametrize("e, m", ((2, 1), (4, 3), (5, 2), (1, 2)))
+def test_the_error_of_a_small_float(e, m):
+    h = np.random.default_rng(1).normal(size=2000).astype(np.float32)
+    codec, largest = SmallFloat(e, m), np.abs(h).max()
+    smallest = largest / codec._largest
+    error = np.abs(np.asarray(codec.roundtrip(jnp.asarray(h))) - h)
+    assert (error <= np.maximum(np.abs(h) * 2.0 ** -(m + 1), smallest / 2) * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: Quantile(bits=1), "bits must be an integer in 2..8, got 1"),
+        (lambda: SmallFloat(exponent_bits=0), "exponent_bits must be an integer in 1..7, got 0"),
+        (lambda: SmallFloat(4, 4), "mantissa_bits must be an integer in 0..3, got 4"),
         (lambda: MaskEncoded(bits=9), "bits must be an integer in 1..8, got 9"),
         (lambda: MaskEncoded(bits=True), "bits must be an integer in 1..8, got True"),
         (lambda: Uniform(bits=0), "bits must be an integer in 1..8, got 0"),

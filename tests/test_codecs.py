@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 
 from msjax import compress
-from msjax.compress import Cast, EntropyMask, Identity, MaskEncoded, RandK, RandTopK, StochasticUniform, TopK, Uniform
+from msjax.compress import (
+    Cast,
+    EntropyMask,
+    Identity,
+    MaskEncoded,
+    Quantile,
+    RandK,
+    RandTopK,
+    SmallFloat,
+    StochasticUniform,
+    TopK,
+    Uniform,
+)
 
 from . import reference
 from .helpers import case_id, encode
@@ -42,6 +54,12 @@ OTHERS = (
     Uniform(1),
     Uniform(8, granularity="sample"),
     StochasticUniform(2, granularity="sample"),
+    Quantile(2, granularity="sample"),
+    Quantile(8),
+    SmallFloat(4, 3, granularity="sample"),
+    SmallFloat(1, 0),
+    SmallFloat(5, 2),
+    SmallFloat(7, 0),
     RandK(0.7, granularity="sample"),
     EntropyMask(bits=2.0, signed=True),
     EntropyMask(error=0.01, levels=4, ratio=0.9, granularity="sample"),
@@ -198,7 +216,7 @@ def test_contract_eager(codec):
 @pytest.mark.parametrize(
     "codec, dtype",
     marked(
-        [(codec, jnp.float32) for codec in DEFAULTS + OTHERS[16:17]]
+        [(codec, jnp.float32) for codec in DEFAULTS + OTHERS[22:23]]
         + [(codec, dtype) for codec in (RandK(), EntropyMask()) for dtype in DTYPES[1:]],
         slow=lambda codec, dtype: codec not in (Identity(), Uniform()),
     ),
@@ -260,7 +278,7 @@ def test_numpy_encoding_of_what_it_does_not_do():
         Identity().encode_numpy(np.zeros(4))
 
 
-@pytest.mark.parametrize("codec", marked(DEFAULTS + OTHERS[4:5] + OTHERS[15:19], slow=is_random), ids=case_id)
+@pytest.mark.parametrize("codec", marked(DEFAULTS + OTHERS[4:5] + OTHERS[21:25], slow=is_random), ids=case_id)
 def test_contract_vmap(codec):
     """A codec under `vmap`, and under `shard_map` once a device, gives what it gives one by one."""
     h = jax.random.normal(jax.random.key(1), (8, 3, 7))

@@ -1,5 +1,6 @@
 """Configs: presets, text, and what is refused."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -205,6 +206,71 @@ def test_a_preset_names_functions_of_its_own(tmp_path):
     assert config.without_paths(cfg).model.name == "whole.py:make_model"
     with pytest.raises(ValueError, match=r"model.name must be a Python file, got 'whole.py', which does not exist"):
         config.resolve("model.name", "whole.py:make_model")
+
+
+OWN_CODEC = """
+from __future__ import annotations
+
+import dataclasses
+
+from msjax import compress, config
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rounded(compress.Identity):
+    digits: int = 2
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Unrelated:
+    digits: int = 2
+
+
+def local():
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class Local(compress.Identity):
+        pass
+
+    return Local()
+
+
+def get_config():
+    return config.Config(codec=Rounded(3), grad_codec=Rounded())
+"""
+
+
+def test_a_codec_of_ones_own_is_written_with_its_file(tmp_path, monkeypatch, unchecked):
+    file = tmp_path / "own.py"
+    file.write_text(OWN_CODEC)
+    cfg = config.load_preset(str(file))
+    config.save(cfg, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == cfg
+    tree = config.to_json(cfg)
+    assert tree["codec"] == f"{file}:Rounded(digits=3)"
+    assert config.to_json(cfg, paths=False)["codec"] == "own.py:Rounded(digits=3)"
+    # What comes from elsewhere runs nothing that is not there already.
+    with pytest.raises(ValueError, match=r"codec: .* of this side's own preset, got '.*own.py:Rounded.*': code does"):
+        config.from_json(tree)
+    elsewhere = config.to_json(cfg, paths=False) | {"codec": "own.py:Rounded(digits=5)"}
+    assert config.from_json(elsewhere, preset=cfg).codec == dataclasses.replace(cfg.codec, digits=5)
+    for text, message in (
+        ("Rounded(size=3)", "unexpected keyword argument 'size'"),
+        ("Missing()", "codec must name a subclass of msjax.compress.Codec in .*own.py, got 'Missing'"),
+        ("Unrelated()", "codec must name a subclass of msjax.compress.Codec in .*own.py, got 'Unrelated'"),
+    ):
+        with pytest.raises(ValueError, match=f"codec: .*{message}"):
+            config.from_json(tree | {"codec": f"{file}:{text}"}, own_code=True)
+    with pytest.raises(ValueError, match=r"codec: codec must be a Python file, got 'gone.py', which does not exist"):
+        config.from_json(tree | {"codec": "gone.py:Rounded()"}, own_code=True)
+    with pytest.raises(ValueError, match=r"codec: .* got .no_such_module.: No module named 'no_such_module'"):
+        config.from_json(tree | {"codec": "no_such_module:Rounded()"}, own_code=True)
+    local = references.resolve_in("codec", str(file), "local")()
+    with pytest.raises(ValueError, match=r"codec must be of a class at the top of its module, got .*local"):
+        config.to_json(dataclasses.replace(cfg, codec=local))
+    # A module that can be imported goes by its name.
+    monkeypatch.syspath_prepend(tmp_path)
+    text = config.to_json(config.from_json(tree | {"codec": "own:Rounded"}, own_code=True))["codec"]
+    assert text == "own:Rounded(digits=2)"
 
 
 def test_fields_that_were_renamed_are_read_under_their_first_names():

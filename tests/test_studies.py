@@ -45,7 +45,7 @@ def test_every_record_is_found_by_its_config():
     for scale in (*study.SCALES, study.LOSSY):
         for file in (study.RESULTS / scale).glob("*.json"):
             made = json.loads(file.read_text())
-            cfg = config.from_json(made["config"])
+            cfg = config.from_json(made["config"], own_code=True)
             assert study.key(study.Measured(cfg, made["by"]) if "by" in made else cfg) == file.stem
             assert made["config"]["data"].get("data_dir") is None
             assert made["wall_seconds"] > 0 and made["command"].startswith("python -m experiments.")

@@ -23,8 +23,11 @@ from msjax.compress._feature_memory import FeatureMemory, MemoryPayload, MemoryS
 from msjax.compress._identity import DensePayload, Identity
 from msjax.compress._mask_encoded import MaskEncoded, MaskPayload
 from msjax.compress._parse import codec_from_string
+from msjax.compress._quantile import Quantile
 from msjax.compress._randk import RandK
 from msjax.compress._randtopk import RandTopK
+from msjax.compress._scaled import ScaledPayload
+from msjax.compress._small_float import SmallFloat
 from msjax.compress._straight_through import downlink_key, straight_through
 from msjax.compress._topk import SparsePayload, TopK
 from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
@@ -37,6 +40,8 @@ CODECS: tuple[type[Codec], ...] = (
     RandTopK,
     Uniform,
     StochasticUniform,
+    Quantile,
+    SmallFloat,
     RandK,
     EntropyMask,
 )
@@ -69,8 +74,11 @@ __all__ = [
     "MaskPayload",
     "MemoryPayload",
     "MemoryState",
+    "Quantile",
     "RandK",
     "RandTopK",
+    "ScaledPayload",
+    "SmallFloat",
     "SparsePayload",
     "StochasticUniform",
     "TopK",

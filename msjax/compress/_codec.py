@@ -366,8 +366,12 @@ def check_choice(name: str, value, choices: tuple) -> None:
 
 
 def check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"bits must be an integer in 1..8, got {bits!r}")
+    check_integer("bits", bits, 1, 8)
+
+
+def check_integer(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer in {least}..{most}, got {value!r}")
 
 
 def check_ratio(ratio: float) -> None:

@@ -7,7 +7,8 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from msjax import compress, data
+from msjax import data
+from msjax.config._codecs import parse_codec
 from msjax.references import is_reference
 
 MAX_SEED = 2**32 - 1
@@ -112,13 +113,3 @@ def _in_words(kind):
 
 
 _PLURALS = {int: "integers", float: "finite numbers", tuple[str, str]: "pairs of texts"}
-
-
-def parse_codec(name, text):
-    """A codec's text; errors begin with the field's name."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be the text of a codec, got {text!r}")
-    try:
-        return compress.from_string(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None

@@ -7,19 +7,23 @@ import pathlib
 from typing import Any
 
 from msjax.compress import Codec
-from msjax.config._checks import parse_codec
+from msjax.config._codecs import codec_text, parse_codec
 from msjax.config._references import map_references, references, resolve
 from msjax.config._sections import Config
 from msjax.paths import expand
 from msjax.references import call, load_module
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """Returns the config as JSON-ready dicts; codecs as their text."""
+def to_json(config: Config, *, paths: bool = True) -> dict[str, Any]:
+    """Returns the config as JSON-ready dicts; codecs as their text, see `codec_text`.
+
+    Raises:
+      ValueError: a codec of one's own cannot be named by its module or file.
+    """
 
     def plain(value):
         if isinstance(value, Codec):
-            return repr(value)
+            return codec_text(value, paths=paths)
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return [plain(v) for v in value] if isinstance(value, tuple) else value
@@ -46,12 +50,18 @@ def _present_names(section, fields):
     return {present.get(name, name): value for name, value in fields.items()}
 
 
-def from_json(tree: dict[str, Any]) -> Config:
+def from_json(tree: dict[str, Any], *, own_code: bool = False, preset: Config | None = None) -> Config:
     """Returns the config that `to_json` made `tree` from, this version's or an earlier one's.
+
+    Args:
+      own_code: whether to import or run the modules of codecs that are not of `msjax.compress`: only where the tree was
+        written on this machine.
+      preset: whose codecs' classes the tree may name without that.
 
     Raises:
       ValueError: a field is unknown or has a value that is not allowed.
     """
+    known = () if preset is None else (preset.codec, preset.grad_codec, preset.update_codec)
     tree = dict(_section("config", tree))
     sections = {}
     for field in dataclasses.fields(Config):
@@ -68,7 +78,7 @@ def from_json(tree: dict[str, Any]) -> Config:
             continue
         if name not in tree:
             raise ValueError(f"config does not fit this version of msjax: it has no {name}")
-        tree[name] = parse_codec(name, tree[name])
+        tree[name] = parse_codec(name, tree[name], own_code=own_code, known=known)
     if isinstance(pairs := tree.pop("array_codecs", []), list):
         pairs = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
     unknown = sorted(tree.keys() - {f.name for f in dataclasses.fields(Config)})
@@ -94,13 +104,13 @@ def save(config: Config, path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> Config:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote on this machine: codecs of one's own are looked for where it says.
 
     Raises:
       ValueError: the file is damaged, or of another version.
     """
     try:
-        return from_json(json.loads(path.read_text()))
+        return from_json(json.loads(path.read_text()), own_code=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -8,16 +8,17 @@ import tyro
 from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config._checks import check
+from msjax.config._codecs import codec_from_text, codec_text
 
 CodecFlag = Annotated[
     Codec,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="CODEC",
-        instance_from_str=lambda args: compress.from_string(args[0]),
+        instance_from_str=lambda args: codec_from_text(args[0], own_code=True),
         is_instance=lambda value: isinstance(value, Codec),
         # In double quotes, which stay as they are where a shell's quotes are put around.
-        str_from_instance=lambda value: [repr(value).replace("'", '"')],
+        str_from_instance=lambda value: [codec_text(value).replace("'", '"')],
     ),
 ]
 
@@ -156,7 +157,8 @@ class Config:
     task: TaskConfig = TaskConfig()
     mode: ModeConfig = ModeConfig()
     codec: CodecFlag = MaskEncoded()
-    """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
+    """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)", or
+    one of your own, as "mine.py:MyCodec(rate=0.5)" or "package.module:MyCodec"."""
     grad_codec: CodecFlag = Identity()
     """Of the gradient, on its way down; the paper sends it uncompressed."""
     grad_kept_only: bool = False

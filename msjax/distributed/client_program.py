@@ -49,6 +49,7 @@ class ClientProgram:
             retry_seconds=options.retry_seconds,
             on_exchange=self._tell,
             on_end=self._save_part,
+            preset=preset,
         )
 
     def connect(self) -> Connection:

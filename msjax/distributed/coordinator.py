@@ -342,7 +342,7 @@ class Coordinator:
                 log.info("%s", text)
 
     def _welcome(self):
-        cfg = json.dumps(config.to_json(config.without_paths(self.cfg)))
+        cfg = json.dumps(config.to_json(config.without_paths(self.cfg), paths=False))
         welcome = {"protocol": messages.PROTOCOL, "run": self.name, "config": cfg}
         return pb.FromServer(welcome=pb.Welcome(checkpoint_steps=self._checkpoint_steps, **welcome))
 

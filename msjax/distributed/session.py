@@ -67,6 +67,7 @@ class ClientSession:
         takes the connection, and says where the run is, does not count.
       on_exchange: called after each exchange of this client.
       on_end: called at the end of training with the client as it then is.
+      preset: this client's own, whose codecs' classes the run's config may name; see `config.from_json`.
       instance: names this process; drawn by default.
       draw: a factor for the time to the next try, so that not all clients try at once.
     """
@@ -83,6 +84,7 @@ class ClientSession:
         retry_seconds: float = 600.0,
         on_exchange: Callable[[Exchange], None] = lambda exchange: None,
         on_end: Callable[[Client], None] = lambda party: None,
+        preset: config.Config | None = None,
         clock: Callable[[], float] = time.monotonic,
         instance: str | None = None,
         draw: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
@@ -91,7 +93,7 @@ class ClientSession:
         self._load, self._build, self._open_store = load, build, open_store
         self._compression, self._answer_seconds, self._retry_seconds = compression, answer_seconds, retry_seconds
         self._on_exchange, self._on_end, self._clock, self._draw = on_exchange, on_end, clock, draw
-        self._instance = uuid.uuid4().hex if instance is None else instance
+        self._instance, self._preset = uuid.uuid4().hex if instance is None else instance, preset
         self.config: config.Config | None = None
         """Of the run, once the server has told it."""
         self.name = ""
@@ -235,7 +237,7 @@ class ClientSession:
         if self.run is not None:
             self.run.checkpoint_steps = self._checkpoint_steps
         if self._data is None:
-            self.config = config.from_json(json.loads(welcome.config))
+            self.config = config.from_json(json.loads(welcome.config), preset=self._preset)
             self._data = self._load(self.config)
             self._get_on()
         return pb.FromClient(ready=pb.Ready(**self._data._asdict()))

@@ -1,0 +1,12 @@
+"""Codecs of others, after their sources, to be measured in the same harness as those of `msjax.compress`.
+
+Each sees the features of one client's batch, (batch, …). What each does otherwise than its source says is in its
+docstring. They are no part of the library: their payloads may change, and they have no NumPy encoder.
+"""
+
+from experiments.rivals.c3sl import C3SL
+from experiments.rivals.product import ProductQuantizer
+from experiments.rivals.splitfc import SplitFC
+from experiments.rivals.tah import TAHQuant
+
+__all__ = ["C3SL", "ProductQuantizer", "SplitFC", "TAHQuant"]
