@@ -4,13 +4,25 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from msjax.models._layers import keep_unbiased_variance, make_dirac
+
+
+class Tie(NamedTuple):
+    """A layer's weights that are, transposed, an array of another block, such as an output layer's the embedding's.
+
+    `own` is the array's path in the block's own parameters, `other` in those of the whole model. Where the two are
+    `separate` it is there, and starts as the other; otherwise the block's module takes the other as `table`.
+    """
+
+    own: tuple[str, ...]
+    other: tuple[str, ...]
+    separate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +43,10 @@ class Block:
     """Whether its 3×3 convolutions start as identities, see `make_dirac`."""
     unbiased: bool = False
     """Whether it keeps the unbiased running variance, see `ConvNorm`."""
+    tie: Tie | None = None
+    """Weights that it shares with another block; its module then has an option `tied`."""
+    remat: bool = False
+    """Whether training computes it a second time for the gradient, rather than keep what is in it."""
 
     @classmethod
     def of(cls, name: str, layer: int, module: type[nnx.Module], **options: Hashable) -> "Block":
@@ -55,6 +71,13 @@ class Block:
             raise ValueError(f"cut_before_activation must not be before a pool or dropout, got {self.name}")
         return dataclasses.replace(self, options=(*self.options, ("activate", False)))
 
+    def untied(self) -> "Block":
+        """The block with weights of its own where it has another's."""
+        if self.tie is None:
+            return self
+        options = tuple((name, False if name == "tied" else value) for name, value in self.options)
+        return dataclasses.replace(self, options=options, tie=self.tie._replace(separate=True))
+
     def create(self, key) -> nnx.Module:
         """The module with parameters drawn from `key`."""
         module = self.module(**dict(self.options), rngs=nnx.Rngs(key))
@@ -63,6 +86,20 @@ class Block:
         if self.unbiased:
             keep_unbiased_variance(module)
         return module
+
+
+_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """`dtype` as a numpy dtype, if it is one of the two allowed; raises TypeError otherwise."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in _DTYPES:
+        raise TypeError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    return found
 
 
 def graphdef(block: Block) -> nnx.GraphDef:

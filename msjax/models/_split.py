@@ -58,13 +58,29 @@ class Apply:
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
         for place, block in enumerate(self.blocks, self.first):
-            # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
-            states = (tree[block.name] for tree in (params, stats) if block.name in tree)
-            module = nnx.merge(graphdef(block), *states, copy=True)
-            x = module(x, train=train, key=jax.random.fold_in(key, place) if train and block.needs_key else None)
+            run = functools.partial(_run, block, train)
+            states = [tree[block.name] for tree in (params, stats) if block.name in tree]
+            table = _at(params, block.tie.other) if block.tie and not block.tie.separate else None
+            block_key = jax.random.fold_in(key, place) if train and block.needs_key else None
+            x, found = (jax.checkpoint(run) if block.remat and train else run)(states, x, block_key, table)
             if block.name in stats:
-                new_stats[block.name] = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+                new_stats[block.name] = found
         return x, new_stats
+
+
+def _run(block, train, states, x, key, table):
+    """One block's output and its batch statistics."""
+    # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
+    module = nnx.merge(graphdef(block), *states, copy=True)
+    options = {} if table is None else {"table": table}
+    y = module(x, train=train, key=key, **options)
+    return y, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+
+def _at(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 class Cut(NamedTuple):
@@ -98,6 +114,8 @@ def split(
     `weights`, the model without a cut as `load_weights` or `whole` gives it, is divided among the parts instead of
     parameters drawn from `seed`.
 
+    Layers that share weights have their own in the parts, which start equal; see `untied`.
+
     Raises ValueError for a cut that is not a block boundary, naming those that are, a `tail_cut` not behind `cut`, a
     block at the cut that ends with no activation, or `weights` of another model.
     """
@@ -105,6 +123,7 @@ def split(
         check_state(model, weights.params, weights.stats)
 
     places = cut_places(model, cut, tail_cut)
+    model = untied(model)
     client, server, *head = (_part(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
     if cut_before_activation:
         *blocks, last = client.apply.blocks
@@ -112,6 +131,11 @@ def split(
         activation = dict(last.options)["activation"]
         server = server._replace(apply=dataclasses.replace(server.apply, activation=activation))
     return client, server, *head
+
+
+def untied(model: Model) -> Model:
+    """The model in which no two layers share weights: the one that the parts of `split` make up together."""
+    return dataclasses.replace(model, blocks=tuple(block.untied() for block in model.blocks))
 
 
 def cut_places(model: Model, cut: int | str, tail_cut: int | str | None = None) -> list[int]:
@@ -191,18 +215,29 @@ def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
 
 def _part(model, start, end, seed, weights=None):
     """Blocks start:end with their initial state, or with that of `weights`."""
-    if weights is not None:
-        # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
-        blocks = model.blocks[start:end]
-        params, stats = (
-            jax.tree.map(jnp.array, {block.name: tree[block.name] for block in blocks if block.name in tree})
-            for tree in (weights.params, weights.stats)
-        )
-        return ModelPart(Apply(blocks, start), params, stats)
+
+    def draw(place):
+        return model.blocks[place].create(jax.random.fold_in(jax.random.key(seed), place))
+
     params, stats = {}, {}
     for place, block in enumerate(model.blocks[start:end], start):
-        module = block.create(jax.random.fold_in(jax.random.key(seed), place))
-        for tree, kind in ((params, nnx.Param), (stats, nnx.BatchStat)):
-            if state := nnx.to_pure_dict(nnx.state(module, kind)):
+        if weights is None:
+            module = draw(place)
+            found = [nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, nnx.BatchStat)]
+        else:
+            # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
+            trees = (tree.get(block.name, {}) for tree in (weights.params, weights.stats))
+            found = [jax.tree.map(jnp.array, tree) for tree in trees]
+        if block.tie and block.tie.separate:
+            name, *path = block.tie.other
+            at = [b.name for b in model.blocks].index(name)
+            other = nnx.to_pure_dict(nnx.state(draw(at), nnx.Param)) if weights is None else weights.params[name]
+            *parents, last = block.tie.own
+            tree = found[0]
+            for parent in parents:
+                tree = tree.setdefault(parent, {})
+            tree[last] = jnp.array(_at(other, path).T)
+        for tree, state in zip((params, stats), found, strict=True):
+            if state:
                 tree[block.name] = state
     return ModelPart(Apply(model.blocks[start:end], start), params, stats)
