@@ -236,7 +236,7 @@ def _part(model, start, end, seed, weights=None):
             tree = found[0]
             for parent in parents:
                 tree = tree.setdefault(parent, {})
-            tree[last] = jnp.array(_at(other, path).T)
+            tree[last] = jnp.array(_at(other, path)).T
         for tree, state in zip((params, stats), found, strict=True):
             if state:
                 tree[block.name] = state
