@@ -246,9 +246,10 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
 
 
 def _open_weights(weights, model):
-    """The weights of a whole model; of a decoder they are read when they are used."""
+    """The weights of a whole model; of a decoder they are read when they are used. What is trained is float32."""
     if model.name == models.DECODER:
-        return models.open_decoder(expand("model.weights", weights), model, jnp.float32)
+        dtype = jnp.float32 if model == models.base(model) else model.dtype
+        return models.open_decoder(expand("model.weights", weights), model, dtype)
     return models.load_weights(existing_file("model.weights", weights), model)
 
 
@@ -267,8 +268,10 @@ def _model(cfg, input_shape, num_outputs):
         if len(input_shape) != 1:
             raise ValueError(f"data.name must be texts for model.name='decoder', got inputs of shape {input_shape}")
         with _named_as_in_config():
-            options = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.model.remat}
+            options = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.model.remat, "lora": _lora(cfg)}
             return models.decoder(_decoder_config(cfg), length=input_shape[0], **options)
+    if cfg.lora.rank is not None:
+        raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
     with _named_as_in_config():
         return models.build(
             cfg.model.name,
@@ -283,6 +286,16 @@ def _model(cfg, input_shape, num_outputs):
             dtype=jnp.dtype(cfg.dtype),
             vocabulary=cfg.data.vocabulary,
         )
+
+
+def _lora(cfg):
+    """The adapters of a config, if it has some."""
+    if cfg.lora.rank is None:
+        return None
+    try:
+        return models.LoRA(cfg.lora.rank, cfg.lora.alpha, cfg.lora.targets, cfg.lora.dropout)
+    except ValueError as error:
+        raise ValueError(f"lora.{error}") from None
 
 
 _OF_DECODERS = ("decoder", "remat")

@@ -160,6 +160,20 @@ class ModeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """decoder: low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
+
+    rank: int | None = None
+    """Of the adapters; by default there are none, and all weights are trained."""
+    alpha: float = 16.0
+    """alpha / rank is what the adapters' output is multiplied by."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """The layers that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    dropout: float = 0.0
+    """The share of the adapters' inputs that is dropped in training."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -168,6 +182,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     task: TaskConfig = TaskConfig()
     mode: ModeConfig = ModeConfig()
+    lora: LoraConfig = LoraConfig()
     codec: CodecFlag = MaskEncoded()
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)"."""
     grad_codec: CodecFlag = Identity()

@@ -18,11 +18,24 @@ from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
 from msjax.models._huggingface import load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
+from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling
-from msjax.models._split import Apply, Cut, count_params, cut_places, list_cuts, resolve_cut, split, untied, whole
+from msjax.models._split import (
+    Apply,
+    Cut,
+    base,
+    count_params,
+    cut_places,
+    list_cuts,
+    resolve_cut,
+    split,
+    untied,
+    whole,
+    with_adapters_merged,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,11 +44,13 @@ __all__ = [
     "NAMES",
     "PYTORCH",
     "RESNETS",
+    "TARGETS",
     "TOKEN_MODELS",
     "Apply",
     "Block",
     "Cut",
     "DecoderConfig",
+    "LoRA",
     "Model",
     "ModelPart",
     "RemoteApply",
@@ -43,6 +58,7 @@ __all__ = [
     "RopeScaling",
     "as_part",
     "as_parts",
+    "base",
     "build",
     "count_params",
     "cut_places",
@@ -58,4 +74,5 @@ __all__ = [
     "split",
     "untied",
     "whole",
+    "with_adapters_merged",
 ]

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from msjax.models._decoder_config import DecoderConfig
 from msjax.models._model import Model
 from msjax.models._part import ModelPart
-from msjax.models._split import Apply, check_state, untied, whole_shapes
+from msjax.models._split import Apply, base, check_state, untied, whole_shapes, with_adapters_merged
 
 SHARD_BYTES = 5_000_000_000
 """The most that a file holds when weights are written, as by the package transformers."""
@@ -41,7 +41,7 @@ def decoder_config(model: Model) -> DecoderConfig:
 
 
 def load_decoder(folder: str | os.PathLike, model: Model, dtype: Any = None) -> ModelPart:
-    """Reads the weights of a decoder: `model` without a cut.
+    """Reads the weights of a decoder: `model` without a cut and adapters.
 
     Args:
       folder: has model.safetensors, or model.safetensors.index.json and the files that it names.
@@ -62,6 +62,7 @@ def open_decoder(folder: str | os.PathLike, model: Model, dtype: Any = None) -> 
     room for that alone.
     """
     folder = pathlib.Path(folder).expanduser()
+    model = base(model)
     names = _names(model)
     files = _files(folder)
     # A tied output layer is in some files beside the embedding; older ones have what follows from config.json.
@@ -125,6 +126,7 @@ def save_decoder(
     folder: str | os.PathLike,
     model: Model,
     params: PyTree,
+    stats: PyTree = None,
     *,
     beside: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -133,9 +135,10 @@ def save_decoder(
 
     Args:
       folder: is made, or empty; config.json comes last.
-      params: nested dicts of arrays, by block name first: those of the parts merged. Each keeps its dtype. Where a cut
-        has separated an output layer from the embedding that it was tied to, both are written, and config.json says
-        that they are not tied.
+      params, stats: nested dicts of arrays, by block name first: those of the parts merged. Each keeps its dtype;
+        adapters are added to the weights that they were trained beside. Where a cut has separated an output layer from
+        the embedding that it was tied to, and one was trained, both are written, and config.json says that they are not
+        tied.
       beside: a folder whose tokenizer and generation settings are copied.
       shard_bytes: the most that a file holds; a tensor that is larger has one to itself.
 
@@ -143,8 +146,15 @@ def save_decoder(
       ValueError: `folder` is not empty, or `params` are not those of the model.
       OSError: a file cannot be written.
     """
-    if "lm_head" in params.get("head", {}):
-        model = untied(model)
+    params = with_adapters_merged(model, params, stats or {})
+    model = base(model)
+    head = params.get("head", {})
+    if "lm_head" in head and decoder_config(model).tie_word_embeddings:
+        table = np.asarray(params["embedding"]["embed_tokens"]["embedding"])
+        if np.array_equal(np.asarray(head["lm_head"]["kernel"]).T, table):
+            params = params | {"head": {name: tree for name, tree in head.items() if name != "lm_head"}}
+        else:
+            model = untied(model)
     check_state(model, params, {})
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from msjax.models._layers import keep_unbiased_variance, make_dirac
+from msjax.models._lora import freeze, partition
 
 
 class Tie(NamedTuple):
@@ -47,6 +48,8 @@ class Block:
     """Weights that it shares with another block; its module then has an option `tied`."""
     remat: bool = False
     """Whether training computes it a second time for the gradient, rather than keep what is in it."""
+    frozen: bool = False
+    """Whether its adapters alone are trained, if it has some; all other weights are in the stats, see `freeze`."""
 
     @classmethod
     def of(cls, name: str, layer: int, module: type[nnx.Module], **options: Hashable) -> "Block":
@@ -77,6 +80,13 @@ class Block:
             return self
         options = tuple((name, False if name == "tied" else value) for name, value in self.options)
         return dataclasses.replace(self, options=options, tie=self.tie._replace(separate=True))
+
+    def base(self) -> "Block":
+        """The block without adapters, all of whose weights are trained."""
+        options = tuple((name, value) for name, value in self.options if name != "lora")
+        if self.frozen:  # the dropout is that of the adapters
+            options = tuple((name, value) for name, value in options if name != "dropout_rate")
+        return dataclasses.replace(self, options=options, frozen=False)
 
     def create(self, key) -> nnx.Module:
         """The module with parameters drawn from `key`."""
@@ -115,8 +125,16 @@ def shapes(block: Block) -> tuple[dict[str, Any], dict[str, Any]]:
 @functools.cache
 def _found_once(block):
     made = nnx.eval_shape(lambda: block.create(jax.random.key(0)))
-    states = (nnx.to_pure_dict(nnx.state(made, kind)) for kind in (nnx.Param, nnx.BatchStat))
-    return nnx.graphdef(made), *states
+    states = [nnx.to_pure_dict(nnx.state(made, kind)) for kind in (nnx.Param, nnx.BatchStat)]
+    return nnx.graphdef(made), *jax.eval_shape(functools.partial(separated, block), *states)
+
+
+def separated(block: Block, params: dict[str, Any], stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a block trains, and what it does not: where it is frozen, all of `params` but the adapters."""
+    if not block.frozen:
+        return params, stats
+    adapters, others = partition(params)
+    return adapters, freeze(others, dict(block.options)["dtype"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def save_weights(path: str | os.PathLike, model: Model, params: PyTree, stats: P
       OSError: the file cannot be written.
     """
     if model.name == DECODER:
-        return save_decoder(path, model, params)
+        return save_decoder(path, model, params, stats)
     entries = _entries(model)
     check_state(model, params, stats)
     arrays = {}
