@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from msjax import config, data, models, tasks
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
-from msjax.paths import existing_file
+from msjax.paths import existing_file, expand
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
@@ -131,6 +132,42 @@ def check_tokenizer(present: int | None, trained: int | None) -> None:
         )
 
 
+def resolved(cfg: config.Config) -> config.Config:
+    """Returns the config of a run with a decoder so that it says what the network is, wherever it is read.
+
+    `model.decoder` becomes the text of config.json, and `data.tokenizer` the folder `model.weights`, where they are not
+    given. Other configs are returned as they are.
+
+    Raises:
+      ValueError: there is no config.json, or it describes no decoder that is known.
+    """
+    if cfg.model.name != models.DECODER:
+        return cfg
+    described, weights = cfg.model.decoder, cfg.model.weights
+    if described is None and weights is None:
+        raise ValueError("model.decoder or model.weights must say what model.name='decoder' is, got neither")
+    if described is None or not described.lstrip().startswith("{"):
+        name = "model.weights" if described is None else "model.decoder"
+        try:
+            found = models.DecoderConfig.load(expand(name, weights if described is None else described))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        described = json.dumps(found.to_json())
+    tokenizer = cfg.data.tokenizer
+    if tokenizer is None and weights is not None and (expand("model.weights", weights) / "tokenizer.json").is_file():
+        tokenizer = weights
+    model = dataclasses.replace(cfg.model, decoder=described)
+    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+
+
+def _decoder_config(cfg):
+    """What a resolved config says of its decoder."""
+    try:
+        return models.DecoderConfig.from_json(json.loads(cfg.model.decoder or ""))
+    except ValueError as error:
+        raise ValueError(f"model.decoder must be the text of a config.json, but: {error}") from None
+
+
 class Built(NamedTuple):
     """A run, before its first step."""
 
@@ -205,10 +242,18 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
         return models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
     before = cfg.model.cut_before_activation
     model = make_model(cfg, summary)
-    whole = None if weights is None else models.load_weights(existing_file("model.weights", weights), model)
+    whole = None if weights is None else _open_weights(weights, model)
     options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
     with _named_as_in_config():
         return models.split(model, cfg.cut, weights=whole, **options)
+
+
+def _open_weights(weights, model):
+    """The weights of a whole model; of a decoder they are read when they are used. What is trained is float32."""
+    if model.name == models.DECODER:
+        dtype = jnp.float32 if model == models.base(model) else model.dtype
+        return models.open_decoder(expand("model.weights", weights), model, dtype)
+    return models.load_weights(existing_file("model.weights", weights), model)
 
 
 def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
@@ -217,6 +262,19 @@ def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
 
 
 def _model(cfg, input_shape, num_outputs):
+    is_decoder = cfg.model.name == models.DECODER
+    for name in _NOT_OF_DECODERS if is_decoder else _OF_DECODERS:
+        value, default = getattr(cfg.model, name), getattr(config.ModelConfig, name)
+        if value != default:
+            raise ValueError(f"model.{name} must be {default!r} for model.name={cfg.model.name!r}, got {value!r}")
+    if is_decoder:
+        if len(input_shape) != 1:
+            raise ValueError(f"data.name must be texts for model.name='decoder', got inputs of shape {input_shape}")
+        with _named_as_in_config():
+            options = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.model.remat, "lora": _lora(cfg)}
+            return models.decoder(_decoder_config(cfg), length=input_shape[0], **options)
+    if cfg.lora.rank is not None:
+        raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
     with _named_as_in_config():
         return models.build(
             cfg.model.name,
@@ -233,9 +291,22 @@ def _model(cfg, input_shape, num_outputs):
         )
 
 
+def _lora(cfg):
+    """The adapters of a config, if it has some."""
+    if cfg.lora.rank is None:
+        return None
+    try:
+        return models.LoRA(cfg.lora.rank, cfg.lora.alpha, cfg.lora.targets, cfg.lora.dropout)
+    except ValueError as error:
+        raise ValueError(f"lora.{error}") from None
+
+
+_OF_DECODERS = ("decoder", "remat")
+_NOT_OF_DECODERS = ("width", "activation", "first_block", "shortcut", "conv_init", "running_variance")
 _FIELDS = {f.name: f"model.{f.name}" for f in dataclasses.fields(config.ModelConfig)} | {
     "tail_cut": "mode.tail_cut",
     "vocabulary": "data.vocabulary",
+    "length": "data.text_length",
 }
 
 
@@ -254,7 +325,7 @@ def check_model(cfg: config.Config) -> None:
     if config.is_reference(cfg.model.name):
         return
     # Which layers there are does not depend on the shape.
-    shape = (cfg.data.text_length,) if cfg.model.name in models.TOKEN_MODELS else (_ANY_SIDE, _ANY_SIDE, 3)
+    shape = (cfg.data.text_length,) if _takes_tokens(cfg) else (_ANY_SIDE, _ANY_SIDE, 3)
     model = _model(cfg, shape, 2)
     with _named_as_in_config():
         _, client, *_ = models.cut_places(model, cfg.cut, cfg.tail_cut)
@@ -262,11 +333,19 @@ def check_model(cfg: config.Config) -> None:
             model.blocks[client - 1].without_activation()
 
 
+def _takes_tokens(cfg):
+    return cfg.model.name in (*models.TOKEN_MODELS, models.DECODER)
+
+
 _ANY_SIDE = 64  # of images that every model takes
 
 
 def _num_outputs(cfg, summary):
-    """How many outputs one of msjax's own models needs: one a class, or one a label."""
+    """How many outputs one of msjax's own models needs: one a class, or one a label; of a decoder, as it has tokens."""
+    if cfg.model.name == models.DECODER:
+        if cfg.task.name != "next_token" and not config.is_reference(cfg.task.name):
+            raise ValueError(f"task.name must be 'next_token' for model.name='decoder', got {cfg.task.name!r}")
+        return None
     if cfg.task.name == "classification":
         if summary.num_classes is None:
             raise ValueError("task.name must not be 'classification' where the labels of the data set are no classes")
@@ -313,8 +392,7 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     augment = cfg.data.augment or summary.augment
     if config.is_reference(augment):
         augment = config.resolve("data.augment", augment)
-    tokens = cfg.model.name in models.TOKEN_MODELS
-    dtype = "int32" if tokens else cfg.dtype
+    dtype = "int32" if _takes_tokens(cfg) else cfg.dtype
     maximum = pixel_maximum(summary.inputs)
     return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
 
@@ -341,6 +419,10 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
                 f"itself, got {cfg.data.missing!r}"
             )
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
+    if cfg.model.name == models.DECODER or cfg.data.name.endswith(".txt"):
+        return _load_text(cfg, cache_dir)
+    if cfg.data.test is not None:
+        raise ValueError(f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}")
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
@@ -355,6 +437,26 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         raise ValueError(
             f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
         ) from None
+
+
+def _load_text(cfg, cache_dir):
+    """Blocks of tokens; of a decoder such as it has."""
+    if not cfg.data.name.endswith((".txt", ".csv")):
+        raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
+    if cfg.data.tokenizer is None:
+        raise ValueError(f"data.tokenizer must be given for the texts of {cfg.data.name!r}, got None")
+    described = _decoder_config(cfg) if cfg.model.name == models.DECODER else None
+    return data.from_text(
+        cfg.data.name,
+        cfg.data.test,
+        tokenizer=cfg.data.tokenizer,
+        length=cfg.data.text_length,
+        column=cfg.data.text_column,
+        start=described and described.bos_token_id,
+        vocabulary=described and described.vocab_size,
+        test_share=cfg.data.test_share,
+        cache_dir=cache_dir or cfg.data.cache_dir,
+    )
 
 
 def _path_options(cfg):

@@ -14,13 +14,15 @@ PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_presets_name_models_and_cuts_that_exist(path):
     cfg = config.load_preset(str(path))
+    assert config.from_json(json.loads(json.dumps(config.to_json(cfg)))) == cfg
+    if cfg.model.name == models.DECODER:  # whose blocks a file says
+        return
     shape = {"imagenet2012": (224, 224, 3)}.get(cfg.data.name, (32, 32, 3))
     model = models.build(
         cfg.model.name, input_shape=shape, num_classes=10, width=cfg.model.width, first_block=cfg.model.first_block
     )
     for cut in ("shallow", "medium", "deep"):
         models.resolve_cut(model, cut)
-    assert config.from_json(json.loads(json.dumps(config.to_json(cfg)))) == cfg
 
 
 def test_there_are_presets():

@@ -199,7 +199,7 @@ def test_paths(tmp_path, monkeypatch):
         assert found.name == "photos" and found.input_like.shape == (4, 4, 3)
     for value, message in (
         ("none.npz", "none.npz does not exist"),
-        (tmp_path / "set.h5", "must be an .npz file, a .csv"),
+        (tmp_path / "set.h5", "must be an .npz, .csv or .txt file"),
     ):
         with pytest.raises(data.DataError, match=message):
             data.as_dataset(value)

@@ -60,7 +60,7 @@ def _evaluate_config(arguments):
     default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
     cfg = parse(config.Config, rest, default=default, prog="msjax eval", description=description)
-    check_early(cfg)
+    cfg = check_early(cfg)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     mesh = loop.mesh_of(run.spec)

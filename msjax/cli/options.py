@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from msjax import build, config
+from msjax import build, config, models
 from msjax.logs import shorten
 from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
@@ -81,8 +81,14 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
         return 2
 
 
-def check_early(cfg: config.Config) -> None:
-    """Raises ValueError for a file, a model or a cut that there is not, before data are loaded."""
+def check_early(cfg: config.Config) -> config.Config:
+    """Returns the config as a run keeps it; see `build.resolved`.
+
+    Raises:
+      ValueError: it has a file, a model or a cut that there is not, before data are loaded.
+    """
+    cfg = build.resolved(cfg)
     build.check_model(cfg)
-    if cfg.model.weights is not None:
+    if cfg.model.weights is not None and cfg.model.name != models.DECODER:
         existing_file("model.weights", cfg.model.weights)
+    return cfg

@@ -79,7 +79,7 @@ def _new_run(default, name, arguments):
     flags = parse(_ServeFlags, arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    check_early(cfg)
+    cfg = check_early(cfg)
     check_new(cfg, name)
     endpoint = listen(cfg, options)
     try:

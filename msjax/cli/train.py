@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
             "rate from there on is that of a run of N epochs)."
         )
         cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
-        check_early(cfg)
+        cfg = check_early(cfg)
         check_new(cfg, where.name)
         split_cpu(cfg.clients)
         # Before there is a folder, so that a config that does not work leaves none behind.

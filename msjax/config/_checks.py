@@ -16,13 +16,13 @@ MAX_SEED = 2**32 - 1
 
 _RANGES = {
     **dict.fromkeys(("clients", "batch_size", "epochs", "test_every"), (1, math.inf)),
-    **dict.fromkeys(("mode.average_steps", "mode.turn_steps"), (1, math.inf)),
+    **dict.fromkeys(("mode.average_steps", "mode.turn_steps", "lora.rank"), (1, math.inf)),
     **dict.fromkeys(("data.text_length", "data.image_size"), (1, math.inf)),
     "data.vocabulary": (2, math.inf),  # words, and padding
     **dict.fromkeys(("optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), (0, math.inf)),
     "seed": (0, MAX_SEED),
 }
-_POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha")
+_POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha", "lora.alpha")
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
 REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
@@ -48,7 +48,7 @@ def check(config: Any) -> None:
     for name, value, choices in _choices(config):
         if value not in choices and not (name in REFERENCES and is_reference(value)):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    for name in ("optim.label_smoothing", "optim.momentum"):
+    for name in ("optim.label_smoothing", "optim.momentum", "lora.dropout"):
         if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
     if not 0 < config.data.test_share < 1:
@@ -112,4 +112,4 @@ def _in_words(kind):
     return words.get(kind) or f"a {kind.__name__}"
 
 
-_PLURALS = {int: "integers", float: "finite numbers", tuple[str, str]: "pairs of texts"}
+_PLURALS = {str: "texts", int: "integers", float: "finite numbers", tuple[str, str]: "pairs of texts"}

@@ -14,20 +14,25 @@ from msjax.references import call, is_reference, resolve_in
 def without_paths(config: Config) -> Config:
     """Returns the config without where data, presets and runs lie on one machine, which says nothing on another.
 
-    Of presets, files of data and `model.weights` the file's name is left, which is part of what a run is.
+    Of presets, files of data and `model.weights` the last name is left, which is part of what a run is.
     """
     name = config.data.name
-    name = os.path.basename(os.path.normpath(name)) if is_local_path(name) else name
-    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, name=name)
-    weights = config.model.weights and os.path.basename(config.model.weights)
+    name = _last(name) if is_local_path(name) else name
+    files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
+    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, name=name, **files)
+    weights = _last(config.model.weights)
     model = dataclasses.replace(config.model, weights=weights)
     plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)
     return map_references(plain, os.path.basename)
 
 
+def _last(path):
+    return path and os.path.basename(os.path.normpath(path))
+
+
 def is_local_path(data_name: str) -> bool:
     """Whether the name of a data set is the path of a file or folder."""
-    return not is_reference(data_name) and (data_name.endswith((".npz", ".csv")) or os.path.isdir(data_name))
+    return not is_reference(data_name) and (data_name.endswith((".npz", ".csv", ".txt")) or os.path.isdir(data_name))
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:

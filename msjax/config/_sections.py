@@ -29,7 +29,8 @@ class ModelConfig:
 
     name: str = "convnet"
     """vgg19, resnet9, resnet9t, resnet18, resnet34, resnet20, resnet32, resnet56, resnet110 or convnet for images, mlp
-    for tables, transformer for texts; or ":FUNCTION" of a preset that makes the parts of a model of one's own."""
+    for tables, transformer for classes of texts, decoder for language models (Llama, Qwen); or ":FUNCTION" of a preset
+    that makes the parts of a model of one's own."""
     cut: str = "medium"
     """shallow, medium, deep, or the number of the last layer on the client; `msjax models` lists them."""
     width: float = 1.0
@@ -47,7 +48,13 @@ class ModelConfig:
     running_variance: Literal["biased", "unbiased"] = "biased"
     """Of batch normalisation: as flax keeps it, or unbiased, as PyTorch does, to go on training from its weights."""
     weights: str | None = None
-    """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn."""
+    """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn. Of a
+    decoder, a folder of Hugging Face's: config.json, model.safetensors, tokenizer.json."""
+    decoder: str | None = None
+    """decoder: the path of a config.json of Hugging Face's, or its text; by default that of the folder `weights`. A run
+    keeps the text."""
+    remat: bool = False
+    """decoder: whether a step computes each block a second time for the gradient, to need less memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +64,7 @@ class DataConfig:
     name: str = "digits"
     """digits and the table breast_cancer (embedded), cifar10, cifar100, mnist, fashion_mnist, imagenet2012, or in
     data_dir any set of images, texts (glue/sst2) or a table (adult). For data of one's own: the path of an .npz, a CSV
-    file or a folder of images, or ":FUNCTION" of a preset."""
+    or text file or a folder of images, or ":FUNCTION" of a preset."""
     data_dir: str | None = None
     """A TFDS data directory; by default TFDS's own, with download."""
     cache_dir: str | None = None
@@ -77,7 +84,7 @@ class DataConfig:
     image_size: int | None = None
     """Side of the images; by default the set's own."""
     text_length: int = data.TEXT_LENGTH
-    """Tokens of a text; longer ones are cut, shorter ones padded."""
+    """Tokens of a text; longer ones are cut, shorter ones padded. Of a decoder: tokens of a block, with no padding."""
     vocabulary: int = data.VOCABULARY
     """How many different tokens there are; words get theirs by a hash."""
     augment: str | None = None
@@ -90,6 +97,12 @@ class DataConfig:
     """What they are then divided by; by default the set's own. Set both to what model.weights were trained with."""
     crop_padding: int = data.CROP_PADDING
     """Pixels that crop_flip pads on each side before it crops; fewer suit short schedules."""
+    tokenizer: str | None = None
+    """decoder: a tokenizer.json of Hugging Face's, or a folder that has one; by default that of `model.weights`."""
+    text_column: str = "text"
+    """decoder: the column of a CSV file that has the texts."""
+    test: str | None = None
+    """decoder: the path of a second text or CSV file, to test on; by default `test_share` of the blocks, the last."""
     alpha: float | None = None
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
     draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
@@ -148,6 +161,20 @@ class ModeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """decoder: low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
+
+    rank: int | None = None
+    """Of the adapters; by default there are none, and all weights are trained."""
+    alpha: float = 16.0
+    """alpha / rank is what the adapters' output is multiplied by."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """The layers that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    dropout: float = 0.0
+    """The share of the adapters' inputs that is dropped in training."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -156,6 +183,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     task: TaskConfig = TaskConfig()
     mode: ModeConfig = ModeConfig()
+    lora: LoraConfig = LoraConfig()
     codec: CodecFlag = MaskEncoded()
     """Of the features, on their way up: a codec of msjax.compress, as "TopK" or "MaskEncoded(ratio=0.99, bits=2)", or
     one of your own, as "mine.py:MyCodec(rate=0.5)" or "package.module:MyCodec"."""

@@ -8,7 +8,7 @@
 
 Texts come as tokens, tables as columns; `normalize` takes all of them.
 A user's own data come by `from_arrays`, `from_npz`, `from_csv`, `from_image_folder` or `from_sequence`; `as_dataset`
-chooses among them.
+chooses among them. `from_text` makes blocks of tokens for language models.
 
 A `Dataset` has two `Split`s, `train` and `test`, in memory (`Arrays`) or streamed (`ImageStream`); `batches` reads
 either kind with the same loop. TensorFlow is never needed.
@@ -31,6 +31,7 @@ from msjax.data._registry import default_augmentation, is_streamed
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
+from msjax.data._text import from_text
 from msjax.data._words import TOKENIZER
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "from_image_folder",
     "from_npz",
     "from_sequence",
+    "from_text",
     "is_streamed",
     "load",
     "normalize",

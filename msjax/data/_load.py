@@ -40,8 +40,8 @@ def load(
     The test data are the split `test`, else `validation` (ImageNet, and sets that hide the labels of `test`:
     `validation` first). Of a set that has neither, `test_share` of the training examples is set aside.
 
-    A name that ends in .npz or .csv, or has a separator and is a folder (./photos), is read by `from_npz`, `from_csv`
-    or `from_image_folder`, with `image_size` and `options`.
+    A name that ends in .npz, .csv or .txt, or has a separator and is a folder (./photos), is read by `from_npz`,
+    `from_csv`, `from_text` or `from_image_folder`, with `image_size` and `options`.
 
     A set with an image is one of images, else one with texts is of those, else all features are columns of a table.
     Its numbers are centred and scaled in float64 by the training rows, then float32; `columns` of the data set says

@@ -5,41 +5,74 @@
     h, client_stats = client.apply(client.params, client.stats, x, train=True)
     logits, server_stats = server.apply(server.params, server.stats, h, train=True)
 
+`decoder(DecoderConfig.load(folder), length=256)` is a language model of the Llama family, whose weights `load_decoder`
+reads from a folder of Hugging Face's.
+
 A `Model` is a description without arrays, so `build`, `list_cuts` and `count_params` cost next to nothing; `split`
 draws the parameters, or takes those that `load_weights` read from a file in PyTorch's names; `save_weights` writes one.
 """
 
 from msjax.models._adapters import as_part, as_parts, cut_sequential
 from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
+from msjax.models._decoder import DECODER, decoder
+from msjax.models._decoder_config import FAMILIES, DecoderConfig
+from msjax.models._huggingface import load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
+from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
-from msjax.models._split import Apply, Cut, count_params, cut_places, list_cuts, resolve_cut, split, whole
+from msjax.models._rope import RopeScaling
+from msjax.models._split import (
+    Apply,
+    Cut,
+    base,
+    count_params,
+    cut_places,
+    list_cuts,
+    resolve_cut,
+    split,
+    untied,
+    whole,
+    with_adapters_merged,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "DECODER",
+    "FAMILIES",
     "NAMES",
     "PYTORCH",
     "RESNETS",
+    "TARGETS",
     "TOKEN_MODELS",
     "Apply",
     "Block",
     "Cut",
+    "DecoderConfig",
+    "LoRA",
     "Model",
     "ModelPart",
     "RemoteApply",
     "RemotePart",
+    "RopeScaling",
     "as_part",
     "as_parts",
+    "base",
     "build",
     "count_params",
     "cut_places",
     "cut_sequential",
+    "decoder",
     "list_cuts",
+    "load_decoder",
     "load_weights",
+    "open_decoder",
     "resolve_cut",
+    "save_decoder",
     "save_weights",
     "split",
+    "untied",
     "whole",
+    "with_adapters_merged",
 ]

@@ -11,7 +11,7 @@ from msjax.data import VOCABULARY
 from msjax.models._convnet import convnet
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._mlp import mlp
-from msjax.models._model import Model
+from msjax.models._model import Model, compute_dtype
 from msjax.models._resnet import resnet
 from msjax.models._resnet9 import resnet9
 from msjax.models._transformer import transformer
@@ -37,7 +37,6 @@ TOKEN_MODELS = ("transformer",)
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 # The networks that He et al. made for CIFAR, 6n + 2 layers.
 _STAGES |= {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 9, 18)}
-_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 NAMES = tuple(_MODELS)
 RESNETS = tuple(_STAGES)
 """Those that have a `first_block` and a `shortcut`."""
@@ -120,7 +119,7 @@ def build(
         raise ValueError(f'shortcut must be "projection" for {name}, not one of {", ".join(RESNETS)}, got {shortcut!r}')
     elif first_block != "residual":
         raise ValueError(f'first_block must be "residual" for {name}, which has no skips, got {first_block!r}')
-    dtype = _compute_dtype(dtype)
+    dtype = compute_dtype(dtype)
     scale = functools.partial(_scale, width)
     if name in TOKEN_MODELS:
         if not isinstance(vocabulary, int) or vocabulary < 1:
@@ -151,14 +150,3 @@ def _check_shape(name, shape, smallest):
 def _scale(width, features):
     """`features` times `width`, rounded half up, at least 1."""
     return max(1, math.floor(features * width + 0.5))
-
-
-def _compute_dtype(dtype):
-    """`dtype` as a numpy dtype, if it is one of the two allowed."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in _DTYPES:
-        raise TypeError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    return found

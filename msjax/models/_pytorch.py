@@ -13,15 +13,16 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from msjax.models._build import RESNETS
+from msjax.models._decoder import DECODER
+from msjax.models._huggingface import load_decoder, save_decoder, some
 from msjax.models._model import Model
 from msjax.models._split import Apply, ModelPart, check_state, whole_shapes
 
-PYTORCH = ("vgg19", *RESNETS)
+PYTORCH = ("vgg19", *RESNETS, DECODER)
 """The models that have names in PyTorch."""
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_NAMED = 3  # names of each kind in a message
 
 
 def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
@@ -38,6 +39,10 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     - resnet18, resnet34: torchvision's, which are timm's (`layer2.0.downsample.0.weight`, `fc.weight`).
     - resnet20, resnet32, resnet56, resnet110: those of akamaster/pytorch_resnet_cifar10 (`linear.weight`). Its option A
       is `build(..., shortcut="zero_padding")`; option B has `layer2.0.shortcut.0.weight`.
+
+    - decoder: those of Hugging Face, in a folder with config.json, and model.safetensors or the files that
+      model.safetensors.index.json names; see `load_decoder`, which what follows does not hold for: arrays keep their
+      dtype.
 
     All ResNets take `shortcut` for `downsample`, `linear` for `fc`, and the other way round. The prefixes `module.`,
     `_orig_mod.` and `model.` are dropped where all names have them, and `num_batches_tracked` is ignored.
@@ -56,6 +61,8 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
         are not those of the model.
       OSError: the file cannot be read.
     """
+    if model.name == DECODER:
+        return load_decoder(path, model)
     entries = _entries(model)
     found = _rename(_read(path), model)
     _check(found, entries, model, path)
@@ -79,12 +86,14 @@ def save_weights(path: str | os.PathLike, model: Model, params: PyTree, stats: P
     `params` and `stats` are nested dicts of float32 arrays, by block name first: those of the parts merged. The names
     and the models that have some are those of `load_weights`, whose first names these are; it reads the same arrays
     back. PyTorch reads the file with `network.load_state_dict(safetensors.torch.load_file(path))`. Running variances
-    are written as they are, biased if they were trained here.
+    are written as they are, biased if they were trained here. A decoder becomes a folder; see `save_decoder`.
 
     Raises:
       ValueError: the model has no names in PyTorch, or `params` or `stats` are not those of the model.
       OSError: the file cannot be written.
     """
+    if model.name == DECODER:
+        return save_decoder(path, model, params, stats)
     entries = _entries(model)
     check_state(model, params, stats)
     arrays = {}
@@ -235,16 +244,10 @@ def _check(found, entries, model, path):
         "other shapes": shapes,
         "dtypes that are not floating point": dtypes,
     }
-    wrong = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    wrong = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if not wrong:
         return
     hint = ""
     if missing and all(".shortcut." in name or ".downsample." in name for name in missing):
         hint = '; a network without projections is build(..., shortcut="zero_padding")'
     raise ValueError(f"{path} must hold the weights of {model.name} in PyTorch's names; {'; '.join(wrong)}{hint}")
-
-
-def _some(names):
-    """The first few of them."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

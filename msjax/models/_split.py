@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from msjax.models._layers import ACTIVATIONS
-from msjax.models._model import Block, Model, graphdef, shapes
+from msjax.models._lora import combine, merge, partition, thaw
+from msjax.models._model import Block, Model, graphdef, separated, shapes
 from msjax.models._part import ModelPart
 
 
@@ -58,13 +59,37 @@ class Apply:
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
         for place, block in enumerate(self.blocks, self.first):
-            # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
-            states = (tree[block.name] for tree in (params, stats) if block.name in tree)
-            module = nnx.merge(graphdef(block), *states, copy=True)
-            x = module(x, train=train, key=jax.random.fold_in(key, place) if train and block.needs_key else None)
+            run = functools.partial(_run, block, train)
+            states = [tree[block.name] for tree in (params, stats) if block.name in tree]
+            table = _table(block, params, stats)
+            block_key = jax.random.fold_in(key, place) if train and block.needs_key else None
+            x, found = (jax.checkpoint(run) if block.remat and train else run)(states, x, block_key, table)
             if block.name in stats:
-                new_stats[block.name] = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+                new_stats[block.name] = stats[block.name] if block.frozen else found
         return x, new_stats
+
+
+def _run(block, train, states, x, key, table):
+    """One block's output and its batch statistics."""
+    # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
+    states = [*states[:-1], thaw(states[-1])] if block.frozen else states
+    module = nnx.merge(graphdef(block), *states, copy=True)
+    options = {} if table is None else {"table": table}
+    y = module(x, train=train, key=key, **options)
+    return y, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+
+def _table(block, params, stats):
+    """The weights of another block that this one has, where it has some."""
+    if block.tie is None or block.tie.separate:
+        return None
+    return thaw(_at(stats, block.tie.other)) if block.frozen else _at(params, block.tie.other)
+
+
+def _at(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 class Cut(NamedTuple):
@@ -98,13 +123,18 @@ def split(
     `weights`, the model without a cut as `load_weights` or `whole` gives it, is divided among the parts instead of
     parameters drawn from `seed`.
 
+    Of a model with adapters, `weights` are those of `base(model)`, and the adapters are drawn from `seed`.
+
+    Layers that share weights have their own in the parts, which start equal; see `untied`.
+
     Raises ValueError for a cut that is not a block boundary, naming those that are, a `tail_cut` not behind `cut`, a
     block at the cut that ends with no activation, or `weights` of another model.
     """
     if weights is not None:
-        check_state(model, weights.params, weights.stats)
+        check_state(base(model), weights.params, weights.stats)
 
     places = cut_places(model, cut, tail_cut)
+    model = untied(model)
     client, server, *head = (_part(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
     if cut_before_activation:
         *blocks, last = client.apply.blocks
@@ -112,6 +142,31 @@ def split(
         activation = dict(last.options)["activation"]
         server = server._replace(apply=dataclasses.replace(server.apply, activation=activation))
     return client, server, *head
+
+
+def untied(model: Model) -> Model:
+    """The model in which no two layers share weights: the one that the parts of `split` make up together."""
+    return dataclasses.replace(model, blocks=tuple(block.untied() for block in model.blocks))
+
+
+def base(model: Model) -> Model:
+    """The model without adapters."""
+    return dataclasses.replace(model, blocks=tuple(block.base() for block in model.blocks))
+
+
+def with_adapters_merged(model: Model, params: PyTree, stats: PyTree) -> PyTree:
+    """The `params` of `base(model)`: each adapter added to the weights that it was trained beside.
+
+    `params` and `stats` are those of the whole model, or of parts of it.
+    """
+    found = {}
+    for block in model.blocks:
+        if not block.frozen:
+            found |= {block.name: params[block.name]} if block.name in params else {}
+        elif block.name in stats:
+            weights, lora = thaw(stats[block.name]), dict(block.options).get("lora")
+            found[block.name] = merge(params[block.name], weights, lora) if block.name in params else weights
+    return found
 
 
 def cut_places(model: Model, cut: int | str, tail_cut: int | str | None = None) -> list[int]:
@@ -191,18 +246,42 @@ def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
 
 def _part(model, start, end, seed, weights=None):
     """Blocks start:end with their initial state, or with that of `weights`."""
-    if weights is not None:
-        # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
-        blocks = model.blocks[start:end]
-        params, stats = (
-            jax.tree.map(jnp.array, {block.name: tree[block.name] for block in blocks if block.name in tree})
-            for tree in (weights.params, weights.stats)
-        )
-        return ModelPart(Apply(blocks, start), params, stats)
+
+    def draw(place):
+        return model.blocks[place].create(_key(seed, place))
+
     params, stats = {}, {}
     for place, block in enumerate(model.blocks[start:end], start):
-        module = block.create(jax.random.fold_in(jax.random.key(seed), place))
-        for tree, kind in ((params, nnx.Param), (stats, nnx.BatchStat)):
-            if state := nnx.to_pure_dict(nnx.state(module, kind)):
+        if weights is None:
+            module = draw(place)
+            found = [nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, nnx.BatchStat)]
+        else:
+            # Copies: the parts' arrays may be given away to a step, the whole's are the caller's.
+            trees = (tree.get(block.name, {}) for tree in (weights.params, weights.stats))
+            found = [jax.tree.map(jnp.array, tree) for tree in trees]
+            if block.frozen:
+                drawn = _adapters(dataclasses.replace(block, name="", layer=0), _key(seed, place))
+                found[0] = combine(found[0], drawn)
+        if block.tie and block.tie.separate:
+            name, *path = block.tie.other
+            at = [b.name for b in model.blocks].index(name)
+            other = nnx.to_pure_dict(nnx.state(draw(at), nnx.Param)) if weights is None else weights.params[name]
+            *parents, last = block.tie.own
+            tree = found[0]
+            for parent in parents:
+                tree = tree.setdefault(parent, {})
+            tree[last] = jnp.array(_at(other, path)).T
+        for tree, state in zip((params, stats), separated(block, *found), strict=True):
+            if state:
                 tree[block.name] = state
     return ModelPart(Apply(model.blocks[start:end], start), params, stats)
+
+
+def _key(seed, place):
+    """The key of a block's parameters."""
+    return jax.random.fold_in(jax.random.key(seed), place)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that the weights beside them are not drawn as well
+def _adapters(block, key):
+    return partition(nnx.to_pure_dict(nnx.state(block.create(key), nnx.Param)))[0]

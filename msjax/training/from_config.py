@@ -30,6 +30,7 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
       ValueError: a field of the config has a value that does not fit.
       data.DataError: the data set cannot be had.
     """
+    cfg = build.resolved(cfg)
     dataset = build.load_data(cfg)
     indices, samples = build.divide(dataset, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
     summary = build.DataSummary.of(dataset).normalized_as(cfg.data)
@@ -55,6 +56,7 @@ def train_config(
       NonFiniteError: a loss is NaN or infinite.
       ValueError, data.DataError: see `load_run`.
     """
+    cfg = build.resolved(cfg)
     if run is None:
         resumed = folder.checkpoints.latest() is not None  # which has newer weights than those of the file
         weights = None if resumed else cfg.model.weights
