@@ -21,7 +21,7 @@ _COUNTED_BLOCKS = 2
 _PIECE = 509  # prime, so that pieces meet all columns of an array
 _SEGMENTS, _SEGMENT = 256, 512
 _LONGEST = 258
-_FLAGS_SET = np.unpackbits(np.arange(_BYTE, dtype=np.uint8)[:, None], axis=1).sum(1)
+_FLAGS_SET = np.unpackbits(np.arange(_BYTE, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.float32)
 _LIKELY = 1 << 24  # the weight of a byte of flags that is certain
 _EXTRA_BITS = [0] * 8 + [n // 4 for n in range(4, 24)]
 _LENGTH_CODES = np.repeat(np.arange(28), [1 << bits for bits in _EXTRA_BITS])
@@ -116,7 +116,7 @@ def flagged_bits(counts: Int32[Array, "256"], commonest: Any, scale: float) -> F
     Eight flags are a byte of a Huffman code of their own; they are taken to be independent of each other.
     """
     total = jnp.sum(counts)
-    other = 1 - counts[commonest] / jnp.maximum(total, 1).astype(jnp.float32)
+    other = 1 - counts[commonest].astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
     sparse = other < 0.5
     weights = other**_FLAGS_SET * (1 - other) ** (8 - _FLAGS_SET)
     groups = total.astype(jnp.float32) * np.float32(scale / 8)
