@@ -13,6 +13,17 @@ they are, and through the codec of the first epoch, as they have no memory. A ru
 
 Settings: a small network on a table, from scratch; a transformer on 10,000 texts, from scratch with its dropout, and
 from weights of two epochs on 20,000 other texts, with a tenth of the learning rate and without dropout at the clients.
+
+What the record says. On the table (three seeds) `EntropyMask` with a memory needs 21 to 47 % fewer bits than alone for
+the same training loss, and with test features as they are it is no less accurate. But where test features come with as
+few bits and no memory, a server trained with one is worse, by up to 3.6 points. Fine-tuning the transformer (one seed;
+a standard error of the accuracy is 1.4 points), features change by only 1 % from the first epoch to the second, and
+their error falls as it should, but training gains little: for its loss a memory needs 23 % more bits at one bit a
+value, about as many at half a bit, 7 % more or fewer with the thresholds. It needs half as many behind a finer first
+epoch and a third at 0.25 bits; these two are 8.5 and 6.3 points less accurate than no compression with test features as
+they are, 2.4 and 4.8 through the codec. From scratch with
+dropout, features change by 60 %; no memory was run there. Whether gradients go on of all samples or only of those that
+were sent makes no difference beyond the noise at these rates.
 """
 
 import dataclasses
@@ -459,7 +470,8 @@ def plot(rows: list[dict]) -> matplotlib.figure.Figure:
                     axes.plot(*zip(*points, strict=True), style, label=kind, markersize=4)
             if line == 0 and (plain := own.get(Arm(Identity(), True))):
                 axes.axhline(_of_epoch(plain, name, -1), color="k", linewidth=0.8, label="none")
-        panels[0, column].set(title=setting, xscale="log")
+        panels[0, column].set_title(setting)
+        panels[0, column].set_xscale("log", base=2)
         panels[1, column].set(xlabel="real bits a value, of all epochs", yscale="log")
     panels[0, 0].set(ylabel="training loss of the last epoch, nats")
     panels[1, 0].set(ylabel="error of the features, last epoch")

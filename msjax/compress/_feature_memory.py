@@ -40,8 +40,8 @@ class FeatureMemory:
     change is part of the next one, so features that do not change come closer with every epoch.
 
     In training, let gradients go on only where `is_sent`: other samples' features at the receiver do not depend on the
-    sender's parameters. Passed straight through, their gradients would drive features on that the receiver does not
-    see move, until they overflow; with a base of too few bits they do (`experiments.feature_memory`).
+    sender's parameters, and gradients passed straight through would drive features on that the receiver does not see
+    move.
 
     State is explicit: `encode` and `decode` take it and return the new one; save it with the parameters. Features of
     samples without a slot, and of test data, which comes with none, go whole.
