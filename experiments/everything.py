@@ -60,6 +60,7 @@ ARMS = {
     "averages 2 bits, 1.3 bits up, kept gradient's noise 0.3": low(1.3, 2.0),
     "averages 1 bit, 1.6 bits both ways": both_ways(1.6, 1.0),
     "averages 1 bit, 2.4 bits both ways": both_ways(2.4, 1.0),
+    "averages 2 bits, 2.4 bits both ways": both_ways(2.4, 2.0),
     "averages 2 bits": arm(update_codec=coded(2.0)),
     "averages 1 bit": arm(update_codec=coded(1.0)),
     "averages 0.5 bits": arm(update_codec=coded(0.5, levels=3)),

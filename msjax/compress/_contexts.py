@@ -172,8 +172,9 @@ def coded(raw: np.ndarray, grid: Grid | None) -> bytes:
     """Returns the bytes of a buffer by classes; without a grid all of them are one class. See `msjax.wire`."""
     counts = np.bincount(raw, minlength=256)
     commonest = int(counts.argmax())
+    thresholds: tuple[int, ...] = ()
     if grid is None:
-        thresholds, streams = (), [raw]
+        streams = [raw]
     else:
         thresholds = tuple(map(int, thresholds_of(np.float32(grid.mean_size(counts)))))
         streams = _split(raw, thresholds, grid)
@@ -204,7 +205,7 @@ def decoded(data: memoryview, raw_bytes: int, grid: Grid | None) -> np.ndarray:
     thresholds, data = tuple(data[2 : levels + 1]), data[levels + 1 :]
     if len(thresholds) != levels - 1 or any(a >= b for a, b in itertools.pairwise(thresholds)):
         raise ValueError(f"thresholds must be {levels - 1} that increase, got {thresholds}")
-    classes = 1 if levels == 1 else grid.classes(levels)
+    classes = 1 if grid is None or levels == 1 else grid.classes(levels)
     if len(data) < 4 * classes:
         raise ValueError(f"there must be {classes} classes, got {len(data)} bytes")
     numbers, data = np.frombuffer(data[: 4 * classes], "<u4").astype(np.int64), data[4 * classes :]
@@ -242,7 +243,7 @@ def _stream(data, length, commonest, with_flags):
 
 def thresholds_of(mean_size: Any) -> tuple:
     """Sums of sizes above which each next level begins, by the mean of the sums: int32, of NumPy or JAX."""
-    found = []
+    found: list[Any] = []
     for place, factor in enumerate(_FACTORS):
         least = found[-1] + 1 if found else 0
         found.append((np.float32(factor) * mean_size).astype(np.int32).clip(least, 255 - len(_FACTORS) + place))

@@ -37,7 +37,7 @@ def inflated(coded: memoryview, raw_bytes: int, most: int = MOST) -> tuple[np.nd
     out, at, used, decoder = np.empty(raw_bytes, np.uint8), 0, 0, zlib.decompressobj(-15)
     try:
         for start in range(0, len(coded), _CHUNK):
-            left = coded[start : start + _CHUNK]
+            left: bytes | memoryview = coded[start : start + _CHUNK]
             used = start + len(left)
             while left and not decoder.eof:
                 piece = decoder.decompress(left, 8 * _CHUNK + 8)

@@ -168,7 +168,7 @@ class FeatureMemory:
     def payload_like(self, like: Any) -> MemoryPayload:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
         like = self._form(like)
-        return MemoryPayload(self.base.payload_like(like), self._sent_like(like))
+        return MemoryPayload(self.base.payload_like(like), self._sent_like(like))  # type: ignore[arg-type]  # shapes
 
     def payload_bytes(self, like: Any) -> int:
         """Returns the exact size in bytes of that payload, before any coding."""

@@ -52,7 +52,7 @@ def coded_bytes(buffer: UInt8[Array, "b"]) -> Float32[Array, ""]:
         number = (start[:, None] + np.arange(_PIECE, dtype=np.int32)[None]).reshape(-1)
         symbols = buffer[: 4 * pieces * _PIECE].reshape(pieces, 4 * _PIECE)[:, :_PIECE].reshape(-1)
         scale = size / symbols.size
-    counts = histogram(number // np.int32(BLOCK) * _BYTE + symbols.astype(jnp.int32), blocks * _BYTE)
+    counts = histogram(jnp.asarray(number // np.int32(BLOCK) * _BYTE) + symbols.astype(jnp.int32), blocks * _BYTE)
     return jnp.ceil(jnp.sum(jax.vmap(lambda c: sampled_bits(c, scale))(counts.reshape(blocks, _BYTE))) / 8)
 
 
