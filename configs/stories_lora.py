@@ -1,7 +1,6 @@
 """Adapters of a published Llama (260 thousand parameters), trained on a text through a cut, in minutes on two cores.
 
 msjax train --config configs/stories_lora.py --model.weights DIR --data.name TEXT.txt
-msjax train --config configs/stories_lora.py --model.weights DIR --data.name TEXT.txt --lora.rank None   # all weights
 
 DIR is a folder of Hugging Face's: config.json, model.safetensors, tokenizer.json. Clients keep the embedding and two
 blocks, and what keeps them equal are the adapters of these alone.
