@@ -29,11 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from experiments import feature_maps
-from experiments.published_weights import MEAN, STD
-from msjax import compress, config, models, wire
+from experiments import feature_maps, published_weights
+from msjax import compress, wire
 from msjax.compress import _contexts
-from msjax.training.from_config import load_run
 
 ROOT = pathlib.Path(__file__).parent
 BLOCKS = ("stage1_block1", "stage1_block3", "stage2_block3", "stage3_block3")
@@ -45,18 +43,9 @@ GRADIENTS = tuple(
 
 def maps_of(weights: str, data_dir: str, samples: int) -> dict[str, np.ndarray]:
     """Returns `BLOCK/features` and `BLOCK/gradients`, float32 (samples, height, width, channels)."""
-    cfg = config.Config(
-        model=config.ModelConfig("resnet20", shortcut="zero_padding", weights=weights),
-        data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
-        codec=compress.Identity(),
-    )
-    run = load_run(cfg)
-    state = run.state
-    params, stats = (getattr(state.client, n) | getattr(state.server, n) for n in ("params", "stats"))
-    network, found = feature_maps.Network(cfg, run, params, stats), {}
+    network, found = published_weights.network("resnet20", weights, data_dir), {}
     x, labels = network.batch(samples)
-    whole = models.build("resnet20", input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
-    for cut in models.list_cuts(whole):
+    for cut in network.list_cuts():
         if cut.block in BLOCKS:
             h, g = feature_maps._at_cut(*network.cuts(cut.layer), x, labels, label_smoothing=0.0)
             found[f"{cut.block}/features"], found[f"{cut.block}/gradients"] = np.asarray(h), np.asarray(g)

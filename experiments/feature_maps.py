@@ -61,6 +61,10 @@ class Network(NamedTuple):
     def named_cuts(self) -> list[str]:
         return list(dict(build.make_model(self.cfg, self._summary()).named_cuts))
 
+    def list_cuts(self) -> list[models.Cut]:
+        """Every boundary between two blocks."""
+        return models.list_cuts(build.make_model(self.cfg, self._summary()))
+
     def _summary(self):
         return build.DataSummary.of(self.run.dataset)
 

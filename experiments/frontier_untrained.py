@@ -23,11 +23,9 @@ import matplotlib.figure
 import numpy as np
 
 from benchmarks import timing
-from experiments import feature_maps, published_cuts, rate_distortion, study
-from experiments.published_weights import MEAN, STD
+from experiments import published_cuts, published_weights, rate_distortion, study
 from experiments.rivals import C3SL, ProductQuantizer, SplitFC, TAHQuant
-from msjax import compress, config, models
-from msjax.training.from_config import load_run
+from msjax import compress
 
 OUT = pathlib.Path(__file__).parent / "results" / "frontier_untrained"
 BATCH = published_cuts.BATCH
@@ -70,23 +68,14 @@ def main() -> int:
 
 def measure(weights, data_dir, images, done, codecs=CODECS):
     """Yields a row for the end of each stage and each codec, but for those (block, codec, images) that are done."""
-    cfg = config.Config(
-        model=config.ModelConfig("resnet20", shortcut="zero_padding", weights=str(weights)),
-        data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
-        codec=compress.Identity(),
-    )
-    run = load_run(cfg)
-    params, stats = (getattr(run.state.client, n) | getattr(run.state.server, n) for n in ("params", "stats"))
-    network = feature_maps.Network(cfg, run, params, stats)
-    x, labels = run.dataset.test.fetch(np.arange(images))
-    whole = models.build("resnet20", input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
-    ends = {cut.block.split("_")[0]: cut for cut in models.list_cuts(whole) if cut.block.startswith("stage")}
+    network = published_weights.network("resnet20", weights, data_dir)
+    x, labels = network.run.dataset.test.fetch(np.arange(images))
+    ends = {cut.block.split("_")[0]: cut for cut in network.list_cuts() if cut.block.startswith("stage")}
     for cut in ends.values():
         client, server = network.cuts(cut.layer)
         starts = range(0, images, BATCH)
-        features = [
-            published_cuts._features(client, run.spec.preprocess(jnp.asarray(x[i : i + BATCH]))) for i in starts
-        ]
+        batches = (network.run.spec.preprocess(jnp.asarray(x[i : i + BATCH])) for i in starts)
+        features = [published_cuts.features_of(client, batch) for batch in batches]
         for codec in codecs:
             if (cut.block, str(codec), images) in done:
                 continue

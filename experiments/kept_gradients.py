@@ -16,17 +16,14 @@ import json
 import pathlib
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from experiments import feature_maps
-from experiments.published_weights import MEAN, STD
-from msjax import compress, config, models, wire
-from msjax.training.from_config import load_run
+from experiments import published_weights
+from msjax import compress, wire
 
 OUT = pathlib.Path(__file__).parent / "results" / "kept_gradients"
 TITLE = "Gradients only where the features were kept"
@@ -38,13 +35,6 @@ CODECS = {
     "EntropyMask 1.1 bits": compress.EntropyMask(bits=1.1),
 }
 NOISE = (0.3, 1.0)
-
-
-class _State(NamedTuple):
-    """A part's arrays."""
-
-    params: dict
-    stats: dict
 
 
 def noisy(error):
@@ -71,23 +61,14 @@ def main() -> int:
 
 def measure(weights, data_dir, images):
     """Yields a row for each block and codec."""
-    cfg = config.Config(
-        model=config.ModelConfig("resnet20", shortcut="zero_padding", weights=weights),
-        data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
-        codec=compress.Identity(),
-    )
-    run = load_run(cfg)
-    params, stats = (getattr(run.state.client, n) | getattr(run.state.server, n) for n in ("params", "stats"))
-    network = feature_maps.Network(cfg, run, params, stats)
-    x, labels = run.dataset.train.fetch(np.arange(images))
-    x, labels = run.spec.preprocess(jnp.asarray(x)), jnp.asarray(labels)
-    whole = models.build("resnet20", input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
-    for cut in models.list_cuts(whole):
+    network = published_weights.network("resnet20", weights, data_dir)
+    x, labels = network.batch(images)
+    for cut in network.list_cuts():
         if cut.block not in BLOCKS:
             continue
         client, server = network.cuts(cut.layer)
-        states = (_State(client.params, client.stats), _State(server.params, server.stats))
-        run_once = functools.partial(_backward, (client.apply, server.apply), *states)
+        arrays = (part._replace(apply=None) for part in (client, server))
+        run_once = functools.partial(_backward, (client.apply, server.apply), *arrays)
         plain, *_ = run_once(compress.Identity(), x, labels)
         for name, codec in CODECS.items():
             everything, kept, g, payload, h = run_once(codec, x, labels)

@@ -21,10 +21,8 @@ import matplotlib.figure
 import numpy as np
 
 from benchmarks import timing
-from experiments import feature_maps, rate_distortion, study
-from experiments.published_weights import MEAN, STD
-from msjax import compress, config, models
-from msjax.training.from_config import load_run
+from experiments import published_weights, rate_distortion, study
+from msjax import compress
 
 OUT = pathlib.Path(__file__).parent / "results" / "published_cuts"
 BATCH = 250
@@ -82,18 +80,9 @@ def codecs(model: str) -> tuple[compress.Codec, ...]:
 
 def measure(name, weights, data_dir, images, done, *, ends=False):
     """Yields a row for each block (with `ends`, for the stem and the last of each stage) and codec not in `done`."""
-    cfg = config.Config(
-        model=config.ModelConfig(name, shortcut="zero_padding", weights=str(weights)),
-        data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
-        codec=compress.Identity(),
-    )
-    run = load_run(cfg)
-    state = run.state
-    params, stats = (getattr(state.client, n) | getattr(state.server, n) for n in ("params", "stats"))
-    network = feature_maps.Network(cfg, run, params, stats)
-    x, labels = run.dataset.test.fetch(np.arange(images))
-    whole = models.build(name, input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
-    network_cuts = models.list_cuts(whole)
+    network = published_weights.network(name, weights, data_dir)
+    x, labels = network.run.dataset.test.fetch(np.arange(images))
+    network_cuts = network.list_cuts()
     stages = {cut.block.split("_")[0]: cut.layer for cut in network_cuts}
     for cut in network_cuts:
         if ends and cut.layer not in stages.values():
@@ -103,7 +92,7 @@ def measure(name, weights, data_dir, images, done, *, ends=False):
             continue
         client, server = network.cuts(cut.layer)
         batches = [x[i : i + BATCH] for i in range(0, images, BATCH)]
-        features = [_features(client, run.spec.preprocess(jnp.asarray(batch))) for batch in batches]
+        features = [features_of(client, network.run.spec.preprocess(jnp.asarray(batch))) for batch in batches]
         for codec in wanted:
             start = time.monotonic()
             keys = jax.random.split(jax.random.key(0), len(batches))
@@ -123,7 +112,8 @@ def measure(name, weights, data_dir, images, done, *, ends=False):
 
 
 @jax.jit
-def _features(client, x):
+def features_of(client, x):
+    """The features of a batch as they are at test."""
     return client.apply(client.params, client.stats, x, train=False, key=None)[0]
 
 

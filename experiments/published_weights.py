@@ -13,6 +13,7 @@ import sys
 import time
 
 from benchmarks import timing
+from experiments import feature_maps
 from msjax import config
 from msjax.compress import Identity
 from msjax.training import loop, program
@@ -41,14 +42,27 @@ def main() -> int:
     return 0
 
 
-def test(name: str, weights: pathlib.Path, data_dir: str) -> dict:
-    """Returns what a network with these weights has on the test images, beside what was published."""
-    start = time.monotonic()
-    cfg = config.Config(
+def run_config(name: str, weights: pathlib.Path, data_dir: str) -> config.Config:
+    """Returns the config of a run that starts from these weights, nothing compressed."""
+    return config.Config(
         model=config.ModelConfig(name, shortcut="zero_padding", weights=str(weights)),
         data=config.DataConfig("cifar10", data_dir=data_dir, mean=MEAN, std=STD),
         codec=Identity(),
     )
+
+
+def network(name: str, weights: pathlib.Path, data_dir: str) -> feature_maps.Network:
+    """Returns the network with these weights, whole, with CIFAR-10."""
+    cfg = run_config(name, weights, data_dir)
+    run = load_run(cfg)
+    params, stats = (getattr(run.state.client, n) | getattr(run.state.server, n) for n in ("params", "stats"))
+    return feature_maps.Network(cfg, run, params, stats)
+
+
+def test(name: str, weights: pathlib.Path, data_dir: str) -> dict:
+    """Returns what a network with these weights has on the test images, beside what was published."""
+    start = time.monotonic()
+    cfg = run_config(name, weights, data_dir)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     mesh = loop.mesh_of(run.spec)

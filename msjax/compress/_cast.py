@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from msjax.compress import _finite
@@ -44,9 +43,7 @@ class Cast(Codec):
         return DensePayload(_clipped(h, self.dtype))
 
     def _encode_numpy(self, h):
-        dtype, wide = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)), h.astype(np.float32)
-        most = _finite.largest(self.dtype)
-        return DensePayload(np.where(np.isfinite(wide), np.clip(wide, -most, most), wide).astype(dtype))
+        return DensePayload(_clipped(h, self.dtype, np))
 
     def _decode(self, payload, like):
         return _clipped(payload.values.reshape(like.shape), like.dtype)
@@ -56,7 +53,7 @@ class Cast(Codec):
         return self._decode(DensePayload(jax.lax.optimization_barrier(self._encode(h, key).values)), h)
 
 
-def _clipped(values, dtype):
-    """`values` in another dtype, finite where they are."""
-    most, wide = _finite.largest(dtype), values.astype(jnp.float32)
-    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -most, most), wide).astype(dtype)
+def _clipped(values, dtype, xp=jnp):
+    """`values` in another dtype, finite where they are; by JAX or NumPy."""
+    most, wide = _finite.largest(dtype), values.astype(np.float32)
+    return xp.where(xp.isfinite(wide), xp.clip(wide, -most, most), wide).astype(jnp.dtype(dtype))

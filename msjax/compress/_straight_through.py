@@ -49,8 +49,7 @@ def straight_through(
             raise TypeError(f"{name} must be a Codec, got {value!r}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
-    h = jnp.asarray(codec._checked(h, key))
-    return (_kept_only if kept_only else _straight_through)(codec, h, key, grad_codec)
+    return _straight_through(codec, jnp.asarray(codec._checked(h, key)), key, grad_codec, kept_only)
 
 
 def downlink_key(key: jax.Array | None) -> jax.Array | None:
@@ -59,39 +58,23 @@ def downlink_key(key: jax.Array | None) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, 1 << 31)
 
 
-def _transmitted(grad_codec, g, key):
-    return g if grad_codec is None else grad_codec.roundtrip(g, downlink_key(key))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _straight_through(codec, h, key, grad_codec):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _straight_through(codec, h, key, grad_codec, kept_only):
     return codec.roundtrip(h, key)
 
 
-def _forward(codec, h, key, grad_codec):
-    return codec.roundtrip(h, key), key
-
-
-def _backward(codec, grad_codec, key, g):
-    return _transmitted(grad_codec, g, key), None
-
-
-_straight_through.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _kept_only(codec, h, key, grad_codec):
-    return codec.roundtrip(h, key)
-
-
-def _kept_forward(codec, h, key, grad_codec):
+def _forward(codec, h, key, grad_codec, kept_only):
+    if not kept_only:
+        return codec.roundtrip(h, key), (None, key)
     payload = codec.encode(h, key)
     return codec.decode(payload, h), (payload, key)
 
 
-def _kept_backward(codec, grad_codec, residuals, g):
+def _backward(codec, grad_codec, kept_only, residuals, g):
     payload, key = residuals
-    return codec.put_kept(payload, _transmitted(grad_codec, codec.take_kept(payload, g), key), g), None
+    sent = codec.take_kept(payload, g) if kept_only else g
+    received = sent if grad_codec is None else grad_codec.roundtrip(sent, downlink_key(key))
+    return codec.put_kept(payload, received, g) if kept_only else received, None
 
 
-_kept_only.defvjp(_kept_forward, _kept_backward)
+_straight_through.defvjp(_forward, _backward)

@@ -21,9 +21,9 @@ FIRST = 0.6
 """Part of the budget that features get in the first step."""
 
 
-def first_up_bits(spec: RunSpec) -> jax.Array:
-    """Returns the bits, float32 (), that a client aims its features of the first step at."""
-    return jnp.float32(FIRST * spec.cut_bits)
+def first_up_bits(spec: RunSpec) -> jax.Array | None:
+    """Returns the bits, float32 (), that a client aims its features of the first step at; None without a budget."""
+    return None if spec.cut_bits is None else jnp.float32(FIRST * spec.cut_bits)
 
 
 def next_up_bits(spec: RunSpec, up_bits: jax.Array, sent_bytes: jax.Array, batch_size: int) -> jax.Array:

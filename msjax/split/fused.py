@@ -64,8 +64,8 @@ def fused_step(
     def total_loss(params, byte_slots):
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
         axes = ((params_axis, None), 0, stats_axis, 0, 0, 0, 0)
-        bits = None if spec.cut_bits is None else state.up_bits
-        losses, aux = jax.vmap(client_loss, in_axes=axes)(params, byte_slots, state.client.stats, x, y, keys, bits)
+        args = (params, byte_slots, state.client.stats, x, y, keys, state.up_bits)
+        losses, aux = jax.vmap(client_loss, in_axes=axes)(*args)
         return losses.sum(), (losses, *aux)
 
     def over_devices(tree):

@@ -68,8 +68,8 @@ class Client:
         self.client_id, self.spec, self.state = client_id, spec, state
         self.memory = spec.mode.client_memory(spec, state)
         """What it remembers of averages; see `averages.Memory`."""
-        self.up_bits: Any = self._first_up_bits()
-        """Where there is a budget for the cut, what it aims its features at; else ()."""
+        self.up_bits = budget.first_up_bits(spec)
+        """Where there is a budget for the cut, what it aims its features at; else None."""
         self._data, self._seed, self._numpy = own, seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
@@ -126,9 +126,6 @@ class Client:
         else:
             self.state, self.memory = checkpoint if self.memory else (checkpoint, ())
 
-    def _first_up_bits(self):
-        return () if self.spec.cut_bits is None else budget.first_up_bits(self.spec)
-
     def part(self) -> Payload:
         """Returns its part with the optimizer's state, as `RunSpec.part_payload` describes it."""
         reference = self.memory.reference if self.memory else ()
@@ -141,7 +138,7 @@ class Client:
         state, reference = programs.from_vector(payload_vector(payload), (self.state, reference))
         self.state = with_update_count(state, at)
         self.memory = fresh._replace(reference=reference) if fresh else ()
-        self.up_bits = self._first_up_bits()
+        self.up_bits = budget.first_up_bits(self.spec)
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""
@@ -166,8 +163,7 @@ class Client:
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
                     self._pending = with_payload(spec, self._pending, payload)
                 else:
-                    bits = None if spec.cut_bits is None else self.up_bits
-                    payload, self._pending = programs.client_forward(spec, self.state, x, key, bits)
+                    payload, self._pending = programs.client_forward(spec, self.state, x, key, self.up_bits)
                 return Message(payload, labels if spec.sends_labels else None)
             case Phase.GRADIENT:
                 return self._outgoing

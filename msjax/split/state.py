@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     memory: Any = ()
     """Where averages are compressed, an `averages.Averages`."""
-    up_bits: Any = ()
+    up_bits: Any = None
     """Where there is a budget for the cut, float32 (K,), what the clients aim their features at; see `budget`."""
 
 

@@ -260,7 +260,8 @@ def _coded_bytes(spec, sums, history):
 
 def _to_save(state):
     """What is saved of a `TrainState`: without what this run does not have, as before there was such a thing."""
-    return {name: value for name, value in state._asdict().items() if not isinstance(value, tuple) or value != ()}
+    lacking = {"memory": not state.memory, "up_bits": state.up_bits is None}
+    return {name: value for name, value in state._asdict().items() if not lacking.get(name)}
 
 
 class _SumsBefore(NamedTuple):

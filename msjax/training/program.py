@@ -27,7 +27,7 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
         own, server = spec.mode.client_memory(spec, state.client), spec.mode.server_memory(spec)
         errors = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), own.error)
         state = state._replace(memory=Averages(own._replace(error=errors), server))
-    if spec.cut_bits is not None and isinstance(state.up_bits, tuple):
+    if spec.cut_bits is not None and state.up_bits is None:
         state = state._replace(up_bits=jnp.broadcast_to(budget.first_up_bits(spec), clients))
     spread = spec.mode.spread(state, clients)
 
@@ -136,7 +136,7 @@ def _repeat(one_step, carry, inputs, labels, order):
 def _state_specs(spec):
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
     memory = Averages(Memory(by_client, everywhere), Memory(everywhere, everywhere)) if spec.compresses_updates else ()
-    up_bits = () if spec.cut_bits is None else by_client
+    up_bits = None if spec.cut_bits is None else by_client
     return TrainState(by_client if spec.mode.own_parts else everywhere, everywhere, everywhere, memory, up_bits)
 
 
