@@ -17,7 +17,7 @@ All integers are little-endian, unsigned:
 | 1, then 4 each | their number of axes, at most 32, and their shape |
 | 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut, 3 runs, 4 classes) in 1 byte, its |
 | | length in 8 |
-| | the buffers: the arrays of the payload in order, C-contiguous |
+| the rest | the buffers: the arrays of the payload in order, C-contiguous |
 
 Huffman's code is a raw deflate stream (RFC 1951) of literals alone; "runs" is one in which bytes that repeat the byte
 before them are coded by their number (a decoder takes any such stream), which is shorter where most codes are zero, as
@@ -37,8 +37,9 @@ commonest byte has a flag of one bit; only codes packed by the last axis have ne
 | levels − 1 | thresholds that increase: a sum of sizes is of the level that is the number of thresholds below it |
 | 4 each | of each class (levels², or levels where a byte holds one code) its number of bytes, below 2^31; the highest |
 | | bit is set where flags say which of them are not the commonest byte |
-| | deflate streams, one behind the other, of each class: where it has flags these, eight in a byte, the first one |
-| | highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no bytes |
+| the rest | deflate streams, one behind the other, of each class: where it has flags these, eight in a byte, the |
+| | first one highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no |
+| | bytes |
 
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """

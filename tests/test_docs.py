@@ -1,0 +1,96 @@
+"""The documentation builds without a warning, its code runs, and its commands are such as there are."""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from msjax import compress
+from msjax.cli import main as cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+TEXTS = [ROOT / "README.md", *PAGES]
+
+
+def fences(path, kind):
+    """The blocks of a page that are fenced with ```kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_documentation_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "msjax.compress.straight_through" in (tmp_path / "reference" / "api" / "compress.html").read_text()
+    assert "--data.data-dir" in (tmp_path / "reference" / "cli.html").read_text()
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if fences(p, "python")], ids=lambda p: p.stem)
+def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
+    """One block after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for block in fences(path, "python"):
+        exec(compile(block, str(path), "exec"), names)
+
+
+def test_stated_sizes_are_right():
+    code = fences(ROOT / "README.md", "python")[0]
+    names = {}
+    exec(code, names)
+    stated = re.search(r"payload_bytes\(h\)\s+# (\d+), .* h has (\d+)", code)
+    assert names["codec"].payload_bytes(names["h"]) == int(stated[1])
+    assert names["h"].nbytes == int(stated[2])
+
+
+def test_the_codec_table_names_every_codec_and_its_defaults():
+    text = (ROOT / "docs" / "codecs" / "index.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+\(.*?\))`\]\((\w+)\.md\) \|", text, re.MULTILINE)
+    assert {compress.from_string(row) for row, _ in rows} == {cls() for cls in compress.CODECS}
+    assert all((ROOT / "docs" / "codecs" / f"{page}.md").exists() for _, page in rows)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.fixture(scope="module")
+def options():
+    """By command, the options that its help names."""
+    found = {}
+    for command in cli.COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            cli.run(command, ["--help"])
+        found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
+    # With a config in place of a run, and with a server that has the other part.
+    found["eval"] |= found["train"] | {"--server"}
+    return found
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.stem)
+def test_commands_of_a_page_are_such_as_there_are(path, options):
+    for block in fences(path, "console") + re.findall(r"(?:^    \S.*\n)+", path.read_text(), re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.partition("  #")[0]
+            for command, rest in re.findall(r"\bmsjax ([a-z]+)\b([^&;|]*)", line):
+                assert command in cli.COMMANDS, line
+                unknown = set(re.findall(r"(?<= )--[a-z][a-z0-9.-]*", rest)) - options[command] - {"--help"}
+                assert not unknown, f"{path.name}: {line.strip()} has {sorted(unknown)}"
+            for module in re.findall(r"python -m ((?:experiments|benchmarks|msjax)[\w.]*)", line):
+                assert importlib.util.find_spec(module), line
+
+
+def test_files_that_pages_name_are_there():
+    for path in TEXTS:
+        for name in re.findall(r"`((?:configs|examples|benchmarks|experiments|docs)/[\w./]+\.\w+)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
