@@ -1,4 +1,4 @@
-"""The command line: `msjax train | eval | predict | export | models | serve | client`."""
+"""The command line: `msjax train | eval | predict | export | compare | runs | models | serve | client`."""
 
 import codecs
 import importlib
@@ -24,6 +24,8 @@ commands:
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
               msjax serve --part SERVER.safetensors               answer with a trained part
   client    one of its clients:  msjax client --client-id 0 --server HOST:PORT
+  compare   runs beside each other, as a table and a picture:  msjax compare RUN RUN... [--out FILE.png]
+  runs      list run folders:  msjax runs [FOLDER]
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
 
 `msjax COMMAND --help` lists a command's options.
@@ -35,6 +37,8 @@ COMMANDS = {
     "predict": ("predict", "train"),
     "export": ("export", "train"),
     "models": ("models", "train"),
+    "compare": ("compare", "train"),
+    "runs": ("runs", "train"),
     "serve": ("serve", "train,net"),
     "client": ("client", "train,net"),
 }

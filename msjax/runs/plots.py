@@ -5,6 +5,8 @@ import importlib.util
 import pathlib
 from typing import Any
 
+from msjax.runs.tables import total_bytes
+
 
 def available() -> bool:
     """Returns whether the extra `plots` is installed."""
@@ -27,6 +29,27 @@ def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: 
     metric.set(xlabel="epoch", ylabel=headline.replace("_percent", ", %"))
     loss.legend()
     figure.suptitle(title, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(runs: list[tuple[str, list[dict[str, Any]]]], headline: str, path: pathlib.Path) -> None:
+    """Draws the metric `headline` on test data of several runs against all bytes and against seconds, as a PNG.
+
+    Args:
+      runs: pairs of name and history.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_bytes, by_time = figure.subplots(1, 2, sharey=True)
+    for name, history in runs:
+        tested = [record for record in history if headline in record.get("test", {})]
+        values = [record["test"][headline] for record in tested]
+        by_bytes.plot([total_bytes(record["traffic"]) / 1e6 for record in tested], values, ".-", label=name)
+        by_time.plot([record["seconds"] for record in tested], values, ".-", label=name)
+    by_bytes.set(xlabel="MB sent, both ways", ylabel=headline.replace("_percent", ", %"), xscale="log")
+    by_time.set(xlabel="seconds")
+    figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -62,6 +62,20 @@ def _headline(summary):
     return format_metric(name, summary["test"][name]).removesuffix(" %").removeprefix(f"{name} ")
 
 
+def cut_bytes(traffic: dict[str, int]) -> int:
+    """Returns the bytes of features and gradients, both ways over the cut; where entropy-coded, as messages."""
+    if "coded_uplink_bytes" in traffic and not traffic["uplink_gradient_bytes"]:
+        return traffic["coded_uplink_bytes"] + traffic["coded_downlink_bytes"]
+    names = ("uplink_feature_bytes", "uplink_gradient_bytes", "downlink_feature_bytes", "downlink_gradient_bytes")
+    return sum(traffic.get(name, 0) for name in names)
+
+
+def total_bytes(traffic: dict[str, int]) -> int:
+    """Returns all bytes of training, both ways; where entropy-coded, as messages."""
+    _, up, down = _as_sent(traffic)
+    return up + down
+
+
 def _as_sent(traffic):
     """Bytes of the features up, of all up and of all down; where entropy-coded, as messages."""
     features, up, down = (traffic[name] for name in ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes"))

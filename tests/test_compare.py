@@ -1,0 +1,95 @@
+"""`msjax compare` and `msjax runs`: what they say of run folders, also of unfinished and damaged ones."""
+
+import json
+
+import pytest
+
+from msjax import compress, config
+from msjax.cli import main as cli
+from msjax.runs import RunFolder
+
+UPLINK, DOWNLINK = 8_000_000, 4_000_000
+
+
+def make_run(out, name, *, epochs=2, done=2, codec=None, coded=None, headline="top1_percent"):
+    """A run folder as training leaves it, without training."""
+    cfg = config.Config(out=str(out), epochs=epochs, codec=codec or compress.Identity(), compare=False)
+    folder = RunFolder.create(cfg, name)
+    history = []
+    for epoch in range(1, done + 1):
+        traffic = {"uplink_feature_bytes": UPLINK, "uplink_gradient_bytes": 0, "uplink_label_bytes": 1000}
+        traffic |= {"uplink_synchronization_bytes": 500, "downlink_synchronization_bytes": 500}
+        traffic |= {"downlink_feature_bytes": 0, "downlink_gradient_bytes": DOWNLINK, "paper_bytes": UPLINK}
+        traffic |= {"uplink_bytes": UPLINK + 1500, "downlink_bytes": DOWNLINK + 500}
+        if coded:
+            traffic |= {"coded_uplink_bytes": coded[0], "coded_downlink_bytes": coded[1]}
+        metrics = {"loss": 1 / epoch, headline: 40.0 + epoch}
+        record = {"epoch": epoch, "step": 9 * epoch, "train": metrics, "test": metrics}
+        history.append(record | {"traffic": {k: v * epoch for k, v in traffic.items()}, "seconds": 1.5 * epoch})
+    if done:
+        folder.write_history(history)
+    if done == epochs:
+        folder.write_summary({"headline": headline})
+    folder.close()
+    return str(folder.path)
+
+
+def said(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_runs_beside_each_other(tmp_path, capsys):
+    plain = make_run(tmp_path, "plain")
+    coded = make_run(tmp_path, "coded", codec=compress.EntropyMask(bits=1.6), coded=(400_000, 200_000))
+    assert cli.run("compare", [plain, coded, "--json"]) == 0
+    one, other = said(capsys)
+    assert one["cut_bytes"] == 2 * (UPLINK + DOWNLINK) and one["total_bytes"] == one["cut_bytes"] + 2 * 2000
+    assert other["cut_bytes"] == 2 * 600_000 and other["total_bytes"] == 2 * 602_000
+    assert other["codec"] == str(compress.EntropyMask(bits=1.6)) and other["test"]["top1_percent"] == 42.0
+    assert one["epochs"] == one["of_epochs"] == 2 and one["finished"]
+    picture = tmp_path / "both.png"
+    assert cli.run("compare", [plain, coded, "--out", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert "42.00" in table and "20.00×" in table and f"{one['total_bytes'] / other['total_bytes']:.2f}×" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_listed(tmp_path, capsys):
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", done=1)
+    make_run(tmp_path, "c", done=0)
+    assert cli.run("runs", [str(tmp_path), "--json"]) == 0
+    found = said(capsys)
+    assert [(run["epochs"], run["finished"]) for run in found] == [(2, True), (1, False), (0, False)]
+    assert cli.run("runs", [str(tmp_path)]) == 0
+    assert "1/2" in capsys.readouterr().out
+    (tmp_path / "a" / "metrics.jsonl").write_text("{")
+    assert cli.run("runs", [str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "1/2" in shown.out and "metrics.jsonl must be an object in JSON" in shown.err
+    (tmp_path / "none").mkdir()
+    assert cli.run("runs", [str(tmp_path / "none")]) == 0
+    assert "no run folders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["{out}/nowhere"], "the run must be a folder with config.json"),
+        (["{out}/a", "{out}/begun"], "each run must have finished an epoch"),
+        (["{out}/a", "{out}/other"], "the runs must have the same first metric, got mae, top1_percent"),
+        (["{out}/a", "--out", "{out}/a.pdf"], "--out must be a file that ends in .png"),
+        (["{out}/a", "--out", "{out}/nowhere/a.png"], "--out must be a file that can be written"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, error, tmp_path, capsys):
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "begun", done=0)
+    make_run(tmp_path, "other", headline="mae")
+    assert cli.run("compare", [argument.format(out=tmp_path) for argument in arguments]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_no_folder_of_runs(tmp_path, capsys):
+    assert cli.run("runs", [str(tmp_path / "nowhere")]) == 2
+    assert "folder must be one that has run folders" in capsys.readouterr().err
