@@ -400,7 +400,10 @@ class _Sample(NamedTuple):
 
     @classmethod
     def of(cls, values):
-        values = jnp.sort(values)
+        """Of float32 values that are finite and not below 0."""
+        # As integers, whose order is the same: XLA's CPU takes four to ten times as long to sort floats. −0 becomes 0.
+        bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+        values = lax.bitcast_convert_type(jnp.sort(bits), jnp.float32)
         sums = (jnp.concatenate([terms[:1] * 0, jnp.cumsum(terms)]) for terms in (values, values**2))
         return cls(values, *sums)
 
