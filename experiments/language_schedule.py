@@ -22,7 +22,7 @@ from msjax.models import TARGETS
 from msjax.training.devices import split_cpu
 
 OUT = study.RESULTS / "language_schedule"
-RATES = {"all weights": (3e-3, 1e-2, 1e-3), "adapters": (1e-2, 3e-3, 3e-2)}
+RATES = {"all weights": (3e-3, 1e-2, 1e-3), "adapters": (1e-2, 3e-3)}
 TRAINED_ON, HELD_OUT = 0.4, 0.1
 COMMAND = "python -m experiments.language_schedule --data-dir TEXTS --weights DIR"
 
