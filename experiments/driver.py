@@ -153,7 +153,7 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
         by_name = {module.__name__.rpartition(".")[2]: module for module in studies}
         parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(by_name)}; by default all")
     parser.add_argument("--scale", choices=study.SCALES, default="lite")
-    parser.add_argument("--data-dir", help="a TFDS data directory")
+    parser.add_argument("--data-dir", help="a TFDS data directory; of a study on texts, their folder")
     parser.add_argument("--cache-dir", help="where the decoded images are kept")
     parser.add_argument("--weights", help="the folder of published weights, for studies that start from some")
     parser.add_argument("--out", default="runs", help="where the run folders are")
@@ -195,6 +195,10 @@ def _placed(run, options):
     if isinstance(run, study.Measured):
         return run._replace(config=_placed(run.config, options))
     data = dataclasses.replace(run.data, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    if run.data.name.endswith(".txt"):
+        texts = {name: getattr(data, name) for name in ("name", "test")}
+        placed = {name: text and os.path.join(options.data_dir or "", text) for name, text in texts.items()}
+        data = dataclasses.replace(data, **placed, data_dir=None)
     weights = run.model.weights and os.path.join(options.weights or "", run.model.weights)
     model = dataclasses.replace(run.model, weights=weights)
     return dataclasses.replace(run, data=data, model=model, out=options.out)

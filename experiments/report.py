@@ -29,6 +29,7 @@ from experiments import (
     contexts,
     convergence,
     cut_sensitivity,
+    decoder_features,
     depth,
     distributions,
     entropy_variants,
@@ -38,6 +39,9 @@ from experiments import (
     frontier,
     frontier_untrained,
     kept_gradients,
+    language,
+    language_schedule,
+    language_sizes,
     mask_width,
     not_images,
     published_cuts,
@@ -65,6 +69,7 @@ STUDIES = (
     distributions,
     clients,
     not_images,
+    language,
 )
 WITH_A_RECORD_OF_THEIR_OWN = {
     "Error against real bits, and the rate–distortion limit": rate_distortion,
@@ -77,6 +82,9 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "Published weights": published_weights,
     "Published weights, cut behind every block, nothing trained": published_cuts,
     "Rivals in one harness, untrained: accuracy against real bits": frontier_untrained,
+    "Language models: which learning rate": language_schedule,
+    "Hidden states of a decoder, untrained": decoder_features,
+    "Language models of a billion parameters: what they need": language_sizes,
     "On a GPU": accelerator,
 }
 HEAD = """# Results

@@ -110,7 +110,7 @@ def key(run: Run) -> str:
     differing = _differing(own, default)
     digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
     codecs = "-".join(type(codec).__name__.lower() for codec in (run.codec, run.grad_codec))
-    data = run.data.name.replace("/", "_")
+    data = config_lib.without_paths(run).data.name.replace("/", "_")
     return f"{run.model.name}-{data}-{run.model.cut}-{codecs}-seed{run.seed}-{digest[:8]}"
 
 

@@ -23,5 +23,6 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
         rate = optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), rate], [warmup])
     if optim.kind == "adamw":
         return optax.adamw(rate, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
-    sgd = optax.sgd(rate, momentum=optim.momentum, nesterov=optim.nesterov)
+    # Without momentum there is none to keep: it would take as much memory as the weights.
+    sgd = optax.sgd(rate, momentum=optim.momentum or None, nesterov=optim.nesterov)
     return optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)

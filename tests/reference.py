@@ -336,9 +336,23 @@ def payload_bits(name, d, itemsize, fields):
 
 
 def _rows(shape, fields):
-    """Sample by sample, or the whole array as one row."""
+    """(vectors, values in each) that are compressed one by one, or the whole array as one."""
     d = math.prod(shape)
-    return (shape[0], d // max(shape[0], 1)) if fields.get("granularity") == "sample" else (1, d)
+    rows = {
+        "tensor": lambda: 1,
+        "sample": lambda: shape[0],
+        "token": lambda: math.prod(shape[:-1]),
+        "channel": lambda: shape[-1],
+    }[fields.get("granularity", "tensor")]()
+    return (rows, shape[-1]) if fields.get("granularity") == "token" else (rows, d // max(rows, 1))
+
+
+def _vectors(x, fields):
+    """The vectors of `x` (n, …): one a sample, one for each of the first axes' places, or one for each of the last."""
+    rows, d = _rows(x.shape, fields)
+    if fields.get("granularity") == "channel":
+        return [x[..., c].reshape(d) for c in range(rows)]
+    return list(x.reshape(rows, d))
 
 
 def payload_bytes(name, shape, itemsize, fields):
@@ -348,10 +362,10 @@ def payload_bytes(name, shape, itemsize, fields):
 
 def check_encoded(name, x, payload, fields):
     """Raises unless `payload` (numpy arrays) is what `x` encodes to."""
-    rows, d = _rows(x.shape, fields)
+    one = fields.get("granularity", "tensor") == "tensor"
     with np.errstate(all="ignore"):
-        for i, row in enumerate(x.reshape(rows, d)):
-            part = [leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload
+        for i, row in enumerate(_vectors(x, fields)):
+            part = payload if one else [leaf[i] for leaf in payload]
             if name not in ENCODE:
                 check_random(name, row, part, fields)
                 continue
@@ -362,11 +376,9 @@ def check_encoded(name, x, payload, fields):
 
 def decode_array(name, payload, shape, dtype, fields):
     rows, d = _rows(shape, fields)
+    one = fields.get("granularity", "tensor") == "tensor"
     with np.errstate(all="ignore"):
-        parts = [
-            DECODE[name](
-                [leaf[i] for leaf in payload] if fields.get("granularity") == "sample" else payload, d, dtype, fields
-            )
-            for i in range(rows)
-        ]
+        parts = [DECODE[name](payload if one else [leaf[i] for leaf in payload], d, dtype, fields) for i in range(rows)]
+    if fields.get("granularity") == "channel" and rows:
+        return np.stack([np.array(part, dtype).reshape(shape[:-1]) for part in parts], axis=-1)
     return np.array(parts, dtype).reshape(shape)

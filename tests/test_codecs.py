@@ -65,12 +65,21 @@ OTHERS = (
     EntropyMask(error=0.01, levels=4, ratio=0.9, granularity="sample"),
     EntropyMask(bits=1.0, levels=31, signed=True, rounding="stochastic", ratio=0.8),
     EntropyMask(bits=1.0, levels=5, keep_zeros=True),
+    Quantile(3, granularity="token"),
+    SmallFloat(granularity="channel"),
+    Uniform(3, granularity="channel"),
+    MaskEncoded(0.8, bits=2, signed=True, granularity="token"),
+    MaskEncoded(0.8, bits=3, granularity="channel"),
+    StochasticUniform(2, granularity="channel"),
+    RandTopK(0.7, granularity="token"),
+    TopK(0.7, granularity="channel"),
+    EntropyMask(bits=2.0, signed=True, granularity="channel"),
 )
 QUICK_SHAPES = ((1,), (3, 5, 7), (0,))
 CASES = [(codec, shape, jnp.float32) for codec in DEFAULTS for shape in SHAPES]
 CASES += [(codec, (3, 5, 7), dtype) for codec in DEFAULTS for dtype in DTYPES[1:]]
 CASES += [(codec, (3, 5, 7), DTYPES[i % 3]) for i, codec in enumerate(OTHERS)]
-CASES += [(codec, (0, 3), jnp.float32) for codec in OTHERS if codec.granularity == "sample"]
+CASES += [(codec, (0, 3), jnp.float32) for codec in OTHERS if codec.granularity != "tensor"]
 KEY = jax.random.key(0)
 
 

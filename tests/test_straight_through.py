@@ -77,6 +77,7 @@ def kept_and_pullback(codec, h, g):
         TopK(0.6),
         RandK(0.6, granularity="sample"),
         RandTopK(0.6, granularity="sample"),
+        TopK(0.6, granularity="channel"),
         MaskEncoded(0.9, bits=1),
         Uniform(1),
         pytest.param(EntropyMask(error=0.3, levels=5, keep_zeros=True), marks=pytest.mark.slow),

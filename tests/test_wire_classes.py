@@ -95,6 +95,7 @@ def test_what_has_no_neighbours_has_no_grid(shape):
     """Two axes, codes of two pixels in a byte, few bytes in a diagonal, and one pixel: a message is as in one row."""
     codec, like = EntropyMask(error=0.2), like_of(shape)
     assert _contexts.grid_of(codec, like) is None
+    assert _contexts.grid_of(EntropyMask(granularity="channel"), like_of((16, 32, 64))) is None
     payload = payload_of_map(codec, shape)
     data = wire.encode(payload, codec, like)
     assert_same(wire.decode(data, expect=(codec, like)).payload, payload)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
-Granularity = Literal["tensor", "sample"]
+Granularity = Literal["tensor", "sample", "token", "channel"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -217,11 +217,15 @@ def _put_kept(codec, payload, kept, like):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class VectorCodec(Codec):
-    """A codec that sees its input as one vector, or as one vector a sample.
+    """A codec that sees its input as one vector, or as several that it compresses one by one.
 
-    `granularity="tensor"` compresses the whole array at once, as the paper does with the batch of one client;
-    `"sample"` compresses each `h[i]` by itself (payload arrays then have a leading batch axis), so what one sample
-    decodes to does not depend on its neighbours.
+    Where there are several, the payload's arrays have a leading axis with their number, each has its own scale, and
+    packed codes begin with a new byte in each:
+
+      - `granularity="tensor"`: the whole array at once, as the paper does with the batch of one client.
+      - `"sample"`: each `h[i]`, so what one sample decodes to does not depend on its neighbours.
+      - `"token"`: each vector along the last axis, as a transformer's features have one a token (`h[i, t]`).
+      - `"channel"`: each `h[..., c]`, as a transformer has few channels whose values are far larger than all others.
     """
 
     granularity: Granularity = dataclasses.field(default="tensor", kw_only=True)
@@ -229,7 +233,7 @@ class VectorCodec(Codec):
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name), str(field.type)))
-        check_choice("granularity", self.granularity, ("tensor", "sample"))
+        check_choice("granularity", self.granularity, get_args(Granularity))
 
     @abc.abstractmethod
     def _encode_vector(self, x, key):
@@ -260,8 +264,23 @@ class VectorCodec(Codec):
         if self.granularity == "tensor":
             return None, h.size
         if not h.shape:
-            raise ValueError('h must have a batch axis with granularity="sample", got a scalar')
-        return h.shape[0], h.size // max(h.shape[0], 1)
+            axis = "batch" if self.granularity == "sample" else "last"
+            raise ValueError(f'h must have a {axis} axis with granularity="{self.granularity}", got a scalar')
+        if self.granularity == "token":
+            return math.prod(h.shape[:-1]), h.shape[-1]
+        rows = h.shape[0 if self.granularity == "sample" else -1]
+        return rows, h.size // max(rows, 1)
+
+    def _split(self, h):
+        """The vectors (rows, d) of an array, of JAX or NumPy, or the one vector (d,)."""
+        rows, d = self._rows(h)
+        if rows is None:
+            return h.reshape(d)
+        return h.reshape(d, rows).T if self.granularity == "channel" else h.reshape(rows, d)
+
+    def _joined(self, vectors, shape):
+        """The inverse of `_split`."""
+        return (vectors.T if self.granularity == "channel" else vectors).reshape(shape)
 
     def _encode(self, h, key):
         return self._over_rows(self._encode_vector, h, key)
@@ -269,28 +288,28 @@ class VectorCodec(Codec):
     def _encode_numpy(self, h):
         rows, d = self._rows(h)
         if rows is None:
-            return self._encode_vector_numpy(h.reshape(d))
+            return self._encode_vector_numpy(self._split(h))
         # One more than there are, so that there is one.
-        payloads = [self._encode_vector_numpy(row) for row in h.reshape(rows, d)]
+        payloads = [self._encode_vector_numpy(row) for row in np.ascontiguousarray(self._split(h))]
         payloads.append(self._encode_vector_numpy(np.zeros(d, h.dtype)))
         return type(payloads[0])(*(np.stack(arrays)[:rows] for arrays in zip(*payloads, strict=True)))
 
     def _roundtrip(self, h, key):
-        return self._over_rows(self._roundtrip_vector, h, key).reshape(h.shape)
+        return self._joined(self._over_rows(self._roundtrip_vector, h, key), h.shape)
 
     def _over_rows(self, fun, h, key):
-        rows, d = self._rows(h)
+        rows, _ = self._rows(h)
         if rows is None:
-            return fun(h.reshape(d), key)
+            return fun(self._split(h), key)
         keys = None if key is None else jax.random.split(key, rows)
-        return jax.vmap(fun)(h.reshape(rows, d), keys)
+        return jax.vmap(fun)(self._split(h), keys)
 
     def _decode(self, payload, like):
         rows, d = self._rows(like)
         vector = jax.ShapeDtypeStruct((d,), like.dtype)
         if rows is None:
             return self._decode_vector(payload, vector).reshape(like.shape)
-        return jax.vmap(lambda p: self._decode_vector(p, vector))(payload).reshape(like.shape)
+        return self._joined(jax.vmap(lambda p: self._decode_vector(p, vector))(payload), like.shape)
 
 
 def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:

@@ -236,7 +236,7 @@ class EntropyMask(VectorCodec):
         rows, d = self._rows(like)
         unpack = functools.partial(self._unpack, d=d)
         codes = unpack(payload.codes) if rows is None else jax.vmap(unpack)(payload.codes)
-        return (codes != (self._most if self.signed else 0)).reshape(like.shape)
+        return self._joined(codes != (self._most if self.signed else 0), like.shape)
 
     def _pack(self, codes):
         """uint8 (⌈d/g⌉,) of uint8 codes (d,)."""

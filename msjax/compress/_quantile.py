@@ -24,8 +24,8 @@ class Quantile(ScaledCodec):
 
     Attributes:
       bits: of a code, 2 to 8: with one bit there would be no level below 0.
-      granularity: see `VectorCodec`. NF4 takes blocks of 64 values of a network's weights; here a tensor or a sample
-        has one scale.
+      granularity: see `VectorCodec`. NF4 takes blocks of 64 values of a network's weights; here all that is compressed
+        together has one scale.
 
     0 and the values of the largest magnitude are exact, so a constant array is. NaN or ±Inf anywhere make everything
     decode to NaN. A value halfway between two levels takes the lower one. Magnitudes below 2⁻¹²⁶ may count as 0. Bias:

@@ -65,9 +65,8 @@ class Sparsifier(VectorCodec):
         return self._payload_like(like).values
 
     def _take_kept(self, payload, g):
-        rows, d = self._rows(g)
-        take = self._take_kept_vector
-        return take(payload, g.reshape(d)) if rows is None else jax.vmap(take)(payload, g.reshape(rows, d))
+        take = self._take_kept_vector if self.granularity == "tensor" else jax.vmap(self._take_kept_vector)
+        return take(payload, self._split(g))
 
     def _take_kept_vector(self, payload, g):
         if g.size == 0:

@@ -1,0 +1,243 @@
+"""A published Llama, fine-tuned on texts through a cut: perplexity with every codec, before training and after.
+
+    python -m experiments.language --data-dir TEXTS --weights DIR     # one or two minutes a run on two CPU cores
+
+The authors' later program fine-tunes Llama-3.2-1B and Qwen3-1.7B on WikiText-2 through a cut. This is the same in
+small: stories260k, a Llama of 260 thousand parameters trained on children's stories, with its 512 tokens, behind block
+1, 3 or 4 of 5; one client, batches of 4 texts of 256 tokens, all weights trained or adapters alone (LoRA of rank 8 at
+every dense layer). DIR has its folder, `stories260k`, in Hugging Face's layout. TEXTS has shakespeare.txt, whose last
+tenth is the test text, and WikiText-2's wikitext2_valid.txt and wikitext2_test.txt: trained on the validation text and
+tested on the test text, as the training text was not at hand. Perplexities are a token's, of this tokenizer, and not to
+be compared with those of others.
+
+MS has 2 bits and a sign, as there; QU and quantile levels 3 bits; e2m1 is a float of 4 bits, the sign among them; top-k
+and RandTopk keep 7.25 %. Test features go through the codec, at test RandTopk is top-k. There is one epoch, for want of
+time; the learning rates, of all weights and of adapters, are those that `language_schedule` found best without
+compression on a part of Shakespeare's training text, for both texts and all codecs. Bits are those of payloads, or of
+coded messages where a codec is made for that, a value of the features, up and down; gradients are float32 where nothing
+is said.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+
+import matplotlib.figure
+
+from benchmarks import timing
+from experiments import driver, study
+from msjax import compress
+from msjax.config import Config, DataConfig, LoraConfig, ModelConfig, OptimConfig, TaskConfig
+from msjax.models import TARGETS
+
+TITLE = "Language models, fine-tuned through a cut"
+WEIGHTS = "stories260k"
+TEXTS = {
+    "Shakespeare": DataConfig(name="shakespeare.txt", test_share=0.1, text_length=256),
+    "WikiText-2": DataConfig(name="wikitext2_valid.txt", test="wikitext2_test.txt", text_length=256),
+}
+CUTS = ("1", "3", "4")
+MIDDLE = "3"
+LEARNING_RATE, LORA_LEARNING_RATE, EPOCHS = 3e-3, 3e-3, 1
+"""The rates are those that `language_schedule` found best."""
+NONE = compress.Identity()
+
+
+def entropy(bits, **options):
+    return compress.EntropyMask(bits=bits, signed=True, **options)
+
+
+def unbiased(bits):
+    return entropy(bits, rounding="stochastic")
+
+
+CODECS = {
+    "none": (NONE, NONE),
+    "MS": (compress.MaskEncoded(ratio=0.99, bits=2, signed=True), NONE),
+    "QU": (compress.Uniform(bits=3), NONE),
+    "quantile": (compress.Quantile(bits=3), NONE),
+    "e2m1": (compress.SmallFloat(exponent_bits=2, mantissa_bits=1), NONE),
+    "top-k": (compress.TopK(ratio=0.9275), NONE),
+    "RandTopk": (compress.RandTopK(ratio=0.9275), NONE),
+    "EntropyMask 2 up": (entropy(2.0), NONE),
+    "EntropyMask 1 up": (entropy(1.0), NONE),
+    "EntropyMask 2 up 1.5 down": (entropy(2.0), unbiased(1.5)),
+    "EntropyMask 1 up 1 down": (entropy(1.0), unbiased(1.0)),
+    "quantile, by channel": (compress.Quantile(bits=3, granularity="channel"), NONE),
+    "QU, by token": (compress.Uniform(bits=3, granularity="token"), NONE),
+}
+ADAPTED = ("none", "MS", "quantile", "top-k", "EntropyMask 2 up", "EntropyMask 1 up")
+"""The codecs of the arm with adapters, which is at the middle cut alone."""
+ORDERINGS = (("MS", "QU"), ("MS", "quantile"), ("e2m1", "MS"), ("MS", "top-k"), ("MS", "RandTopk"))
+"""What is said of the authors' codecs here: which of two has the lower perplexity."""
+
+
+def base(scale, text="Shakespeare"):
+    """The published network on a text; at smoke scale any network."""
+    if scale == "smoke":
+        return study.base(scale)
+    return Config(
+        model=ModelConfig(name="decoder", weights=WEIGHTS),
+        data=TEXTS[text],
+        task=TaskConfig(name="next_token"),
+        optim=OptimConfig(kind="adamw", learning_rate=LEARNING_RATE, weight_decay=0.0, warmup_epochs=0.1),
+        clients=1,
+        batch_size=4,
+        epochs=EPOCHS,
+        test_every=EPOCHS,
+    )
+
+
+def runs(scale):
+    """The middle cut first, and Shakespeare; at smoke scale two codecs, and nothing at paper scale."""
+    if scale == "paper":
+        return {}
+    if scale == "smoke":
+        arms = {name: _with(base(scale), name) for name in ("none", "MS")}
+        found = {f"Shakespeare, full, {name}, {MIDDLE}": cfg for name, cfg in arms.items()}
+        return study.with_seeds(found, range(1)) | {"Shakespeare, before": before(scale, "Shakespeare")}
+    found = {}
+    for text in TEXTS:
+        found |= study.with_seeds(_arms(text, "full", CODECS, [MIDDLE]), range(1))
+        found[f"{text}, before"] = before(scale, text)
+        found |= study.with_seeds(_arms(text, "LoRA", ADAPTED, [MIDDLE]), range(1))
+    for text in TEXTS:
+        found |= study.with_seeds(_arms(text, "full", CODECS, [cut for cut in CUTS if cut != MIDDLE]), range(1))
+    for text in TEXTS:
+        found |= study.with_seeds(_arms(text, "full", CODECS, [MIDDLE]), range(1, 3))
+    return found
+
+
+def _arms(text, trained, names, cuts):
+    cfg = base("lite", text)
+    if trained == "LoRA":
+        lora = LoraConfig(rank=8, targets=TARGETS)
+        cfg = dataclasses.replace(
+            cfg, lora=lora, optim=dataclasses.replace(cfg.optim, learning_rate=LORA_LEARNING_RATE)
+        )
+    return {
+        f"{text}, {trained}, {name}, {cut}": study.with_cut(_with(cfg, name), cut)
+        for cut in cuts
+        for name in names
+        if name != "none" or cut == MIDDLE  # it is the same network wherever it is cut
+    }
+
+
+def _with(cfg, name):
+    up, down = CODECS[name]
+    return dataclasses.replace(cfg, codec=up, grad_codec=down)
+
+
+def before(scale, text):
+    """The measurement of the network as it is published, with each codec of features at each cut."""
+    cfg = _with(base(scale, text), "none")
+    cfg = cfg if scale == "smoke" else study.with_cut(cfg, MIDDLE)
+    return study.Measured(cfg, "experiments.language:untrained")
+
+
+def untrained(folder, cfg, scale):
+    """Rows: the test loss in nats of what a run starts from, by codec and cut."""
+    from msjax.training import loop, program  # these start JAX
+    from msjax.training.from_config import load_run
+
+    rows = []
+    for name, (up, down) in CODECS.items():
+        if down != NONE or (scale == "smoke" and name not in ("none", "MS")):
+            continue
+        for cut in [cfg.model.cut] if name == "none" or scale == "smoke" else CUTS:
+            run = load_run(study.with_cut(dataclasses.replace(cfg, codec=up), cut))
+            mesh = loop.mesh_of(run.spec)
+            loss = loop.Evaluator(run, mesh)(program.place(run.spec, run.state, mesh))["loss"]
+            rows.append({"codec": name, "cut": cut, "loss": loss})
+    return rows
+
+
+def report(scale, records):
+    groups = study.by_arm(study.trained(records))
+    parts, shown = [], [text for text in TEXTS if any(name.startswith(text) for name in records)]
+    for text in shown:
+        first = untrained_perplexities(records, text)
+        parts.append(f"### {text}\n")
+        for trained in ("full", "LoRA"):
+            rows = []
+            for name in CODECS:
+                at = {
+                    cut: groups.get(f"{text}, {trained}, {name}, {MIDDLE if name == 'none' else cut}", [])
+                    for cut in CUTS
+                }
+                if not any(at.values()):
+                    continue
+                one = next(found for found in at.values() if found)[0]
+                bits = f"{study.feature_bits(one):.2f} / {gradient_bits(one):.2f}"
+                cells = [first.get((name, cut)) for cut in CUTS]
+                cells = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
+                after = [study.mean_and_deviation([perplexity(r) for r in found]) for found in at.values()]
+                rows.append([name, bits, *cells, *after, study.counts(found for found in at.values() if found)])
+            if rows:
+                said = "all weights" if trained == "full" else "adapters alone"
+                header = [
+                    said,
+                    "bits up / down",
+                    *(f"{cut}, before" for cut in CUTS),
+                    *(f"{cut}, after" for cut in CUTS),
+                ]
+                parts.append(timing.table([*header, "seeds"], rows) + "\n")
+        parts.append(_orderings(groups, text))
+    parts.append("![Perplexity against bits](language.png)\n")
+    return study.Page("\n".join(parts), {"language": plot(groups, shown)})
+
+
+def _orderings(groups, text):
+    """Which of two codecs is better, at each cut where both have been trained."""
+    lines = []
+    for one, other in ORDERINGS:
+        said = []
+        for cut in CUTS:
+            found = [groups.get(f"{text}, full, {name}, {cut}", []) for name in (one, other)]
+            if all(found):
+                values = [statistics.mean(map(perplexity, records)) for records in found]
+                said.append(f"{'holds' if values[0] < values[1] else 'does not hold'} at {cut}")
+        if said:
+            lines.append(f"- {one} below {other}: {', '.join(said)}.")
+    return "\n".join([*lines, ""])
+
+
+def untrained_perplexities(records, text):
+    """{(codec, cut): perplexity} of the published network; of no compression, of the one network that it is."""
+    rows = records.get(f"{text}, before", {}).get("rows", [])
+    found = {(row["codec"], row["cut"]): math.exp(row["loss"]) for row in rows}
+    plain = next((math.exp(row["loss"]) for row in rows if row["codec"] == "none"), None)
+    return found if plain is None else found | {("none", cut): plain for cut in CUTS}
+
+
+def perplexity(record):
+    """A token's, on the test text."""
+    return math.exp(record["test"]["loss"])
+
+
+def gradient_bits(one):
+    """Bits a value of the gradients, as `study.cut_bytes` counts them."""
+    sent = study.cut_bytes(one["traffic"]) - study.uplink_feature_bytes(one["traffic"])
+    return 32 * sent / one["uncompressed_feature_bytes"]
+
+
+def plot(groups, texts):
+    """A panel a text: perplexity after training against bits up, a marker a cut; without compression a line."""
+    figure = matplotlib.figure.Figure(figsize=(6 * max(1, len(texts)), 4.5), layout="constrained")
+    for axes, text in zip(figure.subplots(1, max(1, len(texts)), squeeze=False)[0], texts, strict=False):
+        for color, name in enumerate(name for name in CODECS if name != "none"):
+            for cut, marker in zip(CUTS, "osv", strict=True):
+                if found := groups.get(f"{text}, full, {name}, {cut}"):
+                    x, y = study.feature_bits(found[0]), statistics.mean(map(perplexity, found))
+                    axes.plot(x, y, marker, color=f"C{color % 10}", label=name)
+        if found := groups.get(f"{text}, full, none, {MIDDLE}"):
+            axes.axhline(statistics.mean(map(perplexity, found)), color="k", linewidth=0.8, label="none")
+        axes.set(title=text, xlabel="bits a value of the features", ylabel="perplexity", yscale="log")
+        drawn = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        axes.legend(drawn.values(), drawn.keys(), fontsize="x-small")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(driver.main(sys.modules[__name__]))

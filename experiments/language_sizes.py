@@ -1,0 +1,200 @@
+"""Llama-3.2-1B and Qwen3-1.7B at the cuts of the authors' later program: what they need, from shapes alone.
+
+    python -m experiments.language_sizes      # a minute; no weights are made
+
+The presets `configs/llama32_1b_wikitext2.py` and `configs/qwen3_1_7b_wikitext2.py`, which have not been trained: no
+machine for it was at hand. That they can be built is seen here: the parties' steps are traced and lowered for XLA with
+abstract arrays. Memory is that of weights, gradients and the optimizer's state; activations come on top. "All weights"
+is float32 with plain SGD, as in their program; "adapters" is LoRA of rank 8 at every dense layer of the blocks, with
+AdamW, the other weights in bfloat16, of which features are then, too. Where the output layer is tied to the embedding
+each party has its own copy, so the parties' parameters are more than the network's; the network's are the published
+counts. Operations are floating-point ones of a step as XLA's cost analysis counts them.
+
+Bytes are of a step of one client, 4 texts of 256 tokens: payloads, and for `EntropyMask` the bits it aims at; the
+labels' 4 KiB come on top. Times are those of a step's messages alone at the link's full rate, one way after the other.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from experiments import language, study
+from msjax import build, compress, models
+from msjax.config import Config, LoraConfig, OptimConfig
+from msjax.split import programs
+from msjax.split.state import client_keys
+from msjax.split.trees import TreeSpec
+
+OUT = study.RESULTS / "language_sizes"
+PRESETS = {"Llama-3.2-1B": "llama32_1b_wikitext2", "Qwen3-1.7B": "qwen3_1_7b_wikitext2"}
+CUTS = {"Llama-3.2-1B": (1, 8, 15), "Qwen3-1.7B": (1, 14, 27)}
+LINKS = (10, 100, 1000)
+"""Mbit/s."""
+CODECS = ("none", "MS", "QU", "quantile", "e2m1", "top-k", "EntropyMask 2 up", "EntropyMask 2 up 1.5 down")
+SIDES = ("client", "server")
+GIB = 1 << 30
+
+
+def main() -> int:
+    parser = timing.parser(__doc__, repeats=False)
+    parser.set_defaults(out=OUT)
+    options = parser.parse_args()
+    start = time.monotonic()
+    rows = []
+    for name, cuts in CUTS.items():
+        for cut in cuts:
+            for trained in ("all weights", "adapters"):
+                found = needs(config_of(name, cut, adapters=trained == "adapters"))
+                rows.append({"model": name, "cut": cut, "trained": trained, **found})
+                print(f"{name}, cut {cut}, {trained}", flush=True)
+    timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
+    print(table(rows))
+    return 0
+
+
+def config_of(name, cut, *, adapters):
+    """The preset at a cut; with adapters as the docstring says."""
+    cfg = study.with_cut(study.preset(PRESETS[name]), str(cut))
+    if not adapters:
+        return cfg
+    optim = OptimConfig(kind="adamw", learning_rate=1e-4, weight_decay=0.0)
+    return dataclasses.replace(cfg, lora=LoraConfig(rank=8, targets=models.TARGETS), optim=optim, dtype="bfloat16")
+
+
+def needs(cfg: Config) -> dict:
+    """Returns parameters, bytes of memory and operations of both parties, and a step's bytes with each codec."""
+    spec, client, server = built(cfg)
+    row = {"parameters": parameters(described(cfg)), "client": party(client), "server": party(server)}
+    for side, flops in operations(spec, client, server, cfg.batch_size).items():
+        row[side]["step_flops"] = flops
+    row["label_bytes"] = cfg.batch_size * spec.labels.nbytes
+    features = spec.features.batch(cfg.batch_size)
+    return row | {"codecs": {codec: step_bytes(codec, features) for codec in CODECS}}
+
+
+def built(cfg):
+    """(spec, client, server) of a config, the parts as shapes and dtypes."""
+    tokens = TreeSpec.of(jax.ShapeDtypeStruct((cfg.data.text_length,), np.int32))
+    summary = build.DataSummary(tokens, tokens)
+    parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+    samples = cfg.batch_size  # of one step: how many there are changes nothing here
+    return build.build(cfg, summary, samples=samples, test_samples=samples, parts=parts, shapes_only=True)
+
+
+def described(cfg):
+    """What the decoder of a config is."""
+    return models.DecoderConfig.from_json(json.loads(cfg.model.decoder))
+
+
+def parameters(c: models.DecoderConfig) -> int:
+    """Returns how many weights a whole decoder has, by formula; a tied output layer has none of its own."""
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    biases = (
+        c.qkv_bias * c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads) + c.output_bias * c.hidden_size
+    )
+    feed_forward = 3 * c.hidden_size * c.intermediate_size + c.mlp_bias * (2 * c.intermediate_size + c.hidden_size)
+    norms = 2 * c.hidden_size + c.qk_norm * 2 * c.head_dim
+    table = c.vocab_size * c.hidden_size
+    blocks = c.num_hidden_layers * (attention + biases + feed_forward + norms)
+    return blocks + table * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+
+
+def party(part) -> dict:
+    """Returns the numbers of values and bytes that a party has in memory for its part, without activations."""
+    trained, frozen = values(part.params), values(part.stats)
+    found = {"trained_values": trained, "frozen_values": frozen}
+    found["weight_bytes"] = nbytes(part.params) + nbytes(part.stats)
+    found["gradient_bytes"], found["optimizer_bytes"] = nbytes(part.params), nbytes(part.opt_state)
+    found["bytes"] = found["weight_bytes"] + found["gradient_bytes"] + found["optimizer_bytes"]
+    return found
+
+
+def values(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def operations(spec, client, server, batch_size) -> dict[str, float]:
+    """Returns each party's operations of a step, of programs that are lowered from shapes."""
+    x = spec.labels.batch(batch_size)  # tokens have the form of the labels
+    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
+    key = jax.eval_shape(lambda keys: keys[0], keys)
+    payload, pending = jax.eval_shape(lambda c, x, k: programs.client_forward(spec, c, x, k), client, x, key)
+    stacked, y = (
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), t) for t in (payload, x)
+    )
+    _, replies, _ = jax.eval_shape(
+        lambda s, p, y, k: programs.server_step(spec, s, p, y, k, batch_size=batch_size), server, stacked, y, keys
+    )
+    reply = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
+    update = jax.eval_shape(lambda p, r: programs.client_backward(spec, p, r, batch_size=batch_size), pending, reply)
+    of_client = [
+        programs.client_forward.lower(spec, client, x, key),
+        programs.client_backward.lower(spec, pending, reply, batch_size=batch_size),
+        programs.update_part.lower(spec, client, update),
+    ]
+    of_server = [programs.server_step.lower(spec, server, stacked, y, keys, batch_size=batch_size)]
+    return {"client": sum(map(flops, of_client)), "server": sum(map(flops, of_server))}
+
+
+def flops(lowered):
+    return float(lowered.cost_analysis().get("flops", 0.0))
+
+
+def step_bytes(name, features) -> dict:
+    """Returns a step's bytes up and down with a codec of `language`, and the seconds of both on each link."""
+    up, down = language.CODECS[name]
+    found = {"up_bytes": message_bytes(up, features), "down_bytes": message_bytes(down, features)}
+    bits = 8 * (found["up_bytes"] + found["down_bytes"])
+    return found | {"seconds": {f"{rate} Mbit/s": bits / (rate * 1e6) for rate in LINKS}}
+
+
+def message_bytes(codec: compress.Codec, like: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of a payload, or of a codec that is coded the bits that it aims at."""
+    return round(codec.bits * like.size / 8) if codec.entropy_coded else codec.payload_bytes(like)
+
+
+def table(rows):
+    """Three tables: parameters and memory, a step's bytes, and a step's seconds."""
+    memory = [
+        [
+            f"{r['model']}, {r['trained']}",
+            str(r["cut"]),
+            *(f"{r[side]['trained_values'] / 1e6:,.1f} / {r[side]['frozen_values'] / 1e6:,.1f}" for side in SIDES),
+            *(f"{r[side]['bytes'] / GIB:.2f}" for side in SIDES),
+            *(f"{r[side]['step_flops'] / 1e12:.2f}" for side in SIDES),
+        ]
+        for r in rows
+    ]
+    header = ["", "cut", *(f"{s}: trained / frozen, M" for s in SIDES), *(f"{s}, GiB" for s in SIDES)]
+    parts = [timing.table([*header, *(f"{s}, 10¹² operations a step" for s in SIDES)], memory)]
+    whole = {r["model"]: f"{r['parameters']:,}" for r in rows}
+    parts.append(
+        "Parameters of the whole networks: " + ", ".join(f"{name} {count}" for name, count in whole.items()) + "."
+    )
+    for trained in dict.fromkeys(r["trained"] for r in rows):  # the features of both networks are of one shape
+        one = next(r for r in rows if r["trained"] == trained)
+        lines = [
+            [
+                codec,
+                *(f"{sent[f'{way}_bytes'] / 1e6:.3f}" for way in ("up", "down")),
+                *(f"{seconds:.3f}" for seconds in sent["seconds"].values()),
+            ]
+            for codec, sent in one["codecs"].items()
+        ]
+        links = [f"s at {link}" for link in next(iter(one["codecs"].values()))["seconds"]]
+        parts.append(timing.table([f"{trained}, a step", "MB up", "MB down", *links], lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The study of language models: its runs, where their texts lie, and what its report says of records."""
+
+import argparse
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import decoder_features, driver, language, language_schedule, study
+from msjax import compress, config, data, wire
+
+
+def test_the_middle_cut_and_seed_0_come_first():
+    names = list(language.runs("lite"))
+    assert names[: len(language.CODECS)] == [f"Shakespeare, full, {codec}, 3, seed 0" for codec in language.CODECS]
+    assert [name for name in names if "seed 0" in name] == [name for name in names[:88] if "seed" in name]
+    assert sum("none" in name for name in names) == 2 * 3 + 2  # of each text three seeds, and one with adapters
+
+
+def test_texts_and_weights_lie_where_the_command_says():
+    run = language.runs("lite")["WikiText-2, full, MS, 3, seed 0"]
+    placed = driver._placed(run, argparse.Namespace(data_dir="/texts", weights="/models", cache_dir=None, out="runs"))
+    assert (placed.data.name, placed.data.test) == ("/texts/wikitext2_valid.txt", "/texts/wikitext2_test.txt")
+    assert placed.model.weights == "/models/stories260k" and placed.data.data_dir is None
+    assert study.key(placed) == study.key(run)
+
+
+def trained(name, loss):
+    """A record of a run of this name that ended with this test loss."""
+    cfg = language.runs("lite")[name]
+    traffic = {"uplink_feature_bytes": 332, "downlink_gradient_bytes": 3200}
+    made = {"test": {"loss": loss}, "traffic": traffic, "uncompressed_feature_bytes": 3200}
+    return made | {"config": config.to_json(cfg)}
+
+
+def test_the_report_says_which_orderings_hold():
+    losses = {"none": 1.0, "MS": 1.5, "QU": 1.4, "top-k": 2.0}
+    names = {f"Shakespeare, full, {codec}, 3, seed 0": loss for codec, loss in losses.items()}
+    records = {name: trained(name, loss) for name, loss in names.items()}
+    rows = [{"codec": "none", "cut": "3", "loss": 3.0}, {"codec": "MS", "cut": "1", "loss": 4.0}]
+    records["Shakespeare, before"] = {"rows": rows, "config": config.to_json(config.Config())}
+    text, figures = language.report("lite", records)
+    assert "- MS below QU: does not hold at 3.\n- MS below top-k: holds at 3.\n" in text and "e2m1" not in text
+    line = next(line for line in text.splitlines() if line.startswith("| MS |"))
+    assert line == f"| MS | 3.32 / 32.00 | {math.exp(4):.2f} | – | – | – | {math.exp(1.5):.2f} | – | 1 |"
+    assert f"| none | 3.32 / 32.00 | {' | '.join([f'{math.exp(3):.2f}'] * 3)} |" in text
+    assert figures.keys() == {"language"} and "WikiText" not in text
+
+
+def test_the_schedule_is_not_chosen_on_the_test_text():
+    blocks = np.arange(50).reshape(50, 1)
+    whole = data.Dataset(
+        "text", data.Arrays(blocks[:40], blocks[:40]), data.Arrays(blocks[40:], blocks[40:]), None, None, None
+    )
+    found = language_schedule.with_held_out(whole)
+    assert found.train.inputs.ravel().tolist() == list(range(16))
+    assert found.test.inputs.ravel().tolist() == list(range(36, 40))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few and small batches, and one codec of each kind."""
+    monkeypatch.setattr(decoder_features, "BATCHES", 2)
+    monkeypatch.setattr(decoder_features, "BATCH", 3)
+    monkeypatch.setattr(decoder_features, "CODECS", (compress.Quantile(bits=3),))
+    monkeypatch.setattr(decoder_features, "ENTROPY", (language.entropy(2.0),))
+    monkeypatch.setattr(decoder_features, "GRANULARITIES", ("tensor", "channel"))
+
+
+def test_outlier_channels_cost_a_tensor_its_scale_and_channels_nothing(small):
+    h = np.asarray(jax.random.normal(jax.random.key(0), (6, 40, 16)))
+    rows = {}
+    for outliers in (False, True):
+        for row in decoder_features.of_features(h, lambda decoded: float(decoded.mean()), outliers=outliers):
+            rows[row["codec"], row["scales"], outliers] = row
+    quantile = str(compress.Quantile(bits=3))
+    assert rows[quantile, "channel", True]["error"] == pytest.approx(
+        rows[quantile, "channel", False]["error"], rel=0.05
+    )
+    assert rows[quantile, "tensor", True]["error"] > 5 * rows[quantile, "tensor", False]["error"]
+    assert len(rows) == 2 * (2 * 2 + 3)
+    for row in rows.values():
+        assert set(row) == {"codec", "scales", "bits", "error", "error_by_token", "nats"} and row["bits"] > 1
+    assert "With two outlier channels" in decoder_features.table(
+        [row | {"outliers": key[2]} for key, row in rows.items()]
+    )
+
+
+def test_what_features_are_divided_by():
+    h = np.stack([np.full((2, 3, 4), 2.0), np.full((2, 3, 4), 8.0)]).reshape(4, 3, 4)
+    found = decoder_features.scales(h, (2,), 1.0)
+    np.testing.assert_array_equal(found[:, :, 0], np.repeat([[2.0], [2.0], [8.0], [8.0]], 3, axis=1))
+    assert decoder_features.scales(h, (0, 1), 0.5).shape == (1, 1, 4)
+    decoded, sent = decoder_features.through(compress.Quantile(bits=3), h.astype(np.float32))
+    np.testing.assert_allclose(decoded, h, rtol=0.2, atol=2)
+    codec = compress.Quantile(bits=3)
+    payload = jax.device_get(jax.jit(codec.encode)(h.astype(np.float32)))
+    assert sent == len(wire.encode(payload, codec, h.astype(np.float32), compression="huffman"))
