@@ -14,7 +14,7 @@ draws the parameters, or takes those that `load_weights` read from a file in PyT
 
 from msjax.models._adapters import as_part, as_parts, cut_sequential
 from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
-from msjax.models._cache import Cache, attends, cache_bytes, extend_cached, make_cache, part_config
+from msjax.models._cache import Cache, attends, cache_bytes, decoder_blocks, extend_cached, make_cache, part_config
 from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
 from msjax.models._huggingface import load_decoder, open_decoder, save_decoder
@@ -70,6 +70,7 @@ __all__ = [
     "cut_places",
     "cut_sequential",
     "decoder",
+    "decoder_blocks",
     "extend_cached",
     "largest",
     "list_cuts",
