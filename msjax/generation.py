@@ -110,7 +110,7 @@ class ServerSession:
 
     def __init__(self, part: ModelPart, terms: Terms, *, tail: ModelPart | None = None, key: jax.Array | None = None):
         self._stage = _Stage(part, terms, returns_all=tail is not None and models.attends(tail))
-        self._terms, self._u_shaped, self._key = terms, tail is not None, key
+        self.terms, self._u_shaped, self._key = terms, tail is not None, key
 
     @staticmethod
     def cache_bytes(part: ModelPart, terms: Terms) -> int:
@@ -123,7 +123,7 @@ class ServerSession:
         Raises:
           WireError: a piece is not as the terms say, or the cache has no room for its tokens.
         """
-        terms = self._terms
+        terms = self.terms
         if len(pieces) != terms.batch_size:
             raise wire.WireError(f"pieces must be {terms.batch_size}, one for each text, got {len(pieces)}")
         rows = [_decode(self._stage.part, terms, piece) for piece in pieces]

@@ -305,10 +305,15 @@ def _read_form(reader, expect, max_bytes):
         raise WireError(f"the features must have at most {max_bytes} bytes, got shape {list(shape)}")
     if math.prod(max(n, 1) for n in shape) >= 1 << 31:
         raise WireError(f"the features must be fewer than 2^31, got shape {list(shape)}")
-    if not _CODEC_TEXT.fullmatch(text):
+    return read_codec(text), jax.ShapeDtypeStruct(shape, dtype)
+
+
+def read_codec(text: bytes) -> compress.Codec:
+    """Returns the codec whose `repr` a stranger has sent; raises WireError for any other text."""
+    if not _CODEC_TEXT.fullmatch(text) or len(text) > _MAX_CODEC_TEXT:
         raise WireError(f"the codec's text must be as `repr` gives it, got {text[:80]!r}")
     try:
-        return compress.from_string(text.decode()), jax.ShapeDtypeStruct(shape, dtype)
+        return compress.from_string(text.decode())
     except (ValueError, TypeError) as error:
         raise WireError(f"unknown codec {text[:80]!r}: {error}") from None
 

@@ -96,11 +96,7 @@ def _network(options: GenerateOptions, preset: Any) -> tuple[tuple[ModelPart, ..
     if not files and models.has_decoder(expand("network", paths[0])):
         parts = _published(options)
         return parts, Identity() if codec is None and len(parts) > 1 else codec, options.tokenizer or paths[0]
-    if (options.cut, options.tail_cut, options.dtype) != (None, None, "float32"):
-        raise ValueError(
-            f"cut, tail_cut and dtype must not be given for a trained network, which has its own, got {options.cut!r}, "
-            f"{options.tail_cut!r} and {options.dtype!r}"
-        )
+    check_trained(options)
     pair = load_pair(*paths, preset=preset)
     check_decoder(pair.config, paths[0])
     parts = model_parts(pair.client, pair.server)
@@ -124,6 +120,14 @@ def check_decoder(cfg: config.Config, path: str) -> None:
     """Raises ValueError for a network that continues no texts."""
     if cfg.model.name != models.DECODER:
         raise ValueError(f"network must be one with model.name='decoder', got {cfg.model.name!r} of {path}")
+
+
+def check_trained(options: GenerateOptions) -> None:
+    """Raises ValueError for options of published weights, where the network is a trained one."""
+    for name in ("cut", "tail_cut", "dtype"):
+        value, default = getattr(options, name), getattr(GenerateOptions, name)
+        if value != default:
+            raise ValueError(f"{name} must not be given for a trained network, which has its own, got {value!r}")
 
 
 def codec_of(cfg: config.Config) -> Codec:
