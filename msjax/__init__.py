@@ -5,7 +5,7 @@
 
 `compress` has the codecs, `wire` their payloads as bytes; both need JAX alone. `data`, `models`, `tasks` and `modes`
 are what a run is made of, `train` runs it, `load_part` reads a trained part, `load_pair` both, with which `predict`
-predicts. Modules are imported when they are named.
+predicts; a `Generator` continues texts with a decoder. Modules are imported when they are named.
 """
 
 import importlib
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from msjax import models as models
     from msjax import tasks as tasks
     from msjax import wire as wire
+    from msjax.generation import Generator as Generator
     from msjax.pair import load_pair as load_pair
     from msjax.pair import predict as predict
     from msjax.parts import load_part as load_part
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from msjax.training import train as train
 
 _WHERE = {
+    "Generator": "msjax.generation:Generator",
     "compress": "msjax.compress",
     "data": "msjax.data",
     "load_pair": "msjax.pair:load_pair",

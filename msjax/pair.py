@@ -182,10 +182,13 @@ def _outputs(spec, states, x, key):
     return jax.vmap(one_batch)(x)
 
 
-def whole(pair: Pair) -> models.ModelPart:
-    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it."""
-    cfg, summary = pair.config, pair.summary
-    client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+def model_parts(client: TrainedPart, server: TrainedPart | None = None) -> tuple[models.ModelPart, ...]:
+    """Returns the parts of a network: client, server and, where the run was U-shaped, tail.
+
+    Args:
+      server: None where it is elsewhere; the part has shapes and dtypes in place of arrays then.
+    """
+    first, second, *tail = jax.eval_shape(lambda: build.make_parts(client.config, client.summary))
 
     def filled(part, trained):
         return part._replace(
@@ -193,8 +196,13 @@ def whole(pair: Pair) -> models.ModelPart:
             stats={name: trained.stats[name] for name in part.stats},
         )
 
-    parts = (filled(client, pair.client), filled(server, pair.server), *(filled(part, pair.client) for part in tail))
-    return merged(cfg, parts)
+    second = second if server is None else filled(second, server)
+    return filled(first, client), second, *(filled(part, client) for part in tail)
+
+
+def whole(pair: Pair) -> models.ModelPart:
+    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it."""
+    return merged(pair.config, model_parts(pair.client, pair.server))
 
 
 def save_network(path: str | os.PathLike, pair: Pair, *, names: Names | None = None) -> Names:

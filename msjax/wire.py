@@ -41,6 +41,15 @@ commonest byte has a flag of one bit; only codes packed by the last axis have ne
 | | first one highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no |
 | | bytes |
 
+Of a few values, as those of one token, most of a message would be its head. Where both ends know codec, dtype and
+shape beforehand, a bare message (`encode_bare`, `decode_bare`) leaves them out:
+
+| bytes | |
+|---|---|
+| 4 | CRC-32 of what is left out, from the codec's text to the shape, and of everything behind it |
+| 1, or 5 each | of each buffer its coding and, unless it is raw, its length |
+| | the buffers, as above |
+
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """
 
@@ -111,17 +120,7 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
       TypeError: an array of the payload has a mask.
       ValueError: `compression` is none of `COMPRESSIONS`, or the payload is not what the codec makes of such an array.
     """
-    if compression not in COMPRESSIONS:
-        raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
-    like = form_of(like)
-    if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
-        raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
-    layout = _layout(codec, like)
-    arrays = [np.asarray(leaf) for leaf in payload_arrays(payload)]
-    check_payload(codec, like, layout, arrays)
-    compression = _compression(codec, compression)
-    grid = _contexts.grid_of(codec, like)
-    coded = [_code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
+    like, coded = _coded(payload, codec, like, compression)
     codings = [(coding, len(buffer)) for coding, buffer in coded]
     body = [_header(codec, like, codings), *(buffer for _, buffer in coded)]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, 0)
@@ -162,14 +161,45 @@ def decode(
     codings = [reader.unpack("<BQ") for _ in layout]
     if version != _version(codings):
         raise WireError(f"version must be the first that has the buffers' codings, {_version(codings)}, got {version}")
-    grid = _contexts.grid_of(codec, like)
-    arrays = [
-        _read_array(reader, form, *coding, may_cut=codec.entropy_coded, grid=grid)
-        for form, coding in zip(layout, codings, strict=True)
-    ]
-    if len(reader.rest()):
-        raise WireError(f"{len(reader.rest())} bytes behind the last buffer")
-    return Message(codec, like, type(layout)(*arrays), nominal, len(data))
+    return _message(reader, codec, like, layout, codings, nominal, len(data))
+
+
+def encode_bare(payload: Any, codec: compress.Codec, like: Any, *, compression: str | None = None) -> bytes:
+    """Returns a message of `payload` without codec, dtype and shape, which whoever reads it must know.
+
+    Arguments and errors are those of `encode`.
+    """
+    like, coded = _coded(payload, codec, like, compression)
+    table = [struct.pack("<B", c) if c == _RAW else struct.pack("<BI", c, len(buffer)) for c, buffer in coded]
+    body = [*table, *(buffer for _, buffer in coded)]
+    checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, zlib.crc32(_form(codec, like)))
+    return b"".join([struct.pack("<I", checksum), *body])
+
+
+def decode_bare(
+    data: bytes | bytearray | memoryview, codec: compress.Codec, like: Any, *, max_bytes: int = 1 << 31
+) -> Message:
+    """Returns the message that `encode_bare` made of features like `like` by this codec.
+
+    Raises:
+      WireError: as `decode`; also where the message was made by another codec, or of features of another form.
+    """
+    data, like = memoryview(data).cast("B"), form_of(like)
+    reader = _Reader(data)
+    (checksum,) = reader.unpack("<I")
+    if zlib.crc32(reader.rest(), zlib.crc32(_form(codec, like))) != checksum:
+        form = f"{like.dtype}{list(like.shape)}"
+        raise WireError(f"checksum is wrong: the message was damaged, or is not {codec} of {form}")
+    layout = _layout(codec, like)
+    nominal = sum(math.prod(form.shape) * form.dtype.itemsize for form in layout)
+    if nominal > max_bytes:
+        raise WireError(f"the payload must have at most {max_bytes} bytes, got {nominal}")
+    codings = []
+    for form in layout:
+        (coding,) = reader.unpack("<B")
+        raw = math.prod(form.shape) * form.dtype.itemsize
+        codings.append((coding, raw if coding == _RAW else reader.unpack("<I")[0]))
+    return _message(reader, codec, like, layout, codings, nominal, len(data))
 
 
 def most_bytes(codec: compress.Codec, like: Any) -> int:
@@ -203,6 +233,33 @@ def estimate_bytes(
     return total
 
 
+def _coded(payload, codec, like, compression):
+    """(like as shape and dtype, the coding and the buffer of each array) of a payload, which is checked."""
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
+    like = form_of(like)
+    if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
+        raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
+    layout = _layout(codec, like)
+    arrays = [np.asarray(leaf) for leaf in payload_arrays(payload)]
+    check_payload(codec, like, layout, arrays)
+    compression = _compression(codec, compression)
+    grid = _contexts.grid_of(codec, like)
+    return like, [_code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
+
+
+def _message(reader, codec, like, layout, codings, nominal, size):
+    """The message whose buffers are what is left in `reader`."""
+    grid = _contexts.grid_of(codec, like)
+    arrays = [
+        _read_array(reader, form, *coding, may_cut=codec.entropy_coded, grid=grid)
+        for form, coding in zip(layout, codings, strict=True)
+    ]
+    if len(reader.rest()):
+        raise WireError(f"{len(reader.rest())} bytes behind the last buffer")
+    return Message(codec, like, type(layout)(*arrays), nominal, size)
+
+
 def _version(codings):
     """The first version that has them, so that as many peers as can may read a message."""
     return max((_VERSIONS.get(coding, 1) for coding, _ in codings), default=1)
@@ -214,10 +271,15 @@ def _compression(codec, compression):
 
 def _header(codec, like, codings):
     """What is between the checksum and the buffers."""
+    buffers = [struct.pack("<BQ", *coding) for coding in codings]
+    return b"".join([_form(codec, like), struct.pack("<B", len(codings)), *buffers])
+
+
+def _form(codec, like):
+    """Codec, dtype and shape as bytes."""
     text = repr(codec).encode()
     shape = struct.pack(f"<BB{len(like.shape)}I", _DTYPES.index(_dtype(like.dtype)), len(like.shape), *like.shape)
-    buffers = [struct.pack("<BQ", *coding) for coding in codings]
-    return b"".join([struct.pack("<H", len(text)), text, shape, struct.pack("<B", len(codings)), *buffers])
+    return struct.pack("<H", len(text)) + text + shape
 
 
 def _read_form(reader, expect, max_bytes):
@@ -244,10 +306,15 @@ def _read_form(reader, expect, max_bytes):
         raise WireError(f"the features must have at most {max_bytes} bytes, got shape {list(shape)}")
     if math.prod(max(n, 1) for n in shape) >= 1 << 31:
         raise WireError(f"the features must be fewer than 2^31, got shape {list(shape)}")
-    if not _CODEC_TEXT.fullmatch(text):
+    return read_codec(text), jax.ShapeDtypeStruct(shape, dtype)
+
+
+def read_codec(text: bytes) -> compress.Codec:
+    """Returns the codec whose `repr` a stranger has sent; raises WireError for any other text."""
+    if not _CODEC_TEXT.fullmatch(text) or len(text) > _MAX_CODEC_TEXT:
         raise WireError(f"the codec's text must be as `repr` gives it, got {text[:80]!r}")
     try:
-        return compress.from_string(text.decode()), jax.ShapeDtypeStruct(shape, dtype)
+        return compress.from_string(text.decode())
     except (ValueError, TypeError) as error:
         raise WireError(f"unknown codec {text[:80]!r}: {error}") from None
 

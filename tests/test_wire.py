@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,40 @@ def test_round_trip(codec, shape, dtype, compression):
         if compression is None and not codec.entropy_coded:
             whole = np.frombuffer(data, np.uint8)
             assert all(np.shares_memory(leaf, whole) for leaf in jax.tree.leaves(found.payload) if leaf.size)
+
+    bare = wire.encode_bare(payload, codec, like, compression=compression)
+    found = wire.decode_bare(bare, codec, like)
+    assert_same(found.payload, payload)
+    assert (found.codec, found.like, found.wire_bytes) == (codec, like, len(bare)) and len(bare) < len(data) - 16
+
+
+BARE_LIKE = jax.ShapeDtypeStruct((1, 1, 64), np.float32)
+
+
+def test_a_bare_message_is_four_bytes_and_one_a_buffer_longer_than_its_payload():
+    for codec, buffers in ((Identity(), 1), (TopK(ratio=0.9), 2), (MaskEncoded(ratio=0.9, bits=4, signed=True), 3)):
+        data = wire.encode_bare(codec.encode(jnp.ones((1, 1, 64))), codec, BARE_LIKE)
+        assert len(data) == codec.payload_bytes(BARE_LIKE) + 4 + buffers
+
+
+def test_a_bare_message_of_something_else_is_refused():
+    codec, h = EntropyMask(), jax.random.normal(KEY, (1, 1, 64))
+    data = wire.encode_bare(codec.encode(h), codec, BARE_LIKE)
+    for other in ((EntropyMask(bits=2.0), BARE_LIKE), (codec, jax.ShapeDtypeStruct((1, 64), np.float32))):
+        with pytest.raises(wire.WireError, match="checksum is wrong: the message was damaged, or is not EntropyMask"):
+            wire.decode_bare(data, *other)
+    with pytest.raises(wire.WireError, match="the payload must have at most 8 bytes"):
+        wire.decode_bare(data, codec, BARE_LIKE, max_bytes=8)
+    head = zlib.crc32(wire._form(codec, BARE_LIKE))
+    body, refused = data[4:], 0
+    damaged = [body[:at] for at in range(len(body))] + [body + b"0"]
+    damaged += [body[:at] + bytes([body[at] ^ bit]) + body[at + 1 :] for at in range(len(body)) for bit in (1, 128)]
+    for one in damaged:  # with a checksum that fits
+        try:
+            wire.decode_bare(struct.pack("<I", zlib.crc32(one, head)) + one, codec, BARE_LIKE)
+        except wire.WireError:
+            refused += 1
+    assert refused > len(body)  # other values may be a message
 
 
 @pytest.mark.parametrize("kind", (bytes, bytearray, memoryview))

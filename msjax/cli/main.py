@@ -1,4 +1,4 @@
-"""The command line: `msjax train | eval | predict | export | compare | runs | models | serve | client`."""
+"""The command line: `msjax COMMAND`, with a module for each command."""
 
 import codecs
 import importlib
@@ -20,6 +20,9 @@ commands:
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
   predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...
+  generate  continue a text with a trained decoder:  msjax generate RUN --prompt "Once upon a time"
+              msjax generate FOLDER --cut 2 --codec CODEC --prompt TEXT      published weights, cut anywhere
+              msjax generate CLIENT.safetensors --server HOST:PORT --prompt TEXT     with the server's part elsewhere
   export    a trained run's network in one file:  msjax export RUN --out FILE.safetensors
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
               msjax serve --part SERVER.safetensors               answer with a trained part
@@ -35,6 +38,7 @@ COMMANDS = {
     "train": ("train", "train"),
     "eval": ("eval", "train"),
     "predict": ("predict", "train"),
+    "generate": ("generate", "train"),
     "export": ("export", "train"),
     "models": ("models", "train"),
     "compare": ("compare", "train"),
@@ -43,7 +47,7 @@ COMMANDS = {
     "client": ("client", "train,net"),
 }
 """Each command's module, and the extras that it needs."""
-COMPUTING = ("train", "eval", "predict", "serve", "client")
+COMPUTING = ("train", "eval", "predict", "generate", "serve", "client")
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """An environment in which glibc takes large pages for large arrays.
 

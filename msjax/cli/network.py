@@ -1,4 +1,4 @@
-"""What the commands of the network share; and `msjax eval --server`."""
+"""What the commands of the network share; `msjax eval --server` and `msjax generate --server`."""
 
 import contextlib
 import dataclasses
@@ -13,11 +13,14 @@ import jax
 import tyro
 
 from msjax import build, parts
+from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
 from msjax.cli.options import parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
-from msjax.distributed.options import ConnectOptions, check_positive
+from msjax.distributed.options import ConnectOptions, LinkOptions, check_positive
+from msjax.generation import Generator
 from msjax.logs import ShortLines
+from msjax.pair import model_parts
 from msjax.paths import existing_file
 from msjax.runs import to_json
 from msjax.runs.signals import stop_on_signal
@@ -73,19 +76,10 @@ def evaluate(arguments: list[str]) -> int:
     )
     options = parse(_EvalOptions, rest, prog="msjax eval", description=description)
     options.check()
-    preset = preset_of(where)
-    trained = parts.load_part(existing_file("part", options.part), preset=preset)
-    if trained.part != "client":
-        raise ValueError(f"part must be that of a client, got that of a {trained.part}: {options.part}")
-    if trained.apply is None:
-        raise ValueError(f"{options.part} is of a model of one's own: give its preset with --config")
+    trained = _client_part(options.part, preset_of(where))
     remote = inference.RemoteServer(options.server, options.tls, options.token())
     try:
-        described = remote.describe(
-            options.retry_seconds, tell=lambda text: print(f"msjax eval: {text}", file=sys.stderr, flush=True)
-        )
-        if described.run != trained.run_id:
-            raise ValueError(f"the parts must be of one run, got {trained.run_id!r} here and {described.run!r} there")
+        _check_run(remote, trained, options.retry_seconds, "eval")
         result = _evaluate(trained, remote, options)
     except Refused as refused:
         raise ValueError(str(refused)) from None
@@ -93,6 +87,67 @@ def evaluate(arguments: list[str]) -> int:
         remote.close()
     print(to_json({"part": options.part, "server": options.server, "step": trained.step, **result}, indent=2))
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _GenerateOptions(GenerateOptions, LinkOptions):
+    """Of a text with the client's part here and the server's elsewhere."""
+
+    retry_seconds: float = 60.0
+    """For how long a server that is away is tried again."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        check_positive(self, "retry_seconds")
+        if len(self.network) != 1 or not self.network[0].endswith(".safetensors"):
+            raise ValueError(f"network must be CLIENT.safetensors with --server, got {' '.join(self.network)!r}")
+        check_trained(self)
+
+
+def generate(arguments: list[str]) -> int:
+    """Continues a text with a server elsewhere; returns the exit status."""
+    where, rest = split_options(arguments, "--config")
+    options = parse(_GenerateOptions, rest, prog="msjax generate", description=DESCRIPTION)
+    options.check()
+    codec = options.own_codec()
+    trained = _client_part(options.network[0], preset_of(where))
+    check_decoder(trained.config, options.network[0])
+    client, server, *tail = model_parts(trained)
+    remote = inference.RemoteServer(options.server, options.tls, options.token())
+    try:
+        _check_run(remote, trained, options.retry_seconds, "generate")
+        generator = Generator(
+            jax.device_put(client),
+            server,
+            *jax.device_put(tail),
+            codec=codec or codec_of(trained.config),
+            compression=options.compression,
+            connect=remote.begin,
+        )
+        continue_text(generator, options, options.tokenizer or trained.config.data.tokenizer)
+    except Refused as refused:
+        raise ValueError(str(refused)) from None
+    finally:
+        remote.close()
+    return 0
+
+
+def _client_part(path, preset):
+    """The client's part in a file."""
+    trained = parts.load_part(existing_file("part", path), preset=preset)
+    if trained.part != "client":
+        raise ValueError(f"part must be that of a client, got that of a {trained.part}: {path}")
+    if trained.apply is None:
+        raise ValueError(f"{path} is of a model of one's own: give its preset with --config")
+    return trained
+
+
+def _check_run(remote, trained, seconds, command):
+    """Raises ValueError where the server has the part of another run."""
+    tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
+    described = remote.describe(seconds, tell=tell)
+    if described.run != trained.run_id:
+        raise ValueError(f"the parts must be of one run, got {trained.run_id!r} here and {described.run!r} there")
 
 
 def _evaluate(trained, remote, options):

@@ -8,8 +8,9 @@ from msjax.cli.network import fields_of, log_to_stderr, stopping
 from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
+from msjax.distributed.generation import Limits
 from msjax.distributed.metrics import Metrics
-from msjax.distributed.options import ListenOptions, ServeOptions
+from msjax.distributed.options import MOST_SESSIONS, PartOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.distributed.server_program import ServerProgram, listen, write_missing_part
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     preset = preset_of(where)
     if where.part is not None:
         description = "Answer with a trained server part: --part FILE.safetensors."
-        options = parse(ListenOptions, rest, prog="msjax serve --part", description=description)
+        options = parse(PartOptions, rest, prog="msjax serve --part", description=description)
         return _serve_part(where.part, options, preset)
     if where.resume is not None:
         if where.config is not None or where.name is not None:
@@ -93,10 +94,10 @@ def _serve_part(path, options, preset):
     """Serves a trained part until a signal comes."""
     trained = parts.load_part(existing_file("part", path), preset=preset)
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
-    limits |= options.admission()
+    limits |= options.admission() | {"texts": Limits(options.max_sessions, options.max_cache_megabytes << 20)}
     metrics, tokens = Metrics(), Tokens(options.tokens)
     servicer = inference.InferenceServicer(trained, tokens, metrics, compression=options.compression, **limits)
-    endpoint = Endpoint(options, metrics, streams=64)
+    endpoint = Endpoint(options, metrics, streams=MOST_SESSIONS)
     endpoint.start(servicer)
     log_to_stderr()
     print(f"msjax serve: listening on {endpoint}, answering with {path}", flush=True)

@@ -4,6 +4,7 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 """
 
 from msjax.config._checks import MAX_SEED
+from msjax.config._codecs import parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
 from msjax.config._references import call_reference, is_local_path, references, resolve, with_own, without_paths
 from msjax.config._sections import (
@@ -37,6 +38,7 @@ __all__ = [
     "is_reference",
     "load",
     "load_preset",
+    "parse_codec",
     "references",
     "resolve",
     "save",

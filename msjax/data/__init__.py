@@ -31,7 +31,7 @@ from msjax.data._registry import default_augmentation, is_streamed
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
-from msjax.data._text import from_text
+from msjax.data._text import from_text, load_tokenizer
 from msjax.data._words import TOKENIZER
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "from_text",
     "is_streamed",
     "load",
+    "load_tokenizer",
     "normalize",
     "partition",
     "read_inputs",

@@ -62,9 +62,8 @@ def from_text(
     if test_share is not None and not 0 < test_share < 1:
         raise DataError(f"test_share must be above 0 and below 1, or None, got {test_share}")
     path = _tokenizer_path(tokenizer)
-    found = _tokenizer(path)
     start = _start(path) if start is None else start
-    _check_vocabulary(path, found, start, vocabulary)
+    found = load_tokenizer(path, start=start, vocabulary=vocabulary)
     if name is None:
         name = Path(train).name if isinstance(train, str | os.PathLike) else "text"
     splits = {"train": _blocks("train", _tokens("train", train, column, found, start, cache_dir), length)}
@@ -78,6 +77,23 @@ def from_text(
         kept = len(inputs) - aside
         splits = {"train": (inputs[:kept], labels[:kept]), "test": (inputs[kept:], labels[kept:])}
     return check(Dataset(name, Arrays(*splits["train"]), Arrays(*splits["test"]), None, None, None))
+
+
+def load_tokenizer(tokenizer: str | os.PathLike, *, start: int | None = None, vocabulary: int | None = None) -> Any:
+    """Return the tokenizer of a file, of the package tokenizers; it neither cuts nor pads texts.
+
+    Args:
+        tokenizer: a tokenizer.json, or a folder that has one.
+        start: a token that must be one of the model's, too.
+        vocabulary: how many tokens the model has; the tokenizer must have no others.
+
+    Raises:
+        DataError: it cannot be read or has tokens that the model has not, or the package is missing.
+    """
+    path = _tokenizer_path(tokenizer)
+    found = _tokenizer(path)
+    _check_vocabulary(path, found, start, vocabulary)
+    return found
 
 
 def _tokenizers() -> ModuleType:

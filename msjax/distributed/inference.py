@@ -15,13 +15,15 @@ from msjax import build, config, wire
 from msjax.compress import Exact, Identity
 from msjax.distributed import messages
 from msjax.distributed.client_run import Refused
-from msjax.distributed.metrics import Metrics
+from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
+from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
+from msjax.generation import Terms
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
@@ -29,8 +31,6 @@ from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, tail_key
 from msjax.split.trees import TreeSpec, describe_array
 
-ANYONE = "any"
-"""The client in metrics: who asks has no number."""
 _TRY_SECONDS = 10.0  # of a call that need not wait
 _MOST_PROGRAMS = 64
 """Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
@@ -55,6 +55,9 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     A message says itself by which codec its features are coded. U-shaped, the answer is coded by the same.
 
+    Args:
+      texts: of a decoder, what the texts under way may take; see `generation.Texts`.
+
     Raises:
       ValueError: `trained` is not a server's part, or its model is not here.
     """
@@ -70,6 +73,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         compression: str | None = None,
         certificates: Certificates | None = None,
         wrong_tokens: WrongTokens | None = None,
+        texts: Limits | None = None,
     ):
         if trained.part != "server":
             raise ValueError(f"part must be that of a server, got that of a {trained.part}")
@@ -85,6 +89,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._refused = Seldom(say_refused)
         self._seen: set[PayloadSpec] = set()
         self._lock = threading.Lock()
+        self._texts = Texts(trained, metrics, texts or Limits())
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """Answers what part this is."""
@@ -110,6 +115,17 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             self._metrics.answered(up.likes[0].shape[0], time.perf_counter() - began)
             self._metrics.sent(ANYONE, outputs)
             yield outputs
+
+    def Generate(self, requests: Iterator[pb.NextTokens], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
+        """Answers what comes next in one text, as often as it is asked."""
+        self._authenticate(context)
+        try:
+            yield from self._texts.answers(requests, Rate(self._max_messages_per_second))
+        except Evicted as error:
+            context.abort(grpc.StatusCode.ABORTED, str(error))
+        except wire.WireError as error:
+            self._metrics.refused.inc()
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     def _authenticate(self, context):
         if refusal := self._admission.refusal(context):
@@ -215,6 +231,10 @@ class RemoteServer:
             raise ValueError("receive must follow a send")
         answer = self._call(lambda: next(self._stream))
         return [wire.decode(data) for data in answer.payload]
+
+    def begin(self, terms: Terms) -> RemoteSession:
+        """Returns a session that continues a text with the part, which is a decoder's."""
+        return RemoteSession(lambda requests: self._stub.Generate(requests, metadata=self._metadata), self._call, terms)
 
     def close(self) -> None:
         """Ends the connection."""

@@ -7,6 +7,8 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from msjax.distributed.rpc import split_pb2 as pb
 
+ANYONE = "any"
+"""The client in metrics of who asks a trained part, and has no number."""
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -28,10 +30,12 @@ class Metrics:
         self.failed_saves = Counter("failed_saves", "Checkpoints that could not be written", **labels)
         self.requests = Counter("requests", "Requests to a trained part that were answered", **labels)
         self.samples = Counter("samples", "Samples in them", **labels)
+        self.sessions = Gauge("sessions", "Texts under way, whose caches a trained part keeps", **labels)
+        self.evicted = Counter("evicted_sessions", "Texts that were ended for want of room", **labels)
         self.answer_seconds = Histogram("answer_seconds", "From a request to its answer", buckets=_SECONDS, **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
-    def received(self, client: int | str, message: pb.FromClient | pb.Features) -> None:
+    def received(self, client: int | str, message: pb.FromClient | pb.Features | pb.NextTokens) -> None:
         """Counts a message's bytes, also one that has come before."""
         self._received.labels(client).inc(message.ByteSize())
 

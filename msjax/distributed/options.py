@@ -77,6 +77,27 @@ class ListenOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartOptions(ListenOptions):
+    """Of a server that answers with a trained part: also what the texts under way may take of it."""
+
+    max_sessions: int = 32
+    """Of a decoder: texts under way at once, whose keys and values are kept. One that begins beyond them ends the one
+    that was idle for longest; its client is told."""
+    max_cache_megabytes: int = 1024
+    """Of a decoder: what these keys and values may take in all, likewise."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        super().check()
+        integer("max_sessions", self.max_sessions, 1, MOST_SESSIONS)
+        integer("max_cache_megabytes", self.max_cache_megabytes, 1)
+
+
+MOST_SESSIONS = 64
+"""Streams that a server with a trained part has at once."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ServeOptions(ListenOptions):
     """Of a server that trains: also what it does about late clients."""
 
@@ -92,7 +113,7 @@ class ServeOptions(ListenOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConnectOptions:
+class LinkOptions:
     """Where the server is, and who asks."""
 
     server: str = "localhost:50051"
@@ -104,13 +125,6 @@ class ConnectOptions:
     """Send in the open to an address that is not this machine's own."""
     compression: Literal["huffman"] | None = None
     """Lossless coding of what is sent, beside the codec: see msjax.wire."""
-    encoder: Literal["jax", "numpy"] = "jax"
-    """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
-    codecs."""
-    data_dir: str | None = None
-    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`."""
-    cache_dir: str | None = None
-    """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
 
     def token(self) -> str | None:
         """Returns the token, once it is sure that it is not sent in the open unasked, and the files of TLS fit."""
@@ -120,6 +134,19 @@ class ConnectOptions:
             if fault := self.tls.fault("client"):
                 log.warning("%s; the server will not take it", fault)
         return None if self.token_file is None else read_token("token_file", self.token_file)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectOptions(LinkOptions):
+    """Of a client with data: also where these are, and what encodes what is sent."""
+
+    encoder: Literal["jax", "numpy"] = "jax"
+    """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
+    codecs."""
+    data_dir: str | None = None
+    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`."""
+    cache_dir: str | None = None
+    """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,17 @@ draws the parameters, or takes those that `load_weights` read from a file in PyT
 
 from msjax.models._adapters import as_part, as_parts, cut_sequential
 from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
+from msjax.models._cache import Cache, attends, cache_bytes, decoder_blocks, extend_cached, make_cache, part_config
 from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
-from msjax.models._huggingface import load_decoder, open_decoder, save_decoder
+from msjax.models._huggingface import has_decoder, load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling
+from msjax.models._sampling import Sampling, largest
 from msjax.models._split import (
     Apply,
     Cut,
@@ -48,6 +50,7 @@ __all__ = [
     "TOKEN_MODELS",
     "Apply",
     "Block",
+    "Cache",
     "Cut",
     "DecoderConfig",
     "LoRA",
@@ -56,18 +59,27 @@ __all__ = [
     "RemoteApply",
     "RemotePart",
     "RopeScaling",
+    "Sampling",
     "as_part",
     "as_parts",
+    "attends",
     "base",
     "build",
+    "cache_bytes",
     "count_params",
     "cut_places",
     "cut_sequential",
     "decoder",
+    "decoder_blocks",
+    "extend_cached",
+    "has_decoder",
+    "largest",
     "list_cuts",
     "load_decoder",
     "load_weights",
+    "make_cache",
     "open_decoder",
+    "part_config",
     "resolve_cut",
     "save_decoder",
     "save_weights",

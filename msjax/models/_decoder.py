@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         return self.o_proj(h.reshape(*x.shape[:2], -1), keys[3])
 
     def queries_keys_values(self, x, positions, keys):
-        """(n, length, heads, d) each, of tokens at these positions (length,)."""
+        """(n, length, heads, d) each, of tokens at these positions, (length,) or (n, length)."""
         layers = zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
         q, k, v = (layer(x, key).reshape(*x.shape[:2], -1, self.head_dim) for layer, key in layers)
         if self.q_norm is not None:

@@ -40,6 +40,12 @@ def decoder_config(model: Model) -> DecoderConfig:
     return dict(model.blocks[0].options)["config"]
 
 
+def has_decoder(folder: str | os.PathLike) -> bool:
+    """Whether a folder has weights in Hugging Face's layout."""
+    folder = pathlib.Path(folder).expanduser()
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 def load_decoder(folder: str | os.PathLike, model: Model, dtype: Any = None) -> ModelPart:
     """Reads the weights of a decoder: `model` without a cut and adapters.
 

@@ -47,13 +47,14 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def rotate(
-    x: Float[Array, "n length heads d"], positions: Int[Array, " length"], turns: Float[Array, " pairs"]
+    x: Float[Array, "n length heads d"], positions: Int[Array, "*rows length"], turns: Float[Array, " pairs"]
 ) -> Float[Array, "n length heads d"]:
     """Turns the pairs (x[i], x[i + d/2]) of every head by position times `turns`, the frequencies; in float32.
 
+    Positions are those of all rows, (length,), or of each, (n, length).
     These are the halves that Hugging Face's weights are laid out for; Meta's own files turn neighbours.
     """
-    angles = positions[:, None, None].astype(jnp.float32) * turns
+    angles = positions[..., None, None].astype(jnp.float32) * turns
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

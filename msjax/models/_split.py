@@ -61,7 +61,7 @@ class Apply:
         for place, block in enumerate(self.blocks, self.first):
             run = functools.partial(_run, block, train)
             states = [tree[block.name] for tree in (params, stats) if block.name in tree]
-            table = _table(block, params, stats)
+            table = block_table(block, params, stats)
             block_key = jax.random.fold_in(key, place) if train and block.needs_key else None
             x, found = (jax.checkpoint(run) if block.remat and train else run)(states, x, block_key, table)
             if block.name in stats:
@@ -71,15 +71,20 @@ class Apply:
 
 def _run(block, train, states, x, key, table):
     """One block's output and its batch statistics."""
-    # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
-    states = [*states[:-1], thaw(states[-1])] if block.frozen else states
-    module = nnx.merge(graphdef(block), *states, copy=True)
+    module = merge_module(block, states)
     options = {} if table is None else {"table": table}
     y = module(x, train=train, key=key, **options)
     return y, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
 
-def _table(block, params, stats):
+def merge_module(block: Block, states: list[PyTree]) -> nnx.Module:
+    """A block's module with its arrays: `states` are its params and, where it has some, its stats."""
+    # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
+    states = [*states[:-1], thaw(states[-1])] if block.frozen else states
+    return nnx.merge(graphdef(block), *states, copy=True)
+
+
+def block_table(block: Block, params: PyTree, stats: PyTree) -> Array | None:
     """The weights of another block that this one has, where it has some."""
     if block.tie is None or block.tie.separate:
         return None

@@ -49,6 +49,11 @@ class SplitStub:
                 request_serializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Features.SerializeToString,
                 response_deserializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.FromString,
                 _registered_method=True)
+        self.Generate = channel.stream_stream(
+                '/msjax.v2.Split/Generate',
+                request_serializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.NextTokens.SerializeToString,
+                response_deserializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.FromString,
+                _registered_method=True)
 
 
 class SplitServicer:
@@ -73,6 +78,14 @@ class SplitServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request_iterator, context):
+        """Text from a trained server part of a decoder, which keeps the text's keys and values: one stream a text, that begins
+        with Begin. The cache is gone with the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SplitServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +102,11 @@ def add_SplitServicer_to_server(servicer, server):
             'Infer': grpc.stream_stream_rpc_method_handler(
                     servicer.Infer,
                     request_deserializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Features.FromString,
+                    response_serializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.SerializeToString,
+            ),
+            'Generate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.NextTokens.FromString,
                     response_serializer=msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.SerializeToString,
             ),
     }
@@ -172,6 +190,33 @@ class Split:
             target,
             '/msjax.v2.Split/Infer',
             msjax_dot_distributed_dot_rpc_dot_split__pb2.Features.SerializeToString,
+            msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/msjax.v2.Split/Generate',
+            msjax_dot_distributed_dot_rpc_dot_split__pb2.NextTokens.SerializeToString,
             msjax_dot_distributed_dot_rpc_dot_split__pb2.Outputs.FromString,
             options,
             channel_credentials,

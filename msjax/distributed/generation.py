@@ -1,0 +1,218 @@
+"""Texts from a decoder whose server part is behind gRPC: the server's caches, and the client's end of a session."""
+
+import collections
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import jax
+
+from msjax import build, models, wire
+from msjax.distributed.metrics import ANYONE, Metrics
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.security import Rate
+from msjax.generation import Piece, ServerSession, Terms, padded
+from msjax.parts import TrainedPart
+
+_MOST_PROGRAMS = 512
+"""Compiled at a time, one for each length of a prompt and codec; a new one beyond them lets go of all."""
+
+
+class Limits(NamedTuple):
+    """What the texts under way may take of a server: how many there are, and the bytes of their keys and values."""
+
+    sessions: int = 32
+    cache_bytes: int = 1 << 30
+
+
+class Evicted(Exception):
+    """A text was ended, since another one needed its room."""
+
+
+class Sessions:
+    """Which texts are under way, within limits: the one that was idle for longest makes room for a new one."""
+
+    def __init__(self, limits: Limits):
+        self._limits, self._lock = limits, threading.Lock()
+        self._open: collections.OrderedDict[object, tuple[int, Callable[[], None]]] = collections.OrderedDict()
+
+    def open(self, cache_bytes: int, evict: Callable[[], None]) -> tuple[object, int]:
+        """Returns a new session, and how many others were evicted for it: `evict` was called of each.
+
+        Raises:
+          WireError: its cache alone is larger than the limit.
+        """
+        limits = self._limits
+        if cache_bytes > limits.cache_bytes:
+            raise wire.WireError(f"capacity must need at most {limits.cache_bytes} bytes of cache, got {cache_bytes}")
+        session, evicted = object(), []
+        with self._lock:
+            while self._open and (
+                len(self._open) >= limits.sessions or self._bytes() + cache_bytes > limits.cache_bytes
+            ):
+                evicted.append(self._open.popitem(last=False)[1][1])
+            self._open[session] = cache_bytes, evict
+        for end in evicted:
+            end()
+        return session, len(evicted)
+
+    def use(self, session: object) -> None:
+        """Notes that a session is not idle."""
+        with self._lock:
+            if session in self._open:
+                self._open.move_to_end(session)
+
+    def close(self, session: object) -> None:
+        """Forgets a session; one that was evicted is forgotten already."""
+        with self._lock:
+            self._open.pop(session, None)
+
+    def __len__(self):
+        return len(self._open)
+
+    def _bytes(self):
+        return sum(cache_bytes for cache_bytes, _ in self._open.values())
+
+
+class Texts:
+    """Answers texts under way with a trained server part of a decoder.
+
+    A text has a stream of its own, with which its cache begins and ends, so that no client can name another's.
+    """
+
+    def __init__(self, trained: TrainedPart, metrics: Metrics, limits: Limits):
+        self._metrics, self._sessions = metrics, Sessions(limits)
+        self._name = trained.config.model.name
+        self._part = self._tail = None
+        if self._name == models.DECODER:
+            _, server, *tail = jax.eval_shape(lambda: build.make_parts(trained.config, trained.summary))
+            params, stats = jax.device_put((trained.params, trained.stats))
+            self._part, self._tail = server._replace(params=params, stats=stats), tail[0] if tail else None
+        self._key = jax.random.key(trained.config.seed)
+        self._seen: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def answers(self, requests: Iterator[pb.NextTokens], rate: Rate) -> Iterator[pb.Outputs]:
+        """Answers each message of one text, in order.
+
+        Raises:
+          Evicted: another text needed its room.
+          WireError: a message is not as it should be, or the part is not a decoder's.
+        """
+        if self._part is None:
+            raise wire.WireError(f"the server's part must be of a decoder to continue texts, got one of {self._name!r}")
+        # Read by a thread, so that an eviction ends a stream that waits; a message is read when the last is answered.
+        inbox: queue.Queue[pb.NextTokens | type[Evicted] | None] = queue.Queue()
+        turn = threading.Semaphore(1)
+        threading.Thread(target=_read, args=(requests, inbox, turn), daemon=True).start()
+        session = own = None
+        try:
+            while (request := inbox.get()) is not None:
+                if request is Evicted:
+                    raise Evicted("the text was ended, as others needed its room on the server: begin it again")
+                rate.wait()
+                self._metrics.received(ANYONE, request)
+                began = time.perf_counter()
+                if session is None:
+                    session, own = self._begin(request, inbox)
+                self._sessions.use(own)
+                self._make_room((session.terms.codec, request.count))
+                outputs = pb.Outputs(payload=session.answer([Piece(request.count, request.features)]))
+                self._metrics.answered(1, time.perf_counter() - began)
+                self._metrics.sent(ANYONE, outputs)
+                yield outputs
+                turn.release()
+        finally:
+            turn.release()
+            self._sessions.close(own)
+            self._metrics.sessions.set(len(self._sessions))
+
+    def _begin(self, request, inbox):
+        begin, config = request.begin, models.part_config(self._part)
+        if not request.HasField("begin"):
+            raise wire.WireError("begin must be in the first message of a text, got one without it")
+        most = config.max_position_embeddings
+        if not 1 <= begin.capacity <= most:
+            raise wire.WireError(f"capacity must be in 1..{most} (max_position_embeddings), got {begin.capacity}")
+        if begin.compression not in ("", *filter(None, wire.COMPRESSIONS)):
+            raise wire.WireError(f"compression must be huffman or empty, got {begin.compression[:80]!r}")
+        codec = wire.read_codec(begin.codec.encode())
+        candidates = min(begin.candidates, config.vocab_size) or None
+        terms = Terms(1, padded(begin.capacity, most), codec, candidates, begin.compression or None)
+        cache_bytes = ServerSession.cache_bytes(self._part, terms)
+        own, evicted = self._sessions.open(cache_bytes, lambda: inbox.put(Evicted))
+        self._metrics.evicted.inc(evicted)
+        self._metrics.sessions.set(len(self._sessions))
+        with self._lock:
+            self._key, key = jax.random.split(self._key)
+        return ServerSession(self._part, terms, tail=self._tail, key=key), own
+
+    def _make_room(self, program):
+        with self._lock:
+            if program not in self._seen and len(self._seen) >= _MOST_PROGRAMS:
+                self._seen.clear()
+                jax.clear_caches()
+            self._seen.add(program)
+
+
+def _read(requests, inbox, turn):
+    """Puts one message after the other into `inbox`, each when the one before it is answered; None at the end."""
+    try:
+        turn.acquire()
+        for request in requests:
+            inbox.put(request)
+            turn.acquire()
+    except grpc.RpcError:
+        pass  # the client is gone
+    inbox.put(None)
+
+
+class RemoteSession:
+    """A session with a server elsewhere; see `msjax.generation.Session`.
+
+    Args:
+      open_stream: from requests to answers.
+      call: calls a function, with gRPC's errors as those of `inference.RemoteServer`.
+      terms: of one text.
+
+    Raises:
+      ValueError: `terms` are of several texts.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[Iterator[pb.NextTokens]], Iterator[pb.Outputs]],
+        call: Callable[[Callable[[], Any]], Any],
+        terms: Terms,
+    ):
+        if terms.batch_size != 1:
+            raise ValueError(f"prompts must be one where the server is elsewhere, got {terms.batch_size}")
+        self._requests: queue.Queue[pb.NextTokens | None] = queue.Queue()
+        self._open, self._call, self._terms, self._stream = open_stream, call, terms, None
+        self.serialized_bytes = 0
+        """Of all messages so far, both ways."""
+
+    def answer(self, pieces: Sequence[Piece]) -> list[bytes]:
+        """Returns what the server answers.
+
+        Raises:
+          Refused, ConnectionError: as `inference.RemoteServer`; also where the server has ended the text for others.
+        """
+        (piece,) = pieces
+        request = pb.NextTokens(count=piece.count, features=piece.data)
+        if self._stream is None:
+            terms = self._terms
+            request.begin.capacity, request.begin.codec = terms.capacity, repr(terms.codec)
+            request.begin.candidates, request.begin.compression = terms.candidates or 0, terms.compression or ""
+            self._stream = self._open(iter(self._requests.get, None))
+        self._requests.put(request)
+        answer = self._call(lambda: next(self._stream))
+        self.serialized_bytes += request.ByteSize() + answer.ByteSize()
+        return list(answer.payload)
+
+    def close(self) -> None:
+        """Ends the text, and the server's cache of it."""
+        self._requests.put(None)
