@@ -16,11 +16,12 @@ from msjax.models._adapters import as_part, as_parts, cut_sequential
 from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
 from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
+from msjax.models._digest import weights_digest
 from msjax.models._huggingface import load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
-from msjax.models._part import ModelPart, RemoteApply, RemotePart
+from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling
 from msjax.models._split import (
@@ -60,6 +61,7 @@ __all__ = [
     "as_parts",
     "base",
     "build",
+    "constants_of",
     "count_params",
     "cut_places",
     "cut_sequential",
@@ -73,6 +75,7 @@ __all__ = [
     "save_weights",
     "split",
     "untied",
+    "weights_digest",
     "whole",
     "with_adapters_merged",
 ]
