@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -33,7 +34,7 @@ class DataSummary(NamedTuple):
       mean, std: for `data.normalize`; None where inputs are taken as they are.
       augment: the usual augmentation of the set.
       columns: of a table, how its columns became inputs.
-      tokenizer: of texts, the version of what split them into words.
+      tokenizer: of texts, what split them: of words a version, of a tokenizer.json its hash.
       classes: the names of the classes, where they are known.
     """
 
@@ -43,7 +44,7 @@ class DataSummary(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: str = "none"
-    tokenizer: int | None = None
+    tokenizer: int | str | None = None
     columns: tuple[data.Column, ...] | None = None
     classes: tuple[str, ...] | None = None
 
@@ -118,13 +119,17 @@ def _from_names(arrays):
     return TreeSpec.of(found[""] if list(found) == [""] else found)
 
 
-def check_tokenizer(present: int | None, trained: int | None) -> None:
+def check_tokenizer(present: int | str | None, trained: int | str | None) -> None:
     """Raises ValueError where texts have other words here than those that a checkpoint or part was trained on.
 
     Args:
-      present: the version of what splits the texts into words here; None where there are none.
-      trained: the one that was written down with what was trained, as the first one was not.
+      present: what splits the texts here, as of `data.Dataset.tokenizer`; None where there are none.
+      trained: what was written down with what was trained: not the first version of words, nor at first a hash.
     """
+    if isinstance(present, str):
+        if trained not in (None, present):
+            raise ValueError(f"data.tokenizer must be that of the run, of hash {trained}, got one of hash {present}")
+        return
     if present not in (None, trained or 1):
         raise ValueError(
             f"what goes on must be trained on words of tokenizer {present}, which this version of msjax has, got what "
@@ -160,8 +165,38 @@ def resolved(cfg: config.Config) -> config.Config:
     return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
 
 
-def _decoder_config(cfg):
-    """What a resolved config says of its decoder."""
+def identity(cfg: config.Config) -> dict[str, str]:
+    """Returns what says of a resolved config whether two parties have the same network, where shapes do not.
+
+    "weights" is a hash of what it starts from, see `models.weights_digest`; "decoder" one of its config.json, and
+    "adapters" what is trained beside the weights. What a config does not have is left out.
+
+    Raises:
+      ValueError: `model.weights` cannot be read.
+    """
+    found = {}
+    if cfg.model.weights is not None:
+        found["weights"] = models.weights_digest(expand("model.weights", cfg.model.weights))
+    if cfg.model.name == models.DECODER:
+        described = json.dumps(decoder_config(cfg).to_json(), sort_keys=True)
+        found["decoder"] = f"sha256:{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+        if (lora := _lora(cfg)) is not None:
+            found["adapters"] = str(lora)
+    return found
+
+
+def to_go_on(cfg: config.Config) -> config.Config:
+    """Returns the config with which a run is loaded that has a checkpoint, whose weights are newer than the first.
+
+    `model.weights` is then None, except beside adapters: what stays as it was is not in checkpoints.
+    """
+    if cfg.lora.rank is not None:
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
+
+
+def decoder_config(cfg: config.Config) -> models.DecoderConfig:
+    """Returns what a resolved config says of its decoder; raises ValueError where it says nothing that is known."""
     try:
         return models.DecoderConfig.from_json(json.loads(cfg.model.decoder or ""))
     except ValueError as error:
@@ -252,7 +287,10 @@ def _open_weights(weights, model):
     """The weights of a whole model; of a decoder they are read when they are used. What is trained is float32."""
     if model.name == models.DECODER:
         dtype = jnp.float32 if model == models.base(model) else model.dtype
-        return models.open_decoder(expand("model.weights", weights), model, dtype)
+        try:
+            return models.open_decoder(expand("model.weights", weights), model, dtype)
+        except ValueError as error:
+            raise ValueError(f"model.weights: {error}") from None
     return models.load_weights(existing_file("model.weights", weights), model)
 
 
@@ -272,7 +310,7 @@ def _model(cfg, input_shape, num_outputs):
             raise ValueError(f"data.name must be texts for model.name='decoder', got inputs of shape {input_shape}")
         with _named_as_in_config():
             options = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.model.remat, "lora": _lora(cfg)}
-            return models.decoder(_decoder_config(cfg), length=input_shape[0], **options)
+            return models.decoder(decoder_config(cfg), length=input_shape[0], **options)
     if cfg.lora.rank is not None:
         raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
     with _named_as_in_config():
@@ -331,6 +369,16 @@ def check_model(cfg: config.Config) -> None:
         _, client, *_ = models.cut_places(model, cfg.cut, cfg.tail_cut)
         if cfg.model.cut_before_activation:
             model.blocks[client - 1].without_activation()
+
+
+def check_weights(cfg: config.Config) -> None:
+    """Raises ValueError where `model.weights` are not there, or, of a decoder, not those of its config."""
+    if cfg.model.weights is None:
+        return
+    if cfg.model.name == models.DECODER:
+        _open_weights(cfg.model.weights, _model(cfg, (cfg.data.text_length,), 2))
+    else:
+        existing_file("model.weights", cfg.model.weights)
 
 
 def _takes_tokens(cfg):
@@ -445,7 +493,7 @@ def _load_text(cfg, cache_dir):
         raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
     if cfg.data.tokenizer is None:
         raise ValueError(f"data.tokenizer must be given for the texts of {cfg.data.name!r}, got None")
-    described = _decoder_config(cfg) if cfg.model.name == models.DECODER else None
+    described = decoder_config(cfg) if cfg.model.name == models.DECODER else None
     return data.from_text(
         cfg.data.name,
         cfg.data.test,

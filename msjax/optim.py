@@ -1,28 +1,87 @@
 """The optimizers of the config: SGD as PyTorch has it, or AdamW, with a schedule of the learning rate."""
 
 import functools
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from msjax.config import OptimConfig
 
 
 @functools.lru_cache(maxsize=64)  # one object for equal arguments, so that equal runs share compiled programs
 def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns AdamW, or SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the rate."""
-    total = epochs * steps_per_epoch
-    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total // 2)
+    """Returns AdamW, or SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the rate.
+
+    The gradient's norm is clipped before, and it is the mean of some steps, where the config says so. It is one part's:
+    each party updates its own.
+    """
+    every = optim.accumulate_steps
+    total = max(1, epochs * steps_per_epoch // every)  # updates, as are all counts below
+    warmup = min(round(optim.warmup_epochs * steps_per_epoch / every), total // 2)
     if optim.schedule == "cosine":
         rate = optax.cosine_decay_schedule(optim.learning_rate, total - warmup)
     elif optim.schedule == "steps":
-        drops = {m * steps_per_epoch - warmup: optim.gamma for m in optim.milestones}
+        drops = {m * steps_per_epoch // every - warmup: optim.gamma for m in optim.milestones}
         rate = optax.piecewise_constant_schedule(optim.learning_rate, drops)
     else:
         rate = optax.constant_schedule(optim.learning_rate)
     if warmup:
         rate = optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), rate], [warmup])
     if optim.kind == "adamw":
-        return optax.adamw(rate, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
-    # Without momentum there is none to keep: it would take as much memory as the weights.
-    sgd = optax.sgd(rate, momentum=optim.momentum or None, nesterov=optim.nesterov)
-    return optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)
+        found = optax.adamw(rate, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+    else:
+        # Without momentum there is none to keep: it would take as much memory as the weights.
+        sgd = optax.sgd(rate, momentum=optim.momentum or None, nesterov=optim.nesterov)
+        found = optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)
+    if optim.clip_norm is not None:
+        found = optax.chain(optax.clip_by_global_norm(optim.clip_norm), found)
+    return found if every == 1 else accumulate(found, every)
+
+
+class Accumulated(NamedTuple):
+    """The state of `accumulate`.
+
+    Attributes:
+      count: steps so far, int32.
+      gradient: the sum since the last update, divided by the steps of an update.
+      inner: of the optimizer.
+    """
+
+    count: jax.Array
+    gradient: PyTree
+    inner: PyTree
+
+
+def accumulate(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """Returns an optimizer that takes the mean gradient of `steps` steps in the last of them, and waits in the others.
+
+    What `optax.MultiSteps` does, but with one count from which all others follow: a client that goes on with another's
+    part is told how many steps there were, and integers are not among what it is handed; see
+    `state.with_update_count`.
+    """
+
+    def init(params):
+        return Accumulated(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+
+    def update(grads, state, params=None):
+        count = state.count + 1
+        gradient = jax.tree.map(lambda total, g: total + g / steps, state.gradient, grads)
+
+        def take(gradient, inner):
+            done = (count // steps - 1).astype(jnp.int32)
+            inner = jax.tree.map(
+                lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.full_like(leaf, done), inner
+            )
+            updates, inner = optimizer.update(gradient, inner, params)
+            return updates, jax.tree.map(jnp.zeros_like, gradient), inner
+
+        def wait(gradient, inner):
+            return jax.tree.map(jnp.zeros_like, gradient), gradient, inner
+
+        updates, gradient, inner = jax.lax.cond(count % steps == 0, take, wait, gradient, state.inner)
+        return updates, Accumulated(count, gradient, inner)
+
+    return optax.GradientTransformation(init, update)

@@ -20,10 +20,11 @@ import numpy as np
 from msjax import build, config, models
 from msjax.checks import integer
 from msjax.parts import NETWORK, TrainedPart, load_part, merged, save_trained
-from msjax.paths import existing_file
+from msjax.paths import existing_file, expand
 from msjax.runs import RunFolder
 from msjax.split.spec import RunSpec
 from msjax.split.state import client_keys, eval_key, tail_key
+from msjax.split.trees import TreeSpec
 
 Names = Literal["pytorch", "msjax"]
 """How the arrays of a network's file are named."""
@@ -152,6 +153,18 @@ def _spec_of(pair: Pair, compressed: bool | None) -> RunSpec:
     return build.build(cfg, pair.summary, parts=parts, shapes_only=True, **counts).spec
 
 
+def of_length(pair: Pair, length: int) -> Pair:
+    """Returns a language model for texts of `length` tokens: the same arrays, as no array's shape depends on it.
+
+    Raises:
+      ValueError: the model has no such context; raised where it is used.
+    """
+    tokens = TreeSpec.of(jax.ShapeDtypeStruct((length,), np.int32))
+    summary = pair.summary._replace(inputs=tokens, labels=tokens)
+    cfg = dataclasses.replace(pair.config, data=dataclasses.replace(pair.config.data, text_length=length))
+    return pair._replace(client=pair.client._replace(summary=summary, config=cfg))
+
+
 def _check_inputs(x, summary):
     expected = summary.inputs
     found = [(np.shape(leaf)[1:], leaf.dtype) for leaf in jax.tree.leaves(x)]
@@ -210,7 +223,9 @@ def save_network(path: str | os.PathLike, pair: Pair, *, names: Names | None = N
 
     Args:
       names: "pytorch": as `models.save_weights` names the arrays, which `models.load_weights`, `--model.weights` and
-        PyTorch read; the file does not say what inputs are normalised by. "msjax": `params/BLOCK/…` and `stats/BLOCK/…`
+        PyTorch read; the file does not say what inputs are normalised by. A decoder becomes a folder that Hugging
+        Face's transformers reads, adapters merged, with the tokenizer's files where they are on this machine. "msjax":
+        `params/BLOCK/…` and `stats/BLOCK/…`
         with config and normalisation, which `load_part` reads as one part. By default the first where the model has
         such names.
 
@@ -231,10 +246,20 @@ def save_network(path: str | os.PathLike, pair: Pair, *, names: Names | None = N
             raise ValueError(
                 'names must be "msjax" for a model of one\'s own, which has no names in PyTorch, got "pytorch"'
             )
-        models.save_weights(path, build.make_model(cfg, summary), network.params, network.stats)
+        model, beside = build.make_model(cfg, summary), _tokenizer_folder(cfg)
+        models.save_weights(path, model, network.params, network.stats, beside=beside)
     elif names == "msjax":
         ids = {"run_id": pair.client.run_id, "step": pair.client.step}
         save_trained(path, NETWORK, network, cfg, summary, **ids)
     else:
         raise ValueError(f'names must be "pytorch" or "msjax", got {names!r}')
     return names
+
+
+def _tokenizer_folder(cfg):
+    """Where the files of a decoder's tokenizer are, if the config says so and they are on this machine."""
+    if cfg.data.tokenizer is None:
+        return None
+    path = expand("data.tokenizer", cfg.data.tokenizer)
+    folder = path if path.is_dir() else path.parent
+    return folder if (folder / "tokenizer.json").is_file() else None

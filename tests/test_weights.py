@@ -274,9 +274,10 @@ def test_over_a_network_each_client_has_its_own_file():
     program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`")
     cfg = config.Config(model=config.ModelConfig("resnet20", weights="w.safetensors"))
     with pytest.raises(ValueError, match=r"the run starts from the weights 'w.safetensors': give this client its copy"):
-        program.own_config(cfg, None)
-    assert program.own_config(cfg, None, "mine.safetensors").model.weights == "mine.safetensors"
-    assert program.own_config(config.Config(), None, "mine.safetensors").model.weights is None
+        program.own_config(cfg, None, program.ClientOptions(client_id=0))
+    own = program.ClientOptions(client_id=0, weights="mine.safetensors")
+    assert program.own_config(cfg, None, own).model.weights == "mine.safetensors"
+    assert program.own_config(config.Config(), None, own).model.weights is None
 
 
 @pytest.mark.parametrize("case", ["vgg19", "resnet18", "resnet34"])

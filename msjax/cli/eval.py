@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from msjax import config
+from msjax import build, config
 from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
     parser.add_argument("--data-dir", help="where the data set is on this machine")
+    parser.add_argument("--test", metavar="FILE", help="of a language model: a text to test on in place of the run's")
     options = parser.parse_args(arguments)
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
@@ -40,12 +41,12 @@ def main(arguments: list[str]) -> int:
         )
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
+    if options.test is not None:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=options.test))
     if options.uncompressed:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
-    # The checkpoint has newer weights than those that the run started from.
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
     split_cpu(cfg.clients)
-    run = load_run(cfg)
+    run = load_run(build.to_go_on(cfg))
     mesh = loop.mesh_of(run.spec)
     found = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
     folder.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import tyro
 
-from msjax import build, parts
+from msjax import build, config, parts
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
 from msjax.cli.options import parse, preset_of, split_options
 from msjax.distributed import inference
@@ -157,6 +157,7 @@ def _evaluate(trained, remote, options):
         model=dataclasses.replace(trained.config.model, weights=None),  # those it was trained from
         eval_compressed=trained.config.eval_compressed and not options.uncompressed,
     )
+    cfg = config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer)
     ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
     build.check_tokenizer(ds.tokenizer, trained.summary.tokenizer)
     spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from msjax import build, config, models
+from msjax import build, config
 from msjax.logs import shorten
-from msjax.paths import existing_file
 from msjax.split.finite import NonFiniteError
 
 T = TypeVar("T")
@@ -89,6 +88,5 @@ def check_early(cfg: config.Config) -> config.Config:
     """
     cfg = build.resolved(cfg)
     build.check_model(cfg)
-    if cfg.model.weights is not None and cfg.model.name != models.DECODER:
-        existing_file("model.weights", cfg.model.weights)
+    build.check_weights(cfg)
     return cfg

@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from msjax import build, data
+from msjax import build, data, models
 from msjax.cli.options import preset_of, split_options
-from msjax.pair import Pair, load_pair, predictions
+from msjax.pair import Pair, load_pair, of_length, predict, predictions
 from msjax.paths import expand
 from msjax.runs import to_json
 from msjax.runs.files import write_atomically
@@ -21,9 +21,11 @@ LINE_TASKS = ("classification", "multi_label", "regression")
 _DESCRIPTION = """\
 Print what a trained network says of inputs, one line each: what it is called, the label, and of a classification the
 label's probability; of multi-label tasks all labels that are there, each with its probability; of a regression the
-numbers. The network is the folder of a run of msjax train, or the files of its two parts, CLIENT.safetensors
+numbers; of a language model the token that follows the text, its probability, and the text's perplexity. The network
+is the folder of a run of msjax train, or the files of its two parts, CLIENT.safetensors
 SERVER.safetensors. Inputs are images or folders of images, an .npz (an array of inputs; labels are passed over), a .csv
-with the columns that the network was trained on, or, of texts, a .txt with a text a line. Images are decoded, resized
+with the columns that the network was trained on, or, of texts, a .txt with a text a line, each of at most the tokens
+that the run's texts have, and computed at its own length. Images are decoded, resized
 and normalised as the run's were. Features go through the codec, as in msjax eval, but each input by itself, so that
 what becomes of it does not depend on the others; eval compresses a batch together, as --batch-size does here."""
 
@@ -38,6 +40,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs that are compressed together")
     parser.add_argument("--json", action="store_true", help="print an object a line, with all outputs")
     parser.add_argument("--out", metavar="FILE", help="write the lines to a file instead")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="of a language model, where the run's is not on this machine"
+    )
     parser.add_argument("--config", metavar="FILE.py", help="the preset of a model of one's own")
     options = parser.parse_intermixed_args(rest)
     preset, inputs, server = preset_of(where), options.inputs, None
@@ -47,27 +52,70 @@ def main(arguments: list[str]) -> int:
             parser.error("with files the network is CLIENT.safetensors SERVER.safetensors, and inputs come behind them")
     pair = load_pair(options.network, server, preset=preset)
     task = build.make_task(pair.config, pair.summary).name
+    compressed = False if options.uncompressed else None
+    if pair.config.model.name == models.DECODER:
+        texts = [_read_texts(pair, path, options.tokenizer) for path in inputs]
+        records = (record for one in texts for record in _text_records(pair, one, compressed))
+        return _write(map(to_json if options.json else _text_line, records), options.out)
     if task not in LINE_TASKS and not options.json:
         raise ValueError(f"--json must be given for task {task!r}, whose outputs are no line")
-    compressed = False if options.uncompressed else None
     found = [_read(pair, path) for path in inputs]  # before anything is computed, so that a wrong path is told at once
     lines = (
         to_json(record) if options.json else _line(record)
         for one in found
         for record in _records(pair, task, one, options.batch_size, compressed)
     )
-    if options.out is None:
+    return _write(lines, options.out)
+
+
+def _write(lines: Iterable[str], to: str | None) -> int:
+    """Prints the lines, or writes them to a file; returns the exit status."""
+    if to is None:
         for line in lines:
             print(line, flush=True)
         return 0
-    out = expand("out", options.out)
-    text = "".join(line + "\n" for line in lines)
+    out, lines = expand("out", to), list(lines)
     try:
-        write_atomically(out, text)
+        write_atomically(out, "".join(line + "\n" for line in lines))
     except OSError as error:
-        raise ValueError(f"out must be a file that can be written, got {options.out!r}: {error.strerror}") from None
-    print(f"msjax predict: {sum(len(one.names) for one in found)} lines in {out}", file=sys.stderr)
+        raise ValueError(f"out must be a file that can be written, got {to!r}: {error.strerror}") from None
+    print(f"msjax predict: {len(lines)} lines in {out}", file=sys.stderr)
     return 0
+
+
+def _read_texts(pair: Pair, path: str, tokenizer: str | None) -> data.Texts:
+    """Texts for a language model, of which each fits it."""
+    cfg, length = pair.config, pair.summary.input_shape[0]
+    tokenizer = cfg.data.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given for texts, got None")
+    described = build.decoder_config(cfg)
+    options = {"column": cfg.data.text_column, "start": described.bos_token_id, "vocabulary": described.vocab_size}
+    found = data.read_texts(path, tokenizer=tokenizer, **options)
+    build.check_tokenizer(found.tokenizer, pair.summary.tokenizer)
+    for name, tokens in zip(found.names, found.tokens, strict=True):
+        if not 1 <= len(tokens) <= length:
+            raise ValueError(
+                f"inputs must have texts of 1 to {length} tokens, as the run's, got {len(tokens)} in {name}"
+            )
+    return found
+
+
+def _text_records(pair: Pair, texts: data.Texts, compressed: bool | None) -> Iterator[dict]:
+    """An object for each text: the token that follows it, and how well the network knew those that are in it."""
+    for name, tokens in zip(texts.names, texts.tokens, strict=True):
+        logits = np.float64(predict(of_length(pair, len(tokens)), tokens[None], compressed=compressed)[0])
+        logs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        nats = -logs[np.arange(len(tokens) - 1), tokens[1:]]
+        token = int(np.argmax(logs[-1]))
+        found = {"input": name, "tokens": len(tokens), "next_token": token, "next_text": texts.decode([token])}
+        found["probability"] = float(np.exp(logs[-1, token]))
+        yield found | {"perplexity": float(np.exp(nats.mean())) if len(nats) else None}
+
+
+def _text_line(record):
+    perplexity = "" if record["perplexity"] is None else f"{record['perplexity']:.4f}"
+    return "\t".join([record["input"], repr(record["next_text"]), f"{record['probability']:.4f}", perplexity])
 
 
 def _read(pair: Pair, path: str) -> data.Inputs:
@@ -77,7 +125,7 @@ def _read(pair: Pair, path: str) -> data.Inputs:
         path,
         like=jax.tree.unflatten(summary.inputs.structure, summary.inputs.leaves),
         columns=summary.columns,
-        is_text=summary.tokenizer is not None,
+        is_text=isinstance(summary.tokenizer, int),
         vocabulary=cfg.data.vocabulary,
         set_name=cfg.data.name,
     )

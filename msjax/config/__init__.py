@@ -6,7 +6,15 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 from msjax.config._checks import MAX_SEED
 from msjax.config._codecs import parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
-from msjax.config._references import call_reference, is_local_path, references, resolve, with_own, without_paths
+from msjax.config._references import (
+    call_reference,
+    is_local_path,
+    references,
+    resolve,
+    with_own,
+    with_own_paths,
+    without_paths,
+)
 from msjax.config._sections import (
     CodecFlag,
     Config,
@@ -45,5 +53,6 @@ __all__ = [
     "to_json",
     "to_text",
     "with_own",
+    "with_own_paths",
     "without_paths",
 ]

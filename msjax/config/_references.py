@@ -30,9 +30,30 @@ def _last(path):
     return path and os.path.basename(os.path.normpath(path))
 
 
+def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | None) -> Config:
+    """Returns a config that came `without_paths` with where its files of data are on this machine.
+
+    Args:
+      data_dir: the folder that has the files of `data.name` and `data.test`, if they are files; None leaves them.
+      tokenizer: this machine's `data.tokenizer`; None leaves it.
+    """
+    found: dict[str, str] = {}
+    if data_dir is not None:
+        for name in ("name", "test"):
+            value = getattr(config.data, name)
+            if value is not None and value.endswith(_FILES):
+                found[name] = os.path.join(data_dir, value)
+    if tokenizer is not None:
+        found["tokenizer"] = tokenizer
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+
+
+_FILES = (".npz", ".csv", ".txt")
+
+
 def is_local_path(data_name: str) -> bool:
     """Whether the name of a data set is the path of a file or folder."""
-    return not is_reference(data_name) and (data_name.endswith((".npz", ".csv", ".txt")) or os.path.isdir(data_name))
+    return not is_reference(data_name) and (data_name.endswith(_FILES) or os.path.isdir(data_name))
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:
@@ -52,7 +73,7 @@ def references(config: Config) -> dict[str, str]:
 
 def with_own(config: Config, own: Config) -> Config:
     """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
-    return dataclasses.replace(config, model=own.model, data=own.data, task=own.task)
+    return dataclasses.replace(config, model=own.model, lora=own.lora, data=own.data, task=own.task)
 
 
 def resolve(name: str, reference: str) -> Any:

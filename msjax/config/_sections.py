@@ -140,6 +140,12 @@ class OptimConfig:
     gamma: float = 0.1
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0, half of the run at most; the schedule covers the rest."""
+    clip_norm: float | None = None
+    """What the global norm of a gradient is cut down to, before weight decay and momentum; by default it is not. The
+    norm is that of one part's gradient, as client and server each see their own alone: the network's is larger."""
+    accumulate_steps: int = 1
+    """Steps whose mean gradient is one update: batches of as many times batch_size, in the memory of one. Over the cut
+    each is a step as any other, with its messages and averages; what is left at the end of the run is not used."""
     label_smoothing: float = 0.0
     """Part of the training target that is spread over all classes, in [0, 1)."""
 

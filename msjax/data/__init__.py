@@ -31,7 +31,7 @@ from msjax.data._registry import default_augmentation, is_streamed
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
-from msjax.data._text import from_text, load_tokenizer
+from msjax.data._text import Texts, from_text, load_tokenizer, read_texts
 from msjax.data._words import TOKENIZER
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Missing",
     "Split",
     "TableFormat",
+    "Texts",
     "as_dataset",
     "augment",
     "batches",
@@ -69,6 +70,7 @@ __all__ = [
     "normalize",
     "partition",
     "read_inputs",
+    "read_texts",
     "split_digest",
     "stream",
     "table_inputs",

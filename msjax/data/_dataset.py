@@ -121,7 +121,7 @@ class Dataset:
         columns: of a table, or other numbers that are standardised already: how each column became inputs (mean, std
             and median of the training rows, names of classes). `table_inputs` and `TableFormat` make inputs of other
             rows by them; `mean` and `std` are None then.
-        tokenizer: of texts that `load` split into words, the version that did it; else None.
+        tokenizer: of texts, what split them: of words of `load` a version, of a tokenizer.json its hash; else None.
         classes: the names of the classes in the order of their numbers, where they are known.
     """
 
@@ -132,7 +132,7 @@ class Dataset:
     mean: np.ndarray | None
     std: np.ndarray | None
     augment: str = "none"
-    tokenizer: int | None = None
+    tokenizer: int | str | None = None
     columns: tuple[Column, ...] | None = None
     classes: tuple[str, ...] | None = None
 

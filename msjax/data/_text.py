@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,7 +76,53 @@ def from_text(
         aside = 0 if test_share is None else min(len(inputs) - 1, max(1, round(test_share * len(inputs))))
         kept = len(inputs) - aside
         splits = {"train": (inputs[:kept], labels[:kept]), "test": (inputs[kept:], labels[kept:])}
-    return check(Dataset(name, Arrays(*splits["train"]), Arrays(*splits["test"]), None, None, None))
+    splits = {role: Arrays(*blocks) for role, blocks in splits.items()}
+    return check(Dataset(name, **splits, num_classes=None, mean=None, std=None, tokenizer=_digest(path, start)))
+
+
+class Texts(NamedTuple):
+    """Texts as tokens, to predict from.
+
+    Attributes:
+        names: of each text: the file and the number of its line, from 1 on.
+        tokens: int32 (T,) of each.
+        decode: from tokens to the text that they are.
+        tokenizer: what split them, as of `Dataset.tokenizer`.
+    """
+
+    names: list[str]
+    tokens: list[np.ndarray]
+    decode: Callable[[list[int]], str]
+    tokenizer: str
+
+
+def read_texts(
+    path: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike,
+    column: str = "text",
+    start: int | None = None,
+    vocabulary: int | None = None,
+) -> Texts:
+    """Read the texts of a .txt, one a line, or of a .csv, one a row; each begins with the token `start`.
+
+    Args and errors as of `from_text`; blank lines are passed over.
+
+    Raises:
+        DataError: also where there is no text.
+    """
+    file = _tokenizer_path(tokenizer)
+    found = _tokenizer(file)
+    start = _start(file) if start is None else start
+    _check_vocabulary(file, found, start, vocabulary)
+    lines = list(_each(_texts("inputs", path, column)))
+    if Path(path).suffix.lower() != ".csv":
+        lines = lines[0].splitlines()
+    kept = [(f"{path}:{row}", line) for row, line in enumerate(lines, 1) if line.strip()]
+    if not kept:
+        raise DataError(f"inputs must have text, got none in {os.fspath(path)!r}")
+    tokens = list(_encoded(found, [line for _, line in kept], start))
+    return Texts([name for name, _ in kept], tokens, found.decode, _digest(file, start))
 
 
 def load_tokenizer(tokenizer: str | os.PathLike, *, start: int | None = None, vocabulary: int | None = None) -> Any:
@@ -123,6 +169,13 @@ def _tokenizer(path: Path) -> Any:
     found.no_truncation()
     found.no_padding()
     return found
+
+
+def _digest(path: Path, start: int | None) -> str:
+    """A hash of what a tokenizer makes of texts: its file without how texts would be cut and padded, and `start`."""
+    tree = json.loads(path.read_text("utf-8"))
+    tree = {name: value for name, value in tree.items() if name not in ("truncation", "padding")}
+    return "sha256:" + hashlib.sha256(json.dumps([tree, start], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _start(path: Path) -> int | None:

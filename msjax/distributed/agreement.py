@@ -17,14 +17,18 @@ _OWN = ("mean", "std", "columns", "classes")
 """Of a summary: what follows from the values of a client's data, and names of classes; a server need not know it."""
 
 
-def describe(spec: RunSpec, summary: DataSummary) -> str:
-    """Returns what a client has, as JSON: its data's shapes, and the description of the run that it has built."""
+def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | None = None) -> str:
+    """Returns what a client has, as JSON: its data's shapes, and the description of the run that it has built.
+
+    Args:
+      identity: of its network; see `build.identity`.
+    """
     data = {name: value for name, value in summary.to_json().items() if name not in _OWN}
     data["normalized channels"] = None if summary.mean is None else len(summary.mean)
     if summary.columns is not None:  # two tables may be equally wide, and one miss what the other has
         names = [name for column in summary.columns for name in column.names]
         data["hash of column names"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-    return json.dumps({"data": data, "run": _without_counts(spec.describe())})
+    return json.dumps({"data": data, "run": _of_run(spec, identity)})
 
 
 def summary_of(description: dict[str, Any]) -> DataSummary:
@@ -67,13 +71,14 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     return "; ".join(found)
 
 
-def of_run(spec: RunSpec) -> dict[str, Any]:
+def of_run(spec: RunSpec, identity: dict[str, str] | None = None) -> dict[str, Any]:
     """Returns the description of the run that this party has built, as `parse` gives a client's."""
-    return json.loads(json.dumps(_without_counts(spec.describe())))
+    return json.loads(json.dumps(_of_run(spec, identity)))
 
 
-def _without_counts(description):
-    return {name: value for name, value in description.items() if name not in _COUNTS}
+def _of_run(spec, identity):
+    found = {name: value for name, value in spec.describe().items() if name not in _COUNTS}
+    return found | {f"model {name}": value for name, value in (identity or {}).items()}
 
 
 def _short(value):

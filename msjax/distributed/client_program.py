@@ -5,7 +5,7 @@ import logging
 import pathlib
 import time
 
-from msjax import build, config, data
+from msjax import build, config, data, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -13,6 +13,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.parts import save_trained
+from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split.parties import Client, ClientData
@@ -74,7 +75,7 @@ class ClientProgram:
 
     def _load(self, cfg):
         options = self._options
-        self._cfg = cfg = own_config(cfg, self._preset, options.weights)
+        self._cfg = cfg = own_config(cfg, self._preset, options)
         if options.own_data and cfg.data.missing != "refuse":
             raise ValueError(
                 f"data.missing must be 'refuse' for clients with own data, got {cfg.data.missing!r}: each would take "
@@ -95,14 +96,15 @@ class ClientProgram:
         self._data = ClientData(train, ds.test)
         self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
         spec = self._build_run(samples, len(ds.test)).spec
-        return Own(samples, len(ds.test), agreement.describe(spec, self._summary))
+        return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg)))
 
     def _check_tokenizer(self, tokenizer):
         """Raises where this client's checkpoints are of another tokenizer, and writes down which it is."""
         folder = self._options.folder() / "checkpoints"
         file = folder / f"{self.session.name}.tokenizer"
         if any((folder / self.session.name).glob("[0-9]*")):
-            build.check_tokenizer(tokenizer, int(file.read_text()) if file.exists() else None)
+            trained = file.read_text().strip() if file.exists() else None
+            build.check_tokenizer(tokenizer, int(trained) if trained and trained.isdecimal() else trained)
         if tokenizer is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, f"{tokenizer}\n")
@@ -141,24 +143,37 @@ class ClientProgram:
             log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
 
 
-def own_config(cfg: config.Config, preset: config.Config | None, weights: str | None = None) -> config.Config:
-    """Returns the server's config with model, data and task of this client's preset, and its copy of the weights.
+def own_config(cfg: config.Config, preset: config.Config | None, options: ClientOptions) -> config.Config:
+    """Returns the server's config with model, data and task of this client's preset, or with its copies of files.
 
     Raises:
-      ValueError: the server's config names functions of a preset or a file of weights, and there is none here.
+      ValueError: the server's config names functions of a preset, weights or a tokenizer, and there are none here.
     """
     if preset is not None:
-        return config.with_own(cfg, preset)
+        return build.resolved(config.with_own(cfg, preset))
     if named := config.references(cfg):
         field, value = next(iter(named.items()))
         raise ValueError(
             f"the run's {field} is {value!r}, a function of a preset, and functions do not travel: "
             "give this client its own preset"
         )
-    if cfg.model.weights is None:
-        return cfg
-    if weights is None:
-        raise ValueError(
-            f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of the file as weights"
-        )
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
+    if cfg.model.weights is not None:
+        if options.weights is None:
+            raise ValueError(
+                f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of them as weights"
+            )
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=options.weights))
+    return config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=_own_tokenizer(cfg, options))
+
+
+def _own_tokenizer(cfg, options):
+    """The path of this client's tokenizer; None where the run has none."""
+    if cfg.model.name != models.DECODER and cfg.data.tokenizer is None:
+        return None
+    if options.tokenizer is not None:
+        return options.tokenizer
+    if options.weights is not None and (expand("weights", options.weights) / "tokenizer.json").is_file():
+        return options.weights
+    raise ValueError(
+        f"the run's texts are split by a tokenizer, {cfg.data.tokenizer!r}: give this client its copy as tokenizer"
+    )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from msjax import config
-from msjax.build import Built
+from msjax.build import Built, identity
 from msjax.distributed import actions as do
 from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
@@ -244,7 +244,7 @@ class Coordinator:
         if ready.description in self._agreed:
             return
         built = self._build(ready.samples, ready.test_samples, description)
-        mine = {"data": description["data"], "run": agreement.of_run(built.spec)}
+        mine = {"data": description["data"], "run": agreement.of_run(built.spec, identity(self.cfg))}
         if differing := agreement.differences(mine, description):
             raise ValueError(f"server and client must have the same run, but {differing}")
         drops = self.membership.policy.stragglers == "drop"

@@ -13,7 +13,7 @@ from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.admission import Certificates, WrongTokens
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
 from msjax.distributed.sizes import MOST_MEGABYTES
-from msjax.paths import existing_file, expand, folder_to_be
+from msjax.paths import existing_file_or_folder, expand, folder_to_be
 
 log = logging.getLogger("msjax")
 
@@ -144,7 +144,11 @@ class ConnectOptions(LinkOptions):
     """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
     codecs."""
     data_dir: str | None = None
-    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`."""
+    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`; of a run on a file of its user's,
+    the folder in which this machine has one of that name. By default it is looked for where the program runs."""
+    tokenizer: str | None = None
+    """Of a run on texts with a tokenizer.json: this machine's copy of it, or a folder that has one. By default it is
+    looked for in `weights`, where that is a folder."""
     cache_dir: str | None = None
     """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
 
@@ -160,7 +164,7 @@ class ClientOptions(ConnectOptions):
     own_data: bool = False
     """Train on all of the data set that is here; by default on this client's share, as a simulation does."""
     weights: str | None = None
-    """This client's copy of the file that the run's weights start from, where it starts from one."""
+    """This client's copy of the file or folder that the run's weights start from, where it starts from one."""
     retry_seconds: float = 600.0
     """For how long the server is tried again without a new answer from it, be it away or cutting connections."""
     answer_seconds: float = 600.0
@@ -173,7 +177,7 @@ class ClientOptions(ConnectOptions):
         check_positive(self, "retry_seconds", "answer_seconds")
         folder_to_be("state", self.folder())
         if self.weights is not None:
-            existing_file("weights", self.weights)
+            existing_file_or_folder("weights", self.weights)
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""

@@ -48,6 +48,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
+    build.check_weights(cfg)
 
 
 def listen(cfg: config.Config, options: ServeOptions) -> Endpoint:
@@ -268,7 +269,8 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
         return False
     samples, test_samples, description = json.loads(described.read_text("utf-8"))
     summary = agreement.summary_of(description)
-    built = _built(cfg, build.make_parts(cfg, summary), samples, test_samples, description)
+    parts = build.make_parts(cfg, summary, weights=build.to_go_on(cfg).model.weights)
+    built = _built(cfg, parts, samples, test_samples, description)
     party, store = parties.Server(built.spec, built.server, cfg.seed), ServerStore(folder.path / "checkpoints", {})
     try:
         step = store.latest()

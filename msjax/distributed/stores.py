@@ -9,6 +9,10 @@ import numpy as np
 from msjax.runs.checkpoints import Checkpoints
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Server
+from msjax.split.state import check_constants, digest
+
+_CONSTANTS = "constants"
+"""In a server's checkpoint: the digest of what never changes, which the checkpoint leaves out."""
 
 
 class ClientStore:
@@ -52,6 +56,16 @@ class ServerStore(ClientStore):
     def __init__(self, path: str | os.PathLike, progress: dict[str, Any]):
         super().__init__(path)
         self._progress = progress
+        self._digest: tuple[Any, str | None] | None = None
+
+    def _digest_of_constants(self, party):
+        """That of what never changes in the server's part, found once for a run; None where there is no such."""
+        names = party.spec.server_constants
+        if not names:
+            return None
+        if self._digest is None or self._digest[0] is not party.spec:
+            self._digest = party.spec, digest({name: party.state.stats[name] for name in sorted(names)})
+        return self._digest[1]
 
     def latest(self) -> int | None:
         """Returns the step of the newest checkpoint, or None."""
@@ -59,20 +73,28 @@ class ServerStore(ClientStore):
 
     def save(self, step: int, party: Server) -> None:
         """Saves the server's state before a step, and deletes older ones; raises OSError where it cannot be written."""
-        tree = {"state": party.state} | ({"memory": party.memory} if party.memory else {})
+        tree = _to_save(party)
         if party.part_in_transit is not None:
             tree["relayed"] = party.part_in_transit
         sums = {"train": _to_json(party.train), "test": _to_json(party.test)}
-        self._checkpoints.save(step, tree, sums | self._progress)
+        digest_ = self._digest_of_constants(party)
+        constants = {} if digest_ is None else {_CONSTANTS: digest_}
+        self._checkpoints.save(step, tree, sums | constants | self._progress)
         self.prune(step)
 
     def restore(self, step: int, party: Server) -> None:
-        """Puts the server's state before a step into `party`."""
-        tree = {"state": party.state} | ({"memory": party.memory} if party.memory else {})
+        """Puts the server's state before a step into `party`.
+
+        Raises:
+          ValueError: what never changes, which checkpoints leave out, is not in `party` as it was.
+        """
+        tree = _to_save(party)
         if party.passes_parts_on:
             tree["relayed"] = np.zeros(party.spec.client_state_values, np.float32)
         tree, progress = self._checkpoints.restore(step, tree)
-        party.state, party.memory = tree["state"], tree.get("memory", ())
+        check_constants(self._digest_of_constants(party), progress.pop(_CONSTANTS, None))
+        party.state = tree["state"].with_constants_of(party.state, party.spec.server_constants)
+        party.memory = tree.get("memory", ())
         party.part_in_transit = tree.get("relayed")
         party.train, party.test = (_from_json(progress.pop(name), party) for name in ("train", "test"))
         self._progress.clear()
@@ -82,6 +104,12 @@ class ServerStore(ClientStore):
         """Makes the party and what is remembered as they are before the first step."""
         party.train = party.test = MetricSums()
         self._progress.clear()
+
+
+def _to_save(party):
+    """Of the server: its part without what never changes, and what it remembers of averages."""
+    state = party.state.without(party.spec.server_constants)
+    return {"state": state} | ({"memory": party.memory} if party.memory else {})
 
 
 def _to_json(sums):

@@ -17,11 +17,12 @@ from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
 from msjax.models._cache import Cache, attends, cache_bytes, decoder_blocks, extend_cached, make_cache, part_config
 from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
+from msjax.models._digest import weights_digest
 from msjax.models._huggingface import has_decoder, load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
-from msjax.models._part import ModelPart, RemoteApply, RemotePart
+from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling
 from msjax.models._sampling import Sampling, largest
@@ -66,6 +67,7 @@ __all__ = [
     "base",
     "build",
     "cache_bytes",
+    "constants_of",
     "count_params",
     "cut_places",
     "cut_sequential",
@@ -85,6 +87,7 @@ __all__ = [
     "save_weights",
     "split",
     "untied",
+    "weights_digest",
     "whole",
     "with_adapters_merged",
 ]

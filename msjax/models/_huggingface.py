@@ -208,6 +208,18 @@ def _names(model):
     return found
 
 
+def open_files(path: pathlib.Path) -> dict[str, "_File"]:
+    """Returns by a tensor's name the file that it is in: of a folder as `load_decoder` takes it, or of one file.
+
+    Raises:
+      ValueError: a file is missing or no safetensors file.
+    """
+    if path.is_dir():
+        return _files(path)
+    file = _File(path)
+    return dict.fromkeys(file.names, file)
+
+
 def _files(folder):
     """By a tensor's name, the file that it is in."""
     if not folder.is_dir():

@@ -12,8 +12,9 @@ class ModelPart(NamedTuple):
 
     `apply` is hashable, and equal by value for equal parts, so that `jit` need not trace them anew. `params` are
     trained; `stats`, such as the running statistics of batch normalisation, are updated without a gradient, and are
-    averaged over clients. Both are nested dicts of arrays. `x` and `y` are arrays or trees of arrays whose first axis
-    is the batch. With `train`, random layers draw from `key`.
+    averaged over clients. Both are nested dicts of arrays. Where `apply` has an attribute `constants`, the names in
+    `stats` of what never changes, `new_stats` are without these: one copy of them does for all clients. `x` and `y` are
+    arrays or trees of arrays whose first axis is the batch. With `train`, random layers draw from `key`.
     """
 
     apply: Callable[..., tuple[Any, Any]]
@@ -24,6 +25,11 @@ class ModelPart(NamedTuple):
         """Returns the same part with its arrays under `name`, so that they can be kept beside another part's."""
         stats = {name: self.stats} if self.stats else {}
         return ModelPart(ScopedApply(self.apply, name), {name: self.params}, stats)
+
+
+def constants_of(apply: Any) -> frozenset[str]:
+    """Returns the names of those of a part's `stats` that never change; none where its function does not say."""
+    return getattr(apply, "constants", frozenset())
 
 
 class RemotePart(NamedTuple):

@@ -77,7 +77,9 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     return ModelPart(Apply(model.blocks), state["params"], state["stats"])
 
 
-def save_weights(path: str | os.PathLike, model: Model, params: PyTree, stats: PyTree) -> None:
+def save_weights(
+    path: str | os.PathLike, model: Model, params: PyTree, stats: PyTree, *, beside: str | os.PathLike | None = None
+) -> None:
     """Writes a whole model in PyTorch's names and layouts as a safetensors file, atomically.
 
         client, server = msjax.load_part("client.safetensors"), msjax.load_part("server.safetensors")
@@ -86,14 +88,15 @@ def save_weights(path: str | os.PathLike, model: Model, params: PyTree, stats: P
     `params` and `stats` are nested dicts of float32 arrays, by block name first: those of the parts merged. The names
     and the models that have some are those of `load_weights`, whose first names these are; it reads the same arrays
     back. PyTorch reads the file with `network.load_state_dict(safetensors.torch.load_file(path))`. Running variances
-    are written as they are, biased if they were trained here. A decoder becomes a folder; see `save_decoder`.
+    are written as they are, biased if they were trained here. A decoder becomes a folder, with the tokenizer of the
+    folder `beside`; see `save_decoder`.
 
     Raises:
       ValueError: the model has no names in PyTorch, or `params` or `stats` are not those of the model.
       OSError: the file cannot be written.
     """
     if model.name == DECODER:
-        return save_decoder(path, model, params, stats)
+        return save_decoder(path, model, params, stats, beside=beside)
     entries = _entries(model)
     check_state(model, params, stats)
     arrays = {}

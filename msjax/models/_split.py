@@ -35,6 +35,11 @@ class Apply:
         """Whether training draws random numbers (dropout)."""
         return any(block.needs_key for block in self.blocks)
 
+    @property
+    def constants(self) -> frozenset[str]:
+        """The names of those `stats` that never change: of frozen blocks. They are not among the `new_stats`."""
+        return frozenset(block.name for block in self.blocks if block.frozen)
+
     def __call__(
         self,
         params: PyTree,
@@ -44,7 +49,7 @@ class Apply:
         train: bool,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "n ..."], PyTree]:
-        """`(y, new_stats)`: the blocks' output for a batch and their batch statistics.
+        """`(y, new_stats)`: the blocks' output for a batch and their batch statistics, without those of `constants`.
 
         With `train`, batch normalisation uses the batch and returns updated statistics, and dropout uses `key`;
         without, it uses `stats` and returns them as they are. Under `vmap` over clients `new_stats` get a leading axis,
@@ -64,8 +69,8 @@ class Apply:
             table = block_table(block, params, stats)
             block_key = jax.random.fold_in(key, place) if train and block.needs_key else None
             x, found = (jax.checkpoint(run) if block.remat and train else run)(states, x, block_key, table)
-            if block.name in stats:
-                new_stats[block.name] = stats[block.name] if block.frozen else found
+            if block.name in stats and not block.frozen:
+                new_stats[block.name] = found
         return x, new_stats
 
 

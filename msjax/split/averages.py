@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
-from msjax.split.state import PartState, split_key
+from msjax.split.state import PartState, changing, split_key
 from msjax.split.step import PartUpdate
 from msjax.split.trees import from_vector, is_float, to_vector
 
@@ -170,7 +170,7 @@ def average_update(
 def average_parts(
     spec: RunSpec, parts: PartState, memory: Averages, keys: jax.Array, axis_name: str | None
 ) -> tuple[PartState, Exchanged]:
-    """Gives each of K clients, whose parts have a leading axis K, the average of all."""
+    """Gives each of K clients, whose parts have a leading axis K and nothing that never changes, the average of all."""
     reference = memory.client.reference
     vectors = jax.vmap(lambda part: _changes(part, reference))(parts)
     found = exchange(spec, vectors, memory, keys, axis_name)
@@ -186,12 +186,13 @@ def average_parts(
 
 
 def _update_vectors(update, stats):
-    return to_vectors(update.grads, _difference(update.stats, stats))
+    return to_vectors(update.grads, _difference(update.stats, changing(stats, update.stats)))
 
 
 def _mean_update(vectors, update, stats):
     grads, change = from_vectors(vectors, update.grads, update.stats)
-    return PartUpdate(grads, jax.tree.map(lambda c, old: old + c if is_float(c) else c, change, stats))
+    before = changing(stats, change)
+    return PartUpdate(grads, jax.tree.map(lambda c, old: old + c if is_float(c) else c, change, before))
 
 
 def _changes(part, reference):

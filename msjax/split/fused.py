@@ -34,7 +34,7 @@ def fused_step(
       x: batches (K, B, …); y: labels (K, B, …); keys: one a client (K,).
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
       own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
-        arrays of `state.client` then have a leading axis K.
+        arrays of `state.client` then have a leading axis K, but for those that never change, which all share.
 
     Returns:
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
@@ -58,7 +58,8 @@ def fused_step(
         loss = spec.task.losses(outputs, y, train=True).mean()
         return loss, ((new_stats, server_stats), spec.task.sums(outputs, y), (up, down))
 
-    stats_axis = 0 if own_parts else None
+    constants = spec.client_constants
+    stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
     params_axis = 0 if own_parts or compressed else None
 
     def total_loss(params, byte_slots):
@@ -88,9 +89,10 @@ def fused_step(
         return PartUpdate(*over_devices((grads, mean(stats))))
 
     if own_parts:
+        own = state.client.without(constants)
         client = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
-            state.client, client_grads, client_stats
-        )
+            own, client_grads, client_stats
+        ).with_constants_of(state.client, constants)
     elif compressed:
         update, found = averages.average_update(
             spec, PartUpdate(client_grads, client_stats), state.client.stats, state.memory, keys, axis_name
@@ -112,6 +114,11 @@ def fused_step(
     if spec.cut_bits is not None:
         up_bits = budget.next_up_bits(spec, up_bits, features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1])
     return TrainState(client, server, state.step + 1, memory, up_bits), metrics
+
+
+def _axes_of(stats, constants):
+    """For `vmap`: the leading axis of clients, which what never changes has not."""
+    return {name: None if name in constants else 0 for name in stats} if constants else 0
 
 
 def average_bytes(spec: RunSpec, found: averages.Exchanged, clients: int) -> tuple[jax.Array, jax.Array]:
@@ -207,7 +214,7 @@ def average_parts(client: PartState, *, axis_name: str | None = None) -> PartSta
     """Gives every client the mean of all clients' weights and statistics; momenta stay their own.
 
     Args:
-      client: parts whose arrays have a leading axis K.
+      client: parts whose arrays have a leading axis K, without what never changes.
       axis_name: as in `fused_step`.
     """
 

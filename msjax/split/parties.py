@@ -114,17 +114,19 @@ class Client:
         return self.schedule.may_checkpoint(exchange.step, every)
 
     def checkpoint(self) -> Any:
-        """Returns all that it has to go on from here with, as a tree of arrays."""
+        """Returns all that it has to go on from here with, as a tree of arrays; not what never changes."""
+        state = self.state.without(self.spec.client_constants)
         if self.spec.cut_bits is not None:
-            return self.state, self.memory, self.up_bits
-        return (self.state, self.memory) if self.memory else self.state
+            return state, self.memory, self.up_bits
+        return (state, self.memory) if self.memory else state
 
     def go_back(self, checkpoint: Any) -> None:
         """Goes on from such a checkpoint."""
         if self.spec.cut_bits is not None:
-            self.state, self.memory, self.up_bits = checkpoint
+            state, self.memory, self.up_bits = checkpoint
         else:
-            self.state, self.memory = checkpoint if self.memory else (checkpoint, ())
+            state, self.memory = checkpoint if self.memory else (checkpoint, ())
+        self.state = state.with_constants_of(self.state, self.spec.client_constants)
 
     def part(self) -> Payload:
         """Returns its part with the optimizer's state, as `RunSpec.part_payload` describes it."""

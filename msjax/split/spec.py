@@ -12,6 +12,7 @@ import optax
 
 from msjax import data
 from msjax.compress import Codec, Identity
+from msjax.models import constants_of
 from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.trees import TreeSpec
@@ -128,6 +129,16 @@ class RunSpec:
     def u_shaped(self) -> bool:
         """Whether the last layers and the labels stay with the clients."""
         return self.schedule.u_shaped
+
+    @functools.cached_property
+    def client_constants(self) -> frozenset[str]:
+        """The names of those of the clients' `stats` that never change, such as weights beside adapters."""
+        return constants_of(self.client) | constants_of(self.tail)
+
+    @functools.cached_property
+    def server_constants(self) -> frozenset[str]:
+        """The same of the server's."""
+        return constants_of(self.server)
 
     @functools.cached_property
     def _values(self):

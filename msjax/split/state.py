@@ -1,9 +1,11 @@
 """What a party carries from step to step, and the random keys of a step."""
 
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from msjax.split.trees import is_float
@@ -14,8 +16,32 @@ class PartState(NamedTuple):
 
     params: PyTree
     stats: PyTree
-    """What is updated without a gradient, as running statistics of batch normalisation."""
+    """What is updated without a gradient, as running statistics of batch normalisation; and what never changes, whose
+    names are `RunSpec.client_constants` and `RunSpec.server_constants`."""
     opt_state: PyTree
+
+    def without(self, names: frozenset[str]) -> "PartState":
+        """Returns the part without those of its stats that never change, of these names."""
+        return self._replace(stats=without_constants(self.stats, names))
+
+    def with_constants_of(self, other: "PartState", names: frozenset[str]) -> "PartState":
+        """Returns the part with those that another state of it has."""
+        return self._replace(stats=self.stats | {name: other.stats[name] for name in names}) if names else self
+
+
+def without_constants(stats: PyTree, names: frozenset[str]) -> PyTree:
+    """Returns a part's `stats` without those of these names; as they are where there are no names."""
+    return {name: tree for name, tree in stats.items() if name not in names} if names else stats
+
+
+def changing(stats: PyTree, like: PyTree) -> PyTree:
+    """Returns those of a part's `stats` that are in `like`, which is without what never changes."""
+    return {name: stats[name] for name in like} if isinstance(like, dict) else stats
+
+
+def with_changed(stats: PyTree, changed: PyTree) -> PyTree:
+    """Returns a part's `stats` with new ones in place of those that change: the inverse of `changing`."""
+    return {**stats, **changed} if isinstance(changed, dict) else changed
 
 
 class TrainState(NamedTuple):
@@ -28,6 +54,29 @@ class TrainState(NamedTuple):
     """Where averages are compressed, an `averages.Averages`."""
     up_bits: Any = None
     """Where there is a budget for the cut, float32 (K,), what the clients aim their features at; see `budget`."""
+
+
+def digest(*trees: PyTree) -> str:
+    """Returns a hash of arrays by their names, as "sha256:" and 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return f"sha256:{found.hexdigest()[:16]}"
+
+
+def check_constants(found: str | None, saved: str | None) -> None:
+    """Raises ValueError where what never changes is not here what it was beside a checkpoint.
+
+    Args:
+      found, saved: digests, see `digest`; None where there is nothing of the kind.
+    """
+    if found != saved:
+        raise ValueError(
+            f"model.weights must be those that the run began with, which its checkpoints leave out: the weights beside "
+            f"the adapters have the digest {saved}, got {found}"
+        )
 
 
 class StepKeys(NamedTuple):

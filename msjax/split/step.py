@@ -30,7 +30,7 @@ from jaxtyping import PyTree
 from msjax.split import budget
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
-from msjax.split.state import PartState, split_key, tail_key
+from msjax.split.state import PartState, split_key, tail_key, with_changed
 from msjax.split.trees import float_leaves, mean, with_float_leaves
 
 
@@ -59,7 +59,7 @@ class Pending(NamedTuple):
 
 
 class PartUpdate(NamedTuple):
-    """What a client contributes to the average of a step: gradients, and new statistics."""
+    """What a client contributes to the average of a step: gradients, and those new statistics that change."""
 
     grads: PyTree
     stats: PyTree
@@ -240,9 +240,9 @@ def next_up_bits(spec: RunSpec, up_bits: jax.Array, pending: Pending, reply: Pay
 
 
 def update_part(spec: RunSpec, part: PartState, update: PartUpdate) -> PartState:
-    """Returns a part's new state after the optimizer's step."""
+    """Returns a part's new state after the optimizer's step; what of its stats never changes is not in the update."""
     updates, opt_state = spec.optimizer.update(update.grads, part.opt_state, part.params)
-    return PartState(optax.apply_updates(part.params, updates), update.stats, opt_state)
+    return PartState(optax.apply_updates(part.params, updates), with_changed(part.stats, update.stats), opt_state)
 
 
 def add_up(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -58,9 +58,7 @@ def train_config(
     """
     cfg = build.resolved(cfg)
     if run is None:
-        resumed = folder.checkpoints.latest() is not None  # which has newer weights than those of the file
-        weights = None if resumed else cfg.model.weights
-        run = load_run(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights)))
+        run = load_run(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
     spec, schedule = run.spec, run.spec.schedule
     finished = loop.train(run, folder, quiet=quiet)
     last, headline = finished.history[-1], spec.task.headline
@@ -119,7 +117,7 @@ def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:
     missing = [part for part in _PARTS if not (folder.path / f"{part}.safetensors").exists()]
     if not missing or folder.checkpoints.latest() is None:
         return []
-    run = load_run(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None)))
+    run = load_run(build.to_go_on(cfg))
     state = loop.trained_state(run, folder)
     if state is None:
         return []

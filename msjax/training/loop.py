@@ -18,7 +18,7 @@ from msjax.runs.signals import stop_on_signal
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
-from msjax.split.state import TrainState, eval_key, train_key
+from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
 from msjax.training import program
 from msjax.training.batching import batches_on_device, make_resident, schedule_calls
@@ -116,7 +116,7 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
         return None
     mesh = mesh_of(run.spec)
     state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
-    return jax.device_get(run.spec.mode.gather(state))
+    return jax.device_get(run.spec.mode.gather(run.spec, state))
 
 
 class _Loop:
@@ -128,6 +128,7 @@ class _Loop:
         self._mesh = mesh_of(run.spec)
         self._state = program.place(run.spec, run.state, self._mesh)
         self._sums = self._zero()
+        self._constants = _digest_of_constants(run.spec, run.state)
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
         if folder is not None and (found := restore(folder, run, self._state, self._mesh)) is not None:
             self._state, self._sums, self._progress = found
@@ -174,7 +175,7 @@ class _Loop:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
                     bar.note("no curves or TensorBoard events: pip install 'msjax[plots]'")
-        state = jax.device_get(self._spec.mode.gather(self._state))
+        state = jax.device_get(self._spec.mode.gather(self._spec, self._state))
         if not self._run.allow_nonfinite:
             for part in ("client", "server"):
                 check_part(part, getattr(state, part)[:2], self._done)
@@ -236,7 +237,9 @@ class _Loop:
             progress = self._progress | {"wall_seconds": self._wall_seconds()}
             if self._run.dataset.tokenizer is not None:
                 progress["tokenizer"] = self._run.dataset.tokenizer
-            self._folder.checkpoints.save(self._done, (_to_save(self._state), self._sums), progress)
+            if self._constants is not None:
+                progress[_CONSTANTS] = self._constants
+            self._folder.checkpoints.save(self._done, (_to_save(self._spec, self._state), self._sums), progress)
 
 
 def _traffic_until(spec, history):
@@ -258,10 +261,35 @@ def _coded_bytes(spec, sums, history):
     return {name: round(earlier.get(name, 0) + float(value)) for name, value in found.items()}
 
 
-def _to_save(state):
-    """What is saved of a `TrainState`: without what this run does not have, as before there was such a thing."""
+_CONSTANTS = "constants"
+"""In a checkpoint: the digest of what never changes, which the checkpoint leaves out."""
+
+
+def _to_save(spec, state):
+    """What is saved of a `TrainState`: without what this run does not have, and what never changes."""
     lacking = {"memory": not state.memory, "up_bits": state.up_bits is None}
+    state = state._replace(
+        client=state.client.without(spec.client_constants), server=state.server.without(spec.server_constants)
+    )
     return {name: value for name, value in state._asdict().items() if not lacking.get(name)}
+
+
+def _restored(spec, saved, state):
+    """The `TrainState` of what was saved, with what never changes of `state`."""
+    found = TrainState(**saved)
+    return found._replace(
+        client=found.client.with_constants_of(state.client, spec.client_constants),
+        server=found.server.with_constants_of(state.server, spec.server_constants),
+    )
+
+
+def _digest_of_constants(spec, state):
+    """The digest of what never changes in a state as `LoadedRun` has it; None where there is nothing of the kind."""
+    names = (spec.client_constants, spec.server_constants)
+    if not any(names):
+        return None
+    parts = zip((state.client, state.server), names, strict=True)
+    return digest(*({name: part.stats[name] for name in sorted(of_part)} for part, of_part in parts))
 
 
 class _SumsBefore(NamedTuple):
@@ -281,25 +309,28 @@ def restore(
     """Returns the newest checkpoint's state, sums and progress, or None where there is none.
 
     Raises:
-      ValueError: it does not fit the run, or was trained on texts that were split into words by another tokenizer.
+      ValueError: it does not fit the run, or was trained on texts that were split into words by another tokenizer, or
+        beside other weights that never change.
     """
     step = folder.checkpoints.latest()
     if step is None:
         return None
     sums = replicate(zero_sums(run.spec), mesh)
+    like = _to_save(run.spec, state)
     try:
-        (state, sums), progress = folder.checkpoints.restore(step, (_to_save(state), sums))
+        (saved, sums), progress = folder.checkpoints.restore(step, (like, sums))
     except ValueError:
         if run.spec.task.name != "classification":
             raise
     else:
         check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
-        return TrainState(**state), sums, progress
+        check_constants(_digest_of_constants(run.spec, run.state), progress.pop(_CONSTANTS, None))
+        return _restored(run.spec, saved, state), sums, progress
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
-    (state, before), progress = folder.checkpoints.restore(step, (_to_save(state), before))
+    (saved, before), progress = folder.checkpoints.restore(step, (like, before))
     check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)
-    return TrainState(**state), replicate(sums, mesh), progress
+    return TrainState(**saved), replicate(sums, mesh), progress

@@ -15,7 +15,7 @@ from msjax.split import budget, fused
 from msjax.split.averages import Averages, Memory
 from msjax.split.metrics import MetricSums, add_step
 from msjax.split.spec import RunSpec
-from msjax.split.state import TrainState, client_keys, split_key
+from msjax.split.state import PartState, TrainState, client_keys, split_key
 from msjax.split.step import StepMetrics, add_up
 from msjax.training.devices import AXIS, replicate, spread_by_client
 
@@ -29,12 +29,12 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
         state = state._replace(memory=Averages(own._replace(error=errors), server))
     if spec.cut_bits is not None and state.up_bits is None:
         state = state._replace(up_bits=jnp.broadcast_to(budget.first_up_bits(spec), clients))
-    spread = spec.mode.spread(state, clients)
+    spread = spec.mode.spread(spec, state)
 
     def put(where, tree):
         return spread_by_client(tree, mesh) if where == PartitionSpec(AXIS) else replicate(tree, mesh)
 
-    return jax.tree.map(put, _state_specs(spec), spread, is_leaf=lambda tree: isinstance(tree, PartitionSpec))
+    return jax.tree.map(put, _state_specs(spec, spread), spread, is_leaf=lambda tree: isinstance(tree, PartitionSpec))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -72,8 +72,9 @@ def train_steps(
         (state, sums), losses = _repeat(one_step, (state, sums), inputs, labels, order)
         return state, sums, losses
 
-    out_specs = (_state_specs(spec), PartitionSpec(), PartitionSpec(None, AXIS))
-    return _spread(spec, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+    specs = _state_specs(spec, state)
+    out_specs = (specs, PartitionSpec(), PartitionSpec(None, AXIS))
+    return _spread(specs, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -95,7 +96,7 @@ def eval_rounds(
     """
 
     def run(state, sums, inputs, labels, order, clients, key):
-        state = spec.mode.gather(state)
+        state = spec.mode.gather(spec, state)
 
         def one_round(carry, batch):
             sums, round_ = carry
@@ -110,7 +111,7 @@ def eval_rounds(
 
         return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0]
 
-    spread = _spread(spec, run, mesh, PartitionSpec(), order is None)
+    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec(), order is None)
     return spread(state, sums, inputs, labels, order, clients, key)
 
 
@@ -133,19 +134,24 @@ def _repeat(one_step, carry, inputs, labels, order):
     return carry, jax.tree.map(lambda leaf: leaf[None], found)
 
 
-def _state_specs(spec):
+def _state_specs(spec, state):
+    """Where the arrays of a state are: on all devices, or each client's on its own."""
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
     memory = Averages(Memory(by_client, everywhere), Memory(everywhere, everywhere)) if spec.compresses_updates else ()
     up_bits = None if spec.cut_bits is None else by_client
-    return TrainState(by_client if spec.mode.own_parts else everywhere, everywhere, everywhere, memory, up_bits)
+    client = by_client if spec.mode.own_parts else everywhere
+    if constants := spec.client_constants:
+        of_stats = {name: everywhere if name in constants else client for name in state.client.stats}
+        client = PartState(client, of_stats, client)
+    return TrainState(client, everywhere, everywhere, memory, up_bits)
 
 
-def _spread(spec, run, mesh, out_specs, streamed):
+def _spread(state_specs, run, mesh, out_specs, streamed):
     """`run` on one device, or spread over the mesh."""
     if mesh is None:
         return run
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
     batch = by_client if streamed else everywhere
-    in_specs = (_state_specs(spec), everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    in_specs = (state_specs, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
     # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

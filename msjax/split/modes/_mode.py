@@ -111,11 +111,11 @@ class Mode:
         """Returns how many clients take a step together."""
         return 1 if self.one_at_a_time else schedule.clients
 
-    def spread(self, state: TrainState, clients: int) -> TrainState:
+    def spread(self, spec: "RunSpec", state: TrainState) -> TrainState:
         """Returns the state in one program: here, all clients share one part."""
         return state
 
-    def gather(self, state: TrainState) -> TrainState:
+    def gather(self, spec: "RunSpec", state: TrainState) -> TrainState:
         """Returns the state with one client part, as it is at the end of an epoch: the inverse of `spread`."""
         return state
 

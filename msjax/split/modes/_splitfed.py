@@ -56,21 +56,26 @@ class SplitFed(AveragingMode):
         params, stats = programs.from_vector(payload_vector(payload), (client.state.params, client.state.stats))
         client.state = client.state._replace(params=params, stats=stats)
 
-    def spread(self, state, clients):
-        client = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), state.client)
-        return state._replace(client=client)
+    def spread(self, spec, state):
+        def to_all(part):
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (spec.schedule.clients, *leaf.shape)), part)
 
-    def gather(self, state):
-        return state._replace(client=jax.tree.map(lambda leaf: leaf[0], state.client))
+        return _with_own(spec, state, to_all)
+
+    def gather(self, spec, state):
+        return _with_own(spec, state, lambda part: jax.tree.map(lambda leaf: leaf[0], part))
 
     def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
         state, metrics = super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
         if spec.compresses_updates:
             return self._average(spec, state, metrics, keys, axis_name)
-        mean = fused.average_parts(state.client, axis_name=axis_name)
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
-        client = jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, state.client)
-        return state._replace(client=client), metrics
+
+        def average(part):
+            mean = fused.average_parts(part, axis_name=axis_name)
+            return jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, part)
+
+        return _with_own(spec, state, average), metrics
 
     def _average(self, spec, state, metrics, keys, axis_name):
         """The average through the codec, in the steps that have one."""
@@ -83,6 +88,14 @@ class SplitFed(AveragingMode):
             return client, memory, (jnp.float32(0), jnp.float32(0))
 
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
-        client, memory, sent = jax.lax.cond(now, average, nothing, state.client, state.memory)
+        own = state.client.without(spec.client_constants)
+        client, memory, sent = jax.lax.cond(now, average, nothing, own, state.memory)
         metrics = fused.with_average_bytes(spec, metrics, sent, axis_name)
+        client = client.with_constants_of(state.client, spec.client_constants)
         return state._replace(client=client, memory=memory), metrics
+
+
+def _with_own(spec, state, change):
+    """The state with what each client has of its own as `change` makes it, and what never changes as it is."""
+    client = change(state.client.without(spec.client_constants))
+    return state._replace(client=client.with_constants_of(state.client, spec.client_constants))

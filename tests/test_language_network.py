@@ -1,0 +1,156 @@
+"""Decoders over a network: each party has its own copies of weights, tokenizer and text, on lines in memory."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from msjax import build, config
+from msjax.config import without_paths
+from msjax.distributed import agreement
+from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.options import ClientOptions
+from msjax.split import parties
+from msjax.training import from_config, loop
+
+from . import language
+from .network import Net
+
+LORA = config.LoraConfig(rank=2, targets=("q_proj", "up_proj"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
+    return language.make_folder(tmp_path / "server" / "model")
+
+
+class TextNet(Net):
+    """Clients that load and build as `msjax client` does, with copies of the server's folder of their own."""
+
+    def __init__(self, path, cfg, folder, **options):
+        self.folder, self.programs, self.own = folder, {}, {}
+        super().__init__(path, build.resolved(cfg), **options)
+
+    def built(self, samples, test_samples, summary):
+        parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
+        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples, parts=parts)
+
+    def program(self, client):
+        """A client's, which has what `self.own` says in place of a copy of the server's folder."""
+        if client not in self.programs:
+            home = self.path / f"home{client}"
+            own = self.own.get(client) or language.copy(self.folder, home)
+            options = {"weights": str(own), "data_dir": str(own.parent), "state": str(home / "state")}
+            self.programs[client] = ClientProgram(ClientOptions(client_id=client, **options))
+        return self.programs[client]
+
+    def load(self, client, cfg):
+        return self.program(client)._load(cfg)
+
+    def party(self, client, cfg, samples, test_samples):
+        return self.program(client)._build(cfg, samples, test_samples)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": LORA},
+        pytest.param({"mode": config.ModeConfig(tail_cut="last")}, marks=pytest.mark.slow),
+        pytest.param({"lora": LORA, "mode": config.ModeConfig(tail_cut="2")}, marks=pytest.mark.slow),
+    ],
+    ids=["lora", "u_shaped", "lora_u_shaped"],
+)
+def test_parties_with_copies_of_their_own_equal_one_program_also_killed(options, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
+    cfg = language.config_of(folder, **options)
+    with_paths = build.resolved(cfg)
+    net = TextNet(tmp_path / "net", cfg, folder, disk=True)
+    net.start_clients().run_to(1)
+    assert net.programs[0]._cfg.model.weights != with_paths.model.weights
+    net.run_to(3)
+    net.kill_server()
+    net.start_server()
+    net.kill(1)
+    net.programs.pop(1)
+    net.own[1] = tmp_path / "net" / "home1" / "model"
+    net.start_client(1)
+    net.run()
+    assert not net.failures, net.failures
+    finished = loop.train(from_config.load_run(cfg), quiet=True)
+    run = from_config.load_run(cfg)
+    own = {name for part in ("client", "server") for name in getattr(run.spec, f"{part}_constants")}
+    assert bool(own) == (cfg.lora.rank is not None)
+    for theirs, ours in (
+        (finished.state.server, net.server.run.party.state),
+        *((finished.state.client, net.finals[n].state) for n in (0, 1)),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), theirs.params, ours.params)
+        jax.tree.map(np.testing.assert_array_equal, theirs.stats, ours.stats)
+    # The same bits as without a network, and without having been killed.
+    server = parties.Server(run.spec, run.state.server, cfg.seed)
+    clients = [
+        parties.Client(n, run.spec, run.state.client, net.programs[n]._data, cfg.seed) for n in range(cfg.clients)
+    ]
+    for _ in parties.run(server, clients):
+        pass
+    for ours, theirs in ((server, net.server.run.party), (clients[0], net.finals[0]), (clients[1], net.finals[1])):
+        jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
+    net.close()
+
+
+def change_weights(own):
+    tensors = language.tensors(own)
+    language.write_tensors(own, tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2})
+
+
+def change_tokenizer(own):
+    file = own / "tokenizer.json"
+    file.write_text(file.read_text().replace('"?":0,"<s>":1', '"<s>":0,"?":1').replace('"?": 0', '"!": 0'))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_weights, "between another client and this, model weights is 'sha256:.*' here and 'sha256:"),
+        (change_tokenizer, "between another client and this, tokenizer is 'sha256:.*' here and 'sha256:"),
+        (lambda own: (own / "tokenizer.json").unlink(), "split by a tokenizer, 'model': give this client its copy as"),
+        (lambda own: (own.parent / "text.txt").unlink(), "must be a file that can be read, got '.*home1/text.txt'"),
+    ],
+    ids=["weights", "tokenizer", "no_tokenizer", "no_text"],
+)
+def test_what_a_client_has_that_others_have_not_is_said_before_the_first_step(change, message, folder, tmp_path):
+    net = TextNet(tmp_path / "net", language.config_of(folder, lora=LORA), folder)
+    net.own[1] = language.copy(folder, net.path / "home1")
+    change(net.own[1])
+    net.start_client(0)
+    net.start_client(1)
+    net.run(1)
+    assert net.step == 0
+    assert any(re.search(message, str(error)) for error in net.failures.values()), net.failures
+
+
+def test_parties_of_another_length_or_other_adapters_differ(folder):
+    """Of what shapes say and of what they do not, as rank and targets of adapters that are all the server's."""
+
+    def described(**options):
+        cfg = build.resolved(language.config_of(folder, **options))
+        dataset = build.load_data(cfg)
+        summary = build.DataSummary.of(dataset)
+        parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
+        spec = build.build(cfg, summary, samples=8, test_samples=8, parts=parts, shapes_only=True).spec
+        return agreement.parse(agreement.describe(spec, summary, build.identity(cfg)))
+
+    cut = dataclasses.replace(language.config_of(folder).model, cut="0")
+    first = described(lora=LORA, model=cut)
+    for lora in (dataclasses.replace(LORA, rank=3), dataclasses.replace(LORA, targets=("q_proj", "k_proj"))):
+        found = agreement.differences(first, described(lora=lora, model=cut))
+        assert found.startswith('model adapters is "LoRA(rank=2') and ";" not in found
+    shorter = dataclasses.replace(language.config_of(folder).data, text_length=10)
+    assert "inputs is [['', 'int32', [12]]] here and" in agreement.differences(
+        first, described(lora=LORA, model=cut, data=shorter)
+    )
+    plain = without_paths(build.resolved(language.config_of(folder)))
+    assert (plain.model.weights, plain.data.name) == ("model", "text.txt")

@@ -1,0 +1,75 @@
+"""What the config's optimizers make of gradients: clipped, and gathered over steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msjax import config
+from msjax.optim import make_optimizer
+from msjax.split.state import PartState, with_update_count
+
+OPTIM = config.OptimConfig(learning_rate=0.5, momentum=0.9, weight_decay=0.0, schedule="cosine")
+PARAMS = {"w": jnp.arange(4.0), "b": jnp.ones(2)}
+
+
+def gradients(count):
+    keys = jax.random.split(jax.random.key(0), count)
+    return [jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), PARAMS) for key in keys]
+
+
+def run(optimizer, grads, params=PARAMS, state=None):
+    state = optimizer.init(params) if state is None else state
+    for g in grads:
+        updates, state = optimizer.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_close(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_a_gradient_is_cut_down_to_the_norm():
+    plain = make_optimizer(dataclasses.replace(OPTIM, schedule="constant"), epochs=1, steps_per_epoch=4)
+    cut = make_optimizer(dataclasses.replace(OPTIM, schedule="constant", clip_norm=0.1), epochs=1, steps_per_epoch=4)
+    (g,) = gradients(1)
+    norm = np.sqrt(sum(float(jnp.square(leaf).sum()) for leaf in jax.tree.leaves(g)))
+    assert norm > 0.1
+    assert_close(run(cut, [g])[0], run(plain, [jax.tree.map(lambda leaf: leaf * 0.1 / norm, g)])[0])
+    small = jax.tree.map(lambda leaf: leaf * 0.05 / norm, g)
+    assert_close(run(cut, [small])[0], run(plain, [small])[0])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_gathered_gradients_are_one_update_of_their_mean(kind):
+    """Schedule and momenta count updates; between two of them nothing moves; a seventh step waits."""
+    optim = dataclasses.replace(OPTIM, kind=kind, warmup_epochs=0.5, clip_norm=1.0)
+    gathered = make_optimizer(dataclasses.replace(optim, accumulate_steps=3), epochs=2, steps_per_epoch=6)
+    once = make_optimizer(optim, epochs=2, steps_per_epoch=2)
+    grads = gradients(7)
+    means = [jax.tree.map(lambda *leaves: sum(leaves) / 3, *grads[at : at + 3]) for at in (0, 3)]
+    want, _ = run(once, means)
+    got, state = run(gathered, grads[:6])
+    assert_close(got, want)
+    jax.tree.map(np.testing.assert_array_equal, run(gathered, grads[6:], got, state)[0], got)
+
+
+def test_a_part_that_is_handed_on_counts_on_from_its_step():
+    """All floats and the number of steps are enough to go on from, in the middle of an update, too."""
+    optim = dataclasses.replace(OPTIM, kind="adamw", accumulate_steps=2, learning_rate=0.1)
+    optimizer = make_optimizer(optim, epochs=1, steps_per_epoch=8)
+    grads = gradients(7)
+    params, state = run(optimizer, grads[:5])
+    forgot = jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.float32 else jnp.zeros_like(leaf), state)
+    handed = with_update_count(PartState(params, {}, forgot), 5).opt_state
+    assert_close(run(optimizer, grads[5:], params, handed)[0], run(optimizer, grads[5:], params, state)[0])
+
+
+@pytest.mark.parametrize(("name", "value"), [("clip_norm", 0.0), ("accumulate_steps", 0)])
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"optim\.{name} must be .*, got {value}"):
+        config.Config(optim=config.OptimConfig(**{name: value}))
