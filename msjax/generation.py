@@ -129,13 +129,13 @@ class ServerSession:
         rows = [_decode(self._stage.part, terms, piece) for piece in pieces]
         y = self._stage.extend(rows)
         if self._u_shaped:
-            self._key, key = (None, None) if self._key is None else jax.random.split(self._key)
+            key = None
+            if terms.codec.needs_key:
+                self._key, key = jax.random.split(self._key)
             return [piece.data for piece in _encode(terms, y, key)]
-        logits = jnp.stack([row[0, 0] for row in y])
-        if terms.candidates is None:
-            return [_bare(Identity(), logits)]
-        found, tokens = models.largest(logits, terms.candidates)
-        return [_bare(Exact(), tokens), *([] if terms.candidates == 1 else [_bare(Identity(), found)])]
+        logits, tokens = _candidates(y, terms)
+        found = [] if tokens is None else [_bare(Exact(), tokens)]
+        return found if terms.candidates == 1 else [*found, _bare(Identity(), logits)]
 
     def close(self) -> None:
         """Gives the cache back."""
@@ -270,9 +270,13 @@ class Generation(Iterator[list[int | None]]):
             raise StopIteration
         number = self._count
         self._count += 1
-        key = jax.random.fold_in(self._key, number)
-        logits, candidates = self._logits(number == 0, jax.random.fold_in(key, 1))
-        places = np.asarray(self._sampling.choose(jnp.asarray(logits), key))
+        random = self._sampling.temperature > 0 or self._terms.codec.needs_key
+        key, codec_key = jax.random.split(jax.random.fold_in(self._key, number)) if random else (None, None)
+        logits, candidates = self._logits(number == 0, codec_key)
+        if self._terms.candidates == 1:
+            places, candidates = np.zeros(len(self.tokens), np.int32), np.asarray(candidates)
+        else:
+            places = np.asarray(self._sampling.choose(jnp.asarray(logits), key))
         found: list[int | None] = []
         for row, place in enumerate(places):
             ended = self._has_ended(self.tokens[row])
@@ -288,7 +292,7 @@ class Generation(Iterator[list[int | None]]):
         return bool(tokens) and tokens[-1] in self._end
 
     def _logits(self, is_prompt, key):
-        """(logits, the tokens that they are of, None where of all) of the next token of each text."""
+        """(logits, the tokens that they are of, or None where of all) of the next token of each text."""
         terms = self._terms
         y = self._client.extend(self._next)
         if self.session is None:
@@ -312,7 +316,7 @@ class Generation(Iterator[list[int | None]]):
             return _array(answer[0], Identity(), jax.ShapeDtypeStruct(shape, np.float32)), None
         tokens = _array(answer[0], Exact(), jax.ShapeDtypeStruct(shape, np.int32))
         if terms.candidates == 1:
-            return np.zeros(shape, np.float32), tokens
+            return None, tokens
         return _array(answer[1], Identity(), jax.ShapeDtypeStruct(shape, np.float32)), tokens
 
     def close(self) -> None:
@@ -378,13 +382,17 @@ def _decode(part, terms, piece):
 
 
 def _bare(codec, array):
-    return wire.encode_bare(codec.encode(array), codec, array)
+    """The message of an array as it is; `codec` is Identity or Exact."""
+    array = np.asarray(array)
+    return wire.encode_bare(codec.encode_numpy(array), codec, array)
 
 
 def _array(data, codec, like):
-    return np.asarray(codec.decode(wire.decode_bare(data, codec, like).payload, like))
+    """The array in such a message."""
+    return wire.decode_bare(data, codec, like).payload.values
 
 
 def _candidates(rows, terms):
-    logits = jnp.concatenate(rows)[:, 0]
+    """(logits, tokens) of as many of the largest ones as the terms say; (all logits, None) for all."""
+    logits = (rows[0] if len(rows) == 1 else jnp.concatenate(rows)).reshape(len(rows), -1)
     return (logits, None) if terms.candidates is None else models.largest(logits, terms.candidates)

@@ -72,6 +72,7 @@ def options():
         found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
     # With a config in place of a run, and with a server that has the other part.
     found["eval"] |= found["train"] | {"--server"}
+    found["generate"] |= {"--server"}
     return found
 
 

@@ -129,6 +129,7 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_the_cut(candidates, answer
 CODECS = [
     CODEC,
     compress.MaskEncoded(granularity="sample"),
+    compress.MaskEncoded(ratio=0.9, granularity="token"),
     compress.Uniform(bits=8),
     compress.Cast(),
     compress.TopK(ratio=0.5),

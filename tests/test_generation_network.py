@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,26 @@ def test_what_the_command_cannot_do_is_one_line(changes, message, tmp_path, toke
     assert command_line.run("generate", [*files, *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("msjax generate: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_any_token_that_ends_a_text_beside_the_tokenizer_ends_it(tmp_path, tokenizer, capfd):
+    client, server = make(tmp_path)
+    generation = Generator(client, server, codec=CODEC).start([[1, 5, 3, 4]], max_tokens=8, end=())
+    list(generation)
+    (tokens,) = generation.tokens
+    absent = next(token for token in range(19) if token not in tokens)
+    other = next(token for token in tokens if token != tokens[0])
+    folder = pathlib.Path(tokenizer)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": tokens[0]}))
+    assert models.end_tokens(folder) == (tokens[0],)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [absent, other]}))
+    assert models.end_tokens(folder) == (absent, other)
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("client", "server")]
+    assert command_line.run("generate", [*files, "--prompt", "cab", "--max-tokens", "8", "--tokenizer", tokenizer]) == 0
+    assert f"{tokens.index(other) + 1} tokens behind a prompt of 4" in capfd.readouterr().err
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ValueError, match="eos_token_id must be a token or a list of tokens in "):
+        models.end_tokens(folder)
 
 
 def test_other_networks_are_refused(tmp_path, capsys):

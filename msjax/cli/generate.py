@@ -156,7 +156,9 @@ def continue_text(generator: Generator, options: GenerateOptions, tokenizer: str
     most = options.max_tokens
     if most is None:
         most = min(_MOST_TOKENS, generator.room([prompt]))
-    rule = {"sampling": options.sampling(), "seed": options.seed}
+    folder = expand("tokenizer", tokenizer)
+    end = models.end_tokens(folder if folder.is_dir() else folder.parent) or None
+    rule = {"sampling": options.sampling(), "seed": options.seed, "end": end}
     began = time.perf_counter()
     with generator.start([prompt], max_tokens=most, **rule) as generation:
         seconds = _print_text(options.prompt, prompt, generation, found)

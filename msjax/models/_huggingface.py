@@ -46,6 +46,30 @@ def has_decoder(folder: str | os.PathLike) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
+def end_tokens(folder: str | os.PathLike) -> tuple[int, ...]:
+    """The tokens that end a text, as generation_config.json or config.json of a folder say them; empty for none.
+
+    Models that were tuned for chats have several, of which a `DecoderConfig` keeps the first.
+
+    Raises:
+      ValueError: a file is no JSON, or what it says are no tokens.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = pathlib.Path(folder).expanduser() / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} must be JSON that can be read: {error}") from None
+        found = found if isinstance(found, list) else [] if found is None else [found]
+        if any(type(token) is not int or token < 0 for token in found):
+            raise ValueError(f"eos_token_id must be a token or a list of tokens in {file}, got {found}")
+        if found:
+            return tuple(found)
+    return ()
+
+
 def load_decoder(folder: str | os.PathLike, model: Model, dtype: Any = None) -> ModelPart:
     """Reads the weights of a decoder: `model` without a cut and adapters.
 
