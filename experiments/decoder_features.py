@@ -3,10 +3,11 @@
     python -m experiments.decoder_features --data-dir TEXTS --weights DIR     # some minutes on two CPU cores
 
 What stories260k (see `language`) has behind its blocks of 1,024 tokens at a time, 4 texts of 256, of WikiText-2's
-validation text and of the first of Shakespeare: 4,096 tokens each. Nothing is trained. A codec has one scale for a
-batch ("tensor"), or one for each sample, token or channel. Bits are those of whole messages, Huffman-coded, scales
-included; "error" is the squared error relative to the features', "by token" the median over tokens of the same, and
-"nats" what the loss rises by behind the decoded features: below about 0.01 it is noise.
+validation text and of the first of Shakespeare: 4,096 tokens each. Nothing is trained; what is done is kept, and not
+done again. A codec has one scale for a batch ("tensor"), or one for each sample, token or channel; `EntropyMask` none
+for each token, which has 64 values here, fewer bits than its means and outliers would take. Bits are those of whole
+messages, Huffman-coded, scales included; "error" is the squared error relative to the features', "by token" the median
+over tokens of the same, and "nats" what the loss rises by behind the decoded features: below about 0.01 it is noise.
 
 Large decoders have few channels whose values are some hundred times as large as others. This one is too small for
 that, so "outlier channels" is the same network with two channels, those of the largest mean square, times 100 in front
@@ -18,8 +19,10 @@ by the root mean square of each, rounded to a quarter of an octave and sent in a
 coded as one tensor.
 """
 
+import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 import sys
 import time
@@ -34,7 +37,8 @@ from msjax import compress, data, models, wire
 
 OUT = study.RESULTS / "decoder_features"
 TEXTS = {"WikiText-2": "wikitext2_valid.txt", "Shakespeare": "shakespeare.txt"}
-CUTS = (1, 3, 4)
+COMMAND = "python -m experiments.decoder_features --data-dir TEXTS --weights DIR"
+CUTS = (3, 1, 4)
 BATCHES, BATCH, LENGTH = 4, 4, 256
 OUTLIERS, FACTOR = 2, 100.0
 GRANULARITIES = ("tensor", "sample", "token", "channel")
@@ -50,34 +54,37 @@ def main() -> int:
     parser.add_argument("--data-dir", type=pathlib.Path, required=True, help="the folder of the texts")
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder that has stories260k")
     options = parser.parse_args()
-    rows, start = [], time.monotonic()
-    for row in measure(options.data_dir, options.weights / language.WEIGHTS):
-        rows.append(row)
-        print(row, flush=True)
+    file = options.out.with_suffix(".json")
+    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
+    rows, start = earlier["rows"], time.monotonic()
+    done = {(row["text"], row["cut"], row["outliers"]) for row in rows}
     # Where things lie on this machine says nothing of the run.
-    options.data_dir, options.weights = options.data_dir.name, options.weights.name
-    result = timing.record(options, rows, time.monotonic() - start)
-    command = "python -m experiments.decoder_features --data-dir TEXTS --weights DIR"
-    timing.save(options.out, result | {"command": command})
+    said = argparse.Namespace(out=options.out)
+    for found in measure(options.data_dir, options.weights / language.WEIGHTS, done):
+        rows += found
+        result = timing.record(said, rows, earlier["wall_seconds"] + time.monotonic() - start)
+        timing.save(options.out, result | {"command": COMMAND})
     print(table(rows))
     return 0
 
 
-def measure(texts: pathlib.Path, weights: pathlib.Path):
-    """Rows: bits, errors and the rise of the loss, by text, cut, outliers and codec."""
+def measure(texts: pathlib.Path, weights: pathlib.Path, done: set[tuple[str, int, bool]]):
+    """Lists of rows, one for each text, cut and kind of features that is not `done`."""
     network = models.decoder(models.DecoderConfig.load(weights), length=LENGTH)
     whole = models.load_weights(weights, network)
-    for text, file in TEXTS.items():
-        found = data.from_text(texts / file, tokenizer=weights, length=LENGTH, test_share=None).train
-        x, labels = found[: BATCHES * BATCH]
-        for cut in CUTS:
+    for cut in CUTS:
+        for text, file in TEXTS.items():
+            found = data.from_text(texts / file, tokenizer=weights, length=LENGTH, test_share=None).train
+            x, labels = found[: BATCHES * BATCH]
             client, server = models.split(network, cut, weights=whole)
             h = np.asarray(jax.jit(_features, static_argnums=0)(client.apply, client.params, x))
             loss = functools.partial(_loss, server.apply, server.params, labels)
             plain = float(loss(h))
             for outliers in (False, True):
-                for row in of_features(h, lambda h: float(loss(h)) - plain, outliers=outliers):  # noqa: B023
-                    yield {"text": text, "cut": cut, "outliers": outliers, **row}
+                if (text, cut, outliers) not in done:
+                    said = {"text": text, "cut": cut, "outliers": outliers}
+                    rows = of_features(h, lambda h: float(loss(h)) - plain, outliers=outliers)  # noqa: B023
+                    yield [said | row for row in rows]
 
 
 def _features(apply, params, x):
@@ -98,6 +105,8 @@ def of_features(h, rise, *, outliers):
     batches = (h * factors).reshape(BATCHES, BATCH, *h.shape[1:])
     for codec in (*CODECS, *ENTROPY):
         for granularity in GRANULARITIES:
+            if codec.entropy_coded and granularity == "token":
+                continue
             one = dataclasses.replace(codec, granularity=granularity)
             found = [through(one, batch) for batch in batches]
             yield {"codec": str(codec), "scales": granularity} | _row(h, factors, found, rise)
