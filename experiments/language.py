@@ -39,7 +39,7 @@ TEXTS = {
 }
 CUTS = ("1", "3", "4")
 MIDDLE = "3"
-LEARNING_RATE, LORA_LEARNING_RATE, EPOCHS = 3e-3, 1e-2, 1
+LEARNING_RATE, LORA_LEARNING_RATE, EPOCHS = 3e-3, 3e-3, 1
 """The rates are those that `language_schedule` found best."""
 NONE = compress.Identity()
 

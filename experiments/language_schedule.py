@@ -4,7 +4,7 @@
 
 The network of `language`, without compression, is trained on the first two fifths of the training text for one epoch
 and tested on its last tenth, so that the test text has no part in it: all weights, and adapters alone, with rates of
-AdamW. What is done is kept, and not done again.
+AdamW. What is done is kept, and not done again; the record was made beside other work, which took most of its time.
 """
 
 import argparse
