@@ -20,6 +20,14 @@ errors are those behind the division.
 "EntropyMask, divided" is what a scale for each token or channel within `EntropyMask` would be: the features are divided
 by the root mean square of each, rounded to a quarter of an octave and sent in a byte, or by the root of that, and then
 coded as one tensor.
+
+What the record says. As they are, quantizers with a fixed number of levels gain most from scales: quantile levels of 3
+bits have an error of 0.206 with one scale, 0.060 by channel and 0.056 by token; MS falls from 0.102 to 0.070 by
+channel. Top-k loses by either. `EntropyMask` has no need of them: at 2 bits it has 0.083 with one step, between 2 %
+less and 13 % more divided, and 0.080 at 2.23 bits by channel. With two outlier channels all quantizers and MS fail with
+one scale, and with one for each token; by channel nothing is lost, and top-k loses little. `EntropyMask` then does not
+reach its bits: of 2 it spends 0.37, as its step has to be so coarse that 1 % of outliers suffice. With `ratio=0.9` it
+has 0.166 at 2.03 bits; divided by channel 0.093 at 2.03, by channel 0.080 at 2.23.
 """
 
 import argparse
