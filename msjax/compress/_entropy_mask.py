@@ -63,8 +63,8 @@ class EntropyMask(VectorCodec):
       keep_zeros: unsigned, small values decode to 0, as the zeros of a ReLU among them are, instead of to their mean.
         The squared error is a little larger, but the features' zeros stay zeros: below a bit an element networks bear
         this better. Signed codecs always do so.
-      granularity: see `VectorCodec`. Each vector has outliers, means and a step of its own, and its own target:
-        22 bytes or more beside its codes by default, so "token" is for long vectors.
+      granularity: see `VectorCodec`. Each vector has outliers, means, a step and a target of its own, by default
+        in 22 bytes or more beside its codes: "token" is for long vectors.
 
     Why each part is there. Of quantizers with an entropy coder behind them the uniform one is within 0.25 bits of the
     rate–distortion limit at all rates (Gish & Pierce, IEEE Trans. IT 14, 1968), and with a dead zone and conditional
