@@ -182,6 +182,7 @@ def report(scale, records):
                 header = [
                     said,
                     "bits up / down",
+                    "MB up / down",
                     *(f"{cut}, before" for cut in CUTS),
                     *(f"{cut}, after" for cut in CUTS),
                 ]

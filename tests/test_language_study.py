@@ -43,6 +43,7 @@ def test_the_report_says_which_orderings_hold():
     text, figures = language.report("lite", records)
     assert "- MS below QU: does not hold at 3.\n- MS below top-k: holds at 3.\n" in text and "e2m1" not in text
     line = next(line for line in text.splitlines() if line.startswith("| MS |"))
+    assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {line.count("|")}
     assert line == f"| MS | 3.32 / 32.00 | 0.0 / 0.0 | {math.exp(4):.2f} | – | – | – | {math.exp(1.5):.2f} | – | 1 |"
     assert f"| none | 3.32 / 32.00 | 0.0 / 0.0 | {' | '.join([f'{math.exp(3):.2f}'] * 3)} |" in text
     assert figures.keys() == {"language"} and "WikiText" not in text
