@@ -1,21 +1,21 @@
 """A published Llama, fine-tuned on texts through a cut: perplexity with every codec, before training and after.
 
     python -m experiments.language --data-dir TEXTS --weights DIR     # one or two minutes a run on two CPU cores
+    # TEXTS has shakespeare.txt, wikitext2_valid.txt, wikitext2_test.txt; DIR has stories260k in Hugging Face's layout
 
 The authors' later program fine-tunes Llama-3.2-1B and Qwen3-1.7B on WikiText-2 through a cut. This is the same in
 small: stories260k, a Llama of 260 thousand parameters trained on children's stories, with its 512 tokens, behind block
 1, 3 or 4 of 5; one client, batches of 4 texts of 256 tokens, all weights trained or adapters alone (LoRA of rank 8 at
-every dense layer). DIR has its folder, `stories260k`, in Hugging Face's layout. TEXTS has shakespeare.txt, whose last
-tenth is the test text, and WikiText-2's wikitext2_valid.txt and wikitext2_test.txt: trained on the validation text and
-tested on the test text, as the training text was not at hand. Perplexities are a token's, of this tokenizer, and not to
-be compared with those of others.
+every dense layer). The texts are Shakespeare's, whose last tenth is the test text, and of WikiText-2 the validation
+text to train on and the test text, as its training text was not at hand. Perplexities are a token's, of this tokenizer,
+and not to be compared with those of others.
 
 MS has 2 bits and a sign, as there; QU and quantile levels 3 bits; e2m1 is a float of 4 bits, the sign among them; top-k
 and RandTopk keep 7.25 %. Test features go through the codec, at test RandTopk is top-k. There is one epoch, for want of
 time; the learning rates, of all weights and of adapters, are those that `language_schedule` found best without
-compression on a part of Shakespeare's training text, for both texts and all codecs. Bits are those of payloads, or of
-coded messages where a codec is made for that, a value of the features, up and down; gradients are float32 where nothing
-is said.
+compression on a part of Shakespeare's training text, for both texts and all codecs. Bytes are those of all payloads of
+a training, features up and gradients down, or of coded messages where a codec is made for that; bits are the same for
+each value of the features. Gradients are float32 where nothing is said.
 """
 
 import dataclasses
@@ -170,15 +170,19 @@ def report(scale, records):
                     continue
                 one = next(found for found in at.values() if found)[0]
                 bits = f"{study.feature_bits(one):.2f} / {gradient_bits(one):.2f}"
+                megabytes = " / ".join(f"{sent / 1e6:.1f}" for sent in (up_bytes(one), down_bytes(one)))
                 cells = [first.get((name, cut)) for cut in CUTS]
                 cells = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
                 after = [study.mean_and_deviation([perplexity(r) for r in found]) for found in at.values()]
-                rows.append([name, bits, *cells, *after, study.counts(found for found in at.values() if found)])
+                rows.append(
+                    [name, bits, megabytes, *cells, *after, study.counts(found for found in at.values() if found)]
+                )
             if rows:
                 said = "all weights" if trained == "full" else "adapters alone"
                 header = [
                     said,
                     "bits up / down",
+                    "MB up / down",
                     *(f"{cut}, before" for cut in CUTS),
                     *(f"{cut}, after" for cut in CUTS),
                 ]
@@ -200,7 +204,7 @@ def _orderings(groups, text):
                 said.append(f"{'holds' if values[0] < values[1] else 'does not hold'} at {cut}")
         if said:
             lines.append(f"- {one} below {other}: {', '.join(said)}.")
-    return "\n".join([*lines, ""])
+    return "\n".join(["Whether of two codecs the first has the lower perplexity after training, by cut:\n", *lines, ""])
 
 
 def untrained_perplexities(records, text):
@@ -216,10 +220,17 @@ def perplexity(record):
     return math.exp(record["test"]["loss"])
 
 
-def gradient_bits(one):
-    """Bits a value of the gradients, as `study.cut_bytes` counts them."""
-    sent = study.cut_bytes(one["traffic"]) - study.uplink_feature_bytes(one["traffic"])
-    return 32 * sent / one["uncompressed_feature_bytes"]
+def up_bytes(record):
+    return study.uplink_feature_bytes(record["traffic"])
+
+
+def down_bytes(record):
+    return study.cut_bytes(record["traffic"]) - up_bytes(record)
+
+
+def gradient_bits(record):
+    """Bits a value of the gradients."""
+    return 32 * down_bytes(record) / record["uncompressed_feature_bytes"]
 
 
 def plot(groups, texts):
@@ -233,7 +244,7 @@ def plot(groups, texts):
                     axes.plot(x, y, marker, color=f"C{color % 10}", label=name)
         if found := groups.get(f"{text}, full, none, {MIDDLE}"):
             axes.axhline(statistics.mean(map(perplexity, found)), color="k", linewidth=0.8, label="none")
-        axes.set(title=text, xlabel="bits a value of the features", ylabel="perplexity", yscale="log")
+        axes.set(title=text, xlabel="bits a value of the features", ylabel="perplexity")
         drawn = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         axes.legend(drawn.values(), drawn.keys(), fontsize="x-small")
     return figure

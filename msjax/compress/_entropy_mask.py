@@ -55,14 +55,16 @@ class EntropyMask(VectorCodec):
         at most are zeros. 15 put two codes in a byte. Fewer serve low rates: with 5, three codes fill a byte.
         `dataclasses.replace` keeps them: give `levels=None` along with another target.
       ratio: at most k = ⌊(1 − ratio)·d⌋ values (at least 1) are outliers; the step is never so fine that there
-        would be more in the sample, whatever the target. Further ones get the last code.
+        would be more in the sample, whatever the target. Further ones get the last code. Where whole channels are
+        outliers and more than that, the target is missed by far: then a smaller ratio, or granularity="channel".
       signed: False codes a negative value as 0, for features behind a ReLU.
       rounding: "nearest", or "stochastic", which needs a key and is unbiased: for gradients.
       dead_zone: by how many steps the zone that becomes 0 is wider than the others at either end; only "nearest".
       keep_zeros: unsigned, small values decode to 0, as the zeros of a ReLU among them are, instead of to their mean.
         The squared error is a little larger, but the features' zeros stay zeros: below a bit an element networks bear
         this better. Signed codecs always do so.
-      granularity: see `VectorCodec`.
+      granularity: see `VectorCodec`. Each vector has outliers, means, a step and a target of its own, by default
+        in 22 bytes or more beside its codes: "token" is for long vectors.
 
     Why each part is there. Of quantizers with an entropy coder behind them the uniform one is within 0.25 bits of the
     rate–distortion limit at all rates (Gish & Pierce, IEEE Trans. IT 14, 1968), and with a dead zone and conditional
