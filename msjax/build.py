@@ -250,6 +250,8 @@ def build(
         test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
         update_codec=cfg.update_codec,
         cut_bits=cfg.cut_bits,
+        cut_seconds=cfg.cut_seconds,
+        link_bytes_per_second=cfg.link_bytes_per_second,
         preprocess=make_preprocess(cfg, summary),
     )
     client, server, *tail = parts

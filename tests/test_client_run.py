@@ -22,7 +22,7 @@ class Spec:
     """Exchanges that carry nothing."""
 
     schedule, mode = Schedule(Parallel(), 2, 4, 12, 2, 2), Parallel()
-    sends_labels, metric_sums_like, labels = False, {}, None
+    sends_labels, metric_sums_like, labels, cut_seconds = False, {}, None, None
 
     def up(self, exchange):
         return None
@@ -63,7 +63,7 @@ class Party:
     def send(self, exchange):
         return Message()
 
-    def receive(self, exchange, message):
+    def receive(self, exchange, message, *, bytes_per_second=None):
         self.state = exchange.position
 
 

@@ -327,6 +327,7 @@ class QueueChannel:
             raise ConnectionLost(f"no answer within {timeout} s") from None
         if isinstance(message, ConnectionLost):
             raise message
+        self.received_at = time.monotonic()
         return message
 
     def close(self):

@@ -206,6 +206,13 @@ class Config:
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
     is left, from step to step. Not in sequential mode, nor U-shaped. Test features have their codec's own target."""
+    cut_seconds: float | None = None
+    """With `cut_bits`: the time that a full batch's features, labels and gradients may take on a client's link. The
+    budget is then what fits in, from an eighth of `cut_bits` to `cut_bits`. Over a network each client measures its
+    link in every step."""
+    link_bytes_per_second: float | None = None
+    """With `cut_seconds`: how fast each client's link is. `msjax train`, which has no link, needs it. Over a network
+    clients begin with it, and measure from then on; without it the first step has all of `cut_bits`."""
     array_codecs: tuple[tuple[str, str], ...] = ()
     """Where the features are a tree of arrays: pairs of an array's name, as "skips/0", and its codec; others take
     `codec`."""

@@ -27,6 +27,9 @@ class ConnectionLost(Exception):
 class Channel(Protocol):
     """A client's end of a connection: messages arrive once and in order, up to where the connection is lost."""
 
+    received_at: float
+    """When the last message that `receive` returned had arrived, on the session's clock."""
+
     def send(self, message: Any) -> None:
         """Hands a message over; it is not known whether it arrives. A lost channel swallows it."""
 
@@ -46,11 +49,16 @@ class Channel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Received:
-    """In: a message of a client over a connection, Hello first. Who carries messages names the connections."""
+    """In: a message of a client over a connection, Hello first. Who carries messages names the connections.
+
+    Attributes:
+      at: when it had arrived, on the coordinator's clock; by default, when it is handed in.
+    """
 
     session: int
     message: Any
     peer: str = ""
+    at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,7 @@ class MemoryChannel:
         self._network = network
         self.ways = {"up": _Way(), "down": _Way()}
         self._inbox: deque[Any] = deque()
+        self.received_at = network.now
 
     def send(self, message: Any) -> None:
         """Hands a message over."""
@@ -134,6 +143,7 @@ class MemoryChannel:
             raise ConnectionLost("no message is there")
         if isinstance(self._inbox[0], ConnectionLost):
             raise self._inbox[0]
+        self.received_at = self._network.now
         return self._inbox.popleft()
 
     def close(self) -> None:
@@ -244,6 +254,11 @@ class MemoryNetwork:
 
     def _push(self, when, channel, direction, message):
         heapq.heappush(self._under_way, (when, next(self._order), channel, direction, message))
+
+    @property
+    def now(self) -> float:
+        """The time by the clock."""
+        return self._clock()
 
     @property
     def next_arrival(self) -> float | None:

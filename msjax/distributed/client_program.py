@@ -16,6 +16,7 @@ from msjax.parts import save_trained
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
+from msjax.split import budget
 from msjax.split.parties import Client, ClientData
 from msjax.split.schedule import Phase
 
@@ -140,7 +141,16 @@ class ClientProgram:
         self._pace.step(1, position.stop - position.start)
         if now - self._told_at >= SECONDS_BETWEEN_LINES:
             self._told_at, left = now, schedule.total_steps - exchange.step - 1
-            log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
+            pace = self._pace.status(left) + _link_status(self.session.party)
+            log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, pace)
+
+
+def _link_status(party):
+    """What the client takes its link for, and its budget for the next step, where that follows the link."""
+    if not party.bytes_per_second:
+        return ""
+    bits = budget.budget_bits(party.spec, party.bytes_per_second)
+    return f", link {party.bytes_per_second / 1e6:.3g} MB/s, {bits:.2f} bits both ways"
 
 
 def own_config(cfg: config.Config, preset: config.Config | None, options: ClientOptions) -> config.Config:

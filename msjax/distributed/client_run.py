@@ -69,8 +69,12 @@ class ClientRun:
         self._brings_part, self._early = False, None
         self._next()
 
-    def take(self, answer: pb.Answer) -> Exchange | None:
-        """Goes on with an answer; returns the exchange that it ends, None where it is a repeated one."""
+    def take(self, answer: pb.Answer, bytes_per_second: float | None = None) -> Exchange | None:
+        """Goes on with an answer; returns the exchange that it ends, None where it is a repeated one.
+
+        Args:
+          bytes_per_second: of the link in this exchange, where it was measured.
+        """
         request = self.request and self.request.request
         if request is None or answer.generation != self.generation or answer.position != request.position:
             return None
@@ -78,7 +82,7 @@ class ClientRun:
         spec = self.party.spec.down(exchange)
         # No part is handed on before one was returned: not even later, if those whose turn it was were dropped.
         payload = messages.decode(list(answer.payload), spec, optional=exchange.phase == Phase.FETCH_PART)
-        self.party.receive(exchange, Message(payload))
+        self.party.receive(exchange, Message(payload), bytes_per_second=bytes_per_second)
         self._store.prune(answer.saved_step)
         self._brings_part = answer.send_part
         self._next()

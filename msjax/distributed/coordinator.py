@@ -93,6 +93,7 @@ class Coordinator:
             int, list[bytes]
         ] = {}  # by identity: an average, which is the same for all, is encoded once
         self._answers: dict[int, pb.FromServer] = {}
+        self._arrived: dict[int, float] = {}  # of the open exchange, when each client's message had
         self._asked: int | None = None
         self._opened_at = 0.0
 
@@ -160,7 +161,7 @@ class Coordinator:
         if client is not None:
             self.metrics.received(client, event.message)
         try:
-            follows = self._hello(event) if client is None else self._said(client, session, event.message)
+            follows = self._hello(event) if client is None else self._said(client, event)
         except messages.ProtocolError as error:
             fault = str(error)
         except sizes.MessageTooLargeError:
@@ -205,12 +206,13 @@ class Coordinator:
         self._heard.discard(session)
         return self._clients.pop(session, None)
 
-    def _said(self, client, session, message):
+    def _said(self, client, event):
+        session, message = event.session, event.message
         match message.WhichOneof("kind"):
             case "ready":
                 return self._ready(client, session, message.ready)
             case "request":
-                return self._request(client, session, message.request)
+                return self._request(client, session, message.request, event.at)
             case "goodbye":
                 return ev.SaidGoodbye(client, session)
             case kind:
@@ -251,7 +253,7 @@ class Coordinator:
         sizes.check_sizes(built.spec, max_bytes=self._max_message_bytes, brings_part=drops)
         self._agreed.add(ready.description)
 
-    def _request(self, client, session, request):
+    def _request(self, client, session, request, at):
         position = (request.position.step, request.position.phase, request.position.test_round)
         event = ev.Requested(client, session, request.generation, position, bool(request.part))
         if self.membership.verdict(event) is Verdict.NEW:
@@ -259,6 +261,7 @@ class Coordinator:
             message = messages.from_request(request, self.run.spec, exchange)
             messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
             self._came[client] = Came(exchange, request, message)
+            self._arrived[client] = self._clock() if at is None else at
         return event
 
     # -- What the server does itself. ------------------------------------------------------------------------------
@@ -360,4 +363,6 @@ class Coordinator:
         out.answer.generation, out.answer.send_part = self.membership.generation, client == self._asked
         out.answer.position.CopyFrom(messages.to_position(run.exchange))
         out.answer.saved_step = run.saved_step
+        if run.spec.cut_seconds is not None:
+            out.answer.server_seconds = self._clock() - self._arrived[client]
         return out

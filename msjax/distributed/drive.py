@@ -73,7 +73,7 @@ def _attend(session, channel, clock):
         while not session.done:
             until = session.next_deadline
             received = channel.receive(None if until is None else max(0.0, until - clock()))
-            for message in session.on_message(received):
+            for message in session.on_message(received, channel.received_at):
                 channel.send(message)
     finally:
         channel.close()

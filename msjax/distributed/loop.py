@@ -128,7 +128,7 @@ class Loop:
         except ConnectionLost as lost:
             self._lost(client, lost)
         else:
-            self._say(client, self.clients[client].on_message, message)
+            self._say(client, self.clients[client].on_message, message, channel.received_at)
 
     def _say(self, client, method, *args):
         session, channel = self.clients[client], self._channels[client]

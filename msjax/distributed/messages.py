@@ -6,6 +6,7 @@ import numpy as np
 from msjax import wire
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.logs import shorten
+from msjax.split.budget import grad_bits_range
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Message
 from msjax.split.payloads import Payload, PayloadSpec
@@ -88,6 +89,8 @@ def to_request(
     request.payload.extend(encode(message.payload, spec.up(exchange), compression))
     for name, value in fields.items():
         setattr(request, name, value)
+    if message.grad_bits is not None:
+        request.grad_bits = float(message.grad_bits)
     if message.labels is not None:
         request.labels.extend(_label_bytes(leaf) for leaf in jax.tree.leaves(message.labels))
     if message.metrics is not None:
@@ -109,7 +112,18 @@ def from_request(request: pb.Request, spec: RunSpec, exchange: Exchange) -> Mess
         raise ProtocolError("labels in an exchange that has none")
     if exchange.phase in (Phase.GRADIENT, Phase.RESULT):
         metrics = _from_metrics(request.metrics, spec)
-    return Message(payload, labels, metrics)
+    return Message(payload, labels, metrics, _grad_bits(request, spec, exchange))
+
+
+def _grad_bits(request, spec, exchange):
+    if spec.cut_seconds is None or exchange.phase != Phase.FEATURES:
+        if request.grad_bits:
+            raise ProtocolError(f"grad_bits must not be in an exchange that has no use for it, got {request.grad_bits}")
+        return None
+    least, most = grad_bits_range(spec)
+    if not least <= request.grad_bits <= most:
+        raise ProtocolError(f"grad_bits must be in {least:g}..{most:g}, got {request.grad_bits}")
+    return np.float32(request.grad_bits)
 
 
 def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinite: bool = False) -> None:

@@ -115,6 +115,8 @@ class ClientSession:
         self._wait, self._told, self._told_at = 0.1, "", 0.0
         self.sent_bytes = self.received_bytes = 0
         """Of all messages so far, as serialized, with those that were repeated."""
+        self._said: pb.FromClient | None = None  # the last request, until it is answered
+        self._said_at: float | None = None  # when, if it stands for the link's speed
 
     @property
     def next_deadline(self) -> float | None:
@@ -143,17 +145,20 @@ class ClientSession:
         yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, **hello))
         self._wait_for_more()
 
-    def on_message(self, message: pb.FromServer) -> Iterator[pb.FromClient]:
+    def on_message(self, message: pb.FromServer, at: float | None = None) -> Iterator[pb.FromClient]:
         """Something has come: yields what to send, as `on_connected` does.
+
+        Args:
+          at: when it had come, on the clock; by default now.
 
         Raises:
           Refused: the run has ended before its time, or cannot be this client's.
           ProtocolError: it makes no sense.
           MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
-        return self._counted(self._take(message))
+        return self._counted(self._take(message, self._clock() if at is None else at))
 
-    def _take(self, message):
+    def _take(self, message, at):
         self.received_bytes += message.ByteSize()
         self._heard = self._heard_since = True
         match message.WhichOneof("kind"):
@@ -165,8 +170,9 @@ class ClientSession:
             case "received":
                 self._received, self._in_vain = True, False
             case "answer":
-                exchange = None if self.run is None else self.run.take(message.answer)
+                exchange = None if self.run is None else self.run.take(message.answer, self._link_speed(message, at))
                 if exchange is not None:
+                    self._said = None
                     self._get_on()
                     self._received = self._in_vain = False
                     self._on_exchange(exchange)
@@ -253,8 +259,18 @@ class ClientSession:
     def _requests(self):
         """The request that it is at, if any; what is behind it is prepared once this is sent."""
         if self.run.request is not None:
+            # What follows a request without an answer may be behind that on the line, or be answered for it.
+            self._said_at = self._clock() if self._said is None else None
+            self._said = self.run.request
             yield self.run.request
             self.run.prepare()
+
+    def _link_speed(self, message, at):
+        """Of the link in bytes a second, by a request and its answer, less what the server took; None if unknown."""
+        if self._said_at is None or self.party.spec.cut_seconds is None:
+            return None
+        seconds = at - self._said_at - message.answer.server_seconds
+        return (self._said.ByteSize() + message.ByteSize()) / seconds if seconds > 0 else None
 
     def _finished(self, finished):
         if finished.error:

@@ -63,6 +63,7 @@ class Overview:
             "cut": str(self.config.model.cut),
             **{name: str(getattr(self.config, name)) for name in ("codec", "grad_codec", "update_codec")},
             "cut_bits": self.config.cut_bits,
+            "cut_seconds": self.config.cut_seconds,
             "seed": self.config.seed,
             "clients": self.config.clients,
             "epochs": len(self.history),
@@ -105,6 +106,8 @@ class Overview:
                 found.append(f"{name}: {_brief(codec)}")
         if self.config.cut_bits is not None:
             found.append(f"{self.config.cut_bits:g} bits both ways")
+        if self.config.cut_seconds is not None:
+            found.append(f"{self.config.cut_seconds:g} s on the wire")
         return "\n".join(found)
 
 

@@ -6,10 +6,18 @@ energy is in few samples, as in fine-tuning, and much in the first epochs. Each 
 left: it adds up what its last exchange took, both ways, and moves its aim by a part of what that was off. So the budget
 is met on average over some steps, whatever lossless coding makes of either message. The number of bits is an array, not
 a part of the program: nothing is compiled anew.
+
+With `RunSpec.cut_seconds` that is the most that the budget can be. What it is follows from the speed of each client's
+link: so many bits as go over it in that time. Over a network a client measures its link in every exchange, where it is
+not disturbed. In one program the speed is `RunSpec.link_bytes_per_second`, with which a network's clients begin, too.
+The client tells the server with its features how many bits their gradients may take, half of the budget.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msjax import wire
 from msjax.split.payloads import Payload, PayloadSpec
@@ -19,24 +27,98 @@ GAIN = 0.2
 """Part of what the last exchange was off by which a client moves its aim."""
 FIRST = 0.6
 """Part of the budget that features get in the first step."""
+LEAST = 0.125
+"""Part of `cut_bits` that the budget never falls below, however slow the link is."""
+LINK_GAIN = 0.5
+"""Part of what a measured speed is off by, as a ratio, by which a client moves what it takes for its link's."""
 
 
 def first_up_bits(spec: RunSpec) -> jax.Array | None:
     """Returns the bits, float32 (), that a client aims its features of the first step at; None without a budget."""
-    return None if spec.cut_bits is None else jnp.float32(FIRST * spec.cut_bits)
+    if spec.cut_bits is None:
+        return None
+    return jnp.float32(FIRST * float(budget_bits(spec, first_bytes_per_second(spec))))
 
 
-def next_up_bits(spec: RunSpec, up_bits: jax.Array, sent_bytes: jax.Array, batch_size: int) -> jax.Array:
+def next_up_bits(
+    spec: RunSpec,
+    up_bits: jax.Array,
+    sent_bytes: jax.Array,
+    batch_size: int,
+    budgets: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Returns the bits to aim at in the next step.
 
     Args:
       up_bits: those of this step; float32, of any shape, an entry a client.
       sent_bytes: about what its messages of features and gradients took, in bytes, of the same shape.
+      budgets: where it follows the link, the budget of this step and that of the next, float32 ().
     """
+    now, then = (spec.cut_bits, spec.cut_bits) if budgets is None else budgets
     values = sum(like.size for like in spec.feature_payload(batch_size).likes)
-    off = spec.cut_bits - 8 * sent_bytes / values
-    # Between half of the budget, as gradients get no more than the other half, and what no real bits come to.
-    return jnp.clip(up_bits + GAIN * off, 0.5 * spec.cut_bits, 2 * spec.cut_bits)
+    aim = up_bits + GAIN * (now - 8 * sent_bytes / values)
+    if budgets is not None:
+        aim *= then / now
+    # Between half of the budget, as gradients get no more than the other half, and what no real bits come to. On a slow
+    # link messages are so small that their headers count, and both halves would be more than the budget.
+    return jnp.clip(aim, (0.5 if budgets is None else 0.25) * then, 2 * then)
+
+
+def first_bytes_per_second(spec: RunSpec) -> np.float32 | None:
+    """Returns the speed that a link is taken to have before it is measured, 0 for any; None where it is of no use."""
+    return None if spec.cut_seconds is None else np.float32(spec.link_bytes_per_second or 0)
+
+
+def next_bytes_per_second(before: np.float32, measured: float | None) -> np.float32:
+    """Returns the speed that a link is taken to have after an exchange.
+
+    Args:
+      before: what it was taken to have until now, in bytes a second; 0 for what is not known.
+      measured: that of the exchange; None, or what is not finite and positive, where it could not be measured.
+    """
+    if measured is None or not (math.isfinite(measured) and measured > 0):
+        return before
+    # Six digits: a link of one speed is measured as one number, although differences of a clock's times are rounded.
+    measured = np.float32(f"{min(max(measured, 1.0), 1e15):.5e}")
+    return np.float32(before * (float(measured) / float(before)) ** LINK_GAIN) if before else measured
+
+
+def budget_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32:
+    """Returns the budget of a step in bits a value, up and down together.
+
+    Args:
+      bytes_per_second: of the client's link; 0 for what is not known.
+    """
+    if spec.cut_seconds is None or not bytes_per_second:
+        return np.float32(spec.cut_bits)
+    batch_size = min(spec.schedule.batch_size, spec.schedule.samples)
+    values = sum(like.size for like in spec.feature_payload(batch_size).likes)
+    labels = sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
+    bits = 8 * (float(bytes_per_second) * spec.cut_seconds - labels) / values
+    return np.float32(min(max(bits, LEAST * spec.cut_bits), spec.cut_bits))
+
+
+def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:
+    """Returns the most bits that a value's gradient may take in a step, where the budget follows the link; else None.
+
+    Args:
+      bytes_per_second: as of `budget_bits`.
+    """
+    return None if spec.cut_seconds is None else np.float32(budget_bits(spec, bytes_per_second) / 2)
+
+
+def grad_bits_range(spec: RunSpec) -> tuple[np.float32, np.float32]:
+    """Returns the least and the largest value of `grad_bits` in a run."""
+    return np.float32(np.float32(LEAST * spec.cut_bits) / 2), np.float32(np.float32(spec.cut_bits) / 2)
+
+
+def check_known_link(spec: RunSpec) -> None:
+    """Raises ValueError where the budget follows a link that nobody measures."""
+    if spec.cut_seconds is not None and spec.link_bytes_per_second is None:
+        raise ValueError(
+            "link_bytes_per_second must be given with cut_seconds where all parties are one program, which has no link "
+            "to measure, got None"
+        )
 
 
 def payload_bytes(payload_spec: PayloadSpec, payload: Payload) -> jax.Array:

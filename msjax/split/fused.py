@@ -40,13 +40,17 @@ def fused_step(
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
     """
     clients = keys.shape[0]
+    grad_bits = None
+    if spec.cut_seconds is not None:
+        grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
     compressed = spec.compresses_updates and not own_parts
 
     def client_loss(params, byte_slots, client_stats, x, y, key, bits):
         keys = split_key(key)
         h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
         kept_only = spec.grad_kept_only
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=kept_only, bits=bits)
+        aims = {"bits": bits, "grad_bits": grad_bits}
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=kept_only, **aims)
         down = jnp.float32(0)
         outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
         if spec.u_shaped:
@@ -112,7 +116,9 @@ def fused_step(
         memory, metrics = found.memory, with_average_bytes(spec, metrics, sent, axis_name)
     up_bits = state.up_bits
     if spec.cut_bits is not None:
-        up_bits = budget.next_up_bits(spec, up_bits, features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1])
+        sent, batch_size = features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1]
+        fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
+        up_bits = budget.next_up_bits(spec, up_bits, sent, batch_size, None if grad_bits is None else (fixed, fixed))
     return TrainState(client, server, state.step + 1, memory, up_bits), metrics
 
 
@@ -152,6 +158,7 @@ def cross_cut(
     *,
     kept_only: bool = False,
     bits: jax.Array | None = None,
+    grad_bits: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Takes the features of one client over the cut, in one program.
 
@@ -161,6 +168,7 @@ def cross_cut(
         messages are returned as the gradient of this argument.
       kept_only: gradients are sent only where the features were kept.
       bits: what features are aimed at, in place of their codecs' own targets.
+      grad_bits: the same of the gradients, of which `grad_codecs` may need fewer.
 
     Returns:
       The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
@@ -178,7 +186,7 @@ def cross_cut(
             payload = encode_at_bits(codec, jax.lax.stop_gradient(leaf), leaf_key_, bits)
             up += wire.estimate_bytes(payload, codec, leaf)
             decoded = codec.decode(payload, leaf)
-            args = (codec if kept_only else None, grad_codec, leaf, decoded, payload, leaf_key_, byte_slot)
+            args = (codec if kept_only else None, grad_codec, leaf, decoded, payload, leaf_key_, grad_bits, byte_slot)
             crossed.append(_cross_counted(*args))
         else:
             crossed.append(compress.straight_through(codec, leaf, leaf_key_, grad_codec, kept_only=kept_only))
@@ -186,7 +194,7 @@ def cross_cut(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_counted(keeper, grad_codec, h, decoded, payload, key, byte_slot):
+def _cross_counted(keeper, grad_codec, h, decoded, payload, key, grad_bits, byte_slot):
     """Returns `decoded`, the features `h` behind the cut, of which `keeper` kept some if there is one.
 
     The gradient of `h` is as `grad_codec` transmits it, and that of `byte_slot` is about the bytes of its message.
@@ -194,17 +202,17 @@ def _cross_counted(keeper, grad_codec, h, decoded, payload, key, byte_slot):
     return decoded
 
 
-def _cross_forward(keeper, grad_codec, h, decoded, payload, key, byte_slot):
-    return decoded, (payload, key)
+def _cross_forward(keeper, grad_codec, h, decoded, payload, key, grad_bits, byte_slot):
+    return decoded, (payload, key, grad_bits)
 
 
 def _cross_backward(keeper, grad_codec, residuals, g):
-    payload, key = residuals
+    payload, key, grad_bits = residuals
     sent = g if keeper is None else keeper.take_kept(payload, g)
-    message = grad_codec.encode(sent, compress.downlink_key(key))
+    message = encode_at_bits(grad_codec, sent, compress.downlink_key(key), grad_bits)
     received = grad_codec.decode(message, sent)
     received = received if keeper is None else keeper.put_kept(payload, received, g)
-    return received, None, None, None, wire.estimate_bytes(message, grad_codec, sent)
+    return received, None, None, None, None, wire.estimate_bytes(message, grad_codec, sent)
 
 
 _cross_counted.defvjp(_cross_forward, _cross_backward)

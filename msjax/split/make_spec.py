@@ -1,6 +1,7 @@
 """The description of a run from its parts, data and codecs, checked on shapes alone; and the first states."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ def make_spec(
     test_codec: Codecs,
     update_codec: Codec,
     cut_bits: float | None = None,
+    cut_seconds: float | None = None,
+    link_bytes_per_second: float | None = None,
     preprocess: Preprocess,
 ) -> RunSpec:
     """Returns the description of a run, checked on shapes alone.
@@ -48,8 +51,10 @@ def make_spec(
       TypeError: `update_codec` is no codec.
       ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
         array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed,
-        `grad_codec` takes samples where none are left of what was kept, or `cut_bits` does not fit codecs or mode.
+        `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit codecs or mode, or
+        there is a `cut_seconds` without it, or a `link_bytes_per_second` without that.
     """
+    _check_link(cut_bits, cut_seconds, link_bytes_per_second)
     if cut_bits is not None:
         _check_budget(cut_bits, codec, grad_codec, schedule)
         grad_codec = Codecs(dataclasses.replace(grad_codec.default, bits=cut_bits / 2))
@@ -95,6 +100,8 @@ def make_spec(
         test_codec=test_codec,
         update_codec=update_codec,
         cut_bits=cut_bits,
+        cut_seconds=cut_seconds,
+        link_bytes_per_second=link_bytes_per_second,
         optimizer=optimizer,
         task=task,
         preprocess=preprocess,
@@ -130,6 +137,19 @@ def _check_budget(bits, codec, grad_codec, schedule):
     if schedule.mode.one_at_a_time or schedule.u_shaped:
         where = "U-shaped" if schedule.u_shaped else "in sequential mode"
         raise ValueError(f"cut_bits must be None {where}, got {bits!r}")
+
+
+def _check_link(cut_bits, cut_seconds, link_bytes_per_second):
+    for name, value, needed, given in (
+        ("cut_seconds", cut_seconds, "cut_bits", cut_bits),
+        ("link_bytes_per_second", link_bytes_per_second, "cut_seconds", cut_seconds),
+    ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
+        if given is None:
+            raise ValueError(f"{name} must be None without {needed}, got {value!r}")
 
 
 def _check_granularity(payload):

@@ -32,6 +32,9 @@ class Message(NamedTuple):
     """(B, …), as the data set has them."""
     metrics: MetricSums | None = None
     """Where the labels are the client's: loss and metrics of its batch, or of all its test batches."""
+    grad_bits: Any = None
+    """With features whose budget follows the client's link: float32 (), the most bits that a value of their gradients
+    may take."""
 
 
 class ClientData(NamedTuple):
@@ -70,6 +73,9 @@ class Client:
         """What it remembers of averages; see `averages.Memory`."""
         self.up_bits = budget.first_up_bits(spec)
         """Where there is a budget for the cut, what it aims its features at; else None."""
+        self.bytes_per_second = budget.first_bytes_per_second(spec)
+        """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
+        """
         self._data, self._seed, self._numpy = own, seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
@@ -116,13 +122,18 @@ class Client:
     def checkpoint(self) -> Any:
         """Returns all that it has to go on from here with, as a tree of arrays; not what never changes."""
         state = self.state.without(self.spec.client_constants)
+        if self.spec.cut_seconds is not None:
+            return state, self.memory, self.up_bits, self.bytes_per_second
         if self.spec.cut_bits is not None:
             return state, self.memory, self.up_bits
         return (state, self.memory) if self.memory else state
 
     def go_back(self, checkpoint: Any) -> None:
         """Goes on from such a checkpoint."""
-        if self.spec.cut_bits is not None:
+        if self.spec.cut_seconds is not None:
+            state, self.memory, self.up_bits, speed = checkpoint
+            self.bytes_per_second = np.float32(speed)
+        elif self.spec.cut_bits is not None:
             state, self.memory, self.up_bits = checkpoint
         else:
             state, self.memory = checkpoint if self.memory else (checkpoint, ())
@@ -141,6 +152,7 @@ class Client:
         self.state = with_update_count(state, at)
         self.memory = fresh._replace(reference=reference) if fresh else ()
         self.up_bits = budget.first_up_bits(self.spec)
+        self.bytes_per_second = budget.first_bytes_per_second(self.spec)
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""
@@ -166,7 +178,8 @@ class Client:
                     self._pending = with_payload(spec, self._pending, payload)
                 else:
                     payload, self._pending = programs.client_forward(spec, self.state, x, key, self.up_bits)
-                return Message(payload, labels if spec.sends_labels else None)
+                grad_bits = budget.grad_bits(spec, self.bytes_per_second)
+                return Message(payload, labels if spec.sends_labels else None, grad_bits=grad_bits)
             case Phase.GRADIENT:
                 return self._outgoing
             case Phase.TEST:
@@ -182,8 +195,12 @@ class Client:
                 return Message(metrics=total(tested))
         return Message(spec.mode.client_send(self, exchange))
 
-    def receive(self, exchange: Exchange, message: Message) -> None:
-        """Goes on with the server's answer."""
+    def receive(self, exchange: Exchange, message: Message, *, bytes_per_second: float | None = None) -> None:
+        """Goes on with the server's answer.
+
+        Args:
+          bytes_per_second: the speed of this client's link in this exchange, where it was measured.
+        """
         spec = self.spec
         match exchange.phase:
             case Phase.FEATURES if spec.u_shaped:
@@ -193,7 +210,7 @@ class Client:
                 batch_size = self.schedule.batch_size_of(exchange)
                 pending, self._pending, self._tail_update = self._pending, None, None
                 if spec.cut_bits is not None:
-                    args = (spec, self.up_bits, pending, message.payload)
+                    args = (spec, self.up_bits, pending, message.payload, self._budgets(bytes_per_second))
                     self.up_bits = programs.next_up_bits(*args, batch_size=batch_size)
                 update = programs.client_backward(spec, pending, message.payload, batch_size=batch_size, **tail)
                 spec.mode.client_finish(self, exchange, update)
@@ -206,6 +223,14 @@ class Client:
                 pass
             case _:
                 spec.mode.client_receive(self, exchange, message.payload)
+
+    def _budgets(self, measured):
+        """The budgets of this step and of the next, where they follow the link, of which this is now the speed."""
+        if self.spec.cut_seconds is None:
+            return None
+        now = budget.budget_bits(self.spec, self.bytes_per_second)
+        self.bytes_per_second = budget.next_bytes_per_second(self.bytes_per_second, measured)
+        return now, budget.budget_bits(self.spec, self.bytes_per_second)
 
     def _tail_gradient(self, exchange, payload):
         """The message of the tail's gradient; its update waits for that of the layers before the cut."""
@@ -289,7 +314,8 @@ class Server:
                     answers, pending = programs.server_forward(*args, batch_size=batch_size)
                     self._pending = pending, clients
                 else:
-                    args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys)
+                    grad_bits = None if spec.cut_seconds is None else np.stack([m.grad_bits for m in messages])
+                    args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys, grad_bits)
                     self.state, answers, found = programs.server_step(*args, batch_size=batch_size)
                     self.train += sums_of(found, batch_size * len(clients))
                     self.losses = dict(zip(clients, np.asarray(found.losses).tolist(), strict=True))

@@ -93,6 +93,8 @@ class RunSpec:
       update_codec: of what keeps the clients' parts equal, both ways; see `averages`. In sequential mode, of what they
         hand on.
       cut_bits: real bits a value of the features, up and down together; None leaves it to the codecs. See `budget`.
+      cut_seconds: the time that a step's features and gradients may take on a client's link; None for any.
+      link_bytes_per_second: the speed of every client's link, as far as it is known before it is measured.
       optimizer: of every part.
       task: loss and metrics.
       preprocess: of the inputs, at the client.
@@ -115,6 +117,8 @@ class RunSpec:
     test_codec: Codecs
     update_codec: Codec
     cut_bits: float | None
+    cut_seconds: float | None
+    link_bytes_per_second: float | None
     optimizer: optax.GradientTransformation
     task: Task
     preprocess: Preprocess
@@ -166,8 +170,9 @@ class RunSpec:
             updates["update_codec"] = str(self.update_codec)
         if self.grad_kept_only:
             updates["grad_kept_only"] = True
-        if self.cut_bits is not None:
-            updates["cut_bits"] = self.cut_bits
+        for name in ("cut_bits", "cut_seconds", "link_bytes_per_second"):
+            if getattr(self, name) is not None:
+                updates[name] = getattr(self, name)
         return (
             {
                 "features": self.features.to_json(),

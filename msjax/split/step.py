@@ -97,7 +97,14 @@ def client_features(spec: RunSpec, client: PartState, x: Any, key: jax.Array) ->
 
 
 def server_step(
-    spec: RunSpec, server: PartState, payloads: Payload, y: Any, keys: jax.Array, *, batch_size: int
+    spec: RunSpec,
+    server: PartState,
+    payloads: Payload,
+    y: Any,
+    keys: jax.Array,
+    grad_bits: jax.Array | None = None,
+    *,
+    batch_size: int,
 ) -> tuple[PartState, Payload, StepMetrics]:
     """Takes the server's step on the stacked payloads of K clients.
 
@@ -107,13 +114,14 @@ def server_step(
       payloads: the clients' payloads, each array with a leading axis K.
       y: labels (K, B, …).
       keys: the clients' keys of this step (K,), the same that `client_forward` got.
+      grad_bits: where the budget follows each client's link, the most bits that their gradients may take, float32 (K,).
       batch_size: B.
 
     Returns:
       The new state; the replies, payloads of the features' gradients with a leading axis K; and the metrics.
     """
 
-    def one_client(payload, y, key):
+    def one_client(payload, y, key, grad_bits):
         keys = split_key(key)
         h = spec.feature_payload(batch_size).decode(payload)
 
@@ -125,10 +133,10 @@ def server_step(
         differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, (stats, outputs)), (grads, g) = differentiated(server.params, float_leaves(h))
         gradients = spec.gradient_payload(batch_size)
-        reply = gradients.encode(gradients.take_kept(payload, g), keys.codec)
+        reply = gradients.encode(gradients.take_kept(payload, g), keys.codec, grad_bits)
         return grads, stats, reply, value, spec.task.sums(outputs, y)
 
-    grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys)
+    grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys, grad_bits)
     server = update_part(spec, server, PartUpdate(mean(grads), mean(stats)))
     return server, replies, StepMetrics(losses.mean(), add_up(sums), losses=losses)
 
@@ -232,11 +240,19 @@ def client_backward(
     return PartUpdate(jax.tree.map(jnp.add, grads, tail.grads), pending.stats | tail.stats)
 
 
-def next_up_bits(spec: RunSpec, up_bits: jax.Array, pending: Pending, reply: Payload, *, batch_size: int) -> jax.Array:
+def next_up_bits(
+    spec: RunSpec,
+    up_bits: jax.Array,
+    pending: Pending,
+    reply: Payload,
+    budgets: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    batch_size: int,
+) -> jax.Array:
     """Returns the bits that a client aims its next features at, given its last messages; see `budget`."""
     sent = budget.payload_bytes(spec.feature_payload(batch_size), pending.payload)
     sent += budget.payload_bytes(spec.gradient_payload(batch_size), reply)
-    return budget.next_up_bits(spec, up_bits, sent, batch_size)
+    return budget.next_up_bits(spec, up_bits, sent, batch_size, budgets)
 
 
 def update_part(spec: RunSpec, part: PartState, update: PartUpdate) -> PartState:

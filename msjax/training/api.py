@@ -16,6 +16,7 @@ from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import ModelPart, RemoteApply, as_parts
 from msjax.optim import make_optimizer
+from msjax.split.budget import check_known_link
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Mode, Parallel
 from msjax.split.payloads import Codecs
@@ -75,6 +76,8 @@ def train(
     grad_kept_only: bool = False,
     update_codec: Codec | None = None,
     cut_bits: float | None = None,
+    cut_seconds: float | None = None,
+    link_bytes_per_second: float | None = None,
     compress_test: bool = True,
     mode: Mode | None = None,
     clients: int = 10,
@@ -113,6 +116,9 @@ def train(
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
         and features what is left, from step to step. Not in `Sequential`, nor U-shaped.
+      cut_seconds: the time that a full batch's features, labels and gradients may take on a client's link. The budget
+        is then what fits in, from an eighth of `cut_bits` to `cut_bits`.
+      link_bytes_per_second: how fast the simulated link of each client is; needed with `cut_seconds`.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.
@@ -188,8 +194,11 @@ def train(
         test_codec=codecs.at_inference() if compress_test else Codecs(Identity()),
         update_codec=Identity() if update_codec is None else update_codec,
         cut_bits=cut_bits,
+        cut_seconds=cut_seconds,
+        link_bytes_per_second=link_bytes_per_second,
         preprocess=preprocess,
     )
+    check_known_link(spec)
     check_labels(spec, dataset)
     # A run gives its state away, but the user's arrays are not its own.
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)

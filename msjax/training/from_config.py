@@ -13,6 +13,7 @@ from msjax.compress import Identity
 from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
+from msjax.split.budget import check_known_link
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
 from msjax.training import loop
@@ -37,6 +38,7 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
     built = build.build(cfg, summary, samples=samples, test_samples=len(dataset.test))
     if built.spec.client is None or built.spec.server is None:
         raise ValueError("model.name must make all parts of the model in one program, got a RemotePart among them")
+    check_known_link(built.spec)
     check_labels(built.spec, dataset)
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
@@ -139,4 +141,5 @@ def _save_parts(parts, cfg, folder, run, state, run_id):
 def uncompressed(cfg: config.Config) -> config.Config:
     """Returns the same run without compression in either direction: what `compare` compares with."""
     plain = {name: Identity() for name in ("codec", "grad_codec", "update_codec")}
-    return dataclasses.replace(cfg, **plain, grad_kept_only=False, cut_bits=None, array_codecs=(), compare=False)
+    budget = dict.fromkeys(("cut_bits", "cut_seconds", "link_bytes_per_second"))
+    return dataclasses.replace(cfg, **plain, **budget, grad_kept_only=False, array_codecs=(), compare=False)

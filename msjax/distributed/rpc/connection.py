@@ -3,6 +3,7 @@
 import queue
 import re
 import threading
+import time
 from typing import Any
 
 import grpc
@@ -32,7 +33,9 @@ class Connection:
         self._address, self._tls = address, tls
         self._channel = open_channel(address, tls, max_bytes)
         self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
-        self._inbox: queue.Queue[pb.FromServer | ConnectionLost] = queue.Queue()
+        self._inbox: queue.Queue[tuple[pb.FromServer | ConnectionLost, float]] = queue.Queue()
+        self.received_at = time.monotonic()
+        """When the last message that `receive` returned had arrived, while this program may have been at work."""
         stub = split_pb2_grpc.SplitStub(self._channel)
         self._stream = stub.Train(iter(self._outbox.get, None), metadata=metadata_of(token))
         threading.Thread(target=self._read, daemon=True).start()
@@ -42,8 +45,8 @@ class Connection:
         try:
             for message in self._stream:
                 heard = True
-                self._inbox.put(message)
-            self._inbox.put(ConnectionLost("the server closed the stream"))
+                self._put(message)
+            self._put(ConnectionLost("the server closed the stream"))
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or any(text in (error.details() or "") for text in _TOO_LARGE)
@@ -54,7 +57,10 @@ class Connection:
                 and (fault := self._tls.fault_with(self._address))
             ):
                 reason, final = f"{self._address}: {fault}", True
-            self._inbox.put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
+            self._put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
+
+    def _put(self, message):
+        self._inbox.put((message, time.monotonic()))
 
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
@@ -63,7 +69,8 @@ class Connection:
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""
         try:
-            message = self._inbox.get(timeout=None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            message, self.received_at = self._inbox.get(timeout=timeout)
         except queue.Empty:
             raise ConnectionLost(f"{self._address}: no answer within {timeout:.0f} s") from None
         if isinstance(message, ConnectionLost):

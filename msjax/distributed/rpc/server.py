@@ -4,6 +4,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
@@ -118,6 +119,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
         rate, first = Rate(self._max_messages_per_second), True
         try:
             for message in requests:
+                at = time.monotonic()
                 rate.wait()
                 client = message.hello.client
                 is_hello = first and message.WhichOneof("kind") == "hello"
@@ -129,7 +131,7 @@ class TrainServicer(split_pb2_grpc.SplitServicer):
                 if first:
                     self._heard(session)
                 first = False
-                self.inbox.put(Received(session, message, context.peer()))
+                self.inbox.put(Received(session, message, context.peer(), at))
         except grpc.RpcError:
             pass  # the client is gone
         except Exception:

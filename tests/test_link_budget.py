@@ -1,0 +1,213 @@
+"""A budget for the cut that follows each client's link."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import msjax
+from msjax.distributed import messages
+from msjax.split import budget, parties
+from msjax.split.schedule import Phase
+from msjax.training import loop
+
+from .helpers import assert_close
+from .network import net
+from .setups import built, dataset, load_program, make_parties
+from .test_budget import CFG
+
+SPEED = 2e5
+VALUES = built(CFG, 60).spec.features.batch_leaves(10)[0].size
+LABEL_BYTES = 10 * 4
+
+
+def seconds_of(bits):
+    """The time that a full batch's messages of so many bits a value take at `SPEED`."""
+    return (VALUES * bits / 8 + LABEL_BYTES) / SPEED
+
+
+LINK = dataclasses.replace(CFG, clients=2, epochs=1, cut_bits=6.0, cut_seconds=seconds_of(4.0))
+KNOWN = dataclasses.replace(LINK, link_bytes_per_second=SPEED)
+
+
+def test_the_budget_is_what_fits_in():
+    """From an eighth of what it may be to all of it; all of it where nothing is known of the link."""
+    spec = built(LINK, 60).spec
+    found = {speed: budget.budget_bits(spec, np.float32(speed)) for speed in (0, SPEED, SPEED / 3, 1, 10 * SPEED)}
+    third = 8 * (SPEED / 3 * LINK.cut_seconds - LABEL_BYTES) / VALUES
+    expected = {0: 6.0, SPEED: 4.0, SPEED / 3: third, 1: 6.0 / 8, 10 * SPEED: 6.0}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert budget.grad_bits(spec, np.float32(SPEED)) == pytest.approx(2.0)
+    # A batch is no larger than what a client has.
+    assert budget.budget_bits(built(LINK, 5).spec, np.float32(SPEED / 3)) > 1.9 * third
+    without = built(CFG, 60).spec
+    assert budget.grad_bits(without, None) is budget.first_bytes_per_second(without) is None
+
+
+def test_the_aim_goes_with_the_budget():
+    """A link that gets slower is followed at once, not by and by."""
+    spec = built(LINK, 60).spec
+    sent = np.float32(4.0 * VALUES / 8)
+    aim = budget.next_up_bits(spec, np.float32(3.0), sent, 10, (np.float32(4.0), np.float32(1.0)))
+    np.testing.assert_allclose(aim, 0.75, rtol=1e-6)
+
+
+def test_a_speed_is_smoothed():
+    """As a ratio, so that one slow message in ten counts as one that is ten times as fast."""
+    first = budget.next_bytes_per_second(np.float32(0), 1e6)
+    assert first == 1e6
+    assert budget.next_bytes_per_second(first, 1e6 * (1 + 1e-9)) == first
+    slow, fast = (budget.next_bytes_per_second(first, 1e6 * ratio) for ratio in (0.25, 4.0))
+    assert (slow, fast) == (5e5, 2e6)
+    for wrong in (None, float("nan"), float("inf"), 0.0, -1.0):
+        assert budget.next_bytes_per_second(slow, wrong) == slow
+    for _ in range(20):
+        slow = budget.next_bytes_per_second(slow, 1e6)
+    assert slow == pytest.approx(1e6, rel=1e-4)
+
+
+class Link:
+    """Lines of known speeds: a message takes its bytes over its client's speed, and nothing else takes time."""
+
+    def __init__(self, it, *speeds):
+        self.speeds, self.sent = speeds, [{} for _ in speeds]
+        it.disturb(self)
+
+    def __call__(self, direction, client, message):
+        kind, nbytes = message.WhichOneof("kind"), message.ByteSize()
+        at = getattr(message, kind).position if kind in ("request", "answer") else None
+        if at is not None and at.phase == Phase.FEATURES:
+            self.sent[client][at.step] = self.sent[client].get(at.step, 0) + nbytes
+        return (nbytes / self.speeds[client],)
+
+
+def test_a_network_measures_its_links(tmp_path):
+    """Each client its own, whoever waits for whom at the server; and then their messages take the time that is set."""
+    with net(tmp_path, dataclasses.replace(LINK, epochs=2)) as it:
+        link = Link(it, SPEED, SPEED / 2)
+        it.start_clients().run()
+        assert not it.failures
+        for client, speed in enumerate(link.speeds):
+            party = it.finals[client]
+            assert party.bytes_per_second == pytest.approx(speed, rel=1e-5)
+            sent = list(link.sent[client].values())
+            assert len(sent) == 12
+            assert sent[0] / speed > 1.4 * LINK.cut_seconds  # nothing was known of the link
+            assert sent[-1] / speed == pytest.approx(LINK.cut_seconds, rel=0.1)
+
+
+def test_a_network_over_a_known_link_equals_one_program(tmp_path):
+    """Bit for bit, also where processes are killed: what was measured is part of the checkpoints."""
+    with net(tmp_path, KNOWN, checkpoint_steps=2) as it:
+        Link(it, SPEED, SPEED)
+        it.start_clients()
+        it.run_to(3)
+        assert it.saved["client0/" + it.run_name][2][-1] == SPEED
+        it.restart(0)
+        it.run_to(4)
+        it.kill_server()
+        it.start_server()
+        it.run()
+        it.assert_equal_to_program()
+        _, clients = make_parties(KNOWN)
+        assert [it.finals[n].bytes_per_second for n in range(2)] == [client.bytes_per_second for client in clients]
+
+
+def test_a_repeated_request_measures_nothing(tmp_path):
+    """Its answer may be to the first, and the time between them is that of no message."""
+    with net(tmp_path, LINK) as it:
+        Link(it, SPEED, SPEED)
+        it.start_clients()
+        it.run_to(1)
+        it.cut(0)
+        it.run()
+        assert not it.failures
+        assert it.finals[0].bytes_per_second == pytest.approx(SPEED, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [True, False])
+def test_the_program_equals_the_parties(spread, monkeypatch, tmp_path):
+    """With a simulated link, whose budget is less than it might be."""
+    cfg = dataclasses.replace(KNOWN, grad_kept_only=True, out=str(tmp_path))
+    run = load_program(cfg, monkeypatch, spread=spread)
+    state = loop.train(run, quiet=True).state
+    server, clients = make_parties(cfg, (100, 42))
+    for _ in parties.run(server, clients):
+        pass
+    np.testing.assert_allclose([client.up_bits for client in clients], state.up_bits, atol=0.02)
+    assert np.all(np.asarray(state.up_bits) < 4.0)
+    assert_close(server.state.params, state.server.params, 0.1)
+
+
+def test_gradients_get_half_of_the_budget():
+    """Of that of the step, which the client says, not of the most that it might be."""
+    cfg = dataclasses.replace(KNOWN, grad_codec=dataclasses.replace(CFG.grad_codec, error=1e-3, levels=15))
+    server, clients = make_parties(cfg)
+    exchange = next(server.spec.schedule.exchanges())
+    sent = {n: client.send(exchange) for n, client in enumerate(clients)}
+    sent[1] = sent[1]._replace(grad_bits=np.float32(1.0))
+    answers = server.handle(exchange, sent)
+    data = [messages.encode(answers[n].payload, server.spec.down(exchange), None) for n in range(2)]
+    bits = [8 * len(one) / VALUES for (one,) in data]
+    assert bits == pytest.approx([2.0, 1.0], abs=0.25)  # with the headers of such small messages
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cut_seconds": 0.0}, "cut_seconds must be a finite number above 0, or None, got 0.0"),
+        ({"cut_seconds": float("inf")}, "cut_seconds must be a finite number or None, got inf"),
+        ({"cut_seconds": 1.0, "cut_bits": None}, "cut_seconds must be None without cut_bits, got 1.0"),
+        ({"link_bytes_per_second": -1.0}, "link_bytes_per_second must be a finite number above 0, or None, got -1.0"),
+        (
+            {"link_bytes_per_second": 1e6, "cut_seconds": None},
+            "link_bytes_per_second must be None without cut_seconds, got 1000000.0",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        built(dataclasses.replace(LINK, **changes), 30)
+
+
+def test_one_program_must_be_told_its_link(monkeypatch):
+    said = "link_bytes_per_second must be given with cut_seconds .* got None"
+    with pytest.raises(ValueError, match=said):
+        load_program(LINK, monkeypatch, spread=False)
+    codecs = {"codec": LINK.codec, "grad_codec": LINK.grad_codec, "cut_bits": 6.0, "cut_seconds": 1.0}
+    with pytest.raises(ValueError, match=said):
+        msjax.train(_layers(), dataset(), cut=1, clients=2, **codecs)
+
+
+def _layers():
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+    flatten = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    return nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=rngs), flatten, nnx.Linear(256, 10, rngs=rngs))
+
+
+def test_a_server_checks_what_gradients_may_take():
+    """A client that could ask for any number could have all gradients sent, or none."""
+    server, clients = make_parties(KNOWN)
+    exchange = next(server.spec.schedule.exchanges())
+    sent = clients[0].send(exchange)
+    request = messages.to_request(sent, exchange, server.spec).request
+    assert messages.from_request(request, server.spec, exchange).grad_bits == sent.grad_bits == 2.0
+    for bits in (0.0, 0.3, 3.1, float("nan")):
+        request.grad_bits = bits
+        with pytest.raises(messages.ProtocolError, match=r"grad_bits must be in 0.375..3, got"):
+            messages.from_request(request, server.spec, exchange)
+    without, others = make_parties(CFG)
+    request = messages.to_request(others[0].send(exchange), exchange, without.spec).request
+    request.grad_bits = 1.0
+    with pytest.raises(messages.ProtocolError, match=r"no use for it, got 1.0"):
+        messages.from_request(request, without.spec, exchange)
+
+
+def test_other_runs_are_described_as_before():
+    assert built(KNOWN, 30).spec.describe().keys() - built(CFG, 30).spec.describe().keys() == {
+        "cut_seconds",
+        "link_bytes_per_second",
+    }
