@@ -11,7 +11,8 @@ from msjax import build, config
 from msjax.config import without_paths
 from msjax.distributed import agreement
 from msjax.distributed.client_program import ClientProgram
-from msjax.distributed.options import ClientOptions
+from msjax.distributed.options import ClientOptions, ServeOptions
+from msjax.distributed.server_program import check_serve
 from msjax.split import parties
 from msjax.training import from_config, loop
 
@@ -154,3 +155,17 @@ def test_parties_of_another_length_or_other_adapters_differ(folder):
     )
     plain = without_paths(build.resolved(language.config_of(folder)))
     assert (plain.model.weights, plain.data.name) == ("model", "text.txt")
+
+
+def test_a_server_says_at_once_that_its_weights_do_not_fit(folder):
+    cfg = build.resolved(language.config_of(folder))
+    check_serve(cfg, ServeOptions())
+    tensors = language.tensors(folder)
+    language.write_tensors(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"][:-1]})
+    with pytest.raises(ValueError, match=r"model\.weights: .*model must hold .*other shapes: model\.norm\.weight is"):
+        check_serve(cfg, ServeOptions())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"model\.weights: .*model must have model\.safetensors or .*, and has neither"
+    ):
+        check_serve(cfg, ServeOptions())

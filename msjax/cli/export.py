@@ -9,10 +9,11 @@ from msjax.paths import expand
 _DESCRIPTION = """\
 Write a trained network, without the cut, as one safetensors file. VGG19 and the ResNets are named as in PyTorch, so
 that PyTorch reads them (network.load_state_dict(safetensors.torch.load_file(FILE))), and --model.weights of msjax train
-and eval, too; such a file does not say what inputs are normalised by, which is printed. All others, and any with
---names msjax, keep msjax's names, params/BLOCK/... and stats/BLOCK/..., with config and normalisation in the header;
-msjax.load_part(FILE) reads them as one part. Of a U-shaped run all three parts are merged, also the tail, which had
-stayed with the client. What a codec did to the features between the parts is not in the file."""
+and eval, too; such a file does not say what inputs are normalised by, which is printed. A decoder becomes a folder that
+Hugging Face's transformers reads, with the run's tokenizer and with adapters merged into the weights. All others, and
+any with --names msjax, keep msjax's names, params/BLOCK/... and stats/BLOCK/..., with config and normalisation in the
+header; msjax.load_part(FILE) reads them as one part. Of a U-shaped run all three parts are merged, also the tail, which
+had stayed with the client. What a codec did to the features between the parts is not in the file."""
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +22,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="msjax export", description=_DESCRIPTION)
     parser.add_argument("network", help="the run folder, or CLIENT.safetensors SERVER.safetensors")
     parser.add_argument("server", nargs="?", help="with the file of the client's part: that of the server's")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write; one that is there is replaced")
+    out = "the file to write; one that is there is replaced. Of a decoder a folder, new or empty"
+    parser.add_argument("--out", required=True, metavar="FILE", help=out)
     parser.add_argument("--names", choices=("pytorch", "msjax"), help="by default pytorch where there are such")
     parser.add_argument("--config", metavar="FILE.py", help="the preset of a model of one's own")
     options = parser.parse_intermixed_args(rest)

@@ -102,7 +102,8 @@ def freeze(tree: Any, dtype: Any) -> Any:
     """Arrays as the bits of their values in `dtype`, float32 or bfloat16: unsigned integers of as many bits.
 
     So they can be kept among a part's `stats`: of those, floating arrays are averaged over clients and sent, and all
-    others are equal everywhere and stay where they are. No gradient or optimizer state is made for them either.
+    others are equal everywhere and stay where they are. No gradient or optimizer state is made for them either. They
+    are among the part's `constants`: clients in one program share one copy, and checkpoints leave them out.
     """
     bits = _BITS[jnp.dtype(dtype)]
     return jax.tree.map(lambda leaf: jax.lax.bitcast_convert_type(jnp.asarray(leaf).astype(dtype), bits), tree)
