@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from msjax import compress, models, wire
-from msjax.generation import Generator, Piece, ServerSession, Terms
+from msjax.generation import Generator
+from msjax.session import Piece, ServerSession, Terms
 
 from . import decoders
 

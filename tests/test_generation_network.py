@@ -20,7 +20,8 @@ from msjax.distributed.options import ListenOptions, PartOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.generation import Generator, Terms
+from msjax.generation import Generator
+from msjax.session import Terms
 from msjax.split.trees import TreeSpec
 
 from . import decoders

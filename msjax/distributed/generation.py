@@ -14,8 +14,8 @@ from msjax import build, models, wire
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Rate
-from msjax.generation import Piece, ServerSession, Terms, padded
 from msjax.parts import TrainedPart
+from msjax.session import Piece, ServerSession, Terms, padded
 
 _MOST_PROGRAMS = 512
 """Compiled at a time, one for each length of a prompt and codec; a new one beyond them lets go of all."""
@@ -171,7 +171,7 @@ def _read(requests, inbox, turn):
 
 
 class RemoteSession:
-    """A session with a server elsewhere; see `msjax.generation.Session`.
+    """A session with a server elsewhere; see `msjax.session.Session`.
 
     Args:
       open_stream: from requests to answers.

@@ -23,9 +23,9 @@ from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
-from msjax.generation import Terms
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart
+from msjax.session import Terms
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, tail_key
