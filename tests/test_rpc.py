@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.proxy import Proxy
 from msjax import build, config
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
@@ -26,6 +27,7 @@ from msjax.split.traffic import run_traffic
 
 from .authority import Authority
 from .setups import MODES, SMALL, dataset, make_parties
+from .test_link_budget import LINK
 
 CFG = dataclasses.replace(SMALL, mode=MODES[1], clients=2, epochs=1)
 TOKENS = "0 alice\n1 bob\n"
@@ -117,6 +119,19 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
     assert traffic.items() >= run_traffic(server.spec, net.cfg.epochs).to_json().items()
     assert traffic["received_bytes"] > traffic["uplink_bytes"] > 0
     assert traffic["sent_bytes"] > traffic["downlink_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_a_client_measures_its_link_and_not_the_server(tmp_path):
+    """The server compiles for seconds; a message and its answer take the line's delay at least."""
+    with Net(tmp_path, LINK) as net, Proxy(net.address, megabits=None, delay_ms=50) as link:
+        clients = [net.client(client_id, server=link.address) for client_id in range(2)]
+        net.join()
+        assert not net.failures, net.failures
+    for client in clients:
+        party = client.session.party
+        most_bytes = 1000 + party.spec.features.batch_leaves(10)[0].size * LINK.cut_bits / 8
+        assert most_bytes / 10 < party.bytes_per_second < most_bytes / 0.1
 
 
 def hello(client=0):
