@@ -6,8 +6,8 @@
 
 The coders are to choose from what `msjax.wire` offers; "classes" is its coding by neighbours, of codes that have some.
 With `--choice` messages of features and gradients are made in two ways, side by side: with the coding that an estimate
-chooses, as `wire.encode` does, and with the shortest of all codings, each made whole. The coders have one thread, JAX
-on the whole way as many as it gets.
+chooses, as `wire.encode` does, and with the shortest of all codings, made whole by the same coders. The coders have
+one thread, JAX on the whole way as many as it gets.
 "zstd literals" is level 1 with matches of at least 7 bytes and the smallest hash table, which leaves nearly all to its
 Huffman coder. Needs `pip install -e '.[bench]'`.
 """
