@@ -18,6 +18,7 @@ import markdown_it
 from experiments import (
     accelerator,
     activations,
+    asked_bits,
     beside_pytorch,
     beside_pytorch_training,
     biased_gradients,
@@ -49,6 +50,7 @@ from experiments import (
     rate_distortion,
     study,
     traffic,
+    transforms,
     verdicts,
 )
 
@@ -76,6 +78,8 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "What `EntropyMask` might have been": entropy_variants,
     "Features against those that the receiver remembers": feature_memory,
     "What neighbours save": contexts,
+    "What `EntropyMask` makes of the bits it is asked for": asked_bits,
+    "Transforms before the quantizer": transforms,
     kept_gradients.TITLE: kept_gradients,
     "Plain PyTorch beside msjax": beside_pytorch,
     "A whole training in PyTorch and in msjax": beside_pytorch_training,

@@ -53,7 +53,6 @@ shape beforehand, a bare message (`encode_bare`, `decode_bare`) leaves them out:
 The checksum finds what a bad line does, not what an attacker does: for that there is TLS.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -68,7 +67,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from msjax import compress
-from msjax.compress import _contexts, _deflate
+from msjax.compress import _coding_costs, _contexts, _deflate
 from msjax.compress._class_bytes import shortest_bytes
 from msjax.compress._codec import check_payload, form_of, payload_arrays
 from msjax.compress._deflate import huffman, runs
@@ -81,7 +80,8 @@ _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
 _RAW, _HUFFMAN, _CUT, _RUNS, _CLASSES = 0, 1, 2, 3, 4
 _VERSIONS = {_RUNS: 2, _CLASSES: 3}  # others have been there from the first
-_TRIAL_PIECES, _TRIAL_BYTES = 16, 1 << 12
+_NEAR = 0.04  # an estimate may be off by so much
+_SHORT = 1 / 16  # of a buffer: what becomes shorter is coded fast, and estimates of it are worse
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
@@ -354,27 +354,23 @@ def _grid_for(raw_bytes, grid):
 
 
 def _shortest(raw, grid):
-    """(coding, buffer) of the coding that makes the least of bytes of codes; of long buffers by a trial on parts."""
-    trial, trial_grid = _trial(raw, grid)
-    coders = [(_HUFFMAN, lambda raw, grid: huffman(raw)), (_RUNS, lambda raw, grid: runs(raw))]
-    coders.append((_CLASSES, lambda raw, grid: _contexts.coded(raw, None)))
+    """(coding, buffer) of the coding that makes the least of bytes of codes; of long buffers by an estimate.
+
+    All whose estimate is near the least are tried, and all of what becomes very short.
+    """
+    coders = {
+        "huffman": (_HUFFMAN, huffman),
+        "runs": (_RUNS, runs),
+        "flags": (_CLASSES, lambda raw: _contexts.coded(raw, None)),
+    }
     if grid is not None:
-        coders.append((_CLASSES, _contexts.coded))
-    tried = [(coding, coder, coder(trial, trial_grid)) for coding, coder in coders]
-    coding, coder, buffer = min(tried, key=lambda found: len(found[2]))
-    return coding, buffer if trial is raw else coder(raw, grid)
-
-
-def _trial(raw, grid):
-    """(as many bytes as tell which coding to take, their grid): some samples, or pieces from everywhere."""
-    step = len(raw) // _TRIAL_PIECES
-    if step <= 2 * _TRIAL_BYTES:
-        return raw, grid
-    if grid is None:
-        return np.concatenate([raw[at : at + _TRIAL_BYTES] for at in range(0, step * _TRIAL_PIECES, step)]), None
-    every = max(1, min(grid.samples, step // _TRIAL_BYTES))
-    samples = raw.reshape(grid.samples, -1)[::every]
-    return samples.reshape(-1), dataclasses.replace(grid, samples=len(samples))
+        coders["classes"] = _CLASSES, lambda raw: _contexts.coded(raw, grid)
+    if raw.size > _coding_costs.ALWAYS_WHOLE:
+        found = _coding_costs.costs(raw, grid)
+        least = min(found.values())
+        if least > raw.size * _SHORT:
+            coders = {name: coder for name, coder in coders.items() if found[name] <= least * (1 + _NEAR)}
+    return min(((coding, coder(raw)) for coding, coder in coders.values()), key=lambda made: len(made[1]))
 
 
 def _code(array, compression, *, cut, grid=None):

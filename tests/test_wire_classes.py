@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msjax import wire
-from msjax.compress import EntropyMask, MaskEncoded, _contexts
+from msjax.compress import EntropyMask, MaskEncoded, _coding_costs, _contexts
 
 from . import helpers
 from .helpers import (
@@ -75,7 +75,7 @@ def without_neighbours(payload, codec, like):
         pytest.param(EntropyMask(error=1e-3), (8, 16, 16, 12), marks=pytest.mark.slow),
         pytest.param(EntropyMask(error=0.2, granularity="sample"), (12, 16, 16, 8), marks=pytest.mark.slow),
         pytest.param(MaskEncoded(), (12, 16, 16, 16), marks=pytest.mark.slow),
-        pytest.param(EntropyMask(error=0.07), (200, 32, 32, 16), marks=pytest.mark.slow),  # chosen by a trial
+        pytest.param(EntropyMask(error=0.07), (200, 32, 32, 16), marks=pytest.mark.slow),  # chosen by an estimate
     ],
     ids=case_id,
 )
@@ -110,6 +110,36 @@ def test_noise_is_not_longer():
         data = wire.encode(sent, codec, like)
         assert len(data) <= without_neighbours(sent, codec, like) + 24  # the header's axes
         assert_same(wire.decode(data).payload, sent)
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 16, 32), (16, 32, 32, 16), (1024, 256)], ids=case_id)
+@pytest.mark.parametrize("step", [0.3, 1.0, 3.0])
+def test_a_long_buffers_coding_is_within_a_percent_of_the_shortest(shape, step, monkeypatch):
+    """It is chosen by an estimate: of maps, noise, few codes in one place, and runs."""
+    codec, like, rng = EntropyMask(error=0.07), like_of(shape), np.random.default_rng(1)
+    maps = {
+        "map": smooth(shape),
+        "noise": np.maximum(rng.normal(size=shape), 0),
+        "few samples": smooth(shape) * (np.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1)) % 8 == 0),
+        "sparse": rng.exponential(size=shape) * (rng.random(shape) < 0.01),
+    }
+    payload = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), codec.payload_like(like))
+    for name, h in maps.items():
+        codes = np.minimum(h / step, 14).astype(np.uint8).reshape(-1, 2)
+        sent = payload._replace(codes=codes[:, 0] + 16 * codes[:, 1])
+        assert sent.codes.size > _coding_costs.ALWAYS_WHOLE
+        data = wire.encode(sent, codec, like)
+        assert_same(wire.decode(data).payload, sent)
+        with monkeypatch.context() as patched:
+            patched.setattr(_coding_costs, "ALWAYS_WHOLE", 1 << 62)
+            shortest = wire.encode(sent, codec, like)
+        assert len(data) <= 1.01 * len(shortest), name
+
+
+def test_bytes_are_counted_in_pairs_and_alone():
+    for size in (0, 7, _contexts._IN_PAIRS, _contexts._IN_PAIRS + 1):
+        raw = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+        np.testing.assert_array_equal(_contexts.histogram(raw), np.bincount(raw, minlength=256))
 
 
 # -- The format. -------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ _MOST_WHOLE = 127
 _MOST_BYTES = (1 << 31) - 1
 _FACTORS = tuple(3.5 * (level / MOST_LEVELS) ** 1.5 for level in range(1, MOST_LEVELS))
 """Thresholds against the mean; measured on features and gradients, where they are flat: see experiments.contexts."""
+_IN_PAIRS = 1 << 17  # bytes that are quicker counted two by two
 _PIECE = 1 << 13  # bytes that are sorted at once, within a core's cache
 
 
@@ -171,7 +172,7 @@ _kept_order = functools.lru_cache(maxsize=16)(_order)
 
 def coded(raw: np.ndarray, grid: Grid | None) -> bytes:
     """Returns the bytes of a buffer by classes; without a grid all of them are one class. See `msjax.wire`."""
-    counts = np.bincount(raw, minlength=256)
+    counts = histogram(raw)
     commonest = int(counts.argmax())
     thresholds: tuple[int, ...] = ()
     if grid is None:
@@ -192,6 +193,15 @@ def coded(raw: np.ndarray, grid: Grid | None) -> bytes:
         if stream.size:
             parts.append(_deflate.huffman(stream))
     return b"".join([head, np.array(numbers, "<u4").tobytes(), *parts])
+
+
+def histogram(raw: np.ndarray) -> np.ndarray:
+    """Returns how often each byte occurs in `raw`, uint8 (n,): int64 (256,)."""
+    if raw.size < _IN_PAIRS or raw.size % 2 or not raw.flags.c_contiguous:
+        return np.bincount(raw, minlength=256)
+    # In pairs, since NumPy makes eight bytes of each number that it counts.
+    pairs = np.bincount(raw.view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    return pairs.sum(0) + pairs.sum(1)
 
 
 def decoded(data: memoryview, raw_bytes: int, grid: Grid | None) -> np.ndarray:
@@ -262,16 +272,18 @@ def _split(raw, thresholds, grid):
     rows = _by_diagonals(raw, grid)
     order = order_of(grid.height, grid.width)
     sizes, table = np.array(grid.sizes, np.uint8).take(rows), grid.class_table(thresholds)
+    edges = np.arange(1, grid.classes(len(thresholds) + 1), dtype=np.uint8)
     step, pieces = max(1, _PIECE // rows.shape[1]), []
     for start in range(0, grid.pixels, step):
-        sums = sizes[order.left[start : start + step]]
-        sums += sizes[order.above[start : start + step]]
+        sums = sizes.take(order.left[start : start + step], axis=0)
+        sums += sizes.take(order.above[start : start + step], axis=0)
         if not start:
             sums[0] = 0
         classes = table.take(sums.reshape(-1))
-        piece = rows[start : start + step].reshape(-1).take(classes.argsort(kind="stable"))
-        ends = np.bincount(classes, minlength=grid.classes(len(thresholds) + 1)).cumsum().tolist()
-        pieces.append([piece[a:b] for a, b in itertools.pairwise([0, *ends])])
+        by_class = classes.argsort(kind="stable")
+        piece = rows[start : start + step].reshape(-1).take(by_class)
+        ends = classes.take(by_class).searchsorted(edges).tolist()
+        pieces.append([piece[a:b] for a, b in itertools.pairwise([0, *ends, piece.size])])
     return [np.concatenate(of_class) for of_class in zip(*pieces, strict=True)]
 
 

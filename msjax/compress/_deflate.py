@@ -6,6 +6,8 @@ import numpy as np
 
 MOST_WITHOUT_RUNS, MOST = 8, 1032
 """The most bytes that one byte of a stream stands for: a literal takes a bit at least, a run of 258 two."""
+BLOCK = (1 << 15) - 1
+"""Bytes that zlib collects before it ends a block, at its largest memory level."""
 _CHUNK = 1 << 16
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt8
 
-BLOCK = (1 << 15) - 1
-"""Bytes that zlib collects before it ends a block, at its largest memory level."""
+from msjax.compress._deflate import BLOCK
+
 _BYTE, _NONE = 256, jnp.iinfo(jnp.int32).max
 _COUNTED_BLOCKS = 2
 """Blocks of a buffer that is counted whole."""
