@@ -17,7 +17,7 @@ from msjax.runs.progress import Progress
 from msjax.split import averages, modes, parties
 from msjax.split.make_spec import init_part
 from msjax.split.schedule import Phase
-from msjax.split.state import TrainState
+from msjax.split.state import PartState, TrainState
 from msjax.split.step import PartUpdate
 from msjax.split.traffic import run_traffic
 from msjax.training import from_config, loop
@@ -277,8 +277,8 @@ def test_a_run_without_it_is_described_as_before():
     plain, compressed = (built(cfg, 30).spec for cfg in (SMOOTH, CFG))
     assert {"update_codec", "client statistics"} == compressed.describe().keys() - plain.describe().keys()
     assert plain.average_payload().nbytes == 4 * plain.client_update_values
-    state = TrainState(1, 2, 3)
-    assert list(loop._to_save(state)) == ["client", "server", "step"]
+    state = TrainState(PartState({}, {}, ()), PartState({}, {}, ()), jnp.int32(0))
+    assert list(loop._to_save(plain, state)) == ["client", "server", "step"]
 
 
 def test_statistics_are_sent_as_changes():
