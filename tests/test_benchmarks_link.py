@@ -181,7 +181,7 @@ def test_on_link():
 
 @pytest.mark.slow
 def test_party_that_fails_ends_the_measurement(monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(parties.Client, "receive", fail)
