@@ -32,10 +32,14 @@ def existing_file(name: str, path: str | os.PathLike) -> pathlib.Path:
         raise _no_file(name, path, error) from None
 
 
-def existing_file_or_folder(name: str, path: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a file that can be read, or of a folder; raises ValueError where there is neither."""
+def existing_file_or_folder(name: str, path: str | os.PathLike, *, within: str) -> pathlib.Path:
+    """Returns the path of a file that can be read, or of a folder that has the file `within`.
+
+    Raises:
+      ValueError: there is neither.
+    """
     found = expand(name, path)
-    return found if found.is_dir() else existing_file(name, path)
+    return found if (found / within).is_file() else existing_file(name, path)
 
 
 def read_file(name: str, path: str | os.PathLike) -> bytes:

@@ -382,7 +382,7 @@ def test_checkpoints_of_the_first_version_are_resumed(whole_run, tmp_path):
     state = program.place(run.spec, run.state, loop.mesh_of(run.spec))
     zero = [jnp.zeros((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 3, jnp.float32, jnp.float32)]
     progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
-    folder.checkpoints.save(0, (loop._to_save(state), SumsOfBefore(*zero)), progress)
+    folder.checkpoints.save(0, (loop._to_save(run.spec, state), SumsOfBefore(*zero)), progress)
     summary = train_config(cfg, folder, run=run, quiet=True)
     folder.close()
     assert numbers(summary) == numbers(whole_run[1])

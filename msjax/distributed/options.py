@@ -177,7 +177,7 @@ class ClientOptions(ConnectOptions):
         check_positive(self, "retry_seconds", "answer_seconds")
         folder_to_be("state", self.folder())
         if self.weights is not None:
-            existing_file_or_folder("weights", self.weights)
+            existing_file_or_folder("weights", self.weights, within="config.json")
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""
