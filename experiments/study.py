@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from msjax import config as config_lib
 from msjax.compress import Identity
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from msjax.split.sent import as_sent, cut_bytes, total_bytes
 
 ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -216,30 +217,24 @@ def counts(groups: Iterable[list[Record]]) -> str:
 
 def uplink_feature_bytes(traffic: dict[str, int]) -> int:
     """Bytes of the features, of all clients, as messages where they are entropy-coded."""
-    return traffic.get("coded_uplink_bytes", traffic["uplink_feature_bytes"])
-
-
-def cut_bytes(traffic: dict[str, int]) -> int:
-    """Bytes of features and gradients, both ways over the cut, of all clients; as messages where entropy-coded."""
-    return uplink_feature_bytes(traffic) + traffic.get("coded_downlink_bytes", traffic["downlink_gradient_bytes"])
+    return as_sent(traffic)[0]
 
 
 def other_bytes(traffic: dict[str, int]) -> int:
     """Bytes of labels, and of what keeps the clients' parts equal, both ways; as messages where entropy-coded."""
-    names = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
-    return traffic["uplink_label_bytes"] + sum(traffic.get(f"coded_{name}", traffic[name]) for name in names)
+    return total_bytes(traffic) - cut_bytes(traffic)
 
 
 def saved(record: Record, *, everything: bool = False) -> float:
     """By which factor less crossed the cut than without compression; or less was sent in all."""
-    plain, sent = 2 * record["uncompressed_feature_bytes"], cut_bytes(record["traffic"])
+    plain, crossed = 2 * record["uncompressed_feature_bytes"], cut_bytes(record["traffic"])
     if not everything:
-        return plain / sent
+        return plain / crossed
     traffic, other = record["traffic"], other_bytes(record["traffic"])
     # Records of before averages could be compressed do not say it.
     names = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
     synchronization = record.get("uncompressed_synchronization_bytes", sum(traffic[name] for name in names))
-    return (plain + traffic["uplink_label_bytes"] + synchronization) / (sent + other)
+    return (plain + traffic["uplink_label_bytes"] + synchronization) / (crossed + other)
 
 
 def feature_bits(one: Record) -> float:

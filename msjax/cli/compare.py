@@ -5,7 +5,9 @@ import sys
 
 from msjax.paths import expand
 from msjax.runs import plots, to_json
-from msjax.runs.overview import Overview, print_table
+from msjax.runs.overview import Overview
+from msjax.runs.progress import column_name
+from msjax.runs.tables import print_table
 
 
 def main(arguments: list[str]) -> int:
@@ -54,6 +56,6 @@ def _print(runs):
         for name in ("cut_bytes", "total_bytes"):
             cells += [f"{said[name] / 1e6:,.2f}", f"{first[name] / said[name]:.2f}×" if said[name] else "–"]
         rows.append([*cells, f"{said['seconds']:,.1f}"])
-    headline = runs[0].headline.replace("_percent", ", %")
+    headline = column_name(runs[0].headline)
     numbers = ("epochs", headline, "features and gradients, MB", "saved", "all, MB", "saved", "seconds")
     print_table(("run", "cut", "codec"), numbers, rows)

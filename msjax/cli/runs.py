@@ -5,7 +5,8 @@ import sys
 
 from msjax.paths import expand
 from msjax.runs import to_json
-from msjax.runs.overview import Overview, print_table
+from msjax.runs.overview import Overview
+from msjax.runs.tables import print_table
 
 
 def main(arguments: list[str]) -> int:

@@ -58,10 +58,7 @@ def _class_bytes(buffer, grid, all_counts):
     samples = min(grid.samples, -(-_SAMPLE // (min(grid.pixels, _PIXELS) * grid.pixel_bytes)))
     pixels = min(grid.pixels, -(-_SAMPLE // (samples * grid.pixel_bytes)))
     rows = buffer.reshape(grid.samples, grid.pixels, grid.pixel_bytes)[np.arange(samples) * grid.samples // samples]
-    places = np.arange(pixels)
-    if pixels < grid.pixels:
-        room = (grid.pixels - 1) / pixels
-        places = 1 + (places * room + places * 0.6180339887 % 1 * (room - 1)).astype(int)
+    places = _contexts.some_places(grid, pixels)
     sizes = jnp.asarray(grid.sizes, jnp.uint8)
     values = rows[:, order.pixels[places]]
     sums = sum(sizes[rows[:, order.pixels[near[places]]].astype(jnp.int32)] for near in (order.left, order.above))

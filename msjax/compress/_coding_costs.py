@@ -55,9 +55,7 @@ def _class_bytes(raw, grid):
     pixels = min(grid.pixels - 1, _PIXELS)
     samples = min(grid.samples, -(-_SAMPLE // (pixels * grid.pixel_bytes)))
     order = _contexts.order_of(grid.height, grid.width)
-    places = np.arange(pixels)
-    room = (grid.pixels - 1) / pixels
-    places = 1 + (places * room + places * 0.6180339887 % 1 * max(0.0, room - 1)).astype(int)
+    places = _contexts.some_places(grid, pixels)
     rows = rows[np.arange(samples) * grid.samples // samples]
     values = rows[:, order.pixels[places]]
     sizes = np.array(grid.sizes, np.uint8)

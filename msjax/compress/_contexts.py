@@ -167,6 +167,15 @@ def _order(height, width):
 _kept_order = functools.lru_cache(maxsize=16)(_order)
 
 
+def some_places(grid: Grid, count: int) -> np.ndarray:
+    """Int (count,): places in `order_of` of pixels from everywhere, not the first where these are not all."""
+    places = np.arange(count)
+    if count == grid.pixels:
+        return places
+    room = (grid.pixels - 1) / count
+    return 1 + (places * room + places * 0.6180339887 % 1 * (room - 1)).astype(int)
+
+
 # -- Coding. -----------------------------------------------------------------------------------------------------------
 
 

@@ -112,9 +112,8 @@ def read_texts(
         DataError: also where there is no text.
     """
     file = _tokenizer_path(tokenizer)
-    found = _tokenizer(file)
     start = _start(file) if start is None else start
-    _check_vocabulary(file, found, start, vocabulary)
+    found = load_tokenizer(file, start=start, vocabulary=vocabulary)
     lines = list(_each(_texts("inputs", path, column)))
     if Path(path).suffix.lower() != ".csv":
         lines = lines[0].splitlines()

@@ -2,17 +2,13 @@
 
 import dataclasses
 import pathlib
-import sys
 from typing import Any
-
-import rich.console
-import rich.table
 
 from msjax.compress import Identity
 from msjax.config import Config
 from msjax.runs.folder import RunFolder
-from msjax.runs.progress import format_metric
-from msjax.runs.tables import cut_bytes, total_bytes
+from msjax.runs.progress import bare_metric
+from msjax.split.sent import cut_bytes, total_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +84,7 @@ class Overview:
         """The first metric on test data, as a person reads it."""
         if self.test is None or self.headline not in self.test:
             return "–"
-        return (
-            format_metric(self.headline, self.test[self.headline]).removesuffix(" %").removeprefix(f"{self.headline} ")
-        )
+        return bare_metric(self.headline, self.test[self.headline])
 
     @property
     def epochs(self) -> str:
@@ -118,16 +112,3 @@ def _brief(codec):
         if value is not None and value != getattr(default, field.name):
             options.append(f"{field.name}={value!r}")
     return f"{type(codec).__name__}({', '.join(options)})"
-
-
-def print_table(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Prints a table of columns of texts, then of numbers."""
-    table = rich.table.Table()
-    for name in texts:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    # A fixed width where there is no terminal, so that a log shows whole columns.
-    rich.console.Console(width=None if sys.stdout.isatty() else 150).print(table)

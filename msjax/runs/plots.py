@@ -5,7 +5,8 @@ import importlib.util
 import pathlib
 from typing import Any
 
-from msjax.runs.tables import total_bytes
+from msjax.runs.progress import column_name
+from msjax.split.sent import total_bytes
 
 
 def available() -> bool:
@@ -26,7 +27,7 @@ def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: 
         loss.plot(epochs, [record[split]["loss"] for record in found], style, label=split)
         metric.plot(epochs, [record[split][headline] for record in found], style, label=split)
     loss.set(xlabel="epoch", ylabel="loss")
-    metric.set(xlabel="epoch", ylabel=headline.replace("_percent", ", %"))
+    metric.set(xlabel="epoch", ylabel=column_name(headline))
     loss.legend()
     figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=120)
@@ -47,7 +48,7 @@ def draw_comparison(runs: list[tuple[str, list[dict[str, Any]]]], headline: str,
         values = [record["test"][headline] for record in tested]
         by_bytes.plot([total_bytes(record["traffic"]) / 1e6 for record in tested], values, ".-", label=name)
         by_time.plot([record["seconds"] for record in tested], values, ".-", label=name)
-    by_bytes.set(xlabel="MB sent, both ways", ylabel=headline.replace("_percent", ", %"), xscale="log")
+    by_bytes.set(xlabel="MB sent, both ways", ylabel=column_name(headline), xscale="log")
     by_time.set(xlabel="seconds")
     figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=120)

@@ -128,3 +128,13 @@ class Progress:
 def format_metric(name: str, value: float) -> str:
     """Returns a metric as a person reads it: a percentage with its sign, another with its name."""
     return f"{value:.2f} %" if name.endswith("_percent") else f"{name} {value:.4g}"
+
+
+def bare_metric(name: str, value: float) -> str:
+    """Returns a metric without its name and sign, as below `column_name`."""
+    return format_metric(name, value).removesuffix(" %").removeprefix(f"{name} ")
+
+
+def column_name(name: str) -> str:
+    """Returns what a column or an axis of a metric is called."""
+    return name.replace("_percent", ", %")

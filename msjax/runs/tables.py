@@ -6,7 +6,8 @@ from typing import Any
 import rich.console
 import rich.table
 
-from msjax.runs.progress import format_metric
+from msjax.runs.progress import bare_metric, column_name
+from msjax.split.sent import as_sent
 
 _FIELDS = {
     "traffic": ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes", "uplink_gradient_bytes"),
@@ -33,13 +34,13 @@ def print_summaries(summaries: list[dict[str, Any]]) -> None:
     """
     table = rich.table.Table()
     table.add_column("codec", min_width=24)
-    headline = summaries[0].get("headline", "top1_percent").replace("_percent", ", %")
-    for name in (headline, "features up, MB", "saved", "all up, MB", "all down, MB", "seconds"):
+    headline = summaries[0].get("headline", "top1_percent")
+    for name in (column_name(headline), "features up, MB", "saved", "all up, MB", "all down, MB", "seconds"):
         table.add_column(name, justify="right")
     for s in summaries:
         traffic, gradients = s["traffic"], s["config"]["grad_codec"]
         averages = s["config"].get("update_codec", "Identity()")  # summaries of before there was one
-        features, up, down = _as_sent(traffic)
+        features, up, down = as_sent(traffic)
         table.add_row(
             s["config"]["codec"]
             + (f"\ngradients: {gradients}" if gradients != "Identity()" else "")
@@ -51,40 +52,28 @@ def print_summaries(summaries: list[dict[str, Any]]) -> None:
             f"{down / 1e6:,.2f}",
             f"{s['wall_seconds']:.1f}",
         )
-    # A fixed width where there is no terminal, so that a log shows whole columns.
-    rich.console.Console(width=None if sys.stdout.isatty() else 150).print(table)
+    console().print(table)
 
 
 def _headline(summary):
     name = summary.get("headline", "top1_percent")
     if not summary.get("test"):
         return "–"
-    return format_metric(name, summary["test"][name]).removesuffix(" %").removeprefix(f"{name} ")
+    return bare_metric(name, summary["test"][name])
 
 
-def cut_bytes(traffic: dict[str, int]) -> int:
-    """Returns the bytes of features and gradients, both ways over the cut; where entropy-coded, as messages."""
-    if "coded_uplink_bytes" in traffic and not traffic["uplink_gradient_bytes"]:
-        return traffic["coded_uplink_bytes"] + traffic["coded_downlink_bytes"]
-    names = ("uplink_feature_bytes", "uplink_gradient_bytes", "downlink_feature_bytes", "downlink_gradient_bytes")
-    return sum(traffic.get(name, 0) for name in names)
+def print_table(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Prints a table of columns of texts, then of numbers."""
+    table = rich.table.Table()
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
 
 
-def total_bytes(traffic: dict[str, int]) -> int:
-    """Returns all bytes of training, both ways; where entropy-coded, as messages."""
-    _, up, down = _as_sent(traffic)
-    return up + down
-
-
-def _as_sent(traffic):
-    """Bytes of the features up, of all up and of all down; where entropy-coded, as messages."""
-    features, up, down = (traffic[name] for name in ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes"))
-    # U-shaped, features and gradients go both ways and are counted as one.
-    if "coded_uplink_bytes" in traffic and not traffic["uplink_gradient_bytes"]:
-        coded = traffic["coded_uplink_bytes"]
-        up, features = up - features + coded, coded
-        down += traffic["coded_downlink_bytes"] - traffic["downlink_gradient_bytes"]
-    if "coded_uplink_synchronization_bytes" in traffic:
-        up += traffic["coded_uplink_synchronization_bytes"] - traffic["uplink_synchronization_bytes"]
-        down += traffic["coded_downlink_synchronization_bytes"] - traffic["downlink_synchronization_bytes"]
-    return features, up, down
+def console() -> rich.console.Console:
+    """Returns where tables go: of a fixed width where there is no terminal, so that a log shows whole columns."""
+    return rich.console.Console(width=None if sys.stdout.isatty() else 150)
