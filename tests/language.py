@@ -1,13 +1,14 @@
 """Folders of tiny decoders with a tokenizer, a text of letters beside them, and configs of runs on these."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import pytest
 import safetensors.numpy
 
-from msjax import compress, config
+from msjax import compress, config, models
 
 from . import decoders
 
@@ -15,18 +16,34 @@ LETTERS = "abcdefghij"
 GOLDEN = json.loads(decoders.GOLDEN.read_text())["cases"]
 
 
-def make_folder(path, case="llama 3"):
+def make_folder(path, case="llama 3", repeats=24):
     """A folder of Hugging Face's, with weights by a formula, and a file `text.txt` beside it."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'msjax[lm]'")
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(decoders.CONFIGS[case]))
-    write_tensors(path, decoders.tensors(GOLDEN[case]["shapes"]))
+    write_decoder(path, case)
     vocabulary = {"?": 0, "<s>": 1} | {letter: i for i, letter in enumerate(LETTERS, 2)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(path / "tokenizer.json"))
-    (path.parent / "text.txt").write_text(LETTERS * 24)
+    (path.parent / "text.txt").write_text(LETTERS * repeats)
     return path
+
+
+def write_decoder(folder, case):
+    (folder / "config.json").write_text(json.dumps(decoders.CONFIGS[case]))
+    write_tensors(folder, decoders.tensors(GOLDEN[case]["shapes"]))
+
+
+def weights_of(tmp_path_factory, model):
+    """A function that returns, of each case, the weights of the whole `model(case)` as they are read from a folder."""
+
+    @functools.cache
+    def read(case):
+        folder = tmp_path_factory.mktemp("decoder")
+        write_decoder(folder, case)
+        return models.load_weights(folder, model(case))
+
+    return read
 
 
 def tensors(folder):

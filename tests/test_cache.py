@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from msjax import models
 
-from . import decoders
+from . import decoders, language
 
 GOLDEN = json.loads(decoders.GOLDEN.read_text())["cases"]
 CASES = ("llama 3", "qwen 2.5", "qwen 3", "llama with biases")
@@ -26,16 +25,7 @@ def model(case="llama 3", **options):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of each case, the weights of the whole model as they are read from a folder."""
-
-    @functools.cache
-    def read(case):
-        folder = tmp_path_factory.mktemp("decoder")
-        safetensors.numpy.save_file(decoders.tensors(GOLDEN[case]["shapes"]), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(decoders.CONFIGS[case]))
-        return models.load_weights(folder, model(case))
-
-    return read
+    return language.weights_of(tmp_path_factory, model)
 
 
 def decoded(parts, tokens, capacity=16, padding=0):

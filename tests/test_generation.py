@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from msjax import compress, models, wire
 from msjax.generation import Generator
 from msjax.session import Piece, ServerSession, Terms
 
-from . import decoders
+from . import decoders, language
 
 GOLDEN = json.loads(decoders.GOLDEN.read_text())["cases"]
 STORIES = pathlib.Path(os.environ.get("MSJAX_TEST_DATA", "no_such_folder")) / "models" / "stories260k"
@@ -31,16 +30,7 @@ def model(case="llama 3"):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of each case, the whole model as it is read from a folder."""
-
-    @functools.cache
-    def read(case):
-        folder = tmp_path_factory.mktemp("decoder")
-        safetensors.numpy.save_file(decoders.tensors(GOLDEN[case]["shapes"]), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(decoders.CONFIGS[case]))
-        return models.load_weights(folder, model(case))
-
-    return read
+    return language.weights_of(tmp_path_factory, model)
 
 
 def parts_of(weights, case, *cuts):

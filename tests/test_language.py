@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
-from msjax import build, compress, config, data, models, pair
+from msjax import build, config, data, models, pair
 from msjax.cli import main as command_line
 from msjax.cli import options
 from msjax.runs import RunFolder
@@ -18,41 +17,14 @@ from msjax.split.trees import TreeSpec
 from msjax.training import from_config
 
 from . import decoders
-
-LETTERS = "abcdefghij"
-GOLDEN = json.loads(decoders.GOLDEN.read_text())["cases"]
+from .language import config_of, make_folder
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of a tied decoder with weights and a tokenizer, and a text of letters in a fixed order beside it."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'msjax[lm]'")
     monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(decoders.CONFIGS["llama 3"]))
-    tensors = decoders.tensors(GOLDEN["llama 3"]["shapes"])
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    vocabulary = {"?": 0, "<s>": 1} | {letter: i for i, letter in enumerate(LETTERS, 2)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(path / "tokenizer.json"))
-    (tmp_path / "text.txt").write_text(LETTERS * 40)
-    return path
-
-
-def config_of(folder, **options):
-    cfg = config.Config(
-        model=config.ModelConfig(name="decoder", cut="1", weights=str(folder)),
-        data=config.DataConfig(name=str(folder.parent / "text.txt"), text_length=12),
-        task=config.TaskConfig(name="next_token"),
-        optim=config.OptimConfig(kind="adamw", learning_rate=0.03, weight_decay=0.0),
-        codec=compress.Identity(),
-        clients=2,
-        batch_size=4,
-        epochs=2,
-    )
-    return dataclasses.replace(cfg, **options)
+    return make_folder(tmp_path / "model", repeats=40)
 
 
 def test_a_config_keeps_what_the_folder_says(folder):

@@ -11,6 +11,7 @@ import grpc
 import jax
 
 from msjax import build, models, wire
+from msjax.distributed.compiled import CompiledPrograms
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Rate
@@ -92,7 +93,7 @@ class Texts:
             params, stats = jax.device_put((trained.params, trained.stats))
             self._part, self._tail = server._replace(params=params, stats=stats), tail[0] if tail else None
         self._key = jax.random.key(trained.config.seed)
-        self._seen: set[Any] = set()
+        self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
 
     def answers(self, requests: Iterator[pb.NextTokens], rate: Rate) -> Iterator[pb.Outputs]:
@@ -119,7 +120,7 @@ class Texts:
                 if session is None:
                     session, own = self._begin(request, inbox)
                 self._sessions.use(own)
-                self._make_room((session.terms.codec, request.count))
+                self._programs.use((session.terms.codec, request.count))
                 outputs = pb.Outputs(payload=session.answer([Piece(request.count, request.features)]))
                 self._metrics.answered(1, time.perf_counter() - began)
                 self._metrics.sent(ANYONE, outputs)
@@ -149,13 +150,6 @@ class Texts:
         with self._lock:
             self._key, key = jax.random.split(self._key)
         return ServerSession(self._part, terms, tail=self._tail, key=key), own
-
-    def _make_room(self, program):
-        with self._lock:
-            if program not in self._seen and len(self._seen) >= _MOST_PROGRAMS:
-                self._seen.clear()
-                jax.clear_caches()
-            self._seen.add(program)
 
 
 def _read(requests, inbox, turn):

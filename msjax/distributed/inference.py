@@ -15,6 +15,7 @@ from msjax import build, config, wire
 from msjax.compress import Exact, Identity
 from msjax.distributed import messages
 from msjax.distributed.client_run import Refused
+from msjax.distributed.compiled import CompiledPrograms
 from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
@@ -87,7 +88,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._key = jax.random.key(trained.config.seed)
         self._refused = Seldom(say_refused)
-        self._seen: set[PayloadSpec] = set()
+        self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
         self._texts = Texts(trained, metrics, texts or Limits())
 
@@ -150,15 +151,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         places = tuple(range(len(found)))
         codecs, likes = tuple(m.codec for m in found), tuple(m.like for m in found)
         up = PayloadSpec(self._features.structure, codecs, likes, places)
-        self._make_room(up)
+        self._programs.use(up)
         return tuple(m.payload for m in found), up
-
-    def _make_room(self, up):
-        with self._lock:
-            if up not in self._seen and len(self._seen) >= _MOST_PROGRAMS:
-                self._seen.clear()
-                jax.clear_caches()
-            self._seen.add(up)
 
     def _answer(self, payload, up, number):
         batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
