@@ -46,17 +46,17 @@ def _code(block):
 
 
 def _table(block):
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in (b.rstrip() for b in block)]
-    rows = [row for row in rows if not all(set(cell) <= set("-:") for cell in row)]
-    width = max(map(len, rows))
-    merged: list[list[str]] = []
-    for line, row in zip([b for b in block if not set(b) <= set("|-: ")], rows, strict=True):
-        if line.startswith("| |") and merged:  # goes on with the row before
-            merged[-1][-1] += " " + row[-1]
+    rows: list[list[str]] = []
+    for line in block:
+        if set(line) <= set("|-: ") and "-" in line:  # below the head
+            continue
+        cells = [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        if rows and not cells[0]:  # goes on with the row before
+            rows[-1][-1] += " " + cells[-1]
         else:
-            merged.append(row + [""] * (width - len(row)))
+            rows.append(cells)
     found = ["", ".. list-table::", "   :header-rows: 1", ""]
-    for row in merged:
+    for row in rows:
         found += [f"   {'* -' if not i else '  -'} {_escape(cell)}" for i, cell in enumerate(row)]
     return [*found, ""]
 
