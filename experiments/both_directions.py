@@ -16,6 +16,7 @@ import matplotlib.figure
 from benchmarks import timing
 from experiments import driver, study
 from msjax import compress
+from msjax.split.sent import cut_bytes
 
 TITLE = "Both directions: accuracy against the bytes that really move"
 MS = compress.MaskEncoded()
@@ -65,7 +66,7 @@ def report(scale, records, figure="both_directions"):
             if not (found := groups.get(f"{arm}, {cut}")):
                 continue
             accuracy = [r["test"]["top1_percent"] for r in found]
-            megabytes = statistics.mean(study.cut_bytes(r["traffic"]) for r in found) / 1e6
+            megabytes = statistics.mean(cut_bytes(r["traffic"]) for r in found) / 1e6
             factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
             seeds = [r["config"]["seed"] for r in found]
             lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
@@ -87,7 +88,7 @@ def plot(groups):
             if not found or any_at_cut is None:
                 continue
             plain = arm == "none"
-            sent = 2 * any_at_cut["uncompressed_feature_bytes"] if plain else study.cut_bytes(found[0]["traffic"])
+            sent = 2 * any_at_cut["uncompressed_feature_bytes"] if plain else cut_bytes(found[0]["traffic"])
             accuracy = [r["test"]["top1_percent"] for r in found]
             deviation = statistics.stdev(accuracy) if len(found) > 1 else None
             axes.errorbar(sent / 1e6, statistics.mean(accuracy), deviation, fmt="o", color=f"C{color}", label=arm)

@@ -20,6 +20,7 @@ from experiments import driver, study
 from experiments.both_directions import unbiased
 from experiments.rivals import C3SL, ProductQuantizer, SplitFC, TAHQuant
 from msjax import compress
+from msjax.split.sent import cut_bytes, other_bytes
 
 TITLE = "Rivals in one harness: accuracy against bytes"
 NONE = compress.Identity()
@@ -57,7 +58,7 @@ def report(scale, records):
     rows = []
     for name in (name for name in ARMS if name in records):
         made = records[name]
-        cut, other = study.cut_bytes(made["traffic"]) / 1e6, study.other_bytes(made["traffic"]) / 1e6
+        cut, other = cut_bytes(made["traffic"]) / 1e6, other_bytes(made["traffic"]) / 1e6
         plain = "none" in records and name != "none"
         lost = records["none"]["test"]["top1_percent"] - made["test"]["top1_percent"] if plain else None
         factors = (study.saved(made, everything=everything) for everything in (False, True))
@@ -84,7 +85,7 @@ def plot(records):
     axes = figure.subplots()
     for color, name in enumerate(name for name in ARMS if name in records):
         made = records[name]
-        at = study.cut_bytes(made["traffic"]) / 1e6, made["test"]["top1_percent"]
+        at = cut_bytes(made["traffic"]) / 1e6, made["test"]["top1_percent"]
         axes.plot(*at, "os"[color // 10], color=f"C{color % 10}", label=name)
     axes.set(xlabel="features and gradients of the run, MB", ylabel="test top-1, %", xscale="log")
     if records:

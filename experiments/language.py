@@ -30,6 +30,7 @@ from experiments import driver, study
 from msjax import compress
 from msjax.config import Config, DataConfig, LoraConfig, ModelConfig, OptimConfig, TaskConfig
 from msjax.models import TARGETS
+from msjax.split.sent import cut_bytes, feature_bytes
 
 TITLE = "Language models, fine-tuned through a cut"
 WEIGHTS = "stories260k"
@@ -221,11 +222,11 @@ def perplexity(record):
 
 
 def up_bytes(record):
-    return study.uplink_feature_bytes(record["traffic"])
+    return feature_bytes(record["traffic"])
 
 
 def down_bytes(record):
-    return study.cut_bytes(record["traffic"]) - up_bytes(record)
+    return cut_bytes(record["traffic"]) - up_bytes(record)
 
 
 def gradient_bits(record):

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from msjax import config as config_lib
 from msjax.compress import Identity
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
-from msjax.split.sent import as_sent, cut_bytes, total_bytes
+from msjax.split.sent import cut_bytes, feature_bytes, other_bytes
 
 ROOT = pathlib.Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -215,16 +215,6 @@ def counts(groups: Iterable[list[Record]]) -> str:
     return "/".join(sorted({str(len(found)) for found in groups}))
 
 
-def uplink_feature_bytes(traffic: dict[str, int]) -> int:
-    """Bytes of the features, of all clients, as messages where they are entropy-coded."""
-    return as_sent(traffic)[0]
-
-
-def other_bytes(traffic: dict[str, int]) -> int:
-    """Bytes of labels, and of what keeps the clients' parts equal, both ways; as messages where entropy-coded."""
-    return total_bytes(traffic) - cut_bytes(traffic)
-
-
 def saved(record: Record, *, everything: bool = False) -> float:
     """By which factor less crossed the cut than without compression; or less was sent in all."""
     plain, crossed = 2 * record["uncompressed_feature_bytes"], cut_bytes(record["traffic"])
@@ -239,7 +229,7 @@ def saved(record: Record, *, everything: bool = False) -> float:
 
 def feature_bits(one: Record) -> float:
     """Bits a value of the features, as `uplink_feature_bytes` counts them."""
-    return 32 * uplink_feature_bytes(one["traffic"]) / one["uncompressed_feature_bytes"]
+    return 32 * feature_bytes(one["traffic"]) / one["uncompressed_feature_bytes"]
 
 
 def mean_and_deviation(values: list[float], digits: int = 2) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from benchmarks import timing
 from experiments import both_directions, convergence, driver, study
+from msjax.split.sent import cut_bytes, feature_bytes, other_bytes
 
 TITLE = "Traffic to baseline accuracy (Table 1)"
 MARGINS = (0.0, 1.0, 3.0, 10.0)  # points below the last epoch's accuracy without compression
@@ -105,8 +106,8 @@ def saving(record, plain, margin):
     # Without compression the bytes follow from the number of samples, at this record's own cut.
     epochs = len(record["history"])
     uncompressed = record["uncompressed_feature_bytes"] / epochs * plain_epoch["epoch"]
-    features, crossed = study.uplink_feature_bytes(epoch["traffic"]), study.cut_bytes(epoch["traffic"])
-    beside = study.other_bytes(record["traffic"]) / epochs
+    features, crossed = feature_bytes(epoch["traffic"]), cut_bytes(epoch["traffic"])
+    beside = other_bytes(record["traffic"]) / epochs
     return Saving(
         paper=uncompressed / features,  # test samples are as many more on both sides
         cut=2 * uncompressed / crossed,

@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 
 from msjax.runs.progress import bare_metric, column_name
-from msjax.split.sent import as_sent
+from msjax.split.sent import by_direction, feature_bytes
 
 _FIELDS = {
     "traffic": ("uplink_feature_bytes", "uplink_bytes", "downlink_bytes", "uplink_gradient_bytes"),
@@ -40,7 +40,7 @@ def print_summaries(summaries: list[dict[str, Any]]) -> None:
     for s in summaries:
         traffic, gradients = s["traffic"], s["config"]["grad_codec"]
         averages = s["config"].get("update_codec", "Identity()")  # summaries of before there was one
-        features, up, down = as_sent(traffic)
+        features, (up, down) = feature_bytes(traffic), by_direction(traffic)
         table.add_row(
             s["config"]["codec"]
             + (f"\ngradients: {gradients}" if gradients != "Identity()" else "")
