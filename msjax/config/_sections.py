@@ -218,6 +218,10 @@ class Config:
     `codec`."""
     clients: int = 10
     """Number of clients K."""
+    clients_per_group: int | None = None
+    """Of `msjax train`: how many clients each device computes at the same time, one group after another, so that the
+    memory of activations does not grow with K; by default all. The numbers are the same up to the order of sums. One
+    that divides the clients of a device is compiled once, another twice."""
     batch_size: int = 256
     """Samples that each client sends in a step."""
     epochs: int = 10

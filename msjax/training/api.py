@@ -81,6 +81,7 @@ def train(
     compress_test: bool = True,
     mode: Mode | None = None,
     clients: int = 10,
+    clients_per_group: int | None = None,
     alpha: float | None = None,
     batch_size: int = 32,
     epochs: int = 10,
@@ -122,6 +123,9 @@ def train(
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.
+      clients_per_group: how many clients each device computes at the same time, those of a step in one group after
+        another; by default all. The memory of activations is then that of one group, and the numbers are the same up
+        to the order of sums. In `Sequential` one client takes a step in any case.
       alpha: Dirichlet concentration of a label-skewed division; by default an even one.
       batch_size: samples that each client sends in a step.
       epochs: of the run.
@@ -157,6 +161,8 @@ def train(
             "test_every": test_every,
         }.items()
     )
+    if clients_per_group is not None:
+        clients_per_group = integer("clients_per_group", clients_per_group, 1)
     seed = integer("seed", seed, 0, MAX_SEED)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
@@ -204,7 +210,7 @@ def train(
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
-    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite)
+    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite, clients_per_group)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)

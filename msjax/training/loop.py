@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class LoadedRun(NamedTuple):
       seed: of orders, augmentation and codecs.
       title: what a person calls it.
       allow_nonfinite: whether it goes on where a loss is not finite.
+      clients_per_group: how many clients each device computes at the same time; None for all of its own.
     """
 
     spec: RunSpec
@@ -51,6 +53,7 @@ class LoadedRun(NamedTuple):
     seed: int
     title: str
     allow_nonfinite: bool = False
+    clients_per_group: int | None = None
 
 
 class Finished(NamedTuple):
@@ -82,13 +85,21 @@ class Evaluator:
         """Returns the mean loss and the metrics of a state as `program.place` gives it."""
         spec, key = self._run.spec, eval_key(self._run.seed)
         sums = replicate(zero_sums(spec), self._mesh)
-        rounds = [samples[None] for samples in spec.schedule.test_rounds()]
-        everyone = len(spec.schedule.test_clients)
-        for n, (inputs, labels, order) in enumerate(batches_on_device(self._run.dataset.test, self._resident, rounds)):
-            clients = rounds[n].shape[1]
-            mesh = self._mesh if clients == everyone else None
-            numbers = np.int32(spec.schedule.test_clients[:clients])
-            args = (inputs, labels, order, numbers, jax.random.fold_in(key, n))
+        testing, everyone = spec.schedule.test_clients, len(spec.schedule.test_clients)
+        size = self._run.clients_per_group or everyone
+        if self._mesh is not None:
+            size *= self._mesh.size
+        groups = [
+            (number, first, samples[None, first : first + size])
+            for number, samples in enumerate(spec.schedule.test_rounds())
+            for first in range(0, len(samples), size)
+        ]
+        batches = batches_on_device(self._run.dataset.test, self._resident, [rows for _, _, rows in groups])
+        for (number, first, rows), batch in zip(groups, batches, strict=True):
+            clients = rows.shape[1]
+            mesh = self._mesh if spec.schedule.test_rounds()[number].shape[0] == everyone else None
+            numbers = np.int32(testing[first : first + clients])
+            args = (*batch, numbers, jax.random.fold_in(key, number))
             sums = program.eval_rounds(spec, mesh, state, sums, *args)
         return jax.device_get(sums).means(spec.task)
 
@@ -190,7 +201,11 @@ class _Loop:
     def _train_epoch(self, epoch, resident, bar):
         schedule, seed = self._schedule, self._run.seed
         order = data.epoch_indices(self._run.client_indices, schedule.samples, seed=seed, epoch=epoch)
-        steps_per_call = 1 if jax.default_backend() == "cpu" or resident is None else STEPS_PER_CALL
+        here = self._spec.mode.clients_at_once(schedule) // (self._mesh.size if self._mesh else 1)
+        in_groups = (group := self._run.clients_per_group) is not None and group < here
+        train_steps = functools.partial(program.train_in_groups, group=group) if in_groups else program.train_steps
+        one_by_one = jax.default_backend() == "cpu" or resident is None or in_groups
+        steps_per_call = 1 if one_by_one else STEPS_PER_CALL
         calls = schedule_calls(schedule, order, epoch, steps_per_call)
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
@@ -200,7 +215,7 @@ class _Loop:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
             args = (inputs, labels, index, clients, key)
             given = self._state, self._sums, *args
-            self._state, self._sums, losses = program.train_steps(self._spec, self._mesh, *given)
+            self._state, self._sums, losses = train_steps(self._spec, self._mesh, *given)
             # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
             losses = np.asarray(losses)
             if not self._run.allow_nonfinite:

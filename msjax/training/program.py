@@ -1,7 +1,8 @@
 """K clients and a server in one program: `vmap` on one device, `shard_map` over the mesh axis "client" on several.
 
 Both give the same numbers. Every client gets its own share of each step's samples and its own random keys, drawn from
-(seed, step, client), so nothing depends on how the clients are spread over devices or the steps over calls.
+(seed, step, client), so nothing depends on how the clients are spread over devices or the steps over calls. Where K
+clients need too much memory at once, they take their step in groups (`train_in_groups`).
 """
 
 import functools
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from msjax.split import budget, fused
@@ -75,6 +77,105 @@ def train_steps(
     specs = _state_specs(spec, state)
     out_specs = (specs, PartitionSpec(), PartitionSpec(None, AXIS))
     return _spread(specs, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+
+
+def train_in_groups(
+    spec: RunSpec,
+    mesh: Mesh | None,
+    state: TrainState,
+    sums: MetricSums,
+    inputs: Any,
+    labels: Any,
+    order: Any,
+    clients: Any,
+    key: jax.Array,
+    *,
+    group: int,
+) -> tuple[TrainState, MetricSums, jax.Array]:
+    """Takes one step with `group` clients at a time on each device, where K would need too much memory at once.
+
+    The numbers are those of `train_steps` up to the order of sums; other arguments and results, too, are its own. Each
+    group is a call of one compiled program, and no `lax.scan`, in which XLA's CPU computes gradients of convolutions
+    many times slower. If `group` does not divide a device's clients, the last group is smaller, and compiled by itself.
+    """
+    if order is not None:
+        (order,) = np.asarray(order)
+        order = spread_by_client(order, mesh)
+    so_far = _begin(spec, mesh, state, clients)
+    here = len(clients) // (mesh.size if mesh else 1)
+    for start in range(0, here, group):
+        args = (inputs, labels, order, clients, key, np.int32(start))
+        state, so_far = _add_group(spec, mesh, min(group, here - start), state, so_far, *args)
+    samples = len(clients) * (jax.tree.leaves(labels)[0] if order is None else order).shape[1]
+    return _end(spec, mesh, group, state, sums, so_far, clients, key, samples)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(spec, mesh, state, clients):
+    """What the clients of a step have contributed before the first group: totals of each device, and of each client."""
+
+    def run(state, clients):
+        totals = fused.zero_totals(spec, state, own_parts=spec.mode.own_parts)
+        return _each_device(totals), fused.PerClient(*(jnp.zeros(clients.shape) for _ in fused.PerClient._fields))
+
+    by_client = PartitionSpec(AXIS)
+    return _shard(run, mesh, (_state_specs(spec, state), by_client), by_client)(state, clients)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _add_group(spec, mesh, size, state, so_far, inputs, labels, order, clients, key, start):
+    """State and sums with what `size` clients of each device, from its client `start` on, have contributed."""
+    own_parts = spec.mode.own_parts
+
+    def run(state, so_far, inputs, labels, order, clients, key, start):
+        totals, found = so_far
+        everyone = fused.own_of(spec, state, own_parts=own_parts)
+
+        def of_group(tree):
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), tree)
+
+        def with_group(tree, group):
+            return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, start, 0), tree, group)
+
+        x, y = of_group((inputs, labels)) if order is None else take(inputs, labels, order, of_group(order))
+        keys = client_keys(key, state.step, of_group(clients))
+        x = jax.vmap(lambda x, key: spec.preprocess(x, split_key(key).augment))(x, keys)
+        group = fused.with_own(spec, state, of_group(everyone), own_parts=own_parts)
+        added = fused.contribute(spec, group, x, y, keys, own_parts=own_parts)
+        state = fused.with_own(spec, state, with_group(everyone, added.own), own_parts=own_parts)
+        totals = fused.add_totals(jax.tree.map(lambda leaf: leaf[0], totals), added.totals)
+        of_each = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), added.found)
+        return state, (_each_device(totals), with_group(found, of_each))
+
+    specs, by_client, everywhere = _state_specs(spec, state), PartitionSpec(AXIS), PartitionSpec()
+    batch = by_client if order is None else everywhere
+    in_specs = (specs, by_client, batch, batch, by_client, by_client, everywhere, everywhere)
+    spread = _shard(run, mesh, in_specs, (specs, by_client))
+    return spread(state, so_far, inputs, labels, order, clients, key, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 8), donate_argnums=(3, 4))
+def _end(spec, mesh, group, state, sums, so_far, clients, key, samples):
+    """Takes the step to which all clients have contributed."""
+
+    def run(state, sums, so_far, clients, key):
+        totals, found = so_far
+        keys = client_keys(key, state.step, clients)
+        options = {"axis_name": mesh and AXIS}
+        args = (spec, state, jax.tree.map(lambda leaf: leaf[0], totals), found, keys[0])
+        state, metrics = fused.finish(*args, own_parts=spec.mode.own_parts, **options)
+        state, metrics = spec.mode.after_fused_step(spec, state, metrics, keys, clients_at_once=group, **options)
+        return state, add_step(sums, metrics, samples), metrics.losses[None]
+
+    specs, by_client, everywhere = _state_specs(spec, state), PartitionSpec(AXIS), PartitionSpec()
+    in_specs = (specs, everywhere, by_client, by_client, everywhere)
+    out_specs = (specs, everywhere, PartitionSpec(None, AXIS))
+    return _shard(run, mesh, in_specs, out_specs)(state, sums, so_far, clients, key)
+
+
+def _each_device(tree):
+    """What differs from device to device, with an axis of devices."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -147,11 +248,16 @@ def _state_specs(spec, state):
 
 
 def _spread(state_specs, run, mesh, out_specs, streamed):
-    """`run` on one device, or spread over the mesh."""
-    if mesh is None:
-        return run
+    """`run` with the arguments of `train_steps` on one device, or spread over the mesh."""
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
     batch = by_client if streamed else everywhere
     in_specs = (state_specs, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    return _shard(run, mesh, in_specs, out_specs)
+
+
+def _shard(run, mesh, in_specs, out_specs):
+    """`run` on one device, or on each of the mesh."""
+    if mesh is None:
+        return run
     # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -123,7 +123,25 @@ class Mode:
         self, spec: "RunSpec", state: TrainState, x: Any, y: Any, keys: jax.Array, *, axis_name: str | None = None
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
-        return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+        state, metrics = fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+        return self.after_fused_step(spec, state, metrics, keys, axis_name=axis_name)
+
+    def after_fused_step(
+        self,
+        spec: "RunSpec",
+        state: TrainState,
+        metrics: StepMetrics,
+        keys: jax.Array,
+        *,
+        axis_name: str | None = None,
+        clients_at_once: int | None = None,
+    ) -> tuple[TrainState, StepMetrics]:
+        """Returns state and metrics with what the mode does behind a step in one program: here, nothing.
+
+        Args:
+          clients_at_once: for how many clients it is computed at the same time; None for all.
+        """
+        return state, metrics
 
 
 class AveragingMode(Mode):
