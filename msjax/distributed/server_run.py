@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo
@@ -37,6 +38,7 @@ class ServerRun:
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
       allow_nonfinite: whether to go on where a loss is not finite.
+      mesh: over whose devices the server's part is sharded; None for one device.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class ServerRun:
         checkpoint_steps: int,
         failed_save: Callable[[], None],
         allow_nonfinite: bool = False,
+        mesh: Mesh | None = None,
     ):
         self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
@@ -65,7 +68,7 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.spec, self._initial, self._seed)
+        party = parties.Server(self.spec, self._initial, self._seed, mesh=self._mesh)
         step = self._store.latest()
         if step is None:
             self._store.forget(party)

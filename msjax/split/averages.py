@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from msjax import wire
+from msjax.split import shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, changing, split_key
@@ -146,13 +148,20 @@ class Sent(NamedTuple):
 
 
 def send(
-    spec: RunSpec, vectors: Vectors, error: Vectors, keys: jax.Array, *, clients_at_once: int | None = None
+    spec: RunSpec,
+    vectors: Vectors,
+    error: Vectors,
+    keys: jax.Array,
+    *,
+    clients_at_once: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Sent:
     """Encodes vectors of K clients, each with a leading axis K, and adds them up.
 
     Args:
       error, keys: of each client, with a leading axis K.
       clients_at_once: how many are encoded at the same time; None for all.
+      mesh: as of `fused.fused_step`.
     """
 
     def one_client(vectors, error, key):
@@ -160,10 +169,7 @@ def send(
         return decoded, error, _about_bytes(spec, payload)
 
     each = vectors, error, keys
-    if clients_at_once is None:
-        decoded, error, nbytes = jax.vmap(one_client)(*each)
-    else:
-        decoded, error, nbytes = jax.lax.map(lambda args: one_client(*args), each, batch_size=clients_at_once)
+    decoded, error, nbytes = shards.by_client(mesh, one_client, (), each, clients_at_once=clients_at_once)
     return Sent(tuple(vector.sum(0) for vector in decoded), error, nbytes)
 
 
@@ -221,18 +227,19 @@ def average_parts(
     axis_name: str | None,
     *,
     clients_at_once: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[PartState, Averages, tuple[jax.Array, jax.Array]]:
     """Gives each of K clients, whose parts have a leading axis K and nothing that never changes, the average of all.
 
     Args:
-      clients_at_once: as of `send`.
+      clients_at_once, mesh: as of `send`.
 
     Returns:
       The parts, the memories, and about the bytes of all messages up and down.
     """
     clients, reference = keys.shape[0], memory.client.reference
     vectors = jax.vmap(lambda part: _changes(part, reference))(parts)
-    sent = send(spec, vectors, memory.client.error, keys, clients_at_once=clients_at_once)
+    sent = send(spec, vectors, memory.client.error, keys, clients_at_once=clients_at_once, mesh=mesh)
     means = over_devices(sent.total, clients, axis_name)
     means, error, answer_bytes = answer(spec, means, memory.server.error, first_of_all(keys[0], axis_name))
     own = memory.client._replace(error=sent.error)

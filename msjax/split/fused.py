@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from msjax import compress, wire
-from msjax.split import averages, budget
+from msjax.split import averages, budget, shards
 from msjax.split.payloads import Codecs, encode_at_bits, leaf_key
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, split_key, tail_key, without_constants
-from msjax.split.step import PartUpdate, StepMetrics, add_up, score, update_part
+from msjax.split.step import PartUpdate, StepMetrics, add_up, score, server_outputs, update_part, update_server
 from msjax.split.trees import TreeSpec, add_floats, is_float, sum_floats, zero_floats
 
 
@@ -60,6 +61,7 @@ def fused_step(
     *,
     axis_name: str | None = None,
     own_parts: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes the step of K clients in one program, all at once.
 
@@ -71,17 +73,26 @@ def fused_step(
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
       own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
         arrays of `state.client` then have a leading axis K, but for those that never change, which all share.
+      mesh: over whose devices the server's part is sharded and the batch spread, see `shards`; then without an
+        `axis_name`, as K are all clients.
 
     Returns:
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
     """
-    totals, found, own = contribute(spec, state, x, y, keys, own_parts=own_parts)
+    totals, found, own = contribute(spec, state, x, y, keys, own_parts=own_parts, mesh=mesh)
     state = with_own(spec, state, own, own_parts=own_parts)
-    return finish(spec, state, totals, found, keys[0], axis_name=axis_name, own_parts=own_parts)
+    return finish(spec, state, totals, found, keys[0], axis_name=axis_name, own_parts=own_parts, mesh=mesh)
 
 
 def contribute(
-    spec: RunSpec, state: TrainState, x: Any, y: Any, keys: jax.Array, *, own_parts: bool = False
+    spec: RunSpec,
+    state: TrainState,
+    x: Any,
+    y: Any,
+    keys: jax.Array,
+    *,
+    own_parts: bool = False,
+    mesh: Mesh | None = None,
 ) -> Contribution:
     """Returns what clients contribute to a step, from their batches to their updates; arguments as of `fused_step`.
 
@@ -93,33 +104,40 @@ def contribute(
         grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
     compressed = spec.compresses_updates and not own_parts
 
-    def client_loss(params, byte_slots, client_stats, x, y, key, bits):
-        keys = split_key(key)
-        h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
-        kept_only = spec.grad_kept_only
-        aims = {"bits": bits, "grad_bits": grad_bits}
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=kept_only, **aims)
-        down = jnp.float32(0)
-        outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
-        if spec.u_shaped:
-            grad_codec = Codecs(spec.grad_codec.default)
-            tail_keys = tail_key(keys.codec)
-            h, down = cross_cut(spec.tail_codec, grad_codec, outputs, tail_keys, byte_slots[1], kept_only=kept_only)
-            outputs, tail_stats = spec.tail(params[0], client_stats, h, train=True, key=keys.client)
-            new_stats = new_stats | tail_stats
-        loss = spec.task.losses(outputs, y, train=True).mean()
-        return loss, ((new_stats, server_stats), spec.task.sums(outputs, y), (up, down))
+    kept_only = spec.grad_kept_only
+
+    def before(params, stats, x, key, byte_slot, bits):
+        """One client's features as the server gets them, about their bytes, and new statistics."""
+        keys, aims = split_key(key), {"bits": bits, "grad_bits": grad_bits}
+        h, new_stats = spec.client(params, stats, x, train=True, key=keys.client)
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slot, kept_only=kept_only, **aims)
+        return h, up, new_stats
+
+    def behind(params, stats, outputs, key, byte_slot):
+        """The outputs of one client's tail, about the bytes of what it got, and its new statistics."""
+        keys, grad_codec = split_key(key), Codecs(spec.grad_codec.default)
+        cut = (spec.tail_codec, grad_codec, outputs, tail_key(keys.codec), byte_slot)
+        h, down = cross_cut(*cut, kept_only=kept_only)
+        outputs, new_stats = spec.tail(params, stats, h, train=True, key=keys.client)
+        return outputs, down, new_stats
 
     constants = spec.client_constants
     stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
-    params_axis = 0 if own_parts or compressed else None
+    axes = (0 if own_parts or compressed else None, stats_axis)
 
     def total_loss(params, byte_slots):
+        of_clients, down = (params[0], state.client.stats), jnp.zeros(clients, jnp.float32)
+        each = (x, keys, byte_slots[:, 0], state.up_bits)
+        h, up, client_stats = shards.by_client(mesh, before, of_clients, each, axes)
+        outputs, server_stats = server_outputs(spec, params[1], state.server.stats, h, keys, mesh)
+        if spec.u_shaped:
+            each = (outputs, keys, byte_slots[:, 1])
+            outputs, down, tail_stats = shards.by_client(mesh, behind, of_clients, each, axes)
+            client_stats = client_stats | tail_stats
+        losses = jax.vmap(lambda outputs, y: spec.task.losses(outputs, y, train=True).mean())(outputs, y)
+        aux = (losses, (client_stats, server_stats), jax.vmap(spec.task.sums)(outputs, y), (up, down))
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((params_axis, None), 0, stats_axis, 0, 0, 0, 0)
-        args = (params, byte_slots, state.client.stats, x, y, keys, state.up_bits)
-        losses, aux = jax.vmap(client_loss, in_axes=axes)(*args)
-        return losses.sum(), (losses, *aux)
+        return losses.sum(), aux
 
     client_params = state.client.params
     if compressed:  # the gradient of each client is needed, not of their sum alone
@@ -139,7 +157,7 @@ def contribute(
         client = ()
     elif compressed:
         vectors = averages.update_vectors(PartUpdate(client_grads, client_stats), state.client.stats)
-        sent = averages.send(spec, vectors, state.memory.client.error, keys)
+        sent = averages.send(spec, vectors, state.memory.client.error, keys, mesh=mesh)
         client, error, average_bytes = PartUpdate(sent.total, sum_floats(client_stats)), sent.error, sent.nbytes
     else:
         client = PartUpdate(_wide(client_grads), sum_floats(client_stats))
@@ -202,6 +220,7 @@ def finish(
     *,
     axis_name: str | None = None,
     own_parts: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes a step from what all of its clients have contributed; other arguments and results as of `fused_step`.
 
@@ -232,7 +251,8 @@ def finish(
         memory = memory._replace(server=memory.server._replace(error=error))
     elif not own_parts:
         client = update_part(spec, client, mean_update(totals.client, client, spec.client_constants))
-    server = update_part(spec, state.server, mean_update(totals.server, state.server, spec.server_constants))
+    server = mean_update(totals.server, state.server, spec.server_constants)
+    server = update_server(spec, state.server, server, mesh)
     loss = over_devices(found.losses.mean())
     sent = (totals.sums, found.uplink_bytes.sum(), found.downlink_bytes.sum())
     if axis_name is not None:
@@ -354,8 +374,13 @@ def average_parts(client: PartState, *, axis_name: str | None = None) -> PartSta
     return client._replace(params=jax.tree.map(average, client.params), stats=jax.tree.map(average, client.stats))
 
 
-def evaluate(spec: RunSpec, state: TrainState, x: Any, y: Any, key: jax.Array) -> StepMetrics:
-    """Returns test loss and metrics of one batch, with running statistics, through the test codec."""
+def evaluate(
+    spec: RunSpec, state: TrainState, x: Any, y: Any, keys: jax.Array, *, mesh: Mesh | None = None
+) -> StepMetrics:
+    """Returns test loss and metrics of K batches, each array with an axis K, with running statistics.
+
+    Each goes through the test codec by itself. Arguments are as of `fused_step`, but that all clients have one part.
+    """
 
     def cross(codecs, h, key):
         leaves, structure = jax.tree.flatten(h)
@@ -363,10 +388,19 @@ def evaluate(spec: RunSpec, state: TrainState, x: Any, y: Any, key: jax.Array) -
         through = [codec.roundtrip(leaf, leaf_key(key, place)) for place, (codec, leaf) in enumerate(of_leaf)]
         return jax.tree.unflatten(structure, through)
 
-    client, server = state.client, state.server
-    h, _ = spec.client(client.params, client.stats, x, train=False, key=None)
-    outputs, _ = spec.server(server.params, server.stats, cross(spec.test_codec, h, key), train=False, key=None)
-    if spec.u_shaped:
+    def before(params, stats, x, key):
+        return cross(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key)
+
+    def serve(params, stats, h):
+        return jax.vmap(lambda h: spec.server(params, stats, h, train=False, key=None)[0])(h)
+
+    def behind(params, stats, outputs, key):
         h = cross(Codecs(spec.test_codec.default), outputs, tail_key(key))
-        outputs, _ = spec.tail(client.params, client.stats, h, train=False, key=None)
-    return score(spec, outputs, y)
+        return spec.tail(params, stats, h, train=False, key=None)[0]
+
+    client, server = state.client[:2], state.server[:2]
+    h = shards.by_client(mesh, before, client, (x, keys))
+    outputs = shards.with_gathered(mesh, serve, server, shards.spread_batch(mesh, h))
+    if spec.u_shaped:
+        outputs = shards.by_client(mesh, behind, client, (outputs, keys))
+    return jax.vmap(lambda outputs, y: score(spec, outputs, y))(outputs, y)

@@ -16,6 +16,7 @@ from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
+from msjax.split import shards
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
@@ -44,6 +45,7 @@ class LoadedRun(NamedTuple):
       title: what a person calls it.
       allow_nonfinite: whether it goes on where a loss is not finite.
       clients_per_group: how many clients each device computes at the same time; None for all of its own.
+      shard_server: whether the server's part is sharded over all devices, see `shards`.
     """
 
     spec: RunSpec
@@ -54,6 +56,7 @@ class LoadedRun(NamedTuple):
     title: str
     allow_nonfinite: bool = False
     clients_per_group: int | None = None
+    shard_server: bool = False
 
 
 class Finished(NamedTuple):
@@ -86,6 +89,7 @@ class Evaluator:
         spec, key = self._run.spec, eval_key(self._run.seed)
         sums = replicate(zero_sums(spec), self._mesh)
         testing, everyone = spec.schedule.test_clients, len(spec.schedule.test_clients)
+        shard = self._run.shard_server
         size = self._run.clients_per_group or everyone
         if self._mesh is not None:
             size *= self._mesh.size
@@ -97,15 +101,18 @@ class Evaluator:
         batches = batches_on_device(self._run.dataset.test, self._resident, [rows for _, _, rows in groups])
         for (number, first, rows), batch in zip(groups, batches, strict=True):
             clients = rows.shape[1]
-            mesh = self._mesh if spec.schedule.test_rounds()[number].shape[0] == everyone else None
+            whole = spec.schedule.test_rounds()[number].shape[0] == everyone
+            mesh = self._mesh if whole or shard else None
             numbers = np.int32(testing[first : first + clients])
             args = (*batch, numbers, jax.random.fold_in(key, number))
-            sums = program.eval_rounds(spec, mesh, state, sums, *args)
+            sums = program.eval_rounds(spec, mesh, state, sums, *args, shard_server=shard)
         return jax.device_get(sums).means(spec.task)
 
 
-def mesh_of(spec: RunSpec) -> Mesh | None:
-    """Returns the mesh over which the clients of a run are spread."""
+def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
+    """Returns the mesh over which the clients of a run are spread, or its server's part is sharded."""
+    if shard_server:
+        return shards.mesh_of()
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
 
 
@@ -125,8 +132,9 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
     """Returns the parts that a finished run ended with, from its last checkpoint; None where that is not there."""
     if folder.checkpoints.latest() != run.spec.schedule.total_steps:
         return None
-    mesh = mesh_of(run.spec)
-    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    options = {"shard_server": run.shard_server}
+    mesh = mesh_of(run.spec, **options)
+    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh, **options), mesh)
     return jax.device_get(run.spec.mode.gather(run.spec, state))
 
 
@@ -136,8 +144,9 @@ class _Loop:
     def __init__(self, run, folder, quiet):
         self._run, self._folder, self._quiet = run, folder, quiet
         self._spec, self._schedule = run.spec, run.spec.schedule
-        self._mesh = mesh_of(run.spec)
-        self._state = program.place(run.spec, run.state, self._mesh)
+        options = {"shard_server": run.shard_server}
+        self._mesh = mesh_of(run.spec, **options)
+        self._state = program.place(run.spec, run.state, self._mesh, **options)
         self._sums = self._zero()
         self._constants = _digest_of_constants(run.spec, run.state)
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
@@ -201,9 +210,10 @@ class _Loop:
     def _train_epoch(self, epoch, resident, bar):
         schedule, seed = self._schedule, self._run.seed
         order = data.epoch_indices(self._run.client_indices, schedule.samples, seed=seed, epoch=epoch)
-        here = self._spec.mode.clients_at_once(schedule) // (self._mesh.size if self._mesh else 1)
+        here = program.clients_of_a_device(self._spec, self._mesh)
         in_groups = (group := self._run.clients_per_group) is not None and group < here
         train_steps = functools.partial(program.train_in_groups, group=group) if in_groups else program.train_steps
+        train_steps = functools.partial(train_steps, shard_server=self._run.shard_server)
         one_by_one = jax.default_backend() == "cpu" or resident is None or in_groups
         steps_per_call = 1 if one_by_one else STEPS_PER_CALL
         calls = schedule_calls(schedule, order, epoch, steps_per_call)

@@ -65,9 +65,9 @@ class SplitFed(AveragingMode):
     def gather(self, spec, state):
         return _with_own(spec, state, lambda part: jax.tree.map(lambda leaf: leaf[0], part))
 
-    def after_fused_step(self, spec, state, metrics, keys, *, axis_name=None, clients_at_once=None):
+    def after_fused_step(self, spec, state, metrics, keys, *, axis_name=None, mesh=None, clients_at_once=None):
         if spec.compresses_updates:
-            return self._average(spec, state, metrics, keys, axis_name, clients_at_once)
+            return self._average(spec, state, metrics, keys, axis_name, mesh, clients_at_once)
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
 
         def average(part):
@@ -76,12 +76,12 @@ class SplitFed(AveragingMode):
 
         return _with_own(spec, state, average), metrics
 
-    def _average(self, spec, state, metrics, keys, axis_name, clients_at_once):
+    def _average(self, spec, state, metrics, keys, axis_name, mesh, clients_at_once):
         """The average through the codec, in the steps that have one."""
 
         def average(client, memory):
             args = (spec, client, memory, keys, axis_name)
-            return averages.average_parts(*args, clients_at_once=clients_at_once)
+            return averages.average_parts(*args, clients_at_once=clients_at_once, mesh=mesh)
 
         def nothing(client, memory):
             return client, memory, (jnp.float32(0), jnp.float32(0))
