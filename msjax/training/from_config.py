@@ -56,11 +56,13 @@ def train_config(
     Raises:
       loop.Interrupted: SIGINT or SIGTERM came; the state was saved.
       NonFiniteError: a loss is NaN or infinite.
-      ValueError, data.DataError: see `load_run`.
+      ValueError, data.DataError: see `load_run`; or the data are not those with which the run in `folder` began.
     """
     cfg = build.resolved(cfg)
     if run is None:
         run = load_run(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
+    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
+    folder.check_data(digests)
     spec, schedule = run.spec, run.spec.schedule
     finished = loop.train(run, folder, quiet=quiet)
     last, headline = finished.history[-1], spec.task.headline
@@ -74,7 +76,7 @@ def train_config(
         **{name: last[name] for name in ("test", "train", "traffic") if name in last},
         "uncompressed_feature_bytes": samples * dense.nbytes,
         "uncompressed_synchronization_bytes": plain.uplink_synchronization_bytes + plain.downlink_synchronization_bytes,
-        "data_sha256": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
+        "data_sha256": digests,
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),
         "command": " ".join(sys.argv),
