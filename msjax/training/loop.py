@@ -20,8 +20,8 @@ from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
-from msjax.training import program
-from msjax.training.batching import batches_on_device, make_resident, schedule_calls
+from msjax.training import batching, program
+from msjax.training.batching import batches_on_device, schedule_calls
 from msjax.training.devices import make_mesh, replicate
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
@@ -76,20 +76,34 @@ class Evaluator:
 
     def __init__(self, run: LoadedRun, mesh: Mesh | None = None):
         self._run, self._mesh = run, mesh
-        self._resident = make_resident(run.dataset.test, lambda arrays: replicate(arrays, mesh))
+        rounds, everyone = run.spec.schedule.test_rounds(), len(run.spec.schedule.test_clients)
+        # Rounds of all clients are spread over them; what is left is tested on every device alike.
+        spread = [samples for samples in rounds if mesh and len(samples) == everyone]
+        self._groups = []
+        for mesh_of_group, group in ((mesh, spread), (None, rounds[len(spread) :])):
+            if group:
+                resident = self._resident(mesh_of_group, group)
+                self._groups.append((mesh_of_group, resident, [samples[None] for samples in group]))
+
+    def _resident(self, mesh, rounds):
+        """The test samples of these rounds on the devices."""
+        test = self._run.dataset.test
+        if mesh is not None:
+            return batching.spread_resident(test, mesh, np.concatenate(rounds, axis=1))
+        every = None if self._mesh is None else np.concatenate([samples.ravel() for samples in rounds])
+        return batching.make_resident(test, self._mesh, every)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the mean loss and the metrics of a state as `program.place` gives it."""
         spec, key = self._run.spec, eval_key(self._run.seed)
-        sums = replicate(zero_sums(spec), self._mesh)
-        rounds = [samples[None] for samples in spec.schedule.test_rounds()]
-        everyone = len(spec.schedule.test_clients)
-        for n, (inputs, labels, order) in enumerate(batches_on_device(self._run.dataset.test, self._resident, rounds)):
-            clients = rounds[n].shape[1]
-            mesh = self._mesh if clients == everyone else None
-            numbers = np.int32(spec.schedule.test_clients[:clients])
-            args = (inputs, labels, order, numbers, jax.random.fold_in(key, n))
-            sums = program.eval_rounds(spec, mesh, state, sums, *args)
+        sums, number = replicate(zero_sums(spec), self._mesh), 0
+        for mesh, resident, rounds in self._groups:
+            for inputs, labels, order in batches_on_device(self._run.dataset.test, resident, rounds, mesh=mesh):
+                clients = np.shape(jax.tree.leaves(labels)[0] if order is None else order[0])[0]
+                numbers = np.int32(spec.schedule.test_clients[:clients])
+                args = (inputs, labels, order, numbers, jax.random.fold_in(key, number))
+                sums = program.eval_rounds(spec, mesh, state, sums, *args)
+                number += 1
         return jax.device_get(sums).means(spec.task)
 
 
@@ -153,7 +167,7 @@ class _Loop:
 
     def run(self):
         schedule = self._schedule
-        resident = make_resident(self._run.dataset.train, lambda arrays: replicate(arrays, self._mesh))
+        resident = batching.resident_of_clients(self._run.dataset.train, self._mesh, self._run.client_indices)
         evaluate = Evaluator(self._run, self._mesh)
         bar = Progress(
             self._run.title,
@@ -195,7 +209,8 @@ class _Loop:
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
         began, key = time.monotonic(), train_key(seed)
-        batches = batches_on_device(self._run.dataset.train, resident, calls, seed=seed, epoch=epoch, done=first)
+        options = {"seed": seed, "epoch": epoch, "done": first, "mesh": self._mesh}
+        batches = batches_on_device(self._run.dataset.train, resident, calls, **options)
         for inputs, labels, index in batches:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
             args = (inputs, labels, index, clients, key)

@@ -53,8 +53,9 @@ def train_steps(
 
     Args:
       order: int32 (S, K, B): for each step and each client the positions of its samples in `inputs` (N, …) and `labels`
-        (N, …), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs
-        convolutions slower inside a loop. With None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
+        (N, …), both on the device; over a mesh, in its device's share of them, see `batching.make_resident`. Several
+        steps are one `lax.scan`; a single one is none, since XLA's CPU runs convolutions slower inside a loop. With
+        None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
       clients: int32 (K,), which clients these are.
       key: `state.train_key` of the run.
     """
@@ -74,7 +75,7 @@ def train_steps(
 
     specs = _state_specs(spec, state)
     out_specs = (specs, PartitionSpec(), PartitionSpec(None, AXIS))
-    return _spread(specs, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+    return _spread(specs, run, mesh, out_specs)(state, sums, inputs, labels, order, clients, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -111,7 +112,7 @@ def eval_rounds(
 
         return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0]
 
-    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec(), order is None)
+    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec())
     return spread(state, sums, inputs, labels, order, clients, key)
 
 
@@ -146,12 +147,11 @@ def _state_specs(spec, state):
     return TrainState(client, everywhere, everywhere, memory, up_bits)
 
 
-def _spread(state_specs, run, mesh, out_specs, streamed):
+def _spread(state_specs, run, mesh, out_specs):
     """`run` on one device, or spread over the mesh."""
     if mesh is None:
         return run
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
-    batch = by_client if streamed else everywhere
-    in_specs = (state_specs, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    in_specs = (state_specs, everywhere, by_client, by_client, PartitionSpec(None, AXIS), by_client, everywhere)
     # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
