@@ -335,7 +335,7 @@ def test_a_device_of_a_mesh_has_its_clients_samples_alone():
     resident = batching.resident_of_clients(split, mesh, held)
     shards = [np.asarray(shard.data)[:, 0].tolist() for shard in resident.inputs.addressable_shards]
     assert shards == [[43, 41, 59, 45, 47, 40], [42, 48, 51, 0, 0, 0]]
-    ((inputs, labels, order),) = batching.batches_on_device(split, resident, [np.int32([[[1], [7], [2], [11]]])])
+    ((_, labels, order),) = batching.batches_on_device(split, resident, [np.int32([[[1], [7], [2], [11]]])])
     assert order.tolist() == [[[1], [4], [0], [2]]]
     on_device = [
         shard.data[order[0, 2 * n : 2 * n + 2, 0]].tolist() for n, shard in enumerate(labels.addressable_shards)

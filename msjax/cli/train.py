@@ -4,17 +4,26 @@ import dataclasses
 import sys
 
 from msjax import build, config, training
+from msjax.cli import hosts
 from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
+from msjax.training import processes
 from msjax.training.devices import split_cpu
-from msjax.training.from_config import load_run, train_config, uncompressed, with_more_epochs, write_missing_parts
+from msjax.training.from_config import (
+    load_run_everywhere,
+    open_or_create,
+    train_config,
+    uncompressed,
+    with_more_epochs,
+    write_missing_parts,
+)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
-    where, rest = split_options(arguments, "--config", "--resume", "--name")
+    where, rest = split_options(arguments, "--config", "--resume", "--name", *hosts.OPTIONS, flag=hosts.FLAG)
     if where.resume is not None:
         more, rest = split_options(rest, "--epochs")
         if rest or where.config is not None or where.name is not None:
@@ -25,6 +34,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
             )
+        hosts.join(where)
         split_cpu(cfg.clients)
         if more.epochs is not None:
             cfg = _with_epochs(folder, cfg, more.epochs)
@@ -34,27 +44,33 @@ def main(arguments: list[str]) -> int:
         description = (
             "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
             "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            "rate from there on is that of a run of N epochs)."
+            f"rate from there on is that of a run of N epochs). {hosts.HELP}"
         )
         cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
         cfg = check_early(cfg)
-        check_new(cfg, where.name)
+        hosts.join(where)
         split_cpu(cfg.clients)
+        processes.from_first(lambda: check_new(cfg, where.name))
         # Before there is a folder, so that a config that does not work leaves none behind.
-        run = load_run(cfg)
-        if small := build.batch_of_small_share(cfg, run.spec.schedule.samples):
+        run = load_run_everywhere(cfg)
+        small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
+        if small and processes.is_first():
             print(f"msjax train: {small}", file=sys.stderr)
-        folder = RunFolder.create(cfg, where.name)
+        folder = RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, where.name).path)))
     summaries = []
+    again = f"msjax train --resume {folder.path}"
     try:
-        if cfg.compare:
-            base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
-            summaries.append(_finish(*RunFolder.open_or_create(base, "uncompressed")))
-        summaries.append(_finish(folder, cfg, run))
+        with hosts.ending_together("train", f"start all processes again with {again}"):
+            if cfg.compare:
+                base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
+                summaries.append(_finish(*open_or_create(base, "uncompressed")))
+            summaries.append(_finish(folder, cfg, run))
     except training.Interrupted:
-        print(f"interrupted and saved; continue with: msjax train --resume {folder.path}")
+        if processes.is_first():
+            print(f"interrupted and saved; continue with: {again}")
         return 130
-    print_summaries(summaries)
+    if processes.is_first():
+        print_summaries(summaries)
     return 0
 
 
@@ -75,11 +91,17 @@ def _with_epochs(folder, cfg, text):
 def _finish(folder, cfg, run=None):
     """The summary of a run: read where it is there, else trained for."""
     try:
-        if (summary := folder.read_summary()) is not None:
-            check_summary(summary, str(folder.path / "summary.json"))
+        if (summary := processes.from_first(lambda: _read_summary(folder))) is not None:
             for part in write_missing_parts(cfg, folder):
-                print(f"written anew from the last checkpoint: {folder.path / part}.safetensors")
+                if processes.is_first():
+                    print(f"written anew from the last checkpoint: {folder.path / part}.safetensors")
             return summary
         return train_config(cfg, folder, run=run)
     finally:
         folder.close()
+
+
+def _read_summary(folder):
+    if (summary := folder.read_summary()) is not None:
+        check_summary(summary, str(folder.path / "summary.json"))
+    return summary

@@ -99,7 +99,7 @@ def _put(tree, mesh, spec):
     """The arrays of `tree` on the devices; of several processes each puts what its own devices have."""
     if jax.process_count() == 1:
         return jax.device_put(tree, NamedSharding(mesh, spec) if mesh else None)
-    sharding = NamedSharding(mesh or _one_device_a_process(), spec)
+    sharding = NamedSharding(whole_mesh(mesh), spec)
 
     def put(leaf):
         leaf = np.asarray(leaf)
@@ -108,7 +108,9 @@ def _put(tree, mesh, spec):
     return jax.tree.map(put, tree)
 
 
-def _one_device_a_process():
-    """The mesh on which every process computes the same."""
+def whole_mesh(mesh: Mesh | None) -> Mesh:
+    """Returns the mesh; of None, where every process computes the same, one of a device of each process."""
+    if mesh is not None:
+        return mesh
     first = {device.process_index: device for device in reversed(jax.devices())}
     return Mesh(np.array([first[process] for process in sorted(first)]), (AXIS,))

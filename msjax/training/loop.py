@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+import msjax
 from msjax import data
 from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
@@ -20,9 +21,9 @@ from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
-from msjax.training import batching, program
+from msjax.training import batching, processes, program
 from msjax.training.batching import batches_on_device, schedule_calls
-from msjax.training.devices import make_mesh, replicate
+from msjax.training.devices import make_mesh, replicate, whole_mesh
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
 
@@ -108,8 +109,35 @@ class Evaluator:
 
 
 def mesh_of(spec: RunSpec) -> Mesh | None:
-    """Returns the mesh over which the clients of a run are spread."""
+    """Returns the mesh over which the clients of a run are spread.
+
+    None is one device; where there are several processes, one of each, on which all compute the same: a step of one
+    client is not spread.
+
+    Raises:
+      ValueError: the clients do not divide over the processes.
+    """
+    if spec.mode.one_at_a_time and jax.process_count() > 1:
+        return None
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
+
+
+def check_processes(run: LoadedRun, **more: Any) -> None:
+    """Raises ValueError, in all processes, where they do not have the same run, or its clients do not divide over them.
+
+    Args:
+      more: what else must be the same, JSON-ready.
+    """
+    mesh_of(run.spec)
+    if jax.process_count() == 1:
+        return
+    versions = {f"the version of {module.__name__}": module.__version__ for module in (jax, msjax)}
+    counts = {"training samples": len(run.dataset.train), "test samples": len(run.dataset.test), "seed": run.seed}
+    hashes = {
+        "the division of the data (its hash)": digest(run.client_indices),
+        "the first parameters (their hash)": digest(jax.device_get((run.state.client[:2], run.state.server[:2]))),
+    }
+    processes.check_same(versions | run.spec.describe() | counts | more | hashes)
 
 
 def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = False) -> Finished:
@@ -120,8 +148,14 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state was saved.
       NonFiniteError: a loss is NaN or infinite; the newest checkpoint is of before.
+      ProcessLostError: another process has ended, where there are several.
     """
-    return _Loop(run, folder, quiet).run()
+    try:
+        return _Loop(run, folder, quiet or not processes.is_first()).run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise processes.lost(error) from error
 
 
 def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
@@ -130,7 +164,7 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
         return None
     mesh = mesh_of(run.spec)
     state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
-    return jax.device_get(run.spec.mode.gather(run.spec, state))
+    return program.gather(run.spec, state, mesh)
 
 
 class _Loop:
@@ -146,11 +180,11 @@ class _Loop:
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
         if folder is not None and (found := restore(folder, run, self._state, self._mesh)) is not None:
             self._state, self._sums, self._progress = found
-            folder.write_history(self._history)  # a process may have died between the state and this
+            self._write_history()  # a process may have died between the state and this
         self._traffic = _traffic_until(self._spec, self._history)
         self._done = int(self._state.step)
         self._start, self._earlier = time.monotonic(), self._progress["wall_seconds"]
-        self._stopped = False
+        self._asked_to_stop = False
 
     @property
     def _history(self):
@@ -163,7 +197,17 @@ class _Loop:
         return self._earlier + time.monotonic() - self._start
 
     def _stop(self):
-        self._stopped = True
+        self._asked_to_stop = True
+
+    def _agree(self, losses=None):
+        """The losses of all clients, and whether to stop: in all processes where one was asked to."""
+        if jax.process_count() == 1:
+            return None if losses is None else np.asarray(losses), self._asked_to_stop
+        return processes.agree(losses, self._asked_to_stop, whole_mesh(self._mesh))
+
+    def _write_history(self):
+        if self._folder is not None and processes.is_first():
+            self._folder.write_history(self._history)
 
     def run(self):
         schedule = self._schedule
@@ -183,13 +227,13 @@ class _Loop:
                 record = self._end_epoch(epoch, evaluate)
                 write_events(record)
                 bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
-                if self._stopped:
+                if self._agree()[1]:
                     raise Interrupted
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
                     bar.note("no curves or TensorBoard events: pip install 'msjax[plots]'")
-        state = jax.device_get(self._spec.mode.gather(self._spec, self._state))
+        state = program.gather(self._spec, self._state, self._mesh)
         if not self._run.allow_nonfinite:
             for part in ("client", "server"):
                 check_part(part, getattr(state, part)[:2], self._done)
@@ -197,7 +241,7 @@ class _Loop:
         return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
 
     def _events(self):
-        if self._folder is None or not plots.available():
+        if self._folder is None or not plots.available() or not processes.is_first():
             return contextlib.nullcontext(lambda record: None)
         return plots.tensorboard(self._folder.path / "tensorboard", first_epoch=len(self._history) + 1)
 
@@ -217,7 +261,7 @@ class _Loop:
             given = self._state, self._sums, *args
             self._state, self._sums, losses = program.train_steps(self._spec, self._mesh, *given)
             # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
-            losses = np.asarray(losses)
+            losses, stops = self._agree(losses)
             if not self._run.allow_nonfinite:
                 check_losses(losses, clients.tolist(), self._done)
             steps = len(losses)
@@ -225,7 +269,7 @@ class _Loop:
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
             bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
-            if self._stopped:
+            if stops:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
                 raise Interrupted
@@ -243,8 +287,7 @@ class _Loop:
         self._history.append(record)
         self._sums = self._zero()
         self._save()
-        if self._folder is not None:
-            self._folder.write_history(self._history)
+        self._write_history()
         return record
 
     def _save(self):

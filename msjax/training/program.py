@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msjax.split import budget, fused
 from msjax.split.averages import Averages, Memory
@@ -17,7 +17,7 @@ from msjax.split.metrics import MetricSums, add_step
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, client_keys, split_key
 from msjax.split.step import StepMetrics, add_up
-from msjax.training.devices import AXIS, replicate, spread_by_client
+from msjax.training.devices import AXIS, replicate, spread_by_client, whole_mesh
 
 
 def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -35,6 +35,16 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
         return spread_by_client(tree, mesh) if where == PartitionSpec(AXIS) else replicate(tree, mesh)
 
     return jax.tree.map(put, _state_specs(spec, spread), spread, is_leaf=lambda tree: isinstance(tree, PartitionSpec))
+
+
+def gather(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Returns the parts of a state that `place` put on the devices in host memory, the clients' once."""
+    if jax.process_count() == 1:
+        return jax.device_get(spec.mode.gather(spec, state))
+    # Of what the devices of other processes have only the result is here.
+    of_run = state._replace(memory=(), up_bits=None)
+    everywhere = NamedSharding(whole_mesh(mesh), PartitionSpec())
+    return jax.device_get(jax.jit(functools.partial(spec.mode.gather, spec), out_shardings=everywhere)(of_run))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
