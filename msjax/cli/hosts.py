@@ -33,7 +33,6 @@ def join(options: argparse.Namespace) -> None:
 
     Raises:
       ValueError: an option does not fit, or what is not given cannot be found.
-      ProcessLostError: the others do not come.
     """
     given = {name: getattr(options, name.removeprefix("--").replace("-", "_")) for name in OPTIONS}
     if not options.distributed:
@@ -62,9 +61,9 @@ def _integer(name, text):
 
 @contextlib.contextmanager
 def ending_together(command: str, advice: str) -> Iterator[None]:
-    """Ends this process at once where it fails among several that train, so that no other waits for it for ever.
+    """Ends this process at once where it fails among several, so that no other waits for it for ever.
 
-    What all raise alike passes: that training was interrupted or diverged.
+    That training was interrupted or diverged passes: all raise that at the same step.
 
     Args:
       command: what messages begin with.
@@ -81,13 +80,13 @@ def ending_together(command: str, advice: str) -> Iterator[None]:
         if isinstance(error, processes.ProcessLostError):
             print(f"msjax {command}: {shorten(str(error))}; {advice}", file=sys.stderr)
         elif isinstance(error, EXPECTED):
-            print(f"msjax {command}: process {jax.process_index()}: {shorten(str(error))}", file=sys.stderr)
+            print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
         else:
             traceback.print_exception(error)
+        # No exit handlers: JAX's would wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         if processes.is_first():
             # JAX aborts the others when the first has ended: they first say what they have to.
             time.sleep(_SECONDS_FOR_OTHERS)
-        # No exit handlers: JAX's would wait for the other processes.
         os._exit(status)

@@ -34,11 +34,6 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
             )
-        hosts.join(where)
-        split_cpu(cfg.clients)
-        if more.epochs is not None:
-            cfg = _with_epochs(folder, cfg, more.epochs)
-        run = None
     else:
         default = preset_of(where) or DEFAULT
         description = (
@@ -48,19 +43,35 @@ def main(arguments: list[str]) -> int:
         )
         cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
         cfg = check_early(cfg)
-        hosts.join(where)
-        split_cpu(cfg.clients)
-        processes.from_first(lambda: check_new(cfg, where.name))
-        # Before there is a folder, so that a config that does not work leaves none behind.
-        run = load_run_everywhere(cfg)
-        small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
-        if small and processes.is_first():
-            print(f"msjax train: {small}", file=sys.stderr)
-        folder = RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, where.name).path)))
-    summaries = []
+        check_new(cfg, where.name)
+    hosts.join(where)
+    split_cpu(cfg.clients)
+    with hosts.ending_together("train", "start all processes again"):
+        if where.resume is None:
+            folder, run = _begin(cfg, where.name)
+        else:
+            cfg, run = _with_epochs(folder, cfg, more.epochs), None
+        return _train(folder, cfg, run)
+
+
+def _begin(cfg, name):
+    """The folder and the data of a new run."""
+    # Before there is a folder, so that a config that does not work leaves none behind.
+    run = load_run_everywhere(cfg)
+    small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
+    if small and processes.is_first():
+        print(f"msjax train: {small}", file=sys.stderr)
+    return RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path))), run
+
+
+def _train(folder, cfg, run):
+    """Trains what is not trained yet, and prints the result; returns the exit status."""
     again = f"msjax train --resume {folder.path}"
+    if processes.is_first() and processes.count() > 1:  # where JAX aborts a process, that says nothing more
+        print(f"if one of the {processes.count()} processes ends, start all again with {again}", flush=True)
+    summaries = []
     try:
-        with hosts.ending_together("train", f"start all processes again with {again}"):
+        with hosts.ending_together("train", f"start all processes again, with {again}"):
             if cfg.compare:
                 base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
                 summaries.append(_finish(*open_or_create(base, "uncompressed")))
@@ -75,7 +86,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _with_epochs(folder, cfg, text):
-    """The config of a run that goes on to another number of epochs, as the one beside it does."""
+    """The config of a run that goes on to another number of epochs, as the one beside it does; None leaves it."""
+    if text is None:
+        return cfg
     if not text.isdecimal():
         raise ValueError(f"epochs must be an integer of at least 1, got {text!r}")
     new = with_more_epochs(cfg, folder, int(text))

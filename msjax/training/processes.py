@@ -35,6 +35,8 @@ def join(
 ) -> None:
     """Makes this process one of several; to be called before JAX runs anything.
 
+    JAX aborts the process where the others do not come within five minutes, and says so.
+
     Args:
       coordinator_address: host and port of the first process; this and the next two are found where they are None and
         JAX knows the system: SLURM, Kubernetes, TPU pods, Open MPI.
@@ -44,15 +46,12 @@ def join(
 
     Raises:
       ValueError: what was not given cannot be found, or does not fit.
-      ProcessLostError: the others do not come.
     """
     given = (coordinator_address, num_processes, process_id)
     # Its handler of SIGTERM would come before that of the training loop, in which all agree to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=heartbeat_seconds)
-    except jax.errors.JaxRuntimeError as error:
-        raise ProcessLostError(f"the processes of the run must find each other: {_first_line(error)}") from error
     except ValueError as error:
         if None not in given:
             raise
@@ -60,6 +59,11 @@ def join(
             "the address of the first process, the number of processes and the id of this one must be given where they "
             f"are not found by SLURM, Kubernetes, a TPU pod or Open MPI, got {given}: {_first_line(error)}"
         ) from error
+
+
+def count() -> int:
+    """Returns how many processes the run has."""
+    return jax.process_count()
 
 
 def is_first() -> bool:
@@ -73,7 +77,7 @@ def from_first(function: Callable[[], T]) -> T:
     Raises:
       Exception: what `function` raised; in the other processes a ValueError that says it.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return function()
     found, error = None, None
     if is_first():
@@ -98,7 +102,7 @@ def together(function: Callable[[], T]) -> T:
     Raises:
       Exception: what `function` raised here; a ValueError where it raised in another process alone.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return function()
     found, error = None, None
     try:
@@ -120,7 +124,7 @@ def check_same(described: dict[str, Any]) -> None:
     Args:
       described: JSON-ready values by name.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return
     first, *others = map(json.loads, _gather(json.dumps(described)))
     for number, other in enumerate(others, 1):
@@ -153,7 +157,7 @@ def _on_all(mesh):
 def lost(error: Exception) -> ProcessLostError:
     """Returns what an error of JAX's means in a program of several processes."""
     return ProcessLostError(
-        f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another process has "
+        f"process {jax.process_index()} of {count()} cannot go on, most likely because another process has "
         f"ended: {_first_line(error)}"
     )
 
