@@ -29,11 +29,17 @@ DEFAULT = config.Config(
 """The run without a preset: The embedded digits, for which 16 samples a client make 9 steps an epoch."""
 
 
-def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options with these names, which say where the config comes from, and the other arguments."""
+def split_options(arguments: list[str], *names: str, flag: str | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options with these names, which say where the config comes from, and the other arguments.
+
+    Args:
+      flag: the name of an option without a value, False where it is not given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
+    if flag is not None:
+        parser.add_argument(flag, action="store_true")
     return parser.parse_known_args(arguments)
 
 
