@@ -64,7 +64,7 @@ def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
     found = re.search(r"Error parsing (--[\w.-]+|[a-z][\w.]*):", shown.getvalue())
     if found is None:
         raise ValueError(str(refused))
-    raise ValueError(f"{found[1]}{': ' if found[1].startswith('--') else '.'}{refused}")
+    raise ValueError(config.named(found[1], str(refused)) if found[1].startswith("--") else f"{found[1]}.{refused}")
 
 
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -76,8 +76,23 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     except SystemExit as error:  # the argument parsers have printed what is wrong
         return error.code
     except EXPECTED as error:
-        print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
+        print(f"msjax {command}: {as_typed(shorten(str(error)), arguments)}", file=sys.stderr)
         return 2
+
+
+def as_typed(error: str, arguments: list[str]) -> str:
+    """Returns an error that begins with a field's name with the option in its place, where that was typed.
+
+    Errors name fields, as `data.test_share`, since configs come from presets and files, too.
+    """
+    found = re.match(r"(\w+(?:\.\w+)*)(?= must |:)", error)
+    if found is None:
+        return error
+    typed = dict.fromkeys(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    fields = {option: option.removeprefix("--").replace("-", "_") for option in typed}
+    same = [option for option, field in fields.items() if field == found[1]]
+    same = same or [option for option, field in fields.items() if field.rpartition(".")[2] == found[1]]
+    return same[0] + error[found.end() :] if len(same) == 1 else error
 
 
 def check_early(cfg: config.Config) -> config.Config:
