@@ -315,6 +315,22 @@ def test_help_shows_defaults_as_they_are_typed(capsys):
     assert compress.from_string(repr(compress.MaskEncoded()).replace("'", '"')) == compress.MaskEncoded()
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--config", "--name", "--resume")),
+        ("serve", ("--config", "--name", "--resume", "--part")),
+        ("client", ("--config", "--server")),
+        ("eval", ("--config", "--server")),
+        ("generate", ("--config", "--server")),
+    ],
+)
+def test_help_lists_where_a_config_and_the_other_part_come_from(capsys, command, options):
+    assert cli.run(command, ["--help"]) == 0
+    lines = [line.lstrip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert [option for option in options if not any(line.startswith(f"{option} ") for line in lines)] == []
+
+
 def test_help_without_an_extra_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "grpc", None)  # what is not installed
     for name in [name for name in sys.modules if name.startswith(("msjax.cli.", "msjax.distributed"))]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import re
 import sys
@@ -28,6 +29,24 @@ DEFAULT = config.Config(
 """The run without a preset: The embedded digits, for which 16 samples a client make 9 steps an epoch."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PresetFlag:
+    """Where a config comes from, read before all other options (`split_options`) and listed with them."""
+
+    config: str | None = None
+    """A preset: a Python file with get_config(). The other options override it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(PresetFlag):
+    """Which run folder, likewise."""
+
+    name: str | None = None
+    """Of the new run: the folder of this name in `out`; by default it is made of the time, network and codec."""
+    resume: str | None = None
+    """Go on with a run, from its last checkpoint: its folder, in place of a preset."""
+
+
 def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options with these names, which say where the config comes from, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -39,6 +58,11 @@ def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace
 def preset_of(where: argparse.Namespace) -> config.Config | None:
     """Returns the preset that --config names, None without it."""
     return None if where.config is None else config.load_preset(where.config, name="config")
+
+
+def fields_of(kind: type[T], flags: object) -> T:
+    """Returns an instance of a dataclass from those of `flags` that it has."""
+    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
 
 
 def parse(kind: type[T], arguments: list[str], **options: Any) -> T:

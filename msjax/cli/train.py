@@ -4,12 +4,17 @@ import dataclasses
 import sys
 
 from msjax import build, config, training
-from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, RunFlags, check_early, fields_of, parse, preset_of, split_options
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run, train_config, uncompressed, with_more_epochs, write_missing_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(config.Config, RunFlags):
+    """The config's, and which run."""
 
 
 def main(arguments: list[str]) -> int:
@@ -32,11 +37,11 @@ def main(arguments: list[str]) -> int:
     else:
         default = preset_of(where) or DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
-            "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            "rate from there on is that of a run of N epochs)."
+            "Train a split network. With --resume RUN --epochs N a run goes on to N epochs, also where it is finished; "
+            "the learning rate from there on is that of a run of N epochs."
         )
-        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
+        flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
+        cfg = fields_of(config.Config, flags)
         cfg = check_early(cfg)
         check_new(cfg, where.name)
         split_cpu(cfg.clients)
