@@ -5,7 +5,17 @@ import sys
 
 from msjax import build, config, training
 from msjax.cli import hosts
-from msjax.cli.options import DEFAULT, PLACES, check_early, parse, preset_of, split_options, with_places
+from msjax.cli.options import (
+    DEFAULT,
+    PLACES,
+    RunFlags,
+    check_early,
+    fields_of,
+    parse,
+    preset_of,
+    split_options,
+    with_places,
+)
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
@@ -19,6 +29,11 @@ from msjax.training.from_config import (
     with_more_epochs,
     write_missing_parts,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(config.Config, RunFlags, hosts.HostFlags):
+    """The config's, which run, and how processes find each other."""
 
 
 def main(arguments: list[str]) -> int:
@@ -43,12 +58,12 @@ def main(arguments: list[str]) -> int:
     else:
         default = preset_of(where) or DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
-            "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            "rate from there on is that of a run of N epochs), and beside --resume, where its files are now: "
-            f"{PLACES}. {hosts.HELP}"
+            "Train a split network. With --resume RUN --epochs N a run goes on to N epochs, also where it is finished; "
+            "the learning rate from there on is that of a run of N epochs. Beside --resume, where files of the run are "
+            f"now: {PLACES}."
         )
-        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
+        flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
+        cfg = fields_of(config.Config, flags)
         cfg = check_early(cfg)
         check_new(cfg, where.name)
     hosts.join(where)
