@@ -32,7 +32,7 @@ from msjax.training.from_config import (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flags(config.Config, RunFlags, hosts.HostFlags):
+class _Flags(hosts.HostFlags, config.Config, RunFlags):
     """The config's, which run, and how processes find each other."""
 
 
