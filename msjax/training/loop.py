@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+import msjax
 from msjax import data
 from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
@@ -22,9 +23,9 @@ from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
-from msjax.training import program
-from msjax.training.batching import batches_on_device, make_resident, schedule_calls
-from msjax.training.devices import make_mesh, replicate
+from msjax.training import batching, processes, program
+from msjax.training.batching import batches_on_device, client_groups, schedule_calls
+from msjax.training.devices import make_mesh, replicate, whole_mesh
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
 
@@ -82,38 +83,77 @@ class Evaluator:
 
     def __init__(self, run: LoadedRun, mesh: Mesh | None = None):
         self._run, self._mesh = run, mesh
-        self._resident = make_resident(run.dataset.test, lambda arrays: replicate(arrays, mesh))
+        rounds, everyone = run.spec.schedule.test_rounds(), len(run.spec.schedule.test_clients)
+        # Rounds of all clients are spread over them; what is left is tested on every device alike.
+        spread = [samples for samples in rounds if mesh and (len(samples) == everyone or run.shard_server)]
+        self._groups, number = [], 0
+        for mesh_of_group, group in ((mesh, spread), (None, rounds[len(spread) :])):
+            if not group:
+                continue
+            calls = []
+            for samples in group:
+                for which in client_groups(len(samples), mesh_of_group, run.clients_per_group):
+                    calls.append((number, which, samples[None, which]))
+                number += 1
+            self._groups.append((mesh_of_group, self._resident(mesh_of_group, group), calls))
+
+    def _resident(self, mesh, rounds):
+        """The test samples of these rounds on the devices."""
+        test = self._run.dataset.test
+        if mesh is not None and not self._run.shard_server:
+            return batching.spread_resident(test, mesh, np.concatenate(rounds, axis=1))
+        every = None if self._mesh is None else np.concatenate([samples.ravel() for samples in rounds])
+        return batching.make_resident(test, self._mesh, every)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the mean loss and the metrics of a state as `program.place` gives it."""
         spec, key = self._run.spec, eval_key(self._run.seed)
         sums = replicate(zero_sums(spec), self._mesh)
-        testing, everyone = spec.schedule.test_clients, len(spec.schedule.test_clients)
-        shard = self._run.shard_server
-        size = self._run.clients_per_group or everyone
-        if self._mesh is not None:
-            size *= self._mesh.size
-        groups = [
-            (number, first, samples[None, first : first + size])
-            for number, samples in enumerate(spec.schedule.test_rounds())
-            for first in range(0, len(samples), size)
-        ]
-        batches = batches_on_device(self._run.dataset.test, self._resident, [rows for _, _, rows in groups])
-        for (number, first, rows), batch in zip(groups, batches, strict=True):
-            clients = rows.shape[1]
-            whole = spec.schedule.test_rounds()[number].shape[0] == everyone
-            mesh = self._mesh if whole or shard else None
-            numbers = np.int32(testing[first : first + clients])
-            args = (*batch, numbers, jax.random.fold_in(key, number))
-            sums = program.eval_rounds(spec, mesh, state, sums, *args, shard_server=shard)
+        options = {"shard_server": self._run.shard_server}
+        for mesh, resident, groups in self._groups:
+            calls = [samples for _, _, samples in groups]
+            batches = batches_on_device(self._run.dataset.test, resident, calls, mesh=mesh)
+            for (number, which, _), batch in zip(groups, batches, strict=True):
+                numbers = np.int32(spec.schedule.test_clients)[which]
+                args = (*batch, numbers, jax.random.fold_in(key, number))
+                sums = program.eval_rounds(spec, mesh, state, sums, *args, **options)
         return jax.device_get(sums).means(spec.task)
 
 
 def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
-    """Returns the mesh over which the clients of a run are spread, or its server's part is sharded."""
+    """Returns the mesh over which the clients of a run are spread, or its server's part is sharded.
+
+    None is one device; where there are several processes, one of each, on which all compute the same: a step of one
+    client is not spread.
+
+    Raises:
+      ValueError: the clients do not divide over the processes, or a part is to be sharded over several.
+    """
     if shard_server:
+        if (count := jax.process_count()) > 1:
+            raise ValueError(f"shard_server must be False with several processes, got True with {count}")
         return shards.mesh_of()
+    if spec.mode.one_at_a_time and jax.process_count() > 1:
+        return None
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
+
+
+def check_processes(run: LoadedRun, **more: Any) -> None:
+    """Raises ValueError, in all processes, where they do not have the same run, or its clients do not divide over them.
+
+    Args:
+      more: what else must be the same, JSON-ready.
+    """
+    mesh_of(run.spec, shard_server=run.shard_server)
+    if jax.process_count() == 1:
+        return
+    versions = {f"the version of {module.__name__}": module.__version__ for module in (jax, msjax)}
+    counts = {"training samples": len(run.dataset.train), "test samples": len(run.dataset.test), "seed": run.seed}
+    hashes = {
+        "the division of the data (its hash)": digest(run.client_indices),
+        "the first parameters (their hash)": digest(jax.device_get((run.state.client[:2], run.state.server[:2]))),
+    }
+    processes.check_same(versions | run.spec.describe() | counts | more | hashes)
 
 
 def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = False) -> Finished:
@@ -124,8 +164,14 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state was saved.
       NonFiniteError: a loss is NaN or infinite; the newest checkpoint is of before.
+      ProcessLostError: another process has ended, where there are several.
     """
-    return _Loop(run, folder, quiet).run()
+    try:
+        return _Loop(run, folder, quiet or not processes.is_first()).run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise processes.lost(error) from error
 
 
 def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
@@ -135,7 +181,7 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
     options = {"shard_server": run.shard_server}
     mesh = mesh_of(run.spec, **options)
     state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh, **options), mesh)
-    return jax.device_get(run.spec.mode.gather(run.spec, state))
+    return program.gather(run.spec, state, mesh)
 
 
 class _Loop:
@@ -152,11 +198,11 @@ class _Loop:
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
         if folder is not None and (found := restore(folder, run, self._state, self._mesh)) is not None:
             self._state, self._sums, self._progress = found
-            folder.write_history(self._history)  # a process may have died between the state and this
+            self._write_history()  # a process may have died between the state and this
         self._traffic = _traffic_until(self._spec, self._history)
         self._done = int(self._state.step)
         self._start, self._earlier = time.monotonic(), self._progress["wall_seconds"]
-        self._stopped = False
+        self._asked_to_stop = False
 
     @property
     def _history(self):
@@ -169,11 +215,25 @@ class _Loop:
         return self._earlier + time.monotonic() - self._start
 
     def _stop(self):
-        self._stopped = True
+        self._asked_to_stop = True
+
+    def _agree(self, losses=None):
+        """The losses of all clients, and whether to stop: in all processes where one was asked to."""
+        if jax.process_count() == 1:
+            return None if losses is None else np.asarray(losses), self._asked_to_stop
+        return processes.agree(losses, self._asked_to_stop, whole_mesh(self._mesh))
+
+    def _write_history(self):
+        if self._folder is not None and processes.is_first():
+            self._folder.write_history(self._history)
 
     def run(self):
         schedule = self._schedule
-        resident = make_resident(self._run.dataset.train, lambda arrays: replicate(arrays, self._mesh))
+        train = self._run.dataset.train
+        if self._run.shard_server:
+            resident = batching.make_resident(train, self._mesh)
+        else:
+            resident = batching.resident_of_clients(train, self._mesh, self._run.client_indices)
         evaluate = Evaluator(self._run, self._mesh)
         bar = Progress(
             self._run.title,
@@ -189,13 +249,13 @@ class _Loop:
                 record = self._end_epoch(epoch, evaluate)
                 write_events(record)
                 bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
-                if self._stopped:
+                if self._agree()[1]:
                     raise Interrupted
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
                     bar.note("no curves or TensorBoard events: pip install 'msjax[plots]'")
-        state = jax.device_get(self._spec.mode.gather(self._spec, self._state))
+        state = program.gather(self._spec, self._state, self._mesh)
         if not self._run.allow_nonfinite:
             for part in ("client", "server"):
                 check_part(part, getattr(state, part)[:2], self._done)
@@ -203,7 +263,7 @@ class _Loop:
         return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
 
     def _events(self):
-        if self._folder is None or not plots.available():
+        if self._folder is None or not plots.available() or not processes.is_first():
             return contextlib.nullcontext(lambda record: None)
         return plots.tensorboard(self._folder.path / "tensorboard", first_epoch=len(self._history) + 1)
 
@@ -220,14 +280,15 @@ class _Loop:
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
         began, key = time.monotonic(), train_key(seed)
-        batches = batches_on_device(self._run.dataset.train, resident, calls, seed=seed, epoch=epoch, done=first)
+        options = {"seed": seed, "epoch": epoch, "done": first, "mesh": self._mesh}
+        batches = batches_on_device(self._run.dataset.train, resident, calls, **options)
         for inputs, labels, index in batches:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
             args = (inputs, labels, index, clients, key)
             given = self._state, self._sums, *args
             self._state, self._sums, losses = train_steps(self._spec, self._mesh, *given)
             # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
-            losses = np.asarray(losses)
+            losses, stops = self._agree(losses)
             if not self._run.allow_nonfinite:
                 check_losses(losses, clients.tolist(), self._done)
             steps = len(losses)
@@ -235,7 +296,7 @@ class _Loop:
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
             bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
-            if self._stopped:
+            if stops:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
                 raise Interrupted
@@ -253,8 +314,7 @@ class _Loop:
         self._history.append(record)
         self._sums = self._zero()
         self._save()
-        if self._folder is not None:
-            self._folder.write_history(self._history)
+        self._write_history()
         return record
 
     def _save(self):

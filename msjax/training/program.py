@@ -22,7 +22,7 @@ from msjax.split.metrics import MetricSums, add_step
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, client_keys, split_key
 from msjax.split.step import StepMetrics, add_up
-from msjax.training.devices import AXIS, replicate, spread_by_client
+from msjax.training.devices import AXIS, replicate, spread_by_client, whole_mesh
 
 
 def place(spec: RunSpec, state: TrainState, mesh: Mesh | None, *, shard_server: bool = False) -> TrainState:
@@ -63,6 +63,16 @@ def _settled(spec, mesh, state):
     return state if mesh is None else jax.lax.with_sharding_constraint(state, _shardings(spec, mesh, state))
 
 
+def gather(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Returns the parts of a state that `place` put on the devices in host memory, the clients' once."""
+    if jax.process_count() == 1:
+        return jax.device_get(spec.mode.gather(spec, state))
+    # Of what the devices of other processes have only the result is here.
+    of_run = state._replace(memory=(), up_bits=None)
+    everywhere = NamedSharding(whole_mesh(mesh), PartitionSpec())
+    return jax.device_get(jax.jit(functools.partial(spec.mode.gather, spec), out_shardings=everywhere)(of_run))
+
+
 _jit = functools.partial(jax.jit, static_argnames=("shard_server",))
 
 
@@ -84,8 +94,9 @@ def train_steps(
 
     Args:
       order: int32 (S, K, B): for each step and each client the positions of its samples in `inputs` (N, …) and `labels`
-        (N, …), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs
-        convolutions slower inside a loop. With None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
+        (N, …), both on the device; over a mesh, in its device's share of them, see `batching.make_resident`. Several
+        steps are one `lax.scan`; a single one is none, since XLA's CPU runs convolutions slower inside a loop. With
+        None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
       clients: int32 (K,), which clients these are.
       key: `state.train_key` of the run.
       shard_server: whether the server's part is sharded over the mesh.
@@ -108,7 +119,7 @@ def train_steps(
 
     specs = _state_specs(spec, state)
     out_specs = (specs, PartitionSpec(), PartitionSpec(None, AXIS))
-    return _spread(specs, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+    return _spread(specs, run, mesh, out_specs)(state, sums, inputs, labels, order, clients, key)
 
 
 def train_in_groups(
@@ -208,8 +219,7 @@ def _add_group(spec, mesh, size, state, so_far, inputs, labels, order, clients, 
         return _settled(spec, over, state), (totals, shards.everywhere(over, with_group(found, of_each)))
 
     specs, by_client, everywhere = _state_specs(spec, state), PartitionSpec(AXIS), PartitionSpec()
-    batch = by_client if order is None else everywhere
-    in_specs = (specs, by_client, batch, batch, by_client, by_client, everywhere, everywhere)
+    in_specs = (specs, by_client, by_client, by_client, by_client, by_client, everywhere, everywhere)
     spread = _shard(run, mesh, in_specs, (specs, by_client))
     return spread(state, so_far, inputs, labels, order, clients, key, start)
 
@@ -288,7 +298,7 @@ def eval_rounds(
 
         return shards.everywhere(over, _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0])
 
-    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec(), order is None)
+    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec())
     return spread(state, sums, inputs, labels, order, clients, key)
 
 
@@ -323,11 +333,10 @@ def _state_specs(spec, state):
     return TrainState(client, everywhere, everywhere, memory, up_bits)
 
 
-def _spread(state_specs, run, mesh, out_specs, streamed):
+def _spread(state_specs, run, mesh, out_specs):
     """`run` with the arguments of `train_steps` on one device, or spread over the mesh."""
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
-    batch = by_client if streamed else everywhere
-    in_specs = (state_specs, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    in_specs = (state_specs, everywhere, by_client, by_client, PartitionSpec(None, AXIS), by_client, everywhere)
     return _shard(run, mesh, in_specs, out_specs)
 
 
