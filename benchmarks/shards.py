@@ -32,7 +32,7 @@ from msjax.split.state import client_keys
 
 GIB = 1 << 30
 LESS_MEMORY = {
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
 }
 """Options of XLA's compiler for a CPU, which by default gathers all weights first and adds all gradients up last."""
