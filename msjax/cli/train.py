@@ -5,7 +5,7 @@ import sys
 
 from msjax import build, config, training
 from msjax.cli import hosts
-from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, PLACES, check_early, parse, preset_of, split_options, with_places
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
@@ -26,20 +26,27 @@ def main(arguments: list[str]) -> int:
     where, rest = split_options(arguments, "--config", "--resume", "--name", *hosts.OPTIONS, flag=hosts.FLAG)
     if where.resume is not None:
         more, rest = split_options(rest, "--epochs")
-        if rest or where.config is not None or where.name is not None:
-            also = " ".join(rest) or "--config or --name"
-            raise ValueError(f"--resume takes the run's own config, and beside it --epochs alone, got also {also}")
         folder, cfg = RunFolder.open(where.resume, name="resume")
+        moved, unknown = with_places(cfg, rest)
+        if unknown or where.config is not None or where.name is not None:
+            also = " ".join(unknown) or "--config or --name"
+            raise ValueError(
+                "--resume takes the run's own config, and beside it --epochs and where files are now "
+                f"({PLACES}), got also {also}"
+            )
         if folder.is_served:
             raise ValueError(
                 f"resume must be a run of msjax train, got {where.resume!r}, which goes on with msjax serve --resume"
             )
+        if moved != cfg:
+            check_early(moved)
     else:
         default = preset_of(where) or DEFAULT
         description = (
             "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
             "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            f"rate from there on is that of a run of N epochs). {hosts.HELP}"
+            "rate from there on is that of a run of N epochs), and beside --resume, where its files are now: "
+            f"{PLACES}. {hosts.HELP}"
         )
         cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
         cfg = check_early(cfg)
@@ -50,8 +57,18 @@ def main(arguments: list[str]) -> int:
         if where.resume is None:
             folder, run = _begin(cfg, where.name)
         else:
-            cfg, run = _with_epochs(folder, cfg, more.epochs), None
+            if moved != cfg:
+                processes.from_first(lambda: _set_places(folder, cfg, moved, rest))
+            cfg, run = _with_epochs(folder, moved, more.epochs), None
         return _train(folder, cfg, run)
+
+
+def _set_places(folder, cfg, moved, places):
+    """Gives a run, and the one beside it, the places where files are now."""
+    folder.set_places(moved)
+    if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
+        beside, base = RunFolder.open(folder.path / "uncompressed")
+        beside.set_places(with_places(base, places)[0])
 
 
 def _begin(cfg, name):

@@ -81,17 +81,25 @@ def train_config(
     Raises:
       loop.Interrupted: SIGINT or SIGTERM came; the state was saved.
       NonFiniteError: a loss is NaN or infinite.
-      ValueError, data.DataError: see `load_run_everywhere`.
+      ValueError, data.DataError: see `load_run_everywhere`; or the data are not those with which the run in `folder`
+        began.
       processes.ProcessLostError: another process has ended, where there are several.
     """
     cfg = build.resolved(cfg)
     if run is None:
         run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
+    digests = processes.from_first(lambda: _check_data(folder, run.dataset))
     finished = loop.train(run, folder, quiet=quiet)
-    return processes.from_first(lambda: _write_results(cfg, folder, run, finished))
+    return processes.from_first(lambda: _write_results(cfg, folder, run, finished, digests))
 
 
-def _write_results(cfg, folder, run, finished):
+def _check_data(folder, dataset):
+    digests = [split_digest(split) for split in (dataset.train, dataset.test)]
+    folder.check_data(digests)
+    return digests
+
+
+def _write_results(cfg, folder, run, finished, digests):
     """Writes what a finished run leaves in its folder; returns the summary."""
     spec, schedule = run.spec, run.spec.schedule
     last, headline = finished.history[-1], spec.task.headline
@@ -105,7 +113,7 @@ def _write_results(cfg, folder, run, finished):
         **{name: last[name] for name in ("test", "train", "traffic") if name in last},
         "uncompressed_feature_bytes": samples * dense.nbytes,
         "uncompressed_synchronization_bytes": plain.uplink_synchronization_bytes + plain.downlink_synchronization_bytes,
-        "data_sha256": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
+        "data_sha256": digests,
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),
         "command": " ".join(sys.argv),
