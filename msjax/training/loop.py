@@ -201,7 +201,7 @@ class _Loop:
 
     def _agree(self, losses=None):
         """The losses of all clients, and whether to stop: in all processes where one was asked to."""
-        if jax.process_count() == 1:
+        if processes.count() == 1:
             return None if losses is None else np.asarray(losses), self._asked_to_stop
         return processes.agree(losses, self._asked_to_stop, whole_mesh(self._mesh))
 
@@ -269,7 +269,7 @@ class _Loop:
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
             bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
-            if stops:
+            if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
                 raise Interrupted
