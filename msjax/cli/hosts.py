@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -19,13 +20,24 @@ from msjax.training import Interrupted, processes
 OPTIONS = ("--coordinator-address", "--num-processes", "--process-id", "--heartbeat-seconds")
 """What says by hand what `--distributed` finds by itself, and how long a process may be silent."""
 FLAG = "--distributed"
-HELP = (
-    "In several processes: --distributed, given to each of them, which finds the others by itself under SLURM, "
-    "Kubernetes and on TPU pods, else with --coordinator-address HOST:PORT --num-processes N --process-id 0 … N-1. "
-    "--heartbeat-seconds S: a process that is silent for so long is taken for dead; by default "
-    f"{processes.HEARTBEAT_SECONDS}."
-)
 _SECONDS_FOR_OTHERS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFlags:
+    """How several processes find each other, read before all other options and listed with them."""
+
+    distributed: bool = False
+    """One run in several processes, each of which is given this. They find each other by themselves under SLURM,
+    Kubernetes, Open MPI and on TPU pods, else by the next three options."""
+    coordinator_address: str | None = None
+    """HOST:PORT of the first process."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    heartbeat_seconds: int = processes.HEARTBEAT_SECONDS
+    """A process that is silent for so long is taken for dead."""
 
 
 def join(options: argparse.Namespace) -> None:

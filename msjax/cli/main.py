@@ -31,6 +31,7 @@ commands:
   compare   runs beside each other, as a table and a picture:  msjax compare RUN RUN... [--out FILE.png]
   runs      list run folders:  msjax runs [FOLDER]
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
+  completion  a script by which bash, zsh or fish completes all this:  source <(msjax completion bash)
 
 `msjax COMMAND --help` lists a command's options.
 """
@@ -46,6 +47,7 @@ COMMANDS = {
     "runs": ("runs", "train"),
     "serve": ("serve", "train,net"),
     "client": ("client", "train,net"),
+    "completion": ("completion", "train"),
 }
 """Each command's module, and the extras that it needs."""
 COMPUTING = ("train", "eval", "predict", "generate", "serve", "client")

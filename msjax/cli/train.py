@@ -5,7 +5,17 @@ import sys
 
 from msjax import build, config, training
 from msjax.cli import hosts
-from msjax.cli.options import DEFAULT, PLACES, check_early, parse, preset_of, split_options, with_places
+from msjax.cli.options import (
+    DEFAULT,
+    PLACES,
+    RunFlags,
+    check_early,
+    fields_of,
+    parse,
+    preset_of,
+    split_options,
+    with_places,
+)
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
@@ -19,6 +29,11 @@ from msjax.training.from_config import (
     with_more_epochs,
     write_missing_parts,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(hosts.HostFlags, config.Config, RunFlags):
+    """The config's, which run, and how processes find each other."""
 
 
 def main(arguments: list[str]) -> int:
@@ -43,12 +58,12 @@ def main(arguments: list[str]) -> int:
     else:
         default = preset_of(where) or DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
-            "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            "rate from there on is that of a run of N epochs), and beside --resume, where its files are now: "
-            f"{PLACES}. {hosts.HELP}"
+            "Train a split network. With --resume RUN --epochs N a run goes on to N epochs, also where it is finished; "
+            "the learning rate from there on is that of a run of N epochs. Beside --resume, where files of the run are "
+            f"now: {PLACES}."
         )
-        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
+        flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
+        cfg = fields_of(config.Config, flags)
         cfg = check_early(cfg)
         check_new(cfg, where.name)
     hosts.join(where)
@@ -57,18 +72,18 @@ def main(arguments: list[str]) -> int:
         if where.resume is None:
             folder, run = _begin(cfg, where.name)
         else:
-            if moved != cfg:
-                processes.from_first(lambda: _set_places(folder, cfg, moved, rest))
+            if moved != cfg and processes.is_first():
+                _keep_places(folder, moved, rest)
             cfg, run = _with_epochs(folder, moved, more.epochs), None
         return _train(folder, cfg, run)
 
 
-def _set_places(folder, cfg, moved, places):
-    """Gives a run, and the one beside it, the places where files are now."""
-    folder.set_places(moved)
+def _keep_places(folder, cfg, arguments):
+    """Writes down where the files of a run are now, and of the one beside it."""
+    folder.set_places(cfg)
     if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
         beside, base = RunFolder.open(folder.path / "uncompressed")
-        beside.set_places(with_places(base, places)[0])
+        beside.set_places(with_places(base, arguments)[0])
 
 
 def _begin(cfg, name):

@@ -88,15 +88,11 @@ def train_config(
     cfg = build.resolved(cfg)
     if run is None:
         run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
-    digests = processes.from_first(lambda: _check_data(folder, run.dataset))
+    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
+    processes.check_same({"the data (their hashes)": digests})
+    processes.from_first(lambda: folder.check_data(digests))
     finished = loop.train(run, folder, quiet=quiet)
     return processes.from_first(lambda: _write_results(cfg, folder, run, finished, digests))
-
-
-def _check_data(folder, dataset):
-    digests = [split_digest(split) for split in (dataset.train, dataset.test)]
-    folder.check_data(digests)
-    return digests
 
 
 def _write_results(cfg, folder, run, finished, digests):
