@@ -13,15 +13,16 @@ import jax
 import numpy as np
 import pytest
 
+from msjax.cli import hosts
 from msjax.cli import main as cli
 from msjax.parts import load_part
 from msjax.runs import RunFolder
-from msjax.training import loop
+from msjax.split.finite import NonFiniteError
+from msjax.training import Interrupted, loop, processes
 
 from . import setups, two_processes
 
 SECONDS = 400
-pytestmark = pytest.mark.slow
 
 
 def free_port():
@@ -84,6 +85,7 @@ def of_run(arrays, name):
     return {key.removeprefix(f"{name}: "): value for key, value in arrays.items() if key.startswith(f"{name}: ")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", two_processes.RUNS)
 def test_two_processes_train_as_one(name, trained, monkeypatch):
     """On as many devices in all. Only the order of the sums over devices differs; without such sums nothing does."""
@@ -99,6 +101,7 @@ def test_two_processes_train_as_one(name, trained, monkeypatch):
             np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_both_processes_end_with_the_same_bits(trained):
     (first, second), *_ = trained
     assert first.keys() == second.keys()
@@ -106,6 +109,7 @@ def test_both_processes_end_with_the_same_bits(trained):
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_process_reads_its_clients_samples_alone(trained):
     """Those of two clients of four: streamed it reads no others, in memory its devices hold no others."""
     arrays, found, _ = trained
@@ -119,6 +123,7 @@ def test_a_process_reads_its_clients_samples_alone(trained):
         np.testing.assert_allclose(streamed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_errors_are_raised_in_all_processes(trained):
     first, second = (found["errors"] for found in trained[1])
     message = "optim.learning_rate must be the same in all processes, got 0.05 in process 0 and 0.25 in process 1"
@@ -131,6 +136,7 @@ def test_errors_are_raised_in_all_processes(trained):
     assert first["NaN"] == second["NaN"] and "the loss of all clients must be finite, got nan" in first["NaN"]
 
 
+@pytest.mark.slow
 def test_msjax_train_takes_the_processes_that_it_finds(trained):
     """One of them writes the folder, with the parts and the checkpoints of both."""
     (arrays, _), _, path = trained
@@ -157,6 +163,7 @@ def wait_for_epoch(pair, folder, epoch):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers(tmp_path, monkeypatch, capsys):
     """SIGTERM at one stops both; with one killed the other ends; one process then goes on alone."""
     pair, folder = Pair(tmp_path), tmp_path / "runs/run"
@@ -204,6 +211,40 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3), *(part.params for part in parts))
 
 
+class Exited(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (processes.lost(RuntimeError("Gloo all-reduce failed\nat length")), 2, "all-reduce failed; start them again\n"),
+        (OSError("no space left on device"), 2, "msjax train: no space left on device\n"),
+        (KeyError("a mistake of ours"), 1, "KeyError: 'a mistake of ours'\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_process_that_fails_alone_ends_at_once(error, status, message, monkeypatch, capsys):
+    """Without the exit handlers that would wait for the others; but what all raise alike goes on."""
+
+    def end(code):
+        raise Exited(code)
+
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.os, "_exit", end)
+    monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+    with pytest.raises(Exited) as ended, hosts.ending_together("train", "start them again"):
+        raise error
+    assert ended.value.args == (status,) and capsys.readouterr().err.endswith(message)
+    for common in (Interrupted(), NonFiniteError("the loss")):
+        with pytest.raises(type(common)), hosts.ending_together("train", "start them again"):
+            raise common
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 1)
+    with pytest.raises(type(error)), hosts.ending_together("train", "start them again"):
+        raise error
+
+
 def test_options_of_several_processes_are_checked_before_they_meet(capsys):
     for arguments, message in (
         (["--num-processes", "2"], "--num-processes takes --distributed beside it"),
@@ -219,6 +260,7 @@ def test_options_of_several_processes_are_checked_before_they_meet(capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_runs_in_several_processes(tmp_path):
     """Each run in all of them, with one record; measurements wait for a call in one process."""
     pair, port = Pair(tmp_path), free_port()
