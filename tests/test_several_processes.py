@@ -37,16 +37,16 @@ class Pair:
     def __init__(self, path):
         self._path, self._all = path, []
 
-    def start(self, command, environment=None, **options):
-        """Starts both; `command` is from a process's number to its arguments."""
+    def start(self, command, variables=lambda number: {}, **options):
+        """Starts both; from a process's number `command` is to its arguments, `variables` to more environment."""
         flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
         started = []
         for number in (0, 1):
             with (self._path / f"{number}.log").open("ab") as log:
                 arguments = (sys.executable, *command(number))
                 streams = {"stdout": log, "stderr": subprocess.STDOUT}
-                variables = (os.environ if environment is None else environment) | {"XLA_FLAGS": flags}
-                started.append(subprocess.Popen(arguments, env=variables, **streams, **options))
+                environment = os.environ | {"XLA_FLAGS": flags} | variables(number)
+                started.append(subprocess.Popen(arguments, env=environment, **streams, **options))
         self._all += started
         return started
 
@@ -261,22 +261,26 @@ def test_options_of_several_processes_are_checked_before_they_meet(capsys):
 
 
 @pytest.mark.slow
-def test_a_study_runs_in_several_processes(tmp_path):
+def test_a_study_runs_in_several_processes_as_slurm_describes_them(tmp_path):
     """Each run in all of them, with one record; measurements wait for a call in one process."""
-    pair, port = Pair(tmp_path), free_port()
+    pair = Pair(tmp_path)
     code = (
         "import dataclasses, pathlib, sys\n"
         "from experiments import driver, study\n"
         "cfg = dataclasses.replace(study.base('smoke'), out='runs')\n"
         "wanted = {'trained': cfg, 'measured': study.Measured(cfg, 'experiments.some:rows')}\n"
-        f"among = dict(distributed=True, coordinator_address='localhost:{port}', num_processes='2',\n"
-        "             process_id=sys.argv[1], heartbeat_seconds=None)\n"
+        "among = dict.fromkeys(driver._AMONG) | {'distributed': True}\n"
         "results = pathlib.Path('results')\n"
         "sys.exit(driver.run_missing('smoke', wanted, command='the command', results=results, among=among))\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def slurm(number):
+        found = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+        found |= {"SLURM_PROCID": number, "SLURM_LOCALID": number, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return {name: str(value) for name, value in found.items()}
+
     try:
-        both = pair.start(lambda number: ("-c", code, str(number)), cwd=tmp_path, environment=environment)
+        both = pair.start(lambda number: ("-c", code), variables=slurm, cwd=tmp_path)
         assert pair.wait(*both) == [0, 0], pair.log(0) + pair.log(1)
     finally:
         pair.close()
