@@ -78,16 +78,20 @@ class Evaluator:
         self._run, self._mesh = run, mesh
         self._resident = make_resident(run.dataset.test, lambda arrays: replicate(arrays, mesh))
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns the mean loss and the metrics of a state as `program.place` gives it."""
+    def __call__(self, state: TrainState, epoch: int | None = None) -> dict[str, float]:
+        """Returns the mean loss and the metrics of a state as `program.place` gives it.
+
+        Args:
+          epoch: after which, counted from 0; by default the last.
+        """
         spec, key = self._run.spec, eval_key(self._run.seed)
         sums = replicate(zero_sums(spec), self._mesh)
         rounds = [samples[None] for samples in spec.schedule.test_rounds()]
-        everyone = len(spec.schedule.test_clients)
+        testing = spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch)
         for n, (inputs, labels, order) in enumerate(batches_on_device(self._run.dataset.test, self._resident, rounds)):
             clients = rounds[n].shape[1]
-            mesh = self._mesh if clients == everyone else None
-            numbers = np.int32(spec.schedule.test_clients[:clients])
+            mesh = self._mesh if clients == len(testing) else None
+            numbers = np.int32(testing[:clients])
             args = (inputs, labels, order, numbers, jax.random.fold_in(key, n))
             sums = program.eval_rounds(spec, mesh, state, sums, *args)
         return jax.device_get(sums).means(spec.task)
@@ -160,7 +164,7 @@ class _Loop:
             headline=self._spec.task.headline,
             total_steps=schedule.total_steps,
             done_steps=self._done,
-            samples_per_step=schedule.clients * schedule.samples / schedule.epoch_steps,
+            samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
         with bar, stop_on_signal(self._stop), self._events() as write_events:
@@ -220,7 +224,7 @@ class _Loop:
         sums = jax.device_get(self._sums)
         record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
         if self._schedule.tests_after(epoch):
-            record["test"] = evaluate(self._state)
+            record["test"] = evaluate(self._state, epoch)
             if not self._run.allow_nonfinite:
                 check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
