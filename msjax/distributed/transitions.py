@@ -340,8 +340,9 @@ class _Transition:
 
     def _late(self, missing, there):
         policy, step = self.state.policy, self.state.exchange.step
-        self._do(do.CountStragglers(len(missing)))
-        if policy.stragglers == "stop":
+        if missing:  # none is late where a round lacks its quorum
+            self._do(do.CountStragglers(len(missing)))
+        if missing and policy.stragglers == "stop":
             self._stop(f"{_listed(missing)} did not answer within {policy.deadline_seconds} s")
         elif missing and self._can_do_without(len(missing)) and len(there) >= self._quorum():
             self._do(do.Warn(f"step {step} goes on without {_listed(missing)}"))
