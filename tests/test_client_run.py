@@ -190,7 +190,7 @@ def test_the_end_is_saved_though_no_step_follows(run):
 
 def welcome(checkpoint_steps=1):
     text = json.dumps(config.to_json(config.without_paths(SMALL)))
-    fields = {"protocol": 3, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
+    fields = {"protocol": 4, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
     return pb.FromServer(welcome=pb.Welcome(**fields))
 
 

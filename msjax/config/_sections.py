@@ -160,6 +160,9 @@ class ModeConfig:
     another trains with the server, and hands its part to the next."""
     average_steps: int = 10
     """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
+    client_fraction: float = 1.0
+    """splitfed: the share of the clients that takes part in a round, which is what lies between two averages; which
+    ones is drawn for each round. They fetch the last average when it begins. Not with `cut_bits` or `update_codec`."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
     tail_cut: str | None = None

@@ -46,6 +46,8 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         raise ValueError(
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
         )
+    if (start := options.policy.start_clients) is not None and start > cfg.clients:
+        raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)

@@ -165,4 +165,6 @@ def _info(schedule, exchange):
         busy = frozenset().union(*later)
         donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
-    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
+    args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    return ExchangeInfo(*args, rounds and exchange.phase in (Phase.FETCH_PART, Phase.FEATURES, Phase.AVERAGE))

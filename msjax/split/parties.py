@@ -287,7 +287,7 @@ class Server:
     @property
     def passes_parts_on(self) -> bool:
         """Whether it has to have a client's part to hand on, once training has begun."""
-        return self.spec.mode.one_at_a_time and self.spec.schedule.clients > 1
+        return self.spec.mode.hands_parts_on(self.spec.schedule)
 
     def handle(self, exchange: Exchange, messages: dict[int, Message]) -> dict[int, Message]:
         """Returns the answer to each client in `messages`: all of the exchange's, or those that came in time."""

@@ -25,8 +25,8 @@ def epoch_calls(order: np.ndarray, batch_size: int, steps_per_call: int) -> list
 
 
 def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls; in turns, of (S, 1, B) of the client whose turn it is."""
-    if not schedule.mode.one_at_a_time:
+    """Cuts an epoch's order (K, n) into calls; in turns or rounds, of (S, M, B) of the M clients that take part."""
+    if not schedule.mode.hands_parts_on(schedule):
         return epoch_calls(order, schedule.batch_size, steps_per_call)
     calls = []
     for step in range(schedule.epoch_steps):
@@ -34,8 +34,7 @@ def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_
         if position.turn_starts:
             start = position.start
         if position.turn_ends:
-            (client,) = position.clients
-            turn = order[client : client + 1, start : position.stop]
+            turn = order[list(position.clients), start : position.stop]
             calls += epoch_calls(turn, schedule.batch_size, steps_per_call)
     return calls
 

@@ -94,14 +94,19 @@ class Evaluator:
         every = None if self._mesh is None else np.concatenate([samples.ravel() for samples in rounds])
         return batching.make_resident(test, self._mesh, every)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns the mean loss and the metrics of a state as `program.place` gives it."""
+    def __call__(self, state: TrainState, epoch: int | None = None) -> dict[str, float]:
+        """Returns the mean loss and the metrics of a state as `program.place` gives it.
+
+        Args:
+          epoch: after which, counted from 0; by default the last.
+        """
         spec, key = self._run.spec, eval_key(self._run.seed)
+        testing = spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch)
         sums, number = replicate(zero_sums(spec), self._mesh), 0
         for mesh, resident, rounds in self._groups:
             for inputs, labels, order in batches_on_device(self._run.dataset.test, resident, rounds, mesh=mesh):
                 clients = np.shape(jax.tree.leaves(labels)[0] if order is None else order[0])[0]
-                numbers = np.int32(spec.schedule.test_clients[:clients])
+                numbers = np.int32(testing[:clients])
                 args = (inputs, labels, order, numbers, jax.random.fold_in(key, number))
                 sums = program.eval_rounds(spec, mesh, state, sums, *args)
                 number += 1
@@ -112,12 +117,12 @@ def mesh_of(spec: RunSpec) -> Mesh | None:
     """Returns the mesh over which the clients of a run are spread.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread.
+    client is not spread, nor are those of clients that change from round to round, as each device has its clients' data.
 
     Raises:
       ValueError: the clients do not divide over the processes.
     """
-    if spec.mode.one_at_a_time and jax.process_count() > 1:
+    if spec.mode.hands_parts_on(spec.schedule) or (spec.mode.one_at_a_time and jax.process_count() > 1):
         return None
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
 
@@ -218,7 +223,7 @@ class _Loop:
             headline=self._spec.task.headline,
             total_steps=schedule.total_steps,
             done_steps=self._done,
-            samples_per_step=schedule.clients * schedule.samples / schedule.epoch_steps,
+            samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
         with bar, stop_on_signal(self._stop), self._events() as write_events:
@@ -279,7 +284,7 @@ class _Loop:
         sums = jax.device_get(self._sums)
         record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
         if self._schedule.tests_after(epoch):
-            record["test"] = evaluate(self._state)
+            record["test"] = evaluate(self._state, epoch)
             if not self._run.allow_nonfinite:
                 check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
