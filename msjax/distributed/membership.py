@@ -31,7 +31,8 @@ and more absent ones than `min_clients` allows. Only while all active clients ar
 
 import dataclasses
 import enum
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from msjax.distributed.events import ExchangeInfo, Key, Requested
 
@@ -157,12 +158,44 @@ class Client:
         return None if (self.last_kind, kind) in self.done else (self.last_kind, kind)
 
 
+class Tally(NamedTuple):
+    """How many clients there are of a kind; kept up to date, so that a message costs no more with a thousand."""
+
+    connected: int = 0
+    unready: int = 0
+    """Those with a session in which they have not yet said that they are ready."""
+    returning: int = 0
+    waited_for: int = 0
+    """Those whose messages the open exchange still lacks."""
+
+    @classmethod
+    def of(cls, number: int, client: Client, exchange: ExchangeInfo | None) -> "Tally":
+        """Returns what one client counts for."""
+        connected = client.session is not None
+        waited_for = exchange is not None and client.active and client.message != exchange.key
+        return cls(
+            connected,
+            connected and not client.session.ready,
+            client.returning,
+            waited_for and number in exchange.members,
+        )
+
+    @classmethod
+    def over(cls, clients: Sequence[Client], exchange: ExchangeInfo | None) -> "Tally":
+        """Returns that of all clients."""
+        return cls(*map(sum, zip(*(cls.of(c, client, exchange) for c, client in enumerate(clients)), strict=True)))
+
+    def changed(self, before: "Tally", after: "Tally") -> "Tally":
+        """Returns it once a client counts for `after` in place of `before`."""
+        return Tally(*(n - b + a for n, b, a in zip(self, before, after, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Membership:
     """The state of a run's membership; begin with `Membership.begin`."""
 
     policy: Policy
-    clients: tuple[Client, ...]
+    clients: Sequence[Client]
     generation: int
     deadline: float | None
     stage: Stage = Stage.GATHERING
@@ -186,6 +219,8 @@ class Membership:
     """How long exchanges took when they were first waited for."""
     lost_memory: bool = False
     stop: str | None = None
+    tally: Tally = Tally()
+    """Of `clients` and `exchange`."""
 
     @classmethod
     def begin(
@@ -226,7 +261,9 @@ class Membership:
     @property
     def wake_at(self) -> float | None:
         """When `TimePassed` is due; None where nothing is waited for with a deadline."""
-        times = [c.session.ready_by for c in self.clients if c.session is not None and not c.session.ready]
+        times = []
+        if self.tally.unready:
+            times = [c.session.ready_by for c in self.clients if c.session is not None and not c.session.ready]
         return min(times + ([] if self.deadline is None else [self.deadline]), default=None)
 
     def session_of(self, client: int, name: int) -> Session | None:

@@ -81,8 +81,8 @@ class PartOptions(ListenOptions):
     """Of a server that answers with a trained part: also what the texts under way may take of it."""
 
     max_sessions: int = 32
-    """Of a decoder: texts under way at once, whose keys and values are kept. One that begins beyond them ends the one
-    that was idle for longest; its client is told."""
+    """Of a decoder: texts under way at once, whose keys and values are kept. One that begins beyond them ends one
+    of the client that has most; it is told."""
     max_cache_megabytes: int = 1024
     """Of a decoder: what these keys and values may take in all, likewise."""
 

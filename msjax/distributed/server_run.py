@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msjax.build import Built
-from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
@@ -58,6 +58,7 @@ class ServerRun:
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
+        self._info: ExchangeInfo | None = None
 
     def restore(self) -> tuple[int, tuple[int, ...] | None]:
         """Goes to the last checkpoint, or the beginning.
@@ -85,7 +86,13 @@ class ServerRun:
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
-        return None if self.exchange is None else _info(self.schedule, self.exchange)
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange)
+        return self._info
+
+    def exchange_of(self, client: int, position: Key) -> Exchange | None:
+        """Returns the open exchange, if it has this position and the client takes part in it."""
+        open_here = self.exchange is not None and position == self.exchange.position and client in self._info.members
+        return self.exchange if open_here else None
 
     def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
         """The answers of the open exchange to the clients whose messages came.
@@ -154,7 +161,8 @@ def _info(schedule, exchange):
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
         entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
     if not passed_on and exchange.step + 1 < schedule.total_steps:
-        later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
-        donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
+        later = (e.clients for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position)
+        busy = frozenset().union(*later)
+        donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
     return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)

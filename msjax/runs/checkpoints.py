@@ -73,6 +73,8 @@ class Checkpoints:
             self._manager.save(step, args=args)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk comes as any of them
             raise OSError(str(error).splitlines()[0]) from error
+        if jax.process_index():  # of several processes, which save together
+            return
         folder = self._path / str(step)
         # One that a process left without them was written whole all the same, and is read unchecked.
         write_atomically(folder / _SUMS, json.dumps({name: _crc(folder / name) for name in _files(folder)}))

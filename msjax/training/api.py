@@ -25,8 +25,8 @@ from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import TrainState
 from msjax.split.traffic import Traffic
 from msjax.split.trees import TreeSpec
-from msjax.training import loop
-from msjax.training.folders import open_folder, write_parts
+from msjax.training import loop, processes
+from msjax.training.folders import describe_optimizer, open_folder, write_parts
 
 
 class TrainResult(NamedTuple):
@@ -94,6 +94,9 @@ def train(
 ) -> TrainResult:
     """Trains a split network, with simulated clients in one program.
 
+    After `jax.distributed.initialize` the program is that of all processes, each of which makes the same call: clients
+    are spread over their devices, and process 0 writes the folder, which all must reach.
+
     Args:
       model: client and server part, and, U-shaped, a tail that stays with the client: each an `nnx.Module`, a
         `linen.Module`, a pair or triple of function and arrays, or a `models.ModelPart`; see `models.as_part`. Or, with
@@ -144,6 +147,7 @@ def train(
         the task; before the first step.
       Interrupted: SIGINT or SIGTERM came; the state was saved where there is a folder.
       NonFiniteError: a loss is NaN or infinite; it says when, of which clients, and what to try.
+      ProcessLostError: another process has ended, where there are several.
     """
     mode = Parallel() if mode is None else mode
     if not isinstance(mode, Mode):
@@ -205,12 +209,13 @@ def train(
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
     run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite)
+    loop.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
         trained = _trained(parts, finished.state)
         if run_folder is not None:
-            write_parts(run_folder, trained, spec, step=int(finished.state.step))
+            processes.from_first(lambda: write_parts(run_folder, trained, spec, step=int(finished.state.step)))
     finally:
         if run_folder is not None:
             run_folder.close()
