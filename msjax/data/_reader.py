@@ -125,7 +125,8 @@ class Reader:
         batch_shape = np.shape(self._reads[n].indices)
 
         def join(*parts: np.ndarray) -> np.ndarray:
-            return np.concatenate(parts).reshape(*batch_shape, *parts[0].shape[1:])
+            # Plain arrays: parts from workers lie in memory that they share, which is given back now.
+            return np.concatenate(list(map(np.asarray, parts))).reshape(*batch_shape, *parts[0].shape[1:])
 
         inputs, labels = (map_arrays(join, *column) for column in zip(*(part for part in found if part), strict=True))
         return inputs, labels

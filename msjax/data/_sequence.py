@@ -101,7 +101,7 @@ def share_split(split: Split, test_share: float | None, seed: int, labels: np.nd
         if labels is None and split.in_memory and are_classes(split.label_like):
             labels = split.targets
         chosen = share_indices(len(split) if labels is None else labels, test_share, seed)
-    return [Arrays(*split[indices]) if split.in_memory else split.only(indices) for indices in chosen]
+    return [split.only(indices) for indices in chosen]
 
 
 def _known_classes(items: Any, label_like: Tree, key: Keys) -> int | None:
