@@ -69,6 +69,12 @@ class DataConfig:
     """A TFDS data directory; by default TFDS's own, with download."""
     cache_dir: str | None = None
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
+    streamed: bool | None = None
+    """Decode images as they are needed, rather than into memory, to the same pixels; by default of imagenet2012 and of
+    folders of images that have 2 GiB or more."""
+    workers: int | None = None
+    """Processes that read what is streamed; 0 for threads. By default one fewer than there are cores, and threads where
+    there are two cores or little to read."""
     label: str = "label"
     """Of a CSV file: the column that is predicted."""
     drop: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """An epoch's order cut into calls of the compiled functions, and the batches that go with each."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +111,8 @@ def batches_on_device(
     epoch: int = 0,
     done: int = 0,
     mesh: Mesh | None = None,
+    read: Callable[[int], tuple[Any, Any]] | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Yields (inputs, labels, order) for each call after the first `done` steps, as `program.train_steps` takes them.
 
@@ -118,17 +120,24 @@ def batches_on_device(
       split: what the batches are of.
       resident: the split on the devices, or None to read it batch by batch: a step at a time, read ahead.
       mesh: over which the clients of the calls are spread. Of several processes each then reads its clients' samples.
+      read: of a split that is not in memory: returns the batch of a step of the calls, by its number; by default
+        `data.batches` reads them.
+      workers: of `data.batches`.
     """
     if resident is not None:
         for call in _after(calls, done):
             yield resident.inputs, resident.labels, call if resident.place is None else resident.place[call]
+        return
+    if read is not None:
+        for step in range(done, sum(map(len, calls))):
+            yield *spread_local(read(step), mesh), None
         return
     for _, group in itertools.groupby(calls, key=lambda call: call.shape):
         steps = np.concatenate(list(group))
         start = min(done, len(steps))
         done -= start
         own = share_of_process(steps.shape[1], mesh)
-        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start):
+        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start, workers=workers):
             yield *spread_local(batch, mesh), None
 
 

@@ -18,12 +18,13 @@ from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
+from msjax.split.reads import RunReads
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
 from msjax.training import batching, processes, program
 from msjax.training.batching import batches_on_device, schedule_calls
-from msjax.training.devices import make_mesh, replicate, whole_mesh
+from msjax.training.devices import make_mesh, replicate, share_of_process, whole_mesh
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
 
@@ -43,6 +44,7 @@ class LoadedRun(NamedTuple):
       seed: of orders, augmentation and codecs.
       title: what a person calls it.
       allow_nonfinite: whether it goes on where a loss is not finite.
+      workers: how many processes read data that are not in memory, see `data.Reader`.
     """
 
     spec: RunSpec
@@ -52,6 +54,7 @@ class LoadedRun(NamedTuple):
     seed: int
     title: str
     allow_nonfinite: bool = False
+    workers: int | None = None
 
 
 class Finished(NamedTuple):
@@ -104,7 +107,8 @@ class Evaluator:
         testing = spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch)
         sums, number = replicate(zero_sums(spec), self._mesh), 0
         for mesh, resident, rounds in self._groups:
-            for inputs, labels, order in batches_on_device(self._run.dataset.test, resident, rounds, mesh=mesh):
+            options = {"mesh": mesh, "workers": self._run.workers}
+            for inputs, labels, order in batches_on_device(self._run.dataset.test, resident, rounds, **options):
                 clients = np.shape(jax.tree.leaves(labels)[0] if order is None else order[0])[0]
                 numbers = np.int32(testing[:clients])
                 args = (inputs, labels, order, numbers, jax.random.fold_in(key, number))
@@ -226,7 +230,7 @@ class _Loop:
             samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
-        with bar, stop_on_signal(self._stop), self._events() as write_events:
+        with bar, stop_on_signal(self._stop), self._reader() as self._reads, self._events() as write_events:
             for epoch in range(len(self._history), schedule.epochs):
                 self._train_epoch(epoch, resident, bar)
                 record = self._end_epoch(epoch, evaluate)
@@ -245,6 +249,15 @@ class _Loop:
         wall = self._wall_seconds()
         return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
 
+    def _reader(self):
+        """What reads training data that are not in memory, over all epochs."""
+        run, split = self._run, self._run.dataset.train
+        if split.in_memory:
+            return contextlib.nullcontext()
+        rows = share_of_process(run.spec.mode.clients_at_once(self._schedule), self._mesh)
+        reads = RunReads(self._schedule, run.client_indices, run.seed, rows)
+        return data.Reader({"train": split}, reads, workers=run.workers)
+
     def _events(self):
         if self._folder is None or not plots.available() or not processes.is_first():
             return contextlib.nullcontext(lambda record: None)
@@ -258,7 +271,8 @@ class _Loop:
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
         began, key = time.monotonic(), train_key(seed)
-        options = {"seed": seed, "epoch": epoch, "done": first, "mesh": self._mesh}
+        read = None if self._reads is None else lambda step: self._reads[epoch * schedule.epoch_steps + step]
+        options = {"done": first, "mesh": self._mesh, "read": read}
         batches = batches_on_device(self._run.dataset.train, resident, calls, **options)
         for inputs, labels, index in batches:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
