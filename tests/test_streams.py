@@ -13,8 +13,8 @@ from msjax.distributed.rpc import server
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Tokens
 
-HELLO = pb.FromClient(hello=pb.Hello(protocol=3, client=0))
-WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=3))
+HELLO = pb.FromClient(hello=pb.Hello(protocol=4, client=0))
+WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=4))
 
 
 class Aborted(Exception):

@@ -170,7 +170,9 @@ class _Loop:
                 write_events(record)
                 bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
                 if self._stopped:
+                    self._finish_saving()
                     raise Interrupted
+            self._finish_saving()
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
@@ -213,7 +215,10 @@ class _Loop:
             if self._stopped:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
+                self._finish_saving()
                 raise Interrupted
+            if self._folder is not None:
+                self._folder.checkpoints.check()
         self._progress["train_seconds"] += time.monotonic() - began
 
     def _end_epoch(self, epoch, evaluate):
@@ -240,6 +245,11 @@ class _Loop:
             if self._constants is not None:
                 progress[_CONSTANTS] = self._constants
             self._folder.checkpoints.save(self._done, (_to_save(self._spec, self._state), self._sums), progress)
+
+    def _finish_saving(self):
+        """Waits for the last checkpoint, which is written while training goes on."""
+        if self._folder is not None:
+            self._folder.checkpoints.wait()
 
 
 def _traffic_until(spec, history):
