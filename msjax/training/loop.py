@@ -121,7 +121,7 @@ def mesh_of(spec: RunSpec) -> Mesh | None:
     """Returns the mesh over which the clients of a run are spread.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread, nor are those of clients that change from round to round, as each device has its clients' data.
+    client is not spread, nor are those of clients that change from round to round: each device has its clients' data.
 
     Raises:
       ValueError: the clients do not divide over the processes.
@@ -237,7 +237,9 @@ class _Loop:
                 write_events(record)
                 bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
                 if self._agree()[1]:
+                    self._finish_saving()
                     raise Interrupted
+            self._finish_saving()
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
@@ -291,7 +293,10 @@ class _Loop:
             if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
+                self._finish_saving()
                 raise Interrupted
+            if self._folder is not None:
+                self._folder.checkpoints.check()
         self._progress["train_seconds"] += time.monotonic() - began
 
     def _end_epoch(self, epoch, evaluate):
@@ -317,6 +322,11 @@ class _Loop:
             if self._constants is not None:
                 progress[_CONSTANTS] = self._constants
             self._folder.checkpoints.save(self._done, (_to_save(self._spec, self._state), self._sums), progress)
+
+    def _finish_saving(self):
+        """Waits for the last checkpoint, which is written while training goes on."""
+        if self._folder is not None:
+            self._folder.checkpoints.wait()
 
 
 def _traffic_until(spec, history):
