@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import pathlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from experiments import report
 from msjax import compress
 from msjax.cli import main as cli
 
@@ -20,16 +22,30 @@ TEXTS = [ROOT / "README.md", *PAGES]
 
 def fences(path, kind):
     """The blocks of a page that are fenced with ```kind."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+NOTEBOOKS = [path for path in PAGES if path.parent.name == "notebooks" and path.stem != "index"]
 
 
 @pytest.mark.slow
 def test_documentation_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", tmp_path]
+    """It executes the notebooks, too: nothing else does."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", site]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "msjax.compress.straight_through" in (tmp_path / "reference" / "api" / "compress.html").read_text()
-    assert "--data.data-dir" in (tmp_path / "reference" / "cli.html").read_text()
+    assert "msjax.compress.straight_through" in (site / "reference" / "api" / "compress.html").read_text()
+    assert "--data.data-dir" in (site / "reference" / "cli.html").read_text()
+    for path in NOTEBOOKS:
+        page = (site / "notebooks" / f"{path.stem}.html").read_text()
+        assert 'src="../_images/' in page
+        (link,) = re.findall(r'href="../(_downloads/[^"]*\.ipynb)"', page)
+        cells = json.loads((site / link).read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert len(code) == len(fences(path, "{code-cell} ipython3")) and all(cell["execution_count"] for cell in code)
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert any("image/png" in output.get("data", {}) for output in outputs), f"{path.stem} shows no picture"
 
 
 @pytest.mark.parametrize("path", [p for p in TEXTS if fences(p, "python")], ids=lambda p: p.stem)
@@ -57,6 +73,15 @@ def test_the_codec_table_names_every_codec_and_its_defaults():
     assert all((ROOT / "docs" / "codecs" / f"{page}.md").exists() for _, page in rows)
 
 
+def test_the_page_on_repeating_the_paper_names_every_study():
+    text = (ROOT / "docs" / "replication.md").read_text()
+    together, alone = text.split("Each alone, by")
+    for modules, part in ((report.STUDIES, together), (report.WITH_A_RECORD_OF_THEIR_OWN.values(), alone)):
+        names = {module.__name__.rpartition(".")[2] for module in modules}
+        cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part, re.MULTILINE)
+        assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} - {"smoke", "lite", "paper"} == names
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
@@ -70,9 +95,7 @@ def options():
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             cli.run(command, ["--help"])
         found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
-    # With a config in place of a run, and with a server that has the other part.
-    found["eval"] |= found["train"] | {"--server"}
-    found["generate"] |= {"--server"}
+    found["eval"] |= found["train"]  # with a config in place of a run
     return found
 
 

@@ -271,8 +271,9 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            log.info("all clients are ready: training begins, and its first steps compile")
-            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            readies = [self._readies[client] for client in self.membership.active]
+            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(
