@@ -53,6 +53,7 @@ STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "tes
 
 SLOW = (
     "studies",
+    "docs",
     "distributed",
     "stragglers",
     "conversations",
