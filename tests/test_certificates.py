@@ -17,7 +17,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ClientOptions, ListenOptions
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens, read_token
-from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 
 from .authority import Authority
 
@@ -50,7 +50,7 @@ def files(path):
 
 @contextlib.contextmanager
 def listening(tls):
-    endpoint = Endpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
+    endpoint = TrainEndpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
     endpoint.start(TrainServicer(Tokens(None), Metrics()))
     try:
         yield str(endpoint.address)

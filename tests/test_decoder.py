@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from msjax import models
+from msjax.models._decoder import causal_attention
 
 from . import decoders
 
@@ -199,6 +200,14 @@ def test_a_token_sees_nothing_behind_it():
     one, two = (np.asarray(run(whole.apply, whole.params, x)) for x in (decoders.TOKENS, other))
     np.testing.assert_allclose(one[:, :7], two[:, :7], rtol=0, atol=1e-6)
     assert np.abs(one[:, 7:] - two[:, 7:]).max() > 1e-3
+
+
+def test_attention_in_blocks_is_attention():
+    """40 tokens are two blocks of unlike sizes; two queries share a key."""
+    draw = functools.partial(jax.random.normal, dtype=jnp.float32)
+    q, k, v = (draw(jax.random.key(i), (2, 40, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    whole = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(causal_attention(q, k, v), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_what_is_computed_and_cut(folders):

@@ -139,6 +139,24 @@ def test_what_is_kept_is_bounded():
         sessions.open(101, lambda: None)
 
 
+def test_who_has_most_makes_room():
+    """A caller with many texts loses its own, first in their number and then in their bytes, never another's one."""
+    ended = []
+    sessions = Sessions(Limits(sessions=3, cache_bytes=100))
+
+    def begin(caller, name, size):
+        sessions.open(size, lambda: ended.append(name), caller)
+
+    begin("few", "only", 10)
+    for name in ("first", "second", "third", "fourth"):
+        begin("many", name, 20)
+    assert ended == ["first", "second"]
+    begin("large", "huge", 90)  # of two callers "many" has more texts, then more bytes
+    assert ended == ["first", "second", "third", "fourth"]
+    begin("large", "another", 20)
+    assert ended[4:] == ["huge"] and len(sessions) == 2
+
+
 def test_messages_that_do_not_fit(tmp_path):
     make(tmp_path)
     h = jnp.ones((1, 2, 16))

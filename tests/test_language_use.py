@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import warnings
 
 import jax
@@ -70,6 +71,40 @@ def test_a_run_is_tested_on_its_own_text_and_on_another(run, tmp_path, capsys):
         found.append(json.loads(capsys.readouterr().out)["perplexity"])
     np.testing.assert_allclose(found[0], summary["test"]["perplexity"], rtol=1e-5)
     assert abs(found[1] / found[0] - 1) > 0.01
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_files_are_now(run, tmp_path, capsys):
+    """The weights, beside which the adapters are, and the text; others in their place are told."""
+    path, folder = run
+    mine = tmp_path / "run"
+    shutil.copytree(path, mine)
+    moved = language.copy(folder, tmp_path / "elsewhere")
+    text = moved.parent / "text.txt"
+    cfg = config.load(mine / "config.json")
+    gone = tmp_path / "gone"
+    missing = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, weights=str(gone / moved.name)),
+        data=dataclasses.replace(cfg.data, name=str(gone / text.name), tokenizer=str(gone / moved.name)),
+    )
+    (mine / "config.json").write_text(config.to_text(missing))
+    resume = ["train", "--resume", str(mine), "--epochs", "2"]
+    now = [f"--model.weights={moved}", f"--data.name={text}", f"--data.tokenizer={moved}"]
+
+    def refused(arguments):
+        assert command_line.run(*(arguments[0], arguments[1:])) == 2
+        return capsys.readouterr().err
+
+    assert "model.weights" in refused([*resume, *now[1:]])
+    assert "--model.weights must be where the weights" in refused([*resume, f"--model.weights={tmp_path}", *now[1:]])
+    whole = text.read_text()
+    text.write_text(whole[::-1])
+    assert "data must be those that the run began with, got others to train and test" in refused([*resume, *now])
+    text.write_text(whole)
+    assert command_line.run("train", ["--resume", str(mine), *now]) == 0
+    assert command_line.run("train", resume[1:]) == 0  # they are known from now on
+    assert RunFolder(mine).read_summary()["config"]["model"]["weights"] == str(moved)
 
 
 def test_what_cannot_be_predicted_from_is_named(run, tmp_path, capsys):

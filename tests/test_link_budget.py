@@ -7,6 +7,7 @@ import pytest
 
 import msjax
 from msjax.distributed import messages
+from msjax.distributed.client_program import LinkWatch
 from msjax.split import budget, parties
 from msjax.split.schedule import Phase
 from msjax.training import loop
@@ -42,6 +43,20 @@ def test_the_budget_is_what_fits_in():
     assert budget.budget_bits(built(LINK, 5).spec, np.float32(SPEED / 3)) > 1.9 * third
     without = built(CFG, 60).spec
     assert budget.grad_bits(without, None) is budget.first_bytes_per_second(without) is None
+
+
+def test_a_link_that_is_too_slow_is_told_once():
+    """After some steps without a faster one between them."""
+    spec, watch = built(LINK, 60).spec, LinkWatch()
+    enough = np.float32((LINK.cut_bits / 8 * VALUES / 8 + LABEL_BYTES) / LINK.cut_seconds)
+    slow = np.float32(enough * 0.99)
+    speeds = [slow] * 19 + [enough * np.float32(1.01)] + [slow] * 30
+    told = [n for n, speed in enumerate(speeds) if watch(spec, speed)]
+    assert told == [39]
+    said = LinkWatch()
+    last = [said(spec, slow) for _ in range(20)][-1]
+    assert last.startswith("cut_seconds=") and "the least budget, 0.75 bits both ways, takes about" in last
+    assert LinkWatch()(built(CFG, 60).spec, None) is None
 
 
 def test_the_aim_goes_with_the_budget():

@@ -17,6 +17,7 @@ commands:
               msjax train --config configs/NAME.py        a preset; any option overrides it
               msjax train --codec "TopK(ratio=0.9)"       another codec
               msjax train --resume RUN                    go on where a run stopped; with --epochs N to N epochs
+              msjax train --distributed                   in several processes, on several hosts
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
   predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...

@@ -47,12 +47,55 @@ class RunFlags(PresetFlag):
     """Go on with a run, from its last checkpoint: its folder, in place of a preset."""
 
 
-def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options with these names, which say where the config comes from, and the other arguments."""
+def split_options(arguments: list[str], *names: str, flag: str | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options with these names, which say where the config comes from, and the other arguments.
+
+    Args:
+      flag: the name of an option without a value, False where it is not given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
+    if flag is not None:
+        parser.add_argument(flag, action="store_true")
     return parser.parse_known_args(arguments)
+
+
+_PLACES = {
+    "--model.weights": "the weights that it starts from",
+    "--data.name": "the file or folder of its data",
+    "--data.test": "the file of its test data",
+    "--data.data-dir": "the folder of prepared sets",
+    "--data.tokenizer": "its tokenizer",
+}
+"""Options of a run that goes on: where its files are now."""
+
+
+PLACES = ", ".join(_PLACES)
+"""The same in words."""
+
+
+def with_places(cfg: config.Config, arguments: list[str]) -> tuple[config.Config, list[str]]:
+    """Returns the config of a run that goes on with the places of files that arguments give, and the other arguments.
+
+    Raises:
+      ValueError: what lies there is called otherwise than before, which would be another run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for option in _PLACES:
+        parser.add_argument(*dict.fromkeys((option, option.replace("-dir", "_dir"))), dest=option)
+    found, rest = parser.parse_known_args(arguments)
+    for option, value in vars(found).items():
+        section, field = option.removeprefix("--").replace("-", "_").split(".")
+        old = getattr(cfg, section)
+        new = dataclasses.replace(cfg, **{section: dataclasses.replace(old, **{field: value})})
+        if config.without_paths(new) != config.without_paths(cfg):
+            before = getattr(old, field)
+            raise ValueError(
+                f"{option} must be where {_PLACES[option]} is now, under the name of {before!r}, got {value!r}"
+            )
+        cfg = new
+    return cfg, rest
 
 
 def preset_of(where: argparse.Namespace) -> config.Config | None:

@@ -5,7 +5,17 @@ import threading
 
 from msjax import config, parts
 from msjax.cli.network import log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, RunFlags, check_early, fields_of, parse, preset_of, split_options
+from msjax.cli.options import (
+    DEFAULT,
+    PLACES,
+    RunFlags,
+    check_early,
+    fields_of,
+    parse,
+    preset_of,
+    split_options,
+    with_places,
+)
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.generation import Limits
@@ -49,7 +59,12 @@ def main(arguments: list[str]) -> int:
                 print(f"written anew from the last checkpoint: {folder.path}/server.safetensors")
                 return 0
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
-        options = parse(ServeOptions, rest, prog="msjax serve --resume", description="Go on serving a run.")
+        moved, rest = with_places(cfg, rest)
+        description = f"Go on serving a run. Also, where its files are now: {PLACES}."
+        options = parse(ServeOptions, rest, prog="msjax serve --resume", description=description)
+        if moved != cfg:
+            cfg = check_early(moved)
+            folder.set_places(cfg)
         endpoint = listen(cfg, options)
     else:
         folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)

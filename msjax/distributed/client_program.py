@@ -5,7 +5,9 @@ import logging
 import pathlib
 import time
 
-from msjax import build, config, data, models
+import numpy as np
+
+from msjax import build, config, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -19,6 +21,7 @@ from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split import budget
 from msjax.split.parties import Client, ClientData
 from msjax.split.schedule import Phase
+from msjax.split.spec import RunSpec
 
 log = logging.getLogger("msjax.client")
 
@@ -40,6 +43,7 @@ class ClientProgram:
         self._options, self._preset, self._token = options, preset, options.token()
         self._epoch, self._path = None, None
         self._pace: Pace | None = None
+        self._watch = LinkWatch()
         self._told_at = 0.0
         self.session = ClientSession(
             options.client_id,
@@ -70,6 +74,8 @@ class ClientProgram:
         try:
             drive.take_part(self.session, self.connect)
         finally:
+            if self.session.party is not None:
+                self.session.party.close()
             sent, received = self.session.sent_bytes, self.session.received_bytes
             log.info("%s bytes sent, %s received, as serialized", f"{sent:,}", f"{received:,}")
         return self._path
@@ -84,14 +90,12 @@ class ClientProgram:
                 "alike before, or by a preset whose data.name is a function that uses one data.TableFormat everywhere"
             )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
-        if not ds.in_memory:
-            raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
         self._check_tokenizer(ds.tokenizer)
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
             indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-            train = data.Arrays(*ds.train.fetch(indices[options.client_id]))
+            train = ds.train.only(indices[options.client_id])
         if small := build.batch_of_small_share(cfg, samples):
             log.warning("%s", small)
         self._data = ClientData(train, ds.test)
@@ -120,7 +124,7 @@ class ClientProgram:
         self._schedule = built.spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
         args = (self._options.client_id, built.spec, built.client, self._data, self._cfg.seed)
-        return Client(*args, numpy_encoder=numpy_encoder)
+        return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):
         if party.keeps_result:
@@ -139,10 +143,36 @@ class ClientProgram:
         if self._pace is None:
             self._pace = Pace(position.stop - position.start)
         self._pace.step(1, position.stop - position.start)
+        party = self.session.party
+        if warning := self._watch(party.spec, party.bytes_per_second):
+            log.warning("%s", warning)
         if now - self._told_at >= SECONDS_BETWEEN_LINES:
             self._told_at, left = now, schedule.total_steps - exchange.step - 1
-            pace = self._pace.status(left) + _link_status(self.session.party)
+            pace = self._pace.status(left) + _link_status(party)
             log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, pace)
+
+
+class LinkWatch:
+    """Tells, once, where a link has been too slow for `cut_seconds` for some steps, whatever the budget."""
+
+    STEPS = 20
+
+    def __init__(self):
+        self._slow_steps = 0
+
+    def __call__(self, spec: RunSpec, bytes_per_second: np.float32 | None) -> str | None:
+        """Returns a warning that is due after a step; `bytes_per_second` as of `budget.next_bytes_per_second`."""
+        if not bytes_per_second or self._slow_steps == self.STEPS:
+            return None
+        seconds = budget.least_seconds(spec, bytes_per_second)
+        self._slow_steps = self._slow_steps + 1 if seconds > spec.cut_seconds else 0
+        if self._slow_steps < self.STEPS:
+            return None
+        return (
+            f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
+            f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step. Latency counts. "
+            "Take a longer time, a smaller cut_bits or smaller batches"
+        )
 
 
 def _link_status(party):

@@ -142,7 +142,7 @@ class Coordinator:
         todo: deque[Callable[[], ev.Event]] = deque([lambda: event])
         while todo:
             self.membership, actions = transition(self.membership, todo.popleft()(), self._clock())
-            self.metrics.connected.set(len(self.membership.sessions))
+            self.metrics.connected.set(self.membership.tally.connected)
             for action in actions:
                 match action:
                     case do.RestoreCheckpoint(again):
@@ -257,7 +257,9 @@ class Coordinator:
         position = (request.position.step, request.position.phase, request.position.test_round)
         event = ev.Requested(client, session, request.generation, position, bool(request.part))
         if self.membership.verdict(event) is Verdict.NEW:
-            exchange = messages.from_position(self.run.schedule, request.position, client)
+            exchange = self.run.exchange_of(client, position)
+            if exchange is None:  # whose turn is later sends early
+                exchange = messages.from_position(self.run.schedule, request.position, client)
             message = messages.from_request(request, self.run.spec, exchange)
             messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
             self._came[client] = Came(exchange, request, message)
@@ -269,8 +271,9 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            log.info("all clients are ready: training begins, and its first steps compile")
-            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            readies = [self._readies[client] for client in self.membership.active]
+            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(

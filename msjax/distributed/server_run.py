@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msjax.build import Built
-from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
@@ -29,11 +29,20 @@ class Came(NamedTuple):
     message: parties.Message
 
 
+class _Held(NamedTuple):
+    """A checkpoint that is not written before the clients' own are complete."""
+
+    step: int
+    content: Any
+    waits_for: set[int]
+
+
 class ServerRun:
     """Made when all clients are ready; `restore` comes first.
 
     Args:
-      store: of checkpoints: `latest()`, `save(step, server)`, `restore(step, server)`, `forget(server)`.
+      store: of checkpoints: `latest()`, `hold(server)`, `save(step, held)`, `check()`, `wait()`,
+        `restore(step, server)`, `forget(server)`.
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
       allow_nonfinite: whether to go on where a loss is not finite.
@@ -55,9 +64,11 @@ class ServerRun:
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
         self._allow_nonfinite = allow_nonfinite
         self._exchanges: Iterator[Exchange] = iter(())
+        self._held: _Held | None = None
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
+        self._info: ExchangeInfo | None = None
 
     def restore(self) -> tuple[int, tuple[int, ...] | None]:
         """Goes to the last checkpoint, or the beginning.
@@ -66,6 +77,8 @@ class ServerRun:
           The step, and which clients can go on from there by themselves; None for all.
         """
         party = parties.Server(self.spec, self._initial, self._seed)
+        self._held = None  # nobody can be told any more that it is there
+        self._checked(self._store.wait)
         step = self._store.latest()
         if step is None:
             self._store.forget(party)
@@ -85,7 +98,13 @@ class ServerRun:
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
-        return None if self.exchange is None else _info(self.schedule, self.exchange)
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange)
+        return self._info
+
+    def exchange_of(self, client: int, position: Key) -> Exchange | None:
+        """Returns the open exchange, if it has this position and the client takes part in it."""
+        open_here = self.exchange is not None and position == self.exchange.position and client in self._info.members
+        return self.exchange if open_here else None
 
     def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
         """The answers of the open exchange to the clients whose messages came.
@@ -95,7 +114,10 @@ class ServerRun:
         """
         if not came:
             return {}  # everyone who should have taken part was dropped
-        self._maybe_save(came)
+        self._checked(self._store.check)
+        self._write_held(came)
+        self._hold(came)
+        self._write_held(came)
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
         took_part = self.exchange._replace(clients=tuple(came))
         self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
@@ -125,8 +147,8 @@ class ServerRun:
         """That of the last checkpoint."""
         return self._store.latest() or 0
 
-    def _maybe_save(self, came):
-        """Saves where the schedule allows and every client has."""
+    def _hold(self, came):
+        """Keeps what is to be saved where the schedule allows and every client saves, too."""
         exchange, schedule = self.exchange, self.schedule
         relayed = self.party.passes_parts_on
         # In turns the server holds the part that goes round when a turn begins, and no client has to save anything.
@@ -134,17 +156,38 @@ class ServerRun:
             return
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
+        if self._held is not None:
+            self._missed(self._held.step, "a client has not saved before the next was due")
+            self._held = None
         if not relayed and not all(it.request.saved for it in came.values()):
-            log.warning("no checkpoint at step %d: a client could not save", exchange.step)
-            self._failed_save()
+            self._missed(exchange.step, "a client could not save")
             return
         self._progress[_CLIENTS] = sorted(came)
+        self._held = _Held(exchange.step, self._store.hold(self.party), set() if relayed else set(came))
+
+    def _write_held(self, came):
+        """Begins to write what is held, once every client has said that its own of this step is complete.
+
+        So the last that is on disk is never newer than the clients', whoever dies when.
+        """
+        if (held := self._held) is None:
+            return
+        held.waits_for.difference_update({c for c, it in came.items() if it.request.saved_step == held.step})
+        if not held.waits_for:
+            self._held = None
+            self._checked(self._store.save, held.step, held.content)
+
+    def _checked(self, save, *args):
         try:
-            self._store.save(exchange.step, self.party)
+            save(*args)
         except OSError as error:
             # Training goes on; what is lost, should the server die, is the time since the last checkpoint.
-            log.error("no checkpoint at step %d: %s", exchange.step, error)
+            log.error("no checkpoint: %s", error)
             self._failed_save()
+
+    def _missed(self, step, why):
+        log.warning("no checkpoint at step %d: %s", step, why)
+        self._failed_save()
 
 
 def _info(schedule, exchange):
@@ -154,7 +197,10 @@ def _info(schedule, exchange):
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
         entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
     if not passed_on and exchange.step + 1 < schedule.total_steps:
-        later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
-        donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
+        later = (e.clients for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position)
+        busy = frozenset().union(*later)
+        donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
-    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
+    args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    return ExchangeInfo(*args, rounds and exchange.phase in (Phase.FETCH_PART, Phase.FEATURES, Phase.AVERAGE))

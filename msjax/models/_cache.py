@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree, Shaped
 
-from msjax.models._decoder import DecoderBlock, Embedding, LanguageHead
+from msjax.models._decoder import DecoderBlock, Embedding, LanguageHead, causal_attention
 from msjax.models._decoder_config import DecoderConfig
 from msjax.models._model import Block
 from msjax.models._part import ModelPart
@@ -154,7 +154,7 @@ def _run_block(block, x, positions, keys, values, fresh):
     q, k, v = attention.queries_keys_values(block.input_layernorm(x), positions, (None, None, None))
     keys, values = (kept.at[rows, positions].set(new, mode="drop") for kept, new in ((keys, k), (values, v)))
     if fresh:
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        h = causal_attention(q, k, v)
     else:
         seen = jnp.arange(keys.shape[1]) <= positions[:, None, :, None]
         h = jax.nn.dot_product_attention(q, keys, values, mask=seen)

@@ -2,6 +2,7 @@
 
 config.json     the resolved configuration
 metrics.jsonl   one line an epoch
+data.json       what the data are: a SHA-256 each of those to train and to test; of data that are streamed, how many
 summary.json    the result: metrics, bytes, wall time, versions, hardware
 client.safetensors, server.safetensors    the trained parts; see msjax.parts
 curves.png      loss and first metric by epoch
@@ -86,6 +87,24 @@ class RunFolder:
         """Gives a run another config to go on with, so that it is no longer finished."""
         (self.path / "summary.json").unlink(missing_ok=True)  # first: a run without one goes on, whatever its config
         write_atomically(self.path / "config.json", config_lib.to_text(config))
+
+    def set_places(self, config: Config) -> None:
+        """Gives a run a config that says where its files are now, and nothing else anew; a finished run stays so."""
+        write_atomically(self.path / "config.json", config_lib.to_text(config))
+
+    def check_data(self, digests: list[str | int]) -> None:
+        """Keeps what a run's training and test data are, as `data.split_digest` says; later, tells others from them.
+
+        Raises:
+          ValueError: the run began with other data.
+        """
+        file, names = self.path / "data.json", ("train", "test")
+        given = dict(zip(names, digests, strict=True))
+        if not file.exists():
+            write_atomically(file, to_json(given, indent=2) + "\n")
+        elif (known := _object(str(file), file.read_text("utf-8"))) != given:
+            differing = " and ".join(name for name in names if known.get(name) != given[name])
+            raise ValueError(f"data must be those that the run began with, got others to {differing} ({file})")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl from the records of the finished epochs."""

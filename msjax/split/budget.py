@@ -91,11 +91,22 @@ def budget_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float3
     """
     if spec.cut_seconds is None or not bytes_per_second:
         return np.float32(spec.cut_bits)
-    batch_size = min(spec.schedule.batch_size, spec.schedule.samples)
-    values = sum(like.size for like in spec.feature_payload(batch_size).likes)
-    labels = sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
+    values, labels = _sizes(spec)
     bits = 8 * (float(bytes_per_second) * spec.cut_seconds - labels) / values
     return np.float32(min(max(bits, LEAST * spec.cut_bits), spec.cut_bits))
+
+
+def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
+    """Returns how long a step's messages take on a client's link with the least budget that there is."""
+    values, labels = _sizes(spec)
+    return (LEAST * spec.cut_bits * values / 8 + labels) / float(bytes_per_second)
+
+
+def _sizes(spec):
+    """Of a full batch: how many values its features have, and how many bytes its labels."""
+    batch_size = min(spec.schedule.batch_size, spec.schedule.samples)
+    values = sum(like.size for like in spec.feature_payload(batch_size).likes)
+    return values, sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:

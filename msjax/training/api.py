@@ -25,8 +25,8 @@ from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import TrainState
 from msjax.split.traffic import Traffic
 from msjax.split.trees import TreeSpec
-from msjax.training import loop
-from msjax.training.folders import open_folder, write_parts
+from msjax.training import loop, processes
+from msjax.training.folders import describe_optimizer, open_folder, write_parts
 
 
 class TrainResult(NamedTuple):
@@ -90,9 +90,13 @@ def train(
     seed: int = 0,
     folder: str | None = None,
     allow_nonfinite: bool = False,
+    workers: int | None = None,
     quiet: bool = True,
 ) -> TrainResult:
     """Trains a split network, with simulated clients in one program.
+
+    After `jax.distributed.initialize` the program is that of all processes, each of which makes the same call: clients
+    are spread over their devices, and process 0 writes the folder, which all must reach.
 
     Args:
       model: client and server part, and, U-shaped, a tail that stays with the client: each an `nnx.Module`, a
@@ -134,6 +138,9 @@ def train(
         one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data and an
         `OptimConfig` are compared, but functions and first parameters cannot be.
       allow_nonfinite: go on where a loss is NaN or infinite, instead of ending with an error.
+      workers: how many processes read and decode data that are not in memory; 0: threads. By default as
+        `data.Reader` has it. Workers import the main module of the program, which must train under `if __name__ ==
+        "__main__":` then.
       quiet: print nothing.
 
     Returns:
@@ -144,6 +151,7 @@ def train(
         the task; before the first step.
       Interrupted: SIGINT or SIGTERM came; the state was saved where there is a folder.
       NonFiniteError: a loss is NaN or infinite; it says when, of which clients, and what to try.
+      ProcessLostError: another process has ended, where there are several.
     """
     mode = Parallel() if mode is None else mode
     if not isinstance(mode, Mode):
@@ -158,6 +166,8 @@ def train(
         }.items()
     )
     seed = integer("seed", seed, 0, MAX_SEED)
+    if workers is not None:
+        workers = integer("workers", workers, 0)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
     for name, value in {"compress_test": compress_test, "grad_kept_only": grad_kept_only}.items():
@@ -204,13 +214,14 @@ def train(
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
-    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite)
+    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite, workers)
+    loop.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
         trained = _trained(parts, finished.state)
         if run_folder is not None:
-            write_parts(run_folder, trained, spec, step=int(finished.state.step))
+            processes.from_first(lambda: write_parts(run_folder, trained, spec, step=int(finished.state.step)))
     finally:
         if run_folder is not None:
             run_folder.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msjax.split import budget, fused
 from msjax.split.averages import Averages, Memory
@@ -17,7 +17,7 @@ from msjax.split.metrics import MetricSums, add_step
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, client_keys, split_key
 from msjax.split.step import StepMetrics, add_up
-from msjax.training.devices import AXIS, replicate, spread_by_client
+from msjax.training.devices import AXIS, replicate, spread_by_client, whole_mesh
 
 
 def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -37,6 +37,16 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.tree.map(put, _state_specs(spec, spread), spread, is_leaf=lambda tree: isinstance(tree, PartitionSpec))
 
 
+def gather(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Returns the parts of a state that `place` put on the devices in host memory, the clients' once."""
+    if jax.process_count() == 1:
+        return jax.device_get(spec.mode.gather(spec, state))
+    # Of what the devices of other processes have only the result is here.
+    of_run = state._replace(memory=(), up_bits=None)
+    everywhere = NamedSharding(whole_mesh(mesh), PartitionSpec())
+    return jax.device_get(jax.jit(functools.partial(spec.mode.gather, spec), out_shardings=everywhere)(of_run))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def train_steps(
     spec: RunSpec,
@@ -53,8 +63,9 @@ def train_steps(
 
     Args:
       order: int32 (S, K, B): for each step and each client the positions of its samples in `inputs` (N, …) and `labels`
-        (N, …), both on the device. Several steps are one `lax.scan`; a single one is none, since XLA's CPU runs
-        convolutions slower inside a loop. With None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
+        (N, …), both on the device; over a mesh, in its device's share of them, see `batching.make_resident`. Several
+        steps are one `lax.scan`; a single one is none, since XLA's CPU runs convolutions slower inside a loop. With
+        None, `inputs` (K, B, …) and `labels` (K, B, …) are one step's.
       clients: int32 (K,), which clients these are.
       key: `state.train_key` of the run.
     """
@@ -74,7 +85,7 @@ def train_steps(
 
     specs = _state_specs(spec, state)
     out_specs = (specs, PartitionSpec(), PartitionSpec(None, AXIS))
-    return _spread(specs, run, mesh, out_specs, order is None)(state, sums, inputs, labels, order, clients, key)
+    return _spread(specs, run, mesh, out_specs)(state, sums, inputs, labels, order, clients, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -111,7 +122,7 @@ def eval_rounds(
 
         return _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0]
 
-    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec(), order is None)
+    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec())
     return spread(state, sums, inputs, labels, order, clients, key)
 
 
@@ -146,12 +157,11 @@ def _state_specs(spec, state):
     return TrainState(client, everywhere, everywhere, memory, up_bits)
 
 
-def _spread(state_specs, run, mesh, out_specs, streamed):
+def _spread(state_specs, run, mesh, out_specs):
     """`run` on one device, or spread over the mesh."""
     if mesh is None:
         return run
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
-    batch = by_client if streamed else everywhere
-    in_specs = (state_specs, everywhere, batch, batch, PartitionSpec(None, AXIS), by_client, everywhere)
+    in_specs = (state_specs, everywhere, by_client, by_client, PartitionSpec(None, AXIS), by_client, everywhere)
     # Without the check of replication, which would sum gradients over devices by itself: the step takes their mean.
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
