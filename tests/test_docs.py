@@ -48,6 +48,16 @@ def test_documentation_builds_without_a_warning(tmp_path):
         assert any("image/png" in output.get("data", {}) for output in outputs), f"{path.stem} shows no picture"
 
 
+def test_a_page_becomes_a_notebook_without_the_site(tmp_path):
+    """By the command that the page of notebooks gives."""
+    text = (ROOT / "docs" / "notebooks" / "index.md").read_text()
+    command, source, made = re.search(r"^(mystnb-to-jupyter) (\S+) (\S+)$", text, re.MULTILINE).groups()
+    program = pathlib.Path(sys.executable).with_name(command)
+    subprocess.run([program, source, tmp_path / made], cwd=ROOT, check=True, capture_output=True)
+    cells = json.loads((tmp_path / made).read_text())["cells"]
+    assert [cell["cell_type"] for cell in cells].count("code") == len(fences(ROOT / source, "{code-cell} ipython3"))
+
+
 @pytest.mark.parametrize("path", [p for p in TEXTS if fences(p, "python")], ids=lambda p: p.stem)
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     """One block after the other, as a reader would paste them."""
