@@ -35,7 +35,8 @@ class TrainResult(NamedTuple):
     Attributes:
       parts: the trained parts: client and server, and, U-shaped, tail. `part.apply(part.params, part.stats, x,
         train=False)` returns outputs and statistics.
-      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes), "seconds".
+      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes so far, of all
+        clients), "seconds" (so far).
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction.
       spec: the description of the run.
