@@ -117,7 +117,7 @@ def mesh_of(spec: RunSpec) -> Mesh | None:
     """Returns the mesh over which the clients of a run are spread.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread, nor are those of clients that change from round to round, as each device has its clients' data.
+    client is not spread, nor are those of clients that change from round to round: a device has its clients' data.
 
     Raises:
       ValueError: the clients do not divide over the processes.
