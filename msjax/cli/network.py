@@ -47,11 +47,6 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def fields_of(kind: type, flags: object):
-    """Returns an instance of a dataclass from those of `flags` that it has."""
-    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
-
-
 @dataclasses.dataclass(frozen=True)
 class _EvalOptions(ConnectOptions):
     """Of a test with the client's part here and the server's elsewhere."""

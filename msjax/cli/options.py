@@ -105,6 +105,11 @@ def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
     raise ValueError(f"{found[1]}{': ' if found[1].startswith('--') else '.'}{refused}")
 
 
+def fields_of(kind: type[T], flags: object) -> T:
+    """Returns an instance of a dataclass from those of `flags` that it has."""
+    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
+
+
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:

@@ -4,8 +4,8 @@ import dataclasses
 import threading
 
 from msjax import config, parts
-from msjax.cli.network import fields_of, log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, PLACES, check_early, parse, preset_of, split_options, with_places
+from msjax.cli.network import log_to_stderr, stopping
+from msjax.cli.options import DEFAULT, PLACES, check_early, fields_of, parse, preset_of, split_options, with_places
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.generation import Limits
