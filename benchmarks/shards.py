@@ -7,7 +7,9 @@ The part is that of Qwen3-1.7B behind its first block, all weights trained: `pro
 row is a process in which XLA sees as many CPU devices. "State" are weights and optimizer state by the rule of
 `msjax.split.shards`, "temporary" what XLA's compiler for a CPU allots beside a program's arguments: gradients,
 activations and gathered weights. "All of a step" has the state twice, before the step and after it, which a server
-has, too. A GPU's or TPU's compiler orders operations otherwise, and allots otherwise.
+has, too. For that the compiler is told to order operations by memory, see `LESS_MEMORY`: by default that for a CPU
+gathers all weights before the first layer and adds up all gradients behind the last, and what it allots does not fall
+with the devices. Those for a GPU or TPU have rules of their own, and allot otherwise.
 """
 
 import dataclasses
@@ -29,6 +31,11 @@ from msjax.split import programs, shards
 from msjax.split.state import client_keys
 
 GIB = 1 << 30
+LESS_MEMORY = {
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
+}
+"""Options of XLA's compiler for a CPU, which by default gathers all weights first and adds all gradients up last."""
 OPTIMIZERS = {"sgd": OptimConfig(momentum=0.0, weight_decay=0.0), "adamw": OptimConfig(kind="adamw")}
 
 
@@ -100,7 +107,7 @@ def compiled(spec, server, mesh, batch):
         everywhere = NamedSharding(mesh, PartitionSpec())
         stacked = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype, sharding=everywhere), stacked)
     lowered = programs.server_step.lower(spec, server, *stacked, keys, batch_size=batch, mesh=mesh)
-    return lowered.compile()
+    return lowered.compile(LESS_MEMORY)
 
 
 def _of(payload_spec):
