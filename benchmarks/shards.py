@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from experiments import language_sizes
+from msjax import plan
 from msjax.config import OptimConfig
 from msjax.split import programs, shards
 from msjax.split.state import client_keys
@@ -70,13 +71,14 @@ def measure(devices, layers, batch, optimizer):
     decoder = json.loads(cfg.model.decoder) | {"num_hidden_layers": layers}
     model = dataclasses.replace(cfg.model, decoder=json.dumps(decoder))
     cfg = dataclasses.replace(cfg, model=model, optim=OPTIMIZERS[optimizer], batch_size=batch)
-    spec, _, server = language_sizes.built(cfg)
+    run = language_sizes.described_run(cfg)
+    spec, server = run.spec, run.parts["server"]
     mesh = shards.mesh_of(jax.devices()[:devices])
     start = time.monotonic()
     memory = compiled(spec, server, mesh, batch).memory_analysis()
     return {
         "devices": devices,
-        "parameters": language_sizes.values(server.params),
+        "parameters": plan.values(server.params),
         "state_bytes": held(mesh, server),
         "argument_bytes": memory.argument_size_in_bytes,
         "result_bytes": memory.output_size_in_bytes,
@@ -88,7 +90,7 @@ def measure(devices, layers, batch, optimizer):
 def held(mesh, tree):
     """Bytes that each device holds of a part's arrays."""
     if mesh is None:
-        return language_sizes.nbytes(tree)
+        return plan.nbytes(tree)
     leaves = jax.tree.leaves(tree)
     shapes = (shards.sharding_of(mesh, leaf).shard_shape(leaf.shape) for leaf in leaves)
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))

@@ -306,7 +306,7 @@ def read(split, calls, **options):
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(monkeypatch):
-    def batches(source, indices, *, seed, epoch, start=0):
+    def batches(source, indices, *, seed, epoch, start=0, workers=None):
         return ((np.full((1,), n), indices[n]) for n in range(start, len(indices)))
 
     monkeypatch.setattr(batching.data, "batches", batches)

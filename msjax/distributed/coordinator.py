@@ -160,7 +160,7 @@ class Coordinator:
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
         if client is not None:
-            self.metrics.received(client, event.message)
+            self.metrics.received(client, event.message, event.nbytes)
         try:
             follows = self._hello(event) if client is None else self._said(client, event)
         except messages.ProtocolError as error:
@@ -191,7 +191,7 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
-        self.metrics.received(hello.client, event.message)
+        self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
 
@@ -272,8 +272,9 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            log.info("all clients are ready: training begins, and its first steps compile")
-            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            readies = [self._readies[client] for client in self.membership.active]
+            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(

@@ -356,12 +356,13 @@ def _cross_backward(keeper, grad_codec, residuals, g):
 _cross_counted.defvjp(_cross_forward, _cross_backward)
 
 
-def average_parts(client: PartState, *, axis_name: str | None = None) -> PartState:
-    """Gives every client the mean of all clients' weights and statistics; momenta stay their own.
+def average_parts(client: PartState, *, axis_name: str | None = None, momenta: bool = False) -> PartState:
+    """Gives every client the mean of all clients' weights and statistics.
 
     Args:
       client: parts whose arrays have a leading axis K, without what never changes.
       axis_name: as in `fused_step`.
+      momenta: whether these are averaged, too; else they stay each client's own.
     """
 
     def average(leaf):
@@ -371,7 +372,8 @@ def average_parts(client: PartState, *, axis_name: str | None = None) -> PartSta
         value = value if axis_name is None else jax.lax.pmean(value, axis_name)
         return jnp.broadcast_to(value, leaf.shape)
 
-    return client._replace(params=jax.tree.map(average, client.params), stats=jax.tree.map(average, client.stats))
+    averaged = jax.tree.map(average, client)
+    return averaged if momenta else averaged._replace(opt_state=client.opt_state)
 
 
 def evaluate(

@@ -35,7 +35,8 @@ class TrainResult(NamedTuple):
     Attributes:
       parts: the trained parts: client and server, and, U-shaped, tail. `part.apply(part.params, part.stats, x,
         train=False)` returns outputs and statistics.
-      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes), "seconds".
+      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes so far, of all
+        clients), "seconds" (so far).
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction.
       spec: the description of the run.
@@ -92,6 +93,7 @@ def train(
     seed: int = 0,
     folder: str | None = None,
     allow_nonfinite: bool = False,
+    workers: int | None = None,
     quiet: bool = True,
 ) -> TrainResult:
     """Trains a split network, with simulated clients in one program.
@@ -145,6 +147,9 @@ def train(
         one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data and an
         `OptimConfig` are compared, but functions and first parameters cannot be.
       allow_nonfinite: go on where a loss is NaN or infinite, instead of ending with an error.
+      workers: how many processes read and decode data that are not in memory; 0: threads. By default as
+        `data.Reader` has it. Workers import the main module of the program, which must train under `if __name__ ==
+        "__main__":` then.
       quiet: print nothing.
 
     Returns:
@@ -172,6 +177,8 @@ def train(
     if clients_per_group is not None:
         clients_per_group = integer("clients_per_group", clients_per_group, 1)
     seed = integer("seed", seed, 0, MAX_SEED)
+    if workers is not None:
+        workers = integer("workers", workers, 0)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
     for name, value in {
@@ -222,7 +229,7 @@ def train(
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
-    options = (allow_nonfinite, clients_per_group, shard_server)
+    options = (allow_nonfinite, workers, clients_per_group, shard_server)
     run = loop.LoadedRun(spec, first, dataset, indices, seed, title, *options)
     loop.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)

@@ -1,7 +1,7 @@
 """An epoch's order cut into calls of the compiled functions, and the batches that go with each."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,8 @@ def epoch_calls(order: np.ndarray, batch_size: int, steps_per_call: int) -> list
 
 
 def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls; in turns, of (S, 1, B) of the client whose turn it is."""
-    if not schedule.mode.one_at_a_time:
+    """Cuts an epoch's order (K, n) into calls; in turns or rounds, of (S, M, B) of the M clients that take part."""
+    if not schedule.mode.hands_parts_on(schedule):
         return epoch_calls(order, schedule.batch_size, steps_per_call)
     calls = []
     for step in range(schedule.epoch_steps):
@@ -34,8 +34,7 @@ def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_
         if position.turn_starts:
             start = position.start
         if position.turn_ends:
-            (client,) = position.clients
-            turn = order[client : client + 1, start : position.stop]
+            turn = order[list(position.clients), start : position.stop]
             calls += epoch_calls(turn, schedule.batch_size, steps_per_call)
     return calls
 
@@ -125,6 +124,8 @@ def batches_on_device(
     epoch: int = 0,
     done: int = 0,
     mesh: Mesh | None = None,
+    read: Callable[[int], tuple[Any, Any]] | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Yields (inputs, labels, order) for each call after the first `done` steps, as `program.train_steps` takes them.
 
@@ -132,17 +133,24 @@ def batches_on_device(
       split: what the batches are of.
       resident: the split on the devices, or None to read it batch by batch: a step at a time, read ahead.
       mesh: over which the clients of the calls are spread. Of several processes each then reads its clients' samples.
+      read: of a split that is not in memory: returns the batch of a step of the calls, by its number; by default
+        `data.batches` reads them.
+      workers: of `data.batches`.
     """
     if resident is not None:
         for call in _after(calls, done):
             yield resident.inputs, resident.labels, call if resident.place is None else resident.place[call]
+        return
+    if read is not None:
+        for step in range(done, sum(map(len, calls))):
+            yield *spread_local(read(step), mesh), None
         return
     for _, group in itertools.groupby(calls, key=lambda call: call.shape):
         steps = np.concatenate(list(group))
         start = min(done, len(steps))
         done -= start
         own = share_of_process(steps.shape[1], mesh)
-        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start):
+        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start, workers=workers):
             yield *spread_local(batch, mesh), None
 
 

@@ -20,12 +20,13 @@ from msjax.runs.signals import stop_on_signal
 from msjax.split import shards
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
+from msjax.split.reads import RunReads
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
 from msjax.training import batching, processes, program
 from msjax.training.batching import batches_on_device, client_groups, schedule_calls
-from msjax.training.devices import make_mesh, replicate, whole_mesh
+from msjax.training.devices import make_mesh, replicate, share_of_process, whole_mesh
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
 
@@ -45,6 +46,7 @@ class LoadedRun(NamedTuple):
       seed: of orders, augmentation and codecs.
       title: what a person calls it.
       allow_nonfinite: whether it goes on where a loss is not finite.
+      workers: how many processes read data that are not in memory, see `data.Reader`.
       clients_per_group: how many clients each device computes at the same time; None for all of its own.
       shard_server: whether the server's part is sharded over all devices, see `shards`.
     """
@@ -56,6 +58,7 @@ class LoadedRun(NamedTuple):
     seed: int
     title: str
     allow_nonfinite: bool = False
+    workers: int | None = None
     clients_per_group: int | None = None
     shard_server: bool = False
 
@@ -105,17 +108,22 @@ class Evaluator:
         every = None if self._mesh is None else np.concatenate([samples.ravel() for samples in rounds])
         return batching.make_resident(test, self._mesh, every)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns the mean loss and the metrics of a state as `program.place` gives it."""
+    def __call__(self, state: TrainState, epoch: int | None = None) -> dict[str, float]:
+        """Returns the mean loss and the metrics of a state as `program.place` gives it.
+
+        Args:
+          epoch: after which, counted from 0; by default the last.
+        """
         spec, key = self._run.spec, eval_key(self._run.seed)
+        testing = np.int32(spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch))
         sums = replicate(zero_sums(spec), self._mesh)
         options = {"shard_server": self._run.shard_server}
         for mesh, resident, groups in self._groups:
+            reading = {"mesh": mesh, "workers": self._run.workers}
             calls = [samples for _, _, samples in groups]
-            batches = batches_on_device(self._run.dataset.test, resident, calls, mesh=mesh)
+            batches = batches_on_device(self._run.dataset.test, resident, calls, **reading)
             for (number, which, _), batch in zip(groups, batches, strict=True):
-                numbers = np.int32(spec.schedule.test_clients)[which]
-                args = (*batch, numbers, jax.random.fold_in(key, number))
+                args = (*batch, testing[which], jax.random.fold_in(key, number))
                 sums = program.eval_rounds(spec, mesh, state, sums, *args, **options)
         return jax.device_get(sums).means(spec.task)
 
@@ -124,7 +132,7 @@ def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
     """Returns the mesh over which the clients of a run are spread, or its server's part is sharded.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread.
+    client is not spread, nor are those of clients that change from round to round: a device has its clients' data.
 
     Raises:
       ValueError: the clients do not divide over the processes, or a part is to be sharded over several.
@@ -133,7 +141,7 @@ def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
         if (count := jax.process_count()) > 1:
             raise ValueError(f"shard_server must be False with several processes, got True with {count}")
         return shards.mesh_of()
-    if spec.mode.one_at_a_time and jax.process_count() > 1:
+    if spec.mode.hands_parts_on(spec.schedule) or (spec.mode.one_at_a_time and jax.process_count() > 1):
         return None
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
 
@@ -219,7 +227,7 @@ class _Loop:
 
     def _agree(self, losses=None):
         """The losses of all clients, and whether to stop: in all processes where one was asked to."""
-        if jax.process_count() == 1:
+        if processes.count() == 1:
             return None if losses is None else np.asarray(losses), self._asked_to_stop
         return processes.agree(losses, self._asked_to_stop, whole_mesh(self._mesh))
 
@@ -240,17 +248,19 @@ class _Loop:
             headline=self._spec.task.headline,
             total_steps=schedule.total_steps,
             done_steps=self._done,
-            samples_per_step=schedule.clients * schedule.samples / schedule.epoch_steps,
+            samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
-        with bar, stop_on_signal(self._stop), self._events() as write_events:
+        with bar, stop_on_signal(self._stop), self._reader() as self._reads, self._events() as write_events:
             for epoch in range(len(self._history), schedule.epochs):
                 self._train_epoch(epoch, resident, bar)
                 record = self._end_epoch(epoch, evaluate)
                 write_events(record)
                 bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
                 if self._agree()[1]:
+                    self._finish_saving()
                     raise Interrupted
+            self._finish_saving()
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
                 if not plots.available():
@@ -261,6 +271,15 @@ class _Loop:
                 check_part(part, getattr(state, part)[:2], self._done)
         wall = self._wall_seconds()
         return Finished(state, self._history, self._traffic, self._progress["train_seconds"], wall)
+
+    def _reader(self):
+        """What reads training data that are not in memory, over all epochs."""
+        run, split = self._run, self._run.dataset.train
+        if split.in_memory:
+            return contextlib.nullcontext()
+        rows = share_of_process(run.spec.mode.clients_at_once(self._schedule), self._mesh)
+        reads = RunReads(self._schedule, run.client_indices, run.seed, rows)
+        return data.Reader({"train": split}, reads, workers=run.workers)
 
     def _events(self):
         if self._folder is None or not plots.available() or not processes.is_first():
@@ -280,7 +299,8 @@ class _Loop:
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
         began, key = time.monotonic(), train_key(seed)
-        options = {"seed": seed, "epoch": epoch, "done": first, "mesh": self._mesh}
+        read = None if self._reads is None else lambda step: self._reads[epoch * schedule.epoch_steps + step]
+        options = {"done": first, "mesh": self._mesh, "read": read}
         batches = batches_on_device(self._run.dataset.train, resident, calls, **options)
         for inputs, labels, index in batches:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
@@ -296,17 +316,20 @@ class _Loop:
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
             bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
-            if stops:
+            if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
+                self._finish_saving()
                 raise Interrupted
+            if self._folder is not None:
+                self._folder.checkpoints.check()
         self._progress["train_seconds"] += time.monotonic() - began
 
     def _end_epoch(self, epoch, evaluate):
         sums = jax.device_get(self._sums)
         record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
         if self._schedule.tests_after(epoch):
-            record["test"] = evaluate(self._state)
+            record["test"] = evaluate(self._state, epoch)
             if not self._run.allow_nonfinite:
                 check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
@@ -325,6 +348,11 @@ class _Loop:
             if self._constants is not None:
                 progress[_CONSTANTS] = self._constants
             self._folder.checkpoints.save(self._done, (_to_save(self._spec, self._state), self._sums), progress)
+
+    def _finish_saving(self):
+        """Waits for the last checkpoint, which is written while training goes on."""
+        if self._folder is not None:
+            self._folder.checkpoints.wait()
 
 
 def _traffic_until(spec, history):

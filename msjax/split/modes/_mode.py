@@ -63,8 +63,8 @@ class Mode:
         """Whether the clients average after a step."""
         return False
 
-    def test_clients(self, schedule: Schedule) -> tuple[int, ...]:
-        """Returns the clients that have the trained part: they test, and keep it at the end."""
+    def test_clients(self, schedule: Schedule, epoch: int) -> tuple[int, ...]:
+        """Returns the clients that have the trained part after an epoch, as many after each: they test, and keep it."""
         return everyone(schedule.clients)
 
     def may_checkpoint(self, schedule: Schedule, step: int, every: int) -> bool:
@@ -74,6 +74,10 @@ class Mode:
     def keeps_state(self, schedule: Schedule) -> bool:
         """Whether a client's state outlives its turn; if not, it is handed one when its turn begins."""
         return True
+
+    def hands_parts_on(self, schedule: Schedule) -> bool:
+        """Whether others take part from step to step, and go on with the part that the server has of those before."""
+        return self.one_at_a_time and schedule.clients > 1
 
     # -- What the parties do with exchanges of this mode's own. -----------------------------------------------------
 

@@ -64,7 +64,7 @@ class Sequential(Mode):
         if relayed and position.turn_ends:
             yield Exchange(step, Phase.RETURN_PART, position.clients)
 
-    def test_clients(self, schedule):
+    def test_clients(self, schedule, epoch):
         return (schedule.clients - 1,)
 
     def may_checkpoint(self, schedule, step, every):
