@@ -232,7 +232,7 @@ def build(
       ValueError: a field of the config has a value that does not fit.
     """
     parts = make_parts(cfg, summary, weights=cfg.model.weights) if parts is None else parts
-    mode = make_mode(cfg.mode)
+    mode = make_mode(cfg.mode, seed=cfg.seed)
     counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
     codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
@@ -407,10 +407,17 @@ def _num_outputs(cfg, summary):
     )
 
 
-def make_mode(cfg: config.ModeConfig) -> Mode:
-    """Returns the mode that a config names, with those of the config's fields that it has."""
+def make_mode(cfg: config.ModeConfig, *, seed: int = 0) -> Mode:
+    """Returns the mode that a config names, with those of the config's fields that it has.
+
+    Args:
+      seed: of the draws of clients, where not all of them take part.
+    """
     kind = MODES[cfg.kind]
-    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})
+    known = {field.name for field in dataclasses.fields(config.ModeConfig)}
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind) if field.name in known}
+    # Without draws it is no part of the mode: runs of several seeds are then one to the compiler.
+    return kind(**fields, seed=seed) if cfg.client_fraction < 1 else kind(**fields)
 
 
 def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:

@@ -111,7 +111,7 @@ def listening(tls, **options):
 def answer_to(address, client, tls, token=None):
     connection = Connection(address, tls, token)
     try:
-        connection.send(pb.FromClient(hello=pb.Hello(protocol=3, client=client)))
+        connection.send(pb.FromClient(hello=pb.Hello(protocol=4, client=client)))
         return connection.receive(0.5)
     except ConnectionLost as lost:
         return lost

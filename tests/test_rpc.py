@@ -135,7 +135,7 @@ def test_a_client_measures_its_link_and_not_the_server(tmp_path):
 
 
 def hello(client=0):
-    return pb.FromClient(hello=pb.Hello(protocol=3, client=client))
+    return pb.FromClient(hello=pb.Hello(protocol=4, client=client))
 
 
 def answer_to(address, *messages, token=None):

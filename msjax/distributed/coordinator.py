@@ -24,6 +24,7 @@ from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdi
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
+from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
 
@@ -271,8 +272,9 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            log.info("all clients are ready: training begins, and its first steps compile")
-            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            readies = [self._readies[client] for client in self.membership.active]
+            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(
@@ -283,6 +285,7 @@ class Coordinator:
                 checkpoint_steps=self._checkpoint_steps,
                 failed_save=self.metrics.failed_saves.inc,
                 allow_nonfinite=self.cfg.allow_nonfinite,
+                mesh=shards.mesh_of() if self.cfg.shard_server else None,
             )
         step, clients = self.run.restore()
         if again:

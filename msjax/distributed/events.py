@@ -35,6 +35,8 @@ class ExchangeInfo:
     """Exchanges of one kind are computed by the same compiled programs."""
     donors: tuple[int, ...] = ()
     """Those of `clients` whose next exchange is an entrance `WITH_PART`: its answer may ask one to bring its part."""
+    rounds: bool = False
+    """Whether `clients` are a share that was drawn for a round: the policy's `min_clients` then counts among them."""
 
     @functools.cached_property
     def members(self) -> frozenset[int]:

@@ -6,7 +6,7 @@ carries the actions out, in order, and hands in `TimePassed` at `Membership.wake
 events answer: `RestoreCheckpoint` with `Restored`, and `Advance` with `Computed`; after either, `Opened` names the next
 exchange, or `Ended` says that none is left.
 
-    GATHERING  --all ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
+    GATHERING  --enough ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
                                    ^               |                '--- a client has lost its memory ---.
                                    |               '--no exchange left-->  ENDING  -->  OVER             |
                                    '---------------------------------------------------------------------'
@@ -48,13 +48,19 @@ class Policy:
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
-    """drop: where fewer than these would be left, wait all the same."""
+    """drop: where fewer than these would be left, wait all the same. Where a share of the clients takes part in each
+    round, so many of those must be there, too (or all, where there are fewer)."""
+    start_clients: int | None = None
+    """Training begins when so many are ready; by default, all. Those that come later are let in like those that had
+    been dropped."""
 
     def __post_init__(self):
         if not self.deadline_seconds > 0:
             raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
         if self.min_clients < 1:
             raise ValueError(f"min_clients must be at least 1, got {self.min_clients}")
+        if self.start_clients is not None and self.start_clients < 1:
+            raise ValueError(f"start_clients must be at least 1, or None, got {self.start_clients}")
         if self.stragglers not in ("wait", "drop", "stop"):
             raise ValueError(f"stragglers must be wait, drop or stop, got {self.stragglers!r}")
 
@@ -63,7 +69,7 @@ class Stage(enum.Enum):
     """Where a run is."""
 
     GATHERING = "gathering"
-    """Until all clients are ready."""
+    """Until all clients are ready, or as many as the policy asks for."""
     RESTORING = "restoring"
     """The caller makes the server's state; a new generation begins."""
     COLLECTING = "collecting"
@@ -218,6 +224,8 @@ class Membership:
     first_seconds: tuple[tuple[Kinds, float], ...] = ()
     """How long exchanges took when they were first waited for."""
     lost_memory: bool = False
+    begun: bool = False
+    """Whether training has."""
     stop: str | None = None
     tally: Tally = Tally()
     """Of `clients` and `exchange`."""

@@ -13,7 +13,7 @@ from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class ProtocolError(Exception):

@@ -46,6 +46,8 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         raise ValueError(
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
         )
+    if (start := options.policy.start_clients) is not None and start > cfg.clients:
+        raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
@@ -146,6 +148,10 @@ class ServerProgram:
         """Closes all connections."""
         if self.coordinator.run is not None or self._earlier is not None:
             self._write_counts()
+        try:
+            self._store.wait()
+        except OSError as error:
+            log.error("no checkpoint: %s", error)
         self._servicer.close()
         self._endpoint.close()
 
@@ -261,7 +267,8 @@ class ServerProgram:
         run = self.coordinator.run
         try:
             write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
-            self._store.save(run.schedule.total_steps, run.party)
+            self._store.save(run.schedule.total_steps, self._store.hold(run.party))
+            self._store.wait()
         except OSError as error:
             log.error("no checkpoint of the end: %s", error)
 

@@ -183,12 +183,13 @@ class _Transition:
             raise ValueError("clients must be at least one, got none: nobody has the checkpoint")
         clients = []
         for c, client in enumerate(self.state.clients):
-            active = able is None or c in able
+            # One that had not come when training began comes in later.
+            active = (able is None or c in able) and (client.active or self.state.begun)
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
             known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
-        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False)
+        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False, begun=True)
         self._count_anew()
         for c, client in enumerate(clients):
             if client.active and client.ready:
@@ -243,11 +244,22 @@ class _Transition:
         missing = [c for c, client in enumerate(self.state.clients) if not client.ready]
         if self.state.stop is not None:
             self._stop(self.state.stop)
-        elif not missing:
+        elif len(self.state.clients) - len(missing) >= self._needed_to_start():
+            for c in missing:
+                self._set_client(c, active=False)
             self._restore(again=False)
         elif self._passed(self.state.deadline):
             self._do(do.Warn(f"training waits for {_listed(missing)} to be ready"))
             self._set(deadline=self._later())
+
+    def _needed_to_start(self):
+        start, clients = self.state.policy.start_clients, len(self.state.clients)
+        return clients if start is None else min(start, clients)
+
+    def _quorum(self):
+        """How many of a round's clients must be there."""
+        exchange = self.state.exchange
+        return min(self.state.policy.min_clients, len(exchange.clients)) if exchange.rounds else 0
 
     def _restore(self, *, again):
         generation = self.state.generation + again  # what was sent in the last one does not count in the next
@@ -282,7 +294,7 @@ class _Transition:
 
     def _collect(self):
         state, exchange = self.state, self.state.exchange
-        waits = self._tally.waited_for > 0
+        waits = self._tally.waited_for > 0 or (exchange.entrance is ev.Entrance.FREE and self._lacks_quorum())
         if waits and state.deadline is None and any(client.message is not None for client in state.clients):
             # Those whose turn is later wait as well.
             self._set(deadline=self._later())
@@ -298,6 +310,11 @@ class _Transition:
         missing = [c for c in exchange.clients if state.clients[c].active and c not in here]
         if not self._let_compile(missing):
             self._late(missing, there)
+
+    def _lacks_quorum(self):
+        """Whether too few of a round's clients are active; at its beginning they may still come."""
+        quorum, clients = self._quorum(), self.state.clients
+        return quorum > 0 and sum(clients[c].active for c in self.state.exchange.clients) < quorum
 
     def _learn(self, there):
         """Notes how long an exchange took that was new to those who took part."""
@@ -323,16 +340,18 @@ class _Transition:
 
     def _late(self, missing, there):
         policy, step = self.state.policy, self.state.exchange.step
-        self._do(do.CountStragglers(len(missing)))
-        if policy.stragglers == "stop":
+        if missing:  # none is late where a round lacks its quorum
+            self._do(do.CountStragglers(len(missing)))
+        if missing and policy.stragglers == "stop":
             self._stop(f"{_listed(missing)} did not answer within {policy.deadline_seconds} s")
-        elif self._can_do_without(len(missing)):
+        elif missing and self._can_do_without(len(missing)) and len(there) >= self._quorum():
             self._do(do.Warn(f"step {step} goes on without {_listed(missing)}"))
             for c in missing:
                 self._drop(c, alive=False)
             self._advance(there)
         else:
-            self._do(do.Warn(f"step {step} waits for {_listed(missing)}"))
+            away = [c for c in self.state.exchange.clients if c not in there]
+            self._do(do.Warn(f"step {step} waits for {_listed(away)}"))
             self._set(deadline=self._later(), late=True)
 
     def _can_do_without(self, count):

@@ -25,8 +25,8 @@ def epoch_calls(order: np.ndarray, batch_size: int, steps_per_call: int) -> list
 
 
 def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_call: int) -> list[np.ndarray]:
-    """Cuts an epoch's order (K, n) into calls; in turns, of (S, 1, B) of the client whose turn it is."""
-    if not schedule.mode.one_at_a_time:
+    """Cuts an epoch's order (K, n) into calls; in turns or rounds, of (S, M, B) of the M clients that take part."""
+    if not schedule.mode.hands_parts_on(schedule):
         return epoch_calls(order, schedule.batch_size, steps_per_call)
     calls = []
     for step in range(schedule.epoch_steps):
@@ -34,10 +34,22 @@ def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_
         if position.turn_starts:
             start = position.start
         if position.turn_ends:
-            (client,) = position.clients
-            turn = order[client : client + 1, start : position.stop]
+            turn = order[list(position.clients), start : position.stop]
             calls += epoch_calls(turn, schedule.batch_size, steps_per_call)
     return calls
+
+
+def client_groups(clients: int, mesh: Mesh | None, size: int | None) -> list[np.ndarray]:
+    """Returns which of so many clients are computed at the same time: `size` of each device, group after group.
+
+    Args:
+      mesh: over which the clients are spread, in their order, if it divides them.
+      size: of a group on one device; None for all clients at once.
+    """
+    devices = mesh.size if mesh is not None and clients % mesh.size == 0 else 1
+    by_device = np.arange(clients).reshape(devices, -1)
+    size = by_device.shape[1] if size is None else size
+    return [by_device[:, start : start + size].ravel() for start in range(0, by_device.shape[1], size)]
 
 
 class Resident(NamedTuple):
