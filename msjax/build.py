@@ -475,6 +475,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
                 f"data.missing must be 'refuse' where data.name is a function of a preset, which can fill values in "
                 f"itself, got {cfg.data.missing!r}"
             )
+        _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if cfg.model.name == models.DECODER or cfg.data.name.endswith(".txt"):
         return _load_text(cfg, cache_dir)
@@ -483,7 +484,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
-    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share")
+    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}
     try:
         return data.load(cfg.data.name, **where, **options)
@@ -496,8 +497,14 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         ) from None
 
 
+def _refuse_streamed(cfg, what):
+    if cfg.data.streamed:
+        raise ValueError(f"data.streamed must be None or False where data.name is {what}, got True")
+
+
 def _load_text(cfg, cache_dir):
     """Blocks of tokens; of a decoder such as it has."""
+    _refuse_streamed(cfg, "a file of texts, which is read whole")
     if not cfg.data.name.endswith((".txt", ".csv")):
         raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
     if cfg.data.tokenizer is None:
@@ -519,6 +526,8 @@ def _load_text(cfg, cache_dir):
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
     options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
+    if cfg.streamed is not None:
+        options["streamed"] = cfg.streamed
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
     if cfg.name.endswith(".npz"):

@@ -32,10 +32,14 @@ def through_bytes(message):
 
 
 class MemoryStore:
-    """Checkpoints as `stores` keeps them, in a dict that outlives the party; `full` makes them fail."""
+    """Checkpoints as `stores` keeps them, in a dict that outlives the party; `full` makes them fail.
+
+    With `slow` they are not complete before `wait`: what was begun is gone where the party dies before.
+    """
 
     def __init__(self, saved, progress=None):
         self.saved, self._progress, self.full = saved, progress, False
+        self.slow, self.begun = False, {}
 
     def steps(self):
         return sorted(self.saved)
@@ -46,13 +50,25 @@ class MemoryStore:
     def save(self, step, party):
         if self.full:
             raise OSError(28, "No space left on device")
-        if self._progress is None:
-            self.saved[step] = jax.tree.map(np.array, party)
-        elif step not in self.saved:
-            kept = copy.deepcopy((self._progress, party.train, party.test))
-            state, memory = jax.tree.map(np.array, (party.state, party.memory))
-            self.saved[step] = state, memory, party.part_in_transit, kept
-            self.prune(step)
+        self.wait()
+        if step not in self.saved:
+            self.begun[step] = party if self._progress is not None else jax.tree.map(np.array, party)
+        if not self.slow:
+            self.wait()
+
+    def hold(self, party):
+        kept = copy.deepcopy((self._progress, party.train, party.test))
+        state, memory = jax.tree.map(np.array, (party.state, party.memory))
+        return state, memory, party.part_in_transit, kept
+
+    def check(self):
+        pass
+
+    def wait(self):
+        self.saved |= self.begun
+        if self._progress is not None and self.begun:
+            self.prune(max(self.begun))
+        self.begun.clear()
 
     def restore(self, step, like):
         if self._progress is None:

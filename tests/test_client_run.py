@@ -68,10 +68,10 @@ class Party:
 
 
 class Store:
-    """Checkpoints in a dict."""
+    """Checkpoints in a dict; with `slow` complete only once they are waited for."""
 
     def __init__(self):
-        self.saved, self.full = {}, False
+        self.saved, self.begun, self.full, self.slow = {}, {}, False, False
 
     def steps(self):
         return sorted(self.saved)
@@ -79,7 +79,17 @@ class Store:
     def save(self, step, state):
         if self.full:
             raise OSError(28, "No space left on device")
-        self.saved[step] = state
+        self.wait()
+        self.begun[step] = state
+        if not self.slow:
+            self.wait()
+
+    def check(self):
+        pass
+
+    def wait(self):
+        self.saved |= self.begun
+        self.begun = {}
 
     def restore(self, step, like):
         return self.saved[step]
@@ -175,6 +185,19 @@ def test_a_client_says_where_it_could_not_save(run):
     run._store.full = False
     assert go_to(run, 2, Phase.FEATURES, 0).request.request.saved
     assert run._store.steps() == [2]
+
+
+def test_a_client_says_what_is_complete_and_not_what_it_has_begun(run):
+    run._store.slow = True
+    request = go_to(run, 1, Phase.FEATURES, 0).request.request
+    assert request.saved and request.saved_step == 0
+    run._store.wait()
+    assert run.request.request.saved_step == 0 and go_to(run, 1, Phase.AVERAGE, 0).request.request.saved_step == 1
+    go_to(run, 2, Phase.FEATURES, 0)
+    run.start(pb.Start(generation=2, step=2))  # who goes back waits for what was begun
+    assert run.party.state == (1, Phase.TEST, 2) and run.request.request.saved_step == 2
+    run.start(pb.Start(generation=3, step=1))
+    assert run.request.request.saved_step == 1
 
 
 def test_the_end_is_saved_though_no_step_follows(run):

@@ -24,6 +24,7 @@ def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (10, 20):
         checkpoints.save(step, TREE, {"step": step})
+    checkpoints.wait()
     yield tmp_path / "checkpoints", checkpoints
     checkpoints.close()
 

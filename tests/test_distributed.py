@@ -214,6 +214,55 @@ def test_no_checkpoint_of_the_server_where_a_client_could_not_save_its_own(tmp_p
         it.assert_equal_to_program()
 
 
+def test_the_server_has_no_checkpoint_that_a_client_has_not_finished(tmp_path):
+    """A client's of step 2 is being written when it and the server die: all go back to where it has one."""
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores[1].slow = True
+        it.run_to(3)
+        assert it.stores[1].begun and it.stores[0].steps() == [2] and it.stores["server"].latest() is None
+        it.kill(1)  # and what it had begun is gone
+        it.kill_server()
+        it.start_client(1)
+        it.start_server()
+        it.run()
+        assert [position for _, position in it.order].count((0, Phase.FEATURES, 0)) == 2
+        assert it.stores["server"].latest() == 4
+        it.assert_equal_to_program()
+
+
+def test_a_checkpoint_that_is_finished_late_counts_from_then_on(tmp_path):
+    """The server keeps its state of then, and clients keep what they may have to go back to; the server's is slow."""
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores[1].slow = it.stores["server"].slow = True
+        it.run_to(2)
+        assert it.stores["server"].latest() is None and not it.stores["server"].begun
+        it.stores[1].wait()
+        it.run_to(3)
+        assert it.stores["server"].latest() is None and list(it.stores["server"].begun) == [2]
+        it.run_to(4)
+        assert it.stores[0].steps() == [2, 4] and it.counted("failed_saves") == 0
+        it.restart(1)  # the server waits for what it was writing, and all go back to step 2
+        it.run()
+        positions = [position for _, position in it.order]
+        assert positions.count((1, Phase.FEATURES, 0)) == 1 and positions.count((2, Phase.FEATURES, 0)) == 2
+        it.assert_equal_to_program()
+
+
+def test_a_checkpoint_that_is_not_finished_before_the_next_is_missed(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores[1].slow = True
+        it.run_to(4)
+        assert it.stores["server"].latest() is None and it.counted("failed_saves") == 1
+        it.run()
+        it.assert_equal_to_program()
+
+
 def test_old_copies_behind_the_new_request_change_nothing(tmp_path):
     """They come while it waits for another client's: its place is taken, its answer is that of the new one."""
     said = []

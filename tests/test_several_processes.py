@@ -13,15 +13,16 @@ import jax
 import numpy as np
 import pytest
 
+from msjax.cli import hosts
 from msjax.cli import main as cli
 from msjax.parts import load_part
 from msjax.runs import RunFolder
-from msjax.training import loop
+from msjax.split.finite import NonFiniteError
+from msjax.training import Interrupted, loop, processes
 
 from . import setups, two_processes
 
 SECONDS = 400
-pytestmark = pytest.mark.slow
 
 
 def free_port():
@@ -36,16 +37,16 @@ class Pair:
     def __init__(self, path):
         self._path, self._all = path, []
 
-    def start(self, command, environment=None, **options):
-        """Starts both; `command` is from a process's number to its arguments."""
+    def start(self, command, variables=lambda number: {}, **options):
+        """Starts both; from a process's number `command` is to its arguments, `variables` to more environment."""
         flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
         started = []
         for number in (0, 1):
             with (self._path / f"{number}.log").open("ab") as log:
                 arguments = (sys.executable, *command(number))
                 streams = {"stdout": log, "stderr": subprocess.STDOUT}
-                variables = (os.environ if environment is None else environment) | {"XLA_FLAGS": flags}
-                started.append(subprocess.Popen(arguments, env=variables, **streams, **options))
+                environment = os.environ | {"XLA_FLAGS": flags} | variables(number)
+                started.append(subprocess.Popen(arguments, env=environment, **streams, **options))
         self._all += started
         return started
 
@@ -84,6 +85,7 @@ def of_run(arrays, name):
     return {key.removeprefix(f"{name}: "): value for key, value in arrays.items() if key.startswith(f"{name}: ")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", two_processes.RUNS)
 def test_two_processes_train_as_one(name, trained, monkeypatch):
     """On as many devices in all. Only the order of the sums over devices differs; without such sums nothing does."""
@@ -96,9 +98,10 @@ def test_two_processes_train_as_one(name, trained, monkeypatch):
         if cfg.mode.kind == "sequential" or "traffic" in key:
             np.testing.assert_array_equal(found[key], value, err_msg=key)
         else:
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_both_processes_end_with_the_same_bits(trained):
     (first, second), *_ = trained
     assert first.keys() == second.keys()
@@ -106,6 +109,7 @@ def test_both_processes_end_with_the_same_bits(trained):
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_process_reads_its_clients_samples_alone(trained):
     """Those of two clients of four: streamed it reads no others, in memory its devices hold no others."""
     arrays, found, _ = trained
@@ -116,9 +120,10 @@ def test_a_process_reads_its_clients_samples_alone(trained):
         assert one["rows"] == [len(indices) for indices in one["held"][:2]]
     streamed, in_memory = (of_run(arrays[0], name) for name in ("streamed", "parallel"))
     for name, value in in_memory.items():
-        np.testing.assert_allclose(streamed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_errors_are_raised_in_all_processes(trained):
     first, second = (found["errors"] for found in trained[1])
     message = "optim.learning_rate must be the same in all processes, got 0.05 in process 0 and 0.25 in process 1"
@@ -131,12 +136,13 @@ def test_errors_are_raised_in_all_processes(trained):
     assert first["NaN"] == second["NaN"] and "the loss of all clients must be finite, got nan" in first["NaN"]
 
 
+@pytest.mark.slow
 def test_msjax_train_takes_the_processes_that_it_finds(trained):
     """One of them writes the folder, with the parts and the checkpoints of both."""
     (arrays, _), _, path = trained
     expected = two_processes.train_own(None)
     for name, part in (("client", expected.client), ("server", expected.server)):
-        np.testing.assert_allclose(arrays[f"own: {name}"], part.params["w"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays[f"own: {name}"], part.params["w"], rtol=1e-5, atol=1e-5)
         written = load_part(path / "own" / f"{name}.safetensors")
         np.testing.assert_array_equal(jax.tree.leaves(written.params)[0], arrays[f"own: {name}"])
     again = two_processes.train_own(str(path / "own"))  # which had ended
@@ -157,13 +163,14 @@ def wait_for_epoch(pair, folder, epoch):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers(tmp_path, monkeypatch, capsys):
     """SIGTERM at one stops both; with one killed the other ends; one process then goes on alone."""
     pair, folder = Pair(tmp_path), tmp_path / "runs/run"
 
     def start(*arguments):
         where = ("--distributed", "--coordinator-address", f"localhost:{free_port()}", "--num-processes", "2")
-        where = (*where, "--heartbeat-seconds", "20")
+        where = (*where, "--heartbeat-seconds", "12")
         main = "from msjax.cli import main; main.main()"
         return pair.start(lambda n: ("-c", main, "train", *where, "--process-id", str(n), *arguments), cwd=tmp_path)
 
@@ -187,7 +194,7 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
         killed == -signal.SIGKILL
         and "if one of the 2 processes ends, start all again with msjax train --resume" in said
     )
-    # In a computation of both it notices at once; where it waits for the other one to come, JAX ends it.
+    # Where the operation that it is in fails it says so; where that only waits, JAX ends it.
     lost = "process 0 of 2 cannot go on, most likely because another process has ended: "
     aborted = "This most likely indicates that another task died"
     assert (status == 2 and lost in said) or (status == -signal.SIGABRT and aborted in said), said
@@ -200,7 +207,42 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
         for group in ("train", "test") if "test" in other else ("train",):
             assert one[group] == pytest.approx(other[group], rel=1e-3, abs=1e-3)
     parts = [load_part(tmp_path / "runs" / name / "client.safetensors") for name in ("run", "calm")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *(part.params for part in parts))
+    # 120 steps make more of a rounding error, in weights that matter little more than in losses.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3), *(part.params for part in parts))
+
+
+class Exited(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (processes.lost(RuntimeError("Gloo all-reduce failed\nat length")), 2, "all-reduce failed; start them again\n"),
+        (OSError("no space left on device"), 2, "msjax train: no space left on device\n"),
+        (KeyError("a mistake of ours"), 1, "KeyError: 'a mistake of ours'\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_process_that_fails_alone_ends_at_once(error, status, message, monkeypatch, capsys):
+    """Without the exit handlers that would wait for the others; but what all raise alike goes on."""
+
+    def end(code):
+        raise Exited(code)
+
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.os, "_exit", end)
+    monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+    with pytest.raises(Exited) as ended, hosts.ending_together("train", "start them again"):
+        raise error
+    assert ended.value.args == (status,) and capsys.readouterr().err.endswith(message)
+    for common in (Interrupted(), NonFiniteError("the loss")):
+        with pytest.raises(type(common)), hosts.ending_together("train", "start them again"):
+            raise common
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 1)
+    with pytest.raises(type(error)), hosts.ending_together("train", "start them again"):
+        raise error
 
 
 def test_options_of_several_processes_are_checked_before_they_meet(capsys):
@@ -218,22 +260,27 @@ def test_options_of_several_processes_are_checked_before_they_meet(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_study_runs_in_several_processes(tmp_path):
+@pytest.mark.slow
+def test_a_study_runs_in_several_processes_as_slurm_describes_them(tmp_path):
     """Each run in all of them, with one record; measurements wait for a call in one process."""
-    pair, port = Pair(tmp_path), free_port()
+    pair = Pair(tmp_path)
     code = (
         "import dataclasses, pathlib, sys\n"
         "from experiments import driver, study\n"
         "cfg = dataclasses.replace(study.base('smoke'), out='runs')\n"
         "wanted = {'trained': cfg, 'measured': study.Measured(cfg, 'experiments.some:rows')}\n"
-        f"among = dict(distributed=True, coordinator_address='localhost:{port}', num_processes='2',\n"
-        "             process_id=sys.argv[1], heartbeat_seconds=None)\n"
+        "among = dict.fromkeys(driver._AMONG) | {'distributed': True}\n"
         "results = pathlib.Path('results')\n"
         "sys.exit(driver.run_missing('smoke', wanted, command='the command', results=results, among=among))\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def slurm(number):
+        found = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+        found |= {"SLURM_PROCID": number, "SLURM_LOCALID": number, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return {name: str(value) for name, value in found.items()}
+
     try:
-        both = pair.start(lambda number: ("-c", code, str(number)), cwd=tmp_path, environment=environment)
+        both = pair.start(lambda number: ("-c", code), variables=slurm, cwd=tmp_path)
         assert pair.wait(*both) == [0, 0], pair.log(0) + pair.log(1)
     finally:
         pair.close()

@@ -306,7 +306,7 @@ def read(split, calls, **options):
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(monkeypatch):
-    def batches(source, indices, *, seed, epoch, start=0):
+    def batches(source, indices, *, seed, epoch, start=0, workers=None):
         return ((np.full((1,), n), indices[n]) for n in range(start, len(indices)))
 
     monkeypatch.setattr(batching.data, "batches", batches)
@@ -348,7 +348,7 @@ def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
     run = load_run(cfg)
     keys = []
 
-    def rounds(spec, mesh, state, sums, inputs, labels, order, clients, key):
+    def rounds(spec, mesh, state, sums, inputs, labels, order, clients, key, **options):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return sums._replace(samples=sums.samples + 1)
 

@@ -93,7 +93,7 @@ def ending_together(command: str, advice: str) -> Iterator[None]:
             print(f"msjax {command}: {shorten(str(error))}; {advice}", file=sys.stderr)
         elif isinstance(error, EXPECTED):
             print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
-        else:
+        elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exception(error)
         # No exit handlers: JAX's would wait for the other processes.
         sys.stdout.flush()

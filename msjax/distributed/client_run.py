@@ -21,7 +21,8 @@ class ClientRun:
 
     Args:
       party: the client as it is before the first step.
-      store: of checkpoints, with `steps()`, `save(step, checkpoint)`, `restore(step, like)`, `prune(step)`.
+      store: of checkpoints, with `steps()`, `save(step, checkpoint)`, `check()`, `wait()`, `restore(step, like)`,
+        `prune(step)`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
     """
 
@@ -30,6 +31,7 @@ class ClientRun:
         self._initial = party.checkpoint()
         self.generation = 0
         self.checkpoint_steps = 0
+        self._due = 0  # the step of the last checkpoint of this generation
         self.exchange: Exchange | None = None
         """Where it is; None at the end."""
         self.request: pb.FromClient | None = None
@@ -53,7 +55,8 @@ class ClientRun:
         known = start.generation == self.generation and not start.part
         if known and (self.exchange is None or start.step <= self.exchange.step):
             return
-        self.generation = start.generation
+        self._without_failing(self._store.wait)
+        self.generation, self._due = start.generation, 0
         party = self.party
         party.begin()
         if start.part:
@@ -108,28 +111,39 @@ class ClientRun:
         self.exchange, self._following = self._following, next(self._exchanges, None)
         self.request, self._early = self._early, None
         if self.exchange is None:
-            self._save_at(self.party.schedule.total_steps)  # should this process die before it has written its part
+            # Should this process die before it has written its part.
+            self._save_at(self.party.schedule.total_steps)
+            self._without_failing(self._store.wait)
         elif self.request is None:
             self.request = self._make(self.exchange)
 
     def _make(self, exchange):
         party = self.party
-        fields = {"generation": self.generation, "saved": self._save(exchange), "compression": self._compression}
+        fields = {"generation": self.generation, "saved": self._save(exchange), "saved_step": self._saved_step()}
+        fields["compression"] = self._compression
         if self._brings_part:
             fields["part"] = messages.encode_part(party.part(), party.spec, self._compression)
             self._brings_part = False
         return messages.to_request(party.send(exchange), exchange, party.spec, **fields)
 
     def _save(self, exchange):
-        """Whether there is a checkpoint of the state before this step, where there should be one."""
+        """Whether a checkpoint of the state before this step is there or begun, where there should be one."""
+        self._without_failing(self._store.check)
         return self.party.may_checkpoint(exchange, self.checkpoint_steps) and self._save_at(exchange.step)
 
     def _save_at(self, step):
-        if step in self._store.steps():
-            return True
+        self._due = step
+        return step in self._store.steps() or self._without_failing(self._store.save, step, self.party.checkpoint())
+
+    def _saved_step(self):
+        """That of the last checkpoint that was due, where it is complete; else 0."""
+        return self._due if self._due in self._store.steps() else 0
+
+    def _without_failing(self, save, *args):
+        """Whether the store did it; training goes on without."""
         try:
-            self._store.save(step, self.party.checkpoint())
+            save(*args)
         except OSError as error:
-            log.error("no checkpoint at step %d: %s", step, error)
+            log.error("no checkpoint at step %d: %s", self._due, error)
             return False
         return True

@@ -24,6 +24,7 @@ from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdi
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
+from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
 
@@ -284,6 +285,7 @@ class Coordinator:
                 checkpoint_steps=self._checkpoint_steps,
                 failed_save=self.metrics.failed_saves.inc,
                 allow_nonfinite=self.cfg.allow_nonfinite,
+                mesh=shards.mesh_of() if self.cfg.shard_server else None,
             )
         step, clients = self.run.restore()
         if again:

@@ -157,6 +157,9 @@ class ConnectOptions(LinkOptions):
     looked for in `weights`, where that is a folder."""
     cache_dir: str | None = None
     """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
+    workers: int | None = None
+    """Processes that read data that are streamed; 0 for threads. By default one fewer than this machine has cores, and
+    threads where it has two or there is little to read. Of several clients on one machine each has its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,8 @@ class ClientOptions(ConnectOptions):
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
         check_positive(self, "retry_seconds", "answer_seconds")
+        if self.workers is not None:
+            integer("workers", self.workers, 0)
         folder_to_be("state", self.folder())
         if self.weights is not None:
             existing_file_or_folder("weights", self.weights, within="config.json")

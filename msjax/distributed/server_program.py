@@ -148,6 +148,10 @@ class ServerProgram:
         """Closes all connections."""
         if self.coordinator.run is not None or self._earlier is not None:
             self._write_counts()
+        try:
+            self._store.wait()
+        except OSError as error:
+            log.error("no checkpoint: %s", error)
         self._servicer.close()
         self._endpoint.close()
 
@@ -263,7 +267,8 @@ class ServerProgram:
         run = self.coordinator.run
         try:
             write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
-            self._store.save(run.schedule.total_steps, run.party)
+            self._store.save(run.schedule.total_steps, self._store.hold(run.party))
+            self._store.wait()
         except OSError as error:
             log.error("no checkpoint of the end: %s", error)
 

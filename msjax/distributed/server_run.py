@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo, Key
@@ -29,14 +30,24 @@ class Came(NamedTuple):
     message: parties.Message
 
 
+class _Held(NamedTuple):
+    """A checkpoint that is not written before the clients' own are complete."""
+
+    step: int
+    content: Any
+    waits_for: set[int]
+
+
 class ServerRun:
     """Made when all clients are ready; `restore` comes first.
 
     Args:
-      store: of checkpoints: `latest()`, `save(step, server)`, `restore(step, server)`, `forget(server)`.
+      store: of checkpoints: `latest()`, `hold(server)`, `save(step, held)`, `check()`, `wait()`,
+        `restore(step, server)`, `forget(server)`.
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
       allow_nonfinite: whether to go on where a loss is not finite.
+      mesh: over whose devices the server's part is sharded; None for one device.
     """
 
     def __init__(
@@ -49,12 +60,14 @@ class ServerRun:
         checkpoint_steps: int,
         failed_save: Callable[[], None],
         allow_nonfinite: bool = False,
+        mesh: Mesh | None = None,
     ):
         self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
+        self._held: _Held | None = None
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
@@ -66,7 +79,9 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.spec, self._initial, self._seed)
+        party = parties.Server(self.spec, self._initial, self._seed, mesh=self._mesh)
+        self._held = None  # nobody can be told any more that it is there
+        self._checked(self._store.wait)
         step = self._store.latest()
         if step is None:
             self._store.forget(party)
@@ -102,7 +117,10 @@ class ServerRun:
         """
         if not came:
             return {}  # everyone who should have taken part was dropped
-        self._maybe_save(came)
+        self._checked(self._store.check)
+        self._write_held(came)
+        self._hold(came)
+        self._write_held(came)
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
         took_part = self.exchange._replace(clients=tuple(came))
         self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
@@ -132,8 +150,8 @@ class ServerRun:
         """That of the last checkpoint."""
         return self._store.latest() or 0
 
-    def _maybe_save(self, came):
-        """Saves where the schedule allows and every client has."""
+    def _hold(self, came):
+        """Keeps what is to be saved where the schedule allows and every client saves, too."""
         exchange, schedule = self.exchange, self.schedule
         relayed = self.party.passes_parts_on
         # In turns the server holds the part that goes round when a turn begins, and no client has to save anything.
@@ -141,17 +159,38 @@ class ServerRun:
             return
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
+        if self._held is not None:
+            self._missed(self._held.step, "a client has not saved before the next was due")
+            self._held = None
         if not relayed and not all(it.request.saved for it in came.values()):
-            log.warning("no checkpoint at step %d: a client could not save", exchange.step)
-            self._failed_save()
+            self._missed(exchange.step, "a client could not save")
             return
         self._progress[_CLIENTS] = sorted(came)
+        self._held = _Held(exchange.step, self._store.hold(self.party), set() if relayed else set(came))
+
+    def _write_held(self, came):
+        """Begins to write what is held, once every client has said that its own of this step is complete.
+
+        So the last that is on disk is never newer than the clients', whoever dies when.
+        """
+        if (held := self._held) is None:
+            return
+        held.waits_for.difference_update({c for c, it in came.items() if it.request.saved_step == held.step})
+        if not held.waits_for:
+            self._held = None
+            self._checked(self._store.save, held.step, held.content)
+
+    def _checked(self, save, *args):
         try:
-            self._store.save(exchange.step, self.party)
+            save(*args)
         except OSError as error:
             # Training goes on; what is lost, should the server die, is the time since the last checkpoint.
-            log.error("no checkpoint at step %d: %s", exchange.step, error)
+            log.error("no checkpoint: %s", error)
             self._failed_save()
+
+    def _missed(self, step, why):
+        log.warning("no checkpoint at step %d: %s", step, why)
+        self._failed_save()
 
 
 def _info(schedule, exchange):

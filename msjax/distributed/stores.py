@@ -1,8 +1,9 @@
 """Checkpoints of one party by step, as they are kept in a run over a network."""
 
+import copy
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,16 +22,24 @@ class ClientStore:
     The server's last checkpoint is never newer than the clients', so a client keeps what the server may go back to.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self._checkpoints = Checkpoints(pathlib.Path(path))
+    def __init__(self, path: str | os.PathLike, *, keep: int | None = None):
+        self._checkpoints = Checkpoints(pathlib.Path(path), keep=keep)
 
     def steps(self) -> list[int]:
-        """Returns the steps of which there is a checkpoint."""
+        """Returns the steps of which there is a complete checkpoint."""
         return self._checkpoints.steps()
 
     def save(self, step: int, checkpoint: Any) -> None:
-        """Saves `Client.checkpoint()` before a step; raises OSError where it cannot be written."""
+        """Begins to save `Client.checkpoint()` before a step; raises OSError as `Checkpoints.save` does."""
         self._checkpoints.save(step, checkpoint)
+
+    def check(self) -> None:
+        """Raises OSError where what was begun could not be written; does not wait."""
+        self._checkpoints.check()
+
+    def wait(self) -> None:
+        """Waits until what was begun is complete; raises OSError where it could not be written."""
+        self._checkpoints.wait()
 
     def restore(self, step: int, like: Any) -> Any:
         """Returns what was saved before a step."""
@@ -45,6 +54,13 @@ class ClientStore:
         self._checkpoints.close()
 
 
+class Held(NamedTuple):
+    """What a server's checkpoint is to have, while training goes on: arrays that do not change, and copies."""
+
+    tree: dict[str, Any]
+    progress: dict[str, Any]
+
+
 class ServerStore(ClientStore):
     """The server's part, the part that goes round in sequential mode, and the sums of the epoch under way.
 
@@ -54,7 +70,7 @@ class ServerStore(ClientStore):
     """
 
     def __init__(self, path: str | os.PathLike, progress: dict[str, Any]):
-        super().__init__(path)
+        super().__init__(path, keep=1)
         self._progress = progress
         self._digest: tuple[Any, str | None] | None = None
 
@@ -71,16 +87,19 @@ class ServerStore(ClientStore):
         """Returns the step of the newest checkpoint, or None."""
         return self._checkpoints.latest()
 
-    def save(self, step: int, party: Server) -> None:
-        """Saves the server's state before a step, and deletes older ones; raises OSError where it cannot be written."""
+    def hold(self, party: Server) -> Held:
+        """Returns what is to be saved of the server as it is now."""
         tree = _to_save(party)
         if party.part_in_transit is not None:
             tree["relayed"] = party.part_in_transit
         sums = {"train": _to_json(party.train), "test": _to_json(party.test)}
         digest_ = self._digest_of_constants(party)
         constants = {} if digest_ is None else {_CONSTANTS: digest_}
-        self._checkpoints.save(step, tree, sums | constants | self._progress)
-        self.prune(step)
+        return Held(tree, copy.deepcopy(sums | constants | self._progress))
+
+    def save(self, step: int, held: Held) -> None:
+        """Begins to save the server's state before a step, in place of older ones; raises OSError as of a client."""
+        self._checkpoints.save(step, *held)
 
     def restore(self, step: int, party: Server) -> None:
         """Puts the server's state before a step into `party`.

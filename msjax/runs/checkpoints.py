@@ -1,4 +1,8 @@
-"""Checkpoints of a state by step, kept by Orbax; each is complete or not there, and read as it was written."""
+"""Checkpoints of a state by step, kept by Orbax; each is complete or not there, and read as it was written.
+
+They are written while training goes on: `save` returns once the state is copied to the host, and a thread writes it
+under a temporary name, with the sums of its files, and renames it. What counts as saved is what has its final name.
+"""
 
 import contextlib
 import functools
@@ -6,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +21,12 @@ import orbax.checkpoint as ocp
 from msjax.runs.files import write_atomically
 
 _SUMS = "checksums.json"
+_ITEMS = ("state", "progress")
+"""The folders in that of a checkpoint; what else is there Orbax writes after the sums: times, and that it is done."""
 
-
-_IS_READ_ONLY = "Given directory is read only"  # a warning of Orbax, of what was asked for
+# Warnings of Orbax: of what was asked for, and of what `wait` has taken, which it takes for time that training lost.
+_IS_READ_ONLY = "Given directory is read only"
+_HAS_WAITED = "Waiting for previous save to complete took"
 
 
 class DamagedError(OSError):
@@ -36,15 +44,19 @@ class Checkpoints:
 
     def __init__(self, path: str | os.PathLike, *, keep: int | None = None, read_only: bool = False):
         self._path, self._keep, self._read_only = pathlib.Path(path), keep, read_only
+        self._writing: int | None = None  # the step of what was begun last, until it was waited for
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         # Made when it is needed: it starts JAX, and before that the number of CPU devices may have to be set.
-        # Orbax writes under a temporary name and renames, so a checkpoint that is there is complete.
+        # Orbax writes under a temporary name and renames, so a checkpoint that is there is complete. The callback comes
+        # before it renames, and makes it fail where it raises.
+        writes = None if self._read_only else ocp.AsyncOptions(post_finalization_callback=self._write_sums)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if self._read_only else self._keep,
             create=not self._read_only,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=not self._read_only,
+            async_options=writes,
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
@@ -53,39 +65,87 @@ class Checkpoints:
             return ocp.CheckpointManager(self._path.absolute(), options=options)
 
     def steps(self) -> list[int]:
-        """Returns the steps of which there is one, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Returns the steps of which there is one, complete on disk, oldest first."""
+        return sorted(step for step in self._manager.all_steps() if step != self._writing or self._is_there(step))
 
     def latest(self) -> int | None:
         """Returns the step of the newest, or None."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, tree: Any, progress: dict[str, Any] | None = None) -> None:
-        """Saves the state of a step, unless it is saved already.
+        """Begins to save the state of a step, unless it is saved already; first waits for what was begun before.
+
+        The arrays are copied before it returns: the caller may give them away.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: it cannot be written, or what was begun before could not.
         """
+        self.wait()
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress or {}))
+        progress = json.loads(json.dumps(progress or {}))  # as it is now: it is written later
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress))
+        self._writing = step
         try:
-            self._manager.save(step, args=args)
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk comes as any of them
-            raise OSError(str(error).splitlines()[0]) from error
-        if jax.process_index():  # of several processes, which save together
+            with _without_warning(_HAS_WAITED):
+                self._manager.save(step, args=args)
+        except _FAILURES as error:
+            self._give_up()
+            raise _as_os_error(error) from error
+
+    def check(self) -> None:
+        """Does nothing but say what went wrong with the last `save`, once it has; does not wait.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was begun is complete on disk.
+
+        Raises:
+          OSError: it could not be written; older ones are as they were.
+        """
+        if self._writing is None:
             return
-        folder = self._path / str(step)
-        # One that a process left without them was written whole all the same, and is read unchecked.
+        try:
+            self._manager.wait_until_finished()
+        except _FAILURES as error:
+            self._give_up()
+            raise _as_os_error(error) from error
+        self._writing = None
+
+    def _give_up(self):
+        """Forgets what could not be written, and makes room."""
+        step, self._writing = self._writing, None
+        for folder in self._temporary(step):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._manager.reload()  # it has crossed out those that this one was to replace
+
+    def _is_there(self, step):
+        return (self._path / str(step)).exists()
+
+    def _temporary(self, step):
+        return list(self._path.glob(f"{step}.orbax-checkpoint-tmp*"))
+
+    def _write_sums(self):
+        """Writes the sums of the files of what is being written, which all are there; of several processes one does."""
+        if jax.process_index():
+            return
+        (folder,) = self._temporary(self._writing)
         write_atomically(folder / _SUMS, json.dumps({name: _crc(folder / name) for name in _files(folder)}))
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state of a step, in the structure of `like`, and what was remembered beside it.
 
         Raises:
+          OSError: as of `wait`, which comes first.
           DamagedError: a file is missing or not as it was written; it names that, and the newest intact checkpoint.
           ValueError: the checkpoint has another structure, or cannot be read.
         """
+        self.wait()
         if (damaged := self._damaged(step)) is not None:
             intact = max((s for s in self.steps() if s < step and self._damaged(s) is None), default=None)
             hint = "there is no intact one before it" if intact is None else f"that of step {intact} is intact"
@@ -122,9 +182,25 @@ class Checkpoints:
                 self._manager.delete(step)
 
     def close(self) -> None:
-        """Waits for what is being written, and lets go of the folder."""
-        if "_manager" in vars(self):
+        """Waits for what is being written, and lets go of the folder.
+
+        Raises:
+          OSError: as of `wait`.
+        """
+        if "_manager" not in vars(self):
+            return
+        try:
+            self.wait()
+        finally:
             self._manager.close()
+
+
+_FAILURES = (OSError, ValueError, RuntimeError)
+"""A full disk comes as any of them."""
+
+
+def _as_os_error(error):
+    return OSError((str(error).splitlines() or [repr(error)])[0])
 
 
 @contextlib.contextmanager
@@ -143,8 +219,8 @@ def _without_warning(beginning: str) -> Iterator[None]:
 
 
 def _files(folder):
-    """The names of all files in a checkpoint's folder, relative to it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
+    """The names of the files of a checkpoint that it has sums of, relative to its folder."""
+    files = (path for item in _ITEMS for path in (folder / item).rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 

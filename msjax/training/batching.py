@@ -1,7 +1,7 @@
 """An epoch's order cut into calls of the compiled functions, and the batches that go with each."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,19 @@ def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_
             turn = order[list(position.clients), start : position.stop]
             calls += epoch_calls(turn, schedule.batch_size, steps_per_call)
     return calls
+
+
+def client_groups(clients: int, mesh: Mesh | None, size: int | None) -> list[np.ndarray]:
+    """Returns which of so many clients are computed at the same time: `size` of each device, group after group.
+
+    Args:
+      mesh: over which the clients are spread, in their order, if it divides them.
+      size: of a group on one device; None for all clients at once.
+    """
+    devices = mesh.size if mesh is not None and clients % mesh.size == 0 else 1
+    by_device = np.arange(clients).reshape(devices, -1)
+    size = by_device.shape[1] if size is None else size
+    return [by_device[:, start : start + size].ravel() for start in range(0, by_device.shape[1], size)]
 
 
 class Resident(NamedTuple):
@@ -111,6 +124,8 @@ def batches_on_device(
     epoch: int = 0,
     done: int = 0,
     mesh: Mesh | None = None,
+    read: Callable[[int], tuple[Any, Any]] | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Yields (inputs, labels, order) for each call after the first `done` steps, as `program.train_steps` takes them.
 
@@ -118,17 +133,24 @@ def batches_on_device(
       split: what the batches are of.
       resident: the split on the devices, or None to read it batch by batch: a step at a time, read ahead.
       mesh: over which the clients of the calls are spread. Of several processes each then reads its clients' samples.
+      read: of a split that is not in memory: returns the batch of a step of the calls, by its number; by default
+        `data.batches` reads them.
+      workers: of `data.batches`.
     """
     if resident is not None:
         for call in _after(calls, done):
             yield resident.inputs, resident.labels, call if resident.place is None else resident.place[call]
+        return
+    if read is not None:
+        for step in range(done, sum(map(len, calls))):
+            yield *spread_local(read(step), mesh), None
         return
     for _, group in itertools.groupby(calls, key=lambda call: call.shape):
         steps = np.concatenate(list(group))
         start = min(done, len(steps))
         done -= start
         own = share_of_process(steps.shape[1], mesh)
-        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start):
+        for batch in data.batches(split, steps[:, own], seed=seed, epoch=epoch, start=start, workers=workers):
             yield *spread_local(batch, mesh), None
 
 

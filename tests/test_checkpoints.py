@@ -1,0 +1,129 @@
+"""Checkpoints that are written while training goes on: what is complete, what fails, and what a kill leaves behind."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax.runs import checkpoints as lib
+from msjax.runs.checkpoints import Checkpoints
+
+
+def tree(value):
+    return {"w": jnp.full(300_000, value, jnp.float32), "n": jnp.int32(value)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    it = Checkpoints(tmp_path / "checkpoints", keep=2)
+    yield it
+    it.close()
+
+
+def assert_is(checkpoints, step, value):
+    state, progress = checkpoints.restore(step, tree(0))
+    np.testing.assert_array_equal(state["w"], value)
+    assert int(state["n"]) == value and progress == {"value": value}
+
+
+def test_a_state_that_is_given_away_is_saved_as_it_was(folder):
+    """As `train_steps` gives its state away, and the loop goes on changing its progress."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return jax.tree.map(lambda leaf: leaf + 1, state)
+
+    state, progress = step(tree(0)), {"value": 1}
+    folder.save(1, state, progress)
+    for _ in range(20):
+        state = step(state)
+    progress["value"] = 21
+    assert int(state["n"]) == 21
+    folder.save(21, state, progress)
+    assert_is(folder, 1, 1)
+    assert_is(folder, 21, 21)
+
+
+def test_what_is_being_written_does_not_count(folder, monkeypatch):
+    """Neither for `steps` nor on disk, before all of it is there with its sums."""
+    seen, write = [], lib.write_atomically
+
+    def look(path, content):
+        seen.append((folder.steps(), path.parent.name, sorted(p.name for p in path.parent.parent.iterdir())))
+        write(path, content)
+
+    monkeypatch.setattr(lib, "write_atomically", look)
+    for step in (1, 2):
+        folder.save(step, tree(step), {"value": step})
+        folder.wait()
+        assert folder.steps()[-1] == folder.latest() == step
+    temporary = [f"{step}.orbax-checkpoint-tmp" for step in (1, 2)]
+    assert seen == [([], temporary[0], [temporary[0]]), ([1], temporary[1], ["1", temporary[1]])]
+    assert (folder._path / "2" / "checksums.json").exists()
+
+
+def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monkeypatch):
+    for step in (1, 2):
+        folder.save(step, tree(step), {"value": step})
+    folder.wait()
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lib, "write_atomically", full)
+        folder.save(3, tree(3))
+        with pytest.raises(OSError, match="No space left"):
+            while folder._writing:
+                folder.check()
+        folder.save(4, tree(4))
+        with pytest.raises(OSError, match="No space left"):  # before the next is begun
+            folder.save(5, tree(5))
+    assert folder.steps() == [1, 2] and sorted(p.name for p in folder._path.iterdir()) == ["1", "2"]
+    assert_is(folder, 1, 1)  # which the next one that is written replaces
+    folder.save(6, tree(6), {"value": 6})
+    folder.wait()
+    assert folder.steps() == [2, 6]
+    assert_is(folder, 6, 6)
+
+
+KILLED = """
+import sys, time
+from msjax.runs import checkpoints as lib
+from tests.test_checkpoints import tree
+it = lib.Checkpoints(sys.argv[1], keep=1)
+it.save(1, tree(1), {"value": 1})
+it.wait()
+def stop(path, content):
+    print("in the middle", flush=True)
+    time.sleep(600)
+lib.write_atomically = stop
+it.save(2, tree(2), {"value": 2})
+it.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_never_loses_the_one_before(tmp_path):
+    """All of the second is on disk, but for its name; keep=1, so that it would have replaced the first."""
+    path = tmp_path / "checkpoints"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in the middle\n"
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert sorted(p.name for p in path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
+    it = Checkpoints(path, keep=1)
+    assert it.steps() == [1]
+    assert_is(it, 1, 1)
+    it.save(2, tree(2), {"value": 2})
+    it.close()
+    assert [p.name for p in path.iterdir()] == ["2"]
