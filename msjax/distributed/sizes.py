@@ -62,7 +62,7 @@ def _check(spec, exchange, nbytes, limit, whose, payload):
     if nbytes <= limit:
         return
     helps = []
-    if limit < MOST_MEGABYTES << 20:
+    if limit < _MOST_BYTES:
         helps.append(f"a larger --max-megabytes (up to {MOST_MEGABYTES})")
     if exchange.phase in _BY_BATCH:
         helps += ["a smaller batch_size", "another codec"]
