@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
 
-import grpc
 import jax
 import numpy as np
 
@@ -20,10 +19,11 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator, Stopped
 from msjax.distributed.membership import Policy
 from msjax.distributed.metrics import Metrics
-from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.connection import Connection, channel_options
+from msjax.distributed.options import ListenOptions
+from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens
-from msjax.distributed.rpc.server import TrainServicer
+from msjax.distributed.rpc.server import most_silent
+from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore, ServerStore
 from msjax.split import parties
@@ -106,12 +106,10 @@ class Net:
             progress=progress,
             checkpoint_steps=10**9,
         )
-        workers = futures.ThreadPoolExecutor(2 * clients + 8)
-        self._server = grpc.server(workers, options=channel_options(-1))
-        self._servicer = TrainServicer(Tokens(None), self.metrics)
-        split_pb2_grpc.add_SplitServicer_to_server(self._servicer, self._server)
-        address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
+        self._endpoint = TrainEndpoint(ListenOptions(listen="127.0.0.1:0"), self.metrics, clients)
+        self._servicer = TrainServicer(Tokens(None), self.metrics, most_silent=most_silent(clients))
+        self._endpoint.start(self._servicer)
+        address = str(self._endpoint.address)
         self.link = None if link is None else proxy.Proxy(address, **link)
         self._address = address if link is None else self.link.address
         self.clients: dict[int, parties.Client] = {}
@@ -167,7 +165,7 @@ class Net:
                 for barrier in (ends, self._together):
                     barrier.abort()
                 self._servicer.inbox.put(Stop("a party failed"))
-                self._server.stop(grace=5)  # those who wait for an answer then know that none comes
+                self._endpoint.close()  # those who wait for an answer then know that none comes
         # A barrier that breaks does so for everyone; who broke it says why.
         for error in sorted(failures, key=lambda e: isinstance(e, threading.BrokenBarrierError | Stopped)):
             raise error
@@ -175,7 +173,7 @@ class Net:
     def close(self) -> None:
         """Ends all connections."""
         self._servicer.close()
-        self._server.stop(None).wait()
+        self._endpoint.close()
         if self.link is not None:
             self.link.stop()
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from msjax import build, compress, config, models
+from msjax import build, compress, config, data, models
 from msjax.split.metrics import zero_sums
 from msjax.split.state import TrainState
 from msjax.split.trees import TreeSpec
 from msjax.training import program
+from msjax.training.batching import resident_of_clients
 from msjax.training.devices import make_mesh, replicate, split_cpu
 
 NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
@@ -119,7 +120,8 @@ def make_step(name, classes, side, cut, codec, width, options, *, dtype="float32
     labels = rng.integers(0, classes, count, dtype=np.int32)
     order = np.arange(options.clients * per_client, dtype=np.int32).reshape(1, options.clients, per_client)
     order = np.repeat(order, steps, axis=0)
-    fixed = replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
+    *fixed, place = resident_of_clients(data.Arrays(images, labels), mesh, order[0])
+    order = order if place is None else place[order]
     state = TrainState(built.client, built.server, jnp.int32(0))
     carry = [program.place(built.spec, state, mesh), replicate(zero_sums(built.spec), mesh)]
     everyone = np.arange(options.clients, dtype=np.int32)

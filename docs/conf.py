@@ -24,10 +24,13 @@ extensions = [
     "sphinx_design",
     "sphinxcontrib.programoutput",
 ]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache", "**.ipynb_checkpoints"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the tests execute the notebooks
+nb_execution_mode = "cache"  # a notebook is executed when its text has changed
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # how long XLA took, and the like; errors end the build
 # "ref.python": names of dimensions in types, as in Float[Array, "name"], are no references.
 suppress_warnings = ["config.cache", "ref.python"]
 

@@ -36,7 +36,7 @@ from msjax.cli.main import large_pages
 from msjax.split.metrics import zero_sums
 from msjax.split.state import client_keys, split_key, train_key
 from msjax.training import loop, program
-from msjax.training.batching import schedule_calls
+from msjax.training.batching import resident_of_clients, schedule_calls
 from msjax.training.devices import replicate, split_cpu
 from msjax.training.from_config import load_run
 
@@ -130,7 +130,7 @@ class Ours:
         self._run, self._mesh = run, loop.mesh_of(run.spec)
         self.state = program.place(run.spec, run.state, self._mesh)
         self._sums = replicate(zero_sums(run.spec), self._mesh)
-        self._data = replicate(tuple(map(np.array, (run.dataset.train.inputs, run.dataset.train.targets))), self._mesh)
+        self._data = resident_of_clients(run.dataset.train, self._mesh, run.client_indices)
         self._key, self._clients = train_key(run.seed), np.arange(run.spec.schedule.clients, dtype=np.int32)
         # Compiled apart from the step, which augments for itself.
         self._augment = jax.jit(self._preprocess)
@@ -152,7 +152,9 @@ class Ours:
         return jax.vmap(lambda x, key: self._run.spec.preprocess(x, split_key(key).augment))(x, keys)
 
     def step(self, batch):
-        args = (self.state, self._sums, *self._data, batch, self._clients, self._key)
+        inputs, labels, place = self._data
+        order = batch if place is None else place[batch]
+        args = (self.state, self._sums, inputs, labels, order, self._clients, self._key)
         self.state, self._sums, losses = program.train_steps(self._run.spec, self._mesh, *args)
         return np.asarray(losses)
 

@@ -14,17 +14,23 @@ import sys
 import threading
 import time
 from types import ModuleType
+from typing import Any
 
 from experiments import study
 from msjax import config as config_lib
 from msjax.cli.main import large_pages
 
 INTERRUPTED = 130
+_AMONG = ("coordinator_address", "num_processes", "process_id", "heartbeat_seconds")
 
 
 def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.RESULTS) -> study.Record:
-    """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record."""
+    """Trains, or goes on with it, or measures; in the folder of the run under its config's `out`. Writes the record.
+
+    Of several processes the first one writes it.
+    """
     from msjax import runs  # these start JAX
+    from msjax.training import processes
     from msjax.training.devices import split_cpu
 
     file = results / scale / f"{study.key(run)}.json"
@@ -32,22 +38,26 @@ def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.R
     split_cpu(cfg.clients)
     made = _measure(scale, run) if isinstance(run, study.Measured) else _train(run)
     made |= {"config": config_lib.to_json(config_lib.without_paths(cfg)), "command": command}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists():  # of a network that is trained anew for a measurement the record stands
-        runs.write_atomically(file, runs.to_json(made, indent=1) + "\n")
+
+    def write():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():  # of a network that is trained anew for a measurement the record stands
+            runs.write_atomically(file, runs.to_json(made, indent=1) + "\n")
+
+    processes.from_first(write)
     return made
 
 
 def _train(cfg):
-    from msjax import runs
-    from msjax.training.from_config import load_run, train_config
+    from msjax.training import processes
+    from msjax.training.from_config import load_run_everywhere, open_or_create, train_config
 
     # Before there is a folder, so that a data set that is not there leaves none behind.
-    run = load_run(cfg)
-    folder, cfg = runs.RunFolder.open_or_create(cfg, study.key(cfg))
+    run = load_run_everywhere(cfg)
+    folder, cfg = open_or_create(cfg, study.key(cfg))
     summary = train_config(cfg, folder, run=run)
     folder.close()
-    return summary | {"history": folder.read_history()}
+    return summary | {"history": processes.from_first(folder.read_history)}
 
 
 def _measure(scale, run):
@@ -71,11 +81,22 @@ def _is_trained(cfg):
 
 
 def run_missing(
-    scale: str, wanted: dict[str, study.Run], *, command: str, results: pathlib.Path = study.RESULTS, jobs: int = 1
+    scale: str,
+    wanted: dict[str, study.Run],
+    *,
+    command: str,
+    results: pathlib.Path = study.RESULTS,
+    jobs: int = 1,
+    among: dict[str, Any] | None = None,
 ) -> int:
     """Does those of `wanted` that have no record, each in a process of its own, `jobs` at a time.
 
     Measurements come last, and after the training of networks whose folders they need.
+
+    Args:
+      among: of a run in several processes, which this is, as `cli.hosts.join` takes it; each of them makes the same
+        call, with the same records at hand. Measurements are then left for a call without it, and a run that fails
+        ends the call.
 
     Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
     keep the others from running.
@@ -87,13 +108,15 @@ def run_missing(
         if not _is_trained(run.config):
             trained.setdefault(study.key(run.config), (f"network of {name}", run.config))
     print(f"{len(wanted)} runs at scale {scale}, {len(missing)} to go", flush=True)
-    codes = _run_all(scale, trained, command, results, jobs)
-    if INTERRUPTED not in codes:
+    codes = _run_all(scale, trained, command, results, jobs, among)
+    if measured and among:
+        print(f"{len(measured)} measurements are left for a call without --distributed", flush=True)
+    elif INTERRUPTED not in codes:
         codes |= _run_all(scale, measured, command, results, jobs)
     return INTERRUPTED if INTERRUPTED in codes else int(bool(codes - {0}))
 
 
-def _run_all(scale, todo, command, results, jobs):
+def _run_all(scale, todo, command, results, jobs, among=None):
     """The exit codes of all of `todo`, {key: (name, run)}."""
     stop, children, start = threading.Event(), set(), time.monotonic()
     shares = queue.SimpleQueue()
@@ -110,11 +133,11 @@ def _run_all(scale, todo, command, results, jobs):
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, **options)
         children.add(process)
         cfg, by = run if isinstance(run, study.Measured) else (run, None)
-        process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by}))
+        process.communicate(json.dumps({"config": config_lib.to_json(cfg), "by": by, "among": among}))
         children.remove(process)
         shares.put(cores)
-        if process.returncode == INTERRUPTED:
-            stop.set()
+        if process.returncode == INTERRUPTED or (among and process.returncode):
+            stop.set()  # of several processes another one may be at the next run, or gone
         return process.returncode
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -160,6 +183,10 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     parser.add_argument("--results", type=pathlib.Path, default=study.RESULTS, help="where the records are")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--only", nargs="+", help="names of runs, or the beginning of them")
+    several = parser.add_argument_group("runs in several processes, each of which has this command; see msjax train")
+    several.add_argument("--distributed", action="store_true")
+    for name in _AMONG:
+        several.add_argument(f"--{name.replace('_', '-')}")
     parser.add_argument("--table", action="store_true", help="print what the records say, run nothing")
     options = parser.parse_args()
     # Runs are told to stop by either; a shell that runs something in the background has it ignore the second.
@@ -167,6 +194,10 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if not options.distributed and any(getattr(options, name) is not None for name in _AMONG):
+        parser.error("the options of several processes take --distributed beside them")
+    if options.distributed and options.jobs > 1:
+        parser.error(f"--jobs must be 1 with --distributed, got {options.jobs}")
     if len(studies) > 1 and options.studies:
         if unknown := set(options.studies) - by_name.keys():
             parser.error(f"STUDY must be one of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
@@ -184,7 +215,8 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
         wanted = {name: _placed(run, options) for name, run in wanted.items()}
         command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
         results = options.results.absolute()
-        code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs)
+        among = {name: getattr(options, name) for name in ("distributed", *_AMONG)} if options.distributed else None
+        code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs, among=among)
     for module in studies:
         page = module.report(options.scale, study.records(module, options.scale, options.results))
         print(f"\n## {module.TITLE}\n\n{page.text}")
@@ -214,13 +246,26 @@ def _one_run(scale: str, results: str, command: str, *cores: str) -> int:
     try:
         given = json.load(sys.stdin)
         cfg = config_lib.from_json(given["config"], own_code=True)
-        do(scale, study.Measured(cfg, given["by"]) if given["by"] else cfg, command, pathlib.Path(results))
+        run = study.Measured(cfg, given["by"]) if given["by"] else cfg
+        if given.get("among") is None:
+            do(scale, run, command, pathlib.Path(results))
+        else:
+            _do_among(given["among"], scale, run, command, pathlib.Path(results))
     except (training.Interrupted, KeyboardInterrupt):
         return INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"{given['config']['model']['name']}, {given['config']['data']['name']}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _do_among(among, *args):
+    """Does a run in one of several processes."""
+    from msjax.cli import hosts
+
+    hosts.join(argparse.Namespace(**among))
+    with hosts.ending_together("train", "start all processes again"):
+        do(*args)
 
 
 if __name__ == "__main__":

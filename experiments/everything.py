@@ -15,6 +15,8 @@ import dataclasses
 import statistics
 import sys
 
+import matplotlib.figure
+
 from benchmarks import timing
 from experiments import both_directions, driver, study
 from msjax import compress, config
@@ -52,6 +54,8 @@ def both_ways(bits, averages):
 
 ARMS = {
     "none": arm(PLAIN, PLAIN),
+    "MS, features alone": arm(compress.MaskEncoded(), PLAIN),
+    "QU, features alone": arm(compress.Uniform(bits=3), PLAIN),
     "the cut alone": arm(),
     "averages 1 bit, gradient's noise 0.3": arm(UP, noisy(0.3), coded(1.0)),
     "averages 1 bit, kept gradient's noise 0.3": low(1.6, 1.0),
@@ -67,8 +71,10 @@ ARMS = {
     "averages 0.5 bits": arm(update_codec=coded(0.5, levels=3)),
     "averages SP 1 %": arm(update_codec=compress.TopK(ratio=0.99)),
 }
+PAPER = ("none", "MS, features alone", "QU, features alone")
 # With three seeds: what they are compared with, 40 times fewer bytes, and 20 times fewer of everything.
-SEEDED = ("none", "averages 1 bit, 1.6 bits both ways", "averages 2 bits, 2.4 bits both ways")
+SEEDED = (*PAPER, "averages 1 bit, 1.6 bits both ways", "averages 2 bits, 2.4 bits both ways")
+DRAWN = (*PAPER, "the cut alone", *(name for name in ARMS if "both ways" in name))
 SPLITFED = config.ModeConfig(kind="splitfed", average_steps=10)
 
 
@@ -105,7 +111,32 @@ def report(scale, records):
                 cells = [cut, study.label(mode, name), str(len(found)), study.top1(found)]
                 rows.append([*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(lost)])
     names = "cut/compressed/seeds/test top-1, %/saved of features and gradients/saved of everything/below “none”"
-    return study.Page(timing.table(names.split("/"), rows) + "\n", {})
+    text = timing.table(names.split("/"), rows) + "\n\n![Accuracy against bytes of everything](everything.png)\n"
+    return study.Page(text, {"everything": plot(groups)})
+
+
+def plot(groups):
+    """Accuracy against how many times fewer bytes everything takes; bars are standard deviations over seeds."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    labels = {}
+    for color, name in enumerate(DRAWN):
+        for cut, marker in zip(study.CUTS, "^os", strict=True):
+            found = study.at_cut(groups, name, cut)
+            if not found or (name == "none" and cut != study.PLAIN_CUT):
+                continue
+            accuracy = [r["test"]["top1_percent"] for r in found]
+            at = statistics.mean(study.saved(r, everything=True) for r in found), statistics.mean(accuracy)
+            deviation = statistics.stdev(accuracy) if len(found) > 1 else None
+            labels[name] = axes.errorbar(*at, deviation, fmt=marker, color=f"C{color}", capsize=2)
+            if name == "none":
+                axes.axhline(at[1], color="C0", linewidth=0.5)
+    for cut, marker in zip(study.CUTS, "^os", strict=True):
+        labels[f"{cut} cut"] = axes.plot([], [], marker, color="gray")[0]
+    axes.set(xlabel="times fewer bytes of everything that is sent", ylabel="test top-1, %", xscale="log")
+    axes.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
+    figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize="small")
+    return figure
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ _H100 = "NVIDIA H100 SXM data sheet"
 ASSUMED = {
     "memory of an accelerator": Assumption(80, "GB", 1e9, _H100),
     "peak of an accelerator": Assumption(
-        494.7, "10¹² operations/s", 1e12, f"{_H100}: TF32, half of what it has with sparsity"
+        494.7, "· 10¹² operations/s", 1e12, f"{_H100}: TF32, half of what it has with sparsity"
     ),
     "share of the peak that a step reaches": Assumption(10, "%", 1e-2, "ours, to be measured"),
     "link of an accelerator to 7 others": Assumption(450, "GB/s one way", 1e9, f"{_H100}: NVLink, half of both ways"),
     "link of an accelerator to other machines": Assumption(50, "GB/s one way", 1e9, "DGX H100 data sheet: 400 Gbit/s"),
     "link of an accelerator to its host": Assumption(64, "GB/s one way", 1e9, f"{_H100}: PCIe 5, half of both ways"),
-    "a client's processor": Assumption(1, "10¹² operations/s", 1e12, "ours, for a small device"),
+    "a client's processor": Assumption(1, "· 10¹² operations/s", 1e12, "ours, for a small device"),
     "a client's link": Assumption(100, "Mbit/s one way", 1e6, "the paper, arXiv 2408.13787"),
     "the server's link": Assumption(10, "Gbit/s one way", 1e9, "ours, for a network card"),
 }

@@ -232,7 +232,7 @@ def build(
       ValueError: a field of the config has a value that does not fit.
     """
     parts = make_parts(cfg, summary, weights=cfg.model.weights) if parts is None else parts
-    mode = make_mode(cfg.mode)
+    mode = make_mode(cfg.mode, seed=cfg.seed)
     counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
     codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
@@ -407,10 +407,17 @@ def _num_outputs(cfg, summary):
     )
 
 
-def make_mode(cfg: config.ModeConfig) -> Mode:
-    """Returns the mode that a config names, with those of the config's fields that it has."""
+def make_mode(cfg: config.ModeConfig, *, seed: int = 0) -> Mode:
+    """Returns the mode that a config names, with those of the config's fields that it has.
+
+    Args:
+      seed: of the draws of clients, where not all of them take part.
+    """
     kind = MODES[cfg.kind]
-    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})
+    known = {field.name for field in dataclasses.fields(config.ModeConfig)}
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind) if field.name in known}
+    # Without draws it is no part of the mode: runs of several seeds are then one to the compiler.
+    return kind(**fields, seed=seed) if cfg.client_fraction < 1 else kind(**fields)
 
 
 def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
@@ -468,6 +475,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
                 f"data.missing must be 'refuse' where data.name is a function of a preset, which can fill values in "
                 f"itself, got {cfg.data.missing!r}"
             )
+        _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if cfg.model.name == models.DECODER or cfg.data.name.endswith(".txt"):
         return _load_text(cfg, cache_dir)
@@ -476,7 +484,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     if config.is_local_path(cfg.data.name):
         return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
-    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share")
+    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}
     try:
         return data.load(cfg.data.name, **where, **options)
@@ -489,8 +497,14 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         ) from None
 
 
+def _refuse_streamed(cfg, what):
+    if cfg.data.streamed:
+        raise ValueError(f"data.streamed must be None or False where data.name is {what}, got True")
+
+
 def _load_text(cfg, cache_dir):
     """Blocks of tokens; of a decoder such as it has."""
+    _refuse_streamed(cfg, "a file of texts, which is read whole")
     if not cfg.data.name.endswith((".txt", ".csv")):
         raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
     if cfg.data.tokenizer is None:
@@ -512,6 +526,8 @@ def _load_text(cfg, cache_dir):
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
     options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
+    if cfg.streamed is not None:
+        options["streamed"] = cfg.streamed
     if cfg.name.endswith(".csv"):
         return options | {"label": cfg.label}
     if cfg.name.endswith(".npz"):

@@ -3,7 +3,7 @@
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
 from msjax.distributed.events import Entrance, ExchangeInfo
-from msjax.distributed.membership import Membership, Policy, Stage
+from msjax.distributed.membership import Membership, Policy, Stage, Tally
 from msjax.distributed.transitions import transition
 
 TAKE, FEATURES, AVERAGE, GIVE, TEST = range(1, 6)
@@ -52,6 +52,7 @@ class Run:
 
     def say(self, event):
         self.state, actions = transition(self.state, event, self.now)
+        assert self.state.tally == Tally.over(self.state.clients, self.state.exchange)
         self.log += actions
         self.todo += [a for a in actions if isinstance(a, do.RestoreCheckpoint | do.Advance)]
         said = list(actions)

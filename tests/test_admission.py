@@ -16,7 +16,7 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens
-from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.server_program import check_serve
 
 from .authority import Authority
@@ -100,7 +100,7 @@ def test_certificates_go_with_tls(path):
 
 @contextlib.contextmanager
 def listening(tls, **options):
-    endpoint = Endpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
+    endpoint = TrainEndpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
     endpoint.start(TrainServicer(metrics=endpoint.metrics, **options))
     try:
         yield str(endpoint.address), endpoint.metrics

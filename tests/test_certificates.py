@@ -5,6 +5,8 @@ import datetime
 import logging
 import pathlib
 import re
+import shutil
+import subprocess
 
 import pytest
 import trustme
@@ -14,8 +16,8 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ClientOptions, ListenOptions
 from msjax.distributed.rpc.connection import Connection
-from msjax.distributed.rpc.security import TlsFiles, Tokens
-from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.rpc.security import TlsFiles, Tokens, read_token
+from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 
 from .authority import Authority
 
@@ -48,7 +50,7 @@ def files(path):
 
 @contextlib.contextmanager
 def listening(tls):
-    endpoint = Endpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
+    endpoint = TrainEndpoint(ListenOptions(listen="localhost:0", tls=tls), Metrics(), streams=1)
     endpoint.start(TrainServicer(Tokens(None), Metrics()))
     try:
         yield str(endpoint.address)
@@ -145,3 +147,22 @@ def test_files_that_are_being_renewed_are_tried_again(files, path):
     with pytest.raises(ConnectionLost, match=r"tls\.key must be a private key in PEM format") as lost:
         program.connect()
     assert not lost.value.final
+
+
+@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("bash")), reason="needs openssl and bash")
+def test_the_recipe_of_the_documentation_makes_certificates_and_tokens_that_work(tmp_path):
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "security.md").read_text()
+    (recipe,) = (block for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) if "openssl" in block)
+    recipe = recipe.replace("host.example.org", "localhost").replace("rsa:3072", "rsa:2048")
+    subprocess.run(["bash", "-ec", recipe], cwd=tmp_path, check=True, capture_output=True)
+    server, client = (
+        TlsFiles(*(str(tmp_path / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
+        for name in ("server", "c0")
+    )
+    assert server.fault("server") is None and client.fault("client") is None
+    with listening(server) as address:
+        assert client.fault_with(address) is None
+        assert TlsFiles(authority=client.authority).fault_with(address) is not None
+    tokens = Tokens(str(tmp_path / "tokens.txt"), 2)
+    given = [read_token("token_file", str(tmp_path / f"c{n}.token")) for n in range(2)]
+    assert [tokens.accept(client, token) for client in range(2) for token in given] == [True, False, False, True]

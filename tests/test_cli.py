@@ -82,7 +82,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
     [
         ("train", ["--config", "none.py"], "config must be a Python file, got 'none.py', which does not exist"),
         ("train", ["--resume", "none"], "resume must be a folder with config.json, got 'none'"),
-        ("train", ["--out", "OUT", "--model.cut", "nowhere"], "cut must be one of"),
+        ("train", ["--out", "OUT", "--model.cut", "nowhere"], "--model.cut must be one of"),
         ("train", ["--out", "OUT", "--data.name", "nothing", "--data.data-dir", "OUT"], "looked for nothing in"),
         ("train", ["--out", "OUT", "--clients", "0"], "clients must be at least 1"),
         ("eval", ["none"], "the run must be a folder with config.json"),
@@ -98,11 +98,13 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("train", ["--clients", "0"], "clients must be at least 1, got 0"),
+        ("train", ["--clients", "0"], "--clients must be at least 1, got 0"),
         ("train", ["--codec", "TopK(ratio=2)"], "--codec: ratio must be a number in [0, 1), got 2.0"),
+        ("train", ["--grad-codec=Zip"], "--grad-codec must be one of Identity, Cast, MaskEncoded"),
+        ("train", ["--codec", "none.py:Zip()"], "--codec must be a Python file, got 'none.py', which does not exist"),
         ("train", ["--clients", "x"], "--clients: invalid literal for int() with base 10: 'x'"),
-        ("eval", ["--data.test-share", "2"], "data.test_share must be above 0 and below 1, got 2.0"),
-        ("serve", ["--policy.deadline-seconds", "0"], "policy.deadline_seconds must be above 0, got 0.0"),
+        ("eval", ["--data.test-share", "2"], "--data.test-share must be above 0 and below 1, got 2.0"),
+        ("serve", ["--policy.deadline-seconds", "0"], "--policy.deadline-seconds must be above 0, got 0.0"),
         ("serve", ["--part", "a", "--max-megabytes", "x"], "--max-megabytes: invalid literal for int() with base 10"),
         ("client", ["--client-id", "one"], "--client-id: invalid literal for int() with base 10: 'one'"),
     ],
@@ -146,7 +148,7 @@ IN_THE_WAY = "must be a folder that can be written to, got 'file"
         (
             "client",
             ["--client-id=0", "--token-file=."],
-            "token_file must be a file that can be read, got '.': Is a dir",
+            "--token-file must be a file that can be read, got '.': Is a dir",
         ),
         ("client", ["--client-id=0", "--state=file"], f"state {IN_THE_WAY}': file is a file"),
         (
@@ -306,11 +308,45 @@ def test_models_table_has_the_papers_feature_maps(capsys):
     assert "65,536" in out  # bytes a sample at cut 2, uncompressed
 
 
+def test_models_table_of_a_decoder(tmp_path, capsys):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), 32)
+    config = {"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["decoder", "--decoder", str(tmp_path)]
+    assert cli.run("models", [*given, "--codec", "Identity()"]) == 0
+    out = capsys.readouterr().out
+    assert "decoder, 32 tokens of 64" in out and "decoder2" in out and "4,096" in out  # 32 tokens of 32 features
+    for arguments, message in (
+        (["decoder"], "--decoder must be given for decoder, and for no other, got None"),
+        (["mlp", *given[1:]], "--decoder must be given for decoder, and for no other, got '"),
+        ([*given, "--input-shape", "8", "8"], "--input-shape must be one number of tokens for decoder, got [8, 8]"),
+        ([*given, "--input-shape", "64"], "length must be in 1..32 (max_position_embeddings), got 64"),
+    ):
+        assert cli.run("models", arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_help_shows_defaults_as_they_are_typed(capsys):
     assert cli.run("train", ["--help"]) == 0
     help = capsys.readouterr().out
     assert 'rounding="nearest"' in help and """'"'"'""" not in help
     assert compress.from_string(repr(compress.MaskEncoded()).replace("'", '"')) == compress.MaskEncoded()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--config", "--name", "--resume")),
+        ("serve", ("--config", "--name", "--resume", "--part")),
+        ("client", ("--config", "--server")),
+        ("eval", ("--config", "--server")),
+        ("generate", ("--config", "--server")),
+    ],
+)
+def test_help_lists_where_a_config_and_the_other_part_come_from(capsys, command, options):
+    assert cli.run(command, ["--help"]) == 0
+    lines = [line.lstrip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert [option for option in options if not any(line.startswith(f"{option} ") for line in lines)] == []
 
 
 def test_help_without_an_extra_says_what_to_install(monkeypatch, capsys):

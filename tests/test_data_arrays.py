@@ -127,7 +127,7 @@ def test_large_numbers_are_centred_before_they_are_rounded(dtype, axes):
     np.testing.assert_allclose([ds.columns[0].mean, ds.columns[0].std], [DATES.mean(), DATES.std()], rtol=1e-12)
     items = list(zip(inputs, pair[1].tolist(), strict=True))
     for in_memory in (True, False):
-        same = data.from_sequence(items, in_memory=in_memory, num_classes=2, normalize=True, test_share=0.5)
+        same = data.from_sequence(items, streamed=not in_memory, num_classes=2, normalize=True, test_share=0.5)
         chosen = same.train.fetch(np.arange(len(same.train)))[0]
         assert chosen.dtype == same.input_like.dtype == np.float32
         if in_memory:
@@ -250,7 +250,7 @@ def test_rules_of_train_and_test():
 def test_a_streamed_split_has_no_arrays():
     ds = data.from_arrays((TABLE, CLASSES))
     ds = dataclasses.replace(
-        ds, train=data.from_sequence(list(zip(TABLE, CLASSES, strict=True)), in_memory=False, num_classes=3).train
+        ds, train=data.from_sequence(list(zip(TABLE, CLASSES, strict=True)), streamed=True, num_classes=3).train
     )
     assert not ds.in_memory and len(ds.test_labels) == 0
     with pytest.raises(data.DataError, match=r"the train split of arrays is not in memory: read it by data.batches"):

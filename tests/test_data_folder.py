@@ -147,8 +147,8 @@ def test_prepared_sets_and_items_are_seen_as_folders_are(tmp_path, monkeypatch):
     directory, splits = prepare_tiny(tmp_path, monkeypatch)
     splits["train"].encoded[5] = encoded
     np.testing.assert_array_equal(data.load("tiny", data_dir=directory).train_inputs[5], expected)
-    stream = data.stream("tiny", data_dir=directory, image_size=10, random_crop=False)
-    plain = data.stream("tiny", "test", data_dir=directory, image_size=10, random_crop=False)
+    stream = data.stream("tiny", data_dir=directory, image_size=10, crop="middle")
+    plain = data.stream("tiny", "test", data_dir=directory, image_size=10, crop="middle")
     plain._source.records.encoded[0] = saved(Image.fromarray(expected), "png")
     np.testing.assert_array_equal(stream.fetch(np.array([5]))[0], plain.fetch(np.array([0]))[0])
     ds = data.from_sequence([(Image.open(io.BytesIO(encoded)), 0)] * 2)
@@ -174,7 +174,7 @@ def test_damaged_exif_data_are_passed_over(tmp_path):
 
 def test_streamed(animals):
     whole = data.from_image_folder(animals, image_size=8)
-    ds = data.from_image_folder(animals, image_size=8, in_memory=False)
+    ds = data.from_image_folder(animals, image_size=8, streamed=True)
     assert not ds.train.in_memory and ds.num_classes == 2
     np.testing.assert_array_equal(ds.mean, whole.mean)
     np.testing.assert_array_equal(ds.test.labels(), whole.test_labels)

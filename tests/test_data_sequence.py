@@ -100,7 +100,7 @@ def test_dicts_of_many_things():
     ds = data.from_sequence(Records())
     np.testing.assert_array_equal(ds.train_inputs, IMAGES)
     assert ds.num_classes == 4  # as the features say
-    assert data.from_sequence(Records(), in_memory=False).num_classes == 4
+    assert data.from_sequence(Records(), streamed=True).num_classes == 4
     items = [{"a": Tensor(np.float64([i, 1])), "b": [1, 2], "c": Tensor(np.array(i, np.float32))} for i in range(5)]
     ds = data.from_sequence(items, inputs=("a", "b"), labels="c")
     assert ds.input_like == {"a": jax.ShapeDtypeStruct((2,), np.float32), "b": jax.ShapeDtypeStruct((2,), np.int32)}
@@ -111,7 +111,7 @@ def test_dicts_of_many_things():
 
 def test_one_thread_where_asked():
     pairs = Pairs()
-    ds = data.from_sequence(pairs, in_memory=False, num_classes=3, threads=1)
+    ds = data.from_sequence(pairs, streamed=True, num_classes=3, threads=1)
     list(data.batches(ds.train, np.arange(48).reshape(1, 48), threads=8))
     assert pairs.most == 1
 
@@ -145,7 +145,7 @@ def test_rules(message):
 def test_what_is_streamed_is_checked_when_read():
     floats = np.ones((20, 2))
     floats[13, 1] = np.nan
-    ds = data.from_sequence(Pairs(floats, np.arange(20)), in_memory=False, num_classes=15)
+    ds = data.from_sequence(Pairs(floats, np.arange(20)), streamed=True, num_classes=15)
     with pytest.raises(data.DataError, match=r"train inputs must be finite .*got nan at index 13 at \(1,\)"):
         list(data.batches(ds.train, np.array([[2, 13]])))
     with pytest.raises(data.DataError, match=r"train labels must be in 0..14 .*got 17 at index 17"):

@@ -86,6 +86,10 @@ def test_stream_errors(photos):
         data.batches(source, np.arange(3))
     with pytest.raises(ValueError, match='split must be "train" or "test"'):
         data.stream("photos", "validation", **photos)
+    with pytest.raises(ValueError, match="crop must be one of random, middle, whole, got 'left'"):
+        data.stream("photos", crop="left", **photos)
+    with pytest.raises(data.DataError, match="streamed must be None or False for digits"):
+        data.load("digits", streamed=True)
 
 
 def test_leaving_a_stream_early_stops_its_threads(photos):
@@ -119,13 +123,47 @@ def test_random_resized_crop_covers_sizes_and_places():
     assert np.asarray(_images.random_resized_crop(extreme, 16, np.random.default_rng(0))).shape == (16, 16, 3)
 
 
+def test_what_is_streamed_by_wish_is_as_in_memory(photos, monkeypatch):
+    ds, loaded = data.load("photos", streamed=True, **photos), data.load("photos", **photos)
+    for name in ("train", "test"):
+        images, labels = getattr(ds, name).fetch(np.arange(48))
+        np.testing.assert_array_equal(images, getattr(loaded, f"{name}_inputs"))
+        np.testing.assert_array_equal(labels, getattr(loaded, f"{name}_labels"))
+    np.testing.assert_array_equal((ds.mean, ds.std), (loaded.mean, loaded.std))
+    assert (ds.augment, ds.classes, ds.num_classes) == (loaded.augment, loaded.classes, loaded.num_classes)
+    monkeypatch.setattr(_tfds, "read", None)  # what was measured is kept
+    np.testing.assert_array_equal(data.load("photos", streamed=True, **photos).mean, loaded.mean)
+
+
+def test_a_set_without_test_data_is_shared_out_as_in_memory(photos, monkeypatch):
+    opened = _tfds.open_split
+
+    def open_split(name, folder, split):
+        if split == "test":
+            raise _tfds.NoSplit("none")
+        return opened(name, folder, split)
+
+    monkeypatch.setattr(_tfds, "open_split", open_split)
+    ds, loaded = data.load("photos", streamed=True, **photos), data.load("photos", **photos)
+    assert (len(ds.train), len(ds.test)) == (len(loaded.train), len(loaded.test)) == (38, 10)
+    np.testing.assert_array_equal(ds.test.fetch(np.arange(10))[0], loaded.test_inputs)
+    np.testing.assert_array_equal(ds.train.labels(), loaded.train_labels)
+    np.testing.assert_array_equal((ds.mean, ds.std), (loaded.mean, loaded.std))
+
+
+def test_a_share_of_a_stream_keeps_its_crops(photos):
+    source, share = data.stream("photos", **photos), np.array([3, 40, 17])
+    images, labels = source.only(share).fetch(np.array([1, 2]), (5, 6))
+    np.testing.assert_array_equal(images, source.fetch(share[1:], (5, 6))[0])
+    np.testing.assert_array_equal(labels, source.only(share).labels()[1:])
+
+
 def test_load_streams_what_is_too_large_or_asked_for(photos, monkeypatch):
     ds = data.load("photos", streamed=True, **photos)
-    assert isinstance(ds.train, data.ImageStream) and ds.train.random_crop and not ds.test.random_crop
+    assert isinstance(ds.train, data.ImageStream) and not ds.train.random_crop
     assert isinstance(ds.train, data.Split) and not ds.in_memory and ds.num_classes == 4 and len(ds.test) == 48
     assert ds.input_like == jax.ShapeDtypeStruct((32, 32, 3), np.uint8)
     assert ds.label_like == jax.ShapeDtypeStruct((), np.int32)
-    np.testing.assert_array_equal(ds.mean, ds.train.mean)
     with pytest.raises(data.DataError, match="the train split of photos is not in memory"):
         _ = ds.train_labels
     large = dataclasses.replace(_registry.find("imagenet2012"), augment="flip")
@@ -134,6 +172,8 @@ def test_load_streams_what_is_too_large_or_asked_for(photos, monkeypatch):
     place = {name: photos[name] for name in ("data_dir", "cache_dir")}
     ds = data.load("photos", **place)
     assert ds.input_like.shape == (224, 224, 3) and ds.augment == "flip"
+    assert ds.train.random_crop and not ds.test.random_crop
+    np.testing.assert_array_equal(ds.mean, ds.train.mean)
     assert data.load("photos", streamed=False, **photos).train_inputs.shape == (48, 32, 32, 3)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import pathlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from experiments import report
 from msjax import compress
 from msjax.cli import main as cli
 
@@ -20,16 +22,40 @@ TEXTS = [ROOT / "README.md", *PAGES]
 
 def fences(path, kind):
     """The blocks of a page that are fenced with ```kind."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+NOTEBOOKS = [path for path in PAGES if path.parent.name == "notebooks" and path.stem != "index"]
 
 
 @pytest.mark.slow
 def test_documentation_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", tmp_path]
+    """It executes the notebooks, too: nothing else does."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", site]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "msjax.compress.straight_through" in (tmp_path / "reference" / "api" / "compress.html").read_text()
-    assert "--data.data-dir" in (tmp_path / "reference" / "cli.html").read_text()
+    assert "msjax.compress.straight_through" in (site / "reference" / "api" / "compress.html").read_text()
+    assert "--data.data-dir" in (site / "reference" / "cli.html").read_text()
+    for path in NOTEBOOKS:
+        page = (site / "notebooks" / f"{path.stem}.html").read_text()
+        assert 'src="../_images/' in page
+        (link,) = re.findall(r'href="../(_downloads/[^"]*\.ipynb)"', page)
+        cells = json.loads((site / link).read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert len(code) == len(fences(path, "{code-cell} ipython3")) and all(cell["execution_count"] for cell in code)
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert any("image/png" in output.get("data", {}) for output in outputs), f"{path.stem} shows no picture"
+
+
+def test_a_page_becomes_a_notebook_without_the_site(tmp_path):
+    """By the command that the page of notebooks gives."""
+    text = (ROOT / "docs" / "notebooks" / "index.md").read_text()
+    command, source, made = re.search(r"^(mystnb-to-jupyter) (\S+) (\S+)$", text, re.MULTILINE).groups()
+    program = pathlib.Path(sys.executable).with_name(command)
+    subprocess.run([program, source, tmp_path / made], cwd=ROOT, check=True, capture_output=True)
+    cells = json.loads((tmp_path / made).read_text())["cells"]
+    assert [cell["cell_type"] for cell in cells].count("code") == len(fences(ROOT / source, "{code-cell} ipython3"))
 
 
 @pytest.mark.parametrize("path", [p for p in TEXTS if fences(p, "python")], ids=lambda p: p.stem)
@@ -57,6 +83,15 @@ def test_the_codec_table_names_every_codec_and_its_defaults():
     assert all((ROOT / "docs" / "codecs" / f"{page}.md").exists() for _, page in rows)
 
 
+def test_the_page_on_repeating_the_paper_names_every_study():
+    text = (ROOT / "docs" / "replication.md").read_text()
+    together, alone = text.split("Each alone, by")
+    for modules, part in ((report.STUDIES, together), (report.WITH_A_RECORD_OF_THEIR_OWN.values(), alone)):
+        names = {module.__name__.rpartition(".")[2] for module in modules}
+        cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part, re.MULTILINE)
+        assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} - {"smoke", "lite", "paper"} == names
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
@@ -70,9 +105,7 @@ def options():
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             cli.run(command, ["--help"])
         found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
-    # With a config in place of a run, and with a server that has the other part.
-    found["eval"] |= found["train"] | {"--server"}
-    found["generate"] |= {"--server"}
+    found["eval"] |= found["train"]  # with a config in place of a run
     return found
 
 
@@ -90,8 +123,38 @@ def test_commands_of_a_page_are_such_as_there_are(path, options):
 
 
 def test_files_that_pages_name_are_there():
-    for path in TEXTS:
-        for name in re.findall(r"`((?:configs|examples|benchmarks|experiments|docs)/[\w./]+\.\w+)`", path.read_text()):
+    for path in [*TEXTS, ROOT / "CONTRIBUTING.md"]:
+        for name in re.findall(
+            r"`((?:configs|examples|benchmarks|experiments|docs|tests)/[\w./]+\.\w+)`", path.read_text()
+        ):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+
+
+def test_where_things_live_names_files_that_there_are_in_lines_of_a_screen():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+    rooms = re.split(
+        r"^\*\*|\. \*\*", text.partition("## Where things live")[2].partition("Imports point")[0], flags=re.M
+    )
+    named = 0
+    for room in rooms[1:]:
+        folder = re.match(r"`([\w/]+)/(?:\*\.py)?`", room)
+        for name in re.findall(r"`(\w+\.py)`", room) if folder else ():
+            assert (ROOT / folder[1] / name).exists(), f"{folder[1]}/{name}"
+            named += 1
+    assert named > 50
+
+
+def anchors(path):
+    """What links may point at in a page of the repository, as its host makes it of the headings."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", head.replace("`", "").lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_repository(path):
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        other = path if not file else path.parent / file
+        assert other.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in anchors(other), f"{path.name}: {target}"

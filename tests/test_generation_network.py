@@ -139,6 +139,24 @@ def test_what_is_kept_is_bounded():
         sessions.open(101, lambda: None)
 
 
+def test_who_has_most_makes_room():
+    """A caller with many texts loses its own, first in their number and then in their bytes, never another's one."""
+    ended = []
+    sessions = Sessions(Limits(sessions=3, cache_bytes=100))
+
+    def begin(caller, name, size):
+        sessions.open(size, lambda: ended.append(name), caller)
+
+    begin("few", "only", 10)
+    for name in ("first", "second", "third", "fourth"):
+        begin("many", name, 20)
+    assert ended == ["first", "second"]
+    begin("large", "huge", 90)  # of two callers "many" has more texts, then more bytes
+    assert ended == ["first", "second", "third", "fourth"]
+    begin("large", "another", 20)
+    assert ended[4:] == ["huge"] and len(sessions) == 2
+
+
 def test_messages_that_do_not_fit(tmp_path):
     make(tmp_path)
     h = jnp.ones((1, 2, 16))
@@ -230,12 +248,12 @@ def test_the_command_prints_text_and_bytes(tmp_path, tokenizer, capfd):
     ("changes", "message"),
     [
         (["--prompt", ""], "prompt must be a text, got ''"),
-        (["--max-tokens", "61"], "max_tokens must be in 1..60, since of a context of 64 tokens"),
+        (["--max-tokens", "61"], "--max-tokens must be in 1..60, since of a context of 64 tokens"),
         (["--prompt", "a" * 63], r"prompt must have 1..63 tokens, as the context has room for 64"),
         (["--tokenizer", "nowhere"], "tokenizer must be a tokenizer.json, or a folder that has one, got 'nowhere'"),
-        (["--cut", "2"], "cut must not be given for a trained network, which has its own, got '2'"),
+        (["--cut", "2"], "--cut must not be given for a trained network, which has its own, got '2'"),
         (["--codec", "TopK(ratio=2)"], "codec: ratio must be"),
-        (["--top-p", "0"], "top_p must be above 0 and at most 1, got 0"),
+        (["--top-p", "0"], "--top-p must be above 0 and at most 1, got 0"),
         (["--server", "localhost:1"], "network must be CLIENT.safetensors with --server"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_port_that_is_taken_leaves_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with silent() as address:
         port = address.partition(":")[2]
-        for option, name in ((f"--listen={address}", "listen"), (f"--metrics-port={port}", "metrics_port")):
+        for option, name in ((f"--listen={address}", "--listen"), (f"--metrics-port={port}", "--metrics-port")):
             assert cli.run("serve", ["--listen=localhost:0", option]) == 2
             assert f"msjax serve: {name} must be a free" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

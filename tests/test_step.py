@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from msjax import compress, models, tasks, wire
+from msjax import compress, data, models, tasks, wire
 from msjax.split import fused, step
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.metrics import zero_sums
@@ -20,7 +20,7 @@ from msjax.split.schedule import Schedule
 from msjax.split.spec import Preprocess
 from msjax.split.state import TrainState, client_keys
 from msjax.split.trees import TreeSpec
-from msjax.training import devices, program
+from msjax.training import batching, devices, program
 
 from .helpers import assert_close
 from .setups import tolerance
@@ -169,7 +169,10 @@ def test_shard_map_equals_vmap(codec, grad_codec):
     for m in (None, mesh if codec == CODECS[1][0] else Mesh(np.array(jax.devices()[:2]), (devices.AXIS,))):
         copy = jax.tree.map(jnp.array, state)
         sums = devices.replicate(zero_sums(spec), m)
-        results.append(program.train_steps(spec, m, copy, sums, images, labels, order, EVERYONE, jax.random.key(9))[:2])
+        held = order.transpose(1, 0, 2).reshape(CLIENTS, -1)
+        *arrays, place = batching.resident_of_clients(data.Arrays(images, labels), m, held)
+        own = order if place is None else place[order]
+        results.append(program.train_steps(spec, m, copy, sums, *arrays, own, EVERYONE, jax.random.key(9))[:2])
     assert_close(results[0], results[1], tolerance(codec, grad_codec))
     assert int(results[0][1].samples) == 2 * CLIENTS * 4
 
@@ -182,7 +185,9 @@ def test_streamed_batches_give_the_same_step_as_resident_ones():
     key = jax.random.key(9)
     for mesh in (None, devices.make_mesh(CLIENTS)):
         results = []
-        for batch in ((images, labels, order), (images[order[0]], labels[order[0]], None)):
+        *arrays, place = batching.resident_of_clients(data.Arrays(images, labels), mesh, order[0])
+        own = order if place is None else place[order]
+        for batch in ((*arrays, own), (images[order[0]], labels[order[0]], None)):
             copy, sums = jax.tree.map(jnp.array, state), devices.replicate(zero_sums(spec), mesh)
             results.append(program.train_steps(spec, mesh, copy, sums, *batch, EVERYONE, key)[:2])
         assert_close(*results, 1e-6)
@@ -222,7 +227,7 @@ def losses(label_smoothing):
     task = tasks.classification(label_smoothing=label_smoothing)
     spec, state, x, y, keys = make(compress.Identity(), compress.Identity(), task=task)
     _, metrics = fused_step(spec, state, x, y, keys)
-    return float(metrics.loss), float(fused.evaluate(spec, state, x[0], y[0], keys[0]).loss)
+    return float(metrics.loss), float(fused.evaluate(spec, state, x[:1], y[:1], keys[:1]).loss[0])
 
 
 def test_client_keys_depend_on_step_and_client_alone():

@@ -1,7 +1,7 @@
 """Streams that say nothing do not keep those out that do: the server's end of gRPC, without a socket."""
 
+import asyncio
 import queue
-import threading
 import time
 
 import grpc
@@ -9,9 +9,10 @@ import pytest
 
 from msjax.distributed.channel import Received, Send
 from msjax.distributed.metrics import Metrics
-from msjax.distributed.rpc import server
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.event_loop import event_loop
 from msjax.distributed.rpc.security import Tokens
+from msjax.distributed.rpc.training import TrainServicer
 
 HELLO = pb.FromClient(hello=pb.Hello(protocol=4, client=0))
 WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=4))
@@ -22,19 +23,29 @@ class Aborted(Exception):
 
 
 class Stream:
-    """A client's stream, and the context of its call."""
+    """A client's stream, and the context of its call; it runs where gRPC's would."""
 
     def __init__(self, servicer):
-        self.requests, self.answers, self.closed = queue.Queue(), queue.Queue(), queue.Queue()
-        threading.Thread(target=self._run, args=(servicer,), daemon=True).start()
+        self.answers, self.closed, self._requests = queue.Queue(), queue.Queue(), asyncio.Queue()
+        asyncio.run_coroutine_threadsafe(self._run(servicer), event_loop())
 
-    def _run(self, servicer):
+    async def _run(self, servicer):
         try:
-            for answer in servicer.Train(iter(self.requests.get, None), self):
-                self.answers.put(answer)
+            await servicer.Train(None, self)
             self.closed.put((None, ""))
         except Aborted as error:
             self.closed.put(error.args)
+
+    def say(self, frame):
+        """What the client sends, as bytes or a message."""
+        frame = frame if isinstance(frame, bytes) else frame.SerializeToString()
+        event_loop().call_soon_threadsafe(lambda: self._requests.put_nowait(frame))
+
+    async def read(self):
+        return await self._requests.get()
+
+    async def write(self, frame):
+        self.answers.put(pb.FromServer.FromString(frame))
 
     def invocation_metadata(self):
         return ()
@@ -42,16 +53,13 @@ class Stream:
     def peer(self):
         return "somebody"
 
-    def add_callback(self, callback):
-        pass
-
-    def abort(self, code, reason):
+    async def abort(self, code, reason):
         raise Aborted(code, reason)
 
 
 @pytest.fixture
 def servicer():
-    it = server.TrainServicer(Tokens(None), Metrics(), hello_seconds=60.0)
+    it = TrainServicer(Tokens(None), Metrics(), hello_seconds=60.0)
     yield it
     it.close()
 
@@ -66,7 +74,7 @@ def heard(servicer):
 def greet(servicer):
     """A stream that has said Hello and was answered."""
     stream = Stream(servicer)
-    stream.requests.put(HELLO)
+    stream.say(HELLO)
     received = heard(servicer)
     servicer.carry(Send(received.session, WELCOME))
     assert stream.answers.get(timeout=30) == WELCOME
@@ -81,9 +89,9 @@ def test_the_oldest_silent_stream_makes_room(servicer):
     code, said = first.closed.get(timeout=30)
     assert code is grpc.StatusCode.UNAVAILABLE and "Hello must come before" in said
     assert greet(servicer).closed.empty()
-    assert len(servicer._silent) <= server._MOST_SILENT
+    assert len(servicer._silent) <= 6
     deadline = time.monotonic() + 30
-    while sum(other.closed.empty() for other in others) > server._MOST_SILENT:
+    while sum(other.closed.empty() for other in others) > 6:
         assert time.monotonic() < deadline
 
 
@@ -95,15 +103,38 @@ def test_streams_that_have_said_hello_stay(servicer):
 
 
 def test_hello_has_a_deadline():
-    servicer = server.TrainServicer(Tokens(None), Metrics(), hello_seconds=0.05)
+    servicer = TrainServicer(Tokens(None), Metrics(), hello_seconds=0.05)
     code, said = Stream(servicer).closed.get(timeout=30)
     assert code is grpc.StatusCode.UNAVAILABLE and said == "Hello must come within 0.05 s"
     # Who has said it is waited for, however long the server takes to answer.
     stream = Stream(servicer)
-    stream.requests.put(HELLO)
+    stream.say(HELLO)
     received = heard(servicer)
     with pytest.raises(queue.Empty):
         stream.closed.get(timeout=0.2)
     servicer.carry(Send(received.session, WELCOME))
     assert stream.answers.get(timeout=30) == WELCOME
+    servicer.close()
+
+
+def test_what_is_no_message_ends_its_stream_alone(servicer):
+    known, stranger = greet(servicer), Stream(servicer)
+    stranger.say(b"\xff" * 100)
+    code, said = stranger.closed.get(timeout=30)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "a frame must be a message of this protocol"
+    assert known.closed.empty()
+
+
+def test_the_loop_goes_on_while_the_coordinator_computes():
+    """Nobody takes what is said: streams are opened, read and answered all the same."""
+    servicer = TrainServicer(Tokens(None), Metrics(), most_silent=50)  # as many as come at once after a restart
+    streams = [Stream(servicer) for _ in range(50)]
+    for stream in streams:
+        stream.say(HELLO)
+    received = [heard(servicer) for _ in streams]
+    assert len({event.session for event in received}) == 50
+    for event in received:
+        servicer.carry(Send(event.session, WELCOME))
+    for stream in streams:
+        assert stream.answers.get(timeout=30) == WELCOME
     servicer.close()

@@ -306,7 +306,7 @@ def read(split, calls, **options):
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(monkeypatch):
-    def batches(source, indices, *, seed, epoch, start=0):
+    def batches(source, indices, *, seed, epoch, start=0, workers=None):
         return ((np.full((1,), n), indices[n]) for n in range(start, len(indices)))
 
     monkeypatch.setattr(batching.data, "batches", batches)
@@ -323,8 +323,24 @@ def test_a_resumed_epoch_goes_on_at_any_step(done):
     """Also inside a call, as when a run goes on on another kind of device."""
     calls = batching.epoch_calls(np.arange(46).reshape(2, 23), 5, steps_per_call=3)
     steps = [s.tolist() for call in calls for s in call]
-    found = batching.batches_on_device(FakeStream(), (None, None), calls, done=done)
+    found = batching.batches_on_device(FakeStream(), batching.Resident(None, None), calls, done=done)
     assert [s.tolist() for _, _, call in found for s in call] == steps[done:]
+
+
+def test_a_device_of_a_mesh_has_its_clients_samples_alone():
+    """Of uneven shares, in any order; the positions of the calls lead to the same samples as on one device."""
+    split = data.Arrays(np.arange(40, 60, dtype=np.int32).reshape(20, 1), np.arange(20, dtype=np.int32))
+    held = [np.int32(rows) for rows in ([3, 1], [19, 5, 7, 0], [2], [8, 11])]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("client",))
+    resident = batching.resident_of_clients(split, mesh, held)
+    shards = [np.asarray(shard.data)[:, 0].tolist() for shard in resident.inputs.addressable_shards]
+    assert shards == [[43, 41, 59, 45, 47, 40], [42, 48, 51, 0, 0, 0]]
+    ((_, labels, order),) = batching.batches_on_device(split, resident, [np.int32([[[1], [7], [2], [11]]])])
+    assert order.tolist() == [[[1], [4], [0], [2]]]
+    on_device = [
+        shard.data[order[0, 2 * n : 2 * n + 2, 0]].tolist() for n, shard in enumerate(labels.addressable_shards)
+    ]
+    assert on_device == [[1, 7], [2, 11]]
 
 
 def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):

@@ -1,17 +1,24 @@
 """`msjax client`: take part in split training as one of a run's clients."""
 
+import dataclasses
+
 from msjax.cli.network import log_to_stderr
-from msjax.cli.options import parse, preset_of, split_options
+from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ClientOptions
 
 
+@dataclasses.dataclass(frozen=True)
+class _Flags(ClientOptions, PresetFlag):
+    """The client's, and its preset: of a model, data or task of one's own."""
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config")
-    description = "Take part in split training. Also: --config FILE.py (a preset: own model, data and task)."
-    options = parse(ClientOptions, rest, prog="msjax client", description=description)
+    description = "Take part in split training. --config is the preset of a model, data or task of one's own."
+    options = parse(_Flags, rest, prog="msjax client", description=description)
     program = ClientProgram(options, preset_of(where))
     log_to_stderr()
     print(f"msjax client {options.client_id}: connecting to {options.server}", flush=True)

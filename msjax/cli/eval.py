@@ -4,12 +4,17 @@ import argparse
 import dataclasses
 
 from msjax import build, config
-from msjax.cli.options import DEFAULT, check_early, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.training import loop, program
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(config.Config, PresetFlag):
+    """The config's, and its preset."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +34,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--uncompressed", action="store_true", help="send test features as they are")
     parser.add_argument("--data-dir", help="where the data set is on this machine")
     parser.add_argument("--test", metavar="FILE", help="of a language model: a text to test on in place of the run's")
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="of a client's part, CLIENT.safetensors, in place of a run: where the "
+        "server's is (msjax serve --part); `--server HOST:PORT --help` lists what that takes",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.py", help="in place of a run: a preset, which any option of msjax train overrides"
+    )
     options = parser.parse_args(arguments)
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
@@ -47,8 +61,8 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
-    mesh = loop.mesh_of(run.spec)
-    found = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    state, mesh = _placed(run)
+    found = loop.restore(folder, run, state, mesh)
     folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
@@ -59,14 +73,21 @@ def _evaluate_config(arguments):
     """Tests what a config starts from."""
     where, rest = split_options(arguments, "--config")
     default = preset_of(where) or DEFAULT
-    description = "Test what a run starts from, as published weights. Also: --config FILE.py (a preset)."
-    cfg = parse(config.Config, rest, default=default, prog="msjax eval", description=description)
-    cfg = check_early(cfg)
+    description = "Test what a run starts from, as published weights."
+    flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax eval", description=description)
+    cfg = check_early(fields_of(config.Config, flags))
     split_cpu(cfg.clients)
     run = load_run(cfg)
-    mesh = loop.mesh_of(run.spec)
+    state, mesh = _placed(run)
     said = {"model": cfg.model.name, "weights": cfg.model.weights, "cut": cfg.model.cut, "data": cfg.data.name}
-    return _print_result(said, run, program.place(run.spec, run.state, mesh), mesh)
+    return _print_result(said, run, state, mesh)
+
+
+def _placed(run):
+    """A run's first state on the devices, and their mesh."""
+    options = {"shard_server": run.shard_server}
+    mesh = loop.mesh_of(run.spec, **options)
+    return program.place(run.spec, run.state, mesh, **options), mesh
 
 
 def _print_result(said, run, state, mesh):

@@ -9,7 +9,7 @@ import jax
 import tyro
 
 from msjax import config, data, models
-from msjax.cli.options import parse, preset_of, split_options
+from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.compress import Codec, Identity
 from msjax.generation import Generation, Generator
 from msjax.models import ModelPart, Sampling
@@ -71,6 +71,15 @@ class GenerateOptions:
         return None if self.codec is None else config.parse_codec("codec", self.codec, own_code=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Flags(GenerateOptions, PresetFlag):
+    """With both parts here; `--server` leads to other options."""
+
+    server: str | None = None
+    """HOST:PORT of a server that has the other part (msjax serve --part); `--server HOST:PORT --help` lists what else a
+    network takes."""
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     if split_options(arguments, "--server")[0].server is not None:
@@ -78,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
         return generate(arguments)
     where, rest = split_options(arguments, "--config")
-    options = parse(GenerateOptions, rest, prog="msjax generate", description=DESCRIPTION)
+    options = parse(_Flags, rest, prog="msjax generate", description=DESCRIPTION)
     parts, codec, tokenizer = _network(options, preset_of(where))
     if len(parts) == 1 and codec is not None:
         raise ValueError(f"codec must not be given without --cut, got {options.codec!r}")

@@ -17,6 +17,7 @@ commands:
               msjax train --config configs/NAME.py        a preset; any option overrides it
               msjax train --codec "TopK(ratio=0.9)"       another codec
               msjax train --resume RUN                    go on where a run stopped; with --epochs N to N epochs
+              msjax train --distributed                   in several processes, on several hosts
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
   predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...
@@ -31,6 +32,7 @@ commands:
   runs      list run folders:  msjax runs [FOLDER]
   plan      what a run needs before it is begun: memory, bytes, seconds on a link:  msjax plan --config configs/NAME.py
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
+  completion  a script by which bash, zsh or fish completes all this:  source <(msjax completion bash)
 
 `msjax COMMAND --help` lists a command's options.
 """
@@ -47,6 +49,7 @@ COMMANDS = {
     "runs": ("runs", "train"),
     "serve": ("serve", "train,net"),
     "client": ("client", "train,net"),
+    "completion": ("completion", "train"),
 }
 """Each command's module, and the extras that it needs."""
 COMPUTING = ("train", "eval", "predict", "generate", "serve", "client")

@@ -14,7 +14,7 @@ import tyro
 
 from msjax import build, config, parts
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
-from msjax.cli.options import parse, preset_of, split_options
+from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, LinkOptions, check_positive
@@ -48,7 +48,7 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalOptions(ConnectOptions):
+class _EvalOptions(ConnectOptions, PresetFlag):
     """Of a test with the client's part here and the server's elsewhere."""
 
     part: tyro.conf.Positional[str] = tyro.MISSING
@@ -66,9 +66,7 @@ class _EvalOptions(ConnectOptions):
 def evaluate(arguments: list[str]) -> int:
     """Tests a client's part with a server elsewhere; returns the exit status."""
     where, rest = split_options(arguments, "--config")
-    description = (
-        "Test a client's part with a server elsewhere. Also: --config FILE.py (the preset of a model of one's own)."
-    )
+    description = "Test a client's part with a server elsewhere. --config is the preset of a model of one's own."
     options = parse(_EvalOptions, rest, prog="msjax eval", description=description)
     options.check()
     trained = _client_part(options.part, preset_of(where))
@@ -85,7 +83,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _GenerateOptions(GenerateOptions, LinkOptions):
+class _GenerateOptions(GenerateOptions, LinkOptions, PresetFlag):
     """Of a text with the client's part here and the server's elsewhere."""
 
     retry_seconds: float = 60.0

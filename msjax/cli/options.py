@@ -29,11 +29,35 @@ DEFAULT = config.Config(
 """The run without a preset: The embedded digits, for which 16 samples a client make 9 steps an epoch."""
 
 
-def split_options(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options with these names, which say where the config comes from, and the other arguments."""
+@dataclasses.dataclass(frozen=True)
+class PresetFlag:
+    """Where a config comes from, read before all other options (`split_options`) and listed with them."""
+
+    config: str | None = None
+    """A preset: a Python file with get_config(). The other options override it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(PresetFlag):
+    """Which run folder, likewise."""
+
+    name: str | None = None
+    """Of the new run: the folder of this name in `out`; by default it is made of the time, network and codec."""
+    resume: str | None = None
+    """Go on with a run, from its last checkpoint: its folder, in place of a preset."""
+
+
+def split_options(arguments: list[str], *names: str, flag: str | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options with these names, which say where the config comes from, and the other arguments.
+
+    Args:
+      flag: the name of an option without a value, False where it is not given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
+    if flag is not None:
+        parser.add_argument(flag, action="store_true")
     return parser.parse_known_args(arguments)
 
 
@@ -79,6 +103,11 @@ def preset_of(where: argparse.Namespace) -> config.Config | None:
     return None if where.config is None else config.load_preset(where.config, name="config")
 
 
+def fields_of(kind: type[T], flags: object) -> T:
+    """Returns an instance of a dataclass from those of `flags` that it has."""
+    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
+
+
 def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
     """Returns the options that arguments give, as `tyro.cli` does; values that are refused are errors like all others.
 
@@ -102,12 +131,7 @@ def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
     found = re.search(r"Error parsing (--[\w.-]+|[a-z][\w.]*):", shown.getvalue())
     if found is None:
         raise ValueError(str(refused))
-    raise ValueError(f"{found[1]}{': ' if found[1].startswith('--') else '.'}{refused}")
-
-
-def fields_of(kind: type[T], flags: object) -> T:
-    """Returns an instance of a dataclass from those of `flags` that it has."""
-    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
+    raise ValueError(config.named(found[1], str(refused)) if found[1].startswith("--") else f"{found[1]}.{refused}")
 
 
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -119,8 +143,23 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     except SystemExit as error:  # the argument parsers have printed what is wrong
         return error.code
     except EXPECTED as error:
-        print(f"msjax {command}: {shorten(str(error))}", file=sys.stderr)
+        print(f"msjax {command}: {as_typed(shorten(str(error)), arguments)}", file=sys.stderr)
         return 2
+
+
+def as_typed(error: str, arguments: list[str]) -> str:
+    """Returns an error that begins with a field's name with the option in its place, where that was typed.
+
+    Errors name fields, as `data.test_share`, since configs come from presets and files, too.
+    """
+    found = re.match(r"(\w+(?:\.\w+)*)(?= must |:)", error)
+    if found is None:
+        return error
+    typed = dict.fromkeys(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    fields = {option: option.removeprefix("--").replace("-", "_") for option in typed}
+    same = [option for option, field in fields.items() if field == found[1]]
+    same = same or [option for option, field in fields.items() if field.rpartition(".")[2] == found[1]]
+    return same[0] + error[found.end() :] if len(same) == 1 else error
 
 
 def check_early(cfg: config.Config) -> config.Config:

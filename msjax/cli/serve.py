@@ -5,7 +5,17 @@ import threading
 
 from msjax import config, parts
 from msjax.cli.network import log_to_stderr, stopping
-from msjax.cli.options import DEFAULT, PLACES, check_early, fields_of, parse, preset_of, split_options, with_places
+from msjax.cli.options import (
+    DEFAULT,
+    PLACES,
+    RunFlags,
+    check_early,
+    fields_of,
+    parse,
+    preset_of,
+    split_options,
+    with_places,
+)
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.generation import Limits
@@ -21,8 +31,11 @@ from msjax.runs.progress import format_metric
 
 
 @dataclasses.dataclass(frozen=True)
-class _ServeFlags(config.Config, ServeOptions):
+class _ServeFlags(config.Config, ServeOptions, RunFlags):
     """The flags of a new run: the config's, as of `msjax train`, and the server's, in one list."""
+
+    part: str | None = None
+    """Answer with a trained part in place of a run: SERVER.safetensors; `--part FILE --help` lists what that takes."""
 
 
 def main(arguments: list[str]) -> int:
@@ -77,10 +90,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _new_run(default, name, arguments):
-    description = (
-        "Serve split training. Also: --config FILE.py (a preset), --resume RUN, --name NAME (of the run), "
-        "--part FILE.safetensors (answer with a trained part)."
-    )
+    description = "Serve split training, or answer with a trained part (--part)."
     default = _ServeFlags(**vars(dataclasses.replace(default, compare=False)))
     flags = parse(_ServeFlags, arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)

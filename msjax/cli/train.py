@@ -4,17 +4,41 @@ import dataclasses
 import sys
 
 from msjax import build, config, training
-from msjax.cli.options import DEFAULT, PLACES, check_early, parse, preset_of, split_options, with_places
+from msjax.cli import hosts
+from msjax.cli.options import (
+    DEFAULT,
+    PLACES,
+    RunFlags,
+    check_early,
+    fields_of,
+    parse,
+    preset_of,
+    split_options,
+    with_places,
+)
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
+from msjax.training import processes
 from msjax.training.devices import split_cpu
-from msjax.training.from_config import load_run, train_config, uncompressed, with_more_epochs, write_missing_parts
+from msjax.training.from_config import (
+    load_run_everywhere,
+    open_or_create,
+    train_config,
+    uncompressed,
+    with_more_epochs,
+    write_missing_parts,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(hosts.HostFlags, config.Config, RunFlags):
+    """The config's, which run, and how processes find each other."""
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
-    where, rest = split_options(arguments, "--config", "--resume", "--name")
+    where, rest = split_options(arguments, "--config", "--resume", "--name", *hosts.OPTIONS, flag=hosts.FLAG)
     if where.resume is not None:
         more, rest = split_options(rest, "--epochs")
         folder, cfg = RunFolder.open(where.resume, name="resume")
@@ -31,47 +55,72 @@ def main(arguments: list[str]) -> int:
             )
         if moved != cfg:
             check_early(moved)
-            folder.set_places(moved)
-            if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
-                beside, base = RunFolder.open(folder.path / "uncompressed")
-                beside.set_places(with_places(base, rest)[0])
-            cfg = moved
-        split_cpu(cfg.clients)
-        if more.epochs is not None:
-            cfg = _with_epochs(folder, cfg, more.epochs)
-        run = None
     else:
         default = preset_of(where) or DEFAULT
         description = (
-            "Train a split network. Also: --config FILE.py (a preset), --name NAME (of the run), --resume RUN (go on "
-            "where it stopped), --resume RUN --epochs N (go on to N epochs, also where it is finished; the learning "
-            "rate from there on is that of a run of N epochs), and beside --resume, where its files are now: "
-            f"{PLACES}."
+            "Train a split network. With --resume RUN --epochs N a run goes on to N epochs, also where it is finished; "
+            "the learning rate from there on is that of a run of N epochs. Beside --resume, where files of the run are "
+            f"now: {PLACES}."
         )
-        cfg = parse(config.Config, rest, default=default, prog="msjax train", description=description)
+        flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
+        cfg = fields_of(config.Config, flags)
         cfg = check_early(cfg)
         check_new(cfg, where.name)
-        split_cpu(cfg.clients)
-        # Before there is a folder, so that a config that does not work leaves none behind.
-        run = load_run(cfg)
-        if small := build.batch_of_small_share(cfg, run.spec.schedule.samples):
-            print(f"msjax train: {small}", file=sys.stderr)
-        folder = RunFolder.create(cfg, where.name)
+    hosts.join(where)
+    split_cpu(cfg.clients)
+    with hosts.ending_together("train", "start all processes again"):
+        if where.resume is None:
+            folder, run = _begin(cfg, where.name)
+        else:
+            if moved != cfg and processes.is_first():
+                _keep_places(folder, moved, rest)
+            cfg, run = _with_epochs(folder, moved, more.epochs), None
+        return _train(folder, cfg, run)
+
+
+def _keep_places(folder, cfg, arguments):
+    """Writes down where the files of a run are now, and of the one beside it."""
+    folder.set_places(cfg)
+    if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
+        beside, base = RunFolder.open(folder.path / "uncompressed")
+        beside.set_places(with_places(base, arguments)[0])
+
+
+def _begin(cfg, name):
+    """The folder and the data of a new run."""
+    # Before there is a folder, so that a config that does not work leaves none behind.
+    run = load_run_everywhere(cfg)
+    small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
+    if small and processes.is_first():
+        print(f"msjax train: {small}", file=sys.stderr)
+    return RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path))), run
+
+
+def _train(folder, cfg, run):
+    """Trains what is not trained yet, and prints the result; returns the exit status."""
+    again = f"msjax train --resume {folder.path}"
+    if processes.is_first() and processes.count() > 1:  # where JAX aborts a process, that says nothing more
+        print(f"if one of the {processes.count()} processes ends, start all again with {again}", flush=True)
     summaries = []
     try:
-        if cfg.compare:
-            base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
-            summaries.append(_finish(*RunFolder.open_or_create(base, "uncompressed")))
-        summaries.append(_finish(folder, cfg, run))
+        with hosts.ending_together("train", f"start all processes again, with {again}"):
+            if cfg.compare:
+                base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
+                summaries.append(_finish(*open_or_create(base, "uncompressed")))
+            summaries.append(_finish(folder, cfg, run))
     except training.Interrupted:
-        print(f"interrupted and saved; continue with: msjax train --resume {folder.path}")
+        if processes.is_first():
+            print(f"interrupted and saved; continue with: {again}")
         return 130
-    print_summaries(summaries)
+    if processes.is_first():
+        print_summaries(summaries)
     return 0
 
 
 def _with_epochs(folder, cfg, text):
-    """The config of a run that goes on to another number of epochs, as the one beside it does."""
+    """The config of a run that goes on to another number of epochs, as the one beside it does; None leaves it."""
+    if text is None:
+        return cfg
     if not text.isdecimal():
         raise ValueError(f"epochs must be an integer of at least 1, got {text!r}")
     new = with_more_epochs(cfg, folder, int(text))
@@ -87,11 +136,17 @@ def _with_epochs(folder, cfg, text):
 def _finish(folder, cfg, run=None):
     """The summary of a run: read where it is there, else trained for."""
     try:
-        if (summary := folder.read_summary()) is not None:
-            check_summary(summary, str(folder.path / "summary.json"))
+        if (summary := processes.from_first(lambda: _read_summary(folder))) is not None:
             for part in write_missing_parts(cfg, folder):
-                print(f"written anew from the last checkpoint: {folder.path / part}.safetensors")
+                if processes.is_first():
+                    print(f"written anew from the last checkpoint: {folder.path / part}.safetensors")
             return summary
         return train_config(cfg, folder, run=run)
     finally:
         folder.close()
+
+
+def _read_summary(folder):
+    if (summary := folder.read_summary()) is not None:
+        check_summary(summary, str(folder.path / "summary.json"))
+    return summary

@@ -4,7 +4,7 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 """
 
 from msjax.config._checks import MAX_SEED
-from msjax.config._codecs import parse_codec
+from msjax.config._codecs import named, parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
 from msjax.config._references import (
     call_reference,
@@ -46,6 +46,7 @@ __all__ = [
     "is_reference",
     "load",
     "load_preset",
+    "named",
     "parse_codec",
     "references",
     "resolve",

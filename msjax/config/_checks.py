@@ -17,9 +17,10 @@ MAX_SEED = 2**32 - 1
 _RANGES = {
     **dict.fromkeys(("clients", "batch_size", "epochs", "test_every"), (1, math.inf)),
     **dict.fromkeys(("mode.average_steps", "mode.turn_steps", "lora.rank", "optim.accumulate_steps"), (1, math.inf)),
-    **dict.fromkeys(("data.text_length", "data.image_size"), (1, math.inf)),
+    **dict.fromkeys(("data.text_length", "data.image_size", "clients_per_group"), (1, math.inf)),
     "data.vocabulary": (2, math.inf),  # words, and padding
     **dict.fromkeys(("optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), (0, math.inf)),
+    "data.workers": (0, math.inf),
     "seed": (0, MAX_SEED),
 }
 _POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha", "lora.alpha", "optim.clip_norm")
@@ -51,6 +52,13 @@ def check(config: Any) -> None:
     for name in ("optim.label_smoothing", "optim.momentum", "lora.dropout"):
         if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not 0 < config.mode.client_fraction <= 1:
+        raise ValueError(f"mode.client_fraction must be above 0 and at most 1, got {config.mode.client_fraction}")
+    if config.mode.client_fraction < 1 and config.mode.kind != "splitfed":
+        raise ValueError(
+            f"mode.client_fraction must be 1.0 where mode.kind is not 'splitfed', got {config.mode.client_fraction} "
+            f"with {config.mode.kind!r}: there every client has a share in every part"
+        )
     if not 0 < config.data.test_share < 1:
         raise ValueError(f"data.test_share must be above 0 and below 1, got {config.data.test_share}")
     if (config.data.mean is None) != (config.data.std is None):

@@ -33,7 +33,12 @@ def parse_codec(name: str, text: str, *, own_code: bool = False, known: Iterable
     try:
         return codec_from_text(text, own_code=own_code, known=known)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(named(name, str(error))) from None
+
+
+def named(name: str, error: str) -> str:
+    """Returns what is wrong with a codec with the name of its field or option: "codec must be …" is said of it."""
+    return name + error.removeprefix("codec") if error.startswith("codec ") else f"{name}: {error}"
 
 
 def codec_from_text(text: str, *, own_code: bool = False, known: Iterable[Codec] = ()) -> Codec:

@@ -12,14 +12,15 @@ from msjax.references import call, is_reference, resolve_in
 
 
 def without_paths(config: Config) -> Config:
-    """Returns the config without where data, presets and runs lie on one machine, which says nothing on another.
+    """Returns the config without where data, presets and runs lie on one machine, and how many workers read them.
 
-    Of presets, files of data and `model.weights` the last name is left, which is part of what a run is.
+    This says nothing on another machine. Of presets, files of data and `model.weights` the last name is left, which is
+    part of what a run is.
     """
     name = config.data.name
     name = _last(name) if is_local_path(name) else name
     files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
-    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, name=name, **files)
+    plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, workers=None, name=name, **files)
     weights = _last(config.model.weights)
     model = dataclasses.replace(config.model, weights=weights)
     plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)

@@ -69,6 +69,12 @@ class DataConfig:
     """A TFDS data directory; by default TFDS's own, with download."""
     cache_dir: str | None = None
     """Where decoded arrays are kept; by default ~/.cache/msjax."""
+    streamed: bool | None = None
+    """Decode images as they are needed, rather than into memory, to the same pixels; by default of imagenet2012 and of
+    folders of images that have 2 GiB or more."""
+    workers: int | None = None
+    """Processes that read what is streamed; 0 for threads. By default one fewer than there are cores, and threads where
+    there are two cores or little to read."""
     label: str = "label"
     """Of a CSV file: the column that is predicted."""
     drop: tuple[str, ...] = ()
@@ -160,6 +166,9 @@ class ModeConfig:
     another trains with the server, and hands its part to the next."""
     average_steps: int = 10
     """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
+    client_fraction: float = 1.0
+    """splitfed: the share of the clients that takes part in a round, which is what lies between two averages; which
+    ones is drawn for each round. They fetch the last average when it begins. Not with `cut_bits` or `update_codec`."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
     tail_cut: str | None = None
@@ -218,6 +227,14 @@ class Config:
     `codec`."""
     clients: int = 10
     """Number of clients K."""
+    clients_per_group: int | None = None
+    """Of `msjax train`: how many clients each device computes at the same time, one group after another, so that the
+    memory of activations does not grow with K; by default all. The numbers are the same up to the order of sums. One
+    that divides the clients of a device is compiled once, another twice."""
+    shard_server: bool = False
+    """Whether the server's part, its optimizer's state and the batch of each step are spread over all devices (FSDP),
+    so that a larger part fits; with msjax serve over those of the server. By default msjax train spreads the clients
+    alone, and msjax serve has one device. The numbers are the same up to the order of sums."""
     batch_size: int = 256
     """Samples that each client sends in a step."""
     epochs: int = 10

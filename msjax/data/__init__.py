@@ -10,8 +10,9 @@ Texts come as tokens, tables as columns; `normalize` takes all of them.
 A user's own data come by `from_arrays`, `from_npz`, `from_csv`, `from_image_folder` or `from_sequence`; `as_dataset`
 chooses among them. `from_text` makes blocks of tokens for language models.
 
-A `Dataset` has two `Split`s, `train` and `test`, in memory (`Arrays`) or streamed (`ImageStream`); `batches` reads
-either kind with the same loop. TensorFlow is never needed.
+A `Dataset` has two `Split`s, `train` and `test`, in memory (`Arrays`) or streamed (`ImageStream`, or one of items that
+are read when they are asked for); `batches` reads either kind with the same loop. What is streamed is read ahead with
+grain, by worker processes where that pays (`Reader`). TensorFlow is never needed.
 """
 
 from msjax.data._arrays import from_arrays, from_npz
@@ -26,6 +27,7 @@ from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._inputs import Inputs, read_inputs
 from msjax.data._load import load
+from msjax.data._reader import Read, Reader
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
 from msjax.data._registry import Published, default_augmentation, is_streamed, published
 from msjax.data._sequence import from_sequence
@@ -48,6 +50,8 @@ __all__ = [
     "Inputs",
     "Missing",
     "Published",
+    "Read",
+    "Reader",
     "Split",
     "TableFormat",
     "Texts",

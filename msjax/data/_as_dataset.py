@@ -123,6 +123,8 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
             raise DataError(f"{path} does not exist")
         if options.pop("image_size", None) is not None:
             raise DataError(f"image_size is for folders of images and sets by name, got it with {path}")
+        if options.pop("streamed", None):
+            raise DataError(f"streamed must be None or False for {path}, which is read whole, got True")
         if kind == ".txt":
             if (missing := options.pop("missing", "refuse")) != "refuse":
                 raise DataError(f'missing must be "refuse" for texts and not a table, got {missing!r} with {path}')

@@ -1,15 +1,11 @@
-"""Reading a split batch by batch, in the order asked for; what is not in memory by threads and ahead of time."""
+"""Reading a split batch by batch, in the order asked for."""
 
-import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from msjax.data._dataset import Arrays, Split, Tree, map_arrays
-
-_CHUNK = 16  # examples that a thread fetches at a time
+from msjax.data._dataset import Arrays, Split, Tree
+from msjax.data._reader import Read, Reader
 
 
 def batches(
@@ -19,21 +15,22 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     start: int = 0,
+    workers: int | None = None,
     threads: int | None = None,
     prefetch: int = 2,
 ) -> Iterator[tuple[Tree, Tree]]:
     """Yield inputs [*batch, ...] and labels [*batch, ...] for each step of an epoch.
 
     `source` is a split such as `ds.train`, or a pair (inputs, labels) of arrays. What is in memory comes as it is.
-    What is not is fetched by threads; random crops depend on (seed, epoch, step, index) alone: not on the number of
-    threads, on `start`, nor on which other examples are in the batch.
+    What is not is read ahead by a `Reader`; random crops depend on (seed, epoch, step, index) alone: not on the number
+    of workers or threads, on `start`, nor on which other examples are in the batch.
 
     Args:
         indices: int [steps, *batch], for example [steps, client, example].
         seed, epoch: choose the crops.
         start: first step to yield, to go on where an interrupted run stopped.
-        threads: how many fetch and decode; default: as many as cores.
-        prefetch: how many steps are read ahead of the consumer.
+        workers, threads, prefetch: of the `Reader`. Workers are started for each call: over many epochs let one reader
+            go over all of them.
 
     Raises:
         IndexError: an index is negative or too large.
@@ -51,35 +48,11 @@ def batches(
         raise IndexError(f"indices must be in 0..{count - 1}, got {indices.min()}..{indices.max()}")
     if split.in_memory:
         return (split.fetch(i) for i in indices[start:])
-    return _streamed(split, indices, (seed, epoch), start, threads or os.cpu_count() or 1, prefetch)
+    reads = [Read(step, (seed, epoch, n)) for n, step in enumerate(indices)]
+    return _read(Reader({"train": split}, reads, workers=workers, threads=threads, prefetch=prefetch), start)
 
 
-def _streamed(
-    split: Split, indices: np.ndarray, entropy: tuple[int, int], start: int, threads: int, prefetch: int
-) -> Iterator[tuple[Tree, Tree]]:
-    """Chunks of a step as tasks of a pool, `prefetch` steps ahead; leaving the loop early cancels the rest."""
-    batch_shape = indices.shape[1:]
-
-    def join(*parts: np.ndarray) -> np.ndarray:
-        return np.concatenate(parts).reshape(*batch_shape, *parts[0].shape[1:])
-
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[list[Future]] = deque()
-        steps = iter(range(start, len(indices)))
-
-        def submit() -> None:
-            if (step := next(steps, None)) is not None:
-                flat = indices[step].reshape(-1)
-                chunks = [flat[i : i + _CHUNK] for i in range(0, len(flat), _CHUNK)]
-                pending.append([pool.submit(split.fetch, chunk, (*entropy, step)) for chunk in chunks])
-
-        try:
-            for _ in range(max(prefetch, 0) + 1):
-                submit()
-            while pending:
-                parts = [future.result() for future in pending.popleft()]
-                submit()
-                inputs, labels = (map_arrays(join, *column) for column in zip(*parts, strict=True))
-                yield inputs, labels
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _read(reader: Reader, start: int) -> Iterator[tuple[Tree, Tree]]:
+    with reader:
+        for n in range(start, len(reader)):
+            yield reader[n]

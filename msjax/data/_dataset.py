@@ -22,7 +22,8 @@ class Split(Protocol):
     Inputs and labels are arrays, or dicts or tuples of arrays, with the examples along the first axis.
 
     Attributes:
-        in_memory: whether everything is in arrays already: `inputs` and `targets`, as `Arrays` has them.
+        in_memory: whether everything is in arrays already: `inputs` and `targets`, as `Arrays` has them. What is not
+            is sent to worker processes by pickle.
         input_like: shape and dtype of one example's inputs as they are stored, for example uint8 (32, 32, 3).
         label_like: the same of one label.
     """
@@ -44,8 +45,13 @@ class Split(Protocol):
     def fetch(self, indices: np.ndarray, entropy: tuple[int, ...] = ()) -> tuple[Tree, Tree]:
         """Returns inputs (n, ...) and labels (n, ...) of these examples, in host memory.
 
-        Called from several threads at once. What is random about example i depends on (*entropy, i) alone.
+        Called from several threads or processes at once. What is random about example i depends on (*entropy, i)
+        alone.
         """
+        ...
+
+    def only(self, indices: np.ndarray) -> "Split":
+        """Returns the split of these examples alone, each with what is random about it here."""
         ...
 
 
@@ -97,6 +103,10 @@ class Arrays:
     def fetch(self, indices: np.ndarray, entropy: tuple[int, ...] = ()) -> tuple[Tree, Tree]:
         """Returns inputs and labels of these examples; nothing is random."""
         return self[indices]
+
+    def only(self, indices: np.ndarray) -> "Arrays":
+        """Returns the split of these examples alone, copied."""
+        return Arrays(*self[indices])
 
     def __getitem__(self, indices: Any) -> tuple[Tree, Tree]:
         inputs, targets = (map_arrays(lambda a: a[indices], tree) for tree in (self.inputs, self.targets))

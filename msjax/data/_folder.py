@@ -10,7 +10,7 @@ from msjax.data import _images, _sets
 from msjax.data._arrays import finish
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
-from msjax.data._sequence import _IN_MEMORY_BYTES, SequenceSplit, share_split
+from msjax.data._sequence import SequenceSplit, are_large, share_split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with other names are passed over."""
@@ -23,7 +23,7 @@ def from_image_folder(
     image_size: int | None,
     channels: int | None = None,
     test_share: float | None = 0.2,
-    in_memory: bool | None = None,
+    streamed: bool | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or of PATH/CLASS/*, with Pillow.
@@ -39,8 +39,8 @@ def from_image_folder(
         image_size: side of the images in pixels; None: as they are, all of one size.
         channels: 1 (grey) or 3 (RGB); by default 1 where all training images are grey.
         test_share: what is set aside where there is no test folder, of each class alike; None: nothing.
-        in_memory: by default whether all images have less than 2 GiB; else they are decoded as they are needed, and
-            mean and std are measured on 1,000.
+        streamed: decode images as they are needed, by worker processes where that pays (see `Reader`), rather than into
+            memory; mean and std are then measured on 1,000. By default whether all have 2 GiB or more.
         seed: chooses what is set aside.
 
     Raises:
@@ -67,9 +67,9 @@ def from_image_folder(
         SequenceSplit(items, path.name, split, num_classes=len(classes))
         for items, split in zip(splits, ("train", "test"), strict=False)
     ]
-    if in_memory is None:
-        in_memory = sum(split.total_bytes for split in splits) < _IN_MEMORY_BYTES
-    if in_memory:
+    if streamed is None:
+        streamed = are_large(splits)
+    if not streamed:
         splits = [split.read() for split in splits]
     if not test_root:
         splits = share_split(splits[0], test_share, seed, labels)
@@ -117,7 +117,8 @@ class _Images:
     """Images and classes by index: a sequence as `from_sequence` takes it."""
 
     def __init__(self, files: Sequence[Path], labels: np.ndarray, image_size: int | None, channels: int):
-        self._files, self._labels, self._image_size, self._channels = files, labels, image_size, channels
+        self._files = list(map(str, files))  # shorter than paths where they are sent to other processes
+        self._labels, self._image_size, self._channels = labels, image_size, channels
 
     def __len__(self) -> int:
         return len(self._files)

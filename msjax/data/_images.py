@@ -49,6 +49,24 @@ def decode(encoded: bytes, channels: int) -> Any:
     return flatten(image, channels)
 
 
+def decode_as(encoded: bytes, shape: tuple[int, int, int], image_size: int | None) -> np.ndarray:
+    """uint8 (H, W, C) of `shape`: as the image is, or its shorter side resized to `image_size` and the middle kept.
+
+    Raises:
+        DataError: the image is of another size, and `image_size` is None.
+    """
+    image = decode(encoded, shape[2])
+    if image_size is not None:
+        image = resize_center_crop(image, image_size, image_size)
+    pixels = to_array(image)
+    if pixels.shape != shape:
+        raise DataError(
+            f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels as it is seen, and the set says "
+            f"{shape[1]} x {shape[0]}: give image_size"
+        )
+    return pixels
+
+
 def upright(image: Any) -> Any:
     """As its EXIF orientation says that it is to be seen; as it is where EXIF data cannot be read."""
     pillow()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from msjax.data import _embedded, _records, _registry, _sets, _stream
+from msjax.data import _embedded, _records, _registry, _sets, _stream, _tfds
 from msjax.data._arrays import share_indices
 from msjax.data._as_dataset import from_path, is_path
 from msjax.data._check import check
@@ -55,8 +55,10 @@ def load(
     Texts are normalised and split into words and punctuation (`_words.words` has the rules); each word's token is a
     hash of it.
 
-    A set too large for memory (`imagenet2012`) comes as splits that are read and cropped batch by batch, see `stream`;
-    so does any set of images with `streamed=True`.
+    With `streamed=True` images are decoded as they are read, with the same pixels, mean and std as in memory; what a
+    pass over the set finds (mean and std, where none are published) is kept in the cache. `imagenet2012`, too large for
+    memory, is streamed by default; its training images are random-resized-crops, and its test images the middle, see
+    `stream`.
 
     The cache is keyed by name, directory and `image_size`. Where the prepared set is at hand, an entry made from
     another version of it is rebuilt; where it is not, the entry alone is enough: neither TFDS nor the directory is
@@ -67,7 +69,7 @@ def load(
         data_dir: TFDS data directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
         cache_dir: where decoded arrays are kept; by default $MSJAX_CACHE, $XDG_CACHE_HOME/msjax or ~/.cache/msjax.
         image_size: resize the shorter side to this and crop the middle; needed where a set's images differ in size.
-            Of a streamed set: the side of the crops, 224 by default.
+            Of `imagenet2012` as a stream: the side of the crops, 224 by default.
         text_length: tokens of a text; longer ones are cut, shorter ones padded.
         vocabulary: how many tokens there are. Words get theirs by a hash, see `_records.tokens`.
         missing: of a table: "refuse" values that are NaN or infinite, naming row and column; or take the "median" of
@@ -76,7 +78,8 @@ def load(
         drop: columns of a table that are not used; a vector's or a dict's name stands for all its columns.
         test_share: of a set without test data and of one's own: this part of the training examples is set aside, of
             each class alike, always the same; None: nothing. Mean and std are those of the others.
-        streamed: read images as they are needed rather than into memory; by default as the set needs it.
+        streamed: read images as they are needed rather than into memory; by default as the set needs it. Of a path:
+            of a folder of images, see `from_image_folder`.
         **options: of the adapter, where `name` is a path.
 
     Raises:
@@ -88,7 +91,7 @@ def load(
     _records.check_tokens(text_length, vocabulary)
     check_missing(missing)
     if is_path(name):
-        options |= {"drop": drop} if drop else {}
+        options |= ({"drop": drop} if drop else {}) | ({} if streamed is None else {"streamed": streamed})
         return from_path(name, image_size=image_size, missing=missing, test_share=test_share, **options)
     drop = (drop,) if isinstance(drop, str) else tuple(drop)
     if options:
@@ -96,11 +99,7 @@ def load(
     entry = _registry.find(name)
     if entry.streamed if streamed is None else streamed:
         _refuse_options(name, missing, drop, "images")
-        size = _stream.IMAGE_SIZE if image_size is None else image_size
-        options = {"data_dir": data_dir, "cache_dir": cache_dir, "image_size": size}
-        train, test = (_stream.stream(name, split, **options) for split in ("train", "test"))
-        normalized = train.num_classes, train.mean, train.std, entry.augment
-        return Dataset(name, train, test, *normalized, classes=train.classes)
+        return _streamed(name, entry, test_share, image_size, {"data_dir": data_dir, "cache_dir": cache_dir})
     if entry.test_of_class is not None:
         if name == "digits":
             _refuse_options(name, missing, drop, "images")
@@ -131,6 +130,29 @@ def load(
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     ds = Dataset(name, train, test, meta["num_classes"], mean, std, entry.augment, meta.get("tokenizer"))
     return check(dataclasses.replace(ds, classes=_class_names(meta)))
+
+
+def _streamed(
+    name: str, entry: _registry.Entry, test_share: float | None, image_size: int | None, where: dict[str, Any]
+) -> Dataset:
+    """A set of images that are decoded as they are read."""
+    if entry.test_of_class is not None:
+        raise DataError(f"streamed must be None or False for {name}, which comes with this package, got True")
+    if entry.random_crop:
+        size = _stream.IMAGE_SIZE if image_size is None else image_size
+        train, test = (_stream.stream(name, split, image_size=size, **where) for split in ("train", "test"))
+    else:
+        options = where | {"image_size": image_size, "crop": "whole"}
+        train = _stream.stream(name, "train", **options)
+        try:
+            test = _stream.stream(name, "test", **options)
+        except _tfds.NoSplit:
+            chosen = np.arange(len(train)), np.arange(0)
+            if test_share is not None:
+                chosen = share_indices(train.labels(), test_share, 0)
+            train, test = map(train.only, chosen)
+    mean, std = (train.mean, train.std) if entry.mean or entry.random_crop else train.measure()
+    return check(Dataset(name, train, test, train.num_classes, mean, std, entry.augment, classes=train.classes))
 
 
 def _class_names(meta: dict[str, Any]) -> tuple[str, ...] | None:

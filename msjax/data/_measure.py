@@ -7,11 +7,19 @@ import numpy as np
 
 def measure_images(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Per-channel mean and std of pixels / 255, exactly, from a histogram a channel."""
-    channels = images.shape[-1]
-    counts = np.zeros((channels, 256), np.int64)
+    counts = np.zeros((images.shape[-1], 256), np.int64)
     for lo in range(0, len(images), 1024):
-        for c in range(channels):
-            counts[c] += np.bincount(images[lo : lo + 1024, ..., c].ravel(), minlength=256)
+        counts += count_levels(images[lo : lo + 1024])
+    return measure_levels(counts)
+
+
+def count_levels(images: np.ndarray) -> np.ndarray:
+    """int64 (C, 256): how many pixels of uint8 images (N, H, W, C) have each level."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+
+
+def measure_levels(counts: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per-channel mean and std of pixels / 255 of what `count_levels` counted."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     levels = np.arange(256) / 255
     mean = share @ levels

@@ -43,7 +43,8 @@ class Entry:
         file_format: how they are to be read: CIFAR's records, or MNIST's IDX files, which are train images, train
             labels, test images, test labels.
         label_bytes: before the pixels of a CIFAR record, of which the last is the label.
-        streamed: too large for memory.
+        streamed: too large for memory, unless it is asked for.
+        random_crop: training images are random-resized-crops, test images the middle, where the set is streamed.
         by_hand: how to get a set that no program may download.
         published: what its authors say of it.
     """
@@ -57,6 +58,7 @@ class Entry:
     file_format: Literal["cifar", "idx"] | None = None
     label_bytes: int = 1
     streamed: bool = False
+    random_crop: bool = False
     by_hand: str | None = None
     published: Published | None = None
 
@@ -139,6 +141,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
             augment="flip",
             num_classes=1000,
             streamed=True,
+            random_crop=True,
             by_hand=_IMAGENET_BY_HAND,
             published=Published((224, 224, 3), 1000, 1_281_167, 50_000),
         ),

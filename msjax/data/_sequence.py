@@ -32,7 +32,7 @@ def from_sequence(
     labels: Keys = None,
     num_classes: int | None = None,
     test_share: float | None = None,
-    in_memory: bool | None = None,
+    streamed: bool | None = None,
     threads: int | None = None,
     normalize: bool = False,
     name: str = "sequence",
@@ -43,8 +43,10 @@ def from_sequence(
     So have grain's random-access sources, TFDS's data sources, Hugging Face's data sets and PyTorch's map-style sets.
     Items are pairs (input, label) or dicts; their values are arrays, numbers, PIL images or PyTorch tensors, and become
     what `from_arrays` makes of them; PIL images as by `from_image_folder`. Where there is a `__getitems__`, it is used.
-    The set is read into memory where it is small, else while it is used. What an item is must not change from one
-    reading to the next.
+    The set is read into memory where it is small, else streamed: its items are read while it is used, ahead of time, by
+    worker processes where that pays (see `Reader`), to which `train` and `test` are sent by pickle. So a set on disk
+    should keep what it opens out of its pickle, or open it when an item is asked for. What an item is must not change
+    from one reading to the next.
 
     Args:
         train, test: the items; without `test` and `test_share` the set has no test data.
@@ -53,9 +55,11 @@ def from_sequence(
         num_classes: where labels are classes; by default counted, or as Hugging Face's features say. It must be given
             where the set is not read into memory and nothing says it.
         test_share: instead of `test`: this part of `train` is set aside.
-        in_memory: by default whether all items together have less than 2 GiB, going by the first.
-        threads: how many read; by default as many as cores. 1 where the items must not be read by two at once.
-        normalize: standardise numbers as `from_arrays` does; what is not in memory is measured on 1,000 examples.
+        streamed: read items while they are used, rather than into memory; by default whether all items together have 2
+            GiB or more, going by the first.
+        threads: how many read into memory; by default as many as cores. 1 where the items must not be read by two at
+            once: then neither do several read a streamed set.
+        normalize: standardise numbers as `from_arrays` does; what is streamed is measured on 1,000 examples.
         name: for messages and records.
         seed: chooses what is set aside.
 
@@ -69,9 +73,9 @@ def from_sequence(
         if test_share is not None:
             raise DataError(f"test_share must be None where test is given, got {test_share}")
         splits.append(SequenceSplit(test, name, "test", **options))
-    if in_memory is None:
-        in_memory = sum(split.total_bytes for split in splits) < _IN_MEMORY_BYTES
-    if in_memory:
+    if streamed is None:
+        streamed = are_large(splits)
+    if not streamed:
         splits = [split.read() for split in splits]
     if test is None:
         splits = share_split(splits[0], test_share, seed)
@@ -84,6 +88,11 @@ def from_sequence(
     return ds
 
 
+def are_large(splits: Sequence["SequenceSplit"]) -> bool:
+    """Whether splits are streamed by default."""
+    return sum(split.total_bytes for split in splits) >= _IN_MEMORY_BYTES
+
+
 def share_split(split: Split, test_share: float | None, seed: int, labels: np.ndarray | None = None) -> list[Split]:
     """Train and test of one split; of each class alike where the labels are in memory or given."""
     if test_share is None:
@@ -92,7 +101,7 @@ def share_split(split: Split, test_share: float | None, seed: int, labels: np.nd
         if labels is None and split.in_memory and are_classes(split.label_like):
             labels = split.targets
         chosen = share_indices(len(split) if labels is None else labels, test_share, seed)
-    return [Arrays(*split[indices]) if split.in_memory else split.only(indices) for indices in chosen]
+    return [split.only(indices) for indices in chosen]
 
 
 def _known_classes(items: Any, label_like: Tree, key: Keys) -> int | None:
@@ -110,6 +119,7 @@ class SequenceSplit:
     Attributes:
         input_like, label_like: shape and dtype of the first item's, which all must have.
         num_classes: labels are checked against it when they are read.
+        threads: how many may read at once; None: any number.
     """
 
     in_memory = False
@@ -129,16 +139,22 @@ class SequenceSplit:
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
             raise DataError(f"{split} must have __len__ and __getitem__, got {type(items).__name__}")
         self.name, self.split, self.num_classes = name, split, num_classes
-        self._items, self._keys, self._threads = items, (inputs, labels), threads
+        self._items, self._keys, self.threads = items, (inputs, labels), threads
         self._wide, self._columns = wide, None
         self._chosen: np.ndarray | None = None
-        self._lock = threading.Lock() if threads == 1 else contextlib.nullcontext()
+        self._lock = _lock(threads)
         if not len(items):
             raise DataError(f"{split} of {name} must have examples, got none")
         first = self._example(0, self._get([0])[0])
         self._read_like, self.label_like = (
             map_arrays(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree) for tree in first
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=_lock(state["threads"]))
 
     @property
     def input_like(self) -> Tree:
@@ -204,7 +220,7 @@ class SequenceSplit:
             for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(found), strict=True):
                 whole[lo:hi] = part
 
-        _sets.for_each(fill, range(0, len(self), _CHUNK), threads=self._threads)
+        _sets.for_each(fill, range(0, len(self), _CHUNK), threads=self.threads)
         return out
 
     def _get(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
@@ -216,7 +232,16 @@ class SequenceSplit:
                 if len(found) != len(indices):
                     raise DataError(f"__getitems__ of {self.name} must give an item an index, got {len(found)}")
                 return found
-            return [self._items[i] for i in indices]
+            return [self._item(i) for i in indices]
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self._items[index]
+        except DataError:
+            raise
+        except Exception as error:  # whatever the user's own class raises
+            what = f"item {index} of {self.name} ({self.split})"
+            raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
     def _example(self, index: int, item: Any) -> tuple[Tree, Tree]:
         """Input and label of an item as arrays."""
@@ -241,6 +266,11 @@ class SequenceSplit:
             raise DataError(
                 f"{what} of {self.name} ({self.split}) must be as the first item's, {described[1]}, got {described[0]}"
             )
+
+
+def _lock(threads: int | None) -> Any:
+    """What lets one thread at a time read, where it must be so."""
+    return threading.Lock() if threads == 1 else contextlib.nullcontext()
 
 
 def _array(value: Any, name: str, label: bool, wide: bool) -> np.ndarray:

@@ -186,16 +186,7 @@ def _from_tfds(
         images = np.empty((len(found), h, w, c), np.uint8)
         for i, record in enumerate(found):
             with _images.decoding(f"image {lo + i} of {name} ({split_name})"):
-                image = _images.decode(_records.value(record, inputs.key), c)
-                if image_size is not None:
-                    image = _images.resize_center_crop(image, image_size, image_size)
-                pixels = _images.to_array(image)
-                if pixels.shape != (h, w, c):
-                    raise DataError(
-                        f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels as it is seen, and the set says "
-                        f"{w} x {h}: give image_size"
-                    )
-                images[i] = pixels
+                images[i] = _images.decode_as(_records.value(record, inputs.key), (h, w, c), image_size)
         return images, labels
 
     return _Part(count, (h, w, c), read_images)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from msjax import build, config, data, models
+from msjax import build, config, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -74,6 +74,8 @@ class ClientProgram:
         try:
             drive.take_part(self.session, self.connect)
         finally:
+            if self.session.party is not None:
+                self.session.party.close()
             sent, received = self.session.sent_bytes, self.session.received_bytes
             log.info("%s bytes sent, %s received, as serialized", f"{sent:,}", f"{received:,}")
         return self._path
@@ -88,14 +90,12 @@ class ClientProgram:
                 "alike before, or by a preset whose data.name is a function that uses one data.TableFormat everywhere"
             )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
-        if not ds.in_memory:
-            raise ValueError(f"data.name must be a set that fits in memory for msjax client, got {cfg.data.name!r}")
         self._check_tokenizer(ds.tokenizer)
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
             indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-            train = data.Arrays(*ds.train.fetch(indices[options.client_id]))
+            train = ds.train.only(indices[options.client_id])
         if small := build.batch_of_small_share(cfg, samples):
             log.warning("%s", small)
         self._data = ClientData(train, ds.test)
@@ -124,7 +124,7 @@ class ClientProgram:
         self._schedule = built.spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
         args = (self._options.client_id, built.spec, built.client, self._data, self._cfg.seed)
-        return Client(*args, numpy_encoder=numpy_encoder)
+        return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):
         if party.keeps_result:

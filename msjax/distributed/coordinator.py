@@ -24,6 +24,7 @@ from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdi
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
+from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
 
@@ -142,7 +143,7 @@ class Coordinator:
         todo: deque[Callable[[], ev.Event]] = deque([lambda: event])
         while todo:
             self.membership, actions = transition(self.membership, todo.popleft()(), self._clock())
-            self.metrics.connected.set(len(self.membership.sessions))
+            self.metrics.connected.set(self.membership.tally.connected)
             for action in actions:
                 match action:
                     case do.RestoreCheckpoint(again):
@@ -159,7 +160,7 @@ class Coordinator:
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
         if client is not None:
-            self.metrics.received(client, event.message)
+            self.metrics.received(client, event.message, event.nbytes)
         try:
             follows = self._hello(event) if client is None else self._said(client, event)
         except messages.ProtocolError as error:
@@ -190,7 +191,7 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
-        self.metrics.received(hello.client, event.message)
+        self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
 
@@ -257,7 +258,9 @@ class Coordinator:
         position = (request.position.step, request.position.phase, request.position.test_round)
         event = ev.Requested(client, session, request.generation, position, bool(request.part))
         if self.membership.verdict(event) is Verdict.NEW:
-            exchange = messages.from_position(self.run.schedule, request.position, client)
+            exchange = self.run.exchange_of(client, position)
+            if exchange is None:  # whose turn is later sends early
+                exchange = messages.from_position(self.run.schedule, request.position, client)
             message = messages.from_request(request, self.run.spec, exchange)
             messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
             self._came[client] = Came(exchange, request, message)
@@ -269,8 +272,9 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            log.info("all clients are ready: training begins, and its first steps compile")
-            readies = [self._readies[client] for client in range(self.cfg.clients)]
+            readies = [self._readies[client] for client in self.membership.active]
+            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(
@@ -281,6 +285,7 @@ class Coordinator:
                 checkpoint_steps=self._checkpoint_steps,
                 failed_save=self.metrics.failed_saves.inc,
                 allow_nonfinite=self.cfg.allow_nonfinite,
+                mesh=shards.mesh_of() if self.cfg.shard_server else None,
             )
         step, clients = self.run.restore()
         if again:

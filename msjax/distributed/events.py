@@ -6,6 +6,7 @@ clock. Payloads are the caller's: here is only whose they are.
 
 import dataclasses
 import enum
+import functools
 
 Key = tuple[int, ...]
 """What tells an exchange from the others of its run; keys increase along the run."""
@@ -34,6 +35,13 @@ class ExchangeInfo:
     """Exchanges of one kind are computed by the same compiled programs."""
     donors: tuple[int, ...] = ()
     """Those of `clients` whose next exchange is an entrance `WITH_PART`: its answer may ask one to bring its part."""
+    rounds: bool = False
+    """Whether `clients` are a share that was drawn for a round: the policy's `min_clients` then counts among them."""
+
+    @functools.cached_property
+    def members(self) -> frozenset[int]:
+        """`clients` as a set: there may be a thousand."""
+        return frozenset(self.clients)
 
 
 # -- Events: what the clients do. ----------------------------------------------------------------------------------

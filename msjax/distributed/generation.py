@@ -33,15 +33,28 @@ class Evicted(Exception):
     """A text was ended, since another one needed its room."""
 
 
+class _Session(NamedTuple):
+    cache_bytes: int
+    evict: Callable[[], None]
+    caller: str
+
+
 class Sessions:
-    """Which texts are under way, within limits: the one that was idle for longest makes room for a new one."""
+    """Which texts are under way, within limits.
+
+    Who has most makes room for a new one: of the caller with the most texts, or the most bytes where these are short,
+    the text that was idle for longest is ended. So nobody who has few loses them to somebody with many.
+    """
 
     def __init__(self, limits: Limits):
         self._limits, self._lock = limits, threading.Lock()
-        self._open: collections.OrderedDict[object, tuple[int, Callable[[], None]]] = collections.OrderedDict()
+        self._open: collections.OrderedDict[object, _Session] = collections.OrderedDict()
 
-    def open(self, cache_bytes: int, evict: Callable[[], None]) -> tuple[object, int]:
+    def open(self, cache_bytes: int, evict: Callable[[], None], caller: str = "") -> tuple[object, int]:
         """Returns a new session, and how many others were evicted for it: `evict` was called of each.
+
+        Args:
+          caller: whose it is.
 
         Raises:
           WireError: its cache alone is larger than the limit.
@@ -51,13 +64,13 @@ class Sessions:
             raise wire.WireError(f"capacity must need at most {limits.cache_bytes} bytes of cache, got {cache_bytes}")
         session, evicted = object(), []
         with self._lock:
-            while self._open and (
-                len(self._open) >= limits.sessions or self._bytes() + cache_bytes > limits.cache_bytes
-            ):
-                evicted.append(self._open.popitem(last=False)[1][1])
-            self._open[session] = cache_bytes, evict
-        for end in evicted:
-            end()
+            while len(self._open) >= limits.sessions:
+                evicted.append(self._pop(caller, lambda _: 1, 1))
+            while self._held(lambda one: one.cache_bytes) + cache_bytes > limits.cache_bytes:
+                evicted.append(self._pop(caller, lambda one: one.cache_bytes, cache_bytes))
+            self._open[session] = _Session(cache_bytes, evict, caller)
+        for one in evicted:
+            one.evict()
         return session, len(evicted)
 
     def use(self, session: object) -> None:
@@ -74,8 +87,19 @@ class Sessions:
     def __len__(self):
         return len(self._open)
 
-    def _bytes(self):
-        return sum(cache_bytes for cache_bytes, _ in self._open.values())
+    def _held(self, size):
+        return sum(map(size, self._open.values()))
+
+    def _pop(self, caller, size, more):
+        """Takes away the text that was idle for longest of who holds most, with what `caller` asks for."""
+        held = collections.Counter()
+        for one in self._open.values():
+            held[one.caller] += size(one)
+        if caller in held:  # who has nothing yet cannot make room
+            held[caller] += more
+        most = max(held.values())
+        found = next(session for session, one in self._open.items() if held[one.caller] == most)
+        return self._open.pop(found)
 
 
 class Texts:
@@ -96,8 +120,8 @@ class Texts:
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
 
-    def answers(self, requests: Iterator[pb.NextTokens], rate: Rate) -> Iterator[pb.Outputs]:
-        """Answers each message of one text, in order.
+    def answers(self, requests: Iterator[pb.NextTokens], rate: Rate, caller: str = "") -> Iterator[pb.Outputs]:
+        """Answers each message of one text, of one caller, in order.
 
         Raises:
           Evicted: another text needed its room.
@@ -118,7 +142,7 @@ class Texts:
                 self._metrics.received(ANYONE, request)
                 began = time.perf_counter()
                 if session is None:
-                    session, own = self._begin(request, inbox)
+                    session, own = self._begin(request, inbox, caller)
                 self._sessions.use(own)
                 self._programs.use((session.terms.codec, request.count))
                 outputs = pb.Outputs(payload=session.answer([Piece(request.count, request.features)]))
@@ -131,7 +155,7 @@ class Texts:
             self._sessions.close(own)
             self._metrics.sessions.set(len(self._sessions))
 
-    def _begin(self, request, inbox):
+    def _begin(self, request, inbox, caller):
         begin, config = request.begin, models.part_config(self._part)
         if not request.HasField("begin"):
             raise wire.WireError("begin must be in the first message of a text, got one without it")
@@ -144,7 +168,7 @@ class Texts:
         candidates = min(begin.candidates, config.vocab_size) or None
         terms = Terms(1, padded(begin.capacity, most), codec, candidates, begin.compression or None)
         cache_bytes = ServerSession.cache_bytes(self._part, terms)
-        own, evicted = self._sessions.open(cache_bytes, lambda: inbox.put(Evicted))
+        own, evicted = self._sessions.open(cache_bytes, lambda: inbox.put(Evicted), caller)
         self._metrics.evicted.inc(evicted)
         self._metrics.sessions.set(len(self._sessions))
         with self._lock:

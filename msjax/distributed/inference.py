@@ -20,7 +20,7 @@ from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of
 from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
@@ -121,7 +121,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         """Answers what comes next in one text, as often as it is asked."""
         self._authenticate(context)
         try:
-            yield from self._texts.answers(requests, Rate(self._max_messages_per_second))
+            yield from self._texts.answers(requests, Rate(self._max_messages_per_second), caller_of(context))
         except Evicted as error:
             context.abort(grpc.StatusCode.ABORTED, str(error))
         except wire.WireError as error:

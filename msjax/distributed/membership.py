@@ -6,7 +6,7 @@ carries the actions out, in order, and hands in `TimePassed` at `Membership.wake
 events answer: `RestoreCheckpoint` with `Restored`, and `Advance` with `Computed`; after either, `Opened` names the next
 exchange, or `Ended` says that none is left.
 
-    GATHERING  --all ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
+    GATHERING  --enough ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
                                    ^               |                '--- a client has lost its memory ---.
                                    |               '--no exchange left-->  ENDING  -->  OVER             |
                                    '---------------------------------------------------------------------'
@@ -31,7 +31,8 @@ and more absent ones than `min_clients` allows. Only while all active clients ar
 
 import dataclasses
 import enum
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from msjax.distributed.events import ExchangeInfo, Key, Requested
 
@@ -47,13 +48,19 @@ class Policy:
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
-    """drop: where fewer than these would be left, wait all the same."""
+    """drop: where fewer than these would be left, wait all the same. Where a share of the clients takes part in each
+    round, so many of those must be there, too (or all, where there are fewer)."""
+    start_clients: int | None = None
+    """Training begins when so many are ready; by default, all. Those that come later are let in like those that had
+    been dropped."""
 
     def __post_init__(self):
         if not self.deadline_seconds > 0:
             raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
         if self.min_clients < 1:
             raise ValueError(f"min_clients must be at least 1, got {self.min_clients}")
+        if self.start_clients is not None and self.start_clients < 1:
+            raise ValueError(f"start_clients must be at least 1, or None, got {self.start_clients}")
         if self.stragglers not in ("wait", "drop", "stop"):
             raise ValueError(f"stragglers must be wait, drop or stop, got {self.stragglers!r}")
 
@@ -62,7 +69,7 @@ class Stage(enum.Enum):
     """Where a run is."""
 
     GATHERING = "gathering"
-    """Until all clients are ready."""
+    """Until all clients are ready, or as many as the policy asks for."""
     RESTORING = "restoring"
     """The caller makes the server's state; a new generation begins."""
     COLLECTING = "collecting"
@@ -157,12 +164,44 @@ class Client:
         return None if (self.last_kind, kind) in self.done else (self.last_kind, kind)
 
 
+class Tally(NamedTuple):
+    """How many clients there are of a kind; kept up to date, so that a message costs no more with a thousand."""
+
+    connected: int = 0
+    unready: int = 0
+    """Those with a session in which they have not yet said that they are ready."""
+    returning: int = 0
+    waited_for: int = 0
+    """Those whose messages the open exchange still lacks."""
+
+    @classmethod
+    def of(cls, number: int, client: Client, exchange: ExchangeInfo | None) -> "Tally":
+        """Returns what one client counts for."""
+        connected = client.session is not None
+        waited_for = exchange is not None and client.active and client.message != exchange.key
+        return cls(
+            connected,
+            connected and not client.session.ready,
+            client.returning,
+            waited_for and number in exchange.members,
+        )
+
+    @classmethod
+    def over(cls, clients: Sequence[Client], exchange: ExchangeInfo | None) -> "Tally":
+        """Returns that of all clients."""
+        return cls(*map(sum, zip(*(cls.of(c, client, exchange) for c, client in enumerate(clients)), strict=True)))
+
+    def changed(self, before: "Tally", after: "Tally") -> "Tally":
+        """Returns it once a client counts for `after` in place of `before`."""
+        return Tally(*(n - b + a for n, b, a in zip(self, before, after, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Membership:
     """The state of a run's membership; begin with `Membership.begin`."""
 
     policy: Policy
-    clients: tuple[Client, ...]
+    clients: Sequence[Client]
     generation: int
     deadline: float | None
     stage: Stage = Stage.GATHERING
@@ -185,7 +224,11 @@ class Membership:
     first_seconds: tuple[tuple[Kinds, float], ...] = ()
     """How long exchanges took when they were first waited for."""
     lost_memory: bool = False
+    begun: bool = False
+    """Whether training has."""
     stop: str | None = None
+    tally: Tally = Tally()
+    """Of `clients` and `exchange`."""
 
     @classmethod
     def begin(
@@ -226,7 +269,9 @@ class Membership:
     @property
     def wake_at(self) -> float | None:
         """When `TimePassed` is due; None where nothing is waited for with a deadline."""
-        times = [c.session.ready_by for c in self.clients if c.session is not None and not c.session.ready]
+        times = []
+        if self.tally.unready:
+            times = [c.session.ready_by for c in self.clients if c.session is not None and not c.session.ready]
         return min(times + ([] if self.deadline is None else [self.deadline]), default=None)
 
     def session_of(self, client: int, name: int) -> Session | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -28,6 +28,9 @@ def check_positive(options: object, *names: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class ListenOptions:
     """Where a server listens, and whom it lets in."""
+
+    most_megabytes: ClassVar[int] = 2047
+    """What `max_megabytes` may be: gRPC counts a message's bytes in 32 bits, with a sign."""
 
     listen: str = "localhost:50051"
     """host:port to listen on; port 0 for one that is free."""
@@ -70,8 +73,8 @@ class ListenOptions:
             raise ValueError(f"certificates must go with tls, got {self.certificates!r} without it")
         integer("max_wrong_tokens", self.max_wrong_tokens, 0)
         check_positive(self, "max_messages_per_second")
-        if not 1 <= self.max_megabytes <= MOST_MEGABYTES:
-            raise ValueError(f"max_megabytes must be in 1..{MOST_MEGABYTES}, got {self.max_megabytes}")
+        if not 1 <= self.max_megabytes <= self.most_megabytes:
+            raise ValueError(f"max_megabytes must be in 1..{self.most_megabytes}, got {self.max_megabytes}")
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
 
@@ -81,8 +84,8 @@ class PartOptions(ListenOptions):
     """Of a server that answers with a trained part: also what the texts under way may take of it."""
 
     max_sessions: int = 32
-    """Of a decoder: texts under way at once, whose keys and values are kept. One that begins beyond them ends the one
-    that was idle for longest; its client is told."""
+    """Of a decoder: texts under way at once, whose keys and values are kept. One that begins beyond them ends one
+    of the client that has most; it is told."""
     max_cache_megabytes: int = 1024
     """Of a decoder: what these keys and values may take in all, likewise."""
 
@@ -100,6 +103,9 @@ MOST_SESSIONS = 64
 @dataclasses.dataclass(frozen=True)
 class ServeOptions(ListenOptions):
     """Of a server that trains: also what it does about late clients."""
+
+    most_megabytes: ClassVar[int] = MOST_MEGABYTES
+    """A large message is sent in chunks."""
 
     policy: Policy = dataclasses.field(default_factory=Policy)
     checkpoint_steps: int = 100
@@ -151,6 +157,9 @@ class ConnectOptions(LinkOptions):
     looked for in `weights`, where that is a folder."""
     cache_dir: str | None = None
     """Where this machine keeps decoded arrays; by default ~/.cache/msjax."""
+    workers: int | None = None
+    """Processes that read data that are streamed; 0 for threads. By default one fewer than this machine has cores, and
+    threads where it has two or there is little to read. Of several clients on one machine each has its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +184,8 @@ class ClientOptions(ConnectOptions):
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
         check_positive(self, "retry_seconds", "answer_seconds")
+        if self.workers is not None:
+            integer("workers", self.workers, 0)
         folder_to_be("state", self.folder())
         if self.weights is not None:
             existing_file_or_folder("weights", self.weights, within="config.json")

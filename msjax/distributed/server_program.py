@@ -17,7 +17,8 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
 from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
-from msjax.distributed.rpc.server import Endpoint, TrainServicer
+from msjax.distributed.rpc.server import most_silent
+from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
 from msjax.models import RemoteApply
 from msjax.parts import save_trained
@@ -45,20 +46,22 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         raise ValueError(
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
         )
+    if (start := options.policy.start_clients) is not None and start > cfg.clients:
+        raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
     build.check_weights(cfg)
 
 
-def listen(cfg: config.Config, options: ServeOptions) -> Endpoint:
+def listen(cfg: config.Config, options: ServeOptions) -> TrainEndpoint:
     """Returns the end where the server of a run will answer; it has its ports, so that a folder can be made.
 
     Raises:
       ValueError: see `check_serve`, or a port cannot be had.
     """
     check_serve(cfg, options)
-    return Endpoint(options, Metrics(), cfg.clients)
+    return TrainEndpoint(options, Metrics(), cfg.clients)
 
 
 class ServerProgram:
@@ -72,7 +75,7 @@ class ServerProgram:
     """
 
     def __init__(
-        self, cfg: config.Config, options: ServeOptions, folder: RunFolder, *, endpoint: Endpoint | None = None
+        self, cfg: config.Config, options: ServeOptions, folder: RunFolder, *, endpoint: TrainEndpoint | None = None
     ):
         self._endpoint = listen(cfg, options) if endpoint is None else endpoint
         self.cfg, self.folder = cfg, folder
@@ -96,7 +99,14 @@ class ServerProgram:
             first_seconds=_read_first_seconds(folder),
         )
         tokens = Tokens(options.tokens)
-        self._servicer = TrainServicer(tokens, self.metrics, options.max_messages_per_second, **options.admission())
+        self._servicer = TrainServicer(
+            tokens,
+            self.metrics,
+            options.max_messages_per_second,
+            max_bytes=options.max_megabytes << 20,
+            most_silent=most_silent(cfg.clients),
+            **options.admission(),
+        )
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._step_began = self._began = time.monotonic()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax.build import Built
-from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
@@ -46,6 +47,7 @@ class ServerRun:
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
       allow_nonfinite: whether to go on where a loss is not finite.
+      mesh: over whose devices the server's part is sharded; None for one device.
     """
 
     def __init__(
@@ -58,16 +60,18 @@ class ServerRun:
         checkpoint_steps: int,
         failed_save: Callable[[], None],
         allow_nonfinite: bool = False,
+        mesh: Mesh | None = None,
     ):
         self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
         self._held: _Held | None = None
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
+        self._info: ExchangeInfo | None = None
 
     def restore(self) -> tuple[int, tuple[int, ...] | None]:
         """Goes to the last checkpoint, or the beginning.
@@ -75,7 +79,7 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.spec, self._initial, self._seed)
+        party = parties.Server(self.spec, self._initial, self._seed, mesh=self._mesh)
         self._held = None  # nobody can be told any more that it is there
         self._checked(self._store.wait)
         step = self._store.latest()
@@ -97,7 +101,13 @@ class ServerRun:
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
-        return None if self.exchange is None else _info(self.schedule, self.exchange)
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange)
+        return self._info
+
+    def exchange_of(self, client: int, position: Key) -> Exchange | None:
+        """Returns the open exchange, if it has this position and the client takes part in it."""
+        open_here = self.exchange is not None and position == self.exchange.position and client in self._info.members
+        return self.exchange if open_here else None
 
     def answer(self, came: dict[int, Came]) -> dict[int, parties.Message]:
         """The answers of the open exchange to the clients whose messages came.
@@ -190,7 +200,10 @@ def _info(schedule, exchange):
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
         entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
     if not passed_on and exchange.step + 1 < schedule.total_steps:
-        later = [e for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position]
-        donors = tuple(c for c in exchange.clients if not any(c in e.clients for e in later))
+        later = (e.clients for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position)
+        busy = frozenset().union(*later)
+        donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
-    return ExchangeInfo(exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
+    args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
+    return ExchangeInfo(*args, rounds and exchange.phase in (Phase.FETCH_PART, Phase.FEATURES, Phase.AVERAGE))

@@ -1,10 +1,11 @@
 """How the membership of a run changes: `transition`, and nothing else."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
-from msjax.distributed.membership import Client, Membership, Memory, Session, Stage, Verdict
+from msjax.distributed.membership import Client, Membership, Memory, Session, Stage, Tally, Verdict
 
 
 def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membership, tuple[do.Action, ...]]:
@@ -16,7 +17,7 @@ def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membersh
     turn = _Transition(state, now, isinstance(event, ev.TimePassed))
     turn.take(event)
     turn.settle()
-    return turn.state, tuple(turn.actions)
+    return turn.end(), tuple(turn.actions)
 
 
 class _Transition:
@@ -24,15 +25,26 @@ class _Transition:
 
     def __init__(self, state: Membership, now: float, judges: bool):
         self.state, self.now, self.actions = state, now, []
+        self._tally = state.tally
         self._judges = judges  # deadlines: only where all is handed in that came before `now`
 
     def _set(self, **changes):
         self.state = dataclasses.replace(self.state, **changes)
 
     def _set_client(self, client, **changes):
-        clients = list(self.state.clients)
-        clients[client] = dataclasses.replace(clients[client], **changes)
-        self._set(clients=tuple(clients))
+        if isinstance(self.state.clients, tuple):  # a copy of this turn's own: one, however many clients change
+            self._set(clients=list(self.state.clients))
+        clients, exchange = self.state.clients, self.state.exchange
+        before, clients[client] = clients[client], dataclasses.replace(clients[client], **changes)
+        self._tally = self._tally.changed(*(Tally.of(client, it, exchange) for it in (before, clients[client])))
+
+    def _count_anew(self):
+        self._tally = Tally.over(self.state.clients, self.state.exchange)
+
+    def end(self) -> Membership:
+        """Returns the state as it is now."""
+        self._set(clients=tuple(self.state.clients), tally=self._tally)
+        return self.state
 
     def _set_session(self, client, **changes):
         session = dataclasses.replace(self.state.clients[client].session, **changes)
@@ -116,7 +128,7 @@ class _Transition:
         self._set_session(client, ready=True)
         missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
         if self.state.stage is Stage.GATHERING and missing:
-            self._do(do.Inform(f"client {client} is ready; training waits for clients {missing}"))
+            self._do(do.Inform(f"client {client} is ready; training waits for {_listed(missing)}"))
         if self.state.stage is Stage.ENDING:
             self._tell_end(client)
         elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):
@@ -171,12 +183,14 @@ class _Transition:
             raise ValueError("clients must be at least one, got none: nobody has the checkpoint")
         clients = []
         for c, client in enumerate(self.state.clients):
-            active = able is None or c in able
+            # One that had not come when training began comes in later.
+            active = (able is None or c in able) and (client.active or self.state.begun)
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
             known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
-        self._set(clients=tuple(clients), step=step, stage=Stage.ADVANCING, lost_memory=False)
+        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False, begun=True)
+        self._count_anew()
         for c, client in enumerate(clients):
             if client.active and client.ready:
                 self._start(c, step)
@@ -199,15 +213,13 @@ class _Transition:
         deadline = self._later() if len(exchange.clients) == 1 else None
         self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=deadline, opened_at=self.now)
         self._set(extended=False, late=False, compiling=False)
+        self._count_anew()
 
     # -- What follows. ---------------------------------------------------------------------------------------------
 
     def settle(self):
-        for c, client in enumerate(self.state.clients):
-            if client.session is not None and not client.session.ready and self._passed(client.session.ready_by):
-                # It keeps its client's place from others. One that loads its data for long comes again with it.
-                self._do(do.Warn(f"client {c} at {client.session.peer} was not ready in time: its session is closed"))
-                self._close(c)
+        if self._judges and self._tally.unready:
+            self._close_unready()
         match self.state.stage:
             case Stage.GATHERING:
                 self._gather()
@@ -221,24 +233,43 @@ class _Transition:
             case Stage.ENDING:
                 self._end()
 
+    def _close_unready(self):
+        for c, client in enumerate(self.state.clients):
+            if client.session is not None and not client.session.ready and self._passed(client.session.ready_by):
+                # It keeps its client's place from others. One that loads its data for long comes again with it.
+                self._do(do.Warn(f"client {c} at {client.session.peer} was not ready in time: its session is closed"))
+                self._close(c)
+
     def _gather(self):
         missing = [c for c, client in enumerate(self.state.clients) if not client.ready]
         if self.state.stop is not None:
             self._stop(self.state.stop)
-        elif not missing:
+        elif len(self.state.clients) - len(missing) >= self._needed_to_start():
+            for c in missing:
+                self._set_client(c, active=False)
             self._restore(again=False)
         elif self._passed(self.state.deadline):
-            self._do(do.Warn(f"training waits for clients {missing} to be ready"))
+            self._do(do.Warn(f"training waits for {_listed(missing)} to be ready"))
             self._set(deadline=self._later())
+
+    def _needed_to_start(self):
+        start, clients = self.state.policy.start_clients, len(self.state.clients)
+        return clients if start is None else min(start, clients)
+
+    def _quorum(self):
+        """How many of a round's clients must be there."""
+        exchange = self.state.exchange
+        return min(self.state.policy.min_clients, len(exchange.clients)) if exchange.rounds else 0
 
     def _restore(self, *, again):
         generation = self.state.generation + again  # what was sent in the last one does not count in the next
         self._set(stage=Stage.RESTORING, generation=generation, exchange=None, donor=None, deadline=None)
+        self._count_anew()
         self._do(do.RestoreCheckpoint(again))
 
     def _let_in(self):
         exchange = self.state.exchange
-        for c in exchange.clients:
+        for c in exchange.clients if self._tally.returning else ():
             if self.state.clients[c].returning and self._can_enter(c):
                 self._set_client(c, active=True)
                 self._do(do.Inform(f"client {c} comes back at step {exchange.step}"))
@@ -248,7 +279,7 @@ class _Transition:
 
     def _can_enter(self, client):
         state, exchange = self.state, self.state.exchange
-        if state.stage is not Stage.COLLECTING or client not in exchange.clients:
+        if state.stage is not Stage.COLLECTING or client not in exchange.members:
             return False
         if exchange.entrance is ev.Entrance.WITH_PART and state.donor is not None:
             donor = state.clients[state.donor]
@@ -263,19 +294,27 @@ class _Transition:
 
     def _collect(self):
         state, exchange = self.state, self.state.exchange
-        expected = [c for c in exchange.clients if state.clients[c].active]
-        there = [c for c in expected if state.clients[c].message == exchange.key]
-        if len(there) == len(expected):
+        waits = self._tally.waited_for > 0 or (exchange.entrance is ev.Entrance.FREE and self._lacks_quorum())
+        if waits and state.deadline is None and any(client.message is not None for client in state.clients):
+            # Those whose turn is later wait as well.
+            self._set(deadline=self._later())
+            return
+        if waits and not self._passed(state.deadline):
+            return
+        there = [c for c in exchange.clients if state.clients[c].message == exchange.key]
+        if not waits:
             self._learn(there)
             self._advance(there)
             return
-        if state.deadline is None and any(client.message is not None for client in state.clients):
-            # Those whose turn is later wait as well.
-            self._set(deadline=self._later())
-        elif self._passed(state.deadline):
-            missing = [c for c in expected if c not in there]
-            if not self._let_compile(missing):
-                self._late(missing, there)
+        here = set(there)
+        missing = [c for c in exchange.clients if state.clients[c].active and c not in here]
+        if not self._let_compile(missing):
+            self._late(missing, there)
+
+    def _lacks_quorum(self):
+        """Whether too few of a round's clients are active; at its beginning they may still come."""
+        quorum, clients = self._quorum(), self.state.clients
+        return quorum > 0 and sum(clients[c].active for c in self.state.exchange.clients) < quorum
 
     def _learn(self, there):
         """Notes how long an exchange took that was new to those who took part."""
@@ -295,22 +334,24 @@ class _Transition:
         if state.compiling or not seconds:
             return False
         who = [c for c, kinds in new.items() if kinds is not None]
-        self._do(do.Inform(f"step {state.exchange.step} gives clients {who} up to {seconds:.1f} s more to compile"))
+        self._do(do.Inform(f"step {state.exchange.step} gives {_listed(who)} up to {seconds:.1f} s more to compile"))
         self._set(compiling=True, deadline=self.now + seconds)
         return True
 
     def _late(self, missing, there):
         policy, step = self.state.policy, self.state.exchange.step
-        self._do(do.CountStragglers(len(missing)))
-        if policy.stragglers == "stop":
-            self._stop(f"clients {missing} did not answer within {policy.deadline_seconds} s")
-        elif self._can_do_without(len(missing)):
-            self._do(do.Warn(f"step {step} goes on without clients {missing}"))
+        if missing:  # none is late where a round lacks its quorum
+            self._do(do.CountStragglers(len(missing)))
+        if missing and policy.stragglers == "stop":
+            self._stop(f"{_listed(missing)} did not answer within {policy.deadline_seconds} s")
+        elif missing and self._can_do_without(len(missing)) and len(there) >= self._quorum():
+            self._do(do.Warn(f"step {step} goes on without {_listed(missing)}"))
             for c in missing:
                 self._drop(c, alive=False)
             self._advance(there)
         else:
-            self._do(do.Warn(f"step {step} waits for clients {missing}"))
+            away = [c for c in self.state.exchange.clients if c not in there]
+            self._do(do.Warn(f"step {step} waits for {_listed(away)}"))
             self._set(deadline=self._later(), late=True)
 
     def _can_do_without(self, count):
@@ -326,7 +367,7 @@ class _Transition:
         state, exchange = self.state, self.state.exchange
         donor = None if exchange.entrance is ev.Entrance.WITH_PART else state.donor
         asked = None
-        if donor is None and any(client.returning for client in state.clients):
+        if donor is None and self._tally.returning:
             donor = asked = min(set(there) & set(exchange.donors), default=None)
         for c in there:
             it = state.clients[c]
@@ -341,7 +382,7 @@ class _Transition:
         if missing and not late:
             return
         if missing:
-            self._do(do.Warn(f"clients {missing} did not hear that training has ended"))
+            self._do(do.Warn(f"{_listed(missing)} did not hear that training has ended"))
         for name in self.state.sessions:
             self._do(do.CloseSession(name))
         self._over(do.Finish())
@@ -374,4 +415,12 @@ class _Transition:
     def _over(self, last):
         clients = tuple(dataclasses.replace(client, session=None) for client in self.state.clients)
         self._set(stage=Stage.OVER, clients=clients, deadline=None)
+        self._count_anew()
         self._do(last)
+
+
+def _listed(clients: Sequence[int]) -> str:
+    """Names clients, of very many the first."""
+    if len(clients) <= 20:
+        return f"clients {list(clients)}"
+    return f"{len(clients)} clients, the first {list(clients[:10])}"

@@ -131,7 +131,9 @@ class Checkpoints:
         return list(self._path.glob(f"{step}.orbax-checkpoint-tmp*"))
 
     def _write_sums(self):
-        """Writes the sums of the files of what is being written, which all are there."""
+        """Writes the sums of the files of what is being written, which all are there; of several processes one does."""
+        if jax.process_index():
+            return
         (folder,) = self._temporary(self._writing)
         write_atomically(folder / _SUMS, json.dumps({name: _crc(folder / name) for name in _files(folder)}))
 

@@ -17,7 +17,8 @@ def environment() -> dict[str, Any]:
     """Returns the versions and the hardware that a result depends on, JSON-ready."""
     packages = ("msjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
-    return {
+    several = {"processes": jax.process_count()} if jax.process_count() > 1 else {}
+    return several | {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages} | {n: v for n in _COMPILERS if (v := _version(n))},
         "platform": platform.platform(),

@@ -134,8 +134,9 @@ def _check_budget(bits, codec, grad_codec, schedule):
             raise ValueError(f"{name} must be an EntropyMask where cut_bits is given, got {other}")
     if grad_codec.named or grad_codec.default.error is None or grad_codec.default.bits is not None:
         raise ValueError(f"grad_codec must have an error and no bits where cut_bits is given, got {grad_codec}")
-    if schedule.mode.one_at_a_time or schedule.u_shaped:
-        where = "U-shaped" if schedule.u_shaped else "in sequential mode"
+    if schedule.mode.one_at_a_time or schedule.mode.hands_parts_on(schedule) or schedule.u_shaped:
+        where = "in sequential mode" if schedule.mode.one_at_a_time else "with a client_fraction below 1"
+        where = "U-shaped" if schedule.u_shaped else where
         raise ValueError(f"cut_bits must be None {where}, got {bits!r}")
 
 
@@ -172,6 +173,9 @@ def _check_update_codec(codec, schedule):
         codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
+    if schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time:
+        # Errors and what changes are counted from would have to be kept for clients that may never come again.
+        raise ValueError(f"update_codec must be Identity() with a client_fraction below 1, got {codec}")
     if schedule.mode.one_at_a_time and not isinstance(codec, Cast):
         rule = "Identity() or a Cast in sequential mode, which hands on weights and averages nothing"
         raise ValueError(f"update_codec must be {rule}, got {codec}")

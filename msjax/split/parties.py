@@ -5,17 +5,18 @@ same jitted functions on the same arrays, so they compute the same bits. What `f
 with them to float32 rounding.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax import data
-from msjax.split import budget, programs
+from msjax.split import budget, programs, shards
 from msjax.split.metrics import MetricSums, sums_of, total
 from msjax.split.payloads import Payload, payload_vector, vector_payload
+from msjax.split.reads import ClientBatches
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, with_update_count
@@ -53,6 +54,7 @@ class Client:
       state: its part before the first step.
       own: its data; random crops and orders are drawn from `seed`.
       numpy_encoder: whether it encodes by NumPy, to the same bits, and not within the jitted functions.
+      workers: how many processes read data that are not in memory, see `data.Reader`.
 
     Raises:
       ValueError: `numpy_encoder` with a codec that has none.
@@ -67,6 +69,7 @@ class Client:
         seed: int,
         *,
         numpy_encoder: bool = False,
+        workers: int | None = None,
     ):
         self.client_id, self.spec, self.state = client_id, spec, state
         self.memory = spec.mode.client_memory(spec, state)
@@ -76,7 +79,8 @@ class Client:
         self.bytes_per_second = budget.first_bytes_per_second(spec)
         """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
         """
-        self._data, self._seed, self._numpy = own, seed, numpy_encoder
+        self._batches = ClientBatches(spec.schedule, client_id, own.train, own.test, seed, workers=workers)
+        self._seed, self._numpy = seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
                 codec.encode_numpy(np.zeros((1, 1), np.float32))  # raises where it cannot
@@ -161,7 +165,7 @@ class Client:
     def prepare(self, exchange: Exchange) -> None:
         """Does in advance what of a coming exchange does not depend on the state: the batch of a training step."""
         if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
-            inputs, labels = self._batch(exchange)
+            inputs, labels = self._batches[exchange]
             key = self.key(exchange)
             self._prepared = exchange, (programs.preprocess(self.spec, inputs, key), labels, key)
 
@@ -183,7 +187,7 @@ class Client:
             case Phase.GRADIENT:
                 return self._outgoing
             case Phase.TEST:
-                inputs, labels = self._batch(exchange)
+                inputs, labels = self._batches[exchange]
                 if self._numpy:
                     h = programs.client_test_features(spec, self.state, inputs)
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
@@ -215,7 +219,7 @@ class Client:
                 update = programs.client_backward(spec, pending, message.payload, batch_size=batch_size, **tail)
                 spec.mode.client_finish(self, exchange, update)
             case Phase.TEST if spec.u_shaped:
-                _, labels = self._batch(exchange)
+                _, labels = self._batches[exchange]
                 batch_size = self.schedule.batch_size_of(exchange)
                 found = programs.client_test_score(spec, self.state, message.payload, labels, batch_size=batch_size)
                 self._tested.append(sums_of(found, batch_size))
@@ -250,24 +254,16 @@ class Client:
         at = np.int32(exchange.test_round if testing else exchange.step)
         return programs.key(self._seed, testing, at, np.int32(self.client_id))
 
-    def _batch(self, exchange):
-        """Inputs and labels of an exchange, as the data set stores them."""
-        if exchange.phase == Phase.TEST:
-            rows = self.schedule.test_rounds()[exchange.test_round]
-            return self._data.test.fetch(rows[exchange.clients.index(self.client_id)])
-        position = self.schedule.position(exchange.step)
-        at = self._order(position.epoch)[position.start : position.stop]
-        step_in_epoch = position.start // self.schedule.batch_size
-        return self._data.train.fetch(at, (self._seed, position.epoch, step_in_epoch))
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _order(self, epoch):
-        own = np.arange(len(self._data.train), dtype=np.int32)
-        return data.epoch_order(own, self.schedule.samples, seed=self._seed, epoch=epoch, client=self.client_id)
+    def close(self) -> None:
+        """Ends what reads its data ahead, where they are not in memory."""
+        self._batches.close()
 
 
 class Server:
     """The server: its part, what it is handed to pass on, and the sums of the epoch under way.
+
+    Args:
+      mesh: over whose devices its part is sharded and a step's batch spread, see `shards`; None for one device.
 
     Attributes:
       part_in_transit: a client's part with its optimizer state, float32 (n,), between two clients' turns.
@@ -276,18 +272,18 @@ class Server:
       losses: each client's mean loss in the last training step, by number.
     """
 
-    def __init__(self, spec: RunSpec, state: PartState, seed: int):
-        self.spec, self.state = spec, state
+    def __init__(self, spec: RunSpec, state: PartState, seed: int, *, mesh: Mesh | None = None):
+        self.spec, self.state = spec, shards.place(mesh, state)
         self.part_in_transit: np.ndarray | None = None
         self.memory = spec.mode.server_memory(spec)
         self.train = self.test = MetricSums()
         self.losses: dict[int, float] = {}
-        self._seed, self._pending = seed, None
+        self._seed, self._mesh, self._pending = seed, mesh, None
 
     @property
     def passes_parts_on(self) -> bool:
         """Whether it has to have a client's part to hand on, once training has begun."""
-        return self.spec.mode.one_at_a_time and self.spec.schedule.clients > 1
+        return self.spec.mode.hands_parts_on(self.spec.schedule)
 
     def handle(self, exchange: Exchange, messages: dict[int, Message]) -> dict[int, Message]:
         """Returns the answer to each client in `messages`: all of the exchange's, or those that came in time."""
@@ -311,12 +307,13 @@ class Server:
                 keys, payloads = self._keys(exchange, clients), stack([m.payload for m in messages])
                 if spec.u_shaped:
                     args = (spec, self.state, payloads, keys)
-                    answers, pending = programs.server_forward(*args, batch_size=batch_size)
+                    answers, pending = programs.server_forward(*args, batch_size=batch_size, mesh=self._mesh)
                     self._pending = pending, clients
                 else:
                     grad_bits = None if spec.cut_seconds is None else np.stack([m.grad_bits for m in messages])
                     args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys, grad_bits)
-                    self.state, answers, found = programs.server_step(*args, batch_size=batch_size)
+                    options = {"batch_size": batch_size, "mesh": self._mesh}
+                    self.state, answers, found = programs.server_step(*args, **options)
                     self.train += sums_of(found, batch_size * len(clients))
                     self.losses = dict(zip(clients, np.asarray(found.losses).tolist(), strict=True))
                 return [Message(answer) for answer in unstack(answers, len(clients))]
@@ -337,7 +334,7 @@ class Server:
         payloads = stack([came.get(client, messages[0]).payload for client in everyone])
         args = (self.spec, self.state, pending, payloads, self._keys(exchange, everyone), present)
         batch_size = self.spec.schedule.batch_size_of(exchange)
-        self.state, answers = programs.server_backward(*args, batch_size=batch_size)
+        self.state, answers = programs.server_backward(*args, batch_size=batch_size, mesh=self._mesh)
         self.train = total([self.train, *(m.metrics for m in messages)])
         self.losses = {c: m.metrics.loss / max(m.metrics.samples, 1) for c, m in zip(clients, messages, strict=True)}
         answers = dict(zip(everyone, unstack(answers, len(everyone)), strict=True))
@@ -346,7 +343,8 @@ class Server:
     def _test(self, exchange, client, message):
         batch_size = self.spec.schedule.batch_size_of(exchange)
         key = programs.key(self._seed, True, np.int32(exchange.test_round), np.int32(client))
-        out = programs.server_test_outputs(self.spec, self.state, message.payload, key, batch_size=batch_size)
+        args = (self.spec, self.state, message.payload, key)
+        out = programs.server_test_outputs(*args, batch_size=batch_size, mesh=self._mesh)
         if self.spec.u_shaped:
             return Message(out)
         self.test += sums_of(programs.score(self.spec, out, message.labels), batch_size)

@@ -6,10 +6,11 @@ told what comes next, and a party that was away knows where it stands from the e
 
 | phase | clients | up | down |
 |---|---|---|---|
-| FETCH_PART | the one whose turn begins | nothing | the part of the client before (nothing at the very first) |
-| FEATURES | all, or the one in turn | features, labels | gradient at the cut; U-shaped: the server's features |
+| FETCH_PART | those whose turn or round begins | nothing | the part of those before (nothing at the very first) |
+| FEATURES | all, a round's, or the one in turn | features, labels | gradient at the cut; U-shaped: features |
 | GRADIENT | the same, U-shaped only | gradient at the tail's cut, loss and metrics | gradient at the cut |
 | AVERAGE | all | what is averaged: gradients or weights, and statistics | their mean |
+| AVERAGE, of a round | those of the round | their part | where an epoch ends, the mean |
 | RETURN_PART | the one whose turn ends | its part: weights, statistics, momentum | nothing |
 | TEST | some | test features, labels | nothing; U-shaped: the server's features |
 | RESULT | those that tested, U-shaped only | loss and metrics | nothing |
@@ -110,8 +111,12 @@ class Schedule:
 
     @property
     def test_clients(self) -> tuple[int, ...]:
-        """The clients that a round of the test is spread over: those that have the trained part."""
-        return self.mode.test_clients(self)
+        """The clients that have the trained part at the end of the run."""
+        return self.test_clients_after(self.epochs - 1)
+
+    def test_clients_after(self, epoch: int) -> tuple[int, ...]:
+        """Returns the clients that have the trained part after an epoch: a round of the test is spread over them."""
+        return self.mode.test_clients(self, epoch)
 
     def position(self, step: int) -> StepPosition:
         """Returns where step `step` is."""
@@ -142,12 +147,12 @@ class Schedule:
         yield from self.mode.exchanges(self, step)
         position = self.position(step)
         if position.epoch_ends and self.tests_after(position.epoch):
-            yield from self._test(step)
+            yield from self._test(step, position.epoch)
 
-    def _test(self, step):
+    def _test(self, step, epoch):
         testing = set()
         for number, samples in enumerate(self.test_rounds()):
-            clients = self.test_clients[: samples.shape[0]]
+            clients = self.test_clients_after(epoch)[: samples.shape[0]]
             testing |= set(clients)
             yield Exchange(step, Phase.TEST, clients, number)
         if self.u_shaped:

@@ -3,5 +3,6 @@
 from msjax.split.finite import NonFiniteError
 from msjax.training.api import TrainResult, train
 from msjax.training.loop import Interrupted
+from msjax.training.processes import ProcessLostError
 
-__all__ = ["Interrupted", "NonFiniteError", "TrainResult", "train"]
+__all__ = ["Interrupted", "NonFiniteError", "ProcessLostError", "TrainResult", "train"]

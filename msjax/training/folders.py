@@ -10,15 +10,23 @@ from msjax.models import ModelPart
 from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
 from msjax.split.spec import RunSpec
+from msjax.training import processes
 from msjax.training.loop import LoadedRun
 
 
 def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) -> RunFolder:
     """Opens or makes the folder of a run, whose optimizer is told from others if it is an `OptimConfig`.
 
+    Where there are several processes, the first one looks at it and makes it.
+
     Raises:
       ValueError: it holds another run's checkpoints, or the path is empty or that of a file.
     """
+    processes.from_first(lambda: _make(path, run, optimizer, alpha))
+    return RunFolder(path)
+
+
+def _make(path, run, optimizer, alpha):
     folder = pathlib.Path(path)
     if not str(path) or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"folder must be the path of a folder, got {path!r}")
@@ -27,7 +35,7 @@ def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) 
     described = run.spec.describe() | {
         "seed": run.seed,
         "alpha": alpha,
-        "optimizer": repr(optimizer) if isinstance(optimizer, OptimConfig) else type(optimizer).__name__,
+        "optimizer": describe_optimizer(optimizer),
         "augment": preprocess.augment if isinstance(preprocess.augment, str) else "a function",
         "mean": preprocess.mean,
         "std": preprocess.std,
@@ -46,7 +54,11 @@ def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) 
         raise ValueError(f"folder must not be that of a run of the command line, got {path!r}")
     else:
         write_atomically(file, json.dumps(digest, indent=2) + "\n")
-    return RunFolder(folder)
+
+
+def describe_optimizer(optimizer: Any) -> str:
+    """Returns what tells an optimizer from others, as far as that can be told."""
+    return repr(optimizer) if isinstance(optimizer, OptimConfig) else type(optimizer).__name__
 
 
 def write_parts(folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int) -> None:

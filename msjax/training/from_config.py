@@ -16,7 +16,7 @@ from msjax.runs import RunFolder, environment, plots
 from msjax.split.budget import check_known_link
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
-from msjax.training import loop
+from msjax.training import loop, processes
 from msjax.training.api import check_labels
 
 _PARTS = ("client", "server")
@@ -42,7 +42,33 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
     check_labels(built.spec, dataset)
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
-    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, cfg.allow_nonfinite)
+    options = (cfg.allow_nonfinite, cfg.data.workers, cfg.clients_per_group, cfg.shard_server)
+    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, *options)
+
+
+def load_run_everywhere(cfg: config.Config) -> loop.LoadedRun:
+    """Returns `load_run(cfg)`, in every process where there are several.
+
+    Raises:
+      ValueError, data.DataError: see `load_run`; or the processes have not the same config and data.
+    """
+    processes.check_same(_fields(config.to_json(config.without_paths(cfg))))
+    run = processes.together(lambda: load_run(cfg))
+    loop.check_processes(run)
+    return run
+
+
+def _fields(tree, prefix=""):
+    """The fields of a config in JSON, by names such as optim.learning_rate."""
+    found = {}
+    for name, value in tree.items():
+        found |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def open_or_create(cfg: config.Config, name: str) -> tuple[RunFolder, config.Config]:
+    """Opens the run `name` under `cfg.out`, or makes it; of several processes the first does."""
+    return RunFolder.open(processes.from_first(lambda: str(RunFolder.open_or_create(cfg, name)[0].path)))
 
 
 def train_config(
@@ -51,20 +77,28 @@ def train_config(
     """Trains, or goes on training, in `folder`; returns the summary, which is also in summary.json.
 
     Args:
-      run: `load_run(cfg)`, if it was called already.
+      run: `load_run_everywhere(cfg)`, if it was called already.
 
     Raises:
       loop.Interrupted: SIGINT or SIGTERM came; the state was saved.
       NonFiniteError: a loss is NaN or infinite.
-      ValueError, data.DataError: see `load_run`; or the data are not those with which the run in `folder` began.
+      ValueError, data.DataError: see `load_run_everywhere`; or the data are not those with which the run in `folder`
+        began.
+      processes.ProcessLostError: another process has ended, where there are several.
     """
     cfg = build.resolved(cfg)
     if run is None:
-        run = load_run(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
+        run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
     digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
-    folder.check_data(digests)
-    spec, schedule = run.spec, run.spec.schedule
+    processes.check_same({"the data (their hashes)": digests})
+    processes.from_first(lambda: folder.check_data(digests))
     finished = loop.train(run, folder, quiet=quiet)
+    return processes.from_first(lambda: _write_results(cfg, folder, run, finished, digests))
+
+
+def _write_results(cfg, folder, run, finished, digests):
+    """Writes what a finished run leaves in its folder; returns the summary."""
+    spec, schedule = run.spec, run.spec.schedule
     last, headline = finished.history[-1], spec.task.headline
     if plots.available():
         plots.draw_curves(finished.history, headline, f"{run.title}: {cfg.codec}", folder.path / "curves.png")
@@ -108,7 +142,8 @@ def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> conf
     if epochs <= done:
         raise ValueError(f"epochs must be above {done}, which the run has done or is in, got {epochs}")
     cfg = dataclasses.replace(cfg, epochs=epochs)
-    folder.set_config(cfg)
+    processes.check_same({"epochs": epochs})  # and all have read what is changed here
+    processes.from_first(lambda: folder.set_config(cfg))
     return cfg
 
 
@@ -118,26 +153,34 @@ def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:
     Returns:
       Their names; none where nothing is missing or the checkpoint is not there.
     """
-    missing = [part for part in _PARTS if not (folder.path / f"{part}.safetensors").exists()]
+    missing = processes.from_first(lambda: [part for part in _PARTS if not _part_file(folder, part).exists()])
     if not missing or folder.checkpoints.latest() is None:
         return []
-    run = load_run(build.to_go_on(cfg))
+    run = load_run_everywhere(build.to_go_on(cfg))
     state = loop.trained_state(run, folder)
     if state is None:
         return []
+    processes.from_first(lambda: _write_parts_anew(missing, cfg, folder, run, state))
+    return missing
+
+
+def _write_parts_anew(missing, cfg, folder, run, state):
     run_id = uuid.uuid4().hex
     for part in _PARTS:
         if part not in missing:  # parts of one run have the same
-            run_id = part_run_id(folder.path / f"{part}.safetensors") or run_id
+            run_id = part_run_id(_part_file(folder, part)) or run_id
     _save_parts(missing, cfg, folder, run, state, run_id)
-    return missing
+
+
+def _part_file(folder, part):
+    return folder.path / f"{part}.safetensors"
 
 
 def _save_parts(parts, cfg, folder, run, state, run_id):
     data_summary = build.DataSummary.of(run.dataset).normalized_as(cfg.data)
     names = {"run_id": run_id, "step": int(state.step)}
     for part in parts:
-        save_trained(folder.path / f"{part}.safetensors", part, getattr(state, part), cfg, data_summary, **names)
+        save_trained(_part_file(folder, part), part, getattr(state, part), cfg, data_summary, **names)
 
 
 def uncompressed(cfg: config.Config) -> config.Config:

@@ -195,6 +195,12 @@ def token_of(context: grpc.ServicerContext) -> str:
     return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
 
 
+def caller_of(context: grpc.ServicerContext) -> str:
+    """Returns what tells one caller from others: its certificate, else its token, else its address."""
+    token = token_of(context)
+    return Identity.of(context).fingerprint or (f"token {token}" if token else address_of(context.peer()))
+
+
 def address_of(peer: str) -> str:
     """Returns the address in what gRPC calls a peer, as "ipv4:192.0.2.1:5000"; of IPv6 its /64."""
     kind, _, rest = unquote(peer).partition(":")

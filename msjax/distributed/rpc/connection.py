@@ -10,7 +10,7 @@ import grpc
 
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc import split_pb2_grpc
+from msjax.distributed.rpc.frames import FrameError, Joiner, to_frames
 from msjax.distributed.rpc.security import TlsFiles, check_token
 
 # Refusals that another try would meet again.
@@ -22,8 +22,8 @@ _FINAL = (
 )
 
 
-_TOO_LARGE = ("larger than max", "Exception serializing")
-"""What gRPC says of a message above a limit, and above protobuf's of 2 GiB."""
+_TOO_LARGE = "larger than max"
+"""What gRPC says of a frame above a limit."""
 
 
 class Connection:
@@ -32,24 +32,29 @@ class Connection:
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
         self._address, self._tls = address, tls
         self._channel = open_channel(address, tls, max_bytes)
-        self._outbox: queue.Queue[pb.FromClient | None] = queue.Queue()
-        self._inbox: queue.Queue[tuple[pb.FromServer | ConnectionLost, float]] = queue.Queue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[pb.FromServer | ConnectionLost, float]] = queue.SimpleQueue()
         self.received_at = time.monotonic()
         """When the last message that `receive` returned had arrived, while this program may have been at work."""
-        stub = split_pb2_grpc.SplitStub(self._channel)
-        self._stream = stub.Train(iter(self._outbox.get, None), metadata=metadata_of(token))
+        # As bytes: what is longer than a frame is no message by itself.
+        service = pb.DESCRIPTOR.services_by_name["Split"].full_name
+        train = self._channel.stream_stream(f"/{service}/Train")
+        self._stream = train(iter(self._outbox.get, None), metadata=metadata_of(token))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        heard = False
+        heard, joiner = False, Joiner(pb.FromServer)
         try:
-            for message in self._stream:
+            for frame in self._stream:
                 heard = True
-                self._put(message)
+                if (message := joiner.add(frame)) is not None:
+                    self._put(message)
             self._put(ConnectionLost("the server closed the stream"))
+        except FrameError as error:
+            self._put(ConnectionLost(f"{self._address}: {error}", final=True))
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
-            final = error.code() in _FINAL or any(text in (error.details() or "") for text in _TOO_LARGE)
+            final = error.code() in _FINAL or _TOO_LARGE in (error.details() or "")
             reason = reason_of(error)
             if (
                 not heard
@@ -64,7 +69,8 @@ class Connection:
 
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
-        self._outbox.put(message)
+        for frame in to_frames(message):
+            self._outbox.put(frame)
 
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""

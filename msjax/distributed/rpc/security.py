@@ -69,7 +69,7 @@ def check_plaintext(address: Address, tls: TlsFiles, insecure: bool) -> None:
 
 
 class Rate:
-    """Holds a sender to `per_second` messages a second, after as many at once: `wait` sleeps while it is too fast.
+    """Holds a sender to `per_second` messages a second, after as many at once: who is too fast has to wait.
 
     Who is not read from is held back by gRPC's flow control, so nothing piles up.
     """
@@ -77,13 +77,17 @@ class Rate:
     def __init__(self, per_second: float):
         self._per_second, self._left, self._last = per_second, per_second, time.monotonic()
 
-    def wait(self) -> None:
-        """Waits until the next message may be taken."""
+    def delay(self) -> float:
+        """Returns for how many seconds the message that has come must wait; to be asked once a message."""
         now = time.monotonic()
         self._left = min(self._per_second, self._left + (now - self._last) * self._per_second) - 1
         self._last = now
-        if self._left < 0:
-            time.sleep(-self._left / self._per_second)
+        return max(0.0, -self._left / self._per_second)
+
+    def wait(self) -> None:
+        """Waits until the next message may be taken."""
+        if seconds := self.delay():
+            time.sleep(seconds)
 
 
 def check_token(what: str, token: str) -> None:
@@ -125,6 +129,7 @@ def client_lines(
       ValueError: a line is none of a client's, or two clients have the same, or a client has none or two.
     """
     found: dict[int, str] = {}
+    values: set[str] = set()
     for number, line in enumerate(_text(name, path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -135,9 +140,10 @@ def client_lines(
         client, value = int(given), read(rest.strip(), where)
         if client in found:
             raise ValueError(f"{name} must have one line a client, got another of client {client}, {where}")
-        if value in found.values():
+        if value in values:
             raise ValueError(f"{name} must be another for each client, got an earlier client's in {where}")
         found[client] = value
+        values.add(value)
     lacking = [client for client in range(clients or 0) if client not in found]
     if lacking or not found:
         some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
@@ -177,12 +183,15 @@ class Tokens:
 
     def accept(self, client: int, token: str | None) -> bool:
         """Returns whether `token` is that of a client."""
-        if self._hashes is None:
-            return True
-        known = self._hashes.get(client, "")
-        given = hashlib.sha256((token or "").encode()).hexdigest()
-        return hmac.compare_digest(known, given)
+        return self._hashes is None or hmac.compare_digest(self._hashes.get(client, ""), _digest(token))
 
     def accept_any(self, token: str | None) -> bool:
         """Whether `token` is that of any client."""
-        return self._hashes is None or any([self.accept(client, token) for client in self._hashes])
+        if self._hashes is None:
+            return True
+        given = _digest(token)  # once: there may be a thousand clients
+        return any([hmac.compare_digest(known, given) for known in self._hashes.values()])
+
+
+def _digest(token):
+    return hashlib.sha256((token or "").encode()).hexdigest()

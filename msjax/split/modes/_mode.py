@@ -1,10 +1,12 @@
 """What every mode has to say, with what most of them say."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+from jax.sharding import Mesh
 
 from msjax.split import fused
 from msjax.split.averages import Memory, no_error
@@ -40,8 +42,9 @@ class Mode:
         epoch, within = divmod(step, self.epoch_steps(schedule))
         start = within * schedule.batch_size
         stop = min(start + schedule.batch_size, schedule.samples)
-        everyone = tuple(range(schedule.clients))
-        return StepPosition(epoch, start, stop, everyone, False, False, within == schedule.epoch_steps - 1)
+        return StepPosition(
+            epoch, start, stop, everyone(schedule.clients), False, False, within == schedule.epoch_steps - 1
+        )
 
     def exchanges(self, schedule: Schedule, step: int) -> Iterator[Exchange]:
         """Yields the exchanges of a training step."""
@@ -60,9 +63,9 @@ class Mode:
         """Whether the clients average after a step."""
         return False
 
-    def test_clients(self, schedule: Schedule) -> tuple[int, ...]:
-        """Returns the clients that have the trained part: they test, and keep it at the end."""
-        return tuple(range(schedule.clients))
+    def test_clients(self, schedule: Schedule, epoch: int) -> tuple[int, ...]:
+        """Returns the clients that have the trained part after an epoch, as many after each: they test, and keep it."""
+        return everyone(schedule.clients)
 
     def may_checkpoint(self, schedule: Schedule, step: int, every: int) -> bool:
         """Whether the state before a step is saved."""
@@ -71,6 +74,10 @@ class Mode:
     def keeps_state(self, schedule: Schedule) -> bool:
         """Whether a client's state outlives its turn; if not, it is handed one when its turn begins."""
         return True
+
+    def hands_parts_on(self, schedule: Schedule) -> bool:
+        """Whether others take part from step to step, and go on with the part that the server has of those before."""
+        return self.one_at_a_time and schedule.clients > 1
 
     # -- What the parties do with exchanges of this mode's own. -----------------------------------------------------
 
@@ -120,10 +127,44 @@ class Mode:
         return state
 
     def fused_step(
-        self, spec: "RunSpec", state: TrainState, x: Any, y: Any, keys: jax.Array, *, axis_name: str | None = None
+        self,
+        spec: "RunSpec",
+        state: TrainState,
+        x: Any,
+        y: Any,
+        keys: jax.Array,
+        *,
+        axis_name: str | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
-        return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+        where = {"axis_name": axis_name, "mesh": mesh}
+        state, metrics = fused.fused_step(spec, state, x, y, keys, own_parts=self.own_parts, **where)
+        return self.after_fused_step(spec, state, metrics, keys, **where)
+
+    def after_fused_step(
+        self,
+        spec: "RunSpec",
+        state: TrainState,
+        metrics: StepMetrics,
+        keys: jax.Array,
+        *,
+        axis_name: str | None = None,
+        mesh: Mesh | None = None,
+        clients_at_once: int | None = None,
+    ) -> tuple[TrainState, StepMetrics]:
+        """Returns state and metrics with what the mode does behind a step in one program: here, nothing.
+
+        Args:
+          clients_at_once: for how many clients it is computed at the same time; None for all.
+        """
+        return state, metrics
+
+
+@functools.lru_cache(maxsize=16)
+def everyone(clients: int) -> tuple[int, ...]:
+    """Returns the numbers of all clients; made once, as there may be a thousand."""
+    return tuple(range(clients))
 
 
 class AveragingMode(Mode):

@@ -1,14 +1,18 @@
 """Every client has a part of its own; the parts are averaged now and then."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msjax.split import averages, fused, programs
 from msjax.split.averages import Memory, no_error
 from msjax.split.modes._mode import AveragingMode
 from msjax.split.payloads import payload_vector, vector_payload
+from msjax.split.schedule import Exchange, Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +22,74 @@ class SplitFed(AveragingMode):
     There is an average at the end of an epoch in any case. Momenta stay each client's own. Source: SplitFed learning,
     arXiv 2004.12088. The server sees features, labels and every client's part at each average.
 
+    With a `client_fraction` C below 1, only C·K of the clients (rounded, at least one) take part in a round, which is
+    what lies between two averages, as in FedAvg (arXiv 1602.05629). Which ones is drawn anew for each round from `seed`
+    and the round's number, so that every party knows it. They begin with the last average, which the server hands them,
+    and keep nothing from round to round: momenta are averaged with the weights (as in arXiv 1905.03817), so that who
+    was not in the last round goes on with them, too.
+
+    Args:
+      average_steps: steps of a round.
+      client_fraction: above 0 and at most 1.
+      seed: of the draws; not used where all take part.
+
     Raises:
-      ValueError: `average_steps` is below 1.
+      ValueError: an argument is out of range.
     """
 
     average_steps: int = 10
+    client_fraction: float = 1.0
+    seed: int = 0
 
     own_parts = averages_parts = True
 
     def __post_init__(self):
         if self.average_steps < 1:
             raise ValueError(f"average_steps must be at least 1, got {self.average_steps}")
+        if not 0 < self.client_fraction <= 1:
+            raise ValueError(f"client_fraction must be above 0 and at most 1, got {self.client_fraction}")
+
+    # -- Who takes part. --------------------------------------------------------------------------------------------
+
+    def clients_at_once(self, schedule):
+        return max(1, round(self.client_fraction * schedule.clients))
+
+    def hands_parts_on(self, schedule):
+        return self.clients_at_once(schedule) < schedule.clients
+
+    def keeps_state(self, schedule):
+        return not self.hands_parts_on(schedule)
+
+    def _participants(self, schedule, step):
+        epoch, within = divmod(step, schedule.epoch_steps)
+        rounds = math.ceil(schedule.epoch_steps / self.average_steps)  # of an epoch
+        number = epoch * rounds + within // self.average_steps
+        return _drawn(self.seed, number, schedule.clients, self.clients_at_once(schedule))
+
+    def position(self, schedule, step):
+        found = super().position(schedule, step)
+        if not self.hands_parts_on(schedule):
+            return found
+        starts = step % schedule.epoch_steps % self.average_steps == 0
+        ends = bool(self._after(step, schedule.epoch_steps))
+        return found._replace(clients=self._participants(schedule, step), turn_starts=starts, turn_ends=ends)
+
+    def test_clients(self, schedule, epoch):
+        return self.position(schedule, (epoch + 1) * schedule.epoch_steps - 1).clients
+
+    def may_checkpoint(self, schedule, step, every):
+        if not self.hands_parts_on(schedule):
+            return super().may_checkpoint(schedule, step, every)
+        # Where a round begins the server has the part that all go on with, so no client has to have saved anything.
+        return self.position(schedule, step).turn_starts and step % every < self.average_steps
+
+    def exchanges(self, schedule, step):
+        position = self.position(schedule, step)
+        if position.turn_starts:  # of those who take part in a round; where all do, they have it already
+            yield Exchange(step, Phase.FETCH_PART, position.clients)
+        yield from super().exchanges(schedule, step)
+
+    # -- The average. -----------------------------------------------------------------------------------------------
 
     def averages_after(self, schedule, step):
         return schedule.clients > 1 and bool(self._after(step, schedule.epoch_steps))
@@ -37,12 +98,37 @@ class SplitFed(AveragingMode):
         within = step % epoch_steps + 1
         return (within % self.average_steps == 0) | (within == epoch_steps)
 
+    def up(self, spec, exchange):
+        if not self.hands_parts_on(spec.schedule):
+            return super().up(spec, exchange)
+        return spec.part_payload() if exchange.phase == Phase.AVERAGE else None
+
+    def down(self, spec, exchange):
+        if not self.hands_parts_on(spec.schedule):
+            return super().down(spec, exchange)
+        if exchange.phase == Phase.FETCH_PART:
+            return spec.part_payload() if exchange.step > 0 else None  # no part before there was an average
+        # Whoever is in the next round fetches it there. Tests come before that.
+        ends = spec.schedule.position(exchange.step).epoch_ends
+        return spec.part_payload() if exchange.phase == Phase.AVERAGE and ends else None
+
+    def server_answer(self, server, exchange, payloads):
+        if not self.hands_parts_on(server.spec.schedule):
+            return super().server_answer(server, exchange, payloads)
+        if exchange.phase == Phase.AVERAGE:
+            server.part_in_transit = np.asarray(programs.mean_vectors(list(map(payload_vector, payloads))))
+        part = server.part_in_transit
+        answers = part is not None and self.down(server.spec, exchange) is not None
+        return [vector_payload(part) if answers else None] * len(payloads)
+
     def client_memory(self, spec, state):
         if not spec.compresses_updates:
             return ()
         return Memory(no_error(spec), averages.to_vectors(state.params, state.stats))
 
     def client_send(self, client, exchange):
+        if self.hands_parts_on(client.schedule):
+            return client.part() if exchange.phase == Phase.AVERAGE else None
         if client.spec.compresses_updates:
             args = (client.state, client.memory, client.key(exchange))
             payload, client.memory = programs.encode_part(client.spec, *args)
@@ -50,6 +136,10 @@ class SplitFed(AveragingMode):
         return vector_payload(programs.to_vector((client.state.params, client.state.stats)))
 
     def client_receive(self, client, exchange, payload):
+        if self.hands_parts_on(client.schedule):
+            if payload is not None:
+                client.adopt(payload, exchange.step + (exchange.phase == Phase.AVERAGE))
+            return
         if client.spec.compresses_updates:
             client.state, client.memory = programs.decode_part(client.spec, payload, client.state, client.memory)
             return
@@ -57,32 +147,34 @@ class SplitFed(AveragingMode):
         client.state = client.state._replace(params=params, stats=stats)
 
     def spread(self, spec, state):
+        clients = self.clients_at_once(spec.schedule)
+
         def to_all(part):
-            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (spec.schedule.clients, *leaf.shape)), part)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), part)
 
         return _with_own(spec, state, to_all)
 
     def gather(self, spec, state):
         return _with_own(spec, state, lambda part: jax.tree.map(lambda leaf: leaf[0], part))
 
-    def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
-        state, metrics = super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
+    def after_fused_step(self, spec, state, metrics, keys, *, axis_name=None, mesh=None, clients_at_once=None):
         if spec.compresses_updates:
-            return self._average(spec, state, metrics, keys, axis_name)
+            return self._average(spec, state, metrics, keys, axis_name, mesh, clients_at_once)
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
 
         def average(part):
-            mean = fused.average_parts(part, axis_name=axis_name)
+            momenta = self.hands_parts_on(spec.schedule)
+            mean = fused.average_parts(part, axis_name=axis_name, momenta=momenta)
             return jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, part)
 
         return _with_own(spec, state, average), metrics
 
-    def _average(self, spec, state, metrics, keys, axis_name):
+    def _average(self, spec, state, metrics, keys, axis_name, mesh, clients_at_once):
         """The average through the codec, in the steps that have one."""
 
         def average(client, memory):
-            client, found = averages.average_parts(spec, client, memory, keys, axis_name)
-            return client, found.memory, fused.average_bytes(spec, found, keys.shape[0])
+            args = (spec, client, memory, keys, axis_name)
+            return averages.average_parts(*args, clients_at_once=clients_at_once, mesh=mesh)
 
         def nothing(client, memory):
             return client, memory, (jnp.float32(0), jnp.float32(0))
@@ -90,7 +182,7 @@ class SplitFed(AveragingMode):
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
         own = state.client.without(spec.client_constants)
         client, memory, sent = jax.lax.cond(now, average, nothing, own, state.memory)
-        metrics = fused.with_average_bytes(spec, metrics, sent, axis_name)
+        metrics = fused.with_average_bytes(metrics, sent, axis_name)
         client = client.with_constants_of(state.client, spec.client_constants)
         return state._replace(client=client, memory=memory), metrics
 
@@ -99,3 +191,14 @@ def _with_own(spec, state, change):
     """The state with what each client has of its own as `change` makes it, and what never changes as it is."""
     client = change(state.client.without(spec.client_constants))
     return state._replace(client=client.with_constants_of(state.client, spec.client_constants))
+
+
+_ROUND = 1 << 20
+"""Tells these draws from others with the same seed."""
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(seed, round_, clients, count):
+    """The numbers of those that take part in a round, in ascending order."""
+    order = np.random.default_rng([_ROUND, seed, round_]).permutation(clients)
+    return tuple(sorted(order[:count].tolist()))

@@ -1,0 +1,134 @@
+"""A share of the clients in each round: drawn alike by all, the same numbers in one program and over a network."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from msjax import compress, config
+from msjax.distributed.membership import Stage
+from msjax.split import parties
+from msjax.split.modes import SplitFed
+from msjax.split.schedule import Phase, Schedule
+from msjax.split.traffic import run_traffic
+from msjax.training import loop
+
+from .network import net
+from .setups import SMALL, SMOOTH, UNEVEN, built, load_program, make_parties, tolerance
+
+MODE = config.ModeConfig(kind="splitfed", average_steps=2, client_fraction=0.5)
+PART = dataclasses.replace(SMOOTH, mode=MODE)
+"""Two of four clients in a round; three steps an epoch, so that its second round has one step."""
+
+
+def test_rounds_are_drawn_alike_and_fairly():
+    mode = SplitFed(10, client_fraction=0.1, seed=3)
+    schedule = Schedule(mode, 50, 1000, 0, 10, 20)
+    rounds = [schedule.position(step).clients for step in range(0, schedule.total_steps, 10)]
+    assert all(len(set(clients)) == 5 and list(clients) == sorted(clients) for clients in rounds)
+    assert schedule.position(9).clients == rounds[0] and schedule.position(10).clients == rounds[1]
+    other = dataclasses.replace(schedule, mode=dataclasses.replace(mode, seed=4))
+    assert [other.position(step).clients for step in range(0, 100, 10)] != rounds[:10]
+    # Each is in a tenth of 200 rounds, 20 ± 4.2 of them: five standard deviations.
+    counts = np.bincount(np.concatenate(rounds), minlength=50)
+    assert counts.sum() == 1000 and abs(counts - 20).max() < 5 * 4.25
+    # The numbers that these draws gave when they were first made: parties of unlike versions must agree.
+    assert rounds[:2] == [(1, 2, 3, 14, 34), (6, 9, 18, 30, 33)]
+
+
+def test_the_order_of_exchanges():
+    schedule = built(PART, 25).spec.schedule
+    first, second = (schedule.position(step).clients for step in (0, 2))
+    phases = [(e.step, e.phase, e.clients) for e in schedule.exchanges() if e.step < 3 and e.phase != Phase.TEST]
+    assert phases == [
+        (0, Phase.FETCH_PART, first),
+        (0, Phase.FEATURES, first),
+        (1, Phase.FEATURES, first),
+        (1, Phase.AVERAGE, first),
+        (2, Phase.FETCH_PART, second),
+        (2, Phase.FEATURES, second),
+        (2, Phase.AVERAGE, second),
+    ]
+    assert schedule.test_clients_after(0) == second and schedule.test_clients == schedule.position(5).clients
+    assert [step for step in range(7) if schedule.may_checkpoint(step, 1)] == [2, 3, 5, 6]
+    # All clients: the run is what it was.
+    whole = built(dataclasses.replace(PART, mode=dataclasses.replace(MODE, client_fraction=1.0)), 25).spec.schedule
+    assert whole.mode == SplitFed(2) and not any(e.phase == Phase.FETCH_PART for e in whole.exchanges())
+
+
+@pytest.mark.slow
+def test_one_program_equals_the_parties(monkeypatch):
+    server, clients = make_parties(PART, UNEVEN)
+    for _ in parties.run(server, clients):
+        pass
+    run = load_program(PART, monkeypatch, spread=False)
+    result = loop.train(run, quiet=True)
+    trained = clients[server.spec.schedule.test_clients[0]].state
+    most = tolerance(PART.codec)
+    for ours, theirs in ((result.state.client, trained), (result.state.server, server.state)):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=most, atol=most)
+    tested = np.mean([record["test"]["loss"] for record in result.history])
+    assert tested == pytest.approx(server.test.means(server.spec.task)["loss"], rel=1e-4)
+    assert server.train.samples == SMALL.epochs * 2 * 25 and result.traffic == run_traffic(server.spec, 2)
+
+
+def assert_equal_to_parties(it):
+    """The server, and those who have the trained part, end with the same bits as in one program without a network."""
+    assert not it.failures, it.failures
+    server, clients = make_parties(it.cfg)
+    for _ in parties.run(server, clients):
+        pass
+    pairs = [(server.state, it.server.run.party.state)]
+    pairs += [(clients[n].state, it.finals[n].state) for n in server.spec.schedule.test_clients]
+    for ours, theirs in pairs:
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.slow
+def test_over_a_network_with_faults(tmp_path):
+    """A client and then the server die, and lose what they had since the last round began."""
+    cfg = dataclasses.replace(SMALL, mode=MODE)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        it.run_to(1)
+        it.restart(it.server.run.exchange.clients[0])
+        it.run_to(4)
+        it.kill_server()
+        it.start_server()
+        it.run()
+        assert_equal_to_parties(it)
+        assert it.counted("restarts") == 1 and it.epochs == [1, 2]
+
+
+@pytest.mark.slow
+def test_those_who_come_late_are_let_in(tmp_path):
+    """Training begins with three of four clients; the fourth takes part from the first round that it is drawn for."""
+    cfg = dataclasses.replace(SMALL, mode=MODE, epochs=3)
+    rounds = [built(cfg, 30).spec.schedule.position(step).clients for step in (0, 2, 3, 5, 6, 8)]
+    late = next(c for c in range(4) if c not in rounds[0] and any(c in clients for clients in rounds[1:]))
+    with net(tmp_path, cfg, stragglers="drop", start_clients=3) as it:
+        for client in range(4):
+            if client != late:
+                it.start_client(client)
+        it.loop.run(lambda: bool(it.order))
+        assert it.server.membership.stage is Stage.COLLECTING and late not in it.server.membership.active
+        it.start_client(late)
+        it.run()
+        assert_equal_to_parties(it)  # as it was there in time for its first round
+        assert late in it.server.membership.active
+
+
+def test_what_does_not_go_with_a_share():
+    with pytest.raises(
+        ValueError, match=r"mode.client_fraction must be 1.0 where mode.kind is not 'splitfed', got 0.5"
+    ):
+        config.Config(mode=config.ModeConfig(client_fraction=0.5))
+    for value in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"mode\.client_fraction must be above 0 and at most 1, got"):
+            config.Config(mode=config.ModeConfig(kind="splitfed", client_fraction=value))
+        with pytest.raises(ValueError, match="client_fraction must be above 0 and at most 1, got"):
+            SplitFed(client_fraction=value)
+    with pytest.raises(ValueError, match=r"update_codec must be Identity\(\) with a client_fraction below 1, got Cast"):
+        built(dataclasses.replace(PART, update_codec=compress.Cast("bfloat16")), 25)

@@ -1,0 +1,83 @@
+"""Who takes part where a share of the clients does in each round: quorum, and those who come late."""
+
+import dataclasses
+
+import pytest
+
+from msjax.distributed import actions as do
+from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.membership import Policy, Stage
+
+from .membership_run import AVERAGE, FEATURES, TAKE, Run
+
+
+def rounds_of(*drawn):
+    """One step a round: each fetches the part, trains and averages."""
+    found = []
+    for step, clients in enumerate(drawn):
+        found.append(ExchangeInfo((step, TAKE), step, clients, Entrance.FREE, rounds=True))
+        found += [ExchangeInfo((step, phase), step, clients, rounds=True) for phase in (FEATURES, AVERAGE)]
+    return found
+
+
+def run_of(*drawn, clients=4, **policy):
+    run = Run(clients=clients, steps=len(drawn), **{"stragglers": "drop", **policy})
+    run.exchanges = rounds_of(*drawn)
+    return run
+
+
+def of(said, kind):
+    return [action for action in said if isinstance(action, kind)]
+
+
+def test_only_those_of_the_round_are_waited_for():
+    run = run_of((0, 1), (2, 3)).begin()
+    run.send(2, 3, key=(1, TAKE))  # those of the next round ask early
+    for _ in range(3):
+        assert of(run.send(0, 1), do.Advance)[0].clients == (0, 1)
+    assert run.state.exchange.key == (1, FEATURES) and run.state.active == (0, 1, 2, 3)
+
+
+def test_a_round_needs_its_quorum():
+    run = run_of((0, 1, 2), (1, 2, 3), min_clients=2).begin()
+    run.send(0)
+    said = run.wait(10.0)
+    assert not of(said, do.Advance) and "step 0 waits for clients [1, 2]" in of(said, do.Warn)[0].text
+    said = run.send(1)
+    assert not of(said, do.Advance)
+    assert of(run.wait(10.0), do.Advance)[0].clients == (0, 1) and run.state.active == (0, 1, 3)
+
+
+def test_a_round_that_lacks_its_quorum_waits_for_those_who_come_back():
+    run = run_of((0, 1), (1, 2), min_clients=2, start_clients=3)
+    for client in (0, 1, 3):
+        run.come(client)
+    for _ in range(3):
+        run.send(0, 1)
+    assert run.state.exchange.key == (1, TAKE) and run.state.active == (0, 1, 3)
+    run.send(1)
+    said = run.wait(10.0)
+    assert not of(said, do.Advance) and not of(said, do.CountStragglers)
+    assert "step 1 waits for clients [2]" in of(said, do.Warn)[0].text
+    assert of(run.come(2), do.StartClient)[-1].step == 1
+    assert of(run.send(2), do.Advance)[0].clients == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "turns"])
+def test_training_begins_with_as_many_as_are_asked_for(kind):
+    run = Run(kind, clients=3, stragglers="drop", start_clients=2)
+    run.come(0)
+    assert run.stage is Stage.GATHERING
+    assert of(run.come(2), do.RestoreCheckpoint) and run.state.active == (0, 2)
+    # The third comes later: where it is handed a part, or another's is brought for it.
+    said = run.come(1)
+    while not of(said, do.StartClient):
+        here = [c for c in run.state.exchange.clients if c != 1]
+        said = run.send(*here, part=True) if here else run.wait(0.0)
+    assert of(said, do.StartClient)[0].client == 1 and 1 in run.state.active
+
+
+def test_a_policy_that_cannot_work():
+    with pytest.raises(ValueError, match="start_clients must be at least 1, or None, got 0"):
+        Policy(start_clients=0)
+    assert dataclasses.replace(Policy(), start_clients=3).start_clients == 3
