@@ -98,7 +98,7 @@ def test_two_processes_train_as_one(name, trained, monkeypatch):
         if cfg.mode.kind == "sequential" or "traffic" in key:
             np.testing.assert_array_equal(found[key], value, err_msg=key)
         else:
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_process_reads_its_clients_samples_alone(trained):
         assert one["rows"] == [len(indices) for indices in one["held"][:2]]
     streamed, in_memory = (of_run(arrays[0], name) for name in ("streamed", "parallel"))
     for name, value in in_memory.items():
-        np.testing.assert_allclose(streamed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_msjax_train_takes_the_processes_that_it_finds(trained):
     (arrays, _), _, path = trained
     expected = two_processes.train_own(None)
     for name, part in (("client", expected.client), ("server", expected.server)):
-        np.testing.assert_allclose(arrays[f"own: {name}"], part.params["w"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays[f"own: {name}"], part.params["w"], rtol=1e-5, atol=1e-5)
         written = load_part(path / "own" / f"{name}.safetensors")
         np.testing.assert_array_equal(jax.tree.leaves(written.params)[0], arrays[f"own: {name}"])
     again = two_processes.train_own(str(path / "own"))  # which had ended
