@@ -160,7 +160,7 @@ class Coordinator:
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
         if client is not None:
-            self.metrics.received(client, event.message)
+            self.metrics.received(client, event.message, event.nbytes)
         try:
             follows = self._hello(event) if client is None else self._said(client, event)
         except messages.ProtocolError as error:
@@ -191,7 +191,7 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
-        self.metrics.received(hello.client, event.message)
+        self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
 

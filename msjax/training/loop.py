@@ -132,7 +132,7 @@ def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
     """Returns the mesh over which the clients of a run are spread, or its server's part is sharded.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread, nor are those of clients that change from round to round: each device has its clients' data.
+    client is not spread, nor are those of clients that change from round to round: a device has its clients' data.
 
     Raises:
       ValueError: the clients do not divide over the processes, or a part is to be sharded over several.
