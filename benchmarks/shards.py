@@ -7,7 +7,9 @@ The part is that of Qwen3-1.7B behind its first block, all weights trained: `pro
 row is a process in which XLA sees as many CPU devices. "State" are weights and optimizer state by the rule of
 `msjax.split.shards`, "temporary" what XLA's compiler for a CPU allots beside a program's arguments: gradients,
 activations and gathered weights. "All of a step" has the state twice, before the step and after it, which a server
-has, too. A GPU's or TPU's compiler orders operations otherwise, and allots otherwise.
+has, too. For that the compiler is told to order operations by memory, see `LESS_MEMORY`: by default that for a CPU
+gathers all weights before the first layer and adds up all gradients behind the last, and what it allots does not fall
+with the devices. Those for a GPU or TPU have rules of their own, and allot otherwise.
 """
 
 import dataclasses
@@ -19,16 +21,22 @@ import sys
 import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from experiments import language_sizes
+from msjax import plan
 from msjax.config import OptimConfig
 from msjax.split import programs, shards
 from msjax.split.state import client_keys
 
 GIB = 1 << 30
+LESS_MEMORY = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
+}
+"""Options of XLA's compiler for a CPU, which by default gathers all weights first and adds all gradients up last."""
 OPTIMIZERS = {"sgd": OptimConfig(momentum=0.0, weight_decay=0.0), "adamw": OptimConfig(kind="adamw")}
 
 
@@ -63,13 +71,14 @@ def measure(devices, layers, batch, optimizer):
     decoder = json.loads(cfg.model.decoder) | {"num_hidden_layers": layers}
     model = dataclasses.replace(cfg.model, decoder=json.dumps(decoder))
     cfg = dataclasses.replace(cfg, model=model, optim=OPTIMIZERS[optimizer], batch_size=batch)
-    spec, _, server = language_sizes.built(cfg)
+    run = language_sizes.described_run(cfg)
+    spec, server = run.spec, run.parts["server"]
     mesh = shards.mesh_of(jax.devices()[:devices])
     start = time.monotonic()
     memory = compiled(spec, server, mesh, batch).memory_analysis()
     return {
         "devices": devices,
-        "parameters": language_sizes.values(server.params),
+        "parameters": plan.values(server.params),
         "state_bytes": held(mesh, server),
         "argument_bytes": memory.argument_size_in_bytes,
         "result_bytes": memory.output_size_in_bytes,
@@ -81,7 +90,7 @@ def measure(devices, layers, batch, optimizer):
 def held(mesh, tree):
     """Bytes that each device holds of a part's arrays."""
     if mesh is None:
-        return language_sizes.nbytes(tree)
+        return plan.nbytes(tree)
     leaves = jax.tree.leaves(tree)
     shapes = (shards.sharding_of(mesh, leaf).shard_shape(leaf.shape) for leaf in leaves)
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
@@ -92,7 +101,7 @@ def compiled(spec, server, mesh, batch):
     like = jax.ShapeDtypeStruct
     payload = tuple(codec.payload_like(h) for codec, h in zip(*_of(spec.feature_payload(batch)), strict=True))
     stacked = jax.tree.map(lambda leaf: like((1, *leaf.shape), leaf.dtype), (payload, spec.labels.batch(batch)))
-    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), np.int32(0), np.arange(1)))
+    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
     if mesh is not None:
         server = jax.tree.map(
             lambda leaf, where: like(leaf.shape, leaf.dtype, sharding=where), server, shards.shardings_of(mesh, server)
@@ -100,7 +109,7 @@ def compiled(spec, server, mesh, batch):
         everywhere = NamedSharding(mesh, PartitionSpec())
         stacked = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype, sharding=everywhere), stacked)
     lowered = programs.server_step.lower(spec, server, *stacked, keys, batch_size=batch, mesh=mesh)
-    return lowered.compile()
+    return lowered.compile(LESS_MEMORY)
 
 
 def _of(payload_spec):

@@ -114,7 +114,7 @@ def test_the_command(tmp_path, capsys):
     sent = found["codecs"][0]["sent"]
     assert sent["seconds"] == pytest.approx((sent["up_bytes"] + sent["down_bytes"]) / 1e6)
     for wrong, message in (
-        (["--link-mbit", "0"], "link_mbit must be a finite number above 0, got 0"),
+        (["--link-mbit", "0"], "--link-mbit must be a finite number above 0, got 0"),
         (["--samples", "0"], "samples must be an integer of at least 1, got 0"),
         (["--clients", "2000"], "clients must be in 1..1437 (the number of examples), got 2000"),
     ):

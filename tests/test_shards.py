@@ -122,11 +122,12 @@ def test_checkpoints_are_read_with_another_number_of_devices(monkeypatch, tmp_pa
     folder.close()
 
 
+@pytest.mark.slow
 def test_what_a_device_holds_of_a_large_part_falls_with_the_devices():
     """Qwen3-1.7B behind its first block, with AdamW, by shapes: an eighth on each of eight devices."""
     cfg = language_sizes.config_of("Qwen3-1.7B", 1, adapters=False)
     cfg = dataclasses.replace(cfg, optim=config.OptimConfig(kind="adamw"))
-    _, _, server = language_sizes.built(cfg)
+    server = language_sizes.described_run(cfg).parts["server"]
     whole = benchmark.held(None, server)
     assert whole > 12 * 1.6e9
     for devices in (2, 4, 8):
@@ -140,7 +141,8 @@ def test_a_servers_program_needs_less_on_each_of_more_devices():
     text = json.dumps(models.DecoderConfig.from_json(WIDE).to_json())
     options = {"model": config.ModelConfig(name="decoder", cut="1", decoder=text), "clients": 1, "batch_size": 4}
     cfg = config.Config(task=config.TaskConfig(name="next_token"), data=config.DataConfig(text_length=16), **options)
-    spec, _, server = language_sizes.built(cfg)
+    run = language_sizes.described_run(cfg)
+    spec, server = run.spec, run.parts["server"]
     needed = {}
     for devices in (1, 4):
         found = benchmark.compiled(spec, server, shards.mesh_of(jax.devices()[:devices]), 4).memory_analysis()
