@@ -68,7 +68,7 @@ def test_what_is_being_written_does_not_count(folder, monkeypatch):
     assert (folder._path / "2" / "checksums.json").exists()
 
 
-def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monkeypatch):
+def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monkeypatch, caplog):
     for step in (1, 2):
         folder.save(step, tree(step), {"value": step})
     folder.wait()
@@ -86,6 +86,7 @@ def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monke
         with pytest.raises(OSError, match="No space left"):  # before the next is begun
             folder.save(5, tree(5))
     assert folder.steps() == [1, 2] and sorted(p.name for p in folder._path.iterdir()) == ["1", "2"]
+    assert not [record for record in caplog.records if record.exc_info]  # said once, without a traceback
     assert_is(folder, 1, 1)  # which the next one that is written replaces
     folder.save(6, tree(6), {"value": 6})
     folder.wait()

@@ -29,6 +29,17 @@ _IS_READ_ONLY = "Given directory is read only"
 _HAS_WAITED = "Waiting for previous save to complete took"
 
 
+_FAILED = (
+    "Handler Commit operations",
+    "Save Finalize thread",
+)  # in what Orbax logs, with a traceback, of a failed save
+
+
+def _is_not_told(record: logging.LogRecord) -> bool:
+    """Whether a line of Orbax's log says something that no error of `Checkpoints` says."""
+    return not (record.exc_info and any(words in str(record.msg) for words in _FAILED))
+
+
 class DamagedError(OSError):
     """A checkpoint's files are not what was written."""
 
@@ -61,6 +72,7 @@ class Checkpoints:
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
         )
+        logging.getLogger("absl").addFilter(_is_not_told)
         with _without_warning(_IS_READ_ONLY):
             return ocp.CheckpointManager(self._path.absolute(), options=options)
 
