@@ -278,7 +278,8 @@ def message_bytes(payloads: Any, coder: Codec | FeatureMemory, like: Any) -> int
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _test_batch(spec, state, x, y, key):
-    return fused.evaluate(spec, state, spec.preprocess(x), y, key)
+    of_one = jax.tree.map(lambda leaf: leaf[None], (spec.preprocess(x), y, key))
+    return jax.tree.map(lambda leaf: leaf[0], fused.evaluate(spec, state, *of_one))
 
 
 def test(run: Run, codec: Codec, batch: int, seed: int) -> dict[str, float]:

@@ -19,17 +19,10 @@ import json
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from benchmarks import timing
 from experiments import language, study
-from msjax import build, compress, models
+from msjax import models, plan
 from msjax.config import Config, LoraConfig, OptimConfig
-from msjax.split import programs
-from msjax.split.state import client_keys
-from msjax.split.trees import TreeSpec
 
 OUT = study.RESULTS / "language_sizes"
 PRESETS = {"Llama-3.2-1B": "llama32_1b_wikitext2", "Qwen3-1.7B": "qwen3_1_7b_wikitext2"}
@@ -69,22 +62,18 @@ def config_of(name, cut, *, adapters):
 
 def needs(cfg: Config) -> dict:
     """Returns parameters, bytes of memory and operations of both parties, and a step's bytes with each codec."""
-    spec, client, server = built(cfg)
-    row = {"parameters": parameters(described(cfg)), "client": party(client), "server": party(server)}
-    for side, flops in operations(spec, client, server, cfg.batch_size).items():
+    run = described_run(cfg)
+    row = {"parameters": parameters(described(cfg)), **{side: party(run.parts[side]) for side in SIDES}}
+    for side, flops in plan.operations(run).items():
         row[side]["step_flops"] = flops
-    row["label_bytes"] = cfg.batch_size * spec.labels.nbytes
-    features = spec.features.batch(cfg.batch_size)
+    row["label_bytes"] = cfg.batch_size * run.spec.labels.nbytes
+    features = run.spec.features.batch(cfg.batch_size)
     return row | {"codecs": {codec: step_bytes(codec, features) for codec in CODECS}}
 
 
-def built(cfg):
-    """(spec, client, server) of a config, the parts as shapes and dtypes."""
-    tokens = TreeSpec.of(jax.ShapeDtypeStruct((cfg.data.text_length,), np.int32))
-    summary = build.DataSummary(tokens, tokens)
-    parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-    samples = cfg.batch_size  # of one step: how many there are changes nothing here
-    return build.build(cfg, summary, samples=samples, test_samples=samples, parts=parts, shapes_only=True)
+def described_run(cfg):
+    """The run of a config as shapes and dtypes."""
+    return plan.describe_run(cfg, *plan.describe_data(cfg))
 
 
 def described(cfg):
@@ -107,60 +96,17 @@ def parameters(c: models.DecoderConfig) -> int:
 
 def party(part) -> dict:
     """Returns the numbers of values and bytes that a party has in memory for its part, without activations."""
-    trained, frozen = values(part.params), values(part.stats)
-    found = {"trained_values": trained, "frozen_values": frozen}
-    found["weight_bytes"] = nbytes(part.params) + nbytes(part.stats)
-    found["gradient_bytes"], found["optimizer_bytes"] = nbytes(part.params), nbytes(part.opt_state)
-    found["bytes"] = found["weight_bytes"] + found["gradient_bytes"] + found["optimizer_bytes"]
-    return found
-
-
-def values(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def nbytes(tree):
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def operations(spec, client, server, batch_size) -> dict[str, float]:
-    """Returns each party's operations of a step, of programs that are lowered from shapes."""
-    x = spec.labels.batch(batch_size)  # tokens have the form of the labels
-    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
-    key = jax.eval_shape(lambda keys: keys[0], keys)
-    payload, pending = jax.eval_shape(lambda c, x, k: programs.client_forward(spec, c, x, k), client, x, key)
-    stacked, y = (
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), t) for t in (payload, x)
-    )
-    _, replies, _ = jax.eval_shape(
-        lambda s, p, y, k: programs.server_step(spec, s, p, y, k, batch_size=batch_size), server, stacked, y, keys
-    )
-    reply = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
-    update = jax.eval_shape(lambda p, r: programs.client_backward(spec, p, r, batch_size=batch_size), pending, reply)
-    of_client = [
-        programs.client_forward.lower(spec, client, x, key),
-        programs.client_backward.lower(spec, pending, reply, batch_size=batch_size),
-        programs.update_part.lower(spec, client, update),
-    ]
-    of_server = [programs.server_step.lower(spec, server, stacked, y, keys, batch_size=batch_size)]
-    return {"client": sum(map(flops, of_client)), "server": sum(map(flops, of_server))}
-
-
-def flops(lowered):
-    return float(lowered.cost_analysis().get("flops", 0.0))
+    found = plan.state_needs(part)
+    left_out = ("average_bytes", "activation_bytes")
+    return {name: n for name, n in found._asdict().items() if name not in left_out} | {"bytes": found.bytes}
 
 
 def step_bytes(name, features) -> dict:
     """Returns a step's bytes up and down with a codec of `language`, and the seconds of both on each link."""
     up, down = language.CODECS[name]
-    found = {"up_bytes": message_bytes(up, features), "down_bytes": message_bytes(down, features)}
+    found = {"up_bytes": plan.array_bytes(up, features), "down_bytes": plan.array_bytes(down, features)}
     bits = 8 * (found["up_bytes"] + found["down_bytes"])
     return found | {"seconds": {f"{rate} Mbit/s": bits / (rate * 1e6) for rate in LINKS}}
-
-
-def message_bytes(codec: compress.Codec, like: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of a payload, or of a codec that is coded the bits that it aims at."""
-    return round(codec.bits * like.size / 8) if codec.entropy_coded else codec.payload_bytes(like)
 
 
 def table(rows):

@@ -54,6 +54,7 @@ STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "tes
 SLOW = (
     "several_processes",
     "studies",
+    "docs",
     "distributed",
     "stragglers",
     "conversations",

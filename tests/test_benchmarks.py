@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import programs, timing
+from benchmarks import checkpoints, programs, timing
 from msjax import compress
 
 
@@ -117,3 +117,12 @@ def test_programs():
     row = programs.compiled_for(here, compress.Uniform(), 1 / 32, "float32")
     assert all(row[f"{op}_instructions"] > 0 and row[f"{op}_extra_bytes"] >= 0 for op in benchmarks.OPERATIONS)
     assert len(programs.table([row]).splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_checkpoints():
+    options = argparse.Namespace(repeats=1, clients=2, batch=4)
+    row = checkpoints.measure("small", options)
+    assert row["share_of_a_step"] == pytest.approx(row["save_seconds"] / row["step_seconds"])
+    assert 0 < row["save_seconds"] < row["in_one_go_seconds"] and row["state_bytes"] > 10**6
+    assert len(checkpoints.table([row]).splitlines()) == 3

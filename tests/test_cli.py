@@ -308,6 +308,24 @@ def test_models_table_has_the_papers_feature_maps(capsys):
     assert "65,536" in out  # bytes a sample at cut 2, uncompressed
 
 
+def test_models_table_of_a_decoder(tmp_path, capsys):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), 32)
+    config = {"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["decoder", "--decoder", str(tmp_path)]
+    assert cli.run("models", [*given, "--codec", "Identity()"]) == 0
+    out = capsys.readouterr().out
+    assert "decoder, 32 tokens of 64" in out and "decoder2" in out and "4,096" in out  # 32 tokens of 32 features
+    for arguments, message in (
+        (["decoder"], "--decoder must be given for decoder, and for no other, got None"),
+        (["mlp", *given[1:]], "--decoder must be given for decoder, and for no other, got '"),
+        ([*given, "--input-shape", "8", "8"], "--input-shape must be one number of tokens for decoder, got [8, 8]"),
+        ([*given, "--input-shape", "64"], "length must be in 1..32 (max_position_embeddings), got 64"),
+    ):
+        assert cli.run("models", arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_help_shows_defaults_as_they_are_typed(capsys):
     assert cli.run("train", ["--help"]) == 0
     help = capsys.readouterr().out

@@ -48,6 +48,16 @@ def test_documentation_builds_without_a_warning(tmp_path):
         assert any("image/png" in output.get("data", {}) for output in outputs), f"{path.stem} shows no picture"
 
 
+def test_a_page_becomes_a_notebook_without_the_site(tmp_path):
+    """By the command that the page of notebooks gives."""
+    text = (ROOT / "docs" / "notebooks" / "index.md").read_text()
+    command, source, made = re.search(r"^(mystnb-to-jupyter) (\S+) (\S+)$", text, re.MULTILINE).groups()
+    program = pathlib.Path(sys.executable).with_name(command)
+    subprocess.run([program, source, tmp_path / made], cwd=ROOT, check=True, capture_output=True)
+    cells = json.loads((tmp_path / made).read_text())["cells"]
+    assert [cell["cell_type"] for cell in cells].count("code") == len(fences(ROOT / source, "{code-cell} ipython3"))
+
+
 @pytest.mark.parametrize("path", [p for p in TEXTS if fences(p, "python")], ids=lambda p: p.stem)
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     """One block after the other, as a reader would paste them."""
@@ -113,8 +123,38 @@ def test_commands_of_a_page_are_such_as_there_are(path, options):
 
 
 def test_files_that_pages_name_are_there():
-    for path in TEXTS:
-        for name in re.findall(r"`((?:configs|examples|benchmarks|experiments|docs)/[\w./]+\.\w+)`", path.read_text()):
+    for path in [*TEXTS, ROOT / "CONTRIBUTING.md"]:
+        for name in re.findall(
+            r"`((?:configs|examples|benchmarks|experiments|docs|tests)/[\w./]+\.\w+)`", path.read_text()
+        ):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+
+
+def test_where_things_live_names_files_that_there_are_in_lines_of_a_screen():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+    rooms = re.split(
+        r"^\*\*|\. \*\*", text.partition("## Where things live")[2].partition("Imports point")[0], flags=re.M
+    )
+    named = 0
+    for room in rooms[1:]:
+        folder = re.match(r"`([\w/]+)/(?:\*\.py)?`", room)
+        for name in re.findall(r"`(\w+\.py)`", room) if folder else ():
+            assert (ROOT / folder[1] / name).exists(), f"{folder[1]}/{name}"
+            named += 1
+    assert named > 50
+
+
+def anchors(path):
+    """What links may point at in a page of the repository, as its host makes it of the headings."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", head.replace("`", "").lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_repository(path):
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        other = path if not file else path.parent / file
+        assert other.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in anchors(other), f"{path.name}: {target}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import language, language_sizes
-from msjax import config, models
+from msjax import config, models, plan
 from msjax.optim import make_optimizer
 from msjax.split.trees import TreeSpec
 
@@ -23,7 +23,7 @@ def test_the_formula_counts_what_the_model_has(case):
     network = models.decoder(described, length=8)
     client, server = jax.eval_shape(lambda: models.split(network, 1))
     copied = described.vocab_size * described.hidden_size * described.tie_word_embeddings
-    found = language_sizes.values(client.params) + language_sizes.values(server.params)
+    found = plan.values(client.params) + plan.values(server.params)
     assert language_sizes.parameters(described) == found - copied
 
 
@@ -56,7 +56,7 @@ def test_what_the_parties_of_a_small_decoder_need():
     for name, sent in found["codecs"].items():
         codec = language.CODECS[name][0]
         if not codec.entropy_coded:
-            assert sent["up_bytes"] == language_sizes.nbytes(jax.eval_shape(codec.encode, h, jax.random.key(0))), name
+            assert sent["up_bytes"] == plan.nbytes(jax.eval_shape(codec.encode, h, jax.random.key(0))), name
         assert sent["seconds"]["10 Mbit/s"] == pytest.approx(8e-7 * (sent["up_bytes"] + sent["down_bytes"]))
     assert found["codecs"]["EntropyMask 2 up 1.5 down"] | {"seconds": 0} == {
         "up_bytes": 4 * 12 * 16 // 4,
@@ -68,9 +68,9 @@ def test_what_the_parties_of_a_small_decoder_need():
 
 
 def test_adapters_leave_the_weights_frozen_in_16_bits():
-    spec, client, server = language_sizes.built(language_sizes.config_of("Llama-3.2-1B", 8, adapters=True))
-    assert spec.features == TreeSpec.of(jax.ShapeDtypeStruct((256, 2048), jnp.bfloat16))
-    found = [language_sizes.party(part) for part in (client, server)]
+    run = language_sizes.described_run(language_sizes.config_of("Llama-3.2-1B", 8, adapters=True))
+    assert run.spec.features == TreeSpec.of(jax.ShapeDtypeStruct((256, 2048), jnp.bfloat16))
+    found = [language_sizes.party(part) for part in run.parts.values()]
     table = 128_256 * 2048
     assert sum(side["frozen_values"] for side in found) == PUBLISHED["Llama-3.2-1B"] + table
     # Of each block: rank times inputs and outputs of its seven dense layers.
@@ -81,4 +81,4 @@ def test_adapters_leave_the_weights_frozen_in_16_bits():
 
 def test_sgd_without_momentum_keeps_none():
     optimizer = make_optimizer(config.OptimConfig(momentum=0.0, weight_decay=0.0), epochs=1, steps_per_epoch=1)
-    assert language_sizes.values(jax.eval_shape(optimizer.init, jnp.zeros(100))) == 1  # the number of steps
+    assert plan.values(jax.eval_shape(optimizer.init, jnp.zeros(100))) == 1  # the number of steps

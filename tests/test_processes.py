@@ -179,7 +179,7 @@ def test_the_example_of_a_model_of_ones_own(tmp_path, shell, capsys, monkeypatch
     [
         (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give tls its certificate"),
         (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
-        (("serve", "--max-megabytes", "2048"), "max_megabytes must be in 1..2047, got 2048"),
+        (("serve", "--max-megabytes", "65537"), "max_megabytes must be in 1..65536, got 65537"),
         (("serve", "--model.cut", "nosuch"), "model.cut must be one of"),
         (("serve", "--data.name", "imagenet2012"), "must be a set that fits in memory"),
         (("serve", "--tokens", "none"), "No such file"),

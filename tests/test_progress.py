@@ -1,7 +1,12 @@
 """What a person sees of a run while it trains."""
 
 import io
+import re
+import warnings
 
+import nbclient
+import nbformat
+import pytest
 import rich.console
 
 from msjax.distributed.channel import Clock
@@ -59,3 +64,38 @@ def test_an_epochs_line_says_test_once_and_only_where_there_was_one():
     )
     assert "test" not in lines[1]
     assert lines[2].startswith("net step 5/20: ") and lines[2].endswith("3.0 MB sent, test 75.00 %")
+
+
+BAR = """
+from msjax.runs.progress import Progress
+with Progress("net", headline="top1_percent", total_steps=2, done_steps=0, samples_per_step=8.0) as bar:
+    bar.step(2, 3_000_000)
+    bar.epoch({"epoch": 1, "train": {"loss": 1.0, "top1_percent": 50.0}}, 1, 3_000_000)
+"""
+
+
+def test_a_notebook_shows_plain_lines():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BAR)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how nbclient runs its event loop is its own affair
+        nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    outputs = [output for output in notebook.cells[0].outputs if output.get("name") != "stderr"]
+    assert {output["output_type"] for output in outputs} == {"stream"}
+    text = "".join(output["text"] for output in outputs)
+    assert text.splitlines() == [
+        "net: 2 steps to go, the first compiles",
+        "net epoch 1/1: loss 1.0000, train 50.00 %, 0.0 min left, 3.0 MB sent",
+    ]
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_no_color_is_honoured(monkeypatch, capsys, colours):
+    """https://no-color.org: an environment variable with any value but an empty one."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "" if colours else "1")
+    with Progress("net", headline="top1_percent", total_steps=2, done_steps=0, samples_per_step=8.0) as bar:
+        bar.step(1, 3_000_000)
+    shown = capsys.readouterr().out
+    assert "samples/s" in shown or "compiling" in shown
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", shown)) == colours

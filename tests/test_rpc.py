@@ -16,6 +16,7 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.options import ClientOptions, ServeOptions
+from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
@@ -132,6 +133,31 @@ def test_a_client_measures_its_link_and_not_the_server(tmp_path):
         party = client.session.party
         most_bytes = 1000 + party.spec.features.batch_leaves(10)[0].size * LINK.cut_bits / 8
         assert most_bytes / 10 < party.bytes_per_second < most_bytes / 0.1
+
+
+@pytest.mark.slow
+def test_messages_in_chunks_train_the_same(tmp_path, monkeypatch):
+    """Every payload is longer than a frame; small ones stand for those of more than two gigabytes."""
+    monkeypatch.setattr(frames, "FRAME_BYTES", 100)
+    chunks, before = [], frames.Joiner.add
+
+    def add(self, frame):
+        found = before(self, frame)
+        chunks.append(found is None)
+        return found
+
+    monkeypatch.setattr(frames.Joiner, "add", add)
+    with Net(tmp_path) as net:
+        for client_id in range(2):
+            net.client(client_id)
+        net.join()
+        assert not net.failures, net.failures
+    assert sum(chunks) > 100
+    server, clients = make_parties(net.cfg)
+    for _ in parties.run(server, clients):
+        pass
+    part = load_part(net.folder.path / "server.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, part.params, server.state.params)
 
 
 def hello(client=0):

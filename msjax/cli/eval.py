@@ -61,8 +61,8 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
-    mesh = loop.mesh_of(run.spec)
-    found = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    state, mesh = _placed(run)
+    found = loop.restore(folder, run, state, mesh)
     folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
@@ -78,9 +78,16 @@ def _evaluate_config(arguments):
     cfg = check_early(fields_of(config.Config, flags))
     split_cpu(cfg.clients)
     run = load_run(cfg)
-    mesh = loop.mesh_of(run.spec)
+    state, mesh = _placed(run)
     said = {"model": cfg.model.name, "weights": cfg.model.weights, "cut": cfg.model.cut, "data": cfg.data.name}
-    return _print_result(said, run, program.place(run.spec, run.state, mesh), mesh)
+    return _print_result(said, run, state, mesh)
+
+
+def _placed(run):
+    """A run's first state on the devices, and their mesh."""
+    options = {"shard_server": run.shard_server}
+    mesh = loop.mesh_of(run.spec, **options)
+    return program.place(run.spec, run.state, mesh, **options), mesh
 
 
 def _print_result(said, run, state, mesh):

@@ -30,6 +30,7 @@ commands:
   client    one of its clients:  msjax client --client-id 0 --server HOST:PORT
   compare   runs beside each other, as a table and a picture:  msjax compare RUN RUN... [--out FILE.png]
   runs      list run folders:  msjax runs [FOLDER]
+  plan      what a run needs before it is begun: memory, bytes, seconds on a link:  msjax plan --config configs/NAME.py
   models    print a model's cuts, feature maps and bytes:  msjax models resnet18 --input-shape 32 32 3
   completion  a script by which bash, zsh or fish completes all this:  source <(msjax completion bash)
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "predict": ("predict", "train"),
     "generate": ("generate", "train"),
     "export": ("export", "train"),
+    "plan": ("plan", "train"),
     "models": ("models", "train"),
     "compare": ("compare", "train"),
     "runs": ("runs", "train"),

@@ -16,7 +16,15 @@ def main(arguments: list[str]) -> int:
         prog="msjax models",
         description="Print each cut of a model: its feature map, and bytes a sample with each codec.",
     )
-    parser.add_argument("name", nargs="?", choices=models.NAMES, help="default: all")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        choices=(*models.NAMES, models.DECODER),
+        help="default: all but decoder, which needs --decoder",
+    )
+    parser.add_argument(
+        "--decoder", metavar="PATH", help="decoder: its config.json, or a folder of Hugging Face's that has one"
+    )
     parser.add_argument("--input-shape", type=int, nargs="+", metavar="N", help="H W C; of a text or table its length")
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--width", type=float, default=1.0)
@@ -27,6 +35,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if (options.name == models.DECODER) != (options.decoder is not None):
+        raise ValueError(f"--decoder must be given for decoder, and for no other, got {options.decoder!r}")
     codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
     usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
     usual |= {"mlp": ((108,), 2), "transformer": ((data.TEXT_LENGTH,), 2)}  # Adult, and texts of two classes
@@ -37,9 +47,12 @@ def main(arguments: list[str]) -> int:
         classes = classes if options.num_classes is None else options.num_classes
         resnet = {"first_block": options.first_block, "shortcut": options.shortcut}
         resnet = resnet if options.name or name in models.RESNETS else {}
-        model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, **resnet)
-        count = models.count_params(model) / 1e6
-        title = f"{name}, {'×'.join(map(str, shape))}, {classes} classes, {count:.2f} M parameters; bytes a sample"
+        if name == models.DECODER:
+            model, of = _decoder(options)
+        else:
+            model = models.build(name, input_shape=shape, num_classes=classes, width=options.width, **resnet)
+            of = f"{'×'.join(map(str, shape))}, {classes} classes"
+        title = f"{name}, {of}, {models.count_params(model) / 1e6:.2f} M parameters; bytes a sample"
         table = rich.table.Table(title=title)
         for heading in ("cut", "name", "after block", "feature map"):
             table.add_column(heading)
@@ -53,6 +66,17 @@ def main(arguments: list[str]) -> int:
     if any(codec.entropy_coded for codec in codecs):
         console.print("*: before lossless coding, to a few times less; how far depends on the values.")
     return 0
+
+
+def _decoder(options):
+    """The model of --decoder, and what it is."""
+    described = models.DecoderConfig.load(options.decoder)
+    length = min(data.TEXT_LENGTH, described.max_position_embeddings)
+    if options.input_shape:
+        if len(options.input_shape) != 1:
+            raise ValueError(f"--input-shape must be one number of tokens for decoder, got {options.input_shape}")
+        (length,) = options.input_shape
+    return models.decoder(described, length=length), f"{length} tokens of {described.vocab_size}"
 
 
 def _size(codec, batch):

@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1
 _RANGES = {
     **dict.fromkeys(("clients", "batch_size", "epochs", "test_every"), (1, math.inf)),
     **dict.fromkeys(("mode.average_steps", "mode.turn_steps", "lora.rank", "optim.accumulate_steps"), (1, math.inf)),
-    **dict.fromkeys(("data.text_length", "data.image_size"), (1, math.inf)),
+    **dict.fromkeys(("data.text_length", "data.image_size", "clients_per_group"), (1, math.inf)),
     "data.vocabulary": (2, math.inf),  # words, and padding
     **dict.fromkeys(("optim.warmup_epochs", "optim.weight_decay", "data.crop_padding"), (0, math.inf)),
     "data.workers": (0, math.inf),

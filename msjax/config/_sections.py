@@ -227,6 +227,14 @@ class Config:
     `codec`."""
     clients: int = 10
     """Number of clients K."""
+    clients_per_group: int | None = None
+    """Of `msjax train`: how many clients each device computes at the same time, one group after another, so that the
+    memory of activations does not grow with K; by default all. The numbers are the same up to the order of sums. One
+    that divides the clients of a device is compiled once, another twice."""
+    shard_server: bool = False
+    """Whether the server's part, its optimizer's state and the batch of each step are spread over all devices (FSDP),
+    so that a larger part fits; with msjax serve over those of the server. By default msjax train spreads the clients
+    alone, and msjax serve has one device. The numbers are the same up to the order of sums."""
     batch_size: int = 256
     """Samples that each client sends in a step."""
     epochs: int = 10

@@ -29,7 +29,7 @@ from msjax.data._inputs import Inputs, read_inputs
 from msjax.data._load import load
 from msjax.data._reader import Read, Reader
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
-from msjax.data._registry import default_augmentation, is_streamed
+from msjax.data._registry import Published, default_augmentation, is_streamed, published
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
@@ -49,6 +49,7 @@ __all__ = [
     "ImageStream",
     "Inputs",
     "Missing",
+    "Published",
     "Read",
     "Reader",
     "Split",
@@ -73,6 +74,7 @@ __all__ = [
     "load_tokenizer",
     "normalize",
     "partition",
+    "published",
     "read_inputs",
     "read_texts",
     "split_digest",

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
 _CVDF = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -13,6 +13,21 @@ _IMAGENET_BY_HAND = (
     "ILSVRC2012_img_val.tar into DIR/downloads/manual and, with tensorflow installed (once, on any machine), run "
     "`tfds build imagenet2012 --file_format=array_record --data_dir=DIR`; then give DIR as data_dir"
 )
+
+
+class Published(NamedTuple):
+    """What is known of a set of images before it is at hand.
+
+    Attributes:
+        shape: of an image (H, W, C), as `load` gives it without `image_size`.
+        num_classes: how many classes there are.
+        train, test: examples.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    train: int
+    test: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Entry:
         streamed: too large for memory, unless it is asked for.
         random_crop: training images are random-resized-crops, test images the middle, where the set is streamed.
         by_hand: how to get a set that no program may download.
+        published: what its authors say of it.
     """
 
     mean: tuple[float, ...] | None = None
@@ -44,6 +60,7 @@ class Entry:
     streamed: bool = False
     random_crop: bool = False
     by_hand: str | None = None
+    published: Published | None = None
 
 
 def _idx(address: str, *digests: str) -> tuple[tuple[str, str], ...]:
@@ -69,6 +86,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
                     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
                 ),
             ),
+            published=Published((32, 32, 3), 10, 50_000, 10_000),
             file_format="cifar",
         ),
         "cifar100": Entry(
@@ -82,6 +100,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
                     "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
                 ),
             ),
+            published=Published((32, 32, 3), 100, 50_000, 10_000),
             file_format="cifar",
             label_bytes=2,
         ),
@@ -96,6 +115,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
                 "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
                 "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
             ),
+            published=Published((28, 28, 1), 10, 60_000, 10_000),
             file_format="idx",
         ),
         "fashion_mnist": Entry(
@@ -110,9 +130,10 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
                 "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
                 "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
             ),
+            published=Published((28, 28, 1), 10, 60_000, 10_000),
             file_format="idx",
         ),
-        "tiny_imagenet": Entry(augment="crop_flip"),
+        "tiny_imagenet": Entry(augment="crop_flip", published=Published((64, 64, 3), 200, 100_000, 10_000)),
         # The random crop needs the full-size image and is taken on the host (`ImageStream`): only the flip is left.
         "imagenet2012": Entry(
             (0.485, 0.456, 0.406),
@@ -122,6 +143,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
             streamed=True,
             random_crop=True,
             by_hand=_IMAGENET_BY_HAND,
+            published=Published((224, 224, 3), 1000, 1_281_167, 50_000),
         ),
     }
 )
@@ -130,6 +152,11 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
 def find(name: str) -> Entry:
     """The entry of a set; an empty one where nothing is known of it."""
     return ENTRIES.get(name, Entry())
+
+
+def published(name: str) -> Published | None:
+    """What is known of a set of images by its name alone: shape, classes and counts; None of all others."""
+    return find(name).published
 
 
 def is_streamed(name: str) -> bool:

@@ -53,12 +53,14 @@ class Received:
 
     Attributes:
       at: when it had arrived, on the coordinator's clock; by default, when it is handed in.
+      nbytes: of the message as it came, where that is known.
     """
 
     session: int
     message: Any
     peer: str = ""
     at: float | None = None
+    nbytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

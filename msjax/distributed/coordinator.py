@@ -24,6 +24,7 @@ from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdi
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
+from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
 
@@ -159,7 +160,7 @@ class Coordinator:
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
         if client is not None:
-            self.metrics.received(client, event.message)
+            self.metrics.received(client, event.message, event.nbytes)
         try:
             follows = self._hello(event) if client is None else self._said(client, event)
         except messages.ProtocolError as error:
@@ -190,7 +191,7 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
         self._clients[event.session] = hello.client
-        self.metrics.received(hello.client, event.message)
+        self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0
         return ev.Joined(hello.client, event.session, hello.instance, event.peer, generation)
 
@@ -284,6 +285,7 @@ class Coordinator:
                 checkpoint_steps=self._checkpoint_steps,
                 failed_save=self.metrics.failed_saves.inc,
                 allow_nonfinite=self.cfg.allow_nonfinite,
+                mesh=shards.mesh_of() if self.cfg.shard_server else None,
             )
         step, clients = self.run.restore()
         if again:

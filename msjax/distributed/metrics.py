@@ -6,6 +6,7 @@ import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.frames import nbytes_of
 
 ANYONE = "any"
 """The client in metrics of who asks a trained part, and has no number."""
@@ -35,13 +36,15 @@ class Metrics:
         self.answer_seconds = Histogram("answer_seconds", "From a request to its answer", buckets=_SECONDS, **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
-    def received(self, client: int | str, message: pb.FromClient | pb.Features | pb.NextTokens) -> None:
-        """Counts a message's bytes, also one that has come before."""
-        self._received.labels(client).inc(message.ByteSize())
+    def received(
+        self, client: int | str, message: pb.FromClient | pb.Features | pb.NextTokens, nbytes: int | None = None
+    ) -> None:
+        """Counts a message's bytes, which are `nbytes` where that is known; also one that has come before."""
+        self._received.labels(client).inc(nbytes_of(message) if nbytes is None else nbytes)
 
     def sent(self, client: int | str, message: pb.FromServer | pb.Outputs) -> None:
         """Counts a message's bytes, also one that is repeated."""
-        self._sent.labels(client).inc(message.ByteSize())
+        self._sent.labels(client).inc(nbytes_of(message))
 
     def answered(self, samples: int, seconds: float) -> None:
         """Counts a request to a trained part."""

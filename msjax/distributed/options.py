@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -28,6 +28,9 @@ def check_positive(options: object, *names: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class ListenOptions:
     """Where a server listens, and whom it lets in."""
+
+    most_megabytes: ClassVar[int] = 2047
+    """What `max_megabytes` may be: gRPC counts a message's bytes in 32 bits, with a sign."""
 
     listen: str = "localhost:50051"
     """host:port to listen on; port 0 for one that is free."""
@@ -70,8 +73,8 @@ class ListenOptions:
             raise ValueError(f"certificates must go with tls, got {self.certificates!r} without it")
         integer("max_wrong_tokens", self.max_wrong_tokens, 0)
         check_positive(self, "max_messages_per_second")
-        if not 1 <= self.max_megabytes <= MOST_MEGABYTES:
-            raise ValueError(f"max_megabytes must be in 1..{MOST_MEGABYTES}, got {self.max_megabytes}")
+        if not 1 <= self.max_megabytes <= self.most_megabytes:
+            raise ValueError(f"max_megabytes must be in 1..{self.most_megabytes}, got {self.max_megabytes}")
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
 
@@ -100,6 +103,9 @@ MOST_SESSIONS = 64
 @dataclasses.dataclass(frozen=True)
 class ServeOptions(ListenOptions):
     """Of a server that trains: also what it does about late clients."""
+
+    most_megabytes: ClassVar[int] = MOST_MEGABYTES
+    """A large message is sent in chunks."""
 
     policy: Policy = dataclasses.field(default_factory=Policy)
     checkpoint_steps: int = 100

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo, Key
@@ -46,6 +47,7 @@ class ServerRun:
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
       allow_nonfinite: whether to go on where a loss is not finite.
+      mesh: over whose devices the server's part is sharded; None for one device.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class ServerRun:
         checkpoint_steps: int,
         failed_save: Callable[[], None],
         allow_nonfinite: bool = False,
+        mesh: Mesh | None = None,
     ):
         self.spec, self._initial, self._seed = built.spec, built.server, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
         self._held: _Held | None = None
         self.party: parties.Server | None = None
@@ -76,7 +79,7 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.spec, self._initial, self._seed)
+        party = parties.Server(self.spec, self._initial, self._seed, mesh=self._mesh)
         self._held = None  # nobody can be told any more that it is there
         self._checked(self._store.wait)
         step = self._store.latest()

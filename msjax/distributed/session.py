@@ -23,6 +23,7 @@ from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.frames import nbytes_of
 from msjax.split.parties import Client
 from msjax.split.schedule import Exchange
 
@@ -134,7 +135,7 @@ class ClientSession:
 
     def _counted(self, messages_: Iterator[pb.FromClient]) -> Iterator[pb.FromClient]:
         for message in messages_:
-            self.sent_bytes += message.ByteSize()
+            self.sent_bytes += nbytes_of(message)
             yield message
 
     def _greet(self):
@@ -159,7 +160,7 @@ class ClientSession:
         return self._counted(self._take(message, self._clock() if at is None else at))
 
     def _take(self, message, at):
-        self.received_bytes += message.ByteSize()
+        self.received_bytes += nbytes_of(message)
         self._heard = self._heard_since = True
         match message.WhichOneof("kind"):
             case "welcome":
@@ -270,7 +271,7 @@ class ClientSession:
         if self._said_at is None or self.party.spec.cut_seconds is None:
             return None
         seconds = at - self._said_at - message.answer.server_seconds
-        return (self._said.ByteSize() + message.ByteSize()) / seconds if seconds > 0 else None
+        return (nbytes_of(self._said) + nbytes_of(message)) / seconds if seconds > 0 else None
 
     def _finished(self, finished):
         if finished.error:

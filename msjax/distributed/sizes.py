@@ -7,10 +7,10 @@ from msjax.split.payloads import PayloadSpec
 from msjax.split.schedule import Exchange, Phase
 from msjax.split.spec import RunSpec
 
-MOST_MEGABYTES = 2047
-"""gRPC and protobuf count a message's bytes in 32 bits, with a sign."""
+MOST_MEGABYTES = 1 << 16
+"""That a training server may be told to take of one message: it keeps one of each client at a time in memory."""
 
-_MOST_BYTES = (1 << 31) - 1
+_MOST_BYTES = MOST_MEGABYTES << 20
 _BESIDE = 256  # position, generation and the fields' own headers
 
 _BY_BATCH = (Phase.FEATURES, Phase.GRADIENT, Phase.TEST)
@@ -62,7 +62,7 @@ def _check(spec, exchange, nbytes, limit, whose, payload):
     if nbytes <= limit:
         return
     helps = []
-    if limit < MOST_MEGABYTES << 20:
+    if limit < _MOST_BYTES:
         helps.append(f"a larger --max-megabytes (up to {MOST_MEGABYTES})")
     if exchange.phase in _BY_BATCH:
         helps += ["a smaller batch_size", "another codec"]

@@ -1,5 +1,6 @@
 """How the membership of a run changes: `transition`, and nothing else."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -24,12 +25,13 @@ class _Transition:
     """One transition under way: `take` notes what has happened, `settle` draws what follows from it and the time."""
 
     def __init__(self, state: Membership, now: float, judges: bool):
-        self.state, self.now, self.actions = state, now, []
+        # A copy of its own, which it changes in place: anew for each change, it would take longest of all.
+        self.state, self.now, self.actions = copy.copy(state), now, []
         self._tally = state.tally
         self._judges = judges  # deadlines: only where all is handed in that came before `now`
 
     def _set(self, **changes):
-        self.state = dataclasses.replace(self.state, **changes)
+        vars(self.state).update(changes)
 
     def _set_client(self, client, **changes):
         if isinstance(self.state.clients, tuple):  # a copy of this turn's own: one, however many clients change

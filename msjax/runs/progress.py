@@ -53,7 +53,7 @@ class Pace:
 
 
 class Progress:
-    """A live line in a terminal, plain lines elsewhere: samples/s, accuracy, MB sent, time left."""
+    """A live line in a terminal, plain lines elsewhere, also in a notebook: samples/s, accuracy, MB sent, time left."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         console: rich.console.Console | None = None,
     ):
-        self._console = rich.console.Console(quiet=quiet) if console is None else console
+        self._console = _console(quiet) if console is None else console
         self._title, self._headline = title, headline
         self._total, self._done = total_steps, done_steps
         self._pace, self._clock, self._last_line = Pace(samples_per_step, clock), clock, clock()
@@ -123,6 +123,14 @@ class Progress:
 
     def _speed(self, sent_bytes):
         return f"{self._pace.status(self._total - self._done)}, {sent_bytes / 1e6:,.1f} MB sent"
+
+
+def _console(quiet):
+    console = rich.console.Console(quiet=quiet)
+    # A notebook cannot move a cursor up, and its kernel says that colours are to be forced as in a terminal.
+    return (
+        rich.console.Console(quiet=quiet, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
+    )
 
 
 def format_metric(name: str, value: float) -> str:

@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from msjax import wire
+from msjax.split import shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, changing, split_key
@@ -47,8 +50,11 @@ class Averages(NamedTuple):
 
 def no_error(spec: RunSpec) -> Vectors:
     """Returns the error before the first message."""
-    if spec.update_codec.unbiased:
-        return ()
+    return () if spec.update_codec.unbiased else no_vectors(spec)
+
+
+def no_vectors(spec: RunSpec) -> Vectors:
+    """Returns vectors of zeros, in the shapes of those that are averaged."""
     return tuple(jnp.zeros(like.shape, like.dtype) for like in spec.average_payload().likes)
 
 
@@ -130,59 +136,122 @@ def encode_mean(spec: RunSpec, payloads: Payload, memory: Memory, key: jax.Array
 # -- The same in one program. ---------------------------------------------------------------------------------------
 
 
-class Exchanged(NamedTuple):
-    """What comes of an average in one program."""
+class Sent(NamedTuple):
+    """What clients send in an average, in one program."""
 
-    means: Vectors
-    """As every client decodes them."""
-    memory: Averages
-    payloads: Payload
-    """The clients', with a leading axis K."""
-    answer: Payload
+    total: Vectors
+    """The sum over them of what the server decodes."""
+    error: Vectors
+    """Each client's after it, with a leading axis of clients."""
+    nbytes: jax.Array
+    """About the bytes of each client's message, float32 (K,); 0 where they follow from shapes."""
 
 
-def exchange(spec: RunSpec, vectors: Vectors, memory: Averages, keys: jax.Array, axis_name: str | None) -> Exchanged:
-    """Averages vectors of K clients, each with a leading axis K; under `shard_map` over the mesh axis `axis_name`."""
+def send(
+    spec: RunSpec,
+    vectors: Vectors,
+    error: Vectors,
+    keys: jax.Array,
+    *,
+    clients_at_once: int | None = None,
+    mesh: Mesh | None = None,
+) -> Sent:
+    """Encodes vectors of K clients, each with a leading axis K, and adds them up.
+
+    Args:
+      error, keys: of each client, with a leading axis K.
+      clients_at_once: how many are encoded at the same time; None for all.
+      mesh: as of `fused.fused_step`.
+    """
 
     def one_client(vectors, error, key):
-        return encode(spec, vectors, error, update_key(key))
+        payload, decoded, error = encode(spec, vectors, error, update_key(key))
+        return decoded, error, _about_bytes(spec, payload)
 
-    payloads, decoded, errors = jax.vmap(one_client)(vectors, memory.client.error, keys)
-    means, first = tuple(vector.mean(0) for vector in decoded), keys[0]
-    if axis_name is not None:
-        means = jax.lax.pmean(means, axis_name)
-        first = jax.random.wrap_key_data(jax.lax.all_gather(jax.random.key_data(first), axis_name)[0])
-    answer, means, error = encode(spec, means, memory.server.error, mean_key(first))
-    memory = Averages(memory.client._replace(error=errors), memory.server._replace(error=error))
-    return Exchanged(means, memory, payloads, answer)
+    each = vectors, error, keys
+    decoded, error, nbytes = shards.by_client(mesh, one_client, (), each, clients_at_once=clients_at_once)
+    return Sent(tuple(vector.sum(0) for vector in decoded), error, nbytes)
 
 
-def average_update(
-    spec: RunSpec, update: PartUpdate, stats: PyTree, memory: Averages, keys: jax.Array, axis_name: str | None
-) -> tuple[PartUpdate, Exchanged]:
-    """Returns the mean of K clients' updates, whose arrays have a leading axis K, as every client has it."""
-    vectors = jax.vmap(lambda update: _update_vectors(update, stats))(update)
-    found = exchange(spec, vectors, memory, keys, axis_name)
-    one = jax.tree.map(lambda leaf: leaf[0], update)
-    return _mean_update(found.means, one, stats), found
+def over_devices(total: Vectors, clients: int, axis_name: str | None) -> Vectors:
+    """Returns the mean of what clients sent, given the sum of `clients` of them on each device of a mesh axis."""
+    means = tuple(vector / clients for vector in total)
+    return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+def first_of_all(key: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns the key of the run's first client, given that of the first client of each device."""
+    if axis_name is None:
+        return key
+    return jax.random.wrap_key_data(jax.lax.all_gather(jax.random.key_data(key), axis_name)[0])
+
+
+def answer(spec: RunSpec, means: Vectors, error: Vectors, first_key: jax.Array) -> tuple[Vectors, Vectors, jax.Array]:
+    """Returns the means as every client decodes them, the server's error after it, and about the answer's bytes."""
+    payload, means, error = encode(spec, means, error, mean_key(first_key))
+    return means, error, _about_bytes(spec, payload)
+
+
+def _about_bytes(spec, payload):
+    if not spec.update_codec.entropy_coded:
+        return jnp.float32(0)
+    likes = spec.average_payload().likes
+    return sum(wire.estimate_bytes(p, spec.update_codec, like) for p, like in zip(payload, likes, strict=True))
+
+
+def update_vectors(updates: PartUpdate, stats: PyTree) -> Vectors:
+    """Returns the vectors that K clients send of their updates, whose arrays have a leading axis K, as the vectors do.
+
+    Args:
+      stats: before the step.
+    """
+    return jax.vmap(lambda update: _update_vectors(update, stats))(updates)
+
+
+def mean_update(means: Vectors, part: PartState, stats: PyTree) -> PartUpdate:
+    """Returns the mean of all clients' updates as every client has it.
+
+    Args:
+      part: before the step.
+      stats: in the structure of the updates'; what is not floating is taken from here.
+    """
+    like = jax.tree.map(lambda new, old: new.astype(old.dtype), stats, changing(part.stats, stats))
+    return _mean_update(means, PartUpdate(part.params, like), part.stats)
 
 
 def average_parts(
-    spec: RunSpec, parts: PartState, memory: Averages, keys: jax.Array, axis_name: str | None
-) -> tuple[PartState, Exchanged]:
-    """Gives each of K clients, whose parts have a leading axis K and nothing that never changes, the average of all."""
-    reference = memory.client.reference
+    spec: RunSpec,
+    parts: PartState,
+    memory: Averages,
+    keys: jax.Array,
+    axis_name: str | None,
+    *,
+    clients_at_once: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[PartState, Averages, tuple[jax.Array, jax.Array]]:
+    """Gives each of K clients, whose parts have a leading axis K and nothing that never changes, the average of all.
+
+    Args:
+      clients_at_once, mesh: as of `send`.
+
+    Returns:
+      The parts, the memories, and about the bytes of all messages up and down.
+    """
+    clients, reference = keys.shape[0], memory.client.reference
     vectors = jax.vmap(lambda part: _changes(part, reference))(parts)
-    found = exchange(spec, vectors, memory, keys, axis_name)
-    part, client = _averaged(jax.tree.map(lambda leaf: leaf[0], parts), found.memory.client, found.means)
+    sent = send(spec, vectors, memory.client.error, keys, clients_at_once=clients_at_once, mesh=mesh)
+    means = over_devices(sent.total, clients, axis_name)
+    means, error, answer_bytes = answer(spec, means, memory.server.error, first_of_all(keys[0], axis_name))
+    own = memory.client._replace(error=sent.error)
+    part, own = _averaged(jax.tree.map(lambda leaf: leaf[0], parts), own, means)
 
     def to_all(mean, own):
         return jnp.broadcast_to(mean, own.shape) if is_float(own) else own
 
     trees = (jax.tree.map(to_all, getattr(part, name), getattr(parts, name)) for name in ("params", "stats"))
     params, stats = trees
-    memory = found.memory._replace(client=client)
-    return parts._replace(params=params, stats=stats), found._replace(memory=memory)
+    memory = Averages(own, memory.server._replace(error=error))
+    return parts._replace(params=params, stats=stats), memory, (sent.nbytes.sum(), answer_bytes * clients)
 
 
 def _update_vectors(update, stats):

@@ -1,18 +1,55 @@
-"""One training step of K clients in one program; `step` computes the same in several."""
+"""One training step of K clients in one program; `step` computes the same in several.
+
+A step is two parts, so that its clients may come in groups: `contribute` computes what some of them contribute, and
+`finish` takes the step from what all of them have. The first holds all activations, and knows of no other devices.
+"""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from msjax import compress, wire
-from msjax.split import averages, budget
+from msjax.split import averages, budget, shards
 from msjax.split.payloads import Codecs, encode_at_bits, leaf_key
 from msjax.split.spec import RunSpec
-from msjax.split.state import PartState, TrainState, split_key, tail_key
-from msjax.split.step import PartUpdate, StepMetrics, add_up, score, update_part
-from msjax.split.trees import TreeSpec, is_float, mean
+from msjax.split.state import PartState, TrainState, split_key, tail_key, without_constants
+from msjax.split.step import PartUpdate, StepMetrics, add_up, score, server_outputs, update_part, update_server
+from msjax.split.trees import TreeSpec, add_floats, is_float, sum_floats, zero_floats
+
+
+class Totals(NamedTuple):
+    """What clients contribute to a step, added up over them; floating arrays in float32 at least, see `sum_floats`."""
+
+    client: Any
+    """Gradients and statistics, a `PartUpdate`. Where averages are compressed its `grads` are the vectors that the
+    server decodes, and of its `stats` only what is not floating counts; () where every client has a part of its own."""
+    server: PartUpdate
+    sums: dict[str, jax.Array]
+    """Of each metric."""
+
+
+class PerClient(NamedTuple):
+    """What a step finds of each client by itself, float32 with an axis of clients."""
+
+    losses: jax.Array
+    """(K,), its mean loss."""
+    uplink_bytes: jax.Array
+    """(K,), about the bytes of its messages over the cut, where a codec is entropy-coded; else 0."""
+    downlink_bytes: jax.Array
+    average_bytes: jax.Array
+    """(K,), the same of what it sends to be averaged in every step."""
+
+
+class Contribution(NamedTuple):
+    """What some of a step's clients contribute to it."""
+
+    totals: Totals
+    found: PerClient
+    own: Any
+    """What each client has of its own after the step, as `own_of` returns it."""
 
 
 def fused_step(
@@ -24,8 +61,9 @@ def fused_step(
     *,
     axis_name: str | None = None,
     own_parts: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Takes the step of K clients in one program.
+    """Takes the step of K clients in one program, all at once.
 
     The clients' batches are one `vmap`. Where all clients have the same part its weights carry no client axis:
     convolutions and weight gradients see one batch of K·B.
@@ -35,9 +73,30 @@ def fused_step(
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
       own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
         arrays of `state.client` then have a leading axis K, but for those that never change, which all share.
+      mesh: over whose devices the server's part is sharded and the batch spread, see `shards`; then without an
+        `axis_name`, as K are all clients.
 
     Returns:
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
+    """
+    totals, found, own = contribute(spec, state, x, y, keys, own_parts=own_parts, mesh=mesh)
+    state = with_own(spec, state, own, own_parts=own_parts)
+    return finish(spec, state, totals, found, keys[0], axis_name=axis_name, own_parts=own_parts, mesh=mesh)
+
+
+def contribute(
+    spec: RunSpec,
+    state: TrainState,
+    x: Any,
+    y: Any,
+    keys: jax.Array,
+    *,
+    own_parts: bool = False,
+    mesh: Mesh | None = None,
+) -> Contribution:
+    """Returns what clients contribute to a step, from their batches to their updates; arguments as of `fused_step`.
+
+    They may be some of a step's clients, of whom `state` then has what is theirs alone, see `own_of`.
     """
     clients = keys.shape[0]
     grad_bits = None
@@ -45,38 +104,40 @@ def fused_step(
         grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
     compressed = spec.compresses_updates and not own_parts
 
-    def client_loss(params, byte_slots, client_stats, x, y, key, bits):
-        keys = split_key(key)
-        h, new_stats = spec.client(params[0], client_stats, x, train=True, key=keys.client)
-        kept_only = spec.grad_kept_only
-        aims = {"bits": bits, "grad_bits": grad_bits}
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slots[0], kept_only=kept_only, **aims)
-        down = jnp.float32(0)
-        outputs, server_stats = spec.server(params[1], state.server.stats, h, train=True, key=keys.server)
-        if spec.u_shaped:
-            grad_codec = Codecs(spec.grad_codec.default)
-            tail_keys = tail_key(keys.codec)
-            h, down = cross_cut(spec.tail_codec, grad_codec, outputs, tail_keys, byte_slots[1], kept_only=kept_only)
-            outputs, tail_stats = spec.tail(params[0], client_stats, h, train=True, key=keys.client)
-            new_stats = new_stats | tail_stats
-        loss = spec.task.losses(outputs, y, train=True).mean()
-        return loss, ((new_stats, server_stats), spec.task.sums(outputs, y), (up, down))
+    kept_only = spec.grad_kept_only
+
+    def before(params, stats, x, key, byte_slot, bits):
+        """One client's features as the server gets them, about their bytes, and new statistics."""
+        keys, aims = split_key(key), {"bits": bits, "grad_bits": grad_bits}
+        h, new_stats = spec.client(params, stats, x, train=True, key=keys.client)
+        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slot, kept_only=kept_only, **aims)
+        return h, up, new_stats
+
+    def behind(params, stats, outputs, key, byte_slot):
+        """The outputs of one client's tail, about the bytes of what it got, and its new statistics."""
+        keys, grad_codec = split_key(key), Codecs(spec.grad_codec.default)
+        cut = (spec.tail_codec, grad_codec, outputs, tail_key(keys.codec), byte_slot)
+        h, down = cross_cut(*cut, kept_only=kept_only)
+        outputs, new_stats = spec.tail(params, stats, h, train=True, key=keys.client)
+        return outputs, down, new_stats
 
     constants = spec.client_constants
     stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
-    params_axis = 0 if own_parts or compressed else None
+    axes = (0 if own_parts or compressed else None, stats_axis)
 
     def total_loss(params, byte_slots):
+        of_clients, down = (params[0], state.client.stats), jnp.zeros(clients, jnp.float32)
+        each = (x, keys, byte_slots[:, 0], state.up_bits)
+        h, up, client_stats = shards.by_client(mesh, before, of_clients, each, axes)
+        outputs, server_stats = server_outputs(spec, params[1], state.server.stats, h, keys, mesh)
+        if spec.u_shaped:
+            each = (outputs, keys, byte_slots[:, 1])
+            outputs, down, tail_stats = shards.by_client(mesh, behind, of_clients, each, axes)
+            client_stats = client_stats | tail_stats
+        losses = jax.vmap(lambda outputs, y: spec.task.losses(outputs, y, train=True).mean())(outputs, y)
+        aux = (losses, (client_stats, server_stats), jax.vmap(spec.task.sums)(outputs, y), (up, down))
         # The sum, not the mean: the gradient that crosses the cut is then that of one client's loss, as over a network.
-        axes = ((params_axis, None), 0, stats_axis, 0, 0, 0, 0)
-        args = (params, byte_slots, state.client.stats, x, y, keys, state.up_bits)
-        losses, aux = jax.vmap(client_loss, in_axes=axes)(*args)
-        return losses.sum(), (losses, *aux)
-
-    def over_devices(tree):
-        if axis_name is None:
-            return tree
-        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name) if is_float(leaf) else leaf, tree)
+        return losses.sum(), aux
 
     client_params = state.client.params
     if compressed:  # the gradient of each client is needed, not of their sum alone
@@ -85,41 +146,132 @@ def fused_step(
     byte_slots = jnp.zeros((clients, 2), jnp.float32)
     grads, aux = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(params, byte_slots)
     (client_grads, server_grads), gradient_bytes = grads
-    grads_down, grads_up = gradient_bytes.sum(0)
     losses, (client_stats, server_stats), sums, (features_up, features_down) = aux
 
-    def mean_update(grads, stats):
-        grads = jax.tree.map(lambda g: g / clients, grads)
-        return PartUpdate(*over_devices((grads, mean(stats))))
-
+    part, error, average_bytes = (), (), jnp.zeros(clients, jnp.float32)
     if own_parts:
         own = state.client.without(constants)
-        client = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
+        part = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
             own, client_grads, client_stats
-        ).with_constants_of(state.client, constants)
-    elif compressed:
-        update, found = averages.average_update(
-            spec, PartUpdate(client_grads, client_stats), state.client.stats, state.memory, keys, axis_name
         )
-        client = update_part(spec, state.client, update)
+        client = ()
+    elif compressed:
+        vectors = averages.update_vectors(PartUpdate(client_grads, client_stats), state.client.stats)
+        sent = averages.send(spec, vectors, state.memory.client.error, keys, mesh=mesh)
+        client, error, average_bytes = PartUpdate(sent.total, sum_floats(client_stats)), sent.error, sent.nbytes
     else:
-        client = update_part(spec, state.client, mean_update(client_grads, client_stats))
-    server = update_part(spec, state.server, mean_update(server_grads, server_stats))
-    loss = over_devices(losses.mean())
-    totals = (add_up(sums), features_up.sum() + grads_up, features_down.sum() + grads_down)
-    if axis_name is not None:
-        totals = jax.lax.psum(totals, axis_name)
-    metrics = StepMetrics(loss, *totals, losses)
-    memory = state.memory
-    if compressed:
-        sent = average_bytes(spec, found, clients)
-        memory, metrics = found.memory, with_average_bytes(spec, metrics, sent, axis_name)
+        client = PartUpdate(_wide(client_grads), sum_floats(client_stats))
+    totals = Totals(client, PartUpdate(_wide(server_grads), sum_floats(server_stats)), add_up(sums))
     up_bits = state.up_bits
     if spec.cut_bits is not None:
         sent, batch_size = features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1]
         fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
         up_bits = budget.next_up_bits(spec, up_bits, sent, batch_size, None if grad_bits is None else (fixed, fixed))
-    return TrainState(client, server, state.step + 1, memory, up_bits), metrics
+    up, down = features_up + gradient_bytes[:, 1], features_down + gradient_bytes[:, 0]
+    return Contribution(totals, PerClient(losses, up, down, average_bytes), (part, error, up_bits))
+
+
+def zero_totals(spec: RunSpec, state: TrainState, *, own_parts: bool = False) -> Totals:
+    """Returns the totals of no client, to which `add_totals` adds those of groups."""
+    client = ()
+    if not own_parts:
+        stats = without_constants(state.client.stats, spec.client_constants)
+        grads = averages.no_vectors(spec) if spec.compresses_updates else state.client.params
+        client = PartUpdate(*zero_floats((grads, stats)))
+    stats = without_constants(state.server.stats, spec.server_constants)
+    sums = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in spec.metric_sums_like.items()}
+    return Totals(client, PartUpdate(*zero_floats((state.server.params, stats))), sums)
+
+
+def add_totals(a: Totals, b: Totals) -> Totals:
+    """Returns the totals of two groups of clients."""
+    sums = jax.tree.map(jnp.add, a.sums, b.sums)
+    return Totals(add_floats(a.client, b.client), add_floats(a.server, b.server), sums)
+
+
+def own_of(spec: RunSpec, state: TrainState, *, own_parts: bool = False) -> Any:
+    """Returns of a state what each client has of its own, with a leading axis of clients.
+
+    They are its part but for what never changes, where it has one, the errors of compressed averages, and what it aims
+    its features at; () or None for what there is not.
+    """
+    part = state.client.without(spec.client_constants) if own_parts else ()
+    error = state.memory.client.error if spec.compresses_updates and not own_parts else ()
+    return part, error, state.up_bits
+
+
+def with_own(spec: RunSpec, state: TrainState, own: Any, *, own_parts: bool = False) -> TrainState:
+    """Returns a state with what `own_of` returns of another: that of some clients, or after a step."""
+    part, error, up_bits = own
+    if own_parts:
+        state = state._replace(client=part.with_constants_of(state.client, spec.client_constants))
+    elif spec.compresses_updates:
+        memory = state.memory._replace(client=state.memory.client._replace(error=error))
+        state = state._replace(memory=memory)
+    return state._replace(up_bits=up_bits)
+
+
+def finish(
+    spec: RunSpec,
+    state: TrainState,
+    totals: Totals,
+    found: PerClient,
+    first_key: jax.Array,
+    *,
+    axis_name: str | None = None,
+    own_parts: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """Takes a step from what all of its clients have contributed; other arguments and results as of `fused_step`.
+
+    Args:
+      state: before the step, but for what clients have of their own.
+      first_key: of the first client here in this step.
+    """
+    clients = found.losses.shape[0]
+
+    def over_devices(tree):
+        if axis_name is None:
+            return tree
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name) if is_float(leaf) else leaf, tree)
+
+    def mean(total, like):
+        return over_devices(jax.tree.map(lambda leaf, old: _mean(leaf, clients, old.dtype), total, like))
+
+    def mean_update(total, part, constants):
+        return PartUpdate(mean(total.grads, part.params), mean(total.stats, without_constants(part.stats, constants)))
+
+    client, memory, answer_bytes = state.client, state.memory, jnp.float32(0)
+    if spec.compresses_updates and not own_parts:
+        vectors = averages.over_devices(totals.client.grads, clients, axis_name)
+        first_key = averages.first_of_all(first_key, axis_name)
+        means, error, answer_bytes = averages.answer(spec, vectors, state.memory.server.error, first_key)
+        update = averages.mean_update(means, state.client, totals.client.stats)
+        client = update_part(spec, client, update)
+        memory = memory._replace(server=memory.server._replace(error=error))
+    elif not own_parts:
+        client = update_part(spec, client, mean_update(totals.client, client, spec.client_constants))
+    server = mean_update(totals.server, state.server, spec.server_constants)
+    server = update_server(spec, state.server, server, mesh)
+    loss = over_devices(found.losses.mean())
+    sent = (totals.sums, found.uplink_bytes.sum(), found.downlink_bytes.sum())
+    if axis_name is not None:
+        sent = jax.lax.psum(sent, axis_name)
+    metrics = StepMetrics(loss, *sent, found.losses)
+    if spec.compresses_updates and not own_parts:
+        sent = found.average_bytes.sum(), answer_bytes * clients
+        metrics = with_average_bytes(metrics, sent, axis_name)
+    return TrainState(client, server, state.step + 1, memory, state.up_bits), metrics
+
+
+def _mean(total, clients, dtype):
+    """A total over clients as their mean; what is not floating is equal at all of them."""
+    return (total / clients).astype(dtype) if is_float(total) else total
+
+
+def _wide(tree):
+    """A sum over clients as `sum_floats` returns it."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
 def _axes_of(stats, constants):
@@ -127,22 +279,8 @@ def _axes_of(stats, constants):
     return {name: None if name in constants else 0 for name in stats} if constants else 0
 
 
-def average_bytes(spec: RunSpec, found: averages.Exchanged, clients: int) -> tuple[jax.Array, jax.Array]:
-    """Returns about the bytes of an average's messages up and down, of this device's clients; 0 if they follow."""
-    if not spec.update_codec.entropy_coded:
-        return jnp.float32(0), jnp.float32(0)
-
-    def size(payloads):
-        likes = spec.average_payload().likes
-        return sum(wire.estimate_bytes(p, spec.update_codec, like) for p, like in zip(payloads, likes, strict=True))
-
-    return jax.vmap(size)(found.payloads).sum(), size(found.answer) * clients
-
-
-def with_average_bytes(
-    spec: RunSpec, metrics: StepMetrics, sent: tuple[jax.Array, jax.Array], axis_name: str | None
-) -> StepMetrics:
-    """Returns a step's metrics with the bytes of its average beside those that crossed the cut."""
+def with_average_bytes(metrics: StepMetrics, sent: tuple[jax.Array, jax.Array], axis_name: str | None) -> StepMetrics:
+    """Returns a step's metrics with the bytes of its average, up and down, beside those that crossed the cut."""
     up, down = sent if axis_name is None else jax.lax.psum(sent, axis_name)
     return metrics._replace(
         uplink_bytes=jnp.stack([metrics.uplink_bytes, up]), downlink_bytes=jnp.stack([metrics.downlink_bytes, down])
@@ -238,8 +376,13 @@ def average_parts(client: PartState, *, axis_name: str | None = None, momenta: b
     return averaged if momenta else averaged._replace(opt_state=client.opt_state)
 
 
-def evaluate(spec: RunSpec, state: TrainState, x: Any, y: Any, key: jax.Array) -> StepMetrics:
-    """Returns test loss and metrics of one batch, with running statistics, through the test codec."""
+def evaluate(
+    spec: RunSpec, state: TrainState, x: Any, y: Any, keys: jax.Array, *, mesh: Mesh | None = None
+) -> StepMetrics:
+    """Returns test loss and metrics of K batches, each array with an axis K, with running statistics.
+
+    Each goes through the test codec by itself. Arguments are as of `fused_step`, but that all clients have one part.
+    """
 
     def cross(codecs, h, key):
         leaves, structure = jax.tree.flatten(h)
@@ -247,10 +390,19 @@ def evaluate(spec: RunSpec, state: TrainState, x: Any, y: Any, key: jax.Array) -
         through = [codec.roundtrip(leaf, leaf_key(key, place)) for place, (codec, leaf) in enumerate(of_leaf)]
         return jax.tree.unflatten(structure, through)
 
-    client, server = state.client, state.server
-    h, _ = spec.client(client.params, client.stats, x, train=False, key=None)
-    outputs, _ = spec.server(server.params, server.stats, cross(spec.test_codec, h, key), train=False, key=None)
-    if spec.u_shaped:
+    def before(params, stats, x, key):
+        return cross(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key)
+
+    def serve(params, stats, h):
+        return jax.vmap(lambda h: spec.server(params, stats, h, train=False, key=None)[0])(h)
+
+    def behind(params, stats, outputs, key):
         h = cross(Codecs(spec.test_codec.default), outputs, tail_key(key))
-        outputs, _ = spec.tail(client.params, client.stats, h, train=False, key=None)
-    return score(spec, outputs, y)
+        return spec.tail(params, stats, h, train=False, key=None)[0]
+
+    client, server = state.client[:2], state.server[:2]
+    h = shards.by_client(mesh, before, client, (x, keys))
+    outputs = shards.with_gathered(mesh, serve, server, shards.spread_batch(mesh, h))
+    if spec.u_shaped:
+        outputs = shards.by_client(mesh, behind, client, (outputs, keys))
+    return jax.vmap(lambda outputs, y: score(spec, outputs, y))(outputs, y)

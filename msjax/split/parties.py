@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from msjax import data
-from msjax.split import budget, programs
+from msjax.split import budget, programs, shards
 from msjax.split.metrics import MetricSums, sums_of, total
 from msjax.split.payloads import Payload, payload_vector, vector_payload
 from msjax.split.reads import ClientBatches
@@ -261,6 +262,9 @@ class Client:
 class Server:
     """The server: its part, what it is handed to pass on, and the sums of the epoch under way.
 
+    Args:
+      mesh: over whose devices its part is sharded and a step's batch spread, see `shards`; None for one device.
+
     Attributes:
       part_in_transit: a client's part with its optimizer state, float32 (n,), between two clients' turns.
       memory: what it remembers of averages; see `averages.Memory`.
@@ -268,13 +272,13 @@ class Server:
       losses: each client's mean loss in the last training step, by number.
     """
 
-    def __init__(self, spec: RunSpec, state: PartState, seed: int):
-        self.spec, self.state = spec, state
+    def __init__(self, spec: RunSpec, state: PartState, seed: int, *, mesh: Mesh | None = None):
+        self.spec, self.state = spec, shards.place(mesh, state)
         self.part_in_transit: np.ndarray | None = None
         self.memory = spec.mode.server_memory(spec)
         self.train = self.test = MetricSums()
         self.losses: dict[int, float] = {}
-        self._seed, self._pending = seed, None
+        self._seed, self._mesh, self._pending = seed, mesh, None
 
     @property
     def passes_parts_on(self) -> bool:
@@ -303,12 +307,13 @@ class Server:
                 keys, payloads = self._keys(exchange, clients), stack([m.payload for m in messages])
                 if spec.u_shaped:
                     args = (spec, self.state, payloads, keys)
-                    answers, pending = programs.server_forward(*args, batch_size=batch_size)
+                    answers, pending = programs.server_forward(*args, batch_size=batch_size, mesh=self._mesh)
                     self._pending = pending, clients
                 else:
                     grad_bits = None if spec.cut_seconds is None else np.stack([m.grad_bits for m in messages])
                     args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys, grad_bits)
-                    self.state, answers, found = programs.server_step(*args, batch_size=batch_size)
+                    options = {"batch_size": batch_size, "mesh": self._mesh}
+                    self.state, answers, found = programs.server_step(*args, **options)
                     self.train += sums_of(found, batch_size * len(clients))
                     self.losses = dict(zip(clients, np.asarray(found.losses).tolist(), strict=True))
                 return [Message(answer) for answer in unstack(answers, len(clients))]
@@ -329,7 +334,7 @@ class Server:
         payloads = stack([came.get(client, messages[0]).payload for client in everyone])
         args = (self.spec, self.state, pending, payloads, self._keys(exchange, everyone), present)
         batch_size = self.spec.schedule.batch_size_of(exchange)
-        self.state, answers = programs.server_backward(*args, batch_size=batch_size)
+        self.state, answers = programs.server_backward(*args, batch_size=batch_size, mesh=self._mesh)
         self.train = total([self.train, *(m.metrics for m in messages)])
         self.losses = {c: m.metrics.loss / max(m.metrics.samples, 1) for c, m in zip(clients, messages, strict=True)}
         answers = dict(zip(everyone, unstack(answers, len(everyone)), strict=True))
@@ -338,7 +343,8 @@ class Server:
     def _test(self, exchange, client, message):
         batch_size = self.spec.schedule.batch_size_of(exchange)
         key = programs.key(self._seed, True, np.int32(exchange.test_round), np.int32(client))
-        out = programs.server_test_outputs(self.spec, self.state, message.payload, key, batch_size=batch_size)
+        args = (self.spec, self.state, message.payload, key)
+        out = programs.server_test_outputs(*args, batch_size=batch_size, mesh=self._mesh)
         if self.spec.u_shaped:
             return Message(out)
         self.test += sums_of(programs.score(self.spec, out, message.labels), batch_size)

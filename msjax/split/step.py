@@ -20,14 +20,16 @@ The two agree to float32 rounding, as their sums have another order, except wher
 between two codes; with codecs that round nothing the tests hold every array to 1e-5 of its norm.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from msjax.split import budget
+from msjax.split import budget, shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, split_key, tail_key, with_changed
@@ -105,6 +107,7 @@ def server_step(
     grad_bits: jax.Array | None = None,
     *,
     batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[PartState, Payload, StepMetrics]:
     """Takes the server's step on the stacked payloads of K clients.
 
@@ -116,48 +119,79 @@ def server_step(
       keys: the clients' keys of this step (K,), the same that `client_forward` got.
       grad_bits: where the budget follows each client's link, the most bits that their gradients may take, float32 (K,).
       batch_size: B.
+      mesh: over whose devices the server's part is sharded and the batch spread, see `shards`; None for one device.
 
     Returns:
       The new state; the replies, payloads of the features' gradients with a leading axis K; and the metrics.
     """
+    h = shards.by_client(mesh, spec.feature_payload(batch_size).decode, (), (payloads,))
 
-    def one_client(payload, y, key, grad_bits):
-        keys = split_key(key)
-        h = spec.feature_payload(batch_size).decode(payload)
+    def total_loss(params, floats):
+        # The sum, not the mean: the gradient of a client's features is then that of its own loss.
+        outputs, stats = server_outputs(spec, params, server.stats, with_float_leaves(h, floats), keys, mesh)
+        losses = jax.vmap(lambda outputs, y: spec.task.losses(outputs, y, train=True).mean())(outputs, y)
+        return losses.sum(), (losses, stats, jax.vmap(spec.task.sums)(outputs, y))
 
-        def loss(params, floats):
-            h_ = with_float_leaves(h, floats)
-            outputs, stats = spec.server(params, server.stats, h_, train=True, key=keys.server)
-            return spec.task.losses(outputs, y, train=True).mean(), (stats, outputs)
-
-        differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, (stats, outputs)), (grads, g) = differentiated(server.params, float_leaves(h))
+    def reply(payload, g, key, grad_bits):
         gradients = spec.gradient_payload(batch_size)
-        reply = gradients.encode(gradients.take_kept(payload, g), keys.codec, grad_bits)
-        return grads, stats, reply, value, spec.task.sums(outputs, y)
+        return gradients.encode(gradients.take_kept(payload, g), split_key(key).codec, grad_bits)
 
-    grads, stats, replies, losses, sums = jax.vmap(one_client)(payloads, y, keys, grad_bits)
-    server = update_part(spec, server, PartUpdate(mean(grads), mean(stats)))
+    differentiated = jax.grad(total_loss, argnums=(0, 1), has_aux=True)
+    (grads, g), (losses, stats, sums) = differentiated(server.params, float_leaves(h))
+    replies = shards.by_client(mesh, reply, (), (payloads, g, keys, grad_bits))
+    grads = jax.tree.map(lambda leaf: leaf / len(keys), grads)
+    server = update_server(spec, server, PartUpdate(grads, mean(stats)), mesh)
     return server, replies, StepMetrics(losses.mean(), add_up(sums), losses=losses)
 
 
+def server_outputs(
+    spec: RunSpec, params: PyTree, stats: PyTree, h: Any, keys: jax.Array, mesh: Mesh | None = None
+) -> tuple[Any, PyTree]:
+    """Returns the server's outputs of the features of K clients in a training step, and statistics, one a client.
+
+    Args:
+      h: features (K, B, …); keys: the clients' of this step.
+      mesh: as of `server_step`.
+    """
+
+    def run(params, stats, h, keys):
+        def one_client(h, key):
+            return spec.server(params, stats, h, train=True, key=split_key(key).server)
+
+        return jax.vmap(one_client)(h, keys)
+
+    return shards.with_gathered(mesh, run, (params, stats), shards.spread_batch(mesh, h), keys)
+
+
+def update_server(spec: RunSpec, server: PartState, update: PartUpdate, mesh: Mesh | None = None) -> PartState:
+    """Returns the server's new state after the optimizer's step, sharded where there is a mesh."""
+    update = update._replace(grads=shards.constrain(mesh, update.grads))
+    return shards.constrain(mesh, update_part(spec, server, update))
+
+
 def server_forward(
-    spec: RunSpec, server: PartState, payloads: Payload, keys: jax.Array, *, batch_size: int
+    spec: RunSpec,
+    server: PartState,
+    payloads: Payload,
+    keys: jax.Array,
+    *,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Payload, Pending]:
     """Returns the payloads for the clients' tails, with a leading axis K, and what the backward pass needs."""
     features = payloads
-    h = jax.vmap(spec.feature_payload(batch_size).decode)(features)
+    h = shards.by_client(mesh, spec.feature_payload(batch_size).decode, (), (features,))
 
     def forward(params, floats):
-        def one_client(h, key):
-            return spec.server(params, server.stats, h, train=True, key=split_key(key).server)
-
-        outputs, stats = jax.vmap(one_client)(with_float_leaves(h, floats), keys)
+        outputs, stats = server_outputs(spec, params, server.stats, with_float_leaves(h, floats), keys, mesh)
         return float_leaves(outputs), (stats, outputs)
 
     _, vjp, (stats, outputs) = jax.vjp(forward, server.params, float_leaves(h), has_aux=True)
-    encode = spec.tail_feature_payload(batch_size).encode
-    payloads = jax.vmap(lambda outputs, key: encode(outputs, tail_key(split_key(key).codec)))(outputs, keys)
+
+    def encode(outputs, key):
+        return spec.tail_feature_payload(batch_size).encode(outputs, tail_key(split_key(key).codec))
+
+    payloads = shards.by_client(mesh, encode, (), (outputs, keys))
     kept = (features, payloads) if spec.grad_kept_only else ()
     return payloads, Pending(vjp, stats, kept)
 
@@ -197,6 +231,7 @@ def server_backward(
     present: jax.Array,
     *,
     batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[PartState, Payload]:
     """Takes the server's backward pass from the tails' payloads.
 
@@ -212,13 +247,18 @@ def server_backward(
 
     features, outputs = pending.payload or ((), ())
     received, sent = spec.tail_gradient_payload(batch_size), spec.gradient_payload(batch_size)
-    g = jax.vmap(lambda outputs, payload: received.put_kept(outputs, received.decode(payload)))(outputs, payloads)
+
+    def decode(outputs, payload):
+        return received.put_kept(outputs, received.decode(payload))
+
+    def reply(features, g, key):
+        return sent.encode(sent.take_kept(features, g), split_key(key).codec)
+
+    g = shards.by_client(mesh, decode, (), (outputs, payloads))
     grads, g = pending.vjp(jax.tree.map(only_present, g))
     grads = jax.tree.map(lambda leaf: leaf / present.sum(), grads)
-    replies = jax.vmap(lambda features, g, key: sent.encode(sent.take_kept(features, g), split_key(key).codec))(
-        features, g, keys
-    )
-    return update_part(spec, server, PartUpdate(grads, mean(pending.stats))), replies
+    replies = shards.by_client(mesh, reply, (), (features, g, keys))
+    return update_server(spec, server, PartUpdate(grads, mean(pending.stats)), mesh), replies
 
 
 def client_backward(
@@ -279,10 +319,14 @@ def client_test_features(spec: RunSpec, client: Any, x: Any) -> Any:
     return spec.client(client.params, client.stats, x, train=False, key=None)[0]
 
 
-def server_test_outputs(spec: RunSpec, server: Any, payload: Payload, key: jax.Array, *, batch_size: int) -> Any:
+def server_test_outputs(
+    spec: RunSpec, server: Any, payload: Payload, key: jax.Array, *, batch_size: int, mesh: Mesh | None = None
+) -> Any:
     """Returns the server's outputs of such a payload; U-shaped, the payload for the client's tail."""
     h = spec.test_payload(batch_size).decode(payload)
-    outputs, _ = spec.server(server.params, server.stats, h, train=False, key=None)
+    run = functools.partial(spec.server, train=False, key=None)
+    h = shards.spread_batch(mesh, h, axes=1)
+    outputs, _ = shards.with_gathered(mesh, run, (server.params, server.stats), h)
     return spec.tail_test_payload(batch_size).encode(outputs, tail_key(key)) if spec.u_shaped else outputs
 
 

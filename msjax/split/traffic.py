@@ -1,8 +1,9 @@
 """Bytes up and down: what a run moves, exactly, and what the paper counts of it."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from msjax.split.payloads import PayloadSpec
 from msjax.split.schedule import Exchange, Phase
 from msjax.split.spec import RunSpec
 
@@ -47,9 +48,17 @@ class Traffic:
         return dataclasses.asdict(self) | {"uplink_bytes": self.uplink_bytes, "downlink_bytes": self.downlink_bytes}
 
 
-def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange]) -> Traffic:
-    """Returns the bytes of these exchanges."""
-    return sum((_of_client(spec, exchange) * len(exchange.clients) for exchange in exchanges), Traffic())
+def payload_bytes(payload: PayloadSpec) -> int:
+    """Returns the bytes of a payload as `PayloadSpec.nbytes` has them: of entropy-coded codecs those before coding."""
+    return payload.nbytes
+
+
+Measure = Callable[[PayloadSpec], int]
+
+
+def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange], measure: Measure = payload_bytes) -> Traffic:
+    """Returns the bytes of these exchanges; `measure` says how many a payload has."""
+    return sum((_of_client(spec, exchange, measure) * len(exchange.clients) for exchange in exchanges), Traffic())
 
 
 def traffic_before(spec: RunSpec, step: int) -> Traffic:
@@ -57,11 +66,12 @@ def traffic_before(spec: RunSpec, step: int) -> Traffic:
     return exchange_traffic(spec, (each for earlier in range(step) for each in spec.schedule.step_exchanges(earlier)))
 
 
-def epoch_traffic(spec: RunSpec, epoch: int) -> Traffic:
-    """Returns the bytes of an epoch, counted from 0."""
+def epoch_traffic(spec: RunSpec, epoch: int, measure: Measure = payload_bytes) -> Traffic:
+    """Returns the bytes of an epoch, counted from 0; `measure` says how many a payload has."""
     schedule = spec.schedule
     steps = range(epoch * schedule.epoch_steps, (epoch + 1) * schedule.epoch_steps)
-    return exchange_traffic(spec, (exchange for step in steps for exchange in schedule.step_exchanges(step)))
+    exchanges = (exchange for step in steps for exchange in schedule.step_exchanges(step))
+    return exchange_traffic(spec, exchanges, measure)
 
 
 def run_traffic(spec: RunSpec, epochs: int) -> Traffic:
@@ -69,8 +79,8 @@ def run_traffic(spec: RunSpec, epochs: int) -> Traffic:
     return sum((epoch_traffic(spec, epoch) for epoch in range(epochs)), Traffic())
 
 
-def _of_client(spec, exchange):
-    up, down = (0 if payload is None else payload.nbytes for payload in (spec.up(exchange), spec.down(exchange)))
+def _of_client(spec, exchange, measure):
+    up, down = (0 if payload is None else measure(payload) for payload in (spec.up(exchange), spec.down(exchange)))
     match exchange.phase:
         case Phase.FEATURES if spec.u_shaped:
             return Traffic(uplink_feature_bytes=up, downlink_feature_bytes=down, paper_bytes=up)

@@ -142,5 +142,28 @@ def mean(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.mean(0) if is_float(leaf) else leaf[0], tree)
 
 
+def sum_floats(tree: Any) -> Any:
+    """Returns the sum over the leading axis of every floating array, in float32 at least; of others the first."""
+
+    def total(leaf):
+        return leaf.sum(0, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) if is_float(leaf) else leaf[0]
+
+    return jax.tree.map(total, tree)
+
+
+def add_floats(a: Any, b: Any) -> Any:
+    """Returns the sum of two such sums; of what is not floating, the second."""
+    return jax.tree.map(lambda x, y: x + y if is_float(y) else y, a, b)
+
+
+def zero_floats(tree: Any) -> Any:
+    """Returns a sum of nothing, for `add_floats`, in the shapes of `tree`."""
+
+    def zero(leaf):
+        return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) if is_float(leaf) else leaf
+
+    return jax.tree.map(zero, tree)
+
+
 def _dtype(array):
     return np.dtype(array.dtype)

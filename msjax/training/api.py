@@ -35,7 +35,8 @@ class TrainResult(NamedTuple):
     Attributes:
       parts: the trained parts: client and server, and, U-shaped, tail. `part.apply(part.params, part.stats, x,
         train=False)` returns outputs and statistics.
-      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes), "seconds".
+      history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes so far, of all
+        clients), "seconds" (so far).
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction.
       spec: the description of the run.
@@ -81,6 +82,8 @@ def train(
     compress_test: bool = True,
     mode: Mode | None = None,
     clients: int = 10,
+    clients_per_group: int | None = None,
+    shard_server: bool = False,
     alpha: float | None = None,
     batch_size: int = 32,
     epochs: int = 10,
@@ -126,6 +129,12 @@ def train(
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
       clients: their number K, among whom the training data are divided.
+      clients_per_group: how many clients each device computes at the same time, those of a step in one group after
+        another; by default all. The memory of activations is then that of one group, and the numbers are the same up
+        to the order of sums. In `Sequential` one client takes a step in any case.
+      shard_server: shard the server's part and its optimizer's state over all devices (FSDP), with the batch of each
+        step, so that a larger part fits; by default each device has all of it. The numbers are the same up to the order
+        of sums. With one device it changes nothing.
       alpha: Dirichlet concentration of a label-skewed division; by default an even one.
       batch_size: samples that each client sends in a step.
       epochs: of the run.
@@ -165,12 +174,18 @@ def train(
             "test_every": test_every,
         }.items()
     )
+    if clients_per_group is not None:
+        clients_per_group = integer("clients_per_group", clients_per_group, 1)
     seed = integer("seed", seed, 0, MAX_SEED)
     if workers is not None:
         workers = integer("workers", workers, 0)
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise TypeError(f"alpha must be a number or None, got {alpha!r}")
-    for name, value in {"compress_test": compress_test, "grad_kept_only": grad_kept_only}.items():
+    for name, value in {
+        "compress_test": compress_test,
+        "grad_kept_only": grad_kept_only,
+        "shard_server": shard_server,
+    }.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
@@ -214,7 +229,8 @@ def train(
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
-    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, allow_nonfinite, workers)
+    options = (allow_nonfinite, workers, clients_per_group, shard_server)
+    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, *options)
     loop.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:

@@ -39,6 +39,19 @@ def schedule_calls(schedule: Schedule, order: np.ndarray, epoch: int, steps_per_
     return calls
 
 
+def client_groups(clients: int, mesh: Mesh | None, size: int | None) -> list[np.ndarray]:
+    """Returns which of so many clients are computed at the same time: `size` of each device, group after group.
+
+    Args:
+      mesh: over which the clients are spread, in their order, if it divides them.
+      size: of a group on one device; None for all clients at once.
+    """
+    devices = mesh.size if mesh is not None and clients % mesh.size == 0 else 1
+    by_device = np.arange(clients).reshape(devices, -1)
+    size = by_device.shape[1] if size is None else size
+    return [by_device[:, start : start + size].ravel() for start in range(0, by_device.shape[1], size)]
+
+
 class Resident(NamedTuple):
     """A split, or some of its samples, in the memory of the devices.
 

@@ -42,7 +42,8 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
     check_labels(built.spec, dataset)
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
-    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, cfg.allow_nonfinite, cfg.data.workers)
+    options = (cfg.allow_nonfinite, cfg.data.workers, cfg.clients_per_group, cfg.shard_server)
+    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, *options)
 
 
 def load_run_everywhere(cfg: config.Config) -> loop.LoadedRun:

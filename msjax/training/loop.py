@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from msjax.build import check_tokenizer
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
+from msjax.split import shards
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import MetricSums, zero_sums
 from msjax.split.reads import RunReads
@@ -23,7 +25,7 @@ from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest, eval_key, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
 from msjax.training import batching, processes, program
-from msjax.training.batching import batches_on_device, schedule_calls
+from msjax.training.batching import batches_on_device, client_groups, schedule_calls
 from msjax.training.devices import make_mesh, replicate, share_of_process, whole_mesh
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
@@ -45,6 +47,8 @@ class LoadedRun(NamedTuple):
       title: what a person calls it.
       allow_nonfinite: whether it goes on where a loss is not finite.
       workers: how many processes read data that are not in memory, see `data.Reader`.
+      clients_per_group: how many clients each device computes at the same time; None for all of its own.
+      shard_server: whether the server's part is sharded over all devices, see `shards`.
     """
 
     spec: RunSpec
@@ -55,6 +59,8 @@ class LoadedRun(NamedTuple):
     title: str
     allow_nonfinite: bool = False
     workers: int | None = None
+    clients_per_group: int | None = None
+    shard_server: bool = False
 
 
 class Finished(NamedTuple):
@@ -82,17 +88,22 @@ class Evaluator:
         self._run, self._mesh = run, mesh
         rounds, everyone = run.spec.schedule.test_rounds(), len(run.spec.schedule.test_clients)
         # Rounds of all clients are spread over them; what is left is tested on every device alike.
-        spread = [samples for samples in rounds if mesh and len(samples) == everyone]
-        self._groups = []
+        spread = [samples for samples in rounds if mesh and (len(samples) == everyone or run.shard_server)]
+        self._groups, number = [], 0
         for mesh_of_group, group in ((mesh, spread), (None, rounds[len(spread) :])):
-            if group:
-                resident = self._resident(mesh_of_group, group)
-                self._groups.append((mesh_of_group, resident, [samples[None] for samples in group]))
+            if not group:
+                continue
+            calls = []
+            for samples in group:
+                for which in client_groups(len(samples), mesh_of_group, run.clients_per_group):
+                    calls.append((number, which, samples[None, which]))
+                number += 1
+            self._groups.append((mesh_of_group, self._resident(mesh_of_group, group), calls))
 
     def _resident(self, mesh, rounds):
         """The test samples of these rounds on the devices."""
         test = self._run.dataset.test
-        if mesh is not None:
+        if mesh is not None and not self._run.shard_server:
             return batching.spread_resident(test, mesh, np.concatenate(rounds, axis=1))
         every = None if self._mesh is None else np.concatenate([samples.ravel() for samples in rounds])
         return batching.make_resident(test, self._mesh, every)
@@ -104,28 +115,32 @@ class Evaluator:
           epoch: after which, counted from 0; by default the last.
         """
         spec, key = self._run.spec, eval_key(self._run.seed)
-        testing = spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch)
-        sums, number = replicate(zero_sums(spec), self._mesh), 0
-        for mesh, resident, rounds in self._groups:
-            options = {"mesh": mesh, "workers": self._run.workers}
-            for inputs, labels, order in batches_on_device(self._run.dataset.test, resident, rounds, **options):
-                clients = np.shape(jax.tree.leaves(labels)[0] if order is None else order[0])[0]
-                numbers = np.int32(testing[:clients])
-                args = (inputs, labels, order, numbers, jax.random.fold_in(key, number))
-                sums = program.eval_rounds(spec, mesh, state, sums, *args)
-                number += 1
+        testing = np.int32(spec.schedule.test_clients_after(spec.schedule.epochs - 1 if epoch is None else epoch))
+        sums = replicate(zero_sums(spec), self._mesh)
+        options = {"shard_server": self._run.shard_server}
+        for mesh, resident, groups in self._groups:
+            reading = {"mesh": mesh, "workers": self._run.workers}
+            calls = [samples for _, _, samples in groups]
+            batches = batches_on_device(self._run.dataset.test, resident, calls, **reading)
+            for (number, which, _), batch in zip(groups, batches, strict=True):
+                args = (*batch, testing[which], jax.random.fold_in(key, number))
+                sums = program.eval_rounds(spec, mesh, state, sums, *args, **options)
         return jax.device_get(sums).means(spec.task)
 
 
-def mesh_of(spec: RunSpec) -> Mesh | None:
-    """Returns the mesh over which the clients of a run are spread.
+def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
+    """Returns the mesh over which the clients of a run are spread, or its server's part is sharded.
 
     None is one device; where there are several processes, one of each, on which all compute the same: a step of one
-    client is not spread, nor are those of clients that change from round to round: each device has its clients' data.
+    client is not spread, nor are those of clients that change from round to round: a device has its clients' data.
 
     Raises:
-      ValueError: the clients do not divide over the processes.
+      ValueError: the clients do not divide over the processes, or a part is to be sharded over several.
     """
+    if shard_server:
+        if (count := jax.process_count()) > 1:
+            raise ValueError(f"shard_server must be False with several processes, got True with {count}")
+        return shards.mesh_of()
     if spec.mode.hands_parts_on(spec.schedule) or (spec.mode.one_at_a_time and jax.process_count() > 1):
         return None
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
@@ -137,7 +152,7 @@ def check_processes(run: LoadedRun, **more: Any) -> None:
     Args:
       more: what else must be the same, JSON-ready.
     """
-    mesh_of(run.spec)
+    mesh_of(run.spec, shard_server=run.shard_server)
     if jax.process_count() == 1:
         return
     versions = {f"the version of {module.__name__}": module.__version__ for module in (jax, msjax)}
@@ -171,8 +186,9 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
     """Returns the parts that a finished run ended with, from its last checkpoint; None where that is not there."""
     if folder.checkpoints.latest() != run.spec.schedule.total_steps:
         return None
-    mesh = mesh_of(run.spec)
-    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    options = {"shard_server": run.shard_server}
+    mesh = mesh_of(run.spec, **options)
+    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh, **options), mesh)
     return program.gather(run.spec, state, mesh)
 
 
@@ -182,8 +198,9 @@ class _Loop:
     def __init__(self, run, folder, quiet):
         self._run, self._folder, self._quiet = run, folder, quiet
         self._spec, self._schedule = run.spec, run.spec.schedule
-        self._mesh = mesh_of(run.spec)
-        self._state = program.place(run.spec, run.state, self._mesh)
+        options = {"shard_server": run.shard_server}
+        self._mesh = mesh_of(run.spec, **options)
+        self._state = program.place(run.spec, run.state, self._mesh, **options)
         self._sums = self._zero()
         self._constants = _digest_of_constants(run.spec, run.state)
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
@@ -220,7 +237,11 @@ class _Loop:
 
     def run(self):
         schedule = self._schedule
-        resident = batching.resident_of_clients(self._run.dataset.train, self._mesh, self._run.client_indices)
+        train = self._run.dataset.train
+        if self._run.shard_server:
+            resident = batching.make_resident(train, self._mesh)
+        else:
+            resident = batching.resident_of_clients(train, self._mesh, self._run.client_indices)
         evaluate = Evaluator(self._run, self._mesh)
         bar = Progress(
             self._run.title,
@@ -268,7 +289,12 @@ class _Loop:
     def _train_epoch(self, epoch, resident, bar):
         schedule, seed = self._schedule, self._run.seed
         order = data.epoch_indices(self._run.client_indices, schedule.samples, seed=seed, epoch=epoch)
-        steps_per_call = 1 if jax.default_backend() == "cpu" or resident is None else STEPS_PER_CALL
+        here = program.clients_of_a_device(self._spec, self._mesh)
+        in_groups = (group := self._run.clients_per_group) is not None and group < here
+        train_steps = functools.partial(program.train_in_groups, group=group) if in_groups else program.train_steps
+        train_steps = functools.partial(train_steps, shard_server=self._run.shard_server)
+        one_by_one = jax.default_backend() == "cpu" or resident is None or in_groups
+        steps_per_call = 1 if one_by_one else STEPS_PER_CALL
         calls = schedule_calls(schedule, order, epoch, steps_per_call)
         first = self._done - epoch * schedule.epoch_steps
         earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
@@ -280,7 +306,7 @@ class _Loop:
             clients = np.asarray(schedule.position(self._done).clients, np.int32)
             args = (inputs, labels, index, clients, key)
             given = self._state, self._sums, *args
-            self._state, self._sums, losses = program.train_steps(self._spec, self._mesh, *given)
+            self._state, self._sums, losses = train_steps(self._spec, self._mesh, *given)
             # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
             losses, stops = self._agree(losses)
             if not self._run.allow_nonfinite:

@@ -1,5 +1,7 @@
 """A client's connection to the server by gRPC."""
 
+import asyncio
+import contextlib
 import queue
 import re
 import threading
@@ -10,6 +12,7 @@ import grpc
 
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import FrameError, Joiner, to_frames
 from msjax.distributed.rpc.security import TlsFiles, check_token
 
@@ -27,25 +30,32 @@ _TOO_LARGE = "larger than max"
 
 
 class Connection:
-    """One stream to the server; a `Channel`."""
+    """One stream to the server; a `Channel`.
+
+    The event loop carries its messages, as it does those of all connections of a program: it holds no thread.
+    """
 
     def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
-        self._address, self._tls = address, tls
-        self._channel = open_channel(address, tls, max_bytes)
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._address, self._tls, self._max_bytes, self._metadata = address, tls, max_bytes, metadata_of(token)
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._inbox: queue.SimpleQueue[tuple[pb.FromServer | ConnectionLost, float]] = queue.SimpleQueue()
         self.received_at = time.monotonic()
         """When the last message that `receive` returned had arrived, while this program may have been at work."""
+        run(self._open())
+
+    # -- In the event loop. ----------------------------------------------------------------------------------------
+
+    async def _open(self):
+        self._channel = open_channel(self._address, self._tls, self._max_bytes, grpc.aio)
         # As bytes: what is longer than a frame is no message by itself.
         service = pb.DESCRIPTOR.services_by_name["Split"].full_name
-        train = self._channel.stream_stream(f"/{service}/Train")
-        self._stream = train(iter(self._outbox.get, None), metadata=metadata_of(token))
-        threading.Thread(target=self._read, daemon=True).start()
+        self._stream = self._channel.stream_stream(f"/{service}/Train")(metadata=self._metadata)
+        self._tasks = [asyncio.create_task(it) for it in (self._read(), self._write())]
 
-    def _read(self):
-        heard, joiner = False, Joiner(pb.FromServer)
+    async def _read(self):
+        joiner, heard = Joiner(pb.FromServer, self._max_bytes), False
         try:
-            for frame in self._stream:
+            while (frame := await self._stream.read()) is not grpc.aio.EOF:
                 heard = True
                 if (message := joiner.add(frame)) is not None:
                     self._put(message)
@@ -55,22 +65,31 @@ class Connection:
         except grpc.RpcError as error:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or _TOO_LARGE in (error.details() or "")
-            reason = reason_of(error)
-            if (
-                not heard
-                and error.code() is grpc.StatusCode.UNAVAILABLE
-                and (fault := self._tls.fault_with(self._address))
-            ):
+            reason, unavailable = reason_of(error), error.code() is grpc.StatusCode.UNAVAILABLE
+            if not heard and unavailable and (fault := await asyncio.to_thread(self._tls.fault_with, self._address)):
                 reason, final = f"{self._address}: {fault}", True
             self._put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
+
+    async def _write(self):
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # why the stream has ended, `_read` says
+            while True:
+                await self._stream.write(await self._outbox.get())
 
     def _put(self, message):
         self._inbox.put((message, time.monotonic()))
 
+    async def _close(self):
+        for task in self._tasks:
+            task.cancel()
+        self._stream.cancel()
+        await self._channel.close()
+
+    # -- From the thread that it is for. ---------------------------------------------------------------------------
+
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
-        for frame in to_frames(message):
-            self._outbox.put(frame)
+        frames = list(to_frames(message))
+        event_loop().call_soon_threadsafe(lambda: [self._outbox.put_nowait(frame) for frame in frames])
 
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""
@@ -85,9 +104,7 @@ class Connection:
 
     def close(self) -> None:
         """Breaks the stream off, unless it has ended."""
-        self._stream.cancel()
-        self._outbox.put(None)
-        self._channel.close()
+        run(self._close())
 
 
 def metadata_of(token: str | None) -> list[tuple[str, str]] | None:
@@ -104,15 +121,19 @@ def reason_of(error: grpc.RpcError) -> str:
     return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
 
 
-def open_channel(address: str, tls: TlsFiles, max_bytes: int) -> grpc.Channel:
-    """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`."""
+def open_channel(address: str, tls: TlsFiles, max_bytes: int, api: Any = grpc) -> Any:
+    """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`.
+
+    Args:
+      api: `grpc`, or `grpc.aio` for a channel of the event loop.
+    """
     # By default the time to the next try grows to two minutes, whoever waits.
     backoff = [(f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in (("initial", 500), ("max", 5_000))]
     options = channel_options(max_bytes) + backoff
     if tls:
-        return grpc.secure_channel(address, tls.client(), options)
+        return api.secure_channel(address, tls.client(), options)
     # What is sent in the open must not leave the machine for a proxy that the environment names.
-    return grpc.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)])
+    return api.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)])
 
 
 def channel_options(max_bytes: int) -> list[tuple[str, Any]]:

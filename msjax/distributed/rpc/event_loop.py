@@ -1,4 +1,4 @@
-"""The asyncio loop of gRPC's servers, in a thread of its own."""
+"""The asyncio loop of gRPC, in a thread of its own: of a training server, and of clients."""
 
 import asyncio
 import functools

@@ -7,7 +7,7 @@ it in frames of their own, each a `Chunk`; the message itself comes last, withou
 from collections.abc import Iterator
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from msjax.distributed.rpc import split_pb2 as pb
 
@@ -24,8 +24,13 @@ class FrameError(ValueError):
     """What has come is no frame, or of a message that is too large."""
 
 
-def to_frames(message: pb.FromClient | pb.FromServer, frame_bytes: int = FRAME_BYTES) -> Iterator[bytes]:
-    """Yields the frames of a message, in the order in which they are sent."""
+def to_frames(message: pb.FromClient | pb.FromServer, frame_bytes: int | None = None) -> Iterator[bytes]:
+    """Yields the frames of a message, in the order in which they are sent.
+
+    Args:
+      frame_bytes: of the payload in a frame; by default `FRAME_BYTES`.
+    """
+    frame_bytes = FRAME_BYTES if frame_bytes is None else frame_bytes
     kind = message.WhichOneof("kind")
     inner = getattr(message, kind) if kind in _LARGE_FIELDS else None
     large = [] if inner is None else [(name, data) for name in _LARGE_FIELDS[kind] for data in _elements(inner, name)]
@@ -51,6 +56,14 @@ def to_frames(message: pb.FromClient | pb.FromServer, frame_bytes: int = FRAME_B
     yield rest.SerializeToString()
 
 
+def nbytes_of(message: pb.FromClient | pb.FromServer) -> int:
+    """Returns the bytes of a message, as serialized."""
+    try:
+        return message.ByteSize()
+    except EncodeError:  # 2 GiB or more
+        return sum(len(frame) for frame in to_frames(message))
+
+
 class Joiner:
     """Puts the frames of one sender's messages together.
 
@@ -61,6 +74,8 @@ class Joiner:
 
     def __init__(self, kind: type, max_bytes: int = -1):
         self._kind, self._max_bytes = kind, max_bytes
+        self.nbytes = 0
+        """Of the message that was ended last, over all its frames."""
         self._begin()
 
     def _begin(self):
@@ -90,6 +105,7 @@ class Joiner:
             return None
         if self._found or self._pieces:
             self._fill(message, kind)
+        self.nbytes = self._nbytes
         self._begin()
         return message
 

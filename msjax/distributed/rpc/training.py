@@ -164,7 +164,7 @@ class TrainServicer:
                 if first:
                     self._heard(session)
                 first = False
-                self.inbox.put(Received(session, message, peer, at))
+                self.inbox.put(Received(session, message, peer, at, joiner.nbytes))
         except FrameError as error:
             self._metrics.refused.inc()
             outbox.put_nowait(Close(session, str(error), final=True))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+from jax.sharding import Mesh
 
 from msjax.split import fused
 from msjax.split.averages import Memory, no_error
@@ -126,10 +127,38 @@ class Mode:
         return state
 
     def fused_step(
-        self, spec: "RunSpec", state: TrainState, x: Any, y: Any, keys: jax.Array, *, axis_name: str | None = None
+        self,
+        spec: "RunSpec",
+        state: TrainState,
+        x: Any,
+        y: Any,
+        keys: jax.Array,
+        *,
+        axis_name: str | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
-        return fused.fused_step(spec, state, x, y, keys, axis_name=axis_name, own_parts=self.own_parts)
+        where = {"axis_name": axis_name, "mesh": mesh}
+        state, metrics = fused.fused_step(spec, state, x, y, keys, own_parts=self.own_parts, **where)
+        return self.after_fused_step(spec, state, metrics, keys, **where)
+
+    def after_fused_step(
+        self,
+        spec: "RunSpec",
+        state: TrainState,
+        metrics: StepMetrics,
+        keys: jax.Array,
+        *,
+        axis_name: str | None = None,
+        mesh: Mesh | None = None,
+        clients_at_once: int | None = None,
+    ) -> tuple[TrainState, StepMetrics]:
+        """Returns state and metrics with what the mode does behind a step in one program: here, nothing.
+
+        Args:
+          clients_at_once: for how many clients it is computed at the same time; None for all.
+        """
+        return state, metrics
 
 
 @functools.lru_cache(maxsize=16)

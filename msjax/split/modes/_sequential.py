@@ -96,14 +96,14 @@ class Sequential(Mode):
         part = server.part_in_transit
         return [None if part is None else _encoded(server.spec, vector_payload(part))]
 
-    def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
+    def fused_step(self, spec, state, x, y, keys, **where):
         if spec.compresses_parts:
             # A client begins its turn with what the one before has handed on.
             _, _, at, _ = self._turn(spec.schedule, state.step % spec.schedule.epoch_steps, jnp.minimum)
             handed = functools.partial(_handed_on, spec)
             client = jax.lax.cond((at == 0) & (state.step > 0), handed, lambda client: client, state.client)
             state = state._replace(client=client)
-        return super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
+        return super().fused_step(spec, state, x, y, keys, **where)
 
 
 def _encoded(spec, payload):

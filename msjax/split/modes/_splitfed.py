@@ -157,10 +157,9 @@ class SplitFed(AveragingMode):
     def gather(self, spec, state):
         return _with_own(spec, state, lambda part: jax.tree.map(lambda leaf: leaf[0], part))
 
-    def fused_step(self, spec, state, x, y, keys, *, axis_name=None):
-        state, metrics = super().fused_step(spec, state, x, y, keys, axis_name=axis_name)
+    def after_fused_step(self, spec, state, metrics, keys, *, axis_name=None, mesh=None, clients_at_once=None):
         if spec.compresses_updates:
-            return self._average(spec, state, metrics, keys, axis_name)
+            return self._average(spec, state, metrics, keys, axis_name, mesh, clients_at_once)
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
 
         def average(part):
@@ -170,12 +169,12 @@ class SplitFed(AveragingMode):
 
         return _with_own(spec, state, average), metrics
 
-    def _average(self, spec, state, metrics, keys, axis_name):
+    def _average(self, spec, state, metrics, keys, axis_name, mesh, clients_at_once):
         """The average through the codec, in the steps that have one."""
 
         def average(client, memory):
-            client, found = averages.average_parts(spec, client, memory, keys, axis_name)
-            return client, found.memory, fused.average_bytes(spec, found, keys.shape[0])
+            args = (spec, client, memory, keys, axis_name)
+            return averages.average_parts(*args, clients_at_once=clients_at_once, mesh=mesh)
 
         def nothing(client, memory):
             return client, memory, (jnp.float32(0), jnp.float32(0))
@@ -183,7 +182,7 @@ class SplitFed(AveragingMode):
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
         own = state.client.without(spec.client_constants)
         client, memory, sent = jax.lax.cond(now, average, nothing, own, state.memory)
-        metrics = fused.with_average_bytes(spec, metrics, sent, axis_name)
+        metrics = fused.with_average_bytes(metrics, sent, axis_name)
         client = client.with_constants_of(state.client, spec.client_constants)
         return state._replace(client=client, memory=memory), metrics
 

@@ -1,0 +1,140 @@
+"""`msjax plan`: what a run needs before it is begun: parameters, memory, bytes and seconds on a link."""
+
+import dataclasses
+
+import rich.table
+
+from msjax import config, plan
+from msjax.checks import integer
+from msjax.cli.options import DEFAULT, check_early, fields_of, parse, preset_of, split_options
+from msjax.runs import to_json
+from msjax.runs.tables import console
+
+DESCRIPTION = (
+    "Say what a run needs before it is begun, from shapes alone: parameters, memory, bytes, and seconds on a link. "
+    "Nothing is trained and no weights are made. Options are those of msjax train, --config FILE.py (a preset) among "
+    "them; sets of images that are known by name and texts for a decoder need not be at hand."
+)
+PARTS = {"client": "client", "server": "server", "tail": "client, behind the server"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Beside the config's."""
+
+    link_mbit: float | None = None
+    """10⁶ bits a second of each client's link, in each direction; by default link_bytes_per_second, or 100."""
+    server_mbit: float | None = None
+    """The same of the server's link, which all clients of a step share; by default no limit."""
+    samples: int | None = None
+    """Training samples of all clients, where the data are not at hand, such as blocks of a text."""
+    test_samples: int = 0
+    """With --samples: those of the test set."""
+    json: bool = False
+    """Print JSON in place of tables."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        for name in ("link_mbit", "server_mbit"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        if self.samples is not None:
+            integer("samples", self.samples, 1)
+        integer("test_samples", self.test_samples, 0)
+
+    def link(self, cfg: config.Config) -> plan.Link:
+        """Returns the link on which messages travel."""
+        if self.link_mbit is not None:
+            return plan.Link(self.link_mbit, self.server_mbit)
+        known = cfg.link_bytes_per_second
+        return plan.Link(plan.Link().client_mbit if known is None else 8e-6 * known, self.server_mbit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(config.Config, PlanOptions):
+    """The config's and these, in one list."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit status."""
+    where, rest = split_options(arguments, "--config")
+    default = _Flags(**vars(preset_of(where) or DEFAULT))
+    flags = parse(_Flags, rest, default=default, prog="msjax plan", description=DESCRIPTION)
+    options = fields_of(PlanOptions, flags)
+    options.check()
+    cfg = check_early(fields_of(config.Config, flags))
+    counts = None if options.samples is None else plan.Counts(options.samples, options.test_samples)
+    found = plan.plan(cfg, counts=counts, link=options.link(cfg))
+    if options.json:
+        print(to_json(found.to_json()))
+        return 0
+    print(f"msjax plan: {_headline(found)}")
+    console().print(_parties(found))
+    console().print(_codecs(found))
+    print(_notes(found))
+    return 0
+
+
+def _headline(found):
+    run, schedule = found.run, found.run.spec.schedule
+    words = [f"{found.cfg.model.name} cut at {found.cfg.model.cut}, features {run.spec.features} a sample"]
+    at_once = "" if run.clients == schedule.clients else f", {run.clients} at a time"
+    words.append(f"{schedule.clients:,} clients{at_once}, {run.batch_size:,} samples each in a step")
+    if found.counts is None:
+        words.append("how many samples there are is not known (--samples)")
+    else:
+        words.append(f"{schedule.samples:,} samples each in {schedule.epoch_steps:,} steps an epoch")
+    return "; ".join(words)
+
+
+def _parties(found):
+    table = rich.table.Table(title="in memory, MB of 10⁶ bytes")
+    table.add_column("part")
+    names = ("trained, M", "frozen, M", "weights", "gradients", "optimizer", "averages", "activations", "all")
+    for name in (*names, "10⁹ operations a step"):
+        table.add_column(name, justify="right")
+    for name, needs in found.parties.items():
+        sizes = [value for field, value in needs._asdict().items() if field.endswith("_bytes")]
+        counts = (needs.trained_values, needs.frozen_values, *sizes, needs.bytes)
+        operations = found.operations.get(name)
+        last = "with the first" if operations is None else f"{operations / 1e9:,.1f}"
+        table.add_row(PARTS[name], *(f"{count / 1e6:,.2f}" for count in counts), last)
+    return table
+
+
+def _codecs(found):
+    link = found.link
+    shared = "" if link.server_mbit is None else f", {link.server_mbit:g} Mbit/s of the server"
+    table = rich.table.Table(title=f"a step of one client, MB; on {link.client_mbit:g} Mbit/s{shared}")
+    table.add_column("codec")
+    names = ["features up", "down", "averages up", "averages down", "all up", "all down", "seconds"]
+    epochs = [] if found.epoch_steps is None else ["an epoch up, GB", "down, GB", "hours"]
+    for name in (*names, *epochs):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        sent = row.sent
+        sizes = sent.feature_bytes, sent.gradient_bytes, sent.average_up_bytes, sent.average_down_bytes
+        cells = [f"{size / 1e6:,.4g}" for size in (*sizes, sent.up_bytes, sent.down_bytes)]
+        cells.append(f"{sent.seconds:,.3g}")
+        if epochs:
+            steps = found.epoch_steps
+            all_clients = steps * found.run.clients
+            cells += [f"{size * all_clients / 1e9:,.4g}" for size in (sent.up_bytes, sent.down_bytes)]
+            cells.append(f"{sent.seconds * steps / 3600:,.3g}")
+        table.add_row(row.name + ("" if sent.exact else " *"), *cells)
+    return table
+
+
+def _notes(found):
+    lines = [
+        f"As configured: features {found.rows[0].codec}, gradients {found.rows[0].grad_codec}.",
+        "Activations are what a step's forward pass leaves for its backward pass, before XLA fuses any of it;",
+        "the server has those of all clients of a step, and a set of gradients for each of them.",
+        "Seconds are of the messages alone, up and then down. Epochs are of all clients, without tests.",
+    ]
+    if not all(row.sent.exact for row in found.rows):
+        lines.append(
+            "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding."
+        )
+    return "\n".join(lines)

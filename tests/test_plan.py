@@ -1,0 +1,136 @@
+"""What is said of a run before it is begun, against the run: arrays, messages, compiled programs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax import build, compress, config, data, plan
+from msjax.cli import main as cli
+from msjax.split import programs
+from msjax.split.state import client_keys
+from msjax.split.traffic import epoch_traffic
+
+from . import decoders
+from .setups import MODES, SMALL, dataset
+
+COUNTS = plan.Counts(len(dataset().train), len(dataset().test))
+
+
+def planned(cfg, **options):
+    return plan.plan(cfg, summary=build.DataSummary.of(dataset()), counts=COUNTS, codecs={}, **options)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: f"{mode.kind}-{mode.tail_cut}")
+def test_figures_are_those_of_the_run(mode):
+    cfg = dataclasses.replace(SMALL, mode=mode)
+    found = planned(cfg)
+    samples = COUNTS.train // cfg.clients
+    built = build.build(cfg, build.DataSummary.of(dataset()), samples=samples, test_samples=COUNTS.test)
+    needs, at_client = found.parties, [name for name in found.parties if name != "server"]
+    assert ("tail" in needs) == built.spec.u_shaped
+    for part, names in ((built.client, at_client), (built.server, ["server"])):
+        assert sum(needs[name].trained_values for name in names) == plan.values(part.params)
+        assert sum(needs[name].weight_bytes for name in names) == plan.nbytes((part.params, part.stats))
+    at_once = 1 if mode.kind == "sequential" else cfg.clients
+    assert needs["server"].gradient_bytes == at_once * plan.nbytes(built.server.params)
+    traffic, (row,) = epoch_traffic(built.spec, 0), found.rows
+    client_steps = found.epoch_steps * at_once
+    assert client_steps == cfg.clients * -(-samples // cfg.batch_size)
+    assert row.sent.up_bytes * client_steps == pytest.approx(traffic.uplink_bytes)
+    assert row.sent.down_bytes * client_steps == pytest.approx(traffic.downlink_bytes)
+    assert all(operations > 0 for operations in found.operations.values())
+
+
+def test_activations_are_what_is_kept_for_the_backward_pass():
+    """Of arrays, where the client's program returns them; and not far from what XLA sets aside for a server's step."""
+    run = plan.describe_run(dataclasses.replace(SMALL, clients=1), build.DataSummary.of(dataset()), COUNTS)
+    built = build.build(SMALL, build.DataSummary.of(dataset()), samples=30, test_samples=0)
+
+    def kept(batch_size):
+        x = jnp.zeros((batch_size, 8, 8, 1))
+        return plan.nbytes(programs.client_features(built.spec, built.client, x, jax.random.key(0))[1].vjp)
+
+    assert plan.sample_activation_bytes(run, "client") == kept(5) - kept(4) > 8 * 8 * 4
+
+    def set_aside(batch_size):
+        like = built.spec.feature_payload(batch_size)
+        features = jax.eval_shape(lambda: jnp.zeros((batch_size, *built.spec.features.leaves[0].shape)))
+        payload = jax.eval_shape(like.encode, features, jax.random.key(0))
+        stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), payload)
+        keys = client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1))
+        y = jax.ShapeDtypeStruct((1, batch_size), np.int32)
+        lowered = programs.server_step.lower(built.spec, built.server, stacked, y, keys, batch_size=batch_size)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    by_sample = (set_aside(512) - set_aside(256)) / 256
+    assert 0.3 < plan.sample_activation_bytes(run, "server") / by_sample < 3
+
+
+def test_messages_of_every_codec_beside_the_configs():
+    cfg = dataclasses.replace(SMALL, codec=compress.EntropyMask(bits=1.0), clients=4)
+    found = plan.plan(cfg, summary=build.DataSummary.of(dataset()), counts=COUNTS)
+    rows = {row.name: row.sent for row in found.rows}
+    values = 10 * plan.values(found.run.spec.features.batch(1))  # batches of 10
+    assert rows["none"].feature_bytes == rows["none"].gradient_bytes == 4 * values
+    assert rows["MS"].feature_bytes == 4 * (values // 100) + values / 4
+    assert rows["as configured"].feature_bytes == values / 8 and not rows["as configured"].exact
+    both = rows["EntropyMask, 2 bits up, 1.5 down"]
+    assert (both.feature_bytes, both.gradient_bytes) == (values / 4, values * 1.5 / 8)
+    assert rows["none"].exact and rows["none"].average_up_bytes == 4 * found.run.spec.client_update_values
+    without_aim = plan.sent(plan.with_codecs(found.run.spec, compress.EntropyMask(), compress.Identity()), plan.Link())
+    assert without_aim.feature_bytes == compress.EntropyMask().payload_bytes(found.run.spec.features.batch(10))
+
+
+def test_seconds_are_those_of_the_slower_of_two_links():
+    assert plan.Link(100.0).seconds(12.5e6, 1000) == 1.0
+    assert plan.Link(100.0, 10_000.0).seconds(12.5e6, 50) == 1.0
+    assert plan.Link(100.0, 10_000.0).seconds(12.5e6, 200) == 2.0
+    found = planned(SMALL, link=plan.Link(8.0))
+    sent = found.rows[0].sent
+    assert sent.seconds == pytest.approx((sent.up_bytes + sent.down_bytes) / 1e6)
+
+
+def test_sets_that_are_known_by_name_need_not_be_there():
+    cfg = config.Config(data=config.DataConfig(name="imagenet2012", image_size=64))
+    summary, counts = plan.describe_data(cfg)
+    assert summary.input_shape == (64, 64, 3) and counts == (1_281_167, 50_000) and summary.num_classes == 1000
+    assert data.published("digits") is None
+    summary, counts = plan.describe_data(config.Config())
+    assert summary.input_shape == (8, 8, 1) and counts == (1437, 360)
+
+
+def test_the_command(tmp_path, capsys):
+    assert cli.run("plan", ["--clients", "3", "--link-mbit", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "3 clients, 16 samples each in a step; 479 samples each in 30 steps an epoch" in text
+    assert "EntropyMask, 2 bits" in text and "on 8 Mbit/s" in text
+    assert cli.run("plan", ["--clients", "3", "--json", "--link-mbit", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch_steps"] == 30 and found["link"] == {"client_mbit": 8.0, "server_mbit": None}
+    sent = found["codecs"][0]["sent"]
+    assert sent["seconds"] == pytest.approx((sent["up_bytes"] + sent["down_bytes"]) / 1e6)
+    for wrong, message in (
+        (["--link-mbit", "0"], "--link-mbit must be a finite number above 0, got 0"),
+        (["--samples", "0"], "samples must be an integer of at least 1, got 0"),
+        (["--clients", "2000"], "clients must be in 1..1437 (the number of examples), got 2000"),
+    ):
+        assert cli.run("plan", wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_of_a_decoder_whose_text_is_not_there(tmp_path, capsys):
+    described = tmp_path / "config.json"
+    described.write_text(json.dumps(decoders.CONFIGS["llama 3"]))
+    options = ["--model.name", "decoder", "--model.decoder", str(described), "--model.cut", "1", "--clients", "2"]
+    options += ["--task.name", "next_token", "--data.text-length", "12", "--batch-size", "4", "--json"]
+    options += ["--codec", "MaskEncoded(signed=True)"]
+    assert cli.run("plan", options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch_steps"] is None and found["features"] == [["", "float32", [12, 16]]]
+    assert found["codecs"][1]["sent"]["feature_bytes"] == 4 * 12 * 16 * 4
+    assert cli.run("plan", [*options, "--samples", "80"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch_steps"] == 10
