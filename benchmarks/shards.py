@@ -21,7 +21,7 @@ import sys
 import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import timing
@@ -33,7 +33,7 @@ from msjax.split.state import client_keys
 
 GIB = 1 << 30
 LESS_MEMORY = {
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
 }
 """Options of XLA's compiler for a CPU, which by default gathers all weights first and adds all gradients up last."""
@@ -46,14 +46,17 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
     parser.add_argument("--layers", type=int, default=28, help="of the network, to compile less")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--state-only", action="store_true", help="compile nothing: seconds")
     parser.add_argument("--row", type=int, help="one row alone, in this process: the number of devices")
     options = parser.parse_args()
     if options.row:
-        print(json.dumps(measure(options.row, options.layers, options.batch, options.optimizer)))
+        args = (options.row, options.layers, options.batch, options.optimizer)
+        print(json.dumps(measure(*args, state_only=options.state_only)))
         return 0
     start, rows = time.monotonic(), []
     for devices in options.devices:
         same = ["--batch", str(options.batch), "--layers", str(options.layers), "--optimizer", options.optimizer]
+        same += ["--state-only"] if options.state_only else []
         command = [sys.executable, "-m", "benchmarks.shards", "--row", str(devices), *same]
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": flags}, check=True)
@@ -65,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def measure(devices, layers, batch, optimizer):
+def measure(devices, layers, batch, optimizer, *, state_only=False):
     """Bytes of each device, of a network of so many layers."""
     cfg = language_sizes.config_of("Qwen3-1.7B", 1, adapters=False)
     decoder = json.loads(cfg.model.decoder) | {"num_hidden_layers": layers}
@@ -74,12 +77,12 @@ def measure(devices, layers, batch, optimizer):
     run = language_sizes.described_run(cfg)
     spec, server = run.spec, run.parts["server"]
     mesh = shards.mesh_of(jax.devices()[:devices])
+    found = {"devices": devices, "parameters": plan.values(server.params), "state_bytes": held(mesh, server)}
+    if state_only:
+        return found
     start = time.monotonic()
     memory = compiled(spec, server, mesh, batch).memory_analysis()
-    return {
-        "devices": devices,
-        "parameters": plan.values(server.params),
-        "state_bytes": held(mesh, server),
+    return found | {
         "argument_bytes": memory.argument_size_in_bytes,
         "result_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -101,7 +104,7 @@ def compiled(spec, server, mesh, batch):
     like = jax.ShapeDtypeStruct
     payload = tuple(codec.payload_like(h) for codec, h in zip(*_of(spec.feature_payload(batch)), strict=True))
     stacked = jax.tree.map(lambda leaf: like((1, *leaf.shape), leaf.dtype), (payload, spec.labels.batch(batch)))
-    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), np.int32(0), np.arange(1)))
+    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
     if mesh is not None:
         server = jax.tree.map(
             lambda leaf, where: like(leaf.shape, leaf.dtype, sharding=where), server, shards.shardings_of(mesh, server)
@@ -118,15 +121,15 @@ def _of(payload_spec):
 
 def table(rows):
     """Returns the rows as a Markdown table."""
-    lines = [
-        [
-            str(row["devices"]),
-            *(f"{row[name] / GIB:.2f}" for name in ("state_bytes", "temporary_bytes")),
-            f"{sum(row[f'{kind}_bytes'] for kind in ('argument', 'result', 'temporary')) / GIB:.2f}",
-        ]
-        for row in rows
-    ]
+    lines = [[str(row["devices"]), f"{row['state_bytes'] / GIB:.2f}", *_of_program(row)] for row in rows]
     return timing.table(["devices", "state of each, GiB", "temporary, GiB", "all of a step, GiB"], lines)
+
+
+def _of_program(row):
+    if "temporary_bytes" not in row:
+        return "–", "–"
+    step = sum(row[f"{kind}_bytes"] for kind in ("argument", "result", "temporary"))
+    return f"{row['temporary_bytes'] / GIB:.2f}", f"{step / GIB:.2f}"
 
 
 if __name__ == "__main__":

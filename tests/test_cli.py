@@ -405,3 +405,10 @@ def test_clients_are_spread_over_the_cores_and_arrays_over_large_pages(tmp_path)
 
 def test_unknown_command_is_refused():
     assert "unknown command 'fly'" in run_cli("fly", expect=1).stderr
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys; from msjax.cli import options; sys.exit(options.run_command('x', lambda _: print('y'), []))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(120) == 141

@@ -1,6 +1,7 @@
 """The documentation builds without a warning, its code runs, and its commands are such as there are."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -12,7 +13,7 @@ import sys
 import pytest
 
 from experiments import report
-from msjax import compress
+from msjax import build, compress, config
 from msjax.cli import main as cli
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +66,21 @@ def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     names = {"__name__": "__main__"}
     for block in fences(path, "python"):
         exec(compile(block, str(path), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_preset_of_a_page_trains_and_the_parts_of_others_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    preset, remote = fences(ROOT / "docs" / "own_model.md", "python")[-2:]
+    (tmp_path / "mine.py").write_text(preset + "import jax\nimport msjax\n" + remote)
+    assert cli.run("train", ["--config", "mine.py", "--epochs", "1", "--name", "mine"]) == 0
+    assert "mae" in capsys.readouterr().out
+    cfg = config.load_preset("mine.py")
+    summary = build.DataSummary.of(build.load_data(cfg))
+    for name in ("make_model_of_the_server", "make_model_of_a_client"):
+        own = dataclasses.replace(cfg, model=config.ModelConfig(name=cfg.model.name.replace("make_model", name)))
+        shapes = [build.build(each, summary, samples=100, test_samples=40)[0].features for each in (cfg, own)]
+        assert shapes[0] == shapes[1]
 
 
 def test_stated_sizes_are_right():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -137,7 +138,19 @@ def parse(kind: type[T], arguments: list[str], **options: Any) -> T:
 def run_command(command: str, function: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs one command and returns its exit status; an expected error becomes one line."""
     try:
+        status = _status(command, function, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read standard output, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes when it ends
+        return 141  # as a shell says it of SIGPIPE
+    return status
+
+
+def _status(command, function, arguments):
+    try:
         return function(arguments)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:  # before or after the training loop, where there is nothing to save
         return 130
     except SystemExit as error:  # the argument parsers have printed what is wrong
