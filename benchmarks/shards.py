@@ -21,7 +21,7 @@ import sys
 import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import timing
@@ -33,7 +33,7 @@ from msjax.split.state import client_keys
 
 GIB = 1 << 30
 LESS_MEMORY = {
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
 }
 """Options of XLA's compiler for a CPU, which by default gathers all weights first and adds all gradients up last."""
@@ -101,7 +101,7 @@ def compiled(spec, server, mesh, batch):
     like = jax.ShapeDtypeStruct
     payload = tuple(codec.payload_like(h) for codec, h in zip(*_of(spec.feature_payload(batch)), strict=True))
     stacked = jax.tree.map(lambda leaf: like((1, *leaf.shape), leaf.dtype), (payload, spec.labels.batch(batch)))
-    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), np.int32(0), np.arange(1)))
+    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
     if mesh is not None:
         server = jax.tree.map(
             lambda leaf, where: like(leaf.shape, leaf.dtype, sharding=where), server, shards.shardings_of(mesh, server)

@@ -22,7 +22,7 @@ from msjax.training import Interrupted, loop, processes
 
 from . import setups, two_processes
 
-SECONDS = 400
+SECONDS = 600
 
 
 def free_port():

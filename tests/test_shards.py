@@ -122,6 +122,7 @@ def test_checkpoints_are_read_with_another_number_of_devices(monkeypatch, tmp_pa
     folder.close()
 
 
+@pytest.mark.slow
 def test_what_a_device_holds_of_a_large_part_falls_with_the_devices():
     """Qwen3-1.7B behind its first block, with AdamW, by shapes: an eighth on each of eight devices."""
     cfg = language_sizes.config_of("Qwen3-1.7B", 1, adapters=False)

@@ -12,7 +12,7 @@ import pytest
 from msjax import build, data
 from msjax.runs import RunFolder
 from msjax.split import parties
-from msjax.split.modes import Parallel, Sequential
+from msjax.split.modes import Parallel, Sequential, SplitFed
 from msjax.split.reads import ClientBatches, ClientReads, RunReads
 from msjax.split.schedule import Phase, Schedule
 from msjax.training import from_config, loop
@@ -21,7 +21,7 @@ from msjax.training.batching import schedule_calls
 from .network import Net
 from .setups import SMALL, SMOOTH, dataset
 
-MODES = [Parallel(), Sequential(), Sequential(turn_steps=2)]
+MODES = [Parallel(), Sequential(), Sequential(turn_steps=2), SplitFed(average_steps=2, client_fraction=0.67)]
 
 
 def streamed(split):
@@ -42,7 +42,6 @@ def test_a_run_and_its_clients_read_what_the_calls_have(mode):
     reads = RunReads(schedule, held, seed=7)
     assert len(reads) == schedule.total_steps
     own = [ClientReads(schedule, client, 13, seed=7) for client in range(3)]
-    taken = [0, 0, 0]
     for epoch in range(3):
         order = data.epoch_indices(held, 13, seed=7, epoch=epoch)
         steps = [step for call in schedule_calls(schedule, order, epoch, 10) for step in call]
@@ -51,11 +50,9 @@ def test_a_run_and_its_clients_read_what_the_calls_have(mode):
             read = reads[epoch * schedule.epoch_steps + number]
             np.testing.assert_array_equal(read.indices, step)
             for row, client in enumerate(schedule.position(epoch * schedule.epoch_steps + number).clients):
-                of_client = own[client][taken[client]]
+                of_client = own[client].of_step(epoch * schedule.epoch_steps + number)
                 np.testing.assert_array_equal(held[client][of_client.indices], step[row])
                 assert of_client.entropy == read.entropy
-                taken[client] += 1
-    assert taken == [len(reads) for reads in own]
     own_rows = RunReads(schedule, held, 7, slice(1, 2))  # of one of several processes
     np.testing.assert_array_equal(own_rows[0].indices, reads[0].indices[1:2])
 
@@ -74,12 +71,14 @@ def test_a_clients_exchanges_find_their_batches_in_order(mode, monkeypatch):
         in_memory = ClientBatches(schedule, client, share, ds.test, 7)
         batches = ClientBatches(schedule, client, streamed(share), streamed(ds.test), 7, workers=0)
         opened = []
-        for reader in (batches._train, batches._test):
+        for reader in (batches._train_reader, batches._test_reader):
             monkeypatch.setattr(reader, "_open", functools.partial(noted, opened, reader._open))
-        for exchange in schedule.exchanges():
-            if exchange.phase in (Phase.FEATURES, Phase.TEST) and client in exchange.clients:
-                jax.tree.map(np.testing.assert_array_equal, batches[exchange], in_memory[exchange])
-        assert opened == [0] * (1 + (client in schedule.test_clients))
+        asked = [e for e in schedule.exchanges() if e.phase in (Phase.FEATURES, Phase.TEST) and client in e.clients]
+        for exchange in asked:
+            jax.tree.map(np.testing.assert_array_equal, batches[exchange], in_memory[exchange])
+        assert opened == [0] * len({exchange.phase for exchange in asked})
+        numbers = [len(reader) for reader in (batches._train_reader, batches._test_reader)]
+        assert numbers == [sum(e.phase == phase for e in asked) for phase in (Phase.FEATURES, Phase.TEST)]
         batches.close()
 
 

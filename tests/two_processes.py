@@ -20,7 +20,6 @@ RUNS = {
     "U-shaped": setups.MODES[1],
     "splitfed": setups.MODES[2],
     "sequential": setups.MODES[3],
-    "sequential, U-shaped": setups.MODES[4],
 }
 """The modes by name."""
 

@@ -46,28 +46,33 @@ class RunReads:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClientReads:
-    """What each training step of one client reads of its own samples: (B,).
+    """What one client reads of its own samples, (B,), in the training steps that it takes part in.
 
     Attributes:
       schedule: of the run.
       client_id: its number.
       held: how many samples it holds.
       seed: of orders and random crops.
+      steps: those that it takes part in, in order.
     """
 
     schedule: Schedule
     client_id: int
     held: int
     seed: int
+    steps: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return self.schedule.client_steps * self.schedule.epochs
+        return len(self.steps)
 
     def __getitem__(self, number: int) -> data.Read:
-        epoch, step = divmod(number, self.schedule.client_steps)
-        start = step * self.schedule.batch_size
-        at = self._order(epoch)[start : start + self.schedule.batch_size]
-        return data.Read(at, _entropy(self.seed, epoch, step))
+        return self.of_step(self.steps[number])
+
+    def of_step(self, step: int) -> data.Read:
+        """Returns what it reads in a step of the run."""
+        position = self.schedule.position(step)
+        at = self._order(position.epoch)[position.start : position.stop]
+        return data.Read(at, _entropy(self.seed, position.epoch, position.start // self.schedule.batch_size))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
@@ -77,21 +82,22 @@ class ClientReads:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TestReads:
-    """What one client reads in the tests of a run: the same rounds in each.
+    """What one client reads in the tests of a run.
 
     Attributes:
-      rounds: (B,) of each round that it takes part in.
-      tests: how many tests there are at most.
+      schedule: of the run.
+      places: of each of its batches the epoch, the round of the test, and the row of the round, in order.
     """
 
-    rounds: tuple[np.ndarray, ...]
-    tests: int
+    schedule: Schedule
+    places: Sequence[tuple[int, int, int]]
 
     def __len__(self) -> int:
-        return len(self.rounds) * self.tests
+        return len(self.places)
 
     def __getitem__(self, number: int) -> data.Read:
-        return data.Read(self.rounds[number % len(self.rounds)])
+        _, round_, row = self.places[number]
+        return data.Read(self.schedule.test_rounds()[round_][row])
 
 
 class ClientBatches:
@@ -115,45 +121,47 @@ class ClientBatches:
         *,
         workers: int | None = None,
     ):
-        self._schedule = schedule
-        testing = {}
-        for number, rows in enumerate(schedule.test_rounds()):
-            clients = schedule.test_clients[: len(rows)]
-            if client_id in clients:
-                testing[number] = rows[clients.index(client_id)]
-        self._rounds = {number: place for place, number in enumerate(testing)}
-        tests = TestReads(tuple(testing.values()), schedule.epochs)
-        self._train = _reader(train, ClientReads(schedule, client_id, len(train), seed), workers)
-        self._test = _reader(test, tests, workers)
+        self._schedule, self._client_id, self._train, self._test = schedule, client_id, train, test
+        self._reads = ClientReads(schedule, client_id, len(train), seed)
+        self._train_reader = self._test_reader = None
+        if not train.in_memory:
+            steps = [step for step in range(schedule.total_steps) if client_id in schedule.position(step).clients]
+            self._reads = dataclasses.replace(self._reads, steps=np.asarray(steps, np.int64))
+            self._train_reader = data.Reader({"train": train}, self._reads, workers=workers)
+        if not test.in_memory:
+            tests = TestReads(schedule, _test_places(schedule, client_id))
+            self._test_numbers = {place[:2]: number for number, place in enumerate(tests.places)}
+            self._test_reader = data.Reader({"train": test}, tests, workers=workers)
 
     def __getitem__(self, exchange: Exchange) -> tuple[Any, Any]:
         """Returns inputs and labels of an exchange of features, as the data set stores them."""
-        schedule, position = self._schedule, self._schedule.position(exchange.step)
         if exchange.phase == Phase.TEST:
-            before = position.epoch // schedule.test_every
-            return self._test[before * len(self._rounds) + self._rounds[exchange.test_round]]
-        return self._train[position.epoch * schedule.client_steps + position.start // schedule.batch_size]
+            if self._test_reader is None:
+                rows = self._schedule.test_rounds()[exchange.test_round]
+                return self._test.fetch(rows[exchange.clients.index(self._client_id)])
+            epoch = self._schedule.position(exchange.step).epoch
+            return self._test_reader[self._test_numbers[epoch, exchange.test_round]]
+        if self._train_reader is None:
+            read = self._reads.of_step(exchange.step)
+            return self._train.fetch(read.indices, read.entropy)
+        return self._train_reader[int(np.searchsorted(self._reads.steps, exchange.step))]
 
     def close(self) -> None:
         """Ends what reads ahead."""
-        for reader in (self._train, self._test):
-            if isinstance(reader, data.Reader):
+        for reader in (self._train_reader, self._test_reader):
+            if reader is not None:
                 reader.close()
 
 
-class _InMemory:
-    """Reads of a split in memory, as a reader has them."""
-
-    def __init__(self, split, reads):
-        self._split, self._reads = split, reads
-
-    def __getitem__(self, number):
-        read = self._reads[number]
-        return self._split.fetch(read.indices, read.entropy)
-
-
-def _reader(split, reads, workers):
-    return _InMemory(split, reads) if split.in_memory else data.Reader({"train": split}, reads, workers=workers)
+def _test_places(schedule, client_id):
+    """The places of a client's batches in the tests of a run, as `TestReads` has them."""
+    places = []
+    for epoch in filter(schedule.tests_after, range(schedule.epochs)):
+        clients = schedule.test_clients_after(epoch)
+        for number, rows in enumerate(schedule.test_rounds()):
+            if client_id in (testing := clients[: len(rows)]):
+                places.append((epoch, number, testing.index(client_id)))
+    return places
 
 
 def _entropy(seed, epoch, step):
