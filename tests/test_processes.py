@@ -181,7 +181,6 @@ def test_the_example_of_a_model_of_ones_own(tmp_path, shell, capsys, monkeypatch
         (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
         (("serve", "--max-megabytes", "65537"), "--max-megabytes must be in 1..65536, got 65537"),
         (("serve", "--model.cut", "nosuch"), "model.cut must be one of"),
-        (("serve", "--data.name", "imagenet2012"), "must be a set that fits in memory"),
         (("serve", "--tokens", "none"), "No such file"),
         (("serve", "--listen", "localhost:port"), "listen must be host:port with a port in 0..65535"),
         (("serve", "--metrics-port", "99999"), "--metrics-port must be in 0..65535, got 99999"),

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from msjax import build, config, data
+from msjax import build, config
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
@@ -40,8 +40,6 @@ _COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     """Raises ValueError for a run that cannot be served, or options that cannot work."""
     options.check()
-    if data.is_streamed(cfg.data.name):
-        raise ValueError(f"data.name must be a set that fits in memory for msjax serve, got {cfg.data.name!r}")
     if options.policy.min_clients > cfg.clients:
         raise ValueError(
             f"policy.min_clients must be in 1..{cfg.clients}, the number of clients, got {options.policy.min_clients}"
