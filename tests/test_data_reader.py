@@ -175,3 +175,23 @@ def test_options(monkeypatch):
     with pytest.raises(data.DataError, match=r"needs grain, which cannot be imported .*: pip install 'msjax\[data\]'"):
         data.Reader({"train": split_of(Items())}, PLAIN)
     assert len(list(data.batches(data.load().train, np.zeros((2, 3), int)))) == 2  # what is in memory needs none
+
+
+TINY = pathlib.Path(os.environ.get("MSJAX_TEST_DATA", "no_such_folder")) / "tfds" / "tiny_imagenet"
+
+
+@pytest.mark.skipif(not TINY.is_dir(), reason="MSJAX_TEST_DATA names no folder with tfds/tiny_imagenet")
+def test_tiny_imagenet_streamed_is_that_in_memory():
+    options = {"data_dir": TINY.parent}
+    whole, streamed = (data.load("tiny_imagenet", streamed=wanted, **options) for wanted in (False, True))
+    assert whole.in_memory and not streamed.in_memory
+    np.testing.assert_array_equal(whole.mean, streamed.mean)
+    np.testing.assert_array_equal(whole.std, streamed.std)
+    for name in ("train", "test"):
+        split, other = getattr(whole, name), getattr(streamed, name)
+        assert len(split) == len(other)
+        reads = reads_of(*np.random.default_rng(0).integers(0, len(split), (2, 3, 50)))
+        with data.Reader({"train": other}, reads, workers=2) as reader:
+            for n, read in enumerate(reads):
+                for leaf, array in zip(reader[n], (split.inputs, split.targets), strict=True):
+                    np.testing.assert_array_equal(leaf, array[read.indices])
