@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from msjax import build, config
+from msjax import build, config, data
 from msjax.split.metrics import zero_sums
 from msjax.split.state import TrainState, train_key
 from msjax.split.trees import TreeSpec
 from msjax.training import program
+from msjax.training.batching import resident_of_clients
 from msjax.training.devices import make_mesh, replicate, split_cpu
 
 ROWS = ((10, None), (100, None), (1000, None), (10, 10), (100, 10), (1000, 10), (1000, 50))
@@ -71,8 +72,9 @@ def measure(clients, group, options):
     rng, count = np.random.default_rng(0), clients * options.batch
     images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
     classes = rng.integers(0, 10, count, dtype=np.int32)
-    fixed = replicate((jnp.asarray(images), jnp.asarray(classes)), mesh)
     order = np.arange(count, dtype=np.int32).reshape(1, clients, options.batch)
+    *fixed, place = resident_of_clients(data.Arrays(images, classes), mesh, order[0])
+    order = order if place is None else place[order]
     state = program.place(run.spec, TrainState(run.client, run.server, jnp.int32(0)), mesh)
     carry, numbers, seconds = [state, replicate(zero_sums(run.spec), mesh)], np.arange(clients, dtype=np.int32), []
     extra = {} if group is None else {"group": group}
