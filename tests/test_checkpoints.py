@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -128,3 +129,29 @@ def test_a_kill_in_the_middle_never_loses_the_one_before(tmp_path):
     it.save(2, tree(2), {"value": 2})
     it.close()
     assert [p.name for p in path.iterdir()] == ["2"]
+
+
+def test_checkpoints_of_one_program_are_begun_at_the_same_time(tmp_path):
+    """As of parties that are threads: neither takes the other's signal that its folder is there for its own."""
+    stores = [Checkpoints(tmp_path / name) for name in "ab"]
+    barrier, failures = threading.Barrier(len(stores)), []
+
+    def save(store):
+        try:
+            for step in range(1, 6):
+                barrier.wait()
+                store.save(step, {f"x{n}": np.full((64,), step, np.float32) for n in range(8)})
+            store.wait()
+        except Exception as error:
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=save, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    for store in stores:
+        assert store.steps() == [1, 2, 3, 4, 5]
+        store.close()

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -29,10 +30,11 @@ _IS_READ_ONLY = "Given directory is read only"
 _HAS_WAITED = "Waiting for previous save to complete took"
 
 
-_FAILED = (
-    "Handler Commit operations",
-    "Save Finalize thread",
-)  # in what Orbax logs, with a traceback, of a failed save
+_FAILED = ("Handler Commit operations", "Save Finalize thread")
+"""In what Orbax logs, with a traceback, of a failed save."""
+_BEGINNING = threading.Lock()
+"""Orbax numbers the saves of a program, and one that begins takes the last number for its own: so one does at a time.
+With another's number it would write before its folder is there."""
 
 
 def _is_not_told(record: logging.LogRecord) -> bool:
@@ -99,7 +101,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress))
         self._writing = step
         try:
-            with _without_warning(_HAS_WAITED):
+            with _BEGINNING, _without_warning(_HAS_WAITED):
                 self._manager.save(step, args=args)
         except _FAILURES as error:
             self._give_up()
