@@ -129,7 +129,7 @@ class OnAccelerators(NamedTuple):
 def on_accelerators(cut: str, devices: int) -> OnAccelerators:
     """Returns what a step on so many accelerators takes; each has a client, and a copy of the server's part."""
     found, schedule = network(cut), described(cut, devices).spec.schedule
-    batch = min(schedule.batch_size, schedule.samples)
+    batch = schedule.full_batch_size
     states = sum(n.bytes - n.activation_bytes for n in found.needs.values())
     activations = batch * sum(n.activation_bytes for n in found.needs.values())
     summed = sum(n.gradient_bytes for n in found.needs.values())

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     @property
     def batch_size(self) -> int:
         """Samples of a client in a step."""
-        return min(self.spec.schedule.batch_size, self.spec.schedule.samples)
+        return self.spec.schedule.full_batch_size
 
     @property
     def clients(self) -> int:

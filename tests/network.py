@@ -284,14 +284,15 @@ class Net:
 
     # -- The result. -----------------------------------------------------------------------------------------------
 
-    def assert_equal_to_program(self):
-        """The parties end with the same bits as in one program, without a network."""
+    def assert_equal_to_program(self, clients=None):
+        """The server and these clients, by default all, end with the same bits as in one program without a network."""
         assert not self.failures, self.failures
-        server, clients = make_parties(self.cfg)
-        for _ in parties.run(server, clients):
+        server, alone = make_parties(self.cfg)
+        for _ in parties.run(server, alone):
             pass
         pairs = [(server.state, self.server.run.party.state)]
-        pairs += [(clients[n].state, self.finals[n].state) for n in range(self.cfg.clients)]
+        clients = range(self.cfg.clients) if clients is None else clients
+        pairs += [(alone[n].state, self.finals[n].state) for n in clients]
         for ours, theirs in pairs:
             jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -76,14 +76,7 @@ def test_one_program_equals_the_parties(monkeypatch):
 
 def assert_equal_to_parties(it):
     """The server, and those who have the trained part, end with the same bits as in one program without a network."""
-    assert not it.failures, it.failures
-    server, clients = make_parties(it.cfg)
-    for _ in parties.run(server, clients):
-        pass
-    pairs = [(server.state, it.server.run.party.state)]
-    pairs += [(clients[n].state, it.finals[n].state) for n in server.spec.schedule.test_clients]
-    for ours, theirs in pairs:
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    it.assert_equal_to_program(it.server.run.schedule.test_clients)
 
 
 @pytest.mark.slow

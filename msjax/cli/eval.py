@@ -7,7 +7,7 @@ from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
-from msjax.training import loop, program
+from msjax.training import loop
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
-    state, mesh = _placed(run)
+    state, mesh = loop.placed(run)
     found = loop.restore(folder, run, state, mesh)
     folder.close()
     if found is None:
@@ -78,16 +78,9 @@ def _evaluate_config(arguments):
     cfg = check_early(fields_of(config.Config, flags))
     split_cpu(cfg.clients)
     run = load_run(cfg)
-    state, mesh = _placed(run)
+    state, mesh = loop.placed(run)
     said = {"model": cfg.model.name, "weights": cfg.model.weights, "cut": cfg.model.cut, "data": cfg.data.name}
     return _print_result(said, run, state, mesh)
-
-
-def _placed(run):
-    """A run's first state on the devices, and their mesh."""
-    options = {"shard_server": run.shard_server}
-    mesh = loop.mesh_of(run.spec, **options)
-    return program.place(run.spec, run.state, mesh, **options), mesh
 
 
 def _print_result(said, run, state, mesh):

@@ -17,8 +17,6 @@ from msjax.logs import shorten
 from msjax.split.finite import NonFiniteError
 from msjax.training import Interrupted, processes
 
-OPTIONS = ("--coordinator-address", "--num-processes", "--process-id", "--heartbeat-seconds")
-"""What says by hand what `--distributed` finds by itself, and how long a process may be silent."""
 FLAG = "--distributed"
 _SECONDS_FOR_OTHERS = 2.0
 
@@ -38,6 +36,10 @@ class HostFlags:
     """Which of them this is, from 0."""
     heartbeat_seconds: int = processes.HEARTBEAT_SECONDS
     """A process that is silent for so long is taken for dead."""
+
+
+OPTIONS = tuple(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(HostFlags)[1:])
+"""What says by hand what `--distributed` finds by itself, and how long a process may be silent."""
 
 
 def join(options: argparse.Namespace) -> None:

@@ -6,14 +6,14 @@ import rich.table
 
 from msjax import config, plan
 from msjax.checks import integer
-from msjax.cli.options import DEFAULT, check_early, fields_of, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.runs import to_json
 from msjax.runs.tables import console
 
 DESCRIPTION = (
     "Say what a run needs before it is begun, from shapes alone: parameters, memory, bytes, and seconds on a link. "
-    "Nothing is trained and no weights are made. Options are those of msjax train, --config FILE.py (a preset) among "
-    "them; sets of images that are known by name and texts for a decoder need not be at hand."
+    "Nothing is trained and no weights are made. Options are those of msjax train; sets of images that are known by "
+    "name and texts for a decoder need not be at hand."
 )
 PARTS = {"client": "client", "server": "server", "tail": "client, behind the server"}
 
@@ -52,7 +52,7 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flags(config.Config, PlanOptions):
+class _Flags(config.Config, PlanOptions, PresetFlag):
     """The config's and these, in one list."""
 
 

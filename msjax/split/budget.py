@@ -104,7 +104,7 @@ def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
 
 def _sizes(spec):
     """Of a full batch: how many values its features have, and how many bytes its labels."""
-    batch_size = min(spec.schedule.batch_size, spec.schedule.samples)
+    batch_size = spec.schedule.full_batch_size
     values = sum(like.size for like in spec.feature_payload(batch_size).likes)
     return values, sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
 

@@ -37,7 +37,7 @@ class RunReads:
         position = self.schedule.position(step)
         clients = list(position.clients)[self.rows or slice(None)]
         at = self._order(position.epoch)[clients, position.start : position.stop]
-        return data.Read(at, _entropy(self.seed, position.epoch, position.start // self.schedule.batch_size))
+        return data.Read(at, _entropy(self.schedule, self.seed, position))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
@@ -72,7 +72,7 @@ class ClientReads:
         """Returns what it reads in a step of the run."""
         position = self.schedule.position(step)
         at = self._order(position.epoch)[position.start : position.stop]
-        return data.Read(at, _entropy(self.seed, position.epoch, position.start // self.schedule.batch_size))
+        return data.Read(at, _entropy(self.schedule, self.seed, position))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
@@ -164,6 +164,6 @@ def _test_places(schedule, client_id):
     return places
 
 
-def _entropy(seed, epoch, step):
+def _entropy(schedule, seed, position):
     """What random crops depend on beside the sample: the same for a client in one program and by itself."""
-    return seed, epoch, step
+    return seed, position.epoch, position.start // schedule.batch_size

@@ -95,6 +95,11 @@ class Schedule:
     u_shaped: bool = False
 
     @property
+    def full_batch_size(self) -> int:
+        """Samples of each client in a full step: no more than it has."""
+        return min(self.batch_size, self.samples)
+
+    @property
     def client_steps(self) -> int:
         """Steps of one client in an epoch."""
         return math.ceil(self.samples / self.batch_size)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from msjax.data._reader import count_cores
+
 AXIS = "client"
 """The mesh axis over which the clients are spread."""
 
@@ -22,12 +24,7 @@ def split_cpu(clients: int, cores: int | None = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", _spread_over(clients, cores or _own_cores()))
-
-
-def _own_cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", _spread_over(clients, cores or count_cores()))
 
 
 def _spread_over(clients, limit):

@@ -146,6 +146,13 @@ def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
     return make_mesh(spec.mode.clients_at_once(spec.schedule))
 
 
+def placed(run: LoadedRun) -> tuple[TrainState, Mesh | None]:
+    """Returns a run's first state on the devices, and their mesh; raises as `mesh_of`."""
+    options = {"shard_server": run.shard_server}
+    mesh = mesh_of(run.spec, **options)
+    return program.place(run.spec, run.state, mesh, **options), mesh
+
+
 def check_processes(run: LoadedRun, **more: Any) -> None:
     """Raises ValueError, in all processes, where they do not have the same run, or its clients do not divide over them.
 
@@ -186,9 +193,8 @@ def trained_state(run: LoadedRun, folder: RunFolder) -> TrainState | None:
     """Returns the parts that a finished run ended with, from its last checkpoint; None where that is not there."""
     if folder.checkpoints.latest() != run.spec.schedule.total_steps:
         return None
-    options = {"shard_server": run.shard_server}
-    mesh = mesh_of(run.spec, **options)
-    state, _, _ = restore(folder, run, program.place(run.spec, run.state, mesh, **options), mesh)
+    state, mesh = placed(run)
+    state, _, _ = restore(folder, run, state, mesh)
     return program.gather(run.spec, state, mesh)
 
 
@@ -198,9 +204,7 @@ class _Loop:
     def __init__(self, run, folder, quiet):
         self._run, self._folder, self._quiet = run, folder, quiet
         self._spec, self._schedule = run.spec, run.spec.schedule
-        options = {"shard_server": run.shard_server}
-        self._mesh = mesh_of(run.spec, **options)
-        self._state = program.place(run.spec, run.state, self._mesh, **options)
+        self._state, self._mesh = placed(run)
         self._sums = self._zero()
         self._constants = _digest_of_constants(run.spec, run.state)
         self._progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}

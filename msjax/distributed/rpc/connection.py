@@ -75,6 +75,10 @@ class Connection:
             while True:
                 await self._stream.write(await self._outbox.get())
 
+    def _queue(self, frames):
+        for frame in frames:
+            self._outbox.put_nowait(frame)
+
     def _put(self, message):
         self._inbox.put((message, time.monotonic()))
 
@@ -88,8 +92,7 @@ class Connection:
 
     def send(self, message: pb.FromClient) -> None:
         """Hands a message over."""
-        frames = list(to_frames(message))
-        event_loop().call_soon_threadsafe(lambda: [self._outbox.put_nowait(frame) for frame in frames])
+        event_loop().call_soon_threadsafe(self._queue, list(to_frames(message)))
 
     def receive(self, timeout: float | None) -> pb.FromServer:
         """Returns the server's next message; see `Channel.receive`."""
