@@ -221,6 +221,7 @@ def mean_update(means: Vectors, part: PartState, stats: PyTree) -> PartUpdate:
 
 def average_parts(
     spec: RunSpec,
+    now: jax.Array,
     parts: PartState,
     memory: Averages,
     keys: jax.Array,
@@ -231,27 +232,47 @@ def average_parts(
 ) -> tuple[PartState, Averages, tuple[jax.Array, jax.Array]]:
     """Gives each of K clients, whose parts have a leading axis K and nothing that never changes, the average of all.
 
+    What the devices exchange is no part of a `lax.cond`: XLA's CPU (jaxlib 0.10) corrupts memory where a program with
+    such a one comes from the persistent compilation cache.
+
     Args:
+      now: bool (), whether this step ends with an average; else nothing changes.
       clients_at_once, mesh: as of `send`.
 
     Returns:
       The parts, the memories, and about the bytes of all messages up and down.
     """
     clients, reference = keys.shape[0], memory.client.reference
-    vectors = jax.vmap(lambda part: _changes(part, reference))(parts)
-    sent = send(spec, vectors, memory.client.error, keys, clients_at_once=clients_at_once, mesh=mesh)
+
+    def encode_changes(parts, error):
+        vectors = jax.vmap(lambda part: _changes(part, reference))(parts)
+        return send(spec, vectors, error, keys, clients_at_once=clients_at_once, mesh=mesh)
+
+    def nothing(parts, error):
+        return Sent(tuple(map(jnp.zeros_like, reference)), error, jnp.zeros(clients, jnp.float32))
+
+    sent = jax.lax.cond(now, encode_changes, nothing, parts, memory.client.error)
     means = over_devices(sent.total, clients, axis_name)
-    means, error, answer_bytes = answer(spec, means, memory.server.error, first_of_all(keys[0], axis_name))
-    own = memory.client._replace(error=sent.error)
-    part, own = _averaged(jax.tree.map(lambda leaf: leaf[0], parts), own, means)
+    first_key = first_of_all(keys[0], axis_name)
 
-    def to_all(mean, own):
-        return jnp.broadcast_to(mean, own.shape) if is_float(own) else own
+    def adopt_mean(parts, memory):
+        changes, error, answer_bytes = answer(spec, means, memory.server.error, first_key)
+        part, own = _averaged(jax.tree.map(lambda leaf: leaf[0], parts), memory.client, changes)
 
-    trees = (jax.tree.map(to_all, getattr(part, name), getattr(parts, name)) for name in ("params", "stats"))
-    params, stats = trees
-    memory = Averages(own, memory.server._replace(error=error))
-    return parts._replace(params=params, stats=stats), memory, (sent.nbytes.sum(), answer_bytes * clients)
+        def to_all(mean, own):
+            return jnp.broadcast_to(mean, own.shape) if is_float(own) else own
+
+        trees = (jax.tree.map(to_all, getattr(part, name), getattr(parts, name)) for name in ("params", "stats"))
+        params, stats = trees
+        memory = Averages(own, memory.server._replace(error=error))
+        return parts._replace(params=params, stats=stats), memory, answer_bytes
+
+    def as_before(parts, memory):
+        return parts, memory, jnp.float32(0)
+
+    memory = memory._replace(client=memory.client._replace(error=sent.error))
+    parts, memory, answer_bytes = jax.lax.cond(now, adopt_mean, as_before, parts, memory)
+    return parts, memory, (sent.nbytes.sum(), answer_bytes * clients)
 
 
 def _update_vectors(update, stats):

@@ -171,17 +171,11 @@ class SplitFed(AveragingMode):
 
     def _average(self, spec, state, metrics, keys, axis_name, mesh, clients_at_once):
         """The average through the codec, in the steps that have one."""
-
-        def average(client, memory):
-            args = (spec, client, memory, keys, axis_name)
-            return averages.average_parts(*args, clients_at_once=clients_at_once, mesh=mesh)
-
-        def nothing(client, memory):
-            return client, memory, (jnp.float32(0), jnp.float32(0))
-
         now = self._after(state.step - 1, spec.schedule.epoch_steps)
         own = state.client.without(spec.client_constants)
-        client, memory, sent = jax.lax.cond(now, average, nothing, own, state.memory)
+        client, memory, sent = averages.average_parts(
+            spec, now, own, state.memory, keys, axis_name, clients_at_once=clients_at_once, mesh=mesh
+        )
         metrics = fused.with_average_bytes(metrics, sent, axis_name)
         client = client.with_constants_of(state.client, spec.client_constants)
         return state._replace(client=client, memory=memory), metrics
