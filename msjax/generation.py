@@ -19,6 +19,7 @@ codec, and sees no logits.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -42,6 +43,8 @@ from msjax.session import (
     padded,
     read_array,
 )
+
+_log = logging.getLogger("msjax")
 
 
 @dataclasses.dataclass
@@ -69,7 +72,8 @@ class Generator:
       client: the whole decoder, or with others its first part, as `models.split` makes it.
       server: the second part. Of one that is elsewhere the function alone counts: see `connect`.
       tail: U-shaped, the third part, which is the client's as well.
-      codec: of the features between the parts.
+      codec: of the features between the parts. They cross token by token, so that one with `granularity="channel"`
+        sends a scale for each value, and a warning says so.
       compression: None or "huffman", see `wire.encode`.
       connect: opens a session with a server elsewhere; by default `server` is computed here.
 
@@ -96,6 +100,8 @@ class Generator:
             raise ValueError(f"parts must have layers 0..{config.num_hidden_layers + 1} of one decoder, got {names}")
         self.config, self.client, self.server, self.tail = config, client, server, tail
         self.codec, self.compression = Identity() if codec is None else codec.at_inference(), compression
+        if getattr(codec, "granularity", None) == "channel":
+            _log.warning("%s sends a scale for each value behind the prompt, as a single token comes at a time", codec)
         self._connect = connect
 
     def _open(self, terms: Terms, key: jax.Array) -> Session:

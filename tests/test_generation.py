@@ -48,6 +48,15 @@ def tokens_of(generator, prompts=PROMPTS, **options):
     return generation.tokens, generation.traffic
 
 
+def test_a_scale_for_each_channel_of_one_token_is_warned_of(weights, caplog):
+    codec = compress.Uniform(bits=4, granularity="channel")
+    Generator(*parts_of(weights, "llama 3", 1), codec=codec)
+    assert "sends a scale for each value behind the prompt" in caplog.text
+    caplog.clear()
+    Generator(*parts_of(weights, "llama 3", 1), codec=CODEC)
+    assert not caplog.text
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(apply, params, x):
     return apply(params, {}, x, train=False)[0]

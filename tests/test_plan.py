@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from msjax.split.traffic import epoch_traffic
 from . import decoders
 from .setups import MODES, SMALL, dataset
 
+EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "own_model_over_network.py"
 COUNTS = plan.Counts(len(dataset().train), len(dataset().test))
 
 
@@ -113,6 +115,9 @@ def test_the_command(tmp_path, capsys):
     assert found["epoch_steps"] == 30 and found["link"] == {"client_mbit": 8.0, "server_mbit": None}
     sent = found["codecs"][0]["sent"]
     assert sent["seconds"] == pytest.approx((sent["up_bytes"] + sent["down_bytes"]) / 1e6)
+    assert cli.run("plan", ["--config", str(EXAMPLE)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("msjax plan: own_model_over_network.py:make_model cut") and str(EXAMPLE.parent) not in text
     for wrong, message in (
         (["--link-mbit", "0"], "--link-mbit must be a finite number above 0, got 0"),
         (["--samples", "0"], "samples must be an integer of at least 1, got 0"),

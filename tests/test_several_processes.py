@@ -254,6 +254,8 @@ def test_options_of_several_processes_are_checked_before_they_meet(capsys):
             "--process-id must be an integer in 0..1, got 2",
         ),
         (["--distributed", "--coordinator-address", "here"], "--coordinator-address must be HOST:PORT, got 'here'"),
+        (["--distributed", "--local-device-ids", "0,x"], "--local-device-ids must be an integer, got 'x'"),
+        (["--distributed", "--local-device-ids", "1,1"], "--local-device-ids must name each device once, got 1,1"),
         (["--distributed", "--heartbeat-seconds", "0"], "--heartbeat-seconds must be an integer of at least 1, got 0"),
     ):
         assert cli.run("train", arguments) == 2

@@ -34,16 +34,22 @@ def test_traffic_is_what_the_parties_send(codec, mode):
     grad_codec = compress.StochasticUniform(bits=4)
     cfg = dataclasses.replace(SMALL, codec=codec, grad_codec=grad_codec, mode=mode, test_every=2)
     server, clients = make_parties(cfg, UNEVEN)
-    sent = {"uplink_bytes": 0, "downlink_bytes": 0, "paper_bytes": 0}
+    sent = {
+        "uplink_bytes": 0,
+        "downlink_bytes": 0,
+        "uplink_test_bytes": 0,
+        "downlink_test_bytes": 0,
+        "paper_bytes": 0,
+    }
     handle = server.handle
 
     def counting(exchange, messages):
         answers = handle(exchange, messages)
         up, down = ([m.payload for m in group.values()] for group in (messages, answers))
-        if exchange.phase != Phase.TEST:
-            labels = [m.labels for m in messages.values() if m.labels is not None]
-            sent["uplink_bytes"] += nbytes(up) + nbytes(labels)
-            sent["downlink_bytes"] += nbytes(down)
+        kind = "test_bytes" if exchange.phase == Phase.TEST else "bytes"
+        labels = [m.labels for m in messages.values() if m.labels is not None]
+        sent[f"uplink_{kind}"] += nbytes(up) + nbytes(labels)
+        sent[f"downlink_{kind}"] += nbytes(down)
         if exchange.phase in (Phase.TEST, Phase.FEATURES):
             sent["paper_bytes"] += nbytes(up)
         return answers

@@ -34,6 +34,9 @@ class HostFlags:
     """How many there are."""
     process_id: int | None = None
     """Which of them this is, from 0."""
+    local_device_ids: tuple[int, ...] | None = None
+    """Which devices of its host this process has, by commas, where several processes share a host; by default all, or
+    what the system of processes says."""
     heartbeat_seconds: int = processes.HEARTBEAT_SECONDS
     """A process that is silent for so long is taken for dead."""
 
@@ -54,17 +57,22 @@ def join(options: argparse.Namespace) -> None:
             raise ValueError(f"{also[0]} takes {FLAG} beside it")
         return
     address, *numbers = given.values()
+    *numbers, local, seconds = numbers
+    names = (OPTIONS[1], OPTIONS[2], OPTIONS[4])
     count, number, seconds = (
-        None if value is None else _integer(name, value) for name, value in zip(OPTIONS[1:], numbers, strict=True)
+        None if value is None else _integer(name, value) for name, value in zip(names, (*numbers, seconds), strict=True)
     )
+    devices = None if local is None else tuple(_integer(OPTIONS[3], each) for each in local.split(","))
+    if devices is not None and len(set(devices)) < len(devices):
+        raise ValueError(f"{OPTIONS[3]} must name each device once, got {local}")
     if count is not None:
         integer(OPTIONS[1], count, 1)
     if number is not None:
         integer(OPTIONS[2], number, 0, None if count is None else count - 1)
     if address is not None and not address.rpartition(":")[2].isdecimal():
         raise ValueError(f"{OPTIONS[0]} must be HOST:PORT, got {address!r}")
-    seconds = processes.HEARTBEAT_SECONDS if seconds is None else integer(OPTIONS[3], seconds, 1)
-    processes.join(address, count, number, heartbeat_seconds=seconds)
+    seconds = processes.HEARTBEAT_SECONDS if seconds is None else integer(OPTIONS[4], seconds, 1)
+    processes.join(address, count, number, devices, heartbeat_seconds=seconds)
 
 
 def _integer(name, text):

@@ -1,12 +1,14 @@
 """`msjax plan`: what a run needs before it is begun: parameters, memory, bytes and seconds on a link."""
 
 import dataclasses
+import pathlib
 
 import rich.table
 
 from msjax import config, plan
 from msjax.checks import integer
 from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
+from msjax.references import is_reference
 from msjax.runs import to_json
 from msjax.runs.tables import console
 
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 def _headline(found):
     run, schedule = found.run, found.run.spec.schedule
-    words = [f"{found.cfg.model.name} cut at {found.cfg.model.cut}, features {run.spec.features} a sample"]
+    words = [f"{_name(found.cfg.model)} cut at {found.cfg.model.cut}, features {run.spec.features} a sample"]
     at_once = "" if run.clients == schedule.clients else f", {run.clients} at a time"
     words.append(f"{schedule.clients:,} clients{at_once}, {run.batch_size:,} samples each in a step")
     if found.counts is None:
@@ -86,6 +88,11 @@ def _headline(found):
     else:
         words.append(f"{schedule.samples:,} samples each in {schedule.epoch_steps:,} steps an epoch")
     return "; ".join(words)
+
+
+def _name(model):
+    """The network's name; of a function in a file without the folders, which the config has in full."""
+    return pathlib.PurePath(model.name).name if is_reference(model.name) else model.name
 
 
 def _parties(found):

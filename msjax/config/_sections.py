@@ -234,7 +234,8 @@ class Config:
     shard_server: bool = False
     """Whether the server's part, its optimizer's state and the batch of each step are spread over all devices (FSDP),
     so that a larger part fits; with msjax serve over those of the server. By default msjax train spreads the clients
-    alone, and msjax serve has one device. The numbers are the same up to the order of sums."""
+    alone, and msjax serve has one device. The numbers are the same up to the order of sums. Of one process alone: with
+    several, see msjax train --distributed, it must be False."""
     batch_size: int = 256
     """Samples that each client sends in a step."""
     epochs: int = 10

@@ -10,11 +10,12 @@ from msjax.split.spec import RunSpec
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Payload bytes over all clients; headers are not in it, nor what is sent to test.
+    """Payload bytes over all clients; headers are not in it.
 
     U-shaped, features and gradients go both ways, and no labels. `synchronization` is what keeps the clients' parts
     together: in parallel mode every client sends its gradients and batch statistics in each step and gets their mean.
-    The paper counts features on their way up alone, of training and of test samples: `paper_bytes`.
+    What is sent to test, features and labels up and U-shaped the tail's features down, is counted by itself and in no
+    sum. The paper counts features on their way up alone, of training and of test samples: `paper_bytes`.
     """
 
     uplink_feature_bytes: int = 0
@@ -24,6 +25,8 @@ class Traffic:
     downlink_feature_bytes: int = 0
     downlink_gradient_bytes: int = 0
     downlink_synchronization_bytes: int = 0
+    uplink_test_bytes: int = 0
+    downlink_test_bytes: int = 0
     paper_bytes: int = 0
 
     @property
@@ -81,14 +84,18 @@ def run_traffic(spec: RunSpec, epochs: int) -> Traffic:
 
 def _of_client(spec, exchange, measure):
     up, down = (0 if payload is None else measure(payload) for payload in (spec.up(exchange), spec.down(exchange)))
+
+    def labels():
+        return spec.schedule.batch_size_of(exchange) * spec.labels.nbytes
+
     match exchange.phase:
         case Phase.FEATURES if spec.u_shaped:
             return Traffic(uplink_feature_bytes=up, downlink_feature_bytes=down, paper_bytes=up)
         case Phase.FEATURES:
-            labels = spec.schedule.batch_size_of(exchange) * spec.labels.nbytes
-            return Traffic(up, uplink_label_bytes=labels, downlink_gradient_bytes=down, paper_bytes=up)
+            return Traffic(up, uplink_label_bytes=labels(), downlink_gradient_bytes=down, paper_bytes=up)
         case Phase.GRADIENT:
             return Traffic(uplink_gradient_bytes=up, downlink_gradient_bytes=down)
         case Phase.TEST:
-            return Traffic(paper_bytes=up)
+            with_labels = up if spec.u_shaped else up + labels()
+            return Traffic(uplink_test_bytes=with_labels, downlink_test_bytes=down, paper_bytes=up)
     return Traffic(uplink_synchronization_bytes=up, downlink_synchronization_bytes=down)

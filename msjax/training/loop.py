@@ -363,7 +363,8 @@ def _traffic_until(spec, history):
     """The bytes so far. As recorded: a run that was given more epochs had a test after what had been its last."""
     if not history:
         return run_traffic(spec, 0)
-    return Traffic(**{field.name: history[-1]["traffic"][field.name] for field in dataclasses.fields(Traffic)})
+    recorded = history[-1]["traffic"]  # runs of earlier versions did not count every kind
+    return Traffic(**{field.name: recorded.get(field.name, 0) for field in dataclasses.fields(Traffic)})
 
 
 def _coded_bytes(spec, sums, history):

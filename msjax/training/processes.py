@@ -7,7 +7,7 @@ what it says at once.
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -30,6 +30,7 @@ def join(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
     *,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
@@ -42,16 +43,17 @@ def join(
         JAX knows the system: SLURM, Kubernetes, TPU pods, Open MPI.
       num_processes: how many there are.
       process_id: which of them this is, from 0.
+      local_device_ids: which devices of its host it has; all, or as the system says, where it is None.
       heartbeat_seconds: see `HEARTBEAT_SECONDS`.
 
     Raises:
       ValueError: what was not given cannot be found, or does not fit.
     """
-    given = (coordinator_address, num_processes, process_id)
+    given, devices = (coordinator_address, num_processes, process_id), local_device_ids
     # Its handler of SIGTERM would come before that of the training loop, in which all agree to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=heartbeat_seconds)
+        jax.distributed.initialize(*given, devices, heartbeat_timeout_seconds=heartbeat_seconds)
     except ValueError as error:
         if None not in given:
             raise
