@@ -71,7 +71,7 @@ def make_parties(cfg, counts=(COUNT, TEST_COUNT), **options):
 
 def load_program(cfg, monkeypatch, *, spread):
     """The run in one program on uneven data: over several devices where `spread`, else on one."""
-    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: dataset(*UNEVEN))
+    monkeypatch.setattr(data, "load", lambda *args, **options: dataset(*UNEVEN))
     if not spread:
         monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
     run = from_config.load_run(cfg)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import build, compress, config
+from msjax import compress, config, data
 from msjax.cli import main as cli
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
@@ -376,7 +376,7 @@ def test_a_user_without_a_home_folder_is_told_what_to_give(monkeypatch, tmp_path
     def load(*args, **options):
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(build.data, "load", load)
+    monkeypatch.setattr(data, "load", load)
     assert cli.run("train", ["--data.data-dir=sets", f"--out={tmp_path}"]) == 2
     message = "data.data_dir and data.cache_dir must be given where the user has no home folder, got 'sets' and None"
     assert message in capsys.readouterr().err

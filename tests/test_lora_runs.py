@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import build, compress, config
+from msjax import build, compress, config, data
 from msjax.runs import RunFolder
 from msjax.split import parties, programs, step
 from msjax.split.metrics import zero_sums
@@ -37,8 +37,8 @@ def by_parties(cfg):
     """A run and its parties at their end."""
     run = from_config.load_run(cfg)
     server = parties.Server(run.spec, run.state.server, cfg.seed)
-    own = [ClientData(build.data.Arrays(*run.dataset.train.fetch(i)), run.dataset.test) for i in run.client_indices]
-    clients = [parties.Client(n, run.spec, run.state.client, data, cfg.seed) for n, data in enumerate(own)]
+    own = [ClientData(data.Arrays(*run.dataset.train.fetch(i)), run.dataset.test) for i in run.client_indices]
+    clients = [parties.Client(n, run.spec, run.state.client, held, cfg.seed) for n, held in enumerate(own)]
     for _ in parties.run(server, clients):
         pass
     return run, server, clients

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.proxy import Proxy
-from msjax import build, config
+from msjax import config, data
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
@@ -36,7 +36,7 @@ TOKENS = "0 alice\n1 bob\n"
 
 @pytest.fixture(autouse=True)
 def random_data(monkeypatch):
-    monkeypatch.setattr(build.data, "load", lambda *args, **options: dataset())
+    monkeypatch.setattr(data, "load", lambda *args, **options: dataset())
 
 
 class Net:

@@ -83,7 +83,7 @@ def test_a_clients_exchanges_find_their_batches_in_order(mode, monkeypatch):
 
 
 def load(monkeypatch, cfg, ds):
-    monkeypatch.setattr(from_config.build.data, "load", lambda *args, **options: ds)
+    monkeypatch.setattr(data, "load", lambda *args, **options: ds)
     return from_config.load_run(cfg)
 
 

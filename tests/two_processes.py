@@ -54,7 +54,7 @@ def loaded(cfg, *, streamed=False):
     dataset = setups.dataset(*setups.UNEVEN)
     if streamed:
         dataset = dataclasses.replace(dataset, train=Stream(dataset.train), test=Stream(dataset.test))
-    from_config.build.data.load = lambda *args, **options: dataset
+    data.load = lambda *args, **options: dataset
     return from_config.load_run_everywhere(cfg)
 
 

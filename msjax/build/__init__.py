@@ -1,0 +1,29 @@
+"""From a config and a summary of the data to the description of a run and its first state."""
+
+from msjax.build._data import batch_of_small_share, divide, load_data, make_preprocess, pixel_maximum
+from msjax.build._decoder import decoder_config, resolved
+from msjax.build._network import check_model, check_weights, identity, make_model, make_parts, to_go_on
+from msjax.build._run import Built, build, make_mode, make_task
+from msjax.build._summary import DataSummary, check_tokenizer
+
+__all__ = [
+    "Built",
+    "DataSummary",
+    "batch_of_small_share",
+    "build",
+    "check_model",
+    "check_tokenizer",
+    "check_weights",
+    "decoder_config",
+    "divide",
+    "identity",
+    "load_data",
+    "make_mode",
+    "make_model",
+    "make_parts",
+    "make_preprocess",
+    "make_task",
+    "pixel_maximum",
+    "resolved",
+    "to_go_on",
+]

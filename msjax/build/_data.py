@@ -1,0 +1,120 @@
+"""From a config to its data, and to what a client does to them."""
+
+import numpy as np
+
+from msjax import config, data, models
+from msjax.build._decoder import decoder_config, takes_tokens
+from msjax.build._summary import DataSummary
+from msjax.split.spec import Preprocess
+from msjax.split.trees import TreeSpec
+
+
+def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:
+    """Loads the data set of a config, or lets its preset make it; a directory given here goes before the config's.
+
+    Raises:
+      ValueError, data.DataError: it cannot be had.
+    """
+    if config.is_reference(cfg.data.name):
+        if cfg.data.missing != "refuse":
+            raise ValueError(
+                f"data.missing must be 'refuse' where data.name is a function of a preset, which can fill values in "
+                f"itself, got {cfg.data.missing!r}"
+            )
+        _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
+        return data.as_dataset(config.call_reference("data.name", cfg.data.name))
+    if cfg.model.name == models.DECODER or cfg.data.name.endswith(".txt"):
+        return _load_text(cfg, cache_dir)
+    if cfg.data.test is not None:
+        raise ValueError(f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}")
+    if config.is_local_path(cfg.data.name):
+        return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
+    where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
+    names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
+    options = {name: getattr(cfg.data, name) for name in names}
+    try:
+        return data.load(cfg.data.name, **where, **options)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        got = " and ".join(map(repr, where.values()))
+        raise ValueError(
+            f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
+        ) from None
+
+
+def _refuse_streamed(cfg, what):
+    if cfg.data.streamed:
+        raise ValueError(f"data.streamed must be None or False where data.name is {what}, got True")
+
+
+def _load_text(cfg, cache_dir):
+    """Blocks of tokens; of a decoder such as it has."""
+    _refuse_streamed(cfg, "a file of texts, which is read whole")
+    if not cfg.data.name.endswith((".txt", ".csv")):
+        raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
+    if cfg.data.tokenizer is None:
+        raise ValueError(f"data.tokenizer must be given for the texts of {cfg.data.name!r}, got None")
+    described = decoder_config(cfg) if cfg.model.name == models.DECODER else None
+    return data.from_text(
+        cfg.data.name,
+        cfg.data.test,
+        tokenizer=cfg.data.tokenizer,
+        length=cfg.data.text_length,
+        column=cfg.data.text_column,
+        start=described and described.bos_token_id,
+        vocabulary=described and described.vocab_size,
+        test_share=cfg.data.test_share,
+        cache_dir=cache_dir or cfg.data.cache_dir,
+    )
+
+
+def _path_options(cfg):
+    """Options for data of one's own, by what the path is of."""
+    options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
+    if cfg.streamed is not None:
+        options["streamed"] = cfg.streamed
+    if cfg.name.endswith(".csv"):
+        return options | {"label": cfg.label}
+    if cfg.name.endswith(".npz"):
+        return options | {"normalize": cfg.normalize}
+    return options | {"image_size": cfg.image_size}
+
+
+def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
+    """Returns what the client does to its inputs."""
+    augment = cfg.data.augment or summary.augment
+    if config.is_reference(augment):
+        augment = config.resolve("data.augment", augment)
+    dtype = "int32" if takes_tokens(cfg) else cfg.dtype
+    maximum = pixel_maximum(summary.inputs)
+    return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
+
+
+def pixel_maximum(inputs: TreeSpec) -> float | None:
+    """Returns what `data.normalize` divides by: a data set's mean and std are of pixels / 255, or of floats.
+
+    None of all others: tokens are not divided, and whatever else there might be is refused.
+    """
+    dtypes = [leaf.dtype for leaf in inputs.leaves]
+    return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
+
+
+def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:
+    """Returns which training samples each client holds, and how many each draws in an epoch.
+
+    Raises:
+      ValueError: there are more clients than samples, or `alpha` does not fit.
+    """
+    if clients > len(ds.train):
+        raise ValueError(f"clients must be in 1..{len(ds.train)} (the number of examples), got {clients}")
+    # An even division needs no labels, which for a stream take a pass over the set.
+    of = len(ds.train) if alpha is None else ds.train.labels()
+    return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients
+
+
+def batch_of_small_share(cfg: config.Config, samples: int) -> str | None:
+    """Returns what there is to say where a client's share is smaller than a batch; None where it is not."""
+    if samples >= cfg.batch_size:
+        return None
+    return f"batch_size is {cfg.batch_size}, but a client has {samples} samples an epoch: its batches have {samples}"

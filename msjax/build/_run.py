@@ -1,0 +1,116 @@
+"""From a config and a summary of the data to the description of a run and its first state."""
+
+import dataclasses
+import inspect
+from typing import NamedTuple
+
+import jax
+
+from msjax import config, models, tasks
+from msjax.build._data import make_preprocess
+from msjax.build._network import make_parts
+from msjax.build._summary import DataSummary
+from msjax.compress import Identity
+from msjax.optim import make_optimizer
+from msjax.split.make_spec import init_part, make_spec
+from msjax.split.modes import MODES, Mode
+from msjax.split.payloads import Codecs
+from msjax.split.schedule import Schedule
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState
+
+
+class Built(NamedTuple):
+    """A run, before its first step."""
+
+    spec: RunSpec
+    client: PartState
+    server: PartState
+
+
+def build(
+    cfg: config.Config,
+    summary: DataSummary,
+    *,
+    samples: int,
+    test_samples: int,
+    parts: tuple[models.ModelPart, ...] | None = None,
+    client_values: tuple[int, int, int] | None = None,
+    shapes_only: bool = False,
+) -> Built:
+    """Builds the model, cuts it, and describes the run of clients with `samples` training samples each.
+
+    Args:
+      parts: what `make_parts` made, if it was called already.
+      client_values: see `make_spec`.
+      shapes_only: `parts` hold shapes and dtypes, and so do the states.
+
+    Raises:
+      ValueError: a field of the config has a value that does not fit.
+    """
+    parts = make_parts(cfg, summary, weights=cfg.model.weights) if parts is None else parts
+    mode = make_mode(cfg.mode, seed=cfg.seed)
+    counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
+    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
+    spec = make_spec(
+        parts,
+        client_values=client_values,
+        inputs=summary.inputs,
+        labels=summary.labels,
+        schedule=schedule,
+        task=make_task(cfg, summary),
+        optimizer=make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=schedule.epoch_steps),
+        codec=codec,
+        grad_codec=Codecs.of(cfg.grad_codec, "grad_codec"),
+        grad_kept_only=cfg.grad_kept_only,
+        test_codec=codec.at_inference() if cfg.eval_compressed else Codecs(Identity()),
+        update_codec=cfg.update_codec,
+        cut_bits=cfg.cut_bits,
+        cut_seconds=cfg.cut_seconds,
+        link_bytes_per_second=cfg.link_bytes_per_second,
+        preprocess=make_preprocess(cfg, summary),
+    )
+    client, server, *tail = parts
+
+    def states():
+        return init_part(spec.optimizer, client, *tail), init_part(spec.optimizer, server)
+
+    return Built(spec, *(jax.eval_shape(states) if shapes_only else states()))
+
+
+def make_mode(cfg: config.ModeConfig, *, seed: int = 0) -> Mode:
+    """Returns the mode that a config names, with those of the config's fields that it has.
+
+    Args:
+      seed: of the draws of clients, where not all of them take part.
+    """
+    kind = MODES[cfg.kind]
+    known = {field.name for field in dataclasses.fields(config.ModeConfig)}
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind) if field.name in known}
+    # Without draws it is no part of the mode: runs of several seeds are then one to the compiler.
+    return kind(**fields, seed=seed) if cfg.client_fraction < 1 else kind(**fields)
+
+
+def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
+    """Returns the task that a config names, or that its preset makes.
+
+    Raises:
+      ValueError: there is none of that name, or it does not fit the data.
+    """
+    name = cfg.task.name
+    if config.is_reference(name):
+        task = config.call_reference("task.name", name, summary)
+        if not isinstance(task, tasks.Task):
+            raise ValueError(f"task.name must name a function that returns a tasks.Task, got {type(task).__name__}")
+        return task
+    maker = tasks.TASKS[name]
+    known = {
+        "label_smoothing": cfg.optim.label_smoothing,
+        "num_classes": summary.num_classes,
+        "ignore": cfg.task.ignore,
+    }
+    options = {n: v for n, v in known.items() if n in inspect.signature(maker).parameters and v is not None}
+    if cfg.optim.label_smoothing and "label_smoothing" not in options:
+        raise ValueError(f"optim.label_smoothing must be 0 for task.name={name!r}, got {cfg.optim.label_smoothing}")
+    return maker(**options)

@@ -1,0 +1,121 @@
+"""What a network has to know of a data set."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from msjax import config, data
+from msjax.split.trees import TreeSpec
+
+
+class DataSummary(NamedTuple):
+    """What a network has to know of a data set.
+
+    Attributes:
+      inputs, labels: of one example, as they are stored.
+      num_classes: where labels are classes.
+      mean, std: for `data.normalize`; None where inputs are taken as they are.
+      augment: the usual augmentation of the set.
+      columns: of a table, how its columns became inputs.
+      tokenizer: of texts, what split them: of words a version, of a tokenizer.json its hash.
+      classes: the names of the classes, where they are known.
+    """
+
+    inputs: TreeSpec
+    labels: TreeSpec
+    num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: str = "none"
+    tokenizer: int | str | None = None
+    columns: tuple[data.Column, ...] | None = None
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, ds: data.Dataset) -> "DataSummary":
+        """Returns the summary of a data set."""
+        mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
+        inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
+        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns, ds.classes)
+
+    def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
+        """Returns it with the config's `mean` and `std`, where it has them.
+
+        Raises:
+          ValueError: they are not as many as the inputs have channels.
+        """
+        if cfg.mean is None or cfg.std is None:
+            return self
+        for name, values in (("mean", cfg.mean), ("std", cfg.std)):
+            if len(values) != self.input_shape[-1]:
+                raise ValueError(f"data.{name} must have {self.input_shape[-1]} numbers, got {values}")
+        if self.columns is None:
+            return self._replace(mean=cfg.mean, std=cfg.std)
+        # What the config's mean and std are of the columns as they were, in terms of the inputs that came of them.
+        own_mean, own_std = map(np.asarray, data.column_statistics(self.columns))
+        mean, std = (np.asarray(cfg.mean) - own_mean) / own_std, np.asarray(cfg.std) / own_std
+        return self._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example's inputs.
+
+        Raises:
+          ValueError: they are a tree of several arrays.
+        """
+        if len(self.inputs.leaves) != 1:
+            raise ValueError(f"the model takes one array of inputs, but the data set has {self.inputs}")
+        return tuple(self.inputs.leaves[0].shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON-ready values."""
+        found = {"inputs": self.inputs.to_json(), "labels": self.labels.to_json(), "num_classes": self.num_classes}
+        if len(self.inputs.leaves) == 1:
+            found["input_shape"] = list(self.input_shape)
+        if self.tokenizer is not None:
+            found["tokenizer"] = self.tokenizer
+        if self.classes is not None:
+            found["classes"] = list(self.classes)
+        if self.columns is not None:
+            found["columns"] = [column._asdict() for column in self.columns]
+        mean, std = (None if v is None else np.asarray(v).tolist() for v in (self.mean, self.std))
+        return found | {"mean": mean, "std": std}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "DataSummary":
+        """Returns what `to_json` made, or an earlier version's; trees become flat dicts by their arrays' names."""
+        mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
+        shape = tree.get("input_shape")
+        first = "uint8" if shape is not None and len(shape) == 3 else "float32"  # images, where dtypes are not said yet
+        inputs = _from_names(tree.get("inputs", [["", first, shape]]))
+        labels = _from_names(tree.get("labels", [["", "int32", []]]))
+        columns = tree.get("columns")
+        if columns is not None:
+            columns = tuple(data.Column(**(column | {"texts": tuple(column["texts"])})) for column in columns)
+        classes = None if tree.get("classes") is None else tuple(map(str, tree["classes"]))
+        rest = {"tokenizer": tree.get("tokenizer"), "columns": columns, "classes": classes}
+        return cls(inputs, labels, tree["num_classes"], mean, std, **rest)
+
+
+def _from_names(arrays):
+    found = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for name, dtype, shape in arrays}
+    return TreeSpec.of(found[""] if list(found) == [""] else found)
+
+
+def check_tokenizer(present: int | str | None, trained: int | str | None) -> None:
+    """Raises ValueError where texts have other words here than those that a checkpoint or part was trained on.
+
+    Args:
+      present: what splits the texts here, as of `data.Dataset.tokenizer`; None where there are none.
+      trained: what was written down with what was trained: not the first version of words, nor at first a hash.
+    """
+    if isinstance(present, str):
+        if trained not in (None, present):
+            raise ValueError(f"data.tokenizer must be that of the run, of hash {trained}, got one of hash {present}")
+        return
+    if present not in (None, trained or 1):
+        raise ValueError(
+            f"what goes on must be trained on words of tokenizer {present}, which this version of msjax has, got what "
+            f"was trained on those of tokenizer {trained or 1}: train it anew, or use the version that began it"
+        )
