@@ -1,0 +1,35 @@
+"""What a run needs before it is begun: values, memory, bytes and seconds on a link, from shapes alone.
+
+Nothing is trained and no weights are made: the parts are traced with shapes and dtypes, and each figure is a formula
+over what the library itself counts with, `RunSpec`, `split.traffic`, `Codec.payload_bytes`. `msjax plan` prints it.
+"""
+
+from msjax.plan._link import Link, Row, Sent, alternatives, array_bytes, message_bytes, sent, with_codecs
+from msjax.plan._memory import Needs, nbytes, needs, operations, sample_activation_bytes, state_needs, values
+from msjax.plan._plan import Plan, plan
+from msjax.plan._run import UNKNOWN_STEPS, Counts, Run, describe_data, describe_run
+
+__all__ = [
+    "UNKNOWN_STEPS",
+    "Counts",
+    "Link",
+    "Needs",
+    "Plan",
+    "Row",
+    "Run",
+    "Sent",
+    "alternatives",
+    "array_bytes",
+    "describe_data",
+    "describe_run",
+    "message_bytes",
+    "nbytes",
+    "needs",
+    "operations",
+    "plan",
+    "sample_activation_bytes",
+    "sent",
+    "state_needs",
+    "values",
+    "with_codecs",
+]
