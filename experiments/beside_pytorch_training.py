@@ -35,7 +35,7 @@ from msjax import config, data
 from msjax.cli.main import large_pages
 from msjax.split.metrics import zero_sums
 from msjax.split.state import client_keys, split_key, train_key
-from msjax.training import loop, program
+from msjax.training import evaluator, loaded, program
 from msjax.training.batching import resident_of_clients, schedule_calls
 from msjax.training.devices import replicate, split_cpu
 from msjax.training.from_config import load_run
@@ -84,7 +84,7 @@ def config_of(name: str, seed: int, data_dir: str | None) -> config.Config:
     return dataclasses.replace(cfg, model=model, data=where, codec=CODECS[name], seed=seed)
 
 
-def train(run: loop.LoadedRun, cfg: config.Config, steps: int) -> dict:
+def train(run: loaded.LoadedRun, cfg: config.Config, steps: int) -> dict:
     """Trains both for `steps` steps; returns accuracies, losses by epoch and seconds of a step."""
     start = time.monotonic()
     ours = Ours(run)
@@ -126,8 +126,8 @@ def rate(optim: config.OptimConfig, step: int, epoch_steps: int, steps: int) -> 
 class Ours:
     """msjax's training, step by step as `training.loop` takes it, and its batches as they are augmented."""
 
-    def __init__(self, run: loop.LoadedRun):
-        self._run, self._mesh = run, loop.mesh_of(run.spec)
+    def __init__(self, run: loaded.LoadedRun):
+        self._run, self._mesh = run, loaded.mesh_of(run.spec)
         self.state = program.place(run.spec, run.state, self._mesh)
         self._sums = replicate(zero_sums(run.spec), self._mesh)
         self._data = resident_of_clients(run.dataset.train, self._mesh, run.client_indices)
@@ -159,7 +159,7 @@ class Ours:
         return np.asarray(losses)
 
     def test(self):
-        return loop.Evaluator(self._run, self._mesh)(self.state)["top1_percent"]
+        return evaluator.Evaluator(self._run, self._mesh)(self.state)["top1_percent"]
 
 
 def in_pytorch(state, cfg):

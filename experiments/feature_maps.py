@@ -20,7 +20,7 @@ import numpy as np
 
 from msjax import build, config, models, tasks
 from msjax.runs import RunFolder
-from msjax.training import loop, program
+from msjax.training import loaded, program, saved
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
 
@@ -43,7 +43,7 @@ class Network(NamedTuple):
     """A trained network, whole, with the data that it was trained on."""
 
     cfg: config.Config
-    run: loop.LoadedRun
+    run: loaded.LoadedRun
     params: dict[str, Any]
     stats: dict[str, Any]
 
@@ -69,32 +69,32 @@ class Network(NamedTuple):
         return build.DataSummary.of(self.run.dataset)
 
 
-def load(run: str, *, data_dir: str | None = None, cache_dir: str | None = None, trained: bool = True) -> Network:
-    """Returns the network of a run as it was last saved; as it was before the first step if not `trained`.
+def load(path: str, *, data_dir: str | None = None, cache_dir: str | None = None, trained: bool = True) -> Network:
+    """Returns the network of a run folder as it was last saved; as it was before the first step if not `trained`.
 
     Raises:
       ValueError: there is no such run, it has no checkpoint, or its clients have parts of their own.
     """
-    folder, cfg = RunFolder.open(run, read_only=True)
+    folder, cfg = RunFolder.open(path, read_only=True)
     data = dataclasses.replace(
         cfg.data, data_dir=data_dir or cfg.data.data_dir, cache_dir=cache_dir or cfg.data.cache_dir
     )
     cfg = dataclasses.replace(cfg, data=data)
     split_cpu(cfg.clients)
-    loaded = load_run(cfg)
-    if not loaded.dataset.in_memory:
+    run = load_run(cfg)
+    if not run.dataset.in_memory:
         raise ValueError(f"the run's data set must fit in memory, got {cfg.data.name!r}")
-    if loaded.spec.mode.own_parts:
+    if run.spec.mode.own_parts:
         raise ValueError(f"the run's clients must share one part, got mode.kind={cfg.mode.kind!r}")
-    state, mesh = loaded.state, loop.mesh_of(loaded.spec)
+    state, mesh = run.state, loaded.mesh_of(run.spec)
     if trained:
-        found = loop.restore(folder, loaded, program.place(loaded.spec, state, mesh), mesh)
+        found = saved.restore(folder, run, program.place(run.spec, state, mesh), mesh)
         if found is None:
-            raise ValueError(f"the run must have a checkpoint, got {run!r} without one")
+            raise ValueError(f"the run must have a checkpoint, got {path!r} without one")
         state = found[0]
     folder.close()
     state = jax.device_get(state)
-    return Network(cfg, loaded, state.client.params | state.server.params, state.client.stats | state.server.stats)
+    return Network(cfg, run, state.client.params | state.server.params, state.client.stats | state.server.stats)
 
 
 def collect(

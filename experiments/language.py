@@ -139,7 +139,7 @@ def before(scale, text):
 
 def untrained(folder, cfg, scale):
     """Rows: the test loss in nats of what a run starts from, by codec and cut."""
-    from msjax.training import loop, program  # these start JAX
+    from msjax.training import evaluator, loaded, program  # these start JAX
     from msjax.training.from_config import load_run
 
     rows = []
@@ -148,8 +148,8 @@ def untrained(folder, cfg, scale):
             continue
         for cut in [cfg.model.cut] if name == "none" or scale == "smoke" else CUTS:
             run = load_run(study.with_cut(dataclasses.replace(cfg, codec=up), cut))
-            mesh = loop.mesh_of(run.spec)
-            loss = loop.Evaluator(run, mesh)(program.place(run.spec, run.state, mesh))["loss"]
+            mesh = loaded.mesh_of(run.spec)
+            loss = evaluator.Evaluator(run, mesh)(program.place(run.spec, run.state, mesh))["loss"]
             rows.append({"codec": name, "cut": cut, "loss": loss})
     return rows
 

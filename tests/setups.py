@@ -10,7 +10,7 @@ import pytest
 
 from msjax import build, compress, config, data
 from msjax.split import parties, schedule
-from msjax.training import from_config, loop
+from msjax.training import from_config, loaded
 
 SMALL = config.Config(
     model=config.ModelConfig(name="convnet", width=0.25),
@@ -73,9 +73,9 @@ def load_program(cfg, monkeypatch, *, spread):
     """The run in one program on uneven data: over several devices where `spread`, else on one."""
     monkeypatch.setattr(data, "load", lambda *args, **options: dataset(*UNEVEN))
     if not spread:
-        monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
+        monkeypatch.setattr(loaded, "make_mesh", lambda clients: None)
     run = from_config.load_run(cfg)
-    assert (loop.mesh_of(run.spec) is not None) == spread
+    assert (loaded.mesh_of(run.spec) is not None) == spread
     return run
 
 

@@ -20,7 +20,7 @@ from msjax.split.schedule import Phase
 from msjax.split.state import PartState, TrainState
 from msjax.split.step import PartUpdate
 from msjax.split.traffic import run_traffic
-from msjax.training import from_config, loop
+from msjax.training import from_config, loop, saved
 
 from .helpers import assert_close
 from .network import net
@@ -278,7 +278,7 @@ def test_a_run_without_it_is_described_as_before():
     assert {"update_codec", "client statistics"} == compressed.describe().keys() - plain.describe().keys()
     assert plain.average_payload().nbytes == 4 * plain.client_update_values
     state = TrainState(PartState({}, {}, ()), PartState({}, {}, ()), jnp.int32(0))
-    assert list(loop._to_save(plain, state)) == ["client", "server", "step"]
+    assert list(saved.to_save(plain, state)) == ["client", "server", "step"]
 
 
 def test_statistics_are_sent_as_changes():

@@ -10,7 +10,7 @@ from experiments import beside_pytorch, beside_pytorch_training
 from msjax import build, data
 from msjax.optim import make_optimizer
 from msjax.split.state import TrainState
-from msjax.training import loop
+from msjax.training import loaded, loop
 
 EPOCH_STEPS = 4
 
@@ -28,7 +28,7 @@ def run_of(name, **optim):
     indices, samples = build.divide(dataset, cfg.clients, alpha=None, seed=0)
     built = build.build(cfg, build.DataSummary.of(dataset), samples=samples, test_samples=len(test))
     state = TrainState(built.client, built.server, jax.numpy.int32(0))
-    return loop.LoadedRun(built.spec, state, dataset, indices, 0, "test"), cfg
+    return loaded.LoadedRun(built.spec, state, dataset, indices, 0, "test"), cfg
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions
 from msjax.runs import RunFolder
 from msjax.split.spec import Preprocess
-from msjax.training import loop, program
+from msjax.training import loaded, program, saved
 from msjax.training.from_config import load_run, train_config
 
 from .data_helpers import Records, prepare_reviews, prepared
@@ -181,11 +181,11 @@ def test_a_run_on_texts_goes_on_with_its_own_tokenizer_alone(reviews, tmp_path, 
     folder.close()
     run = load_run(cfg)
     folder, _ = RunFolder.open(tmp_path / "runs" / "run")
-    state = program.place(run.spec, run.state, loop.mesh_of(run.spec))
-    assert loop.restore(folder, run, state, loop.mesh_of(run.spec))[2]["tokenizer"] == 2
+    state = program.place(run.spec, run.state, loaded.mesh_of(run.spec))
+    assert saved.restore(folder, run, state, loaded.mesh_of(run.spec))[2]["tokenizer"] == 2
     older = run._replace(dataset=dataclasses.replace(run.dataset, tokenizer=3))
     with pytest.raises(ValueError, match=r"words of tokenizer 3, .*trained on those of tokenizer 2"):
-        loop.restore(folder, older, state, loop.mesh_of(run.spec))
+        saved.restore(folder, older, state, loaded.mesh_of(run.spec))
     folder.close()
     assert parts.load_part(tmp_path / "runs" / "run" / "client.safetensors").summary.tokenizer == 2
 

@@ -15,6 +15,7 @@ from msjax.compress import FeatureMemory, Identity, MaskEncoded, TopK
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from msjax.split.state import TrainState
 from msjax.training import loop
+from msjax.training.loaded import LoadedRun
 
 SAMPLES = study.CLIENTS * study.BATCH
 CFG = Config(
@@ -47,7 +48,7 @@ def test_without_compression_it_trains_as_a_run_does():
     run = loaded()
     state = jax.tree.map(jnp.array, run.state)
     indices, _ = build.divide(dataset, study.CLIENTS, alpha=None, seed=0)
-    finished = loop.train(loop.LoadedRun(run.spec, state, dataset, indices, 0, ""), quiet=True)
+    finished = loop.train(LoadedRun(run.spec, state, dataset, indices, 0, ""), quiet=True)
     found = row(study.Arm(Identity(), True))
     losses = [epoch["train"]["loss"] for epoch in finished.history]
     np.testing.assert_allclose([epoch["train_loss"] for epoch in found["history"]], losses, rtol=1e-5)

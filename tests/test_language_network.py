@@ -14,7 +14,7 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.server_program import check_serve
 from msjax.split import parties
-from msjax.training import from_config, loop
+from msjax.training import from_config, loaded, loop
 
 from . import language
 from .network import Net
@@ -65,7 +65,7 @@ class TextNet(Net):
     ids=["lora", "u_shaped", "lora_u_shaped"],
 )
 def test_parties_with_copies_of_their_own_equal_one_program_also_killed(options, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
+    monkeypatch.setattr(loaded, "make_mesh", lambda clients: None)
     cfg = language.config_of(folder, **options)
     with_paths = build.resolved(cfg)
     net = TextNet(tmp_path / "net", cfg, folder, disk=True)

@@ -14,7 +14,7 @@ from msjax.split import parties, programs, step
 from msjax.split.metrics import zero_sums
 from msjax.split.parties import ClientData
 from msjax.split.state import TrainState, train_key
-from msjax.training import devices, from_config, loop, program
+from msjax.training import devices, from_config, loaded, loop, program, saved
 
 from . import language
 
@@ -24,7 +24,7 @@ LORA = config.LoraConfig(rank=2, targets=("q_proj", "up_proj"))
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MSJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loop, "make_mesh", lambda clients: None)
+    monkeypatch.setattr(loaded, "make_mesh", lambda clients: None)
     return language.make_folder(tmp_path / "model")
 
 
@@ -102,8 +102,8 @@ def test_checkpoints_leave_out_what_is_frozen_and_find_it_again(folder, tmp_path
     train(short, RunFolder.create(short, "twice"))
     twice, first = RunFolder.open(tmp_path / "runs" / "twice")
     run = from_config.load_run(short)
-    saved = loop._to_save(run.spec, run.state)
-    assert saved["client"].params and not saved["client"].stats and not saved["server"].stats
+    kept = saved.to_save(run.spec, run.state)
+    assert kept["client"].params and not kept["client"].stats and not kept["server"].stats
     train(from_config.with_more_epochs(first, twice, 2), twice)
     parts = [(tmp_path / "runs" / name / "client.safetensors").read_bytes() for name in ("once", "twice")]
     assert parts[0][-1000:] == parts[1][-1000:]  # the arrays; the header names the run

@@ -13,7 +13,7 @@ from experiments import language_sizes
 from msjax import compress, config, models
 from msjax.runs import RunFolder
 from msjax.split import parties, shards
-from msjax.training import loop, program
+from msjax.training import loop, program, saved
 
 from . import decoders
 from .helpers import assert_close, assert_same
@@ -116,7 +116,7 @@ def test_checkpoints_are_read_with_another_number_of_devices(monkeypatch, tmp_pa
         mesh = shards.mesh_of(jax.devices()[:devices])
         again = run._replace(state=jax.tree.map(jnp.zeros_like, trained))
         first = program.place(run.spec, again.state, mesh, shard_server=mesh is not None)
-        state = loop.restore(folder, again, first, mesh)[0]
+        state = saved.restore(folder, again, first, mesh)[0]
         assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.server.params)} == {devices}
         assert_same(jax.device_get(state.server), trained.server)
     folder.close()

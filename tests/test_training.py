@@ -24,7 +24,7 @@ from msjax.runs.tables import print_summaries
 from msjax.split.metrics import MetricSums
 from msjax.split.modes import Parallel
 from msjax.split.schedule import Schedule
-from msjax.training import Interrupted, batching, loop, program
+from msjax.training import Interrupted, batching, evaluator, loaded, loop, program, saved
 from msjax.training.from_config import load_run, train_config
 
 from . import setups
@@ -93,7 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
     assert len(steps) == stop_after
     assert not (folder.path / "summary.json").exists()
     again, cfg = runs.RunFolder.open(folder.path)
-    restore = loop.restore
+    restore = saved.restore
     history.unlink(missing_ok=True)  # of a process that died before it had written what is in its checkpoint
 
     def restore_after_hours(*args):
@@ -166,8 +166,8 @@ def test_a_half_written_checkpoint_is_not_loaded(whole_run, tmp_path):
     shutil.rmtree(path / "checkpoints" / "999.orbax-checkpoint-tmp" / "state")
     folder, cfg = runs.RunFolder.open(path)
     run = load_run(cfg)
-    mesh = loop.mesh_of(run.spec)
-    state, _, progress = loop.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
+    mesh = loaded.mesh_of(run.spec)
+    state, _, progress = saved.restore(folder, run, program.place(run.spec, run.state, mesh), mesh)
     folder.close()
     assert int(state.step) == int(last.name) and len(progress["history"]) == 3
 
@@ -353,7 +353,7 @@ def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
         return sums._replace(samples=sums.samples + 1)
 
     monkeypatch.setattr(program, "eval_rounds", rounds)
-    loop.Evaluator(run)(run.state)
+    evaluator.Evaluator(run)(run.state)
     assert len(keys) == len(set(keys)) > 5
 
 
@@ -395,10 +395,10 @@ def test_checkpoints_of_the_first_version_are_resumed(whole_run, tmp_path):
     assert "head_cut" in tree["mode"]
     folder, cfg = runs.RunFolder.open(folder.path)
     run = load_run(cfg)
-    state = program.place(run.spec, run.state, loop.mesh_of(run.spec))
+    state = program.place(run.spec, run.state, loaded.mesh_of(run.spec))
     zero = [jnp.zeros((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 3, jnp.float32, jnp.float32)]
     progress = {"history": [], "train_seconds": 0.0, "wall_seconds": 0.0}
-    folder.checkpoints.save(0, (loop._to_save(run.spec, state), SumsOfBefore(*zero)), progress)
+    folder.checkpoints.save(0, (saved.to_save(run.spec, state), SumsOfBefore(*zero)), progress)
     summary = train_config(cfg, folder, run=run, quiet=True)
     folder.close()
     assert numbers(summary) == numbers(whole_run[1])

@@ -12,6 +12,7 @@ import msjax
 from msjax import compress, config, data
 from msjax.split.finite import NonFiniteError
 from msjax.training import batching, from_config, loop, processes
+from msjax.training.loaded import mesh_of
 
 from . import setups
 
@@ -101,7 +102,7 @@ def main(port: str, number: str, folder: str) -> None:
         run = loaded(config_of(name))
         arrays |= {f"{name}: {key}": value for key, value in result(loop.train(run, quiet=True)).items()}
         if name == "parallel":
-            resident = batching.resident_of_clients(run.dataset.train, loop.mesh_of(run.spec), run.client_indices)
+            resident = batching.resident_of_clients(run.dataset.train, mesh_of(run.spec), run.client_indices)
             found["rows"] = [len(shard.data) for shard in resident.inputs.addressable_shards]
     run = loaded(config_of("parallel"), streamed=True)
     arrays |= {f"streamed: {key}": value for key, value in result(loop.train(run, quiet=True)).items()}

@@ -7,7 +7,7 @@ from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
-from msjax.training import loop
+from msjax.training import evaluator, loaded, saved
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
 
@@ -61,8 +61,8 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
-    state, mesh = loop.placed(run)
-    found = loop.restore(folder, run, state, mesh)
+    state, mesh = loaded.placed(run)
+    found = saved.restore(folder, run, state, mesh)
     folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
@@ -78,13 +78,13 @@ def _evaluate_config(arguments):
     cfg = check_early(fields_of(config.Config, flags))
     split_cpu(cfg.clients)
     run = load_run(cfg)
-    state, mesh = loop.placed(run)
+    state, mesh = loaded.placed(run)
     said = {"model": cfg.model.name, "weights": cfg.model.weights, "cut": cfg.model.cut, "data": cfg.data.name}
     return _print_result(said, run, state, mesh)
 
 
 def _print_result(said, run, state, mesh):
-    result = loop.Evaluator(run, mesh)(state)
+    result = evaluator.Evaluator(run, mesh)(state)
     dense = all(isinstance(codec, Identity) for codec in run.spec.test_codec.all)
     how = "no compression" if dense else str(run.spec.test_codec)
     print(to_json({**said, "step": int(state.step), "features": how, **result}, indent=2))

@@ -25,7 +25,7 @@ from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import TrainState
 from msjax.split.traffic import Traffic
 from msjax.split.trees import TreeSpec
-from msjax.training import loop, processes
+from msjax.training import loaded, loop, processes
 from msjax.training.folders import describe_optimizer, open_folder, write_parts
 
 
@@ -230,8 +230,8 @@ def train(
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
     options = (allow_nonfinite, workers, clients_per_group, shard_server)
-    run = loop.LoadedRun(spec, first, dataset, indices, seed, title, *options)
-    loop.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
+    run = loaded.LoadedRun(spec, first, dataset, indices, seed, title, *options)
+    loaded.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)

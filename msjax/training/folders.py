@@ -11,7 +11,7 @@ from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
 from msjax.split.spec import RunSpec
 from msjax.training import processes
-from msjax.training.loop import LoadedRun
+from msjax.training.loaded import LoadedRun
 
 
 def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) -> RunFolder:

@@ -16,13 +16,13 @@ from msjax.runs import RunFolder, environment, plots
 from msjax.split.budget import check_known_link
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
-from msjax.training import loop, processes
+from msjax.training import loaded, loop, processes, saved
 from msjax.training.api import check_labels
 
 _PARTS = ("client", "server")
 
 
-def load_run(cfg: config.Config) -> loop.LoadedRun:
+def load_run(cfg: config.Config) -> loaded.LoadedRun:
     """Loads the data of a config, builds its model and divides the data among the clients.
 
     All parts of the model must be here.
@@ -43,10 +43,10 @@ def load_run(cfg: config.Config) -> loop.LoadedRun:
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
     options = (cfg.allow_nonfinite, cfg.data.workers, cfg.clients_per_group, cfg.shard_server)
-    return loop.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, *options)
+    return loaded.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, *options)
 
 
-def load_run_everywhere(cfg: config.Config) -> loop.LoadedRun:
+def load_run_everywhere(cfg: config.Config) -> loaded.LoadedRun:
     """Returns `load_run(cfg)`, in every process where there are several.
 
     Raises:
@@ -54,7 +54,7 @@ def load_run_everywhere(cfg: config.Config) -> loop.LoadedRun:
     """
     processes.check_same(_fields(config.to_json(config.without_paths(cfg))))
     run = processes.together(lambda: load_run(cfg))
-    loop.check_processes(run)
+    loaded.check_processes(run)
     return run
 
 
@@ -72,7 +72,7 @@ def open_or_create(cfg: config.Config, name: str) -> tuple[RunFolder, config.Con
 
 
 def train_config(
-    cfg: config.Config, folder: RunFolder, *, run: loop.LoadedRun | None = None, quiet: bool = False
+    cfg: config.Config, folder: RunFolder, *, run: loaded.LoadedRun | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """Trains, or goes on training, in `folder`; returns the summary, which is also in summary.json.
 
@@ -157,7 +157,7 @@ def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:
     if not missing or folder.checkpoints.latest() is None:
         return []
     run = load_run_everywhere(build.to_go_on(cfg))
-    state = loop.trained_state(run, folder)
+    state = saved.trained_state(run, folder)
     if state is None:
         return []
     processes.from_first(lambda: _write_parts_anew(missing, cfg, folder, run, state))
