@@ -21,7 +21,7 @@ from msjax import config as config_lib
 from msjax.cli.main import large_pages
 
 INTERRUPTED = 130
-_AMONG = ("coordinator_address", "num_processes", "process_id", "heartbeat_seconds")
+_AMONG = ("coordinator_address", "num_processes", "process_id", "local_device_ids", "heartbeat_seconds")
 
 
 def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.RESULTS) -> study.Record:

@@ -86,11 +86,13 @@ def test_everyone_died(tmp_path):
         for client in range(cfg.clients):
             it.kill(client)
         it.start_server()
+        saved = it.stores["server"].latest()
+        assert saved in (4, 6)  # the newest one may not have been complete
         for client in reversed(range(cfg.clients)):
             it.start_client(client)
         it.run()
         it.assert_equal_to_program()
-        assert min(step for generation, (step, *_) in it.order if generation == it.order[-1][0]) == 6
+        assert min(step for generation, (step, *_) in it.order if generation == it.order[-1][0]) == saved
 
 
 @pytest.mark.slow
