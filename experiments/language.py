@@ -109,9 +109,10 @@ def runs(scale):
         found = {f"Shakespeare, full, {name}, {MIDDLE}": cfg for name, cfg in arms.items()}
         return study.with_seeds(found, range(1)) | {"Shakespeare, before": before(scale, "Shakespeare")}
     found = {}
-    found |= study.with_seeds(_arms("Shakespeare", "full at 1e-3", AT_LOWER_RATE, [MIDDLE]), range(1))
     for text in TEXTS:
         found |= study.with_seeds(_arms(text, "full", CODECS, [MIDDLE]), range(1))
+        if text == "Shakespeare":
+            found |= study.with_seeds(_arms(text, "full at 1e-3", AT_LOWER_RATE, [MIDDLE]), range(1))
         found[f"{text}, before"] = before(scale, text)
         found |= study.with_seeds(_arms(text, "LoRA", ADAPTED, [MIDDLE]), range(1))
     for text in TEXTS:
