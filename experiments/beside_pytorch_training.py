@@ -127,8 +127,8 @@ class Ours:
     """msjax's training, step by step as `training.loop` takes it, and its batches as they are augmented."""
 
     def __init__(self, run: loaded.LoadedRun):
-        self._run, self._mesh = run, loaded.mesh_of(run.spec)
-        self.state = program.place(run.spec, run.state, self._mesh)
+        self._run = run
+        self.state, self._mesh = loaded.placed(run)
         self._sums = replicate(zero_sums(run.spec), self._mesh)
         self._data = resident_of_clients(run.dataset.train, self._mesh, run.client_indices)
         self._key, self._clients = train_key(run.seed), np.arange(run.spec.schedule.clients, dtype=np.int32)

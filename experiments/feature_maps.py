@@ -20,7 +20,7 @@ import numpy as np
 
 from msjax import build, config, models, tasks
 from msjax.runs import RunFolder
-from msjax.training import loaded, program, saved
+from msjax.training import loaded, saved
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
 
@@ -86,9 +86,9 @@ def load(path: str, *, data_dir: str | None = None, cache_dir: str | None = None
         raise ValueError(f"the run's data set must fit in memory, got {cfg.data.name!r}")
     if run.spec.mode.own_parts:
         raise ValueError(f"the run's clients must share one part, got mode.kind={cfg.mode.kind!r}")
-    state, mesh = run.state, loaded.mesh_of(run.spec)
+    state = run.state
     if trained:
-        found = saved.restore(folder, run, program.place(run.spec, state, mesh), mesh)
+        found = saved.restore(folder, run, *loaded.placed(run))
         if found is None:
             raise ValueError(f"the run must have a checkpoint, got {path!r} without one")
         state = found[0]

@@ -16,7 +16,7 @@ from benchmarks import timing
 from experiments import feature_maps
 from msjax import config
 from msjax.compress import Identity
-from msjax.training import evaluator, loaded, program
+from msjax.training import evaluator, loaded
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
 
@@ -65,8 +65,8 @@ def test(name: str, weights: pathlib.Path, data_dir: str) -> dict:
     cfg = run_config(name, weights, data_dir)
     split_cpu(cfg.clients)
     run = load_run(cfg)
-    mesh = loaded.mesh_of(run.spec)
-    result = evaluator.Evaluator(run, mesh)(program.place(run.spec, run.state, mesh))
+    state, mesh = loaded.placed(run)
+    result = evaluator.Evaluator(run, mesh)(state)
     return {
         "model": name,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

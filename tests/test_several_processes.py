@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import driver
 from msjax.cli import hosts
 from msjax.cli import main as cli
 from msjax.parts import load_part
@@ -243,6 +244,11 @@ def test_a_process_that_fails_alone_ends_at_once(error, status, message, monkeyp
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 1)
     with pytest.raises(type(error)), hosts.ending_together("train", "start them again"):
         raise error
+
+
+def test_studies_take_the_options_of_several_processes():
+    """They are written down there, too, as `hosts` would start JAX where a study only prints its table."""
+    assert driver._AMONG == hosts.FIELDS
 
 
 def test_options_of_several_processes_are_checked_before_they_meet(capsys):

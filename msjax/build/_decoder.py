@@ -43,5 +43,6 @@ def decoder_config(cfg: config.Config) -> models.DecoderConfig:
         raise ValueError(f"model.decoder must be the text of a config.json, but: {error}") from None
 
 
-def takes_tokens(cfg):
+def takes_tokens(cfg: config.Config) -> bool:
+    """Returns whether the network's inputs are tokens, which are no numbers to be normalised."""
     return cfg.model.name in (*models.TOKEN_MODELS, models.DECODER)

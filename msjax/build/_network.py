@@ -96,11 +96,7 @@ def _lora(cfg):
 
 
 _OF_DECODERS = ("decoder", "remat")
-
-
 _NOT_OF_DECODERS = ("width", "activation", "first_block", "shortcut", "conv_init", "running_variance")
-
-
 _FIELDS = {f.name: f"model.{f.name}" for f in dataclasses.fields(config.ModelConfig)} | {
     "tail_cut": "mode.tail_cut",
     "vocabulary": "data.vocabulary",
@@ -129,6 +125,9 @@ def check_model(cfg: config.Config) -> None:
         _, client, *_ = models.cut_places(model, cfg.cut, cfg.tail_cut)
         if cfg.model.cut_before_activation:
             model.blocks[client - 1].without_activation()
+
+
+_ANY_SIDE = 64  # of images that every model takes
 
 
 def check_weights(cfg: config.Config) -> None:
@@ -169,9 +168,6 @@ def to_go_on(cfg: config.Config) -> config.Config:
     if cfg.lora.rank is not None:
         return cfg
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
-
-
-_ANY_SIDE = 64  # of images that every model takes
 
 
 def _num_outputs(cfg, summary):

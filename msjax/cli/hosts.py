@@ -41,7 +41,8 @@ class HostFlags:
     """A process that is silent for so long is taken for dead."""
 
 
-OPTIONS = tuple(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(HostFlags)[1:])
+FIELDS = tuple(field.name for field in dataclasses.fields(HostFlags)[1:])
+OPTIONS = tuple(f"--{name.replace('_', '-')}" for name in FIELDS)
 """What says by hand what `--distributed` finds by itself, and how long a process may be silent."""
 
 
@@ -51,34 +52,33 @@ def join(options: argparse.Namespace) -> None:
     Raises:
       ValueError: an option does not fit, or what is not given cannot be found.
     """
-    given = {name: getattr(options, name.removeprefix("--").replace("-", "_")) for name in OPTIONS}
+    given = {option: getattr(options, field) for option, field in zip(OPTIONS, FIELDS, strict=True)}
     if not options.distributed:
         if also := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{also[0]} takes {FLAG} beside it")
         return
-    address, *numbers = given.values()
-    *numbers, local, seconds = numbers
-    names = (OPTIONS[1], OPTIONS[2], OPTIONS[4])
-    count, number, seconds = (
-        None if value is None else _integer(name, value) for name, value in zip(names, (*numbers, seconds), strict=True)
-    )
-    devices = None if local is None else tuple(_integer(OPTIONS[3], each) for each in local.split(","))
-    if devices is not None and len(set(devices)) < len(devices):
-        raise ValueError(f"{OPTIONS[3]} must name each device once, got {local}")
-    if count is not None:
-        integer(OPTIONS[1], count, 1)
-    if number is not None:
-        integer(OPTIONS[2], number, 0, None if count is None else count - 1)
+    address, count, number, devices, seconds = given.values()
+    count = _integer("--num-processes", count, 1)
+    number = _integer("--process-id", number, 0, None if count is None else count - 1)
+    seconds = _integer("--heartbeat-seconds", seconds, 1)
+    if devices is not None:
+        numbers = [_integer("--local-device-ids", each, 0) for each in devices.split(",")]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"--local-device-ids must name each device once, got {devices}")
+        devices = numbers
     if address is not None and not address.rpartition(":")[2].isdecimal():
-        raise ValueError(f"{OPTIONS[0]} must be HOST:PORT, got {address!r}")
-    seconds = processes.HEARTBEAT_SECONDS if seconds is None else integer(OPTIONS[4], seconds, 1)
+        raise ValueError(f"--coordinator-address must be HOST:PORT, got {address!r}")
+    seconds = processes.HEARTBEAT_SECONDS if seconds is None else seconds
     processes.join(address, count, number, devices, heartbeat_seconds=seconds)
 
 
-def _integer(name, text):
+def _integer(option, text, *bounds):
+    """The number that an option says, within these bounds; None where it is not given."""
+    if text is None:
+        return None
     if not text.isdecimal():
-        raise ValueError(f"{name} must be an integer, got {text!r}")
-    return int(text)
+        raise ValueError(f"{option} must be an integer, got {text!r}")
+    return integer(option, int(text), *bounds)
 
 
 @contextlib.contextmanager

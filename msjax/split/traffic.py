@@ -84,18 +84,16 @@ def run_traffic(spec: RunSpec, epochs: int) -> Traffic:
 
 def _of_client(spec, exchange, measure):
     up, down = (0 if payload is None else measure(payload) for payload in (spec.up(exchange), spec.down(exchange)))
-
-    def labels():
-        return spec.schedule.batch_size_of(exchange) * spec.labels.nbytes
-
+    labels = 0
+    if exchange.phase in (Phase.FEATURES, Phase.TEST) and spec.sends_labels:
+        labels = spec.schedule.batch_size_of(exchange) * spec.labels.nbytes
     match exchange.phase:
         case Phase.FEATURES if spec.u_shaped:
             return Traffic(uplink_feature_bytes=up, downlink_feature_bytes=down, paper_bytes=up)
         case Phase.FEATURES:
-            return Traffic(up, uplink_label_bytes=labels(), downlink_gradient_bytes=down, paper_bytes=up)
+            return Traffic(up, uplink_label_bytes=labels, downlink_gradient_bytes=down, paper_bytes=up)
         case Phase.GRADIENT:
             return Traffic(uplink_gradient_bytes=up, downlink_gradient_bytes=down)
         case Phase.TEST:
-            with_labels = up if spec.u_shaped else up + labels()
-            return Traffic(uplink_test_bytes=with_labels, downlink_test_bytes=down, paper_bytes=up)
+            return Traffic(uplink_test_bytes=up + labels, downlink_test_bytes=down, paper_bytes=up)
     return Traffic(uplink_synchronization_bytes=up, downlink_synchronization_bytes=down)

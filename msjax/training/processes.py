@@ -49,11 +49,11 @@ def join(
     Raises:
       ValueError: what was not given cannot be found, or does not fit.
     """
-    given, devices = (coordinator_address, num_processes, process_id), local_device_ids
+    given = (coordinator_address, num_processes, process_id)
     # Its handler of SIGTERM would come before that of the training loop, in which all agree to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(*given, devices, heartbeat_timeout_seconds=heartbeat_seconds)
+        jax.distributed.initialize(*given, local_device_ids, heartbeat_timeout_seconds=heartbeat_seconds)
     except ValueError as error:
         if None not in given:
             raise

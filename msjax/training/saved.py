@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from msjax.build import check_tokenizer
 from msjax.runs import RunFolder
 from msjax.split.metrics import MetricSums, zero_sums
+from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, check_constants, digest
 from msjax.training import program
 from msjax.training.devices import replicate
@@ -17,8 +18,8 @@ CONSTANTS = "constants"
 """In a checkpoint: the digest of what never changes, which the checkpoint leaves out."""
 
 
-def to_save(spec, state):
-    """What is saved of a `TrainState`: without what this run does not have, and what never changes."""
+def to_save(spec: RunSpec, state: TrainState) -> dict[str, Any]:
+    """Returns what is saved of a `TrainState`: without what this run does not have, and what never changes."""
     lacking = {"memory": not state.memory, "up_bits": state.up_bits is None}
     state = state._replace(
         client=state.client.without(spec.client_constants), server=state.server.without(spec.server_constants)
@@ -35,8 +36,8 @@ def _restored(spec, saved, state):
     )
 
 
-def digest_of_constants(spec, state):
-    """The digest of what never changes in a state as `LoadedRun` has it; None where there is nothing of the kind."""
+def digest_of_constants(spec: RunSpec, state: TrainState) -> str | None:
+    """Returns the digest of what never changes in a state as `LoadedRun` has it; None where nothing is of that kind."""
     names = (spec.client_constants, spec.server_constants)
     if not any(names):
         return None
