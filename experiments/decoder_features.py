@@ -53,7 +53,7 @@ CUTS = (3, 1, 4)
 BATCHES, BATCH, LENGTH = 4, 4, 256
 OUTLIERS, FACTOR = 2, 100.0
 GRANULARITIES = ("tensor", "sample", "token", "channel")
-CODECS = tuple(language.CODECS[name][0] for name in ("MS", "QU", "quantile", "e2m1", "top-k"))
+CODECS = tuple(language.CODECS[name]["codec"] for name in ("MS", "QU", "quantile", "e2m1", "top-k"))
 ENTROPY = tuple(language.entropy(bits) for bits in (1.0, 2.0, 3.0))
 DIVISORS = {"token": ((2,), 1.0), "channel": ((0, 1), 1.0), "root of channel": ((0, 1), 0.5)}
 """The axes of the mean square, and the power of what features are divided by."""

@@ -103,8 +103,9 @@ def party(part) -> dict:
 
 def step_bytes(name, features) -> dict:
     """Returns a step's bytes up and down with a codec of `language`, and the seconds of both on each link."""
-    up, down = language.CODECS[name]
-    found = {"up_bytes": plan.array_bytes(up, features), "down_bytes": plan.array_bytes(down, features)}
+    of = language.CODECS[name]
+    codecs = {"up_bytes": of["codec"], "down_bytes": of["grad_codec"]}
+    found = {direction: plan.array_bytes(codec, features) for direction, codec in codecs.items()}
     bits = 8 * (found["up_bytes"] + found["down_bytes"])
     return found | {"seconds": {f"{rate} Mbit/s": bits / (rate * 1e6) for rate in LINKS}}
 

@@ -54,7 +54,7 @@ def test_what_the_parties_of_a_small_decoder_need():
     assert found["label_bytes"] == 4 * 12 * 4
     h = jnp.ones((4, 12, 16))
     for name, sent in found["codecs"].items():
-        codec = language.CODECS[name][0]
+        codec = language.CODECS[name]["codec"]
         if not codec.entropy_coded:
             assert sent["up_bytes"] == plan.nbytes(jax.eval_shape(codec.encode, h, jax.random.key(0))), name
         assert sent["seconds"]["10 Mbit/s"] == pytest.approx(8e-7 * (sent["up_bytes"] + sent["down_bytes"]))

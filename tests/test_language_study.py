@@ -14,9 +14,16 @@ from msjax import compress, config, data, wire
 def test_the_middle_cut_and_seed_0_come_first():
     names = list(language.runs("lite"))
     assert names[: len(language.CODECS)] == [f"Shakespeare, full, {codec}, 3, seed 0" for codec in language.CODECS]
-    assert [name for name in names if "seed 0" in name] == [name for name in names[:95] if "seed" in name]
+    assert [name for name in names if "seed 0" in name] == [name for name in names[:109] if "seed" in name]
     # Of each text three seeds and one with adapters; and one at the lower rate.
     assert sum("none" in name for name in names) == 2 * 3 + 2 + 1
+
+
+def test_arms_with_kept_gradients_differ_from_others_in_that_alone():
+    for name, fields in language.CODECS.items():
+        assert fields["grad_kept_only"] == name.endswith("kept")
+        if (other := name.removesuffix(", kept")) in language.CODECS:
+            assert fields == language.CODECS[other] | {"grad_kept_only": name.endswith("kept")}
 
 
 def test_texts_and_weights_lie_where_the_command_says():
