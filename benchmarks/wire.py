@@ -27,7 +27,7 @@ import zstandard
 
 from benchmarks import timing
 from msjax import compress, wire
-from msjax.compress import _coding_costs, _contexts
+from msjax.compress import _coding_costs, _contexts, _deflate
 
 WHOLE = (
     compress.MaskEncoded(),
@@ -50,7 +50,7 @@ def zstd(parameters):
 
 _from_level = zstandard.ZstdCompressionParameters.from_level
 CODERS = {
-    "zlib Huffman": (wire.huffman, functools.partial(zlib.decompress, wbits=-15)),
+    "zlib Huffman": (_deflate.huffman, functools.partial(zlib.decompress, wbits=-15)),
     "zlib 1": (functools.partial(zlib.compress, level=1), zlib.decompress),
     "zlib 6": (functools.partial(zlib.compress, level=6), zlib.decompress),
     "zstd literals": zstd(_from_level(1, min_match=7, hash_log=6, strategy=zstandard.STRATEGY_FAST)),

@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import timing
 from experiments import feature_maps, published_weights
 from msjax import compress, wire
-from msjax.compress import _contexts
+from msjax.compress import _contexts, _deflate
 
 ROOT = pathlib.Path(__file__).parent
 BLOCKS = ("stage1_block1", "stage1_block3", "stage2_block3", "stage3_block3")
@@ -69,7 +69,7 @@ def measure(h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
     if grid is not None:
         coded = memoryview(_contexts.coded(raw, grid))
         calls = {
-            "Huffman": lambda: wire.huffman(raw),
+            "Huffman": lambda: _deflate.huffman(raw),
             "classes": lambda: _contexts.coded(raw, grid),
             "classes, decoded": lambda: _contexts.decoded(coded, raw.size, grid),
             "encode": lambda: wire.encode(payload, codec, h, compression="huffman"),
@@ -81,7 +81,7 @@ def measure(h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
 
 
 def today(raw):
-    return min(raw.size, len(wire.huffman(raw)), len(wire.runs(raw)))
+    return min(raw.size, len(_deflate.huffman(raw)), len(_deflate.runs(raw)))
 
 
 def classes_bytes(raw, grid, levels):

@@ -25,7 +25,7 @@ import scipy.linalg
 
 from benchmarks import timing
 from experiments import rate_distortion
-from msjax import wire
+from msjax.compress import _deflate
 
 ROOT = pathlib.Path(__file__).parent
 ERRORS = (0.07, 0.01)
@@ -83,7 +83,7 @@ def huffman_bytes(codes, *, levels=15):
     base = levels + 1
     together = next(g for g in range(8, 0, -1) if base**g <= 256)
     digits = np.pad(symbols, (0, -symbols.size % together)).reshape(-1, together)
-    return 8 * len(wire.huffman((digits * base ** np.arange(together)).sum(1).astype(np.uint8).tobytes()))
+    return 8 * len(_deflate.huffman((digits * base ** np.arange(together)).sum(1).astype(np.uint8).tobytes()))
 
 
 def channels_first(codes, **options):
@@ -152,7 +152,7 @@ def product(values: int) -> Callable:
         means = cluster.MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0, max_iter=10)
         means.fit(vectors[np.random.default_rng(0).permutation(len(vectors))[:100_000]])
         codes = means.predict(vectors)
-        bits = 8 * len(wire.huffman(codes.astype(np.uint8).tobytes())) + HALF * means.cluster_centers_.size
+        bits = 8 * len(_deflate.huffman(codes.astype(np.uint8).tobytes())) + HALF * means.cluster_centers_.size
         error = np.sum((vectors - means.cluster_centers_[codes]) ** 2) / np.sum(vectors**2)
         return bits / vectors.size, error
 

@@ -45,8 +45,8 @@ import numpy as np
 
 from benchmarks import timing
 from experiments import feature_maps, published_cuts, published_weights
-from msjax import compress, wire
-from msjax.compress import _contexts
+from msjax import compress
+from msjax.compress import _buffers, _contexts
 
 OUT = pathlib.Path(__file__).parent / "results" / "transforms"
 BLOCKS = ("stage1_block1", "stage1_block3", "stage2_block3")
@@ -185,7 +185,7 @@ def _group(c, steps, codes, levels, signed, random):
     digits = np.where(outlier, levels, np.where(c < 0, -inside, inside) + (most if signed else 0)).astype(np.uint8)
     codec = compress.EntropyMask(bits=1.0, levels=levels, signed=signed)
     packed = digits.reshape(-1) if levels == WIDE else digits.reshape(-1, 2) @ np.array([1, 16], np.uint8)
-    coded = wire._shortest(packed, _contexts.grid_of(codec, c))[1]
+    coded = _buffers.shortest(packed, _contexts.grid_of(codec, c))[1]
     return values, min(packed.size, len(coded)) + 2 * np.count_nonzero(outlier) + 2 * (most + 1)
 
 

@@ -67,10 +67,10 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from msjax import compress
-from msjax.compress import _coding_costs, _contexts, _deflate
+from msjax.compress import _buffers, _contexts
+from msjax.compress._arrays import form_of, payload_arrays
 from msjax.compress._class_bytes import shortest_bytes
-from msjax.compress._codec import check_payload, form_of, payload_arrays
-from msjax.compress._deflate import huffman, runs
+from msjax.compress._codec import check_payload
 from msjax.compress._exact import EXACT_DTYPES
 
 VERSION = 3
@@ -78,10 +78,7 @@ COMPRESSIONS = (None, "huffman")
 _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
-_RAW, _HUFFMAN, _CUT, _RUNS, _CLASSES = 0, 1, 2, 3, 4
-_VERSIONS = {_RUNS: 2, _CLASSES: 3}  # others have been there from the first
-_NEAR = 0.04  # an estimate may be off by so much
-_SHORT = 1 / 16  # of a buffer: what becomes shorter is coded fast, and estimates of it are worse
+_VERSIONS = {_buffers.RUNS: 2, _buffers.CLASSES: 3}  # others have been there from the first
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
@@ -170,7 +167,7 @@ def encode_bare(payload: Any, codec: compress.Codec, like: Any, *, compression: 
     Arguments and errors are those of `encode`.
     """
     like, coded = _coded(payload, codec, like, compression)
-    table = [struct.pack("<B", c) if c == _RAW else struct.pack("<BI", c, len(buffer)) for c, buffer in coded]
+    table = [struct.pack("<B", c) if c == _buffers.RAW else struct.pack("<BI", c, len(buffer)) for c, buffer in coded]
     body = [*table, *(buffer for _, buffer in coded)]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), body, zlib.crc32(_form(codec, like)))
     return b"".join([struct.pack("<I", checksum), *body])
@@ -198,14 +195,14 @@ def decode_bare(
     for form in layout:
         (coding,) = reader.unpack("<B")
         raw = math.prod(form.shape) * form.dtype.itemsize
-        codings.append((coding, raw if coding == _RAW else reader.unpack("<I")[0]))
+        codings.append((coding, raw if coding == _buffers.RAW else reader.unpack("<I")[0]))
     return _message(reader, codec, like, layout, codings, nominal, len(data))
 
 
 def most_bytes(codec: compress.Codec, like: Any) -> int:
     """Returns the most bytes that `encode` can return, from shape and dtype alone: those without coding."""
     buffers = len(codec.payload_like(like))
-    return _PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * buffers)) + codec.payload_bytes(like)
+    return _PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * buffers)) + codec.payload_bytes(like)
 
 
 def estimate_bytes(
@@ -220,11 +217,11 @@ def estimate_bytes(
     """
     arrays, like = jax.tree.leaves(payload), form_of(like)
     grid = _contexts.grid_of(codec, like)
-    total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_RAW, 0)] * len(arrays))))
+    total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * len(arrays))))
     for array in arrays:
         raw = array.size * array.dtype.itemsize
         if array.dtype == jnp.uint8 and _compression(codec, compression) == "huffman":
-            total += shortest_bytes(array.reshape(-1), _grid_for(raw, grid))
+            total += shortest_bytes(array.reshape(-1), _buffers.grid_for(raw, grid))
         elif codec.entropy_coded and array.size:
             last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
             total += (last * array.dtype.itemsize).astype(jnp.float32)
@@ -245,7 +242,7 @@ def _coded(payload, codec, like, compression):
     check_payload(codec, like, layout, arrays)
     compression = _compression(codec, compression)
     grid = _contexts.grid_of(codec, like)
-    return like, [_code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
+    return like, [_buffers.code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
 
 
 def _message(reader, codec, like, layout, codings, nominal, size):
@@ -320,72 +317,11 @@ def read_codec(text: bytes) -> compress.Codec:
 
 
 def _read_array(reader, form, coding, length, *, may_cut, grid):
-    raw = math.prod(form.shape) * form.dtype.itemsize
-    buffer = reader.take(length)
     try:
-        if coding == _HUFFMAN:
-            buffer = _whole(buffer, raw, _deflate.MOST_WITHOUT_RUNS)
-        elif coding == _RUNS:
-            buffer = _whole(buffer, raw, _deflate.MOST)
-        elif coding == _CLASSES and form.dtype == np.uint8:
-            buffer = _contexts.decoded(buffer, raw, _grid_for(raw, grid))
-        elif coding == _CUT and may_cut and form.dtype != np.uint8:
-            buffer = bytes(buffer).ljust(raw, b"\0")
-        elif coding != _RAW:
-            raise WireError(f"coding must be 0, 1 or 3, 2 where zeros may be cut, or 4 of codes, got {coding}")
+        buffer = _buffers.decode_buffer(reader.take(length), form, coding, may_cut=may_cut, grid=grid)
     except ValueError as error:
         raise error if isinstance(error, WireError) else WireError(str(error)) from None
-    if len(buffer) != raw:
-        raise WireError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
     return np.frombuffer(buffer, form.dtype).reshape(form.shape)
-
-
-def _whole(coded, raw, most):
-    """The `raw` bytes of the deflate stream that `coded` is."""
-    out, used = _deflate.inflated(coded, raw, most)
-    if used != len(coded):
-        raise WireError(f"a compressed buffer must end after {raw} bytes, and does not")
-    return out
-
-
-def _grid_for(raw_bytes, grid):
-    """The grid of a buffer of so many bytes; a payload may have others than that of the codes."""
-    return grid if grid is not None and grid.buffer_bytes == raw_bytes else None
-
-
-def _shortest(raw, grid):
-    """(coding, buffer) of the coding that makes the least of bytes of codes; of long buffers by an estimate.
-
-    All whose estimate is near the least are tried, and all of what becomes very short.
-    """
-    coders = {
-        "huffman": (_HUFFMAN, huffman),
-        "runs": (_RUNS, runs),
-        "flags": (_CLASSES, lambda raw: _contexts.coded(raw, None)),
-    }
-    if grid is not None:
-        coders["classes"] = _CLASSES, lambda raw: _contexts.coded(raw, grid)
-    if raw.size > _coding_costs.ALWAYS_WHOLE:
-        found = _coding_costs.costs(raw, grid)
-        least = min(found.values())
-        if least > raw.size * _SHORT:
-            coders = {name: coder for name, coder in coders.items() if found[name] <= least * (1 + _NEAR)}
-    return min(((coding, coder(raw)) for coding, coder in coders.values()), key=lambda made: len(made[1]))
-
-
-def _code(array, compression, *, cut, grid=None):
-    """(coding, buffer) of one array. Floats are not compressed: what deflate gains there is not worth its time."""
-    array = np.ascontiguousarray(array)
-    raw = memoryview(array.reshape(-1).view(np.uint8))
-    if compression == "huffman" and array.dtype == np.uint8 and array.size:
-        coding, coded = _shortest(array.reshape(-1), _grid_for(array.size, grid))
-        if len(coded) < len(raw):
-            return coding, coded
-    if cut and array.dtype != np.uint8:
-        short = bytes(raw).rstrip(b"\0")
-        if len(short) < len(raw):
-            return _CUT, short
-    return _RAW, raw
 
 
 def _dtype(dtype):

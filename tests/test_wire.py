@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msjax import wire
-from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform, _contexts
+from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform, _buffers, _contexts, _deflate
 
 from . import helpers
 from .helpers import (
@@ -129,7 +129,7 @@ def test_features_come_back(codec, compression):
 
 def lengths(codes):
     """Of a buffer without neighbours, by coding."""
-    return {1: len(wire.huffman(codes)), 3: len(wire.runs(codes)), 4: len(_contexts.coded(codes, None))}
+    return {1: len(_deflate.huffman(codes)), 3: len(_deflate.runs(codes)), 4: len(_contexts.coded(codes, None))}
 
 
 def test_huffman_shortens_codes_only():
@@ -150,7 +150,7 @@ def test_huffmans_best_case_is_within_the_decoders_bound():
     codec, like = MaskEncoded(), jax.ShapeDtypeStruct((1 << 23,), jnp.bfloat16)
     form = form_of(codec, like.shape, like.dtype)
     payload = jax.tree.map(lambda f: np.zeros(f.shape, f.dtype), form)
-    buffers = ((0, payload.values.tobytes()), (1, wire.huffman(payload.codes.tobytes())), (0, b""))
+    buffers = ((0, payload.values.tobytes()), (1, _deflate.huffman(payload.codes.tobytes())), (0, b""))
     data = message(repr(codec).encode(), 1, like.shape, buffers)
     assert len(data) < payload.values.nbytes + payload.codes.nbytes / 7.9
     peak = traced_peak(lambda: assert_same(wire.decode(data).payload.codes, payload.codes))
@@ -229,7 +229,7 @@ def test_only_zeros_are_cut_and_only_what_is_shorter_is_coded():
     for n in range(1, 20):
         zeros = np.zeros(n, np.uint8)
         found = {0: n} | lengths(zeros)
-        coding, buffer = wire._code(zeros, "huffman", cut=False)
+        coding, buffer = _buffers.code(zeros, "huffman", cut=False)
         assert len(buffer) == found[coding] == min(found.values())
 
 

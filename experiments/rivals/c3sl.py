@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from msjax.compress import Codec, DensePayload
-from msjax.compress._codec import check_integer, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._options import check_integer
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from msjax.compress import Codec
+from msjax.compress._arrays import shaped
 from msjax.compress._bits import pack, packed_bytes, unpack
-from msjax.compress._codec import check_choice, check_integer, shaped
+from msjax.compress._options import check_choice, check_integer
 
 
 class ProductPayload(NamedTuple):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from msjax.compress import Codec
+from msjax.compress._arrays import shaped
 from msjax.compress._bits import pack, packed_bytes, unpack
-from msjax.compress._codec import shaped
 
 _MOST_BITS = 8
 

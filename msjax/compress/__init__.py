@@ -16,7 +16,7 @@ inside `shard_map`, once a client: a selection over the whole array would gather
 
 from msjax.compress._bounds import mask_encoded_error_bound, topk_error_bound, uniform_error_bound
 from msjax.compress._cast import Cast
-from msjax.compress._codec import Codec, VectorCodec
+from msjax.compress._codec import Codec
 from msjax.compress._entropy_mask import EntropyMask, EntropyPayload
 from msjax.compress._exact import Exact
 from msjax.compress._feature_memory import FeatureMemory, MemoryPayload, MemoryState
@@ -31,6 +31,7 @@ from msjax.compress._small_float import SmallFloat
 from msjax.compress._straight_through import downlink_key, straight_through
 from msjax.compress._topk import SparsePayload, TopK
 from msjax.compress._uniform import StochasticUniform, Uniform, UniformPayload
+from msjax.compress._vector_codec import VectorCodec
 
 CODECS: tuple[type[Codec], ...] = (
     Identity,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from msjax.compress import _select
-from msjax.compress._codec import check_bits, check_ratio
+from msjax.compress._options import check_bits, check_ratio
 
 
 def uniform_error_bound(h: Float[Array, "..."], bits: int) -> Float32[Array, ""]:

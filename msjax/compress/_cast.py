@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.compress import _finite
-from msjax.compress._codec import Codec, _plain, check_choice, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._codec import Codec
 from msjax.compress._identity import DensePayload
+from msjax.compress._options import check_choice, plain
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -33,7 +35,7 @@ class Cast(Codec):
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", _plain(self.dtype, "str"))
+        object.__setattr__(self, "dtype", plain(self.dtype, "str"))
         check_choice("dtype", self.dtype, ("bfloat16", "float16"))
 
     def _payload_like(self, like):

@@ -11,7 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from msjax.compress import _bits, _finite, _huffman, _random, _select
-from msjax.compress._codec import VectorCodec, check_choice, check_ratio, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._options import check_choice, check_ratio
+from msjax.compress._vector_codec import VectorCodec
 
 _SAMPLE = 1 << 14  # values that the step is chosen from
 _PER_OCTAVE = 64  # steps are powers of 2^(1/64), so that programs which round otherwise still choose the same

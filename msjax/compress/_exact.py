@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress._codec import Codec, check_array, shaped
+from msjax.compress._arrays import check_array, shaped
+from msjax.compress._codec import Codec
 from msjax.compress._identity import DensePayload
 
 EXACT_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

@@ -11,7 +11,9 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 from msjax.compress import _bits, _finite
-from msjax.compress._codec import FLOAT_DTYPES, Codec, as_array, check_choice, form_of, payload_arrays, shaped
+from msjax.compress._arrays import FLOAT_DTYPES, as_array, form_of, payload_arrays, shaped
+from msjax.compress._codec import Codec
+from msjax.compress._options import check_choice
 
 
 class MemoryState(NamedTuple):

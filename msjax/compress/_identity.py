@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 
-from msjax.compress._codec import Codec, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._codec import Codec
 
 
 class DensePayload(NamedTuple):

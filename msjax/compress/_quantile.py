@@ -7,7 +7,7 @@ import statistics
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress._codec import check_integer
+from msjax.compress._options import check_integer
 from msjax.compress._scaled import ScaledCodec
 
 _COMPARED = 6  # bits up to which a value is compared with every threshold, which a CPU does faster

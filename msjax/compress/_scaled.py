@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.compress import _bits, _finite, _numpy, _select
-from msjax.compress._codec import VectorCodec, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._vector_codec import VectorCodec
 
 
 class ScaledPayload(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from msjax.compress._codec import check_integer
+from msjax.compress._options import check_integer
 from msjax.compress._scaled import ScaledCodec
 
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.compress import _bits, _finite, _numpy, _select
-from msjax.compress._codec import VectorCodec, check_ratio, shaped
+from msjax.compress._arrays import shaped
+from msjax.compress._options import check_ratio
+from msjax.compress._vector_codec import VectorCodec
 
 
 class SparsePayload(NamedTuple):

@@ -1,0 +1,58 @@
+"""What a codec is given: arrays of any library, their shapes and dtypes, and payloads."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array of a payload; an int is the length of a vector."""
+    return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
+
+
+def check_array(h: Any, dtypes: tuple[str, ...], where: str = "") -> None:
+    """Raises TypeError or ValueError for what a codec of arrays of these dtypes cannot take."""
+    if h.dtype.name not in dtypes:
+        raise TypeError(f"h must be one of {', '.join(dtypes)}{where}, got {h.dtype.name}")
+    if math.prod(h.shape) >= 1 << 31:
+        raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
+
+
+def as_array(x: Any, name: str = "h") -> Any:
+    """`x`, of whatever library, as an array of JAX or NumPy; TypeError, with the argument's `name`, if it is none."""
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have no mask: fill it first, as with {name}.filled(0), got a masked array")
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    try:
+        return np.asarray(x)
+    except Exception as error:  # whatever the other library raises
+        try:  # NumPy has no bfloat16
+            return jnp.from_dlpack(x, copy=True)
+        except Exception:
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from None
+
+
+def form_of(like: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, or of what has these alone."""
+    if not (hasattr(like, "shape") and isinstance(getattr(like, "dtype", None), np.dtype)):
+        like = as_array(like)  # another library's dtype
+    return shaped(tuple(like.shape), native(like.dtype))
+
+
+def payload_arrays(payload: Any) -> list:
+    """The arrays of a payload, of JAX or NumPy."""
+    leaves = jax.tree.leaves(payload)
+    return [as_array(leaf, "payload") if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+
+
+def native(dtype):
+    """`dtype` in this machine's order of bytes."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
