@@ -87,7 +87,16 @@ CODECS = {
 }
 AT_MIDDLE = ("EntropyMask 1 up 1 down", "quantile, by channel", "QU, by token", "EntropyMask 1 up, kept")
 """Those that are trained at the middle cut alone, for want of time."""
-ADAPTED = ("none", "MS", "quantile", "top-k", "EntropyMask 2 up", "EntropyMask 1 up")
+ADAPTED = (
+    "none",
+    "MS",
+    "quantile",
+    "top-k",
+    "EntropyMask 2 up",
+    "EntropyMask 1 up",
+    "top-k, kept",
+    "EntropyMask 1 up, kept",
+)
 """The codecs of the arm with adapters, which is at the middle cut alone."""
 AT_LOWER_RATE = ("none", "MS", "top-k", "RandTopk", "EntropyMask 2 up", "EntropyMask 1 up", "EntropyMask 1 up 1 down")
 """The codecs of the arm with a lower learning rate, which is at the middle cut of Shakespeare alone."""

@@ -14,7 +14,7 @@ from msjax import compress, config, data, wire
 def test_the_middle_cut_and_seed_0_come_first():
     names = list(language.runs("lite"))
     assert names[: len(language.CODECS)] == [f"Shakespeare, full, {codec}, 3, seed 0" for codec in language.CODECS]
-    assert [name for name in names if "seed 0" in name] == [name for name in names[:109] if "seed" in name]
+    assert [name for name in names if "seed 0" in name] == [name for name in names[:113] if "seed" in name]
     # Of each text three seeds and one with adapters; and one at the lower rate.
     assert sum("none" in name for name in names) == 2 * 3 + 2 + 1
 
