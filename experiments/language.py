@@ -28,6 +28,7 @@ import math
 import statistics
 import sys
 
+import matplotlib
 import matplotlib.figure
 
 from benchmarks import timing
@@ -107,7 +108,15 @@ TRAINED = {
     "full at 1e-3": "all weights, at a third of the learning rate",
     "LoRA": "adapters alone",
 }
-ORDERINGS = (("MS", "QU"), ("MS", "quantile"), ("e2m1", "MS"), ("MS", "top-k"), ("MS", "RandTopk"))
+ORDERINGS = (
+    ("MS", "QU"),
+    ("MS", "quantile"),
+    ("e2m1", "MS"),
+    ("MS", "top-k"),
+    ("MS", "RandTopk"),
+    ("MS", "top-k, kept"),
+    ("MS", "RandTopk, kept"),
+)
 """What is said of the authors' codecs here: which of two has the lower perplexity."""
 
 
@@ -281,7 +290,7 @@ def plot(groups, texts):
             for cut, marker in zip(CUTS, "osv", strict=True):
                 if found := groups.get(f"{text}, full, {name}, {cut}"):
                     x, y = study.feature_bits(found[0]), statistics.mean(map(perplexity, found))
-                    axes.plot(x, y, marker, color=f"C{color % 10}", label=name)
+                    axes.plot(x, y, marker, color=matplotlib.colormaps["tab20"](color), label=name)
         if found := groups.get(f"{text}, full, none, {MIDDLE}"):
             axes.axhline(statistics.mean(map(perplexity, found)), color="k", linewidth=0.8, label="none")
         axes.set(title=text, xlabel="bits a value of the features", ylabel="perplexity", yscale="log")
