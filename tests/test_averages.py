@@ -166,13 +166,14 @@ def test_a_run_that_is_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch)
 def test_error_feedback_of_one_sender():
     """What T messages of a constant vector add up to is T times it, but for an error that does not grow with T."""
     spec = built(dataclasses.replace(SMALL, update_codec=compress.TopK(ratio=0.9)), 30).spec
-    vectors = tuple(jax.random.normal(jax.random.key(n), e.shape) for n, e in enumerate(averages.no_error(spec)))
+    vectors = tuple(jax.random.normal(jax.random.key(n), e.shape) for n, e in enumerate(averages.no_vectors(spec)))
     encode = jax.jit(functools.partial(averages.encode, spec))
     sums, error = jax.tree.map(jnp.zeros_like, vectors), averages.no_error(spec)
     for step in range(60):
         _, decoded, error = encode(vectors, error, jax.random.key(step))
         sums = jax.tree.map(jnp.add, sums, decoded)
-    for total, lost, vector in zip(sums, error, vectors, strict=True):
+    assert len(error) == 1  # statistics have none
+    for total, lost, vector in zip(sums, error, vectors, strict=False):
         np.testing.assert_allclose(total + lost, 60 * vector, rtol=1e-4, atol=1e-3)
         assert np.linalg.norm(lost) < 12 * np.linalg.norm(vector)  # of one in ten kept, ten steps' worth at most
 
@@ -190,14 +191,18 @@ def test_an_unbiased_codec_has_no_feedback(codec):
 
 @pytest.mark.slow
 def test_means_are_those_of_the_updates():
-    """With a codec that loses nothing the averages are those without one, in every mode that averages."""
+    """With a codec that loses nothing the averages are those without one, in every mode that averages.
+
+    But for the statistics of parallel mode, whose changes have an error of an eighth at most, in either direction.
+    """
     whole = compress.TopK(ratio=0.0)
     for mode in (MODES[0], MODES[2]):
         ends = []
         for update_codec in (whole, compress.Identity()):
             server, clients = finished(mode, update_codec)
-            ends.append((server.state.params, clients[0].state[:2]))
-        assert_close(*ends, 1e-5)
+            ends.append((server.state.params, clients[0].state.params, clients[0].state.stats))
+        assert_close(ends[0][:2], ends[1][:2], 1e-5)
+        assert_close(ends[0][2], ends[1][2], 1e-5 if server.spec.mode.averages_parts else 0.25)
 
 
 @pytest.mark.slow
@@ -275,7 +280,8 @@ def test_a_client_part_without_arrays():
 def test_a_run_without_it_is_described_as_before():
     """So that folders and clients of earlier versions fit."""
     plain, compressed = (built(cfg, 30).spec for cfg in (SMOOTH, CFG))
-    assert {"update_codec", "client statistics"} == compressed.describe().keys() - plain.describe().keys()
+    added = compressed.describe().keys() - plain.describe().keys()
+    assert added == {"update_codec", "client statistics", "statistics codec"}
     assert plain.average_payload().nbytes == 4 * plain.client_update_values
     state = TrainState(PartState({}, {}, ()), PartState({}, {}, ()), jnp.int32(0))
     assert list(saved.to_save(plain, state)) == ["client", "server", "step"]
@@ -290,3 +296,42 @@ def test_statistics_are_sent_as_changes():
     mean = averages._mean_update((jnp.zeros(3), jnp.full(2, 0.25)), update, old)
     np.testing.assert_array_equal(mean.stats["mean"], [5.25, 5.25])
     assert int(mean.stats["count"]) == 2 and len(spec.average_payload().likes) == 2
+
+
+@pytest.mark.parametrize("codec", [SP, dataclasses.replace(CODED, bits=1.0)], ids=str)
+def test_running_variances_stay_positive_and_follow_the_data(codec):
+    """With error feedback a change that was not sent would be counted again in every step, and overshoot."""
+    spec = built(dataclasses.replace(SMALL, update_codec=codec), 30).spec
+    grads = jnp.zeros(spec.client_weight_values)
+    variances = jnp.geomspace(1e-4, 20.0, spec.client_statistic_values)
+
+    def step(carry, key):
+        running, errors, error = carry
+        batch = variances * jnp.exp(0.1 * jax.random.normal(key, (4, variances.size)))
+        vectors = jnp.stack([grads] * 4), 0.1 * (batch - running)
+        sent = averages.send(spec, vectors, errors, jax.random.split(key, 4))
+        (_, change), error, _ = averages.answer(spec, averages.over_devices(sent.total, 4, None), error, key)
+        return (running + change, sent.error, error), (running + change).min()
+
+    error = averages.no_error(spec)
+    start = jnp.ones(variances.size), jax.tree.map(lambda e: jnp.stack([e] * 4), error), error
+    (running, _, _), least = jax.jit(functools.partial(jax.lax.scan, step))(
+        start, jax.random.split(jax.random.key(0), 120)
+    )
+    assert least.min() > 0
+    np.testing.assert_allclose(running, variances, rtol=0.15)
+
+
+def test_statistics_of_rounds_are_sent_as_they_are():
+    """In a round a variance may fall to nearly nothing, and a relative error of the change would take it below."""
+    spec = built(dataclasses.replace(CFG, mode=MODES[2]), 30).spec
+    reference = averages.no_vectors(spec)[:1]
+    assert spec.mode.averages_parts and spec.average_payload().codecs == (SP, compress.Identity())
+    stats = jnp.geomspace(1e-6, 1e3, spec.client_statistic_values)
+    part = PartState({"w": jnp.ones(spec.client_weight_values)}, {"var": stats}, ())
+    payload, memory = averages.encode_part(
+        spec, part, averages.Memory(averages.no_error(spec), reference), jax.random.key(0)
+    )
+    part, memory = averages.decode_part(spec, payload, part, memory)
+    np.testing.assert_array_equal(part.stats["var"], stats)
+    assert [v.size for v in memory.reference] == [v.size for v in memory.error] == [spec.client_weight_values]

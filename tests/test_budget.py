@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import compress, config, wire
+import msjax
+from msjax import compress, config, models, wire
 from msjax.split import budget, parties
 from msjax.training import loop
 
@@ -104,3 +105,25 @@ def test_what_does_not_fit_is_refused(changes, said):
 
 def test_a_run_without_it_is_described_as_before():
     assert built(CFG, 30).spec.describe().keys() - built(SMALL, 30).spec.describe().keys() == {"cut_bits"}
+
+
+def _with_integers(count):
+    """Parts whose features are 8 values and so many integers of a sample, the second of no use to the server."""
+
+    def first(params, stats, x, train, key):
+        return {"h": x @ params["w"], "ids": jnp.zeros((x.shape[0], count), jnp.int32)}, stats
+
+    def last(params, stats, h, train, key):
+        return h["h"] @ params["w"] + h["ids"].sum(), stats
+
+    return models.ModelPart(first, {"w": jnp.ones((4, 8))}, {}), models.ModelPart(last, {"w": jnp.ones((8, 2))}, {})
+
+
+@pytest.mark.parametrize("cut_bits", [None, 8.0], ids=["codecs", "budget"])
+def test_arrays_that_are_not_floating_are_counted_and_are_not_the_budgets(cut_bits):
+    samples = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32), np.arange(40, dtype=np.int32) % 2
+    codecs = BUDGET | {"codec": compress.EntropyMask(bits=4.0, signed=True), "cut_bits": cut_bits}
+    runs = [msjax.train(_with_integers(n), samples, **codecs, clients=2, batch_size=10, epochs=1) for n in (2, 500)]
+    up, down = ([run.history[-1]["traffic"][f"coded_{name}_bytes"] for run in runs] for name in ("uplink", "downlink"))
+    assert up[1] - up[0] == 2 * 2 * 10 * 498 * 4 and down[0] == down[1]
+    assert runs[0].spec.feature_payload(10).float_values == runs[1].spec.feature_payload(10).float_values == 80

@@ -25,7 +25,7 @@ def code(
       grid: where the array's codes have neighbours.
     """
     array = np.ascontiguousarray(array)
-    raw = memoryview(array.reshape(-1).view(np.uint8))
+    raw = array.reshape(-1).view(np.uint8).data
     if compression == "huffman" and array.dtype == np.uint8 and array.size:
         coding, coded = shortest(array.reshape(-1), grid_for(array.size, grid))
         if len(coded) < len(raw):
@@ -38,7 +38,7 @@ def code(
 
 
 def decode_buffer(
-    buffer: memoryview, form: jax.ShapeDtypeStruct, coding: int, *, may_cut: bool, grid: _contexts.Grid | None
+    buffer: Any, form: jax.ShapeDtypeStruct, coding: int, *, may_cut: bool, grid: _contexts.Grid | None
 ) -> Any:
     """Returns the bytes of an array of shape and dtype `form` from a buffer that may come from anybody.
 

@@ -115,7 +115,8 @@ class Codec(abc.ABC):
         """Returns a gradient where `payload` has kept the features, as `kept_like` says.
 
         What a sender of gradients needs to send to one who throws the others away. Of most codecs it is `g` with zeros
-        where the features decode to zero: behind a ReLU their derivative is zero. Of sparsifiers it is short, the
+        where the features decode to zero, or, of `EntropyMask`, have the code 0: behind a ReLU the derivative of zeros
+        is zero. Of sparsifiers it is short, the
         gradient of the kept values alone (Zheng et al., IJCAI 2023, arXiv 2305.18469).
 
         Args:
@@ -163,7 +164,7 @@ class Codec(abc.ABC):
         return shaped(like.shape, like.dtype)
 
     def _is_kept(self, payload, like):
-        """bool, of the shape of `like`: where the features do not decode to zero."""
+        """bool, of the shape of `like`: where the features were kept, by default those that do not decode to zero."""
         return self._decode(payload, like) != 0
 
     def _take_kept(self, payload, g):

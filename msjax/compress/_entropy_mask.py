@@ -142,7 +142,7 @@ class EntropyMask(VectorCodec):
         """Returns the payload of `h`, as `encode` does, with `bits` in place of the field.
 
         Args:
-          bits: float32 (), the real bits an element to aim at; an array, so that another number compiles nothing anew.
+          bits: float32 (), the bits an element to aim at, as the field; an array, so that no number compiles anew.
 
         Raises:
           TypeError, ValueError: as `encode`.

@@ -25,8 +25,8 @@ def straight_through(
 
     With `kept_only` the cotangent is sent only where `codec` has kept the features (`Codec.take_kept`), and is zero
     elsewhere: the derivative of a sparsifier. Behind a ReLU nothing is lost by this where a feature is zero. Where it
-    was small and decodes to zero, the layers before the cut do not learn from it: the gradient is biased, as that of
-    the dead zone itself. What is sent is unbiased if `grad_codec` is.
+    was small and decodes to zero, or to the mean of small ones, the layers before the cut do not learn from it: the
+    gradient is biased, as that of the dead zone itself. What is sent is unbiased if `grad_codec` is.
 
     Args:
       codec: for the features, on their way up.

@@ -206,11 +206,13 @@ class Config:
     """Of the gradient, on its way down; the paper sends it uncompressed."""
     grad_kept_only: bool = False
     """Whether the gradient is sent only where the features were kept, and taken for zero elsewhere: of a sparsifier's
-    kept values alone, of other codecs' where a feature does not decode to zero, as behind a ReLU half of them do."""
+    kept values alone, of EntropyMask's where a code is not 0, of other codecs' where a feature does not decode to zero.
+    Behind a ReLU half of them do. Between the blocks of a language model, training at a bit or less needs this."""
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
-    the parts, and statistics; a codec for both signs, as EntropyMask(bits=1.0, signed=True). It pays for parts of some
-    hundred values or more. In sequential mode a Cast, of what a client hands on to the next. Not with one client."""
+    the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then have 8 bits, or in
+    splitfed 32. It pays for parts of some hundred values or more. In sequential mode a Cast, of what a client hands on
+    to the next. Not with one client."""
     cut_bits: float | None = None
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what

@@ -1,12 +1,16 @@
 """What keeps the clients' parts equal, through a codec: averages with error feedback at each sender.
 
 In an average every client sends two vectors, one of its part's weights and one of its statistics; the server answers
-all of them with the means. In parallel mode the first is the gradient and the second the change of the statistics in
-the step; in SplitFed both are changes since the last average. The same values come again and again, so what a message
-loses can be made good by the next one: a sender adds the error of its last message to what it sends (Seide et al.,
-Interspeech 2014; both ways as in DoubleSqueeze, Tang et al., arXiv 1905.05957). With a codec that is unbiased it does
-not: that error may be larger than what was sent, and would grow. All clients decode the same answer, so their parts
-stay equal to the bit.
+all of them with the means. Of the weights, in parallel mode it is the gradient, in SplitFed the change since the last
+average. The same values come again and again, so what a message loses can be made good by the next one: a sender adds
+the error of its last message to what it sends (Seide et al., Interspeech 2014; both ways as in DoubleSqueeze, Tang et
+al., arXiv 1905.05957). With a codec that is unbiased it does not: that error may be larger than what was sent, and
+would grow. All clients decode the same answer, so their parts stay equal to the bit.
+
+Statistics, such as means and variances of batch normalization, have no feedback and a codec of their own
+(`RunSpec.statistics_codec`). In parallel mode their change in the step is sent, with a relative error. As a running
+average moves by a share of its distance from the data, what a change lost is in the next one anyway; added once more,
+it would overshoot, and variances could become negative. In SplitFed they are sent as they are.
 
 With `Identity` nothing of this happens: one vector travels as it is, and nothing is remembered.
 """
@@ -35,9 +39,9 @@ class Memory(NamedTuple):
     """What a party keeps from one average to the next; part of its checkpoints."""
 
     error: Vectors
-    """What its messages so far have lost; () with an unbiased codec."""
+    """What its messages so far have lost of the weights; () with an unbiased codec, or without weights."""
     reference: Vectors = ()
-    """SplitFed, of a client: weights and statistics as they were last averaged, equal at all clients."""
+    """SplitFed, of a client: the weights as they were last averaged, equal at all clients; () without weights."""
 
 
 class Averages(NamedTuple):
@@ -50,7 +54,7 @@ class Averages(NamedTuple):
 
 def no_error(spec: RunSpec) -> Vectors:
     """Returns the error before the first message."""
-    return () if spec.update_codec.unbiased else no_vectors(spec)
+    return () if spec.update_codec.unbiased else no_vectors(spec)[: int(spec.client_weight_values > 0)]
 
 
 def no_vectors(spec: RunSpec) -> Vectors:
@@ -73,6 +77,11 @@ def to_vectors(weights: PyTree, stats: PyTree) -> Vectors:
     return tuple(vector for vector in (to_vector(weights), to_vector(stats)) if vector.size)
 
 
+def reference_of(part: PartState) -> Vectors:
+    """Returns what the first changes of a client's part are counted from."""
+    return to_vectors(part.params, {})
+
+
 def from_vectors(vectors: Vectors, weights: PyTree, stats: PyTree) -> tuple[PyTree, PyTree]:
     """Returns the two trees with the values of `vectors`; arrays that are not floating are kept."""
     left = list(vectors)
@@ -82,13 +91,11 @@ def from_vectors(vectors: Vectors, weights: PyTree, stats: PyTree) -> tuple[PyTr
 def encode(spec: RunSpec, vectors: Vectors, error: Vectors, key: jax.Array) -> tuple[Payload, Vectors, Vectors]:
     """Returns the payload of `vectors` and the error before; what it decodes to; and the error after it."""
     payload_spec = spec.average_payload()
-    wanted = [vector + lost for vector, lost in zip(vectors, error, strict=True)] if error else list(vectors)
+    wanted = [*map(jnp.add, vectors, error), *vectors[len(error) :]]
     payload = payload_spec.encode(wanted, key)
     decoded = tuple(payload_spec.decode(payload))
-    if not error:
-        return payload, decoded, ()
     # What is not finite shows in the loss; kept, it would never leave.
-    lost = (want - got for want, got in zip(wanted, decoded, strict=True))
+    lost = map(jnp.subtract, wanted[: len(error)], decoded)
     return payload, decoded, tuple(jnp.where(jnp.isfinite(one), one, 0) for one in lost)
 
 
@@ -111,7 +118,7 @@ def decode_update(spec: RunSpec, payload: Payload, update: PartUpdate, stats: Py
 
 
 def encode_part(spec: RunSpec, part: PartState, memory: Memory, key: jax.Array) -> tuple[Payload, Memory]:
-    """Returns the payload of the change of a client's part since the last average, and its memory after it."""
+    """Returns the payload of a client's part, of its weights the change since the last average; its memory after it."""
     payload, _, error = encode(spec, _changes(part, memory.reference), memory.error, update_key(key))
     return payload, memory._replace(error=error)
 
@@ -195,8 +202,8 @@ def answer(spec: RunSpec, means: Vectors, error: Vectors, first_key: jax.Array) 
 def _about_bytes(spec, payload):
     if not spec.update_codec.entropy_coded:
         return jnp.float32(0)
-    likes = spec.average_payload().likes
-    return sum(wire.estimate_bytes(p, spec.update_codec, like) for p, like in zip(payload, likes, strict=True))
+    of = spec.average_payload()
+    return sum(map(wire.estimate_bytes, payload, of.codecs, of.likes))
 
 
 def update_vectors(updates: PartUpdate, stats: PyTree) -> Vectors:
@@ -249,7 +256,7 @@ def average_parts(
         return send(spec, vectors, error, keys, clients_at_once=clients_at_once, mesh=mesh)
 
     def nothing(parts, error):
-        return Sent(tuple(map(jnp.zeros_like, reference)), error, jnp.zeros(clients, jnp.float32))
+        return Sent(no_vectors(spec), error, jnp.zeros(clients, jnp.float32))
 
     sent = jax.lax.cond(now, encode_changes, nothing, parts, memory.client.error)
     means = over_devices(sent.total, clients, axis_name)
@@ -287,12 +294,12 @@ def _mean_update(vectors, update, stats):
 
 def _changes(part, reference):
     now = to_vectors(part.params, part.stats)
-    return tuple(vector - before for vector, before in zip(now, reference, strict=True))
+    return (*map(jnp.subtract, now, reference), *now[len(reference) :])
 
 
 def _averaged(part, memory, changes):
-    reference = tuple(before + change for before, change in zip(memory.reference, changes, strict=True))
-    params, stats = from_vectors(reference, part.params, part.stats)
+    reference = tuple(map(jnp.add, memory.reference, changes))
+    params, stats = from_vectors((*reference, *changes[len(reference) :]), part.params, part.stats)
     return part._replace(params=params, stats=stats), memory._replace(reference=reference)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from msjax import wire
 from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.spec import RunSpec
+from msjax.split.trees import is_float
 
 GAIN = 0.2
 """Part of what the last exchange was off by which a client moves its aim."""
@@ -51,11 +52,12 @@ def next_up_bits(
 
     Args:
       up_bits: those of this step; float32, of any shape, an entry a client.
-      sent_bytes: about what its messages of features and gradients took, in bytes, of the same shape.
+      sent_bytes: about what its messages of features and gradients took, of floating arrays, in bytes; of the same
+        shape.
       budgets: where it follows the link, the budget of this step and that of the next, float32 ().
     """
     now, then = (spec.cut_bits, spec.cut_bits) if budgets is None else budgets
-    values = sum(like.size for like in spec.feature_payload(batch_size).likes)
+    values = spec.feature_payload(batch_size).float_values
     aim = up_bits + GAIN * (now - 8 * sent_bytes / values)
     if budgets is not None:
         aim *= then / now
@@ -91,22 +93,23 @@ def budget_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float3
     """
     if spec.cut_seconds is None or not bytes_per_second:
         return np.float32(spec.cut_bits)
-    values, labels = _sizes(spec)
-    bits = 8 * (float(bytes_per_second) * spec.cut_seconds - labels) / values
+    values, others = _sizes(spec)
+    bits = 8 * (float(bytes_per_second) * spec.cut_seconds - others) / values
     return np.float32(min(max(bits, LEAST * spec.cut_bits), spec.cut_bits))
 
 
 def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
     """Returns how long a step's messages take on a client's link with the least budget that there is."""
-    values, labels = _sizes(spec)
-    return (LEAST * spec.cut_bits * values / 8 + labels) / float(bytes_per_second)
+    values, others = _sizes(spec)
+    return (LEAST * spec.cut_bits * values / 8 + others) / float(bytes_per_second)
 
 
 def _sizes(spec):
-    """Of a full batch: how many values its features have, and how many bytes its labels."""
+    """Of a full batch: how many floating values its features have, and the bytes of its labels and of other arrays."""
     batch_size = spec.schedule.full_batch_size
-    values = sum(like.size for like in spec.feature_payload(batch_size).likes)
-    return values, sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
+    features = spec.feature_payload(batch_size)
+    labels = sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
+    return features.float_values, labels + features.exact_bytes
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:
@@ -133,6 +136,6 @@ def check_known_link(spec: RunSpec) -> None:
 
 
 def payload_bytes(payload_spec: PayloadSpec, payload: Payload) -> jax.Array:
-    """Returns about the bytes of a message."""
+    """Returns about the bytes of a message that the budget is for, those of floating arrays."""
     triples = zip(payload, payload_spec.codecs, payload_spec.likes, strict=True)
-    return sum((wire.estimate_bytes(p, codec, like) for p, codec, like in triples), jnp.float32(0))
+    return sum((wire.estimate_bytes(p, codec, like) for p, codec, like in triples if is_float(like)), jnp.float32(0))

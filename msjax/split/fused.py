@@ -162,12 +162,15 @@ def contribute(
     else:
         client = PartUpdate(_wide(client_grads), sum_floats(client_stats))
     totals = Totals(client, PartUpdate(_wide(server_grads), sum_floats(server_stats)), add_up(sums))
-    up_bits = state.up_bits
+    up_bits, batch_size = state.up_bits, jax.tree.leaves(x)[0].shape[1]
     if spec.cut_bits is not None:
-        sent, batch_size = features_up + gradient_bytes[:, 0], jax.tree.leaves(x)[0].shape[1]
+        sent = features_up + gradient_bytes[:, 0]
         fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
         up_bits = budget.next_up_bits(spec, up_bits, sent, batch_size, None if grad_bits is None else (fixed, fixed))
     up, down = features_up + gradient_bytes[:, 1], features_down + gradient_bytes[:, 0]
+    if spec.codec.entropy_coded or spec.grad_codec.entropy_coded:
+        up += spec.feature_payload(batch_size).exact_bytes
+        down += spec.tail_feature_payload(batch_size).exact_bytes if spec.u_shaped else 0
     return Contribution(totals, PerClient(losses, up, down, average_bytes), (part, error, up_bits))
 
 
@@ -310,7 +313,7 @@ def cross_cut(
 
     Returns:
       The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
-      message, 0 where they follow from shapes.
+      message without arrays that are not floating, 0 where they follow from shapes.
     """
     spec = TreeSpec.of(h)
     crossed, up = [], jnp.float32(0)

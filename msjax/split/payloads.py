@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from msjax import compress
+from msjax import compress, wire
 from msjax.compress import Codec, EntropyMask, Exact
 from msjax.split.trees import TreeSpec, is_float
 
@@ -136,11 +136,11 @@ class PayloadSpec:
         return cls(jax.tree.structure(0), (compress.Identity(),), (like,), (0,))
 
     @classmethod
-    def of_vectors(cls, sizes: list[int], codec: Codec) -> "PayloadSpec":
-        """Returns the spec of a list of float32 vectors of these sizes, each through the codec."""
-        likes = tuple(jax.ShapeDtypeStruct((size,), np.dtype(np.float32)) for size in sizes)
-        places = tuple(range(len(sizes)))
-        return cls(jax.tree.structure(list(places)), (codec,) * len(sizes), likes, places)
+    def of_vectors(cls, vectors: list[tuple[int, Codec]]) -> "PayloadSpec":
+        """Returns the spec of a list of float32 vectors, each of a size and through a codec."""
+        likes = tuple(jax.ShapeDtypeStruct((size,), np.dtype(np.float32)) for size, _ in vectors)
+        places = tuple(range(len(vectors)))
+        return cls(jax.tree.structure(list(places)), tuple(codec for _, codec in vectors), likes, places)
 
     def key(self, key: jax.Array | None, place: int) -> jax.Array | None:
         """Returns the key that the array at `place` is encoded with, given that of the message."""
@@ -190,6 +190,16 @@ class PayloadSpec:
     def nbytes(self) -> int:
         """Bytes of the payload: exact, but for entropy-coded codecs, whose bytes before coding these are."""
         return sum(codec.payload_bytes(like) for codec, like in zip(self.codecs, self.likes, strict=True))
+
+    @functools.cached_property
+    def float_values(self) -> int:
+        """How many values go through codecs: those of floating arrays."""
+        return sum(like.size for like in self.likes if is_float(like))
+
+    @functools.cached_property
+    def exact_bytes(self) -> int:
+        """Bytes of the messages of all other arrays, which travel as they are."""
+        return sum(wire.most_bytes(Exact(), like) for like in self.likes if not is_float(like))
 
     def dense(self) -> "PayloadSpec":
         """Returns the spec of the same arrays, uncompressed."""

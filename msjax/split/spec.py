@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from msjax import data
-from msjax.compress import Codec, Identity
+from msjax.compress import Codec, Identity, SmallFloat
 from msjax.models import constants_of
 from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
@@ -20,6 +20,8 @@ from msjax.tasks import Task
 
 Apply = Callable[..., tuple[Any, Any]]
 """A part as a pure function: `apply(params, stats, x, train=…, key=…) -> (y, new_stats)`; see `models.ModelPart`."""
+
+_STATISTICS = SmallFloat(exponent_bits=5, mantissa_bits=2)  # an eighth of a change at most, over 33 octaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,7 @@ class RunSpec:
         updates = {}
         if self.compresses_updates:  # other runs are described as they were before there was this
             updates = {"update_codec": str(self.update_codec), "client statistics": self.client_statistic_values}
+            updates["statistics codec"] = str(self.statistics_codec)
         if self.compresses_parts:
             updates["update_codec"] = str(self.update_codec)
         if self.grad_kept_only:
@@ -262,7 +265,20 @@ class RunSpec:
         With it goes what the changes of parts are counted from, where the mode compresses these.
         """
         reference = self.compresses_updates and self.mode.averages_parts
-        return PayloadSpec.of_vector(self.client_state_values + reference * self.client_update_values)
+        return PayloadSpec.of_vector(self.client_state_values + reference * self.client_weight_values)
+
+    @property
+    def client_weight_values(self) -> int:
+        """How many of the averaged values are weights."""
+        return self.client_update_values - self.client_statistic_values
+
+    @property
+    def statistics_codec(self) -> Codec:
+        """The codec of the statistics in an average where this is compressed; see `averages`.
+
+        A byte each with an error relative to each change, in every step; float32 where they come once a round.
+        """
+        return Identity() if self.mode.averages_parts else _STATISTICS
 
     @property
     def compresses_updates(self) -> bool:
@@ -279,14 +295,15 @@ class RunSpec:
         """Returns the spec of what a client hands on: one vector, in a list where it is compressed."""
         if not self.compresses_parts:
             return PayloadSpec.of_vector(self.client_state_values)
-        return PayloadSpec.of_vectors([self.client_state_values], self.update_codec)
+        return PayloadSpec.of_vectors([(self.client_state_values, self.update_codec)])
 
     @functools.cached_property
     def _average_payload(self):
         if not self.compresses_updates:
             return PayloadSpec.of_vector(self.client_update_values)
-        sizes = (self.client_update_values - self.client_statistic_values, self.client_statistic_values)
-        return PayloadSpec.of_vectors([size for size in sizes if size], self.update_codec)
+        weights = self.client_weight_values, self.update_codec
+        statistics = self.client_statistic_values, self.statistics_codec
+        return PayloadSpec.of_vectors([vector for vector in (weights, statistics) if vector[0]])
 
     def average_payload(self) -> PayloadSpec:
         """Returns the spec of what a client sends to be averaged, and of the server's answer."""

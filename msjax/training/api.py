@@ -114,12 +114,12 @@ def train(
         without it are sent uncompressed.
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
       grad_kept_only: send gradients only where the features were kept, and take them for zero elsewhere: of a
-        sparsifier's kept values alone, of other codecs' where a feature does not decode to zero; see
-        `compress.straight_through`.
+        sparsifier's kept values alone, of an `EntropyMask`'s where a code is not 0, of other codecs' where a feature
+        does not decode to zero; see `compress.straight_through`.
       update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
-        gradients and in `SplitFed` the changes of their parts, with the statistics; by default not compressed. A codec
-        for both signs, as `EntropyMask(bits=1.0, signed=True)`; it pays for parts of some hundred values or more. In
-        `Sequential` a `Cast`, of what a client hands on to the next. Not with one client.
+        gradients and in `SplitFed` the changes of their parts; by default not compressed. A codec for both signs, as
+        `EntropyMask(bits=2.0, signed=True)`; it pays for parts of some hundred values or more. Statistics then have 8
+        bits, or in `SplitFed` 32. In `Sequential` a `Cast`, of what a client hands on to the next. Not with one client.
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
         and features what is left, from step to step. Not in `Sequential`, nor U-shaped.

@@ -124,7 +124,7 @@ class SplitFed(AveragingMode):
     def client_memory(self, spec, state):
         if not spec.compresses_updates:
             return ()
-        return Memory(no_error(spec), averages.to_vectors(state.params, state.stats))
+        return Memory(no_error(spec), averages.reference_of(state))
 
     def client_send(self, client, exchange):
         if self.hands_parts_on(client.schedule):
