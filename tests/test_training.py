@@ -21,6 +21,7 @@ from msjax.parts import load_part
 from msjax.runs import checkpoints
 from msjax.runs.progress import Progress
 from msjax.runs.tables import print_summaries
+from msjax.split import sent
 from msjax.split.metrics import MetricSums
 from msjax.split.modes import Parallel
 from msjax.split.schedule import Schedule
@@ -235,6 +236,15 @@ def test_the_table_sets_a_single_run_against_no_compression(capsys):
     print_summaries([summary | {"traffic": traffic, "config": configs | {"update_codec": "TopK()"}}])
     out = capsys.readouterr().out
     assert "averages: TopK()" in out and "1.10" in out and "2.20" in out
+
+
+def test_coded_bytes_of_a_u_shaped_run_are_those_of_both_messages():
+    traffic = {"uplink_feature_bytes": 1000, "uplink_gradient_bytes": 1000, "uplink_bytes": 2000}
+    traffic |= {"downlink_feature_bytes": 500, "downlink_gradient_bytes": 1500, "downlink_bytes": 2010}
+    assert sent.cut_bytes(traffic) == 4000
+    traffic |= {"coded_uplink_bytes": 600, "coded_downlink_bytes": 400}
+    assert sent.cut_bytes(traffic) == 1000 and sent.by_direction(traffic) == (600, 410)
+    assert sent.feature_bytes(traffic) == 1000  # which part of a message's bytes are theirs is not known
 
 
 def rates(optim, epochs, steps):

@@ -5,8 +5,12 @@ _SYNCHRONIZATION = ("uplink_synchronization_bytes", "downlink_synchronization_by
 
 
 def feature_bytes(traffic: dict[str, int]) -> int:
-    """Returns the bytes of the features on their way up; where entropy-coded, as messages."""
-    return traffic["coded_uplink_bytes" if _is_coded(traffic) else "uplink_feature_bytes"]
+    """Returns the bytes of the features on their way up; where entropy-coded, as messages.
+
+    Not U-shaped: there gradients go up, too, and messages of both are counted as one.
+    """
+    coded = _is_coded(traffic) and not traffic.get("uplink_gradient_bytes")
+    return traffic["coded_uplink_bytes" if coded else "uplink_feature_bytes"]
 
 
 def cut_bytes(traffic: dict[str, int]) -> int:
@@ -30,8 +34,9 @@ def by_direction(traffic: dict[str, int]) -> tuple[int, int]:
     """Returns the bytes of all up and of all down; where entropy-coded, as messages."""
     up, down = traffic["uplink_bytes"], traffic["downlink_bytes"]
     if _is_coded(traffic):
-        up += traffic["coded_uplink_bytes"] - traffic["uplink_feature_bytes"]
-        down += traffic["coded_downlink_bytes"] - traffic["downlink_gradient_bytes"]
+        plain = [sum(traffic.get(name, 0) for name in _CUT if name.startswith(way)) for way in ("up", "down")]
+        up += traffic["coded_uplink_bytes"] - plain[0]
+        down += traffic["coded_downlink_bytes"] - plain[1]
     if "coded_uplink_synchronization_bytes" in traffic:
         up += traffic["coded_uplink_synchronization_bytes"] - traffic["uplink_synchronization_bytes"]
         down += traffic["coded_downlink_synchronization_bytes"] - traffic["downlink_synchronization_bytes"]
@@ -39,5 +44,5 @@ def by_direction(traffic: dict[str, int]) -> tuple[int, int]:
 
 
 def _is_coded(traffic):
-    """Whether there are bytes of messages; U-shaped, features and gradients go both ways and are counted as one."""
-    return "coded_uplink_bytes" in traffic and not traffic.get("uplink_gradient_bytes")
+    """Whether there are bytes of messages, of features and gradients together in each direction."""
+    return "coded_uplink_bytes" in traffic
