@@ -100,13 +100,13 @@ def report(scale, records):
     for cut in study.CUTS:
         for mode in ("", "SplitFed"):
             plain = study.at_cut(groups, study.label(mode, "none"), cut)
+            accuracies = {one["config"]["seed"]: one["test"]["top1_percent"] for one in plain}
             for name in ARMS:
                 found = study.at_cut(groups, study.label(mode, name), cut)
                 # What nothing was compressed of is the same at every cut, but for its bytes.
                 if not found or (name == "none" and cut != study.PLAIN_CUT):
                     continue
-                of_plain = {p["config"]["seed"]: p["test"]["top1_percent"] for p in plain}
-                pairs = [(of_plain.get(r["config"]["seed"]), r["test"]["top1_percent"]) for r in found]
+                pairs = [(accuracies.get(r["config"]["seed"]), r["test"]["top1_percent"]) for r in found]
                 lost = [before - after for before, after in pairs if before is not None]
                 factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
                 cells = [cut, study.label(mode, name), str(len(found)), study.top1(found)]

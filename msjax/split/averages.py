@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from msjax import wire
 from msjax.split import shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
@@ -200,10 +199,7 @@ def answer(spec: RunSpec, means: Vectors, error: Vectors, first_key: jax.Array) 
 
 
 def _about_bytes(spec, payload):
-    if not spec.update_codec.entropy_coded:
-        return jnp.float32(0)
-    of = spec.average_payload()
-    return sum(map(wire.estimate_bytes, payload, of.codecs, of.likes))
+    return spec.average_payload().estimated_bytes(payload) if spec.update_codec.entropy_coded else jnp.float32(0)
 
 
 def update_vectors(updates: PartUpdate, stats: PyTree) -> Vectors:

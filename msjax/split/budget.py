@@ -19,10 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax import wire
-from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.spec import RunSpec
-from msjax.split.trees import is_float
 
 GAIN = 0.2
 """Part of what the last exchange was off by which a client moves its aim."""
@@ -108,8 +105,7 @@ def _sizes(spec):
     """Of a full batch: how many floating values its features have, and the bytes of its labels and of other arrays."""
     batch_size = spec.schedule.full_batch_size
     features = spec.feature_payload(batch_size)
-    labels = sum(like.size * like.dtype.itemsize for like in spec.labels.batch_leaves(batch_size))
-    return features.float_values, labels + features.exact_bytes
+    return features.float_values, batch_size * spec.labels.nbytes + features.exact_bytes
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:
@@ -133,9 +129,3 @@ def check_known_link(spec: RunSpec) -> None:
             "link_bytes_per_second must be given with cut_seconds where all parties are one program, which has no link "
             "to measure, got None"
         )
-
-
-def payload_bytes(payload_spec: PayloadSpec, payload: Payload) -> jax.Array:
-    """Returns about the bytes of a message that the budget is for, those of floating arrays."""
-    triples = zip(payload, payload_spec.codecs, payload_spec.likes, strict=True)
-    return sum((wire.estimate_bytes(p, codec, like) for p, codec, like in triples if is_float(like)), jnp.float32(0))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msjax import compress, wire
@@ -200,6 +201,11 @@ class PayloadSpec:
     def exact_bytes(self) -> int:
         """Bytes of the messages of all other arrays, which travel as they are."""
         return sum(wire.most_bytes(Exact(), like) for like in self.likes if not is_float(like))
+
+    def estimated_bytes(self, payload: Payload) -> jax.Array:
+        """Returns about the bytes of the messages of floating arrays, float32 (), inside `jit`."""
+        triples = zip(payload, self.codecs, self.likes, strict=True)
+        return sum((wire.estimate_bytes(*triple) for triple in triples if is_float(triple[2])), jnp.float32(0))
 
     def dense(self) -> "PayloadSpec":
         """Returns the spec of the same arrays, uncompressed."""

@@ -290,8 +290,8 @@ def next_up_bits(
     batch_size: int,
 ) -> jax.Array:
     """Returns the bits that a client aims its next features at, given its last messages; see `budget`."""
-    sent = budget.payload_bytes(spec.feature_payload(batch_size), pending.payload)
-    sent += budget.payload_bytes(spec.gradient_payload(batch_size), reply)
+    sent = spec.feature_payload(batch_size).estimated_bytes(pending.payload)
+    sent += spec.gradient_payload(batch_size).estimated_bytes(reply)
     return budget.next_up_bits(spec, up_bits, sent, batch_size, budgets)
 
 
