@@ -3,6 +3,8 @@
     python -m experiments.convergence --data-dir DIR
 
 Codecs have the paper's settings: SP and RT at 95.875 %, MS with 2 bits at 99 %, all 2.32 bits a value; QU has 3.
+"Kept" sends and uses the gradient of kept features alone (`grad_kept_only`), as RandTopk's authors do. These arms were
+added after `experiments.language` had shown that training with a sparsifier can fail by the gradient of what it drops.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ CODECS = {
 }
 CLOSE = ("none", "MS", "QU")
 """About a point apart or less, so that one seed does not tell which is better."""
+KEPT = {f"{name}, kept": CODECS[name] for name in ("SP", "RT")}
 
 
 class Setting(NamedTuple):
@@ -37,7 +40,10 @@ class Setting(NamedTuple):
 
 
 def settings(scale):
-    """At lite scale the first has all three cuts, and three seeds of what is close; the others the medium cut, once."""
+    """At lite scale the first has all three cuts, and three seeds at the medium one and of what is close.
+
+    The others have the medium cut, once.
+    """
     base = study.base(scale)
     if scale == "smoke":
         return {"": Setting(base, {}, study.cuts(scale))}
@@ -61,18 +67,28 @@ def settings(scale):
     }
 
 
+def arms_of(scale, setting, base):
+    """{name: config} of what is trained in a setting, without its cuts."""
+    codecs = CODECS if scale != "smoke" else {name: CODECS[name] for name in ("none", "MS")}
+    arms = {name: dataclasses.replace(base, codec=codec) for name, codec in codecs.items()}
+    if scale == "lite" and not setting:
+        arms |= {name: dataclasses.replace(base, codec=codec, grad_kept_only=True) for name, codec in KEPT.items()}
+    return {study.label(setting, name): arm for name, arm in arms.items()}
+
+
 def runs(scale):
-    all_of_it, close = {}, {}
+    once, seeded = {}, {}
     for setting, (base, _, cuts) in settings(scale).items():
-        for name, codec in CODECS.items() if scale != "smoke" else list(CODECS.items())[:2]:
-            arms = study.at_cuts({study.label(setting, name): dataclasses.replace(base, codec=codec)}, cuts)
-            all_of_it |= arms
-            if name in CLOSE and not setting:
-                close |= arms
-    return study.with_seeds(all_of_it, study.seeds(scale)) | study.with_seeds(close, study.seeds(scale, lite=3))
+        arms = arms_of(scale, setting, base)
+        once |= study.at_cuts(arms, cuts)
+        if not setting:
+            seeded |= study.at_cuts({name: arm for name, arm in arms.items() if name in CLOSE}, cuts)
+            if scale == "lite":
+                seeded |= study.at_cuts(arms, ("medium",))
+    return study.with_seeds(once, study.seeds(scale)) | study.with_seeds(seeded, study.seeds(scale, lite=3))
 
 
-def groups_of(setting, records, arms=tuple(CODECS)):
+def groups_of(setting, records, arms=(*CODECS, *KEPT)):
     """{(codec, cut): records of all seeds} of one setting; without compression, the same at all cuts."""
     groups = study.by_arm(records)
     found = {(arm, cut): study.at_cut(groups, study.label(setting, arm), cut) for arm in arms for cut in study.CUTS}
@@ -97,10 +113,12 @@ def table(groups, published, cuts):
     """Final test accuracy: one row a codec, one column a cut."""
     header = ["codec", *cuts, "seeds", *(["published, about"] if published else [])]
     rows = []
-    for codec in CODECS:
+    for codec in (*CODECS, *KEPT):
         found = [groups.get((codec, cut), []) for cut in cuts]
+        if codec in KEPT and not any(found):
+            continue
         cells = [codec, *map(study.top1, found), study.counts(found)]
-        rows.append([*cells, *([published[codec]] if published else [])])
+        rows.append([*cells, *([published.get(codec, "–")] if published else [])])
     return timing.table(header, rows)
 
 
@@ -109,7 +127,7 @@ def plot(groups, cuts):
     figure = matplotlib.figure.Figure(figsize=(2 + 3 * len(cuts), 6), layout="constrained")
     axes = figure.subplots(2, len(cuts), sharex=True, sharey="row", squeeze=False)
     for column, cut in enumerate(cuts):
-        for codec in CODECS:
+        for codec in (*CODECS, *KEPT):
             found = groups.get((codec, cut), [])
             if not found:
                 continue
