@@ -109,7 +109,7 @@ def serve(options: argparse.Namespace) -> int:
         progress: dict[str, Any] = {}
         store = ServerStore(pathlib.Path(folder), progress)
         names = {"run": uuid.uuid4().hex, "progress": progress, "checkpoint_steps": 10**9}
-        args = (case.cfg, lambda *_: case.run, store, Policy(), metrics)
+        args = (case.cfg, lambda *_: (case.run.spec, lambda: case.run.server), store, Policy(), metrics)
         coordinator = Coordinator(*args, **names, on_exchange=on_exchange)
         endpoint = TrainEndpoint(ListenOptions(listen="127.0.0.1:0"), metrics, clients)
         servicer = TrainServicer(Tokens(None), metrics, most_silent=most_silent(clients))

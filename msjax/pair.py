@@ -150,7 +150,7 @@ def _spec_of(pair: Pair, compressed: bool | None) -> RunSpec:
         cfg = dataclasses.replace(cfg, eval_compressed=compressed)
     parts = jax.eval_shape(lambda: build.make_parts(cfg, pair.summary))
     counts = {"samples": cfg.batch_size, "test_samples": cfg.clients}
-    return build.build(cfg, pair.summary, parts=parts, shapes_only=True, **counts).spec
+    return build.build(cfg, pair.summary, parts=parts, **counts).spec
 
 
 def of_length(pair: Pair, length: int) -> Pair:

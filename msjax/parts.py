@@ -35,7 +35,6 @@ from msjax.split.trees import TreeSpec
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
 _OWN_FORMAT = "msjax-part-1"  # of parts of a user's model
-PARTS = ("client", "server", "tail")
 NETWORK = "network"
 """In place of a part: all parts merged, see `pair.save_network`."""
 
@@ -96,15 +95,15 @@ def save_part(
     """Writes a part of a user's model, atomically; `trained` is anything with `params` and `stats`.
 
     Args:
-      part: one of `PARTS`.
+      part: one of `models.PARTS`.
       description: of the run that trained it, JSON-ready.
 
     Raises:
-      ValueError: `part` is none of `PARTS`.
+      ValueError: `part` is none of `models.PARTS`.
       OSError: it cannot be written.
     """
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    if part not in models.PARTS:
+        raise ValueError(f"part must be one of {', '.join(models.PARTS)}, got {part!r}")
     header = {"format": _OWN_FORMAT, "part": part, "step": str(step), "description": json.dumps(description or {})}
     _write(path, trained, header)
 
@@ -155,7 +154,7 @@ def load_part(
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
-    if part not in (PARTS if own else (*PARTS[:2], NETWORK)):
+    if part not in (models.PARTS if own else (*models.PARTS[:2], NETWORK)):
         raise ValueError(f"{path} must be of a client or a server, got {part!r}")
     if cfg is not None and preset is not None:
         cfg = config.with_own(cfg, preset)
@@ -177,7 +176,7 @@ def load_part(
     params = {name: value for p in mine for name, value in p.params.items()}
     stats = {name: value for p in mine for name, value in p.stats.items()}
     params, stats = _fill(params, stats, arrays, path)
-    chain, at = (client, server, *tail), PARTS.index(part)
+    chain, at = (client, server, *tail), models.PARTS.index(part)
     tail_apply = _NamedApply("tail", tail[0].apply, _what_it_takes(cfg, summary, chain, 2)) if tail and not at else None
     apply = _NamedApply(part, chain[at].apply, _what_it_takes(cfg, summary, chain, at))
     return TrainedPart(apply, params, stats, tail=tail_apply, **rest)
@@ -224,7 +223,7 @@ def merged(cfg: config.Config, chain: tuple[models.ModelPart, ...]) -> models.Mo
     names in two parts, are under "client", "server" and "tail".
     """
     if config.is_reference(cfg.model.name):
-        chain = tuple(part.scoped(name) for name, part in zip(PARTS, chain, strict=False))
+        chain = tuple(part.scoped(name) for name, part in zip(models.PARTS, chain, strict=False))
     params, stats = (merge_arrays(*(getattr(part, name) for part in chain)) for name in ("params", "stats"))
     return models.ModelPart(_Sequence(tuple(part.apply for part in chain)), params, stats)
 

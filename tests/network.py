@@ -145,7 +145,8 @@ class Net:
 
     def build(self, samples, test_samples, description):
         """The server's."""
-        return self.built(samples, test_samples, agreement.summary_of(description))
+        run = self.built(samples, test_samples, agreement.summary_of(description))
+        return run.spec, lambda: run.server
 
     def built(self, samples, test_samples, summary):
         return build.build(self.cfg, summary, samples=samples, test_samples=test_samples)
@@ -194,7 +195,7 @@ class Net:
     def party(self, client, cfg, samples, test_samples):
         own, _ = self.own_data(client, cfg)
         run = self.built(samples, test_samples, build.DataSummary.of(dataset()))
-        return parties.Client(client, run.spec, run.client, parties.ClientData(own, dataset().test), cfg.seed)
+        return parties.Client(client, run.spec, lambda: run.client, parties.ClientData(own, dataset().test), cfg.seed)
 
     def _count(self, exchange):
         """As a program would: an epoch's record at its end, which the checkpoints keep."""

@@ -86,7 +86,7 @@ def test_specs_follow_from_shapes_alone(dtype, tail_cut):
     )
     summary = build.DataSummary(tokens, tokens)
     parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-    spec = build.build(cfg, summary, samples=8, test_samples=8, parts=parts, shapes_only=True).spec
+    spec = build.build(cfg, summary, samples=8, test_samples=8, parts=parts).spec
     assert str(spec.features) == f"{dtype}[12, 16]"
     last = spec.outputs if spec.tail_outputs is None else spec.tail_outputs
     assert str(last) == "float32[12, 19]"

@@ -1,23 +1,31 @@
 """Decoders over a network: each party has its own copies of weights, tokenizer and text, on lines in memory."""
 
+import collections
 import dataclasses
+import functools
+import gc
 import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from msjax import build, config
+from msjax import build, config, models
 from msjax.config import without_paths
 from msjax.distributed import agreement
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions, ServeOptions
+from msjax.distributed.own_parts import CLIENT, SERVER, OwnParts
 from msjax.distributed.server_program import check_serve
+from msjax.models._huggingface import Tensor
+from msjax.plan._memory import nbytes
 from msjax.split import parties
 from msjax.training import from_config, loaded, loop
 
 from . import language
 from .network import Net
+from .setups import SMALL, dataset
 
 LORA = config.LoraConfig(rank=2, targets=("q_proj", "up_proj"))
 
@@ -35,9 +43,12 @@ class TextNet(Net):
         self.folder, self.programs, self.own = folder, {}, {}
         super().__init__(path, build.resolved(cfg), **options)
 
-    def built(self, samples, test_samples, summary):
-        parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
-        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples, parts=parts)
+    def build(self, samples, test_samples, description):
+        """As `msjax serve` does."""
+        parts = OwnParts(self.cfg, agreement.summary_of(description), SERVER)
+        counts = {"samples": samples, "test_samples": test_samples}
+        spec = build.build(self.cfg, parts.summary, parts=parts.shapes, **counts).spec
+        return spec, functools.partial(parts.first_state, spec.optimizer)
 
     def program(self, client):
         """A client's, which has what `self.own` says in place of a copy of the server's folder."""
@@ -93,13 +104,58 @@ def test_parties_with_copies_of_their_own_equal_one_program_also_killed(options,
     # The same bits as without a network, and without having been killed.
     server = parties.Server(run.spec, run.state.server, cfg.seed)
     clients = [
-        parties.Client(n, run.spec, run.state.client, net.programs[n]._data, cfg.seed) for n in range(cfg.clients)
+        parties.Client(n, run.spec, lambda: run.state.client, net.programs[n]._data, cfg.seed)
+        for n in range(cfg.clients)
     ]
     for _ in parties.run(server, clients):
         pass
     for ours, theirs in ((server, net.server.run.party), (clients[0], net.finals[0]), (clients[1], net.finals[1])):
         jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
     net.close()
+
+
+def test_a_party_reads_the_weights_of_its_own_parts_alone(folder, tmp_path, monkeypatch):
+    read = collections.Counter()
+    array = Tensor.__array__
+
+    def counted(self, *args, **options):
+        read[self._file.path.parent, self._name] += 1
+        return array(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "__array__", counted)
+    cfg = language.config_of(folder)
+    net = TextNet(tmp_path / "net", cfg, folder)
+    net.start_clients().run_to(1)
+    weights = [tmp_path / "net" / f"home{client}" / "model" for client in range(cfg.clients)]
+    by_party = [{name for path, name in read if path == one} for one in (*weights, folder)]
+    *clients, server = by_party
+    first = {name for name in language.tensors(folder) if "embed_tokens" in name or "layers.0." in name}
+    assert cfg.cut == 1 and clients == [first] * cfg.clients
+    tied = {"model.embed_tokens.weight"}  # the output layer begins as the embedding
+    assert server == (language.tensors(folder).keys() - first) | tied
+    # The server's parts are made for the description that clients bring, and for the run.
+    assert {count for (path, _), count in read.items() if path != folder} == {1}
+
+
+@pytest.mark.parametrize("own", [CLIENT, SERVER], ids=["client", "server"])
+def test_a_party_makes_the_arrays_of_its_own_parts_alone_and_keeps_none(own):
+    cfg = dataclasses.replace(SMALL, mode=config.ModeConfig(tail_cut="last"))
+    summary = build.DataSummary.of(dataset())
+    before = held_bytes()
+    parts = OwnParts(cfg, summary, own)
+    arrays = nbytes([(p.params, p.stats) for name, p in zip(models.PARTS, parts._made, strict=True) if name in own])
+    assert held_bytes() - before == arrays
+    state = parts.first_state(optax.sgd(0.1, momentum=0.9))
+    assert held_bytes() - before == nbytes(state)
+    again = parts.first_state(optax.sgd(0.1, momentum=0.9))
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    assert held_bytes() - before == 2 * nbytes(state)
+    assert 0 < arrays < nbytes(state)  # the optimizer's beside them
+
+
+def held_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def change_weights(own):
@@ -141,7 +197,7 @@ def test_parties_of_another_length_or_other_adapters_differ(folder):
         dataset = build.load_data(cfg)
         summary = build.DataSummary.of(dataset)
         parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-        spec = build.build(cfg, summary, samples=8, test_samples=8, parts=parts, shapes_only=True).spec
+        spec = build.build(cfg, summary, samples=8, test_samples=8, parts=parts).spec
         return agreement.parse(agreement.describe(spec, summary, build.identity(cfg)))
 
     cut = dataclasses.replace(language.config_of(folder).model, cut="0")

@@ -72,7 +72,13 @@ def parties_of(spec, model, dataset, seed=0):
     client, server = init_part(spec.optimizer, parts[0], *parts[2:]), init_part(spec.optimizer, parts[1])
     indices = data.partition(len(dataset.train), spec.schedule.clients, seed=seed)
     clients = [
-        parties.Client(n, spec, client, parties.ClientData(data.Arrays(*dataset.train.fetch(own)), dataset.test), seed)
+        parties.Client(
+            n,
+            spec,
+            lambda: client,
+            parties.ClientData(data.Arrays(*dataset.train.fetch(own)), dataset.test),
+            seed,
+        )
         for n, own in enumerate(indices)
     ]
     return parties.Server(spec, server, seed), clients

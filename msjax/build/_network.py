@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,20 @@ from msjax.build._summary import DataSummary
 from msjax.paths import existing_file, expand
 
 
-def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None = None) -> tuple[models.ModelPart, ...]:
+def make_parts(
+    cfg: config.Config,
+    summary: DataSummary,
+    *,
+    weights: str | None = None,
+    own: Collection[str] = models.PARTS,
+) -> tuple[models.ModelPart, ...]:
     """Builds the model and cuts it: into client and server, and where the run is U-shaped a tail.
 
     Args:
       weights: a file of the whole network's weights; by default they are drawn from the seed, as where shapes alone are
         of use.
+      own: the parts, of "client", "server" and "tail", whose arrays are made and whose weights are read; the others
+        have shapes and dtypes in their place.
 
     Raises:
       ValueError: a field of the config has a value that does not fit.
@@ -30,11 +39,13 @@ def make_parts(cfg: config.Config, summary: DataSummary, *, weights: str | None 
         made = config.call_reference("model.name", cfg.model.name, summary)
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
-        return models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
+        parts = models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
+        named = zip(models.PARTS, parts, strict=False)
+        return tuple(part if name in own else part.shapes() for name, part in named)
     before = cfg.model.cut_before_activation
     model = make_model(cfg, summary)
     whole = None if weights is None else _open_weights(weights, model)
-    options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed}
+    options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed, "own": own}
     with _named_as_in_config():
         return models.split(model, cfg.cut, weights=whole, **options)
 

@@ -36,14 +36,13 @@ def build(
     test_samples: int,
     parts: tuple[models.ModelPart, ...] | None = None,
     client_values: tuple[int, int, int] | None = None,
-    shapes_only: bool = False,
 ) -> Built:
     """Builds the model, cuts it, and describes the run of clients with `samples` training samples each.
 
     Args:
-      parts: what `make_parts` made, if it was called already.
+      parts: what `make_parts` made, if it was called already. A party whose parts have shapes and dtypes in place of
+        arrays gets a state of these.
       client_values: see `make_spec`.
-      shapes_only: `parts` hold shapes and dtypes, and so do the states.
 
     Raises:
       ValueError: a field of the config has a value that does not fit.
@@ -72,11 +71,15 @@ def build(
         preprocess=make_preprocess(cfg, summary),
     )
     client, server, *tail = parts
+    return Built(spec, _state(spec.optimizer, client, *tail), _state(spec.optimizer, server))
 
-    def states():
-        return init_part(spec.optimizer, client, *tail), init_part(spec.optimizer, server)
 
-    return Built(spec, *(jax.eval_shape(states) if shapes_only else states()))
+def _state(optimizer, *parts):
+    """What a party begins with that has these parts."""
+    arrays = jax.tree.leaves([(part.params, part.stats) for part in parts])
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays):
+        return jax.eval_shape(lambda: init_part(optimizer, *parts))
+    return init_part(optimizer, *parts)
 
 
 def make_mode(cfg: config.ModeConfig, *, seed: int = 0) -> Mode:

@@ -1,6 +1,7 @@
 """A client of a run as a program: its data, its part of the model, and its files in a folder of its own."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
@@ -11,6 +12,7 @@ from msjax import build, config, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
+from msjax.distributed.own_parts import CLIENT, OwnParts
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
@@ -99,8 +101,8 @@ class ClientProgram:
         if small := build.batch_of_small_share(cfg, samples):
             log.warning("%s", small)
         self._data = ClientData(train, ds.test)
-        self._parts = build.make_parts(cfg, self._summary, weights=cfg.model.weights)
-        spec = self._build_run(samples, len(ds.test)).spec
+        self._parts = OwnParts(cfg, self._summary, CLIENT)
+        spec = self._describe(samples, len(ds.test))
         return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg)))
 
     def _check_tokenizer(self, tokenizer):
@@ -114,16 +116,17 @@ class ClientProgram:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, f"{tokenizer}\n")
 
-    def _build_run(self, samples, test_samples):
+    def _describe(self, samples, test_samples):
         counts = {"samples": samples, "test_samples": test_samples}
-        return build.build(self._cfg, self._summary, parts=self._parts, **counts)
+        return build.build(self._cfg, self._summary, parts=self._parts.shapes, **counts).spec
 
     def _build(self, cfg, samples, test_samples):
         log.info("all clients are ready; the first steps compile")
-        built = self._build_run(samples, test_samples)
-        self._schedule = built.spec.schedule
+        spec = self._describe(samples, test_samples)
+        self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
-        args = (self._options.client_id, built.spec, built.client, self._data, self._cfg.seed)
+        make_state = functools.partial(self._parts.first_state, spec.optimizer)
+        args = (self._options.client_id, spec, make_state, self._data, self._cfg.seed)
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):

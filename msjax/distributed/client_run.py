@@ -6,6 +6,7 @@ from typing import Any
 
 from msjax.distributed import messages
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.models import shapes_of
 from msjax.split.parties import Client, Message
 from msjax.split.schedule import Exchange, Phase
 
@@ -28,7 +29,8 @@ class ClientRun:
 
     def __init__(self, party: Client, store: Any, compression: str | None = None):
         self.party, self._store, self._compression = party, store, compression
-        self._initial = party.checkpoint()
+        self._like = shapes_of(party.checkpoint())
+        self._is_new = True  # as it is before the first step
         self.generation = 0
         self.checkpoint_steps = 0
         self._due = 0  # the step of the last checkpoint of this generation
@@ -57,14 +59,16 @@ class ClientRun:
             return
         self._without_failing(self._store.wait)
         self.generation, self._due = start.generation, 0
-        party = self.party
+        party, is_new = self.party, self._is_new
+        self._is_new = False
         party.begin()
         if start.part:
             party.adopt(messages.decode_part(start.part, party.spec), start.step)
         elif start.step in self._store.steps():
-            party.go_back(self._store.restore(start.step, self._initial))
+            party.go_back(self._store.restore(start.step, self._like))
         elif start.step == 0 or not party.needs_state(start.step):
-            party.go_back(self._initial)
+            if not is_new:
+                party.start_over()
         else:
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
         self._exchanges = party.exchanges(start.step)

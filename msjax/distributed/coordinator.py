@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from msjax import config
-from msjax.build import Built, identity
+from msjax.build import identity
 from msjax.distributed import actions as do
 from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
@@ -27,6 +27,8 @@ from msjax.distributed.transitions import transition
 from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState
 
 log = logging.getLogger("msjax.server")
 
@@ -39,8 +41,9 @@ class Coordinator:
     """One run, from the first client to the last goodbye.
 
     Args:
-      build: from (samples, test_samples, description) to the run; called for each description that clients give, see
-        `agreement.parse`, and again when all clients have said how many samples they have.
+      build: from (samples, test_samples, description) to the run's description, and what makes the server's part as it
+        is before the first step; called for each description that clients give, see `agreement.parse`, and again when
+        all clients have said how many samples they have.
       store, progress: see `ServerRun`.
       run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
       compression: of the answers' bytes, as `msjax.wire` takes it.
@@ -55,7 +58,7 @@ class Coordinator:
     def __init__(
         self,
         cfg: config.Config,
-        build: Callable[..., Built],
+        build: Callable[..., tuple[RunSpec, Callable[[], PartState]]],
         store: Any,
         policy: Policy,
         metrics: Any,
@@ -246,12 +249,12 @@ class Coordinator:
         """Raises ValueError where a client has built another run than the server; once for equal descriptions."""
         if ready.description in self._agreed:
             return
-        built = self._build(ready.samples, ready.test_samples, description)
-        mine = {"data": description["data"], "run": agreement.of_run(built.spec, identity(self.cfg))}
+        spec, _ = self._build(ready.samples, ready.test_samples, description)
+        mine = {"data": description["data"], "run": agreement.of_run(spec, identity(self.cfg))}
         if differing := agreement.differences(mine, description):
             raise ValueError(f"server and client must have the same run, but {differing}")
         drops = self.membership.policy.stragglers == "drop"
-        sizes.check_sizes(built.spec, max_bytes=self._max_message_bytes, brings_part=drops)
+        sizes.check_sizes(spec, max_bytes=self._max_message_bytes, brings_part=drops)
         self._agreed.add(ready.description)
 
     def _request(self, client, session, request, at):
@@ -276,9 +279,8 @@ class Coordinator:
             who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
             log.info("%s clients are ready: training begins, and its first steps compile", who)
             samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
-            built = self._build(samples, tests, agreement.parse(readies[0].description))
             self.run = ServerRun(
-                built,
+                *self._build(samples, tests, agreement.parse(readies[0].description)),
                 self.cfg.seed,
                 self._store,
                 self._progress,

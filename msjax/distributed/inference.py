@@ -48,7 +48,7 @@ def spec_of(trained: TrainedPart, *, test_samples: int = 0) -> RunSpec:
     cfg, summary = trained.config, trained.summary
     parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
     counts = {"samples": cfg.batch_size, "test_samples": test_samples}
-    return build.build(cfg, summary, parts=parts, shapes_only=True, **counts).spec
+    return build.build(cfg, summary, parts=parts, **counts).spec
 
 
 class InferenceServicer(split_pb2_grpc.SplitServicer):

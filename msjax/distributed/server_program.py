@@ -1,6 +1,7 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
+from msjax.distributed.own_parts import SERVER, OwnParts
 from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import most_silent
@@ -80,7 +82,8 @@ class ServerProgram:
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
         self._store = ServerStore(folder.path / "checkpoints", self.progress)
-        self._parts = self._summary = self._told = self._built_from = None
+        self._parts: OwnParts | None = None
+        self._told = self._built_from = None
         self.coordinator = Coordinator(
             cfg,
             self._build,
@@ -117,13 +120,13 @@ class ServerProgram:
 
     def _build(self, samples, test_samples, description):
         summary, self._built_from = agreement.summary_of(description), (samples, test_samples, description)
-        if self._parts is None or self._summary != summary:
-            self._parts = build.make_parts(self.cfg, summary, weights=self.cfg.model.weights)
-            self._summary = summary
+        if self._parts is None or self._parts.summary != summary:
+            self._parts = OwnParts(self.cfg, summary, SERVER)
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
             log.warning("%s", small)
             self._told = small
-        return _built(self.cfg, self._parts, samples, test_samples, description)
+        spec = _describe(self.cfg, self._parts, samples, test_samples, description)
+        return spec, functools.partial(self._parts.first_state, spec.optimizer)
 
     def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
         """Trains to the end, writes the server's part and the summary, and returns this.
@@ -162,7 +165,7 @@ class ServerProgram:
         run = self.coordinator.run
         steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
         names = {"run_id": self.coordinator.name, "step": steps}
-        save_trained(path, "server", run.party.state, self.cfg, self._summary, **names)
+        save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
 
     def _count(self, exchange: Exchange):
         """After each exchange: the metrics, and an epoch's record at its end."""
@@ -282,12 +285,13 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
         return False
     samples, test_samples, description = json.loads(described.read_text("utf-8"))
     summary = agreement.summary_of(description)
-    parts = build.make_parts(cfg, summary, weights=build.to_go_on(cfg).model.weights)
-    built = _built(cfg, parts, samples, test_samples, description)
-    party, store = parties.Server(built.spec, built.server, cfg.seed), ServerStore(folder.path / "checkpoints", {})
+    parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
+    spec = _describe(cfg, parts, samples, test_samples, description)
+    party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
+    store = ServerStore(folder.path / "checkpoints", {})
     try:
         step = store.latest()
-        if step != built.spec.schedule.total_steps:
+        if step != spec.schedule.total_steps:
             return False
         store.restore(step, party)
     finally:
@@ -296,14 +300,13 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
     return True
 
 
-def _built(cfg, parts, samples, test_samples, description):
-    """The run that clients with this description have."""
+def _describe(cfg, parts, samples, test_samples, description):
+    """The `RunSpec` of the run that clients with this description have."""
     run = description["run"]
     values = run.get("client values"), run.get("client state values"), run.get("client statistics", 0)
-    remote = any(isinstance(part.apply, RemoteApply) for part in (parts[0], *parts[2:]))
-    options = {"parts": parts, "client_values": values if remote else None}
-    summary = agreement.summary_of(description)
-    return build.build(cfg, summary, samples=samples, test_samples=test_samples, **options)
+    remote = any(isinstance(part.apply, RemoteApply) for part in parts.shapes[::2])
+    options = {"parts": parts.shapes, "client_values": values if remote else None}
+    return build.build(cfg, parts.summary, samples=samples, test_samples=test_samples, **options).spec
 
 
 def _read_counts(folder):

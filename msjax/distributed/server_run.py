@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from msjax.build import Built
 from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState
 from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
 
 log = logging.getLogger("msjax.server")
@@ -42,6 +43,7 @@ class ServerRun:
     """Made when all clients are ready; `restore` comes first.
 
     Args:
+      make_state: makes the server's part as it is before the first step.
       store: of checkpoints: `latest()`, `hold(server)`, `save(step, held)`, `check()`, `wait()`,
         `restore(step, server)`, `forget(server)`.
       progress: what the store saves with each checkpoint and brings back.
@@ -52,7 +54,8 @@ class ServerRun:
 
     def __init__(
         self,
-        built: Built,
+        spec: RunSpec,
+        make_state: Callable[[], PartState],
         seed: int,
         store: Any,
         progress: dict[str, Any],
@@ -62,7 +65,7 @@ class ServerRun:
         allow_nonfinite: bool = False,
         mesh: Mesh | None = None,
     ):
-        self.spec, self._initial, self._seed = built.spec, built.server, seed
+        self.spec, self._make_state, self._seed = spec, make_state, seed
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
         self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
@@ -79,7 +82,8 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        party = parties.Server(self.spec, self._initial, self._seed, mesh=self._mesh)
+        self.party = None  # so that there is room for another
+        party = parties.Server(self.spec, self._make_state(), self._seed, mesh=self._mesh)
         self._held = None  # nobody can be told any more that it is there
         self._checked(self._store.wait)
         step = self._store.latest()

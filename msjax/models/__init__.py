@@ -22,7 +22,7 @@ from msjax.models._huggingface import end_tokens, has_decoder, load_decoder, ope
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
-from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
+from msjax.models._part import PARTS, ModelPart, RemoteApply, RemotePart, constants_of, shapes_of
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling
 from msjax.models._sampling import Sampling, largest
@@ -45,6 +45,7 @@ __all__ = [
     "DECODER",
     "FAMILIES",
     "NAMES",
+    "PARTS",
     "PYTORCH",
     "RESNETS",
     "TARGETS",
@@ -86,6 +87,7 @@ __all__ = [
     "resolve_cut",
     "save_decoder",
     "save_weights",
+    "shapes_of",
     "split",
     "untied",
     "weights_digest",

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+PARTS = ("client", "server", "tail")
+"""Their names, in the order of computation."""
+
 
 class ModelPart(NamedTuple):
     """A pure function and its arrays: `apply(params, stats, x, train=…, key=…) -> (y, new_stats)`.
@@ -21,10 +24,19 @@ class ModelPart(NamedTuple):
     params: dict[str, Any]
     stats: dict[str, Any]
 
+    def shapes(self) -> "ModelPart":
+        """Returns the same part with shapes and dtypes in place of arrays."""
+        return ModelPart(self.apply, *shapes_of((self.params, self.stats)))
+
     def scoped(self, name: str) -> "ModelPart":
         """Returns the same part with its arrays under `name`, so that they can be kept beside another part's."""
         stats = {name: self.stats} if self.stats else {}
         return ModelPart(ScopedApply(self.apply, name), {name: self.params}, stats)
+
+
+def shapes_of(tree: Any) -> Any:
+    """Returns shapes and dtypes in place of arrays, as JAX has them: of doubles those of float32."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)), tree)
 
 
 def constants_of(apply: Any) -> frozenset[str]:

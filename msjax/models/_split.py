@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Key, PyTree, Shaped
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import combine, merge, partition, thaw
 from msjax.models._model import Block, Model, graphdef, separated, shapes
-from msjax.models._part import ModelPart
+from msjax.models._part import PARTS, ModelPart, shapes_of
 
 
 @jax.tree_util.register_static
@@ -120,6 +121,7 @@ def split(
     cut_before_activation: bool = False,
     seed: int = 0,
     weights: ModelPart | None = None,
+    own: Collection[str] = PARTS,
 ) -> tuple[ModelPart, ...]:
     """The client part, up to and including layer `cut`, and the server part, with parameters drawn from `seed`.
 
@@ -135,6 +137,9 @@ def split(
 
     Of a model with adapters, `weights` are those of `base(model)`, and the adapters are drawn from `seed`.
 
+    `own` are the parts, of "client", "server" and "tail", whose arrays are made. The others have shapes and dtypes in
+    their place, and none of their weights is read.
+
     Layers that share weights have their own in the parts, which start equal; see `untied`.
 
     Raises ValueError for a cut that is not a block boundary, naming those that are, a `tail_cut` not behind `cut`, a
@@ -145,13 +150,16 @@ def split(
 
     places = cut_places(model, cut, tail_cut)
     model = untied(model)
-    client, server, *head = (_part(model, start, stop, seed, weights) for start, stop in itertools.pairwise(places))
+    client, server, *tail = (
+        _part(model, *place, seed, weights) if name in own else _part_shapes(model, *place, weights)
+        for name, place in zip(PARTS, itertools.pairwise(places), strict=False)
+    )
     if cut_before_activation:
         *blocks, last = client.apply.blocks
         client = client._replace(apply=dataclasses.replace(client.apply, blocks=(*blocks, last.without_activation())))
         activation = dict(last.options)["activation"]
         server = server._replace(apply=dataclasses.replace(server.apply, activation=activation))
-    return client, server, *head
+    return client, server, *tail
 
 
 def untied(model: Model) -> Model:
@@ -285,6 +293,14 @@ def _part(model, start, end, seed, weights=None):
             if state:
                 tree[block.name] = state
     return ModelPart(Apply(model.blocks[start:end], start), params, stats)
+
+
+def _part_shapes(model, start, end, weights=None):
+    """What `_part` returns, with shapes and dtypes in place of arrays."""
+    if weights is None:
+        return jax.eval_shape(lambda: _part(model, start, end, 0))
+    arrays = shapes_of((weights.params, weights.stats))
+    return jax.eval_shape(lambda arrays: _part(model, start, end, 0, ModelPart(None, *arrays)), arrays)
 
 
 def _key(seed, place):

@@ -80,7 +80,7 @@ def describe_run(cfg: config.Config, summary: build.DataSummary, counts: Counts 
     parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
     samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // cfg.clients
     test_samples = 0 if counts is None else counts.test
-    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts, shapes_only=True)
+    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts)
     states = (jax.eval_shape(functools.partial(init_part, built.spec.optimizer), part) for part in parts)
     by_name = dict(zip(("client", "server", "tail"), states, strict=False))
     return Run(built.spec, summary.inputs, by_name, built.client)
