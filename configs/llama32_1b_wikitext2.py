@@ -5,11 +5,12 @@
 DIR is a folder of Hugging Face's: config.json, model.safetensors, tokenizer.json. Cuts are behind block 1, 8 or 15
 (--model.cut), codecs at about 3.3 bits a value: the default, MS with 2 bits and a sign, or "Uniform(bits=3)",
 "Quantile(bits=3)", "SmallFloat()", "TopK(ratio=0.9275)", "RandTopK(ratio=0.9275)". Adapters in place of all weights:
---lora.rank 8 --dtype bfloat16.
 
-Their program has SGD with 1e-4, 3 epochs, batches of 4 texts of 256 tokens and one client, as here. There each line of
-the text is one, padded to 256, and the two parties share the tied embedding in one process; here the text is cut into
-full blocks, and each party trains its own copy.
+    --lora.rank 8 --lora.targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj --dtype bfloat16
+    --optim.kind adamw
+
+Their program has SGD with 1e-4, 3 epochs, batches of 4 blocks of text of a fixed length, and one client, as here. There
+the two parties share the tied embedding in one process; here each trains its own copy.
 
 Run time: not measured; meant for a GPU. `python -m experiments.language_sizes` says what memory and bytes it needs. The
 numbers of `DECODER` are those of the published config.json, for the shapes; with --model.weights they are the same.

@@ -1,17 +1,22 @@
 """Llama-3.2-1B and Qwen3-1.7B at the cuts of the authors' later program: what they need, from shapes alone.
 
-    python -m experiments.language_sizes      # a minute; no weights are made
+    python -m experiments.language_sizes      # seven minutes on two CPU cores, no weights are made
 
 The presets `configs/llama32_1b_wikitext2.py` and `configs/qwen3_1_7b_wikitext2.py`, which have not been trained: no
-machine for it was at hand. That they can be built is seen here: the parties' steps are traced and lowered for XLA with
-abstract arrays. Memory is that of weights, gradients and the optimizer's state; activations come on top. "All weights"
-is float32 with plain SGD, as in their program; "adapters" is LoRA of rank 8 at every dense layer of the blocks, with
-AdamW, the other weights in bfloat16, of which features are then, too. Where the output layer is tied to the embedding
-each party has its own copy, so the parties' parameters are more than the network's; the network's are the published
-counts. Operations are floating-point ones of a step as XLA's cost analysis counts them.
+machine for it was at hand. That they can be built is seen here: the parties' steps are traced with abstract arrays, and
+lowered for CUDA, so for an H100 as for any other GPU. XLA has not compiled them. "All weights" is float32 with plain
+SGD, as in their program; "adapters" is LoRA of rank 8 at every dense layer of the blocks, with AdamW, the other weights
+in bfloat16, of which features are then, too. Where the output layer is tied to the embedding each party has its own
+copy, so the parties' parameters are more than the network's; the network's are the published counts.
+
+Memory is that of weights, gradients, the optimizer's state and activations. Activations are what JAX's differentiation
+keeps of the forward pass, before XLA fuses any of it; behind the slash with `model.remat`, which keeps each block's
+input alone. A step makes new weights beside the old ones, which are not counted twice here.
 
 Bytes are of a step of one client, 4 texts of 256 tokens: payloads, and for `EntropyMask` the bits it aims at; the
-labels' 4 KiB come on top. Times are those of a step's messages alone at the link's full rate, one way after the other.
+labels' 4 KiB come on top. A step takes the computing of both parties, one after the other, and its messages at the
+link's full rate, one way after the other. Operations are floating-point ones as XLA's cost analysis counts them; both
+parties have an H100, at the speed that `experiments.scaling` assumes. What codecs and latency take is not in it.
 """
 
 import dataclasses
@@ -20,7 +25,7 @@ import sys
 import time
 
 from benchmarks import timing
-from experiments import language, study
+from experiments import language, scaling, study
 from msjax import models, plan
 from msjax.config import Config, LoraConfig, OptimConfig
 
@@ -31,6 +36,7 @@ LINKS = (10, 100, 1000)
 """Mbit/s."""
 CODECS = ("none", "MS", "QU", "quantile", "e2m1", "top-k", "EntropyMask 2 up", "EntropyMask 2 up 1.5 down")
 SIDES = ("client", "server")
+PLATFORM = "cuda"
 GIB = 1 << 30
 
 
@@ -63,9 +69,16 @@ def config_of(name, cut, *, adapters):
 def needs(cfg: Config) -> dict:
     """Returns parameters, bytes of memory and operations of both parties, and a step's bytes with each codec."""
     run = described_run(cfg)
-    row = {"parameters": parameters(described(cfg)), **{side: party(run.parts[side]) for side in SIDES}}
-    for side, flops in plan.operations(run).items():
-        row[side]["step_flops"] = flops
+    spared = described_run(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=True)))
+    row = {"parameters": parameters(described(cfg)), **{side: party(run, side) for side in SIDES}}
+    operations, lowered = plan.operations(run), plan.lowered_bytes(run, PLATFORM)
+    for side in SIDES:
+        row[side] |= {
+            "remat_activation_bytes": plan.needs(spared, side).activation_bytes,
+            "step_flops": operations[side],
+            "seconds": scaling.compute_seconds(operations[side]),
+            "lowered_bytes": lowered[side],
+        }
     row["label_bytes"] = cfg.batch_size * run.spec.labels.nbytes
     features = run.spec.features.batch(cfg.batch_size)
     return row | {"codecs": {codec: step_bytes(codec, features) for codec in CODECS}}
@@ -94,11 +107,10 @@ def parameters(c: models.DecoderConfig) -> int:
     return blocks + table * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
 
-def party(part) -> dict:
-    """Returns the numbers of values and bytes that a party has in memory for its part, without activations."""
-    found = plan.state_needs(part)
-    left_out = ("average_bytes", "activation_bytes")
-    return {name: n for name, n in found._asdict().items() if name not in left_out} | {"bytes": found.bytes}
+def party(run, side) -> dict:
+    """Returns the numbers of values and bytes that a party has in memory for its part in a step."""
+    found = plan.needs(run, side)
+    return {name: n for name, n in found._asdict().items() if name != "average_bytes"} | {"bytes": found.bytes}
 
 
 def step_bytes(name, features) -> dict:
@@ -111,18 +123,23 @@ def step_bytes(name, features) -> dict:
 
 
 def table(rows):
-    """Three tables: parameters and memory, a step's bytes, and a step's seconds."""
+    """Parameters, memory and computing; a step's bytes and the seconds of these; and a step's seconds in all."""
     memory = [
         [
             f"{r['model']}, {r['trained']}",
             str(r["cut"]),
             *(f"{r[side]['trained_values'] / 1e6:,.1f} / {r[side]['frozen_values'] / 1e6:,.1f}" for side in SIDES),
-            *(f"{r[side]['bytes'] / GIB:.2f}" for side in SIDES),
+            *(f"{(r[side]['bytes'] - r[side]['activation_bytes']) / GIB:.2f}" for side in SIDES),
+            *(
+                f"{r[side]['activation_bytes'] / GIB:.2f} / {r[side]['remat_activation_bytes'] / GIB:.2f}"
+                for side in SIDES
+            ),
             *(f"{r[side]['step_flops'] / 1e12:.2f}" for side in SIDES),
         ]
         for r in rows
     ]
     header = ["", "cut", *(f"{s}: trained / frozen, M" for s in SIDES), *(f"{s}, GiB" for s in SIDES)]
+    header += [f"{s}: activations, GiB" for s in SIDES]
     parts = [timing.table([*header, *(f"{s}, 10¹² operations a step" for s in SIDES)], memory)]
     whole = {r["model"]: f"{r['parameters']:,}" for r in rows}
     parts.append(
@@ -138,8 +155,20 @@ def table(rows):
             ]
             for codec, sent in one["codecs"].items()
         ]
-        links = [f"s at {link}" for link in next(iter(one["codecs"].values()))["seconds"]]
+        links = [f"messages, s at {link}" for link in next(iter(one["codecs"].values()))["seconds"]]
         parts.append(timing.table([f"{trained}, a step", "MB up", "MB down", *links], lines))
+    link = f"{LINKS[1]} Mbit/s"
+    steps = [
+        [
+            f"{r['model']}, {r['trained']}",
+            str(r["cut"]),
+            f"{(computing := sum(r[side]['seconds'] for side in SIDES)):.2f}",
+            *(f"{computing + sent['seconds'][link]:.2f}" for sent in r["codecs"].values()),
+        ]
+        for r in rows
+    ]
+    codecs = [f"step, s: {codec}" for codec in rows[0]["codecs"]]
+    parts.append(timing.table([f"at {link}", "cut", "computing, s", *codecs], steps))
     return "\n\n".join(parts)
 
 

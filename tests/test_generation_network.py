@@ -242,6 +242,13 @@ def test_the_command_prints_text_and_bytes(tmp_path, tokenizer, capfd):
         assert command_line.run("generate", [str(folder), *options, *more]) == 0
         got = capfd.readouterr()
         assert got.out.startswith("cab") and ("bytes as messages" in got.err) == bool(more)
+    file = pathlib.Path(tokenizer) / "tokenizer.json"
+    file.write_text(file.read_text().replace('"?":0', '"other":0').replace('"?": 0', '"other": 0'))
+    assert command_line.run("generate", [str(folder), "--prompt", "caz", "--tokenizer", tokenizer]) == 2
+    assert "msjax generate: --tokenizer must be able to split every text, but: " in capfd.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert command_line.run("generate", [str(folder), *options]) == 2
+    assert "published must have model.safetensors or model.safetensors.index.json" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def test_specs_follow_from_shapes_alone(dtype, tail_cut):
         ("model", {"name": "convnet", "weights": None, "remat": True}, r"model\.remat must be False for .*, got True"),
         ("task", {"name": "classification"}, "task.name must be 'next_token' for model.name='decoder'"),
         ("data", {"text_length": 65}, r"data\.text_length must be in 1\.\.64 \(max_position_embeddings\), got 65"),
-        ("data", {"name": "digits"}, r"data\.name must be a \.txt or \.csv for model\.name='decoder', got 'digits'"),
+        ("data", {"name": "digits"}, r"data\.name must be a \.txt, .* or \.csv file for .*'decoder', got 'digits'"),
+        ("data", {"test": "test.json"}, r"data\.test must be a \.txt, .* or \.csv file for .*, got 'test\.json'"),
         ("data", {"tokenizer": "none"}, "tokenizer must be a tokenizer.json, or a folder that has one, got 'none'"),
     ],
 )

@@ -51,6 +51,11 @@ def test_what_the_parties_of_a_small_decoder_need():
         assert side["weight_bytes"] == side["gradient_bytes"] == 4 * side["trained_values"]
         assert side["optimizer_bytes"] == 4  # the number of steps
         assert side["step_flops"] > 6 * 4 * 12 * 1000  # six for each token and weight of its dense layers
+        assert side["seconds"] == side["step_flops"] / 49.47e12
+        assert 4 * 12 * 16 * 4 <= side["remat_activation_bytes"] < side["activation_bytes"] / 2
+        kept = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+        assert side["bytes"] == sum(side[name] for name in kept)
+        assert side["lowered_bytes"] > 10_000
     assert found["label_bytes"] == 4 * 12 * 4
     h = jnp.ones((4, 12, 16))
     for name, sent in found["codecs"].items():
@@ -70,7 +75,7 @@ def test_what_the_parties_of_a_small_decoder_need():
 def test_adapters_leave_the_weights_frozen_in_16_bits():
     run = language_sizes.described_run(language_sizes.config_of("Llama-3.2-1B", 8, adapters=True))
     assert run.spec.features == TreeSpec.of(jax.ShapeDtypeStruct((256, 2048), jnp.bfloat16))
-    found = [language_sizes.party(part) for part in run.parts.values()]
+    found = [language_sizes.party(run, side) for side in language_sizes.SIDES]
     table = 128_256 * 2048
     assert sum(side["frozen_values"] for side in found) == PUBLISHED["Llama-3.2-1B"] + table
     # Of each block: rank times inputs and outputs of its seven dense layers.

@@ -61,6 +61,45 @@ def test_a_text_begins_as_the_config_beside_the_tokenizer_says(folder):
     np.testing.assert_array_equal(ds.train_inputs, [[7, 1, 2], [3, 1, 2]])
 
 
+def test_all_that_has_a_column_of_texts_is_one_text_set(folder):
+    pandas = pytest.importorskip("pandas")
+    texts = [LETTERS[:4], LETTERS[4:]]
+    frame = pandas.DataFrame({"story": texts, "other": [1, 2]}, index=[7, 9])
+    options = {"tokenizer": folder, "length": 4, "test_share": None, "column": "story"}
+    expected = data.from_text(texts, **options)
+    frame.to_csv(folder / "texts.csv")
+    lines = "\n".join(json.dumps({"story": text}) for text in texts)
+    for source in (
+        frame,
+        frame["story"],
+        frame.to_dict("list"),
+        frame.to_dict("records"),
+        np.array(texts),
+        folder / "texts.csv",
+        write(folder, lines, "texts.jsonl"),
+        write(folder, "\n".join(map(json.dumps, texts)), "plain.jsonl"),
+    ):
+        found = data.from_text(source, **options)
+        np.testing.assert_array_equal(found.train_inputs, expected.train_inputs)
+        np.testing.assert_array_equal(found.train_labels, expected.train_labels)
+    read = data.read_texts(folder.parent / "texts.jsonl", tokenizer=folder, column="story")
+    assert [read.decode(tokens.tolist()).replace(" ", "") for tokens in read.tokens] == texts
+
+
+def test_a_tokenizer_that_cannot_split_a_text_is_told(folder):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(data.DataError, match="tokenizer must be able to split every text, but: "):
+        data.from_text([LETTERS], tokenizer=folder, length=3)
+    found = data.load_tokenizer(folder)
+    assert data.tokens_of(found, "a", start=0) == [0, 0]
+    with pytest.raises(data.DataError, match="tokenizer must be able to split every text, but: "):
+        data.tokens_of(found, "b")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token="?")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(data.DataError, match=r"tokenizer must have tokens, got none in .*tokenizer\.json"):
+        data.load_tokenizer(folder)
+
+
 def test_the_last_blocks_are_set_aside_or_a_second_file_is(folder):
     path = write(folder, LETTERS * 3 + "a")
     ds = data.from_text(path, tokenizer=folder, length=5, test_share=0.3)
@@ -133,6 +172,16 @@ def test_files_and_texts_that_cannot_be_read_are_named(folder):
         data.from_text(["abc", 3], **options)
     with pytest.raises(data.DataError, match="column must be one of train, which has story, got 'text'"):
         data.from_text([{"story": "abc"}], **options)
+    (folder / "texts.json").write_text('[{"text": "abc"}]')
+    with pytest.raises(
+        data.DataError, match=r"test must be a \.txt, \.jsonl or \.csv file, got '.*texts\.json': rename"
+    ):
+        data.from_text([LETTERS], folder / "texts.json", **options)
+    (folder / "texts.jsonl").write_text('{"text": "abc"}\n\n{"text": abc}\n')
+    with pytest.raises(data.DataError, match=r"texts\.jsonl must have JSON in each line, got '.*abc.*' in line 3: Exp"):
+        data.from_text(folder / "texts.jsonl", **options)
+    with pytest.raises(data.DataError, match="column must be one of train, which has story, got 'text'"):
+        data.from_text({"story": ["abc"]}, **options)
     with pytest.raises(data.DataError, match="train must be a path, or have __len__ and __getitem__, got int"):
         data.from_text(3, **options)
     with pytest.raises(data.DataError, match=r"tokenizer must be given for .*text\.txt, see from_text"):

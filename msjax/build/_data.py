@@ -23,7 +23,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             )
         _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
-    if cfg.model.name == models.DECODER or cfg.data.name.endswith(".txt"):
+    if cfg.model.name == models.DECODER or cfg.data.name.endswith(data.TEXT_SUFFIXES):
         return _load_text(cfg, cache_dir)
     if cfg.data.test is not None:
         raise ValueError(f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}")
@@ -51,8 +51,13 @@ def _refuse_streamed(cfg, what):
 def _load_text(cfg, cache_dir):
     """Blocks of tokens; of a decoder such as it has."""
     _refuse_streamed(cfg, "a file of texts, which is read whole")
-    if not cfg.data.name.endswith((".txt", ".csv")):
-        raise ValueError(f"data.name must be a .txt or .csv for model.name='decoder', got {cfg.data.name!r}")
+    for name in ("name", "test"):
+        value = getattr(cfg.data, name)
+        if value is not None and not value.endswith((*data.TEXT_SUFFIXES, ".csv")):
+            known = ", ".join(data.TEXT_SUFFIXES)
+            raise ValueError(
+                f"data.{name} must be a {known} or .csv file for model.name={cfg.model.name!r}, got {value!r}"
+            )
     if cfg.data.tokenizer is None:
         raise ValueError(f"data.tokenizer must be given for the texts of {cfg.data.name!r}, got None")
     described = decoder_config(cfg) if cfg.model.name == models.DECODER else None

@@ -102,7 +102,7 @@ def _network(options: GenerateOptions, preset: Any) -> tuple[tuple[ModelPart, ..
     files = all(path.endswith(".safetensors") for path in paths)
     if not paths or len(paths) != (2 if files else 1):
         raise ValueError(f"network must be a folder, or CLIENT.safetensors SERVER.safetensors, got {' '.join(paths)!r}")
-    if not files and models.has_decoder(expand("network", paths[0])):
+    if not files and models.is_decoder(expand("network", paths[0])):
         parts = _published(options)
         return parts, Identity() if codec is None and len(parts) > 1 else codec, options.tokenizer or paths[0]
     check_trained(options)
@@ -160,8 +160,7 @@ def continue_text(generator: Generator, options: GenerateOptions, tokenizer: str
         raise ValueError(f"{error}{more}") from None
     if not options.prompt:
         raise ValueError("prompt must be a text, got ''")
-    start = [] if described.bos_token_id is None else [described.bos_token_id]
-    prompt = [*start, *found.encode(options.prompt, add_special_tokens=False).ids]
+    prompt = data.tokens_of(found, options.prompt, start=described.bos_token_id)
     most = options.max_tokens
     if most is None:
         most = min(_MOST_TOKENS, generator.room([prompt]))

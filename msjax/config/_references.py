@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from msjax import data
 from msjax.config._checks import REFERENCES
 from msjax.config._sections import Config
 from msjax.references import call, is_reference, resolve_in
@@ -42,19 +43,16 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
     if data_dir is not None:
         for name in ("name", "test"):
             value = getattr(config.data, name)
-            if value is not None and value.endswith(_FILES):
+            if value is not None and value.endswith(data.FILE_SUFFIXES):
                 found[name] = os.path.join(data_dir, value)
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
-_FILES = (".npz", ".csv", ".txt")
-
-
 def is_local_path(data_name: str) -> bool:
     """Whether the name of a data set is the path of a file or folder."""
-    return not is_reference(data_name) and (data_name.endswith(_FILES) or os.path.isdir(data_name))
+    return not is_reference(data_name) and (data_name.endswith(data.FILE_SUFFIXES) or os.path.isdir(data_name))
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:

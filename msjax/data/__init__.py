@@ -16,7 +16,7 @@ grain, by worker processes where that pays (`Reader`). TensorFlow is never neede
 """
 
 from msjax.data._arrays import from_arrays, from_npz
-from msjax.data._as_dataset import as_dataset
+from msjax.data._as_dataset import FILE_SUFFIXES, as_dataset
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
@@ -33,13 +33,15 @@ from msjax.data._registry import Published, default_augmentation, is_streamed, p
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
-from msjax.data._text import Texts, from_text, load_tokenizer, read_texts
+from msjax.data._text import TEXT_SUFFIXES, Texts, from_text, load_tokenizer, read_texts, tokens_of
 from msjax.data._words import TOKENIZER
 
 __all__ = [
     "AUGMENTATIONS",
     "CROP_PADDING",
+    "FILE_SUFFIXES",
     "TEXT_LENGTH",
+    "TEXT_SUFFIXES",
     "TOKENIZER",
     "VOCABULARY",
     "Arrays",
@@ -80,4 +82,5 @@ __all__ = [
     "split_digest",
     "stream",
     "table_inputs",
+    "tokens_of",
 ]

@@ -12,8 +12,10 @@ from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._sequence import from_sequence
-from msjax.data._text import from_text
+from msjax.data._text import TEXT_SUFFIXES, from_text
 
+FILE_SUFFIXES = (".npz", ".csv", *TEXT_SUFFIXES)
+"""Of files that are data sets by themselves."""
 _SPLITS = ("test", "validation", "val", "valid")
 
 
@@ -23,8 +25,8 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
     Args:
         value: a `Dataset`, which is checked and returned; (inputs, labels) of arrays, or two such pairs, to train and
             to test on, or four arrays in that order; a dict of arrays as an .npz file has them, or of such pairs or
-            sequences under "train" and "test"; a path of an .npz, .csv or .txt file or a folder of images; the name of
-            a set that `load` knows; anything with `__len__` and `__getitem__`.
+            sequences under "train" and "test"; a path of an .npz, .csv, .txt or .jsonl file or a folder of images; the
+            name of a set that `load` knows; anything with `__len__` and `__getitem__`.
         **options: those of `from_arrays`, `from_npz`, `from_csv`, `from_image_folder`, `from_sequence`, `from_text` or
             `load`.
 
@@ -55,8 +57,8 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
     if _is_array(value):
         raise DataError(f"data must be (inputs, labels), got one {type(value).__name__}")
     raise DataError(
-        "data must be a Dataset, arrays (inputs, labels), a path of an .npz, .csv or .txt file or a folder of images, "
-        f"the name of a set, or have __len__ and __getitem__, got {type(value).__name__}"
+        "data must be a Dataset, arrays (inputs, labels), a path of an .npz, .csv, .txt or .jsonl file or a folder of "
+        f"images, the name of a set, or have __len__ and __getitem__, got {type(value).__name__}"
     )
 
 
@@ -96,11 +98,11 @@ def _is_sequence(value: Any) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is one of a file or folder: ends in .npz, .csv or .txt, or has a separator and is a folder.
+    """Whether a name is one of a file or folder: ends as one of `FILE_SUFFIXES`, or has a separator and is a folder.
 
     A folder that TFDS prepared, such as glue/sst2 in the working directory, is no folder of images.
     """
-    if name.lower().endswith((".npz", ".csv", ".txt")):
+    if name.lower().endswith(FILE_SUFFIXES):
         return True
     separators = {"/", os.sep}
     folder = Path(name).expanduser()
@@ -108,7 +110,7 @@ def is_path(name: str) -> bool:
 
 
 def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
-    """A data set of an .npz file, a .csv file, a .txt file, or a folder of images.
+    """A data set of an .npz, .csv, .txt or .jsonl file, or a folder of images.
 
     Raises:
         DataError: it is none of them, or cannot be read.
@@ -118,14 +120,14 @@ def from_path(path: str | os.PathLike, **options: Any) -> Dataset:
     kind = path.suffix.lower()
     if kind != ".csv" and (drop := options.pop("drop", ())):
         raise DataError(f"drop is for columns of tables with names, got {drop!r} with {path}")
-    if kind in (".npz", ".csv", ".txt") and not path.is_dir():
+    if kind in FILE_SUFFIXES and not path.is_dir():
         if not path.exists():
             raise DataError(f"{path} does not exist")
         if options.pop("image_size", None) is not None:
             raise DataError(f"image_size is for folders of images and sets by name, got it with {path}")
         if options.pop("streamed", None):
             raise DataError(f"streamed must be None or False for {path}, which is read whole, got True")
-        if kind == ".txt":
+        if kind in TEXT_SUFFIXES:
             if (missing := options.pop("missing", "refuse")) != "refuse":
                 raise DataError(f'missing must be "refuse" for texts and not a table, got {missing!r} with {path}')
             if lacking := [name for name in ("tokenizer", "length") if name not in options]:

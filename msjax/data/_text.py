@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from msjax.data._csv import read_frame
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
 
+TEXT_SUFFIXES = (".txt", ".jsonl")
+"""Of files that hold texts; a .csv may hold some, too."""
 _TOGETHER = 1 << 20  # characters that are tokenized at a time, or one text that is longer
 
 
@@ -40,12 +42,13 @@ def from_text(
     the next one. Tokens are found once and then kept in the array cache, under a hash of the texts and the tokenizer.
 
     Args:
-        train, test: the path of a .txt file in UTF-8, which is one text; of a .csv with a column of texts (needs
-            pandas); or anything with `__len__` and `__getitem__` whose items are texts, or dicts with a text, such as
-            Hugging Face's data sets.
+        train, test: the path of a .txt file in UTF-8, which is one text; of a .jsonl, each line of which is a text or
+            an object with one; of a .csv with a column of texts (needs pandas); a table with such a column, as a
+            pandas.DataFrame or a dict of lists; or anything with `__len__` and `__getitem__` whose items are texts, or
+            dicts with a text, such as Hugging Face's data sets.
         tokenizer: a tokenizer.json, or a folder that has one.
         length: of a block, in tokens: at most the model's context.
-        column: of a .csv, or of dicts: what has the text.
+        column: of a table, or of dicts: what has the text.
         start: the token in front of each text. By default `bos_token_id` of the config.json beside the tokenizer, or
             none where there is no such file. What the tokenizer itself would put around a text is left out.
         vocabulary: how many tokens the model has; the tokenizer must have no others.
@@ -55,7 +58,7 @@ def from_text(
 
     Raises:
         DataError: a file cannot be read or has no text, a text is none, there are too few tokens for a block, the
-            tokenizer cannot be read or has tokens that the model has not, or a package is missing.
+            tokenizer cannot be read, has tokens that the model has not or cannot split a text, or a package is missing.
     """
     if type(length) is not int or length < 1:
         raise DataError(f"length must be a positive integer, the tokens of a block, got {length!r}")
@@ -104,7 +107,7 @@ def read_texts(
     start: int | None = None,
     vocabulary: int | None = None,
 ) -> Texts:
-    """Read the texts of a .txt, one a line, or of a .csv, one a row; each begins with the token `start`.
+    """Read the texts of a .txt, one a line, or of a .csv or .jsonl, one a row; each begins with the token `start`.
 
     Args and errors as of `from_text`; blank lines are passed over.
 
@@ -115,7 +118,7 @@ def read_texts(
     start = _start(file) if start is None else start
     found = load_tokenizer(file, start=start, vocabulary=vocabulary)
     lines = list(_each(_texts("inputs", path, column)))
-    if Path(path).suffix.lower() != ".csv":
+    if Path(path).suffix.lower() == ".txt":
         lines = lines[0].splitlines()
     kept = [(f"{path}:{row}", line) for row, line in enumerate(lines, 1) if line.strip()]
     if not kept:
@@ -192,6 +195,8 @@ def _check_vocabulary(path: Path, tokenizer: Any, start: Any, vocabulary: int | 
     """Every token must be one of the model's."""
     if start is not None and (type(start) is not int or start < 0):
         raise DataError(f"start must be a token, an integer of at least 0, got {start!r}")
+    if not tokenizer.get_vocab_size(with_added_tokens=True):
+        raise DataError(f"tokenizer must have tokens, got none in {path}")
     if vocabulary is None:
         return
     word, most = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
@@ -204,17 +209,50 @@ def _check_vocabulary(path: Path, tokenizer: Any, start: Any, vocabulary: int | 
 
 
 def _texts(role: str, source: Any, column: str) -> Sequence[str]:
-    """The texts of a file or a sequence."""
+    """The texts of a file, a table or a sequence."""
     if not isinstance(source, str | os.PathLike):
-        return _Items(role, source, column)
+        return _Items(role, _column(role, source, column), column)
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".csv":
-        frame = read_frame(path)
-        if column not in frame:
-            raise DataError(f"column must be one of {path}, which has {', '.join(frame)}, got {column!r}")
-        return _Items(role, frame[column].tolist(), column)
+    kind = path.suffix.lower()
+    if kind not in (*TEXT_SUFFIXES, ".csv"):
+        known = ", ".join(TEXT_SUFFIXES)
+        raise DataError(
+            f"{role} must be a {known} or .csv file, got {str(path)!r}: rename it, or give what reads its texts"
+        )
+    if kind == ".csv":
+        return _Items(role, _column(str(path), read_frame(path), column), column)
+    text = _read(role, path)
+    return [text] if kind == ".txt" else _Items(role, _objects(path, text), column)
+
+
+def _column(where: str, source: Any, column: str) -> Any:
+    """The texts of a table, or of a column of one, as a list; anything else as it is."""
+    if isinstance(source, Mapping) or hasattr(source, "columns"):
+        names = list(source if isinstance(source, Mapping) else source.columns)
+        if column not in names:
+            raise DataError(f"column must be one of {where}, which has {', '.join(map(str, names))}, got {column!r}")
+        source = source[column]
+    # A column's own index may not be 0, 1, 2, …
+    return source.to_list() if hasattr(source, "to_list") else source
+
+
+def _objects(path: Path, text: str) -> list[Any]:
+    """What the lines of a .jsonl are."""
+    found = []
+    for row, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path} must have JSON in each line, got {line[:40]!r} in line {row}: {error}") from None
+    return found
+
+
+def _read(role: str, path: Path) -> str:
+    """The text of a file."""
     try:
-        return [path.read_text("utf-8")]
+        return path.read_text("utf-8")
     except OSError as error:
         raise DataError(f"{role} must be a file that can be read, got {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -298,8 +336,22 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 def _encoded(tokenizer: Any, texts: list[str], start: int | None) -> Iterable[np.ndarray]:
     """The tokens of each text."""
     first = [] if start is None else [start]
-    for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+    try:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the package raises nothing more special
+        raise DataError(f"tokenizer must be able to split every text, but: {error}") from error
+    for found in encoded:
         yield np.asarray([*first, *found.ids], np.int32)
+
+
+def tokens_of(tokenizer: Any, text: str, *, start: int | None = None) -> list[int]:
+    """Return the tokens of a text, behind the token `start`, if there is one.
+
+    Raises:
+        DataError: the tokenizer cannot split it, as one of words that has no token for unknown ones.
+    """
+    (found,) = _encoded(tokenizer, [text], start)
+    return found.tolist()
 
 
 def _blocks(role: str, tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

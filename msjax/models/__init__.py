@@ -18,7 +18,7 @@ from msjax.models._cache import Cache, attends, cache_bytes, decoder_blocks, ext
 from msjax.models._decoder import DECODER, decoder
 from msjax.models._decoder_config import FAMILIES, DecoderConfig
 from msjax.models._digest import weights_digest
-from msjax.models._huggingface import end_tokens, has_decoder, load_decoder, open_decoder, save_decoder
+from msjax.models._huggingface import end_tokens, is_decoder, load_decoder, open_decoder, save_decoder
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
@@ -76,7 +76,7 @@ __all__ = [
     "decoder_blocks",
     "end_tokens",
     "extend_cached",
-    "has_decoder",
+    "is_decoder",
     "largest",
     "list_cuts",
     "load_decoder",

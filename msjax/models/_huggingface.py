@@ -40,10 +40,15 @@ def decoder_config(model: Model) -> DecoderConfig:
     return dict(model.blocks[0].options)["config"]
 
 
-def has_decoder(folder: str | os.PathLike) -> bool:
-    """Whether a folder has weights in Hugging Face's layout."""
+def is_decoder(folder: str | os.PathLike) -> bool:
+    """Whether a folder is meant to be one of Hugging Face's: weights in that layout, or a model's config.json."""
     folder = pathlib.Path(folder).expanduser()
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return True
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def end_tokens(folder: str | os.PathLike) -> tuple[int, ...]:

@@ -5,7 +5,16 @@ over what the library itself counts with, `RunSpec`, `split.traffic`, `Codec.pay
 """
 
 from msjax.plan._link import Link, Row, Sent, alternatives, array_bytes, message_bytes, sent, with_codecs
-from msjax.plan._memory import Needs, nbytes, needs, operations, sample_activation_bytes, state_needs, values
+from msjax.plan._memory import (
+    Needs,
+    lowered_bytes,
+    nbytes,
+    needs,
+    operations,
+    sample_activation_bytes,
+    state_needs,
+    values,
+)
 from msjax.plan._plan import Plan, plan
 from msjax.plan._run import UNKNOWN_STEPS, Counts, Run, describe_data, describe_run
 
@@ -22,6 +31,7 @@ __all__ = [
     "array_bytes",
     "describe_data",
     "describe_run",
+    "lowered_bytes",
     "message_bytes",
     "nbytes",
     "needs",

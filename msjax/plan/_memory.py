@@ -112,6 +112,31 @@ def operations(run: Run) -> dict[str, float]:
 
     As XLA counts them of the parties' own programs, codecs and optimizer with them, lowered from shapes.
     """
+    found = {"client": 0.0, "server": 0.0}
+    for party, traced in traced_programs(run):
+        found[party] += float(traced.lower().cost_analysis().get("flops", 0.0))
+    return {"client": found["client"], "server": run.clients * found["server"]}
+
+
+def lowered_bytes(run: Run, platform: str) -> dict[str, int]:
+    """Returns the size of each party's programs of a step, as lowered for a platform, which need not be at hand.
+
+    What is lowered is what XLA gets to compile: text of StableHLO, in which weights are not.
+
+    Args:
+      platform: "cpu", "cuda", "rocm" or "tpu".
+
+    Raises:
+      NotImplementedError: an operation cannot be lowered for it.
+    """
+    found = {"client": 0, "server": 0}
+    for party, traced in traced_programs(run):
+        found[party] += len(traced.lower(lowering_platforms=(platform,)).as_text())
+    return found
+
+
+def traced_programs(run: Run) -> list[tuple[str, Any]]:
+    """Returns what the parties compute in a step, of one client: a party's name and a `jax.stages.Traced` each."""
     spec, batch_size = run.spec, run.batch_size
     client, server = run.client, run.parts["server"]
     size = {"batch_size": batch_size}
@@ -120,26 +145,27 @@ def operations(run: Run) -> dict[str, float]:
     key = jax.eval_shape(lambda keys: keys[0], keys)
     bits = () if spec.cut_bits is None else (jax.ShapeDtypeStruct((), np.float32),)
     grad_bits = () if spec.cut_seconds is None else (jax.ShapeDtypeStruct((1,), np.float32),)
-    of_client, of_server = [], []
+    found = []
 
-    def count(flops, program, *args, **options):
-        flops.append(float(program.lower(spec, *args, **options).cost_analysis().get("flops", 0.0)))
-        return jax.eval_shape(functools.partial(program, spec, **options), *args)
+    def trace(party, program, *args, **options):
+        traced = program.trace(spec, *args, **options)
+        found.append((party, traced))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
 
-    payload, pending = count(of_client, programs.client_forward, client, x, key, *bits)
+    payload, pending = trace("client", programs.client_forward, client, x, key, *bits)
     if spec.u_shaped:
         present = jax.ShapeDtypeStruct((1,), bool)
-        outputs, held = count(of_server, programs.server_forward, server, _stacked(payload), keys, **size)
-        answer, tail, _ = count(of_client, programs.client_tail, client, _first(outputs), y, key, **size)
+        outputs, held = trace("server", programs.server_forward, server, _stacked(payload), keys, **size)
+        answer, tail, _ = trace("client", programs.client_tail, client, _first(outputs), y, key, **size)
         args = server, held, _stacked(answer), keys, present
-        _, replies = count(of_server, programs.server_backward, *args, **size)
-        update = count(of_client, programs.client_backward, pending, _first(replies), tail, **size)
+        _, replies = trace("server", programs.server_backward, *args, **size)
+        update = trace("client", programs.client_backward, pending, _first(replies), tail, **size)
     else:
         args = server, _stacked(payload), _stacked(y), keys, *grad_bits
-        _, replies, _ = count(of_server, programs.server_step, *args, **size)
-        update = count(of_client, programs.client_backward, pending, _first(replies), **size)
-    count(of_client, programs.update_part, client, update)
-    return {"client": sum(of_client), "server": run.clients * sum(of_server)}
+        _, replies, _ = trace("server", programs.server_step, *args, **size)
+        update = trace("client", programs.client_backward, pending, _first(replies), **size)
+    trace("client", programs.update_part, client, update)
+    return found
 
 
 def _stacked(tree):
