@@ -1,6 +1,6 @@
 """Llama-3.2-1B and Qwen3-1.7B at the cuts of the authors' later program: what they need, from shapes alone.
 
-    python -m experiments.language_sizes      # seven minutes on two CPU cores, no weights are made
+    python -m experiments.language_sizes      # five minutes on two CPU cores, no weights are made
 
 The presets `configs/llama32_1b_wikitext2.py` and `configs/qwen3_1_7b_wikitext2.py`, which have not been trained: no
 machine for it was at hand. That they can be built is seen here: the parties' steps are traced with abstract arrays, and
@@ -11,7 +11,7 @@ copy, so the parties' parameters are more than the network's; the network's are 
 
 Memory is that of weights, gradients, the optimizer's state and activations. Activations are what JAX's differentiation
 keeps of the forward pass, before XLA fuses any of it; behind the slash with `model.remat`, which keeps each block's
-input alone. A step makes new weights beside the old ones, which are not counted twice here.
+input alone and makes one block's anew at a time. A step makes new weights beside the old ones, which are not counted twice here.
 
 Bytes are of a step of one client, 4 texts of 256 tokens: payloads, and for `EntropyMask` the bits it aims at; the
 labels' 4 KiB come on top. A step takes the computing of both parties, one after the other, and its messages at the
