@@ -15,8 +15,8 @@ and RandTopk keep 7.25 %. Test features go through the codec, at test RandTopk i
 time; the learning rates, of all weights and of adapters, are those that `language_schedule` found best without
 compression on a part of Shakespeare's training text, for both texts and all codecs. Bytes are those of all payloads of
 a training, features up and gradients down, or of coded messages where a codec is made for that; bits are the same for
-each value of the features. Both are the middle cut's, and of seed 0. There are three seeds at the middle cut with all
-weights trained, and one elsewhere. Gradients are float32 where nothing is said.
+each value of the features. Both are the middle cut's, and of seed 0. There are three seeds with all weights trained;
+one of adapters, and of what fails one at other cuts than the middle one. Gradients are float32 where nothing is said.
 
 "Kept" is `grad_kept_only`: gradients are sent only where the features were kept. All other arms send the gradient of
 every value, also where the feature was dropped, as the paper's straight-through gradient does. With that training fails
@@ -28,6 +28,7 @@ import dataclasses
 import math
 import statistics
 import sys
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.figure
@@ -61,49 +62,51 @@ def unbiased(bits):
     return entropy(bits, rounding="stochastic")
 
 
-def arm(codec, grad_codec=NONE, grad_kept_only=False):
-    """The fields of the config in which an arm differs from others."""
-    return {"codec": codec, "grad_codec": grad_codec, "grad_kept_only": grad_kept_only}
+class Arm(NamedTuple):
+    """What is compressed and how, and of what it is trained besides all weights at the middle cut with three seeds.
+
+    Attributes:
+      codec, grad_codec, grad_kept_only: fields of the config.
+      elsewhere: seeds at the other cuts.
+      adapters, low_rate: whether adapters are trained, too, and all weights at a third of the learning rate.
+    """
+
+    codec: compress.Codec
+    grad_codec: compress.Codec = NONE
+    grad_kept_only: bool = False
+    elsewhere: int = 3
+    adapters: bool = False
+    low_rate: bool = False
+
+    @property
+    def fields(self):
+        """Those of the config in which an arm differs from others."""
+        return {name: getattr(self, name) for name in ("codec", "grad_codec", "grad_kept_only")}
 
 
 TOP_K, RAND_TOP_K = compress.TopK(ratio=0.9275), compress.RandTopK(ratio=0.9275)
-CODECS = {
-    "none": arm(NONE),
-    "MS": arm(compress.MaskEncoded(ratio=0.99, bits=2, signed=True)),
-    "QU": arm(compress.Uniform(bits=3)),
-    "quantile": arm(compress.Quantile(bits=3)),
-    "e2m1": arm(compress.SmallFloat(exponent_bits=2, mantissa_bits=1)),
-    "top-k": arm(TOP_K),
-    "RandTopk": arm(RAND_TOP_K),
-    "EntropyMask 2 up": arm(entropy(2.0)),
-    "EntropyMask 1 up": arm(entropy(1.0)),
-    "EntropyMask 2 up 1.5 down": arm(entropy(2.0), unbiased(1.5)),
-    "EntropyMask 1 up 1 down": arm(entropy(1.0), unbiased(1.0)),
-    "quantile, by channel": arm(compress.Quantile(bits=3, granularity="channel")),
-    "QU, by token": arm(compress.Uniform(bits=3, granularity="token")),
-    "top-k, kept": arm(TOP_K, grad_kept_only=True),
-    "RandTopk, kept": arm(RAND_TOP_K, grad_kept_only=True),
-    "EntropyMask 1 up, kept": arm(entropy(1.0), grad_kept_only=True),
-    "EntropyMask 1 up 1 down, kept": arm(entropy(1.0), unbiased(1.0), grad_kept_only=True),
-    "EntropyMask 0.5 up 0.5 down, kept": arm(entropy(0.5), unbiased(0.5), grad_kept_only=True),
+# Where training fails at the middle cut it is not repeated elsewhere; what has no seeds there is left out of time.
+ARMS = {
+    "none": Arm(NONE, adapters=True, low_rate=True),
+    "MS": Arm(compress.MaskEncoded(ratio=0.99, bits=2, signed=True), adapters=True, low_rate=True),
+    "QU": Arm(compress.Uniform(bits=3)),
+    "quantile": Arm(compress.Quantile(bits=3), adapters=True),
+    "e2m1": Arm(compress.SmallFloat(exponent_bits=2, mantissa_bits=1)),
+    "top-k": Arm(TOP_K, elsewhere=1, adapters=True, low_rate=True),
+    "RandTopk": Arm(RAND_TOP_K, elsewhere=1, low_rate=True),
+    "EntropyMask 2 up": Arm(entropy(2.0), adapters=True, low_rate=True),
+    "EntropyMask 1 up": Arm(entropy(1.0), elsewhere=1, adapters=True, low_rate=True),
+    "EntropyMask 2 up 1.5 down": Arm(entropy(2.0), unbiased(1.5)),
+    "EntropyMask 1 up 1 down": Arm(entropy(1.0), unbiased(1.0), elsewhere=0, low_rate=True),
+    "quantile, by channel": Arm(compress.Quantile(bits=3, granularity="channel"), elsewhere=0),
+    "QU, by token": Arm(compress.Uniform(bits=3, granularity="token"), elsewhere=0),
+    "top-k, kept": Arm(TOP_K, grad_kept_only=True, adapters=True),
+    "RandTopk, kept": Arm(RAND_TOP_K, grad_kept_only=True),
+    "EntropyMask 1 up, kept": Arm(entropy(1.0), grad_kept_only=True, elsewhere=0, adapters=True),
+    "EntropyMask 1 up 1 down, kept": Arm(entropy(1.0), unbiased(1.0), grad_kept_only=True),
+    "EntropyMask 0.5 up 0.5 down, kept": Arm(entropy(0.5), unbiased(0.5), grad_kept_only=True),
 }
-AT_MIDDLE = ("EntropyMask 1 up 1 down", "quantile, by channel", "QU, by token", "EntropyMask 1 up, kept")
-"""Those that are trained at the middle cut alone, for want of time."""
-FAILING = ("top-k", "RandTopk", "EntropyMask 1 up", "EntropyMask 1 up 1 down")
-"""Those whose training fails at the middle cut of both texts: what else is to be trained of them comes last."""
-ADAPTED = (
-    "none",
-    "MS",
-    "quantile",
-    "top-k",
-    "EntropyMask 2 up",
-    "EntropyMask 1 up",
-    "top-k, kept",
-    "EntropyMask 1 up, kept",
-)
-"""The codecs of the arm with adapters, which is at the middle cut alone."""
-AT_LOWER_RATE = ("none", "MS", "top-k", "RandTopk", "EntropyMask 2 up", "EntropyMask 1 up", "EntropyMask 1 up 1 down")
-"""The codecs of the arm with a lower learning rate, which is at the middle cut of Shakespeare alone."""
+CODECS = {name: one.fields for name, one in ARMS.items()}
 TRAINED = {
     "full": "all weights",
     "full at 1e-3": "all weights, at a third of the learning rate",
@@ -146,20 +149,20 @@ def runs(scale):
         found = {f"Shakespeare, full, {name}, {MIDDLE}": cfg for name, cfg in arms.items()}
         return study.with_seeds(found, range(1)) | {"Shakespeare, before": before(scale, "Shakespeare")}
     found = {}
+    others = [cut for cut in CUTS if cut != MIDDLE]
     for text in TEXTS:
-        found |= study.with_seeds(_arms(text, "full", CODECS, [MIDDLE]), range(1))
+        found |= study.with_seeds(_arms(text, "full", ARMS, [MIDDLE]), range(1))
         if text == "Shakespeare":
-            found |= study.with_seeds(_arms(text, "full at 1e-3", AT_LOWER_RATE, [MIDDLE]), range(1))
+            low = [name for name, one in ARMS.items() if one.low_rate]
+            found |= study.with_seeds(_arms(text, "full at 1e-3", low, [MIDDLE]), range(1))
         found[f"{text}, before"] = before(scale, text)
-        found |= study.with_seeds(_arms(text, "LoRA", ADAPTED, [MIDDLE]), range(1))
-    trained = [name for name in CODECS if name not in FAILING]
-    for names in (trained, FAILING):
-        elsewhere = [name for name in names if name not in AT_MIDDLE]
+        adapted = [name for name, one in ARMS.items() if one.adapters]
+        found |= study.with_seeds(_arms(text, "LoRA", adapted, [MIDDLE]), range(1))
+    for seed in range(3):
+        elsewhere = [name for name, one in ARMS.items() if one.elsewhere > seed]
         for text in TEXTS:
-            found |= study.with_seeds(_arms(text, "full", elsewhere, [cut for cut in CUTS if cut != MIDDLE]), range(1))
-        for seed in range(1, 3):
-            for text in TEXTS:
-                found |= study.with_seeds(_arms(text, "full", names, [MIDDLE]), [seed])
+            found |= study.with_seeds(_arms(text, "full", ARMS, [MIDDLE]), [seed])
+            found |= study.with_seeds(_arms(text, "full", elsewhere, others), [seed])
     return found
 
 
@@ -194,7 +197,7 @@ def untrained(folder, cfg, scale):
 
     rows = []
     for name, of in CODECS.items():
-        if of != arm(of["codec"]) or (scale == "smoke" and name not in ("none", "MS")):
+        if of != Arm(of["codec"]).fields or (scale == "smoke" and name not in ("none", "MS")):
             continue
         for cut in [cfg.model.cut] if name == "none" or scale == "smoke" else CUTS:
             run = load_run(study.with_cut(_with(cfg, name), cut))
@@ -222,7 +225,7 @@ def report(scale, records):
                 one = (at[MIDDLE] or next(found for found in at.values() if found))[0]
                 bits = f"{study.feature_bits(one):.2f} / {gradient_bits(one):.2f}"
                 megabytes = " / ".join(f"{sent / 1e6:.1f}" for sent in (up_bytes(one), down_bytes(one)))
-                same = next((n for n, of in CODECS.items() if of == arm(CODECS[name]["codec"])), name)
+                same = next((n for n, of in CODECS.items() if of == Arm(CODECS[name]["codec"]).fields), name)
                 cells = [first.get((same, cut)) for cut in CUTS]
                 cells = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
                 after = [study.mean_and_deviation([perplexity(r) for r in found]) for found in at.values()]
@@ -251,11 +254,22 @@ def _orderings(groups, text):
         for cut in CUTS:
             found = [groups.get(f"{text}, full, {name}, {cut}", []) for name in (one, other)]
             if all(found):
-                values = [statistics.mean(map(perplexity, records)) for records in found]
-                said.append(f"{'holds' if values[0] < values[1] else 'does not hold'} at {cut}")
+                first, second = ([perplexity(record) for record in records] for records in found)
+                said.append(f"{_ordering(first, second)} at {cut}")
         if said:
             lines.append(f"- {one} below {other}: {', '.join(said)}.")
-    return "\n".join(["Whether of two codecs the first has the lower perplexity after training, by cut:\n", *lines, ""])
+    whether = (
+        "Whether of two codecs the first has the lower perplexity after training, by cut; “within noise” where the "
+    )
+    whether += "means differ by less than the larger standard deviation of seeds:\n"
+    return "\n".join([whether, *lines, ""])
+
+
+def _ordering(first, second):
+    """What is said of two codecs' perplexities: whether the first ones are lower."""
+    difference = statistics.mean(second) - statistics.mean(first)
+    noise = max((statistics.stdev(values) for values in (first, second) if len(values) > 1), default=0.0)
+    return "within noise" if abs(difference) < noise else "holds" if difference > 0 else "does not hold"
 
 
 def untrained_perplexities(records, text):

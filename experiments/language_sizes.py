@@ -11,7 +11,8 @@ copy, so the parties' parameters are more than the network's; the network's are 
 
 Memory is that of weights, gradients, the optimizer's state and activations. Activations are what JAX's differentiation
 keeps of the forward pass, before XLA fuses any of it; behind the slash with `model.remat`, which keeps each block's
-input alone and makes one block's anew at a time. A step makes new weights beside the old ones, which are not counted twice here.
+input alone and makes one block's anew at a time. A step makes new weights beside the old ones, which are not counted
+twice here.
 
 Bytes are of a step of one client, 4 texts of 256 tokens: payloads, and for `EntropyMask` the bits it aims at; the
 labels' 4 KiB come on top. A step takes the computing of both parties, one after the other, and its messages at the
