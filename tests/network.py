@@ -1,7 +1,9 @@
 """A server and clients in one thread, over lines in memory, on a clock of their own; and what may go wrong there."""
 
+import collections
 import contextlib
 import copy
+import itertools
 import pathlib
 from collections.abc import Callable
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 
 from msjax import build, data
-from msjax.distributed import agreement
+from msjax.distributed import agreement, messages
 from msjax.distributed.channel import Clock, MemoryNetwork
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.loop import Loop
@@ -19,6 +21,7 @@ from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore, ServerStore
 from msjax.split import parties
 from msjax.split.metrics import MetricSums
+from msjax.split.schedule import Phase
 
 from .setups import dataset, make_parties
 
@@ -289,8 +292,14 @@ class Net:
         """The server and these clients, by default all, end with the same bits as in one program without a network."""
         assert not self.failures, self.failures
         server, alone = make_parties(self.cfg)
+        sent = count_messages(server)
         for _ in parties.run(server, alone):
             pass
+        if clients is None:  # what was done again is counted once
+            found, spec = self.server.run.coded_bytes(), server.spec
+            assert found.items() <= sent.items()
+            codecs = (spec.codec, spec.grad_codec, spec.update_codec)
+            assert bool(found) == any(codec.entropy_coded for codec in codecs)
         pairs = [(server.state, self.server.run.party.state)]
         clients = range(self.cfg.clients) if clients is None else clients
         pairs += [(alone[n].state, self.finals[n].state) for n in clients]
@@ -300,6 +309,23 @@ class Net:
     def close(self):
         for store in self.stores.values():
             store.close()
+
+
+def count_messages(server):
+    """Counts the bytes of a server's messages of training, by their names in a record, while it answers."""
+    sent, answer = collections.Counter(), server.handle
+
+    def handle(exchange, came):
+        answers = answer(exchange, came)
+        if exchange.phase not in (Phase.TEST, Phase.RESULT):
+            kind = "" if exchange.phase in (Phase.FEATURES, Phase.GRADIENT) else "_synchronization"
+            for way, spec, each in (("up", server.spec.up, came), ("down", server.spec.down, answers)):
+                encoded = [messages.encode(m.payload, spec(exchange), None) for m in each.values()]
+                sent[f"coded_{way}link{kind}_bytes"] += sum(map(len, itertools.chain(*encoded)))
+        return answers
+
+    server.handle = handle
+    return sent
 
 
 @contextlib.contextmanager

@@ -367,6 +367,7 @@ class Coordinator:
         if id(payload) not in self._encoded:
             self._encoded[id(payload)] = messages.encode(payload, run.spec.down(run.exchange), self._compression)
         out.answer.payload.extend(self._encoded[id(payload)])
+        run.count_answer(self._encoded[id(payload)])
         out.answer.generation, out.answer.send_part = self.membership.generation, client == self._asked
         out.answer.position.CopyFrom(messages.to_position(run.exchange))
         out.answer.saved_step = run.saved_step

@@ -189,7 +189,7 @@ class ServerProgram:
                     check_test_loss(record["test"]["loss"], position.epoch + 1)
             counts = self._so_far()
             seconds = {name: round(counts.pop(name), 3) for name in ("seconds", "waited_seconds")}
-            record |= seconds | {"traffic": run.traffic.to_json() | counts}
+            record |= seconds | {"traffic": run.traffic.to_json() | run.coded_bytes() | counts}
             party.train = party.test = MetricSums()
             self.history.append(record)
             self.folder.write_history(self.history)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
+from msjax.split.sent import cut_bytes
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
 from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
@@ -21,6 +22,11 @@ log = logging.getLogger("msjax.server")
 
 _CLIENTS = "checkpoint_clients"
 _EXCHANGED = "exchanged"
+_MESSAGES = "messages"
+
+
+_CUT = {way: f"coded_{way}_bytes" for way in ("uplink", "downlink")}
+_SYNCHRONIZATION = {way: f"coded_{way}_synchronization_bytes" for way in ("uplink", "downlink")}
 
 
 class Came(NamedTuple):
@@ -93,6 +99,7 @@ class ServerRun:
             self._store.restore(step, party)
         if _EXCHANGED not in self._progress:  # at the beginning, or saved by a version that did not count
             self._count(traffic_before(self.spec, step or 0))
+            self._progress[_MESSAGES] = None if step else {}
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
         clients = self._progress.get(_CLIENTS)
@@ -128,6 +135,8 @@ class ServerRun:
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
         took_part = self.exchange._replace(clients=tuple(came))
         self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
+        for it in came.values():
+            self._count_message("uplink", it.request.payload)
         if not self._allow_nonfinite and self.exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
             losses = self.party.losses
             check_losses(np.asarray([list(losses.values())]), list(losses), self.exchange.step)
@@ -140,6 +149,37 @@ class ServerRun:
         What was done again from a checkpoint is in it once.
         """
         return Traffic(**self._progress[_EXCHANGED])
+
+    def coded_bytes(self) -> dict[str, int]:
+        """Returns the bytes of messages beside those of `traffic`, where they are coded without loss: headers and all.
+
+        Named as in a record: of features and gradients together, and of what keeps the clients equal. Empty where an
+        earlier version, which did not count them, has done a part of the run.
+        """
+        counts, exact, spec = self._progress.get(_MESSAGES), self.traffic, self.spec
+        if counts is None:
+            return {}
+        found: dict[str, int] = {}
+        averages = exact.uplink_synchronization_bytes + exact.downlink_synchronization_bytes
+        for names, entropy_coded, plain in (
+            (_CUT, spec.codec.entropy_coded or spec.grad_codec.entropy_coded, cut_bytes(exact.to_json())),
+            (_SYNCHRONIZATION, spec.update_codec.entropy_coded, averages),
+        ):
+            sent = {name: counts.get(name, 0) for name in names.values()}
+            if entropy_coded or sum(sent.values()) < plain:  # as where messages are Huffman-coded
+                found |= sent
+        return found
+
+    def count_answer(self, payload: Iterable[bytes]) -> None:
+        """Counts the bytes of an answer of the open exchange, once for each client that it goes to."""
+        self._count_message("downlink", payload)
+
+    def _count_message(self, way, payload):
+        phase, counts = self.exchange.phase, self._progress.get(_MESSAGES)
+        if counts is None or phase in (Phase.TEST, Phase.RESULT):
+            return
+        name = (_CUT if phase in (Phase.FEATURES, Phase.GRADIENT) else _SYNCHRONIZATION)[way]
+        counts[name] = counts.get(name, 0) + sum(map(len, payload))
 
     def _count(self, traffic):
         self._progress[_EXCHANGED] = dataclasses.asdict(traffic)
