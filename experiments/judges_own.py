@@ -31,37 +31,45 @@ POINT = 1.0
 
 def both_ways(results: Results) -> Found | None:
     """Twenty times fewer bytes over the cut, for at most a point."""
-    parts, factors, of_everything = [], [], []
-    for cut in study.CUTS:
-        arms = (f"none, {study.PLAIN_CUT}", f"{TWENTY}, {cut}")
-        if found := results.first(both_directions, *arms):
-            source, (_, records) = found
-            factor = statistics.mean(map(study.saved, records))
-            factors.append(factor)
-            of_everything.append(statistics.mean(study.saved(record, everything=True) for record in records))
-            parts += behind(results, both_directions, *arms, cut, at_most=POINT)
-            parts.append(Part(judged(factor - 19.5, 0.0), "", place(source, records[0])))
-    if not parts:
-        return None
-    lost = "; ".join(part.text for part in parts if part.text)
-    whole = f"{span(of_everything, '{:.1f}')}× with labels and averages"
-    return together(parts, f"{span(factors, '{:.1f}')}× less over the cut, {whole}. Loss: {lost}")
+    return _fewer_bytes(results, both_directions, dict.fromkeys(study.CUTS, TWENTY), times=19.5, at_most=POINT)
 
 
-def everything_sent(results: Results) -> Found | None:
+def ten_times_everything(results: Results) -> Found | None:
     """Ten times fewer bytes of everything at each cut, with averages compressed, too."""
-    parts, factors = [], []
-    for cut in study.CUTS:
-        arms = (f"none, {study.PLAIN_CUT}", f"averages 1 bit, {cut}")
-        if found := results.first(everything, *arms):
+    arms = dict.fromkeys(study.CUTS, "averages 1 bit")
+    return _fewer_bytes(results, everything, arms, times=10.0, at_most=POINT, of_everything=True)
+
+
+def twenty_times_everything(results: Results) -> Found | None:
+    """Twenty times fewer bytes of everything at each cut, for at most half a point."""
+    deep = "averages 1.5 bits, 2.4 bits both ways"
+    arms = dict.fromkeys(study.CUTS, "averages 2 bits, 2.4 bits both ways") | {"deep": deep}
+    return _fewer_bytes(results, everything, arms, times=20.0, at_most=POINT / 2, of_everything=True)
+
+
+def forty_times_over_the_cut(results: Results) -> Found | None:
+    """Forty times fewer bytes over the cut, for at most half a point."""
+    arms = dict.fromkeys(study.CUTS, "averages 1 bit, 1.6 bits both ways")
+    return _fewer_bytes(results, everything, arms, times=40.0, at_most=POINT / 2)
+
+
+def _fewer_bytes(results, module, arms, *, times, at_most, of_everything=False):
+    """Whether an arm at each cut, where it was trained, sends so many times fewer bytes and loses so little."""
+    parts, over_cut, whole = [], [], []
+    for cut, arm in arms.items():
+        names = (f"none, {study.PLAIN_CUT}", f"{arm}, {cut}")
+        if found := results.first(module, *names):
             source, (_, records) = found
-            factors.append(statistics.mean(study.saved(record, everything=True) for record in records))
-            parts += behind(results, everything, *arms, cut, at_most=POINT)
-            parts.append(Part(judged(factors[-1] - 10.0, 0.0), "", place(source, records[0])))
+            over_cut.append(statistics.mean(map(study.saved, records)))
+            whole.append(statistics.mean(study.saved(record, everything=True) for record in records))
+            parts += behind(results, module, *names, cut, at_most=at_most)
+            factor = (whole if of_everything else over_cut)[-1]
+            parts.append(Part(judged(factor - times, 0.0), "", place(source, records[0])))
     if not parts:
         return None
     lost = "; ".join(part.text for part in parts if part.text)
-    return together(parts, f"{span(factors, '{:.1f}')}× less of everything. Loss: {lost}")
+    factors = f"{span(over_cut, '{:.1f}')}× less over the cut, {span(whole, '{:.1f}')}× of everything"
+    return together(parts, f"{factors}. Loss: {lost}")
 
 
 def fewer_real_bits(results: Results) -> Found | None:
