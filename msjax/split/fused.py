@@ -4,20 +4,19 @@ A step is two parts, so that its clients may come in groups: `contribute` comput
 `finish` takes the step from what all of them have. The first holds all activations, and knows of no other devices.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from msjax import compress, wire
 from msjax.split import averages, budget, shards
-from msjax.split.payloads import Codecs, encode_at_bits, leaf_key
+from msjax.split.crossing import cross_cut, cross_in_test
+from msjax.split.payloads import Codecs
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, TrainState, split_key, tail_key, without_constants
 from msjax.split.step import PartUpdate, StepMetrics, add_up, score, server_outputs, update_part, update_server
-from msjax.split.trees import TreeSpec, add_floats, is_float, sum_floats, zero_floats
+from msjax.split.trees import add_floats, is_float, sum_floats, zero_floats
 
 
 class Totals(NamedTuple):
@@ -290,75 +289,6 @@ def with_average_bytes(metrics: StepMetrics, sent: tuple[jax.Array, jax.Array], 
     )
 
 
-def cross_cut(
-    codecs: Codecs,
-    grad_codecs: Codecs,
-    h: Any,
-    key: jax.Array,
-    byte_slot: jax.Array,
-    *,
-    kept_only: bool = False,
-    bits: jax.Array | None = None,
-    grad_bits: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
-    """Takes the features of one client over the cut, in one program.
-
-    Args:
-      h: features, a tree of arrays of a batch.
-      byte_slot: float32 (), a zero. A backward pass returns nothing but gradients, so the bytes of the gradients'
-        messages are returned as the gradient of this argument.
-      kept_only: gradients are sent only where the features were kept.
-      bits: what features are aimed at, in place of their codecs' own targets.
-      grad_bits: the same of the gradients, of which `grad_codecs` may need fewer.
-
-    Returns:
-      The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
-      message without arrays that are not floating, 0 where they follow from shapes.
-    """
-    spec = TreeSpec.of(h)
-    crossed, up = [], jnp.float32(0)
-    pairs = zip(codecs.for_tree(spec), grad_codecs.for_tree(spec, "grad_codec"), strict=True)
-    for place, (leaf, (codec, grad_codec)) in enumerate(zip(jax.tree.leaves(h), pairs, strict=True)):
-        if not is_float(leaf):
-            crossed.append(leaf)
-            continue
-        leaf_key_ = leaf_key(key, place)
-        if codecs.entropy_coded or grad_codecs.entropy_coded:
-            payload = encode_at_bits(codec, jax.lax.stop_gradient(leaf), leaf_key_, bits)
-            up += wire.estimate_bytes(payload, codec, leaf)
-            decoded = codec.decode(payload, leaf)
-            args = (codec if kept_only else None, grad_codec, leaf, decoded, payload, leaf_key_, grad_bits, byte_slot)
-            crossed.append(_cross_counted(*args))
-        else:
-            crossed.append(compress.straight_through(codec, leaf, leaf_key_, grad_codec, kept_only=kept_only))
-    return jax.tree.unflatten(spec.structure, crossed), up
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_counted(keeper, grad_codec, h, decoded, payload, key, grad_bits, byte_slot):
-    """Returns `decoded`, the features `h` behind the cut, of which `keeper` kept some if there is one.
-
-    The gradient of `h` is as `grad_codec` transmits it, and that of `byte_slot` is about the bytes of its message.
-    """
-    return decoded
-
-
-def _cross_forward(keeper, grad_codec, h, decoded, payload, key, grad_bits, byte_slot):
-    return decoded, (payload, key, grad_bits)
-
-
-def _cross_backward(keeper, grad_codec, residuals, g):
-    payload, key, grad_bits = residuals
-    sent = g if keeper is None else keeper.take_kept(payload, g)
-    message = encode_at_bits(grad_codec, sent, compress.downlink_key(key), grad_bits)
-    received = grad_codec.decode(message, sent)
-    received = received if keeper is None else keeper.put_kept(payload, received, g)
-    return received, None, None, None, None, wire.estimate_bytes(message, grad_codec, sent)
-
-
-_cross_counted.defvjp(_cross_forward, _cross_backward)
-
-
 def average_parts(client: PartState, *, axis_name: str | None = None, momenta: bool = False) -> PartState:
     """Gives every client the mean of all clients' weights and statistics.
 
@@ -387,20 +317,14 @@ def evaluate(
     Each goes through the test codec by itself. Arguments are as of `fused_step`, but that all clients have one part.
     """
 
-    def cross(codecs, h, key):
-        leaves, structure = jax.tree.flatten(h)
-        of_leaf = zip(codecs.for_tree(TreeSpec.of(h)), leaves, strict=True)
-        through = [codec.roundtrip(leaf, leaf_key(key, place)) for place, (codec, leaf) in enumerate(of_leaf)]
-        return jax.tree.unflatten(structure, through)
-
     def before(params, stats, x, key):
-        return cross(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key)
+        return cross_in_test(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key)
 
     def serve(params, stats, h):
         return jax.vmap(lambda h: spec.server(params, stats, h, train=False, key=None)[0])(h)
 
     def behind(params, stats, outputs, key):
-        h = cross(Codecs(spec.test_codec.default), outputs, tail_key(key))
+        h = cross_in_test(Codecs(spec.test_codec.default), outputs, tail_key(key))
         return spec.tail(params, stats, h, train=False, key=None)[0]
 
     client, server = state.client[:2], state.server[:2]
