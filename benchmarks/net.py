@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
     def client(self, client_id: int) -> parties.Client:
         """Returns a client before the first step."""
-        return parties.Client(client_id, self.run.spec, lambda: self.run.client, self.own, self.cfg.seed)
+        return parties.Client(client_id, self.run.spec, self.run.client, self.own, self.cfg.seed)
 
     def server(self) -> parties.Server:
         """Returns the server before the first step."""

@@ -198,7 +198,7 @@ class Net:
     def party(self, client, cfg, samples, test_samples):
         own, _ = self.own_data(client, cfg)
         run = self.built(samples, test_samples, build.DataSummary.of(dataset()))
-        return parties.Client(client, run.spec, lambda: run.client, parties.ClientData(own, dataset().test), cfg.seed)
+        return parties.Client(client, run.spec, run.client, parties.ClientData(own, dataset().test), cfg.seed)
 
     def _count(self, exchange):
         """As a program would: an epoch's record at its end, which the checkpoints keep."""

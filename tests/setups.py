@@ -59,7 +59,7 @@ def make_parties(cfg, counts=(COUNT, TEST_COUNT), **options):
         parties.Client(
             client_id,
             run.spec,
-            lambda: run.client,
+            run.client,
             parties.ClientData(data.Arrays(*ds.train.fetch(own)), ds.test),
             cfg.seed,
             **options,

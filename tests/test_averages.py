@@ -242,7 +242,7 @@ def _parties_of(spec, cfg):
     indices, _ = build.divide(ds, 4, alpha=None, seed=0)
     client, server = (init_part(spec.optimizer, part) for part in _model())
     shares = [parties.ClientData(data.Arrays(*ds.train.fetch(own)), ds.test) for own in indices]
-    made = [parties.Client(n, spec, lambda: client, share, 0) for n, share in enumerate(shares)]
+    made = [parties.Client(n, spec, client, share, 0) for n, share in enumerate(shares)]
     return parties.Server(spec, server, 0), made
 
 

@@ -300,7 +300,7 @@ def test_own_data_of_unequal_amounts(tmp_path):
         run, clients = built(SMALL, 40), []
         for client, n in enumerate(amounts):
             own = parties.ClientData(data.Arrays(*ds.train[-n:]), ds.test)
-            clients.append(parties.Client(client, run.spec, lambda: run.client, own, SMALL.seed))
+            clients.append(parties.Client(client, run.spec, run.client, own, SMALL.seed))
         for _ in parties.run(parties.Server(run.spec, run.server, SMALL.seed), clients):
             pass
         for client in range(4):

@@ -38,7 +38,7 @@ def by_parties(cfg):
     run = from_config.load_run(cfg)
     server = parties.Server(run.spec, run.state.server, cfg.seed)
     own = [ClientData(data.Arrays(*run.dataset.train.fetch(i)), run.dataset.test) for i in run.client_indices]
-    clients = [parties.Client(n, run.spec, lambda: run.state.client, held, cfg.seed) for n, held in enumerate(own)]
+    clients = [parties.Client(n, run.spec, run.state.client, held, cfg.seed) for n, held in enumerate(own)]
     for _ in parties.run(server, clients):
         pass
     return run, server, clients

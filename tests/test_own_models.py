@@ -75,7 +75,7 @@ def parties_of(spec, model, dataset, seed=0):
         parties.Client(
             n,
             spec,
-            lambda: client,
+            client,
             parties.ClientData(data.Arrays(*dataset.train.fetch(own)), dataset.test),
             seed,
         )

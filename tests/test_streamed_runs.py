@@ -125,7 +125,7 @@ class StreamedNet(Net):
         own, _ = self.own_data(client, cfg)
         run = self.built(samples, test_samples, build.DataSummary.of(dataset()))
         data_of_client = parties.ClientData(own, streamed(dataset().test))
-        return parties.Client(client, run.spec, lambda: run.client, data_of_client, cfg.seed, workers=0)
+        return parties.Client(client, run.spec, run.client, data_of_client, cfg.seed, workers=0)
 
 
 def test_clients_stream_their_samples_through_kills_to_the_same_bits(tmp_path, built_once):

@@ -158,7 +158,7 @@ def _evaluate(trained, remote, options):
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)
     client_of = functools.partial(parties.Client, numpy_encoder=options.encoder == "numpy")
-    clients = [client_of(n, spec, lambda: state, own, cfg.seed) for n in range(cfg.clients)]
+    clients = [client_of(n, spec, state, own, cfg.seed) for n in range(cfg.clients)]
     sums, seconds, sent, received = [], [], 0, 0
     for exchange in spec.schedule.step_exchanges(spec.schedule.total_steps - 1):  # the last epoch always has a test
         if exchange.phase == Phase.RESULT:

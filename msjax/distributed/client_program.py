@@ -1,7 +1,6 @@
 """A client of a run as a program: its data, its part of the model, and its files in a folder of its own."""
 
 import dataclasses
-import functools
 import logging
 import pathlib
 import time
@@ -125,8 +124,8 @@ class ClientProgram:
         spec = self._describe(samples, test_samples)
         self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
-        make_state = functools.partial(self._parts.first_state, spec.optimizer)
-        args = (self._options.client_id, spec, make_state, self._data, self._cfg.seed)
+        state = self._parts.first_state(spec.optimizer)
+        args = (self._options.client_id, spec, state, self._data, self._cfg.seed)
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):

@@ -6,7 +6,6 @@ from typing import Any
 
 from msjax.distributed import messages
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.models import shapes_of
 from msjax.split.parties import Client, Message
 from msjax.split.schedule import Exchange, Phase
 
@@ -29,8 +28,7 @@ class ClientRun:
 
     def __init__(self, party: Client, store: Any, compression: str | None = None):
         self.party, self._store, self._compression = party, store, compression
-        self._like = shapes_of(party.checkpoint())
-        self._is_new = True  # as it is before the first step
+        self._initial: Any = party.checkpoint()  # until the server has a checkpoint
         self.generation = 0
         self.checkpoint_steps = 0
         self._due = 0  # the step of the last checkpoint of this generation
@@ -59,17 +57,15 @@ class ClientRun:
             return
         self._without_failing(self._store.wait)
         self.generation, self._due = start.generation, 0
-        party, is_new = self.party, self._is_new
-        self._is_new = False
+        party = self.party
         party.begin()
         if start.part:
             party.adopt(messages.decode_part(start.part, party.spec), start.step)
         elif start.step in self._store.steps():
-            party.go_back(self._store.restore(start.step, self._like))
-        elif start.step == 0 or not party.needs_state(start.step):
-            if not is_new:
-                party.start_over()
-        else:
+            party.go_back(self._store.restore(start.step, party.checkpoint()))
+        elif self._initial is not None and (start.step == 0 or not party.needs_state(start.step)):
+            party.go_back(self._initial)
+        elif start.step == 0 or party.needs_state(start.step):
             raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
         self._exchanges = party.exchanges(start.step)
         self._following = next(self._exchanges, None)
@@ -91,6 +87,8 @@ class ClientRun:
         payload = messages.decode(list(answer.payload), spec, optional=exchange.phase == Phase.FETCH_PART)
         self.party.receive(exchange, Message(payload), bytes_per_second=bytes_per_second)
         self._store.prune(answer.saved_step)
+        if answer.saved_step:  # nobody goes back to the beginning any more
+            self._initial = None
         self._brings_part = answer.send_part
         self._next()
         return exchange

@@ -2,8 +2,7 @@
 
 import optax
 
-from msjax import build, config
-from msjax.models import ModelPart
+from msjax import build, config, models
 from msjax.split.make_spec import init_part
 from msjax.split.state import PartState
 
@@ -16,22 +15,23 @@ class OwnParts:
 
     Args:
       cfg: of the run; weights are read where it says.
-      own: `CLIENT` or `SERVER`.
+      own: `CLIENT` or `SERVER`; or nothing, where shapes are all that is wanted.
 
     Raises:
       ValueError: a field of the config has a value that does not fit.
     """
 
-    def __init__(self, cfg: config.Config, summary: build.DataSummary, own: tuple[str, ...]):
-        self._cfg, self.summary, self._own = cfg, summary, own
-        self._made: tuple[ModelPart, ...] | None = self._make()
-        self.shapes = tuple(part.shapes() for part in self._made)
+    def __init__(self, cfg: config.Config, summary: build.DataSummary, own: tuple[str, ...] = ()):
+        self.summary = summary
+        parts = build.make_parts(cfg, summary, weights=cfg.model.weights, own=own)
+        self.shapes = tuple(part.shapes() for part in parts)
         """All parts of the network, with shapes and dtypes in place of arrays."""
+        named = zip(models.PARTS, parts, strict=False)
+        self._own: list[models.ModelPart] | None = [part for name, part in named if name in own]
 
     def first_state(self, optimizer: optax.GradientTransformation) -> PartState:
-        """Returns what the party begins with; called again, it makes the arrays again, as it keeps none."""
-        parts, self._made = self._make() if self._made is None else self._made, None
-        return init_part(optimizer, *(parts[::2] if self._own == CLIENT else parts[1:2]))
-
-    def _make(self):
-        return build.make_parts(self._cfg, self.summary, weights=self._cfg.model.weights, own=self._own)
+        """Returns what the party begins with, once: the arrays are then the state's alone."""
+        own, self._own = self._own, None
+        if not own:
+            raise RuntimeError("the first state is made of a party's parts once")
+        return init_part(optimizer, *own)

@@ -120,13 +120,17 @@ class ServerProgram:
 
     def _build(self, samples, test_samples, description):
         summary, self._built_from = agreement.summary_of(description), (samples, test_samples, description)
-        if self._parts is None or self._parts.summary != summary:
-            self._parts = OwnParts(self.cfg, summary, SERVER)
+        parts = self._parts
+        if parts is None or parts.summary != summary:
+            # Once training has begun, a client of other data is to be told so, and changes nothing.
+            began = self.coordinator.run is not None
+            parts = OwnParts(self.cfg, summary, () if began else SERVER)
+            self._parts = self._parts if began else parts
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
             log.warning("%s", small)
             self._told = small
-        spec = _describe(self.cfg, self._parts, samples, test_samples, description)
-        return spec, functools.partial(self._parts.first_state, spec.optimizer)
+        spec = _describe(self.cfg, parts, samples, test_samples, description)
+        return spec, functools.partial(parts.first_state, spec.optimizer)
 
     def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
         """Trains to the end, writes the server's part and the summary, and returns this.

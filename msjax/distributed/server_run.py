@@ -72,6 +72,7 @@ class ServerRun:
         mesh: Mesh | None = None,
     ):
         self.spec, self._make_state, self._seed = spec, make_state, seed
+        self._initial: PartState | None = None  # until there is a checkpoint
         self._store, self._progress, self._failed_save = store, progress, failed_save
         self._checkpoint_steps, self._start_step = checkpoint_steps, 0
         self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
@@ -88,11 +89,13 @@ class ServerRun:
         Returns:
           The step, and which clients can go on from there by themselves; None for all.
         """
-        self.party = None  # so that there is room for another
-        party = parties.Server(self.spec, self._make_state(), self._seed, mesh=self._mesh)
         self._held = None  # nobody can be told any more that it is there
         self._checked(self._store.wait)
         step = self._store.latest()
+        if self.party is None:
+            self._initial = self._make_state()
+        state = self.party.state if self._initial is None else self._initial
+        party = parties.Server(self.spec, state, self._seed, mesh=self._mesh)
         if step is None:
             self._store.forget(party)
         else:
@@ -129,6 +132,8 @@ class ServerRun:
         if not came:
             return {}  # everyone who should have taken part was dropped
         self._checked(self._store.check)
+        if self._initial is not None and self._store.latest() is not None:
+            self._initial = None
         self._write_held(came)
         self._hold(came)
         self._write_held(came)

@@ -5,7 +5,7 @@ same jitted functions on the same arrays, so they compute the same bits. What `f
 with them to float32 rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class Client:
     Args:
       client_id: its number, from 0.
       spec: the run.
-      make_state: makes its part as it is before the first step; called again where training begins again.
+      state: its part before the first step.
       own: its data; random crops and orders are drawn from `seed`.
       numpy_encoder: whether it encodes by NumPy, to the same bits, and not within the jitted functions.
       workers: how many processes read data that are not in memory, see `data.Reader`.
@@ -64,33 +64,27 @@ class Client:
         self,
         client_id: int,
         spec: RunSpec,
-        make_state: Callable[[], PartState],
+        state: PartState,
         own: ClientData,
         seed: int,
         *,
         numpy_encoder: bool = False,
         workers: int | None = None,
     ):
-        self.client_id, self.spec, self._make_state = client_id, spec, make_state
-        self.start_over()
+        self.client_id, self.spec, self.state = client_id, spec, state
+        self.memory = spec.mode.client_memory(spec, state)
+        """What it remembers of averages; see `averages.Memory`."""
+        self.up_bits = budget.first_up_bits(spec)
+        """Where there is a budget for the cut, what it aims its features at; else None."""
+        self.bytes_per_second = budget.first_bytes_per_second(spec)
+        """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
+        """
         self._batches = ClientBatches(spec.schedule, client_id, own.train, own.test, seed, workers=workers)
         self._seed, self._numpy = seed, numpy_encoder
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
                 codec.encode_numpy(np.zeros((1, 1), np.float32))  # raises where it cannot
         self.begin()
-
-    def start_over(self) -> None:
-        """Goes to where it is before the first step."""
-        self.state = None  # so that there is room for another
-        self.state = self._make_state()
-        self.memory = self.spec.mode.client_memory(self.spec, self.state)
-        """What it remembers of averages; see `averages.Memory`."""
-        self.up_bits = budget.first_up_bits(self.spec)
-        """Where there is a budget for the cut, what it aims its features at; else None."""
-        self.bytes_per_second = budget.first_bytes_per_second(self.spec)
-        """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
-        """
 
     @property
     def schedule(self) -> Schedule:
