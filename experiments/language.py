@@ -16,7 +16,8 @@ time; the learning rates, of all weights and of adapters, are those that `langua
 compression on a part of Shakespeare's training text, for both texts and all codecs. Bytes are those of all payloads of
 a training, features up and gradients down, or of coded messages where a codec is made for that; bits are the same for
 each value of the features. Both are the middle cut's, and of seed 0. There are three seeds with all weights trained;
-one of adapters, and of what fails one at other cuts than the middle one. Gradients are float32 where nothing is said.
+one of adapters, at the lower rate, and of what fails at other cuts than the middle one. Gradients are float32 where
+nothing is said.
 
 "Kept" is `grad_kept_only`: gradients are sent only where the features were kept. All other arms send the gradient of
 every value, also where the feature was dropped, as the paper's straight-through gradient does. With that training fails
@@ -268,8 +269,10 @@ def _orderings(groups, text):
 def _ordering(first, second):
     """What is said of two codecs' perplexities: whether the first ones are lower."""
     difference = statistics.mean(second) - statistics.mean(first)
+    if not math.isfinite(difference):
+        return "cannot be told"
     noise = max((statistics.stdev(values) for values in (first, second) if len(values) > 1), default=0.0)
-    return "within noise" if abs(difference) < noise else "holds" if difference > 0 else "does not hold"
+    return "within noise" if abs(difference) <= noise else "holds" if difference > 0 else "does not hold"
 
 
 def untrained_perplexities(records, text):

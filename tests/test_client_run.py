@@ -175,8 +175,9 @@ def test_what_the_server_has_saved_is_kept_and_what_is_older_is_not(run):
     assert not run.request.request.saved  # before the first step there is nothing to save
     go_to(run, 3, Phase.FEATURES, 0)
     assert run.request.request.saved and run._store.steps() == [1, 2, 3]
+    assert run._initial is not None
     run.take(answer(run, saved_step=2))
-    assert run._store.steps() == [2, 3]
+    assert run._store.steps() == [2, 3] and run._initial is None  # nobody goes back to it any more
 
 
 def test_a_client_says_where_it_could_not_save(run):

@@ -23,8 +23,23 @@ def test_network_equals_one_program(tmp_path, mode):
     with net(tmp_path, cfg) as it:
         it.start_clients().run()
         it.assert_equal_to_program()
+        assert it.server.run._initial is None  # there has been a checkpoint
         text = it.metrics.text()
         assert "msjax_received_bytes_total" in text and it.counted("restarts") == 0
+
+
+@pytest.mark.slow
+def test_messages_that_are_coded_without_loss_are_counted_as_sent(tmp_path):
+    model = dataclasses.replace(SMALL.model, width=1.0)
+    cfg = dataclasses.replace(SMALL, model=model, codec=compress.TopK(ratio=0.99), epochs=1)
+    with net(tmp_path, cfg) as it:
+        for client in range(cfg.clients):
+            it.start_client(client, compression="huffman")
+        it.run()
+        assert not it.failures, it.failures
+        plain, coded = it.server.run.traffic, it.server.run.coded_bytes()
+        assert 0 < coded["coded_uplink_bytes"] < plain.uplink_feature_bytes
+        assert coded["coded_downlink_bytes"] > plain.downlink_gradient_bytes  # not coded, and with headers
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ def test_orderings_within_the_noise_of_seeds_are_called_that():
     assert language._ordering([1.0, 1.1], [1.9, 2.1]) == "holds"
     assert language._ordering([1.9, 2.1], [1.0, 1.1]) == "does not hold"
     assert language._ordering([1.0], [2.0]) == "holds"
+    assert language._ordering([2.0], [2.0]) == "within noise"
+    assert language._ordering([math.inf, 1.0], [2.0, 3.0]) == "cannot be told"
 
 
 def test_the_report_says_which_orderings_hold():

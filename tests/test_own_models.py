@@ -192,6 +192,8 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (((integers, {}), TWO[1]), {}, r"client must return at least one floating array .*, got int32\[4\]"),
         (((no_batch, {}), TWO[1]), {}, r"client returns must have the batch of 2 as its first axis, got float32\[4\]"),
         ((TWO[0],), {}, "model must have two parts, client and server, or three with a tail, got 1"),
+        ((TWO[0], (affine, {"w": 1.0})), {}, "server must have arrays of numbers, got float at 'w'"),
+        (((affine, {"key": jax.random.key(0)}), TWO[1]), {}, r"client must have arrays of numbers, got key.* at 'key'"),
         ((TWO[0], "server"), {}, "server must be an nnx.Module, a linen.Module, .* got str"),
         (TWO[0][0], {}, "model must be a tuple of client and server part"),
         (TWO, {"codec": {"skip": compress.TopK()}}, "codec must name floating arrays .* got 'skip'"),

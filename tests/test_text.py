@@ -78,11 +78,14 @@ def test_all_that_has_a_column_of_texts_is_one_text_set(folder):
         folder / "texts.csv",
         write(folder, lines, "texts.jsonl"),
         write(folder, "\n".join(map(json.dumps, texts)), "plain.jsonl"),
+        write(folder, "\ufeff" + lines, "mark.jsonl"),
     ):
         found = data.from_text(source, **options)
         np.testing.assert_array_equal(found.train_inputs, expected.train_inputs)
         np.testing.assert_array_equal(found.train_labels, expected.train_labels)
-    read = data.read_texts(folder.parent / "texts.jsonl", tokenizer=folder, column="story")
+    spaced = write(folder, "\n" + lines.replace("\n", "\n\n"), "spaced.jsonl")
+    read = data.read_texts(spaced, tokenizer=folder, column="story")
+    assert read.names == [f"{spaced}:2", f"{spaced}:4"]
     assert [read.decode(tokens.tolist()).replace(" ", "") for tokens in read.tokens] == texts
 
 
@@ -182,6 +185,13 @@ def test_files_and_texts_that_cannot_be_read_are_named(folder):
         data.from_text(folder / "texts.jsonl", **options)
     with pytest.raises(data.DataError, match="column must be one of train, which has story, got 'text'"):
         data.from_text({"story": ["abc"]}, **options)
+    with pytest.raises(data.DataError, match="train must have a sequence of texts in column 'text', got one text"):
+        data.from_text({"text": LETTERS}, **options)
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(data.DataError, match=r"deep\.jsonl must have JSON in each line, .* in line 1"):
+        data.from_text(folder / "deep.jsonl", **options)
+    write(folder, '{"text": "abc\u2028def\u0085ghi"}', "lines.jsonl")
+    assert len(data.from_text(folder.parent / "lines.jsonl", **options).train_inputs) == 2
     with pytest.raises(data.DataError, match="train must be a path, or have __len__ and __getitem__, got int"):
         data.from_text(3, **options)
     with pytest.raises(data.DataError, match=r"tokenizer must be given for .*text\.txt, see from_text"):

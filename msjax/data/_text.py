@@ -117,10 +117,12 @@ def read_texts(
     file = _tokenizer_path(tokenizer)
     start = _start(file) if start is None else start
     found = load_tokenizer(file, start=start, vocabulary=vocabulary)
-    lines = list(_each(_texts("inputs", path, column)))
+    texts = _texts("inputs", path, column)
+    rows, lines = texts.rows if isinstance(texts, _Items) else None, list(_each(texts))
     if Path(path).suffix.lower() == ".txt":
         lines = lines[0].splitlines()
-    kept = [(f"{path}:{row}", line) for row, line in enumerate(lines, 1) if line.strip()]
+    numbered = zip(rows or range(1, len(lines) + 1), lines, strict=True)
+    kept = [(f"{path}:{row}", line) for row, line in numbered if line.strip()]
     if not kept:
         raise DataError(f"inputs must have text, got none in {os.fspath(path)!r}")
     tokens = list(_encoded(found, [line for _, line in kept], start))
@@ -222,37 +224,47 @@ def _texts(role: str, source: Any, column: str) -> Sequence[str]:
     if kind == ".csv":
         return _Items(role, _column(str(path), read_frame(path), column), column)
     text = _read(role, path)
-    return [text] if kind == ".txt" else _Items(role, _objects(path, text), column)
+    if kind == ".txt":
+        return [text]
+    rows, objects = _objects(path, text)
+    return _Items(role, objects, column, rows)
 
 
 def _column(where: str, source: Any, column: str) -> Any:
     """The texts of a table, or of a column of one, as a list; anything else as it is."""
     if isinstance(source, Mapping) or hasattr(source, "columns"):
-        names = list(source if isinstance(source, Mapping) else source.columns)
-        if column not in names:
-            raise DataError(f"column must be one of {where}, which has {', '.join(map(str, names))}, got {column!r}")
+        names = list(source if isinstance(source, Mapping) else getattr(source, "column_names", source.columns))
+        if names.count(column) != 1:
+            known = ", ".join(map(str, names))
+            raise DataError(f"column must be one of {where}, which has {known}, got {column!r}")
         source = source[column]
+        if isinstance(source, str | bytes):
+            raise DataError(f"{where} must have a sequence of texts in column {column!r}, got one text")
     # A column's own index may not be 0, 1, 2, …
-    return source.to_list() if hasattr(source, "to_list") else source
+    for name in ("to_list", "to_pylist"):
+        if hasattr(source, name):
+            return getattr(source, name)()
+    return source
 
 
-def _objects(path: Path, text: str) -> list[Any]:
-    """What the lines of a .jsonl are."""
-    found = []
-    for row, line in enumerate(text.splitlines(), 1):
+def _objects(path: Path, text: str) -> tuple[list[int], list[Any]]:
+    """The numbers of the lines of a .jsonl that are not blank, and what these lines are."""
+    rows, found = [], []
+    for row, line in enumerate(text.split("\n"), 1):  # JSON may have other ends of lines within a text
         if not line.strip():
             continue
         try:
             found.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} must have JSON in each line, got {line[:40]!r} in line {row}: {error}") from None
-    return found
+        rows.append(row)
+    return rows, found
 
 
 def _read(role: str, path: Path) -> str:
     """The text of a file."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig" if path.suffix.lower() == ".jsonl" else "utf-8")
     except OSError as error:
         raise DataError(f"{role} must be a file that can be read, got {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -260,12 +272,12 @@ def _read(role: str, path: Path) -> str:
 
 
 class _Items(Sequence[str]):
-    """The texts of a sequence's items."""
+    """The texts of a sequence's items; `rows` are their lines in a file, where they have some."""
 
-    def __init__(self, role: str, items: Any, column: str):
+    def __init__(self, role: str, items: Any, column: str, rows: list[int] | None = None):
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
             raise DataError(f"{role} must be a path, or have __len__ and __getitem__, got {type(items).__name__}")
-        self._role, self._items, self._column = role, items, column
+        self._role, self._items, self._column, self.rows = role, items, column, rows
 
     def __len__(self) -> int:
         return len(self._items)

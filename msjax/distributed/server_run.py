@@ -13,7 +13,6 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
 from msjax.split.schedule import Exchange, Phase, Schedule
-from msjax.split.sent import cut_bytes
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
 from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
@@ -165,13 +164,13 @@ class ServerRun:
         if counts is None:
             return {}
         found: dict[str, int] = {}
-        averages = exact.uplink_synchronization_bytes + exact.downlink_synchronization_bytes
-        for names, entropy_coded, plain in (
-            (_CUT, spec.codec.entropy_coded or spec.grad_codec.entropy_coded, cut_bytes(exact.to_json())),
-            (_SYNCHRONIZATION, spec.update_codec.entropy_coded, averages),
+        for names, entropy_coded, kinds in (
+            (_CUT, spec.codec.entropy_coded or spec.grad_codec.entropy_coded, ("feature", "gradient")),
+            (_SYNCHRONIZATION, spec.update_codec.entropy_coded, ("synchronization",)),
         ):
             sent = {name: counts.get(name, 0) for name in names.values()}
-            if entropy_coded or sum(sent.values()) < plain:  # as where messages are Huffman-coded
+            plain = {name: sum(getattr(exact, f"{way}_{kind}_bytes") for kind in kinds) for way, name in names.items()}
+            if entropy_coded or any(sent[name] < plain[name] for name in sent):  # as where messages are Huffman-coded
                 found |= sent
         return found
 

@@ -61,6 +61,7 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
             continue
         try:
             part = as_part(module, x, key=key)
+            _check_arrays(part)
             x = jax.eval_shape(functools.partial(_outputs, part.apply), part.params, part.stats, x)
         except NotAPart as error:
             raise TypeError(f"{name} {error}") from None
@@ -74,6 +75,16 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         parts[0] = parts[0].scoped("client") if here[0] else parts[0]
         parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
     return tuple(parts)
+
+
+def _check_arrays(part):
+    """Raises NotAPart for what a part has beside arrays of numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path((part.params, part.stats)):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+            where = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            got = type(leaf).__name__ if dtype is None else dtype
+            raise NotAPart(f"must have arrays of numbers, got {got} at {where!r}")
 
 
 def _outputs(apply, params, stats, x):

@@ -124,11 +124,14 @@ def lowered_bytes(run: Run, platform: str) -> dict[str, int]:
     What is lowered is what XLA gets to compile: text of StableHLO, in which weights are not.
 
     Args:
-      platform: "cpu", "cuda", "rocm" or "tpu".
+      platform: "cpu", "cuda", "rocm" or "tpu"; no one kind of GPU.
 
     Raises:
+      ValueError: there is no such platform.
       NotImplementedError: an operation cannot be lowered for it.
     """
+    if platform not in (platforms := ("cpu", "cuda", "rocm", "tpu")):
+        raise ValueError(f"platform must be one of {', '.join(platforms)}, got {platform!r}")
     found = {"client": 0, "server": 0}
     for party, traced in traced_programs(run):
         found[party] += len(traced.lower(lowering_platforms=(platform,)).as_text())
