@@ -57,7 +57,7 @@ def arms(base, cuts, seeds):
     return study.with_seeds(study.at_cuts(found, cuts), seeds)
 
 
-def report(scale, records, figure="both_directions"):
+def report(scale, records):
     groups = study.by_arm(records)
     plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in study.at_cut(groups, "none", study.PLAIN_CUT)}
     rows = []
@@ -73,8 +73,8 @@ def report(scale, records, figure="both_directions"):
             cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
             rows.append([*cells, *(f"{factor:.2f}×" for factor in factors), study.mean_and_deviation(lost)])
     names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/saved/saved of everything/below “none”"
-    text = timing.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes]({figure}.png)\n"
-    return study.Page(text, {figure: plot(groups)})
+    text = timing.table(names.split("/"), rows) + "\n\n![Accuracy against bytes](both_directions.png)\n"
+    return study.Page(text, {"both_directions": plot(groups)})
 
 
 def plot(groups):

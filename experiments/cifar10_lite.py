@@ -1,27 +1,35 @@
-"""As `both_directions`, with the preset `configs/cifar10_lite.py`: more epochs of a wider ResNet9, and one seed.
+"""As `everything`, with the preset `configs/cifar10_lite.py`: more epochs of a wider ResNet9, and one seed.
 
 python -m experiments.cifar10_lite --data-dir DIR       # half an hour a run on two CPU cores
 """
 
+import dataclasses
 import sys
 
-from experiments import both_directions, driver, study
+from experiments import driver, everything, study
 
-TITLE = "CIFAR-10 in half an hour: both directions"
-
-
-ARMS = ("none", "MS up", "EntropyMask 1.6")
+TITLE = "CIFAR-10 in half an hour: everything that is sent"
+ARMS = (
+    "none",
+    "MS, features alone",
+    "the cut alone",
+    "averages 2 bits, 2.4 bits both ways",
+    "averages 1 bit, 1.6 bits both ways",
+)
 
 
 def runs(scale):
-    if scale != "lite":
-        return both_directions.runs(scale)
-    wanted = both_directions.arms(study.preset("cifar10_lite"), study.CUTS, seeds=[0])
-    return {name: cfg for name, cfg in wanted.items() if name.startswith(ARMS)}
+    if scale == "paper":
+        return {}
+    base = study.base(scale) if scale == "smoke" else study.preset("cifar10_lite")
+    arms = {
+        name: dataclasses.replace(base, **everything.ARMS[name]) for name in ARMS[: 2 if scale == "smoke" else None]
+    }
+    return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
 
 
 def report(scale, records):
-    return both_directions.report(scale, records, figure="cifar10_lite")
+    return everything.report(scale, records, figure="cifar10_lite")
 
 
 if __name__ == "__main__":

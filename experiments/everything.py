@@ -100,7 +100,7 @@ def runs(scale):
     return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale)) | more
 
 
-def report(scale, records):
+def report(scale, records, figure="everything"):
     groups = study.by_arm(records)
     rows = []
     for cut in study.CUTS:
@@ -118,8 +118,8 @@ def report(scale, records):
                 cells = [cut, study.label(mode, name), str(len(found)), study.top1(found)]
                 rows.append([*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(lost)])
     names = "cut/compressed/seeds/test top-1, %/saved of features and gradients/saved of everything/below “none”"
-    text = timing.table(names.split("/"), rows) + "\n\n![Accuracy against bytes of everything](everything.png)\n"
-    return study.Page(text, {"everything": plot(groups)})
+    text = timing.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes of everything]({figure}.png)\n"
+    return study.Page(text, {figure: plot(groups)})
 
 
 def plot(groups):
