@@ -7,7 +7,7 @@ DIR is a folder of Hugging Face's: config.json, model.safetensors, tokenizer.jso
 "Quantile(bits=3)", "SmallFloat()", "TopK(ratio=0.9275)", "RandTopK(ratio=0.9275)". Adapters in place of all weights:
 
     --lora.rank 8 --lora.targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj --dtype bfloat16
-    --optim.kind adamw
+    --optim.kind adamw --optim.momentum 0.9      # AdamW's first moment; their SGD has none
 
 Their program has SGD with 1e-4, 3 epochs, batches of 4 blocks of text of a fixed length, and one client, as here. There
 the two parties share the tied embedding in one process; here each trains its own copy.

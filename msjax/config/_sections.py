@@ -244,7 +244,8 @@ class Config:
     seed: int = 0
     """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype of the network, and of the features that are sent. Parameters are float32."""
+    """Compute dtype of the network, of the features that are sent, and of weights that adapters leave frozen. What is
+    trained is float32."""
     test_every: int = 1
     """Epochs between two tests, each of which costs time and a test set of features; the last epoch always has one."""
     eval_compressed: bool = True

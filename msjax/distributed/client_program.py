@@ -102,6 +102,11 @@ class ClientProgram:
         self._data = ClientData(train, ds.test)
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
+        if spec.sends_labels and cfg.task.name == "next_token":
+            log.warning(
+                "the labels of this run are the text itself, shifted by one token, and this client sends them: the "
+                "server can read it. Where it is private, the run must be U-shaped (--mode.tail-cut last)"
+            )
         return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg)))
 
     def _check_tokenizer(self, tokenizer):
