@@ -10,7 +10,7 @@ have as many bits as a row says. "Bits both ways" are one budget of real bits fo
 these runs alone are of since the wire codes bytes in classes by their neighbours, and all others would send fewer bytes
 now. In SplitFed the clients average the changes of their parts every ten steps. In most runs the statistics of batch
 normalization went through the codec of the averages, with error feedback; now they have a codec of their own, as in
-seeds 1 and 2 of 2.4 bits at the shallow cut and seed 2 of 1.6 bits at the medium one.
+seeds 1 and 2 of 2.4 bits at the shallow cut, seed 1 at the deep one, and seed 2 of 1.6 bits.
 """
 
 import dataclasses
