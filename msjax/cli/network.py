@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import statistics
 import sys
@@ -157,8 +156,8 @@ def _evaluate(trained, remote, options):
     spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)
-    client_of = functools.partial(parties.Client, numpy_encoder=options.encoder == "numpy")
-    clients = [client_of(n, spec, state, own, cfg.seed) for n in range(cfg.clients)]
+    numpy_encoder = options.encoder == "numpy"
+    clients = [parties.Client(n, spec, state, own, cfg.seed, numpy_encoder=numpy_encoder) for n in range(cfg.clients)]
     sums, seconds, sent, received = [], [], 0, 0
     for exchange in spec.schedule.step_exchanges(spec.schedule.total_steps - 1):  # the last epoch always has a test
         if exchange.phase == Phase.RESULT:
