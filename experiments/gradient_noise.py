@@ -35,10 +35,7 @@ ERRORS = (0.1, 0.3, 1.0, 3.0)
 
 
 def main() -> int:
-    parser = timing.parser(__doc__, repeats=False)
-    parser.set_defaults(out=OUT)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = published_weights.parser_of(__doc__, OUT)
     options = parser.parse_args()
     start = time.monotonic()
     rows = []

@@ -43,10 +43,7 @@ def noisy(error):
 
 
 def main() -> int:
-    parser = timing.parser(__doc__, repeats=False)
-    parser.set_defaults(out=OUT)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = published_weights.parser_of(__doc__, OUT)
     parser.add_argument("--images", type=int, default=100)
     options = parser.parse_args()
     start = time.monotonic()

@@ -48,10 +48,7 @@ NAMES = {"Uniform": "QU", "TopK": "SP", "MaskEncoded": "MS", "EntropyMask": "Ent
 
 
 def main() -> int:
-    parser = timing.parser(__doc__, repeats=False)
-    parser.set_defaults(out=OUT)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = published_weights.parser_of(__doc__, OUT)
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet32", "resnet56"])
     parser.add_argument("--ends", action="store_true", help="only behind the stem and each stage")
     parser.add_argument("--images", type=int, default=10_000, help="so many of the test images, for a trial")

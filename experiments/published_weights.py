@@ -7,6 +7,7 @@ and so on. Each network is tested as a run tests it that starts from them: cut i
 features uncompressed.
 """
 
+import argparse
 import hashlib
 import pathlib
 import sys
@@ -26,10 +27,7 @@ PUBLISHED_TOP1 = {"resnet20": 91.73, "resnet32": 92.63, "resnet56": 93.39}  # pe
 
 
 def main() -> int:
-    parser = timing.parser(__doc__, repeats=False)
-    parser.set_defaults(out=OUT)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = parser_of(__doc__, OUT)
     parser.add_argument("--models", nargs="+", choices=list(PUBLISHED_TOP1), default=list(PUBLISHED_TOP1))
     options = parser.parse_args()
     start = time.monotonic()
@@ -40,6 +38,15 @@ def main() -> int:
     print(table(rows))
     timing.save(options.out, timing.record(options, rows, time.monotonic() - start))
     return 0
+
+
+def parser_of(description: str, out: pathlib.Path) -> argparse.ArgumentParser:
+    """Returns the parser of a study of published weights: what benchmarks have, and where weights and data are."""
+    parser = timing.parser(description, repeats=False)
+    parser.set_defaults(out=out)
+    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
+    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    return parser
 
 
 def run_config(name: str, weights: pathlib.Path, data_dir: str) -> config.Config:

@@ -290,10 +290,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = timing.parser(__doc__, repeats=False)
-    parser.set_defaults(out=OUT)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder of the safetensors files")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = published_weights.parser_of(__doc__, OUT)
     parser.add_argument("--samples", type=int, default=250)
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS)
     options: argparse.Namespace = parser.parse_args()

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from msjax import build, config, models
+from msjax import build, config, models, plan
 from msjax.config import without_paths
 from msjax.distributed import agreement
 from msjax.distributed.client_program import ClientProgram
@@ -19,7 +19,6 @@ from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.own_parts import CLIENT, SERVER, OwnParts
 from msjax.distributed.server_program import check_serve
 from msjax.models._huggingface import Tensor
-from msjax.plan._memory import nbytes
 from msjax.split import parties
 from msjax.training import from_config, loaded, loop
 
@@ -149,11 +148,11 @@ def test_a_party_makes_the_arrays_of_its_own_parts_alone_and_keeps_none(own):
     summary = build.DataSummary.of(dataset())
     before = held_bytes()
     parts = OwnParts(cfg, summary, own)
-    arrays = sum(nbytes((p.params, p.stats)) for n, p in zip(models.PARTS, parts.shapes, strict=True) if n in own)
+    arrays = sum(plan.nbytes((p.params, p.stats)) for n, p in zip(models.PARTS, parts.shapes, strict=True) if n in own)
     assert held_bytes() - before == arrays
     state = parts.first_state(optax.sgd(0.1, momentum=0.9))
-    assert held_bytes() - before == nbytes(state)
-    assert 0 < arrays < nbytes(state)  # the optimizer's beside them
+    assert held_bytes() - before == plan.nbytes(state)
+    assert 0 < arrays < plan.nbytes(state)  # the optimizer's beside them
 
 
 def held_bytes():
