@@ -2,15 +2,16 @@
 
     python -m experiments.everything --data-dir DIR       # six minutes a run on two CPU cores
 
-In the paper's mode each client sends the gradients of its part in every step and gets their mean. Here these go
-through `EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is
-with labels. The cut has 1.6 bits up and 1.5 down, unless a row says otherwise; gradients also as many bits as noise of
-so much of their energy takes, and "kept" ones are sent only where the features were kept (`grad_kept_only`). Averages
-have as many bits as a row says. "Bits both ways" are one budget of real bits for features and gradients (`cut_bits`);
-these runs alone are of since the wire codes bytes in classes by their neighbours, and all others would send fewer bytes
-now. In SplitFed the clients average the changes of their parts every ten steps. In most runs the statistics of batch
-normalization went through the codec of the averages, with error feedback; now they have a codec of their own, as in
-seeds 1 and 2 of 2.4 bits at the shallow cut, seed 1 at the deep one, and seed 2 of 1.6 bits.
+In the paper's mode each client sends the gradients of its part in every step and gets their mean. Here these go through
+`EntropyMask`, too, both ways, with error feedback at each sender (`update_codec`). "Saved of everything" is with
+labels. The cut has 1.6 bits up and 1.5 down, unless a row says otherwise; gradients also as many bits as noise of so
+much of their energy takes, and "kept" ones are sent only where the features were kept (`grad_kept_only`). Averages have
+as many bits as a row says. "Bits both ways" are one budget of real bits for features and gradients (`cut_bits`), with
+kept gradients unless a row says "all gradients"; these runs alone are of since the wire codes bytes in classes by their
+neighbours, and all others would send fewer bytes now. In SplitFed the clients average the changes of their parts every
+ten steps. In most runs the statistics of batch normalization went through the codec of the averages, with error
+feedback; now they have a codec of their own, as in seeds 1 and 2 of 2.4 bits at the shallow cut, seed 1 at the deep
+one, and seed 2 of 1.6 bits.
 """
 
 import dataclasses
@@ -48,10 +49,10 @@ def low(bits, averages, **options):
     return arm(compress.EntropyMask(bits=bits, **options), noisy(0.3), coded(averages), grad_kept_only=True)
 
 
-def both_ways(bits, averages):
+def both_ways(bits, averages, *, kept=True):
     """One budget for features and gradients, which get noise of 0.3 of their energy and half of the budget at most."""
     up = compress.EntropyMask(bits=bits, keep_zeros=True)
-    return arm(up, noisy(0.3), coded(averages), grad_kept_only=True, cut_bits=bits)
+    return arm(up, noisy(0.3), coded(averages), grad_kept_only=kept, cut_bits=bits)
 
 
 ARMS = {
@@ -68,6 +69,9 @@ ARMS = {
     "averages 1 bit, 2.4 bits both ways": both_ways(2.4, 1.0),
     "averages 1.5 bits, 2.4 bits both ways": both_ways(2.4, 1.5),
     "averages 2 bits, 2.4 bits both ways": both_ways(2.4, 2.0),
+    "averages 2 bits, 1.6 bits both ways": both_ways(1.6, 2.0),
+    "averages 2 bits, 1.6 bits both ways, all gradients": both_ways(1.6, 2.0, kept=False),
+    "averages 2 bits, 2.4 bits both ways, all gradients": both_ways(2.4, 2.0, kept=False),
     "averages 2 bits": arm(update_codec=coded(2.0)),
     "averages 1 bit": arm(update_codec=coded(1.0)),
     "averages 0.5 bits": arm(update_codec=coded(0.5, levels=3)),
