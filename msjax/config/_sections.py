@@ -218,9 +218,9 @@ class Config:
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
     is left, from step to step. Not in sequential mode, nor U-shaped. Test features have their codec's own target."""
     cut_seconds: float | None = None
-    """With `cut_bits`: the time that a full batch's features, labels and gradients may take on a client's link. The
-    budget is then what fits in, from an eighth of `cut_bits` to `cut_bits`. Over a network each client measures its
-    link in every step."""
+    """With `cut_bits`: the time that a step's messages may take on a client's link: features, labels and gradients of a
+    full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from an
+    eighth of `cut_bits` to `cut_bits`. Over a network each client measures its link in every step."""
     link_bytes_per_second: float | None = None
     """With `cut_seconds`: how fast each client's link is. `msjax train`, which has no link, needs it. Over a network
     clients begin with it, and measure from then on; without it the first step has all of `cut_bits`."""

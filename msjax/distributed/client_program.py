@@ -177,8 +177,9 @@ class LinkWatch:
             return None
         return (
             f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
-            f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step. Latency counts. "
-            "Take a longer time, a smaller cut_bits or smaller batches"
+            f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
+            f"{budget.average_bytes(spec) / float(bytes_per_second):.2g} s of it for averages. Latency counts. "
+            "Take a longer time, a smaller cut_bits or smaller batches, or compress averages (update_codec)"
         )
 
 

@@ -8,11 +8,13 @@ is met on average over some steps, whatever lossless coding makes of either mess
 a part of the program: nothing is compiled anew.
 
 With `RunSpec.cut_seconds` that is the most that the budget can be. What it is follows from the speed of each client's
-link: so many bits as go over it in that time. Over a network a client measures its link in every exchange, where it is
-not disturbed. In one program the speed is `RunSpec.link_bytes_per_second`, with which a network's clients begin, too.
-The client tells the server with its features how many bits their gradients may take, half of the budget.
+link: so many bits as go over it in that time beside the step's labels and averages. Over a network a client measures
+its link in every exchange, where it is not disturbed. In one program the speed is `RunSpec.link_bytes_per_second`, with
+which a network's clients begin, too. The client tells the server with its features how many bits their gradients may
+take, half of the budget.
 """
 
+import functools
 import math
 
 import jax
@@ -101,11 +103,29 @@ def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
     return (LEAST * spec.cut_bits * values / 8 + others) / float(bytes_per_second)
 
 
+@functools.lru_cache(maxsize=16)
 def _sizes(spec):
-    """Of a full batch: how many floating values its features have, and the bytes of its labels and of other arrays."""
+    """Of a step with a full batch: how many floating values its features have, and the bytes of all else."""
     batch_size = spec.schedule.full_batch_size
     features = spec.feature_payload(batch_size)
-    return features.float_values, batch_size * spec.labels.nbytes + features.exact_bytes
+    exact = batch_size * spec.labels.nbytes + features.exact_bytes
+    return features.float_values, exact + average_bytes(spec)
+
+
+def average_bytes(spec: RunSpec) -> float:
+    """Returns about the bytes of a client's averages in a step, up and down, as the mean over an epoch's steps.
+
+    Before coding, but where `update_codec` has a number of bits to aim at.
+    """
+    schedule = spec.schedule
+    averages = sum(schedule.mode.averages_after(schedule, step) for step in range(schedule.epoch_steps))
+    payload = spec.average_payload()
+    nbytes = payload.nbytes
+    if spec.compresses_updates and (bits := getattr(spec.update_codec, "bits", None)):
+        for codec, like in zip(payload.codecs, payload.likes, strict=True):
+            if codec == spec.update_codec and codec.entropy_coded:
+                nbytes -= max(codec.payload_bytes(like) - bits * like.size / 8, 0)
+    return 2 * nbytes * averages / schedule.epoch_steps
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:

@@ -95,7 +95,7 @@ class RunSpec:
       update_codec: of what keeps the clients' parts equal, both ways; see `averages`. In sequential mode, of what they
         hand on.
       cut_bits: real bits a value of the features, up and down together; None leaves it to the codecs. See `budget`.
-      cut_seconds: the time that a step's features and gradients may take on a client's link; None for any.
+      cut_seconds: the time that a step's messages may take on a client's link; None for any.
       link_bytes_per_second: the speed of every client's link, as far as it is known before it is measured.
       optimizer: of every part.
       task: loss and metrics.

@@ -123,8 +123,9 @@ def train(
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
         and features what is left, from step to step. Not in `Sequential`, nor U-shaped.
-      cut_seconds: the time that a full batch's features, labels and gradients may take on a client's link. The budget
-        is then what fits in, from an eighth of `cut_bits` to `cut_bits`.
+      cut_seconds: the time that a step's messages may take on a client's link: features, labels and gradients of a
+        full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from
+        an eighth of `cut_bits` to `cut_bits`.
       link_bytes_per_second: how fast the simulated link of each client is; needed with `cut_seconds`.
       compress_test: whether test features go through the codec, as in the paper.
       mode: how the clients work together; by default `Parallel()`, the paper's.
