@@ -1,11 +1,12 @@
-"""Whole training steps: with MS against without it at the paper's nine cuts, and ResNet18 against PyTorch's.
+"""Whole training steps: with codecs against without them at the paper's nine cuts, and ResNet18 against PyTorch's.
 
     python -m benchmarks.steps                          # an eighth of the width, 32 samples: minutes on a CPU
     python -m benchmarks.steps --width 1 --batch 256 --image 224    # the paper's, on a GPU
     python -m benchmarks.steps --only torch --width 0.25 1 --batch 250 --clients 10
 
-Both steps of a pair run in turn in one process, on synthetic images. A step is what `msjax train` runs: preprocessing,
-both halves, the codec at the cut, the optimizer, donated buffers. Needs `pip install -e '.[bench]'`.
+The steps of a comparison run in turn in one process, on synthetic images. MS is of features alone, `EntropyMask` of
+features and gradients; its messages are estimated, not coded, as `msjax train` does. A step is what `msjax train` runs:
+preprocessing, both halves, the codec at the cut, the optimizer, donated buffers. Needs `pip install -e '.[bench]'`.
 """
 
 import sys
@@ -27,6 +28,16 @@ from msjax.training.devices import make_mesh, replicate, split_cpu
 NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
 """Number of classes and side of an image; ResNet34's side is an option."""
 CUTS = ("shallow", "medium", "deep")
+CODECS = {
+    "identity": (compress.Identity(), compress.Identity()),
+    "ms": (compress.MaskEncoded(), compress.Identity()),
+    "entropy_mask": (
+        compress.EntropyMask(bits=1.6),
+        compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic"),
+    ),
+}
+"""Of features and of gradients."""
+NAMES = {"ms": "MS", "entropy_mask": "EntropyMask both ways"}
 
 
 def main() -> int:
@@ -56,9 +67,11 @@ def main() -> int:
 
 
 def with_codec(name: str, classes: int, side: int, cut: str, width: float, options) -> dict:
-    """Returns the medians of a step without compression and with MS."""
-    codecs = {"identity": compress.Identity(), "ms": compress.MaskEncoded()}
-    steps = {key: make_step(name, classes, side, cut, codec, width, options) for key, codec in codecs.items()}
+    """Returns the medians of a step without compression and with codecs."""
+    steps = {
+        key: make_step(name, classes, side, cut, codec, width, options, grad_codec=grad_codec)
+        for key, (codec, grad_codec) in CODECS.items()
+    }
     seconds = timing.interleaved({key: call for key, (call, _) in steps.items()}, repeats=options.repeats)
     return {
         "kind": "codec",
@@ -104,14 +117,17 @@ def beside_torch(width: float, options) -> dict:
     }
 
 
-def make_step(name, classes, side, cut, codec, width, options, *, dtype="float32", steps=1):
+def make_step(
+    name, classes, side, cut, codec, width, options, *, grad_codec=CODECS["identity"][1], dtype="float32", steps=1
+):
     """(a call that runs the next `steps` steps, seconds to compile it)."""
     per_client = options.batch // options.clients
     inputs = TreeSpec.of(jax.ShapeDtypeStruct((side, side, 3), np.uint8))
     labels = TreeSpec.of(jax.ShapeDtypeStruct((), np.int32))
     summary = build.DataSummary(inputs, labels, classes, (0.5,) * 3, (0.25,) * 3, "crop_flip")
     model = config.ModelConfig(name, cut, width)
-    cfg = config.Config(model, codec=codec, clients=options.clients, batch_size=per_client, epochs=1, dtype=dtype)
+    codecs, batches = {"codec": codec, "grad_codec": grad_codec}, {"batch_size": per_client, "epochs": 1}
+    cfg = config.Config(model, clients=options.clients, dtype=dtype, **codecs, **batches)
     built = build.build(cfg, summary, samples=per_client * 10**6, test_samples=0)
     mesh = make_mesh(options.clients)
     rng = np.random.default_rng(0)
@@ -139,11 +155,15 @@ def make_step(name, classes, side, cut, codec, width, options, *, dtype="float32
 def table(rows: list[dict]) -> str:
     """Returns the steps in milliseconds and their ratio as a Markdown table."""
     lines = []
-    for row in rows:
-        pair = ("ms", "identity") if row["kind"] == "codec" else ("identity", "torch")
-        first, second = (row[f"{key}_seconds"] for key in pair)
-        what = {"codec": "MS against none", "torch": "against PyTorch"}[row["kind"]]
-        compile_seconds = row.get("ms_compile_seconds", row["identity_compile_seconds"])
+    pairs = [
+        (row, name, "identity", f"{NAMES[name]} against none")
+        for row in rows
+        for name in NAMES
+        if f"{name}_seconds" in row
+    ]
+    pairs += [(row, "identity", "torch", "against PyTorch") for row in rows if row["kind"] == "torch"]
+    for row, name, other, what in pairs:
+        first, second, compile_seconds = (row[f"{key}seconds"] for key in (f"{name}_", f"{other}_", f"{name}_compile_"))
         cells = [f"{row['model']}, {row['image']}²", f"{row['width']:g}", row["cut"], what]
         cells += [f"{first * 1e3:.1f}", f"{second * 1e3:.1f}", f"{first / second:.3f}", f"{compile_seconds:.1f}"]
         lines.append(cells)

@@ -49,10 +49,10 @@ def low(bits, averages, **options):
     return arm(compress.EntropyMask(bits=bits, **options), noisy(0.3), coded(averages), grad_kept_only=True)
 
 
-def both_ways(bits, averages, *, kept=True):
-    """One budget for features and gradients, which get noise of 0.3 of their energy and half of the budget at most."""
+def both_ways(bits, averages, *, kept=True, error=0.3):
+    """One budget for features and gradients, which get noise of so much of their energy and at most half of it."""
     up = compress.EntropyMask(bits=bits, keep_zeros=True)
-    return arm(up, noisy(0.3), coded(averages), grad_kept_only=kept, cut_bits=bits)
+    return arm(up, noisy(error), coded(averages), grad_kept_only=kept, cut_bits=bits)
 
 
 ARMS = {
@@ -70,6 +70,7 @@ ARMS = {
     "averages 1.5 bits, 2.4 bits both ways": both_ways(2.4, 1.5),
     "averages 2 bits, 2.4 bits both ways": both_ways(2.4, 2.0),
     "averages 2 bits, 1.6 bits both ways": both_ways(1.6, 2.0),
+    "averages 2 bits, 1.6 bits both ways, gradient's noise 1": both_ways(1.6, 2.0, error=1.0),
     "averages 2 bits, 1.6 bits both ways, all gradients": both_ways(1.6, 2.0, kept=False),
     "averages 2 bits, 2.4 bits both ways, all gradients": both_ways(2.4, 2.0, kept=False),
     "averages 2 bits": arm(update_codec=coded(2.0)),

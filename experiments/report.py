@@ -18,6 +18,7 @@ import markdown_it
 from experiments import (
     accelerator,
     activations,
+    arithmetic_coder,
     asked_bits,
     beside_pytorch,
     beside_pytorch_training,
@@ -40,6 +41,7 @@ from experiments import (
     frontier,
     frontier_untrained,
     gradient_noise,
+    handed_parts,
     kept_gradients,
     language,
     language_schedule,
@@ -71,6 +73,7 @@ STUDIES = (
     depth,
     distributions,
     clients,
+    handed_parts,
     not_images,
     language,
 )
@@ -79,6 +82,7 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "What `EntropyMask` might have been": entropy_variants,
     "Features against those that the receiver remembers": feature_memory,
     "What neighbours save": contexts,
+    "What an arithmetic coder would save": arithmetic_coder,
     "What `EntropyMask` makes of the bits it is asked for": asked_bits,
     "Transforms before the quantizer": transforms,
     kept_gradients.TITLE: kept_gradients,

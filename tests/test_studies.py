@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import both_directions, contexts, driver, entropy_variants, report, study, traffic
+from experiments import arithmetic_coder, both_directions, contexts, driver, entropy_variants, report, study, traffic
 from msjax import compress, config
 from msjax.training.from_config import load_run
 
@@ -294,3 +295,18 @@ def test_what_neighbours_save_is_measured():
     assert found["left and above, 16 classes"] < 0.8 * found["today"]
     assert row["version"] == 3 and row["message_bytes"] < found["today"]
     assert "| blocks, 8 samples, E |" in contexts.table([row])
+
+
+def test_an_arithmetic_coder_comes_close_to_the_entropy():
+    pytest.importorskip("constriction", reason="needs the extra `bench`")
+    rng = np.random.default_rng(0)
+    h = np.maximum(rng.normal(size=(8, 16, 16, 16)), 0).astype(np.float32)
+    row = arithmetic_coder.measure(h, compress.EntropyMask(bits=0.5), 1) | {"source": "noise", "codec": "E"}
+    payload = compress.EntropyMask(bits=0.5).encode(jnp.asarray(h))
+    counts = np.bincount(np.asarray(payload.codes))
+    counts = counts[counts > 0]
+    entropy = counts @ np.log2(counts.sum() / counts) / 8
+    tables = 1.5 * len(counts)
+    assert row["bytes"]["one table"] == pytest.approx(entropy + tables, rel=0.01)
+    assert row["bytes"]["one table"] < 0.95 * row["bytes"]["wire"]
+    assert "| noise, E |" in arithmetic_coder.table([row])
