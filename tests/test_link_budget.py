@@ -15,7 +15,7 @@ from msjax.training import loop
 
 from .helpers import assert_close
 from .network import net
-from .setups import built, dataset, load_program, make_parties
+from .setups import MODES, built, dataset, load_program, make_parties
 from .test_budget import CFG
 
 SPEED = 2e5
@@ -46,6 +46,13 @@ def test_the_budget_is_what_fits_in():
     assert budget.grad_bits(spec, np.float32(SPEED)) == pytest.approx(2.0)
     # A batch is no larger than what a client has.
     assert budget.budget_bits(built(LINK, 5).spec, np.float32(SPEED / 2)) > 1.9 * half
+    # U-shaped, what crosses the second cut has its codecs' own bits, of gradients half of the budget; no labels.
+    u_shaped = built(dataclasses.replace(LINK, mode=MODES[1]), 60).spec
+    others = (
+        2 * 4 * u_shaped.client_update_values + u_shaped.tail_feature_payload(10).float_values * (3.0 + 6.0 / 2) / 8
+    )
+    expected = 8 * (2 * SPEED * LINK.cut_seconds - others) / VALUES
+    assert budget.budget_bits(u_shaped, np.float32(2 * SPEED)) == pytest.approx(expected)
     without = built(CFG, 60).spec
     assert budget.grad_bits(without, None) is budget.first_bytes_per_second(without) is None
 
@@ -61,10 +68,13 @@ def test_averages_are_part_of_the_time():
         ({"update_codec": coded}, 2 * (weights * 2.0 / 8 + statistics + 4)),
         ({"update_codec": compress.Cast()}, 2 * (2 * weights + statistics + 4)),
         ({"mode": rounds}, AVERAGE_BYTES * 2 / 6),
+        ({"mode": config.ModeConfig(kind="sequential", turn_steps=2)}, 2 * 4 * SPEC.client_state_values / 2),
+        # Of a round's one client: fetched twice, returned twice, and once more for the test.
+        ({"mode": dataclasses.replace(rounds, client_fraction=0.5)}, 5 * 4 * SPEC.client_state_values / 6),
         ({"mode": rounds, "update_codec": coded}, 2 * (weights * 2.0 / 8 + 4 * statistics) * 2 / 6),
     ):
         spec = built(dataclasses.replace(LINK, **fields), 60).spec
-        assert budget.average_bytes(spec) == pytest.approx(expected)
+        assert budget.synchronization_bytes(spec) == pytest.approx(expected)
 
 
 def test_a_link_that_is_too_slow_is_told_once():
@@ -151,6 +161,18 @@ def test_a_network_over_a_known_link_equals_one_program(tmp_path):
         assert [it.finals[n].bytes_per_second for n in range(2)] == [client.bytes_per_second for client in clients]
 
 
+@pytest.mark.slow
+def test_a_network_that_hands_parts_on_has_a_budget(tmp_path):
+    """U-shaped, too: each turn begins anew, also after a client was killed."""
+    with net(tmp_path, dataclasses.replace(KNOWN, mode=MODES[4]), checkpoint_steps=2) as it:
+        Link(it, SPEED, SPEED)
+        it.start_clients()
+        it.run_to(3)
+        it.restart(1)
+        it.run()
+        it.assert_equal_to_program()
+
+
 def test_a_repeated_request_measures_nothing(tmp_path):
     """Its answer may be to the first, and the time between them is that of no message."""
     with net(tmp_path, LINK) as it:
@@ -164,10 +186,10 @@ def test_a_repeated_request_measures_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [True, False])
-def test_the_program_equals_the_parties(spread, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("mode", "spread"), [(MODES[0], True), (MODES[0], False), (MODES[1], False)])
+def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     """With a simulated link, whose budget is less than it might be."""
-    cfg = dataclasses.replace(KNOWN, grad_kept_only=True, out=str(tmp_path))
+    cfg = dataclasses.replace(KNOWN, mode=mode, grad_kept_only=True, out=str(tmp_path))
     run = load_program(cfg, monkeypatch, spread=spread)
     state = loop.train(run, quiet=True).state
     server, clients = make_parties(cfg, (100, 42))

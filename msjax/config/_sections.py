@@ -168,7 +168,7 @@ class ModeConfig:
     """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
     client_fraction: float = 1.0
     """splitfed: the share of the clients that takes part in a round, which is what lies between two averages; which
-    ones is drawn for each round. They fetch the last average when it begins. Not with `cut_bits` or `update_codec`."""
+    ones is drawn for each round. They fetch the last average when it begins. Not with `update_codec`."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
     tail_cut: str | None = None
@@ -216,7 +216,8 @@ class Config:
     cut_bits: float | None = None
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
-    is left, from step to step. Not in sequential mode, nor U-shaped. Test features have their codec's own target."""
+    is left, from step to step. Where a client hands its part on, each turn begins anew. U-shaped it is the budget of
+    the first cut. Test features have their codec's own target."""
     cut_seconds: float | None = None
     """With `cut_bits`: the time that a step's messages may take on a client's link: features, labels and gradients of a
     full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from an

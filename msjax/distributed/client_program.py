@@ -178,7 +178,7 @@ class LinkWatch:
         return (
             f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
             f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
-            f"{budget.average_bytes(spec) / float(bytes_per_second):.2g} s of it for averages. Latency counts. "
+            f"{budget.synchronization_bytes(spec) / float(bytes_per_second):.2g} s of it for averages. Latency counts. "
             "Take a longer time, a smaller cut_bits or smaller batches, or compress averages (update_codec)"
         )
 

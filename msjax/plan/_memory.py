@@ -160,7 +160,7 @@ def traced_programs(run: Run) -> list[tuple[str, Any]]:
         present = jax.ShapeDtypeStruct((1,), bool)
         outputs, held = trace("server", programs.server_forward, server, _stacked(payload), keys, **size)
         answer, tail, _ = trace("client", programs.client_tail, client, _first(outputs), y, key, **size)
-        args = server, held, _stacked(answer), keys, present
+        args = server, held, _stacked(answer), keys, present, *grad_bits
         _, replies = trace("server", programs.server_backward, *args, **size)
         update = trace("client", programs.client_backward, pending, _first(replies), tail, **size)
     else:

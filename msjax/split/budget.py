@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.split.schedule import Phase
 from msjax.split.spec import RunSpec
 
 GAIN = 0.2
@@ -105,27 +106,43 @@ def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _sizes(spec):
-    """Of a step with a full batch: how many floating values its features have, and the bytes of all else."""
+    """Of a step with a full batch: how many floating values its features have, and about the bytes of all else."""
     batch_size = spec.schedule.full_batch_size
     features = spec.feature_payload(batch_size)
-    exact = batch_size * spec.labels.nbytes + features.exact_bytes
-    return features.float_values, exact + average_bytes(spec)
+    others = features.exact_bytes + synchronization_bytes(spec)
+    if spec.u_shaped:
+        others += _about_bytes(spec.tail_feature_payload(batch_size))
+        others += _about_bytes(spec.tail_gradient_payload(batch_size))
+    else:
+        others += batch_size * spec.labels.nbytes
+    return features.float_values, others
 
 
-def average_bytes(spec: RunSpec) -> float:
-    """Returns about the bytes of a client's averages in a step, up and down, as the mean over an epoch's steps.
+def synchronization_bytes(spec: RunSpec) -> float:
+    """Returns about the bytes of a client's averages and of parts that are handed on, up and down, in a step.
 
-    Before coding, but where `update_codec` has a number of bits to aim at.
+    It is the mean over the steps of an epoch. Bytes are those before coding, or what their codec aims at.
     """
-    schedule = spec.schedule
-    averages = sum(schedule.mode.averages_after(schedule, step) for step in range(schedule.epoch_steps))
-    payload = spec.average_payload()
-    nbytes = payload.nbytes
-    if spec.compresses_updates and (bits := getattr(spec.update_codec, "bits", None)):
-        for codec, like in zip(payload.codecs, payload.likes, strict=True):
-            if codec == spec.update_codec and codec.entropy_coded:
-                nbytes -= max(codec.payload_bytes(like) - bits * like.size / 8, 0)
-    return 2 * nbytes * averages / schedule.epoch_steps
+    schedule, nbytes, steps = spec.schedule, 0.0, 0
+    # The second epoch, which begins as all later ones do.
+    for step in range(schedule.epoch_steps, 2 * schedule.epoch_steps):
+        for exchange in schedule.mode.exchanges(schedule, step):
+            if exchange.phase == Phase.FEATURES:
+                steps += len(exchange.clients)
+            elif exchange.phase != Phase.GRADIENT:
+                payloads = (spec.up(exchange), spec.down(exchange))
+                nbytes += len(exchange.clients) * sum(_about_bytes(one) for one in payloads if one is not None)
+    return nbytes / steps
+
+
+def _about_bytes(payload):
+    """The bytes of a payload, of entropy-coded codecs with a number of bits what they aim at."""
+
+    def of_array(codec, like):
+        nominal, bits = codec.payload_bytes(like), getattr(codec, "bits", None)
+        return min(nominal, bits * like.size / 8) if codec.entropy_coded and bits else nominal
+
+    return sum(of_array(codec, like) for codec, like in zip(payload.codecs, payload.likes, strict=True))
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:

@@ -120,13 +120,13 @@ def contribute(
         outputs, new_stats = spec.tail(params, stats, h, train=True, key=keys.client)
         return outputs, down, new_stats
 
-    constants = spec.client_constants
+    aims, constants = _aims(spec, state), spec.client_constants
     stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
     axes = (0 if own_parts or compressed else None, stats_axis)
 
     def total_loss(params, byte_slots):
         of_clients, down = (params[0], state.client.stats), jnp.zeros(clients, jnp.float32)
-        each = (x, keys, byte_slots[:, 0], state.up_bits)
+        each = (x, keys, byte_slots[:, 0], aims)
         h, up, client_stats = shards.by_client(mesh, before, of_clients, each, axes)
         outputs, server_stats = server_outputs(spec, params[1], state.server.stats, h, keys, mesh)
         if spec.u_shaped:
@@ -161,7 +161,7 @@ def contribute(
     else:
         client = PartUpdate(_wide(client_grads), sum_floats(client_stats))
     totals = Totals(client, PartUpdate(_wide(server_grads), sum_floats(server_stats)), add_up(sums))
-    up_bits, batch_size = state.up_bits, jax.tree.leaves(x)[0].shape[1]
+    up_bits, batch_size = aims, jax.tree.leaves(x)[0].shape[1]
     if spec.cut_bits is not None:
         sent = features_up + gradient_bytes[:, 0]
         fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
@@ -171,6 +171,14 @@ def contribute(
         up += spec.feature_payload(batch_size).exact_bytes
         down += spec.tail_feature_payload(batch_size).exact_bytes if spec.u_shaped else 0
     return Contribution(totals, PerClient(losses, up, down, average_bytes), (part, error, up_bits))
+
+
+def _aims(spec, state):
+    """What the clients aim their features at; where they hand their part on, each begins its turn anew."""
+    if spec.cut_bits is None or not spec.mode.hands_parts_on(spec.schedule):
+        return state.up_bits
+    starts = spec.mode.turn_starts(spec.schedule, state.step)
+    return jnp.where(starts, budget.first_up_bits(spec), state.up_bits)
 
 
 def zero_totals(spec: RunSpec, state: TrainState, *, own_parts: bool = False) -> Totals:

@@ -51,12 +51,12 @@ def make_spec(
       TypeError: `update_codec` is no codec.
       ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
         array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed,
-        `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit codecs or mode, or
+        `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit the codecs, or
         there is a `cut_seconds` without it, or a `link_bytes_per_second` without that.
     """
     _check_link(cut_bits, cut_seconds, link_bytes_per_second)
     if cut_bits is not None:
-        _check_budget(cut_bits, codec, grad_codec, schedule)
+        _check_budget(cut_bits, codec, grad_codec)
         grad_codec = Codecs(dataclasses.replace(grad_codec.default, bits=cut_bits / 2))
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
@@ -126,7 +126,7 @@ def _check_signed(name, codec):
         raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
 
 
-def _check_budget(bits, codec, grad_codec, schedule):
+def _check_budget(bits, codec, grad_codec):
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 32:
         raise ValueError(f"cut_bits must be a number above 0, at most 32, or None, got {bits!r}")
     for name, codecs in {"codec": codec, "grad_codec": grad_codec}.items():
@@ -134,10 +134,6 @@ def _check_budget(bits, codec, grad_codec, schedule):
             raise ValueError(f"{name} must be an EntropyMask where cut_bits is given, got {other}")
     if grad_codec.named or grad_codec.default.error is None or grad_codec.default.bits is not None:
         raise ValueError(f"grad_codec must have an error and no bits where cut_bits is given, got {grad_codec}")
-    if schedule.mode.one_at_a_time or schedule.mode.hands_parts_on(schedule) or schedule.u_shaped:
-        where = "in sequential mode" if schedule.mode.one_at_a_time else "with a client_fraction below 1"
-        where = "U-shaped" if schedule.u_shaped else where
-        raise ValueError(f"cut_bits must be None {where}, got {bits!r}")
 
 
 def _check_link(cut_bits, cut_seconds, link_bytes_per_second):

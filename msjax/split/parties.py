@@ -305,12 +305,12 @@ class Server:
             case Phase.FEATURES:
                 batch_size = spec.schedule.batch_size_of(exchange)
                 keys, payloads = self._keys(exchange, clients), stack([m.payload for m in messages])
+                grad_bits = None if spec.cut_seconds is None else np.stack([m.grad_bits for m in messages])
                 if spec.u_shaped:
                     args = (spec, self.state, payloads, keys)
                     answers, pending = programs.server_forward(*args, batch_size=batch_size, mesh=self._mesh)
-                    self._pending = pending, clients
+                    self._pending = pending, clients, grad_bits
                 else:
-                    grad_bits = None if spec.cut_seconds is None else np.stack([m.grad_bits for m in messages])
                     args = (spec, self.state, payloads, stack([m.labels for m in messages]), keys, grad_bits)
                     options = {"batch_size": batch_size, "mesh": self._mesh}
                     self.state, answers, found = programs.server_step(*args, **options)
@@ -328,11 +328,11 @@ class Server:
 
     def _backward(self, exchange, clients, messages):
         """U-shaped: the answers to the tails' gradients."""
-        (pending, everyone), self._pending = self._pending, None
+        (pending, everyone, grad_bits), self._pending = self._pending, None
         # Of those who sent features some may have been dropped since: theirs is anyone's payload, masked.
         present, came = np.isin(everyone, clients), dict(zip(clients, messages, strict=True))
         payloads = stack([came.get(client, messages[0]).payload for client in everyone])
-        args = (self.spec, self.state, pending, payloads, self._keys(exchange, everyone), present)
+        args = (self.spec, self.state, pending, payloads, self._keys(exchange, everyone), present, grad_bits)
         batch_size = self.spec.schedule.batch_size_of(exchange)
         self.state, answers = programs.server_backward(*args, batch_size=batch_size, mesh=self._mesh)
         self.train = total([self.train, *(m.metrics for m in messages)])

@@ -229,6 +229,7 @@ def server_backward(
     payloads: Payload,
     keys: jax.Array,
     present: jax.Array,
+    grad_bits: jax.Array | None = None,
     *,
     batch_size: int,
     mesh: Mesh | None = None,
@@ -237,6 +238,7 @@ def server_backward(
 
     Args:
       present: bool (K,): the gradient is the mean over these clients; of the others the payload does not count.
+      grad_bits: as of `server_step`.
 
     Returns:
       The new state, and the replies with a leading axis K.
@@ -251,13 +253,13 @@ def server_backward(
     def decode(outputs, payload):
         return received.put_kept(outputs, received.decode(payload))
 
-    def reply(features, g, key):
-        return sent.encode(sent.take_kept(features, g), split_key(key).codec)
+    def reply(features, g, key, grad_bits):
+        return sent.encode(sent.take_kept(features, g), split_key(key).codec, grad_bits)
 
     g = shards.by_client(mesh, decode, (), (outputs, payloads))
     grads, g = pending.vjp(jax.tree.map(only_present, g))
     grads = jax.tree.map(lambda leaf: leaf / present.sum(), grads)
-    replies = shards.by_client(mesh, reply, (), (features, g, keys))
+    replies = shards.by_client(mesh, reply, (), (features, g, keys, grad_bits))
     return update_server(spec, server, PartUpdate(grads, mean(pending.stats)), mesh), replies
 
 

@@ -122,7 +122,7 @@ def train(
         bits, or in `SplitFed` 32. In `Sequential` a `Cast`, of what a client hands on to the next. Not with one client.
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
-        and features what is left, from step to step. Not in `Sequential`, nor U-shaped.
+        and features what is left, from step to step. U-shaped it is the budget of the first cut.
       cut_seconds: the time that a step's messages may take on a client's link: features, labels and gradients of a
         full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from
         an eighth of `cut_bits` to `cut_bits`.

@@ -33,7 +33,8 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None, *, shard_server: 
         errors = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), own.error)
         state = state._replace(memory=Averages(own._replace(error=errors), server))
     if spec.cut_bits is not None and state.up_bits is None:
-        state = state._replace(up_bits=jnp.broadcast_to(budget.first_up_bits(spec), clients))
+        at_once = spec.mode.clients_at_once(spec.schedule)
+        state = state._replace(up_bits=jnp.broadcast_to(budget.first_up_bits(spec), at_once))
     spread = spec.mode.spread(spec, state)
     if mesh is not None and shard_server:
         return jax.device_put(spread, _shardings(spec, mesh, spread))

@@ -79,6 +79,10 @@ class Mode:
         """Whether others take part from step to step, and go on with the part that the server has of those before."""
         return self.one_at_a_time and schedule.clients > 1
 
+    def turn_starts(self, schedule: Schedule, step: Any) -> Any:
+        """Returns whether a client begins its turn with a step, which may be traced, where it hands parts on."""
+        raise NotImplementedError
+
     # -- What the parties do with exchanges of this mode's own. -----------------------------------------------------
 
     def up(self, spec: "RunSpec", exchange: Exchange) -> PayloadSpec | None:

@@ -55,6 +55,10 @@ class Sequential(Mode):
         length = minimum(turn, steps - round_ * turn)
         return round_ * turn, rest // length, rest % length, length
 
+    def turn_starts(self, schedule, step):
+        _, _, at, _ = self._turn(schedule, step % schedule.epoch_steps, jnp.minimum)
+        return at == 0
+
     def exchanges(self, schedule, step):
         position = self.position(schedule, step)
         relayed = schedule.clients > 1
@@ -99,9 +103,9 @@ class Sequential(Mode):
     def fused_step(self, spec, state, x, y, keys, **where):
         if spec.compresses_parts:
             # A client begins its turn with what the one before has handed on.
-            _, _, at, _ = self._turn(spec.schedule, state.step % spec.schedule.epoch_steps, jnp.minimum)
+            now = self.turn_starts(spec.schedule, state.step) & (state.step > 0)
             handed = functools.partial(_handed_on, spec)
-            client = jax.lax.cond((at == 0) & (state.step > 0), handed, lambda client: client, state.client)
+            client = jax.lax.cond(now, handed, lambda client: client, state.client)
             state = state._replace(client=client)
         return super().fused_step(spec, state, x, y, keys, **where)
 

@@ -70,9 +70,12 @@ class SplitFed(AveragingMode):
         found = super().position(schedule, step)
         if not self.hands_parts_on(schedule):
             return found
-        starts = step % schedule.epoch_steps % self.average_steps == 0
+        starts = self.turn_starts(schedule, step)
         ends = bool(self._after(step, schedule.epoch_steps))
         return found._replace(clients=self._participants(schedule, step), turn_starts=starts, turn_ends=ends)
+
+    def turn_starts(self, schedule, step):
+        return step % schedule.epoch_steps % self.average_steps == 0
 
     def test_clients(self, schedule, epoch):
         return self.position(schedule, (epoch + 1) * schedule.epoch_steps - 1).clients
