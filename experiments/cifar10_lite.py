@@ -14,7 +14,7 @@ ARMS = (
     "MS, features alone",
     "the cut alone",
     "averages 2 bits, 2.4 bits both ways",
-    "averages 1 bit, 1.6 bits both ways",
+    "averages 2 bits, 1.6 bits both ways, gradient's noise 1",
 )
 
 

@@ -71,6 +71,7 @@ ARMS = {
     "averages 2 bits, 2.4 bits both ways": both_ways(2.4, 2.0),
     "averages 2 bits, 1.6 bits both ways": both_ways(1.6, 2.0),
     "averages 2 bits, 1.6 bits both ways, gradient's noise 1": both_ways(1.6, 2.0, error=1.0),
+    "averages 2 bits, 1.6 bits both ways, gradient's noise 3": both_ways(1.6, 2.0, error=3.0),
     "averages 2 bits, 1.6 bits both ways, all gradients": both_ways(1.6, 2.0, kept=False),
     "averages 2 bits, 2.4 bits both ways, all gradients": both_ways(2.4, 2.0, kept=False),
     "averages 2 bits": arm(update_codec=coded(2.0)),
@@ -83,6 +84,7 @@ PAPER = ("none", "MS, features alone", "QU, features alone")
 SEEDED = (
     *PAPER,
     "averages 1 bit, 1.6 bits both ways",
+    "averages 2 bits, 1.6 bits both ways, gradient's noise 1",
     "averages 1.5 bits, 2.4 bits both ways",
     "averages 2 bits, 2.4 bits both ways",
 )
