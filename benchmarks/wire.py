@@ -81,6 +81,7 @@ def main() -> int:
     rows, ways = [], []
     for name, h in sources.items():
         if name.endswith("gradients"):
+            ways += [whole_way(name, h, codec, options.repeats) for codec in CHOSEN["gradients"]]
             continue
         rows += [row for codec in CODECS for row in measure(name, h, codec, options.repeats)]
         ways += [whole_way(name, h, codec, options.repeats) for codec in WHOLE]
@@ -125,12 +126,12 @@ def measure(source: str, h: np.ndarray, codec: compress.Codec, repeats: int) -> 
 
 def whole_way(source: str, h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
     """Returns the bytes of a message, and the seconds from features to it and from it to features."""
-    h = jnp.asarray(h)
+    h, key = jnp.asarray(h), jax.random.key(0) if codec.needs_key else None
     encode = jax.jit(codec.encode)
     decode = jax.jit(lambda payload: codec.decode(payload, jax.ShapeDtypeStruct(h.shape, h.dtype)))
 
     def send():
-        return wire.encode(jax.device_get(encode(h)), codec, h, compression="huffman")
+        return wire.encode(jax.device_get(encode(h, key)), codec, h, compression="huffman")
 
     message = send()
     contenders = {"send": send, "receive": lambda: decode(wire.decode(message, expect=(codec, h)).payload)}
@@ -145,7 +146,7 @@ def whole_table(rows: list[dict]) -> str:
     for row in rows:
         speeds = (f"{row['values'] / row[f'{name}_seconds'] / 1e6:.0f}" for name in ("send", "receive"))
         lines.append([f"{row['source']}, {row['codec']}", f"{8 * row['message_bytes'] / row['values']:.3f}", *speeds])
-    return timing.table(["features", "real bits", "to bytes, M/s", "back, M/s"], lines)
+    return timing.table(["features or gradients", "real bits", "to bytes, M/s", "back, M/s"], lines)
 
 
 def choices(sources: dict[str, np.ndarray], options: argparse.Namespace) -> list[dict]:
