@@ -10,18 +10,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from msjax.compress import _bits, _finite, _huffman, _random, _select
+from msjax.compress import _bits, _finite, _random, _select
 from msjax.compress._arrays import shaped
 from msjax.compress._options import check_choice, check_ratio
+from msjax.compress._step_choice import DEFAULT_ERROR, choose_step
 from msjax.compress._vector_codec import VectorCodec
 
-_SAMPLE = 1 << 14  # values that the step is chosen from
-_PER_OCTAVE = 64  # steps are powers of 2^(1/64), so that programs which round otherwise still choose the same
-_FINEST, _COARSEST = -15 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest value, which float16 is to hold in steps
-_FINEST_WHOLE = -11 * _PER_OCTAVE  # and here as a whole number
-_TELLING = 64  # values of the sample that are not zero: fewer say little of the others
-_DEFAULT_ERROR = 0.07
-_UNREACHED = 1e6  # errors and bits: more is the same
 _HALF_MAX = 65504.0
 
 
@@ -132,7 +126,7 @@ class EntropyMask(VectorCodec):
         if self.bits is not None:
             beyond.append(sum(self.bits > limit for limit in ((2.75, 4.75) if self.signed else (2.5, 4.0))))
         if self.error is not None or self.bits is None:
-            error = self.error or _DEFAULT_ERROR
+            error = self.error or DEFAULT_ERROR
             beyond.append(sum(error < limit for limit in ((0.02, 0.0015) if self.signed else (0.01, 0.001))))
         return (15, 63, 255)[min(beyond)]
 
@@ -203,7 +197,7 @@ class EntropyMask(VectorCodec):
         if x.size == 0:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._vector_like(0, x.dtype))
         d, most = x.size, jnp.float32(self._most)
-        step, means, finite = self._choose(x, self.bits if bits is None else bits)
+        step, means, finite = choose_step(self, x, self.bits if bits is None else bits)
         inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, jnp.float32(1)), jnp.float32(0))
 
         def quantize(x):
@@ -266,182 +260,10 @@ class EntropyMask(VectorCodec):
             left = left // jnp.int32(base)
         return jnp.stack(digits, axis=1).reshape(-1)[:d]
 
-    # -- Rate control. ----------------------------------------------------------------------------------------------
-
-    def _choose(self, x, bits):
-        """(step, means in steps, whether all of `x` is finite)."""
-        d, g = x.size, self._per_byte
-        bytes_ = -(-d // g)
-        n = min(bytes_, _SAMPLE // g)
-        low, high = _select.ends(x)
-        finite = jnp.isfinite(low) & jnp.isfinite(high)
-        low, high = lax.cond(
-            finite, lambda x: (low, high), lambda x: _select.ends(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))), x
-        )
-        largest = jnp.maximum(self._magnitude(low), self._magnitude(high))
-        # Neighbours that share a byte, spread as the sample of `_select` is.
-        group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
-        values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
-        values = jnp.where(jnp.isfinite(values), values.astype(jnp.float32), jnp.float32(0))
-        values = values if self.signed else self._magnitude(values)
-        # Of a sample of zeros nothing can be learnt; then there is one value, the largest.
-        alone = jnp.where(lax.iota(jnp.int32, values.size) == 0, largest, jnp.float32(0))
-        lonely = ~jnp.any(self._magnitude(values) > 0)
-        values = jnp.where(lonely, alone, values)
-        octave = jnp.clip(_octave(largest), -125, 125)
-        scale = _power_of_two(-octave)  # to about 1 at most, so that squares are in range
-        values *= scale
-        sample = _Sample.of(self._magnitude(values))
-        room = jnp.float32(0.75 * _select.num_kept(self.ratio, d) / d)
-
-        def crowded(at):
-            return self._shares(sample, _step(at))[-1] > room
-
-        at = jnp.int32(_FINEST)
-        if self.error is not None or bits is None:
-            # Of all values: where tails are heavy a sample does not know it. Unless it is beyond float32.
-            in_range = jnp.maximum(jnp.abs(low), jnp.abs(high)) < 2.0**48
-            within = jnp.where(in_range, x, jnp.zeros((), x.dtype))
-            square = jnp.vdot(within, within, preferred_element_type=jnp.float32) / d
-            usable = (square > 1e-30) & (square < 1e30)
-            limit = jnp.float32(2.0**60) / jnp.maximum(scale, jnp.float32(2.0**-60))
-            for _ in range(2):  # in units of the sample; unsigned, negative values can make it as large as they like
-                square = jnp.minimum(square, limit) * scale
-            square = jnp.where(usable, square, sample.squares[-1] / sample.sorted.size)
-            wrong = jnp.float32(min(self.error or _DEFAULT_ERROR, _UNREACHED)) * square
-            at = _first(lambda at: self._error(sample, _step(at)) > wrong, sample.sorted) - 1
-        if bits is not None:
-            bits = jnp.minimum(jnp.float32(bits), jnp.float32(_UNREACHED))
-            coarse = _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted)
-            # The sample's bytes tell what single codes do not: what neighbours share, and what Huffman's code wastes.
-            bits *= self._entropy(sample, _step(coarse)) / self._sampled_bits(values, _step(coarse), bytes_)
-            at = jnp.maximum(at, _first(lambda at: self._entropy(sample, _step(at)) <= bits, sample.sorted))
-        # Where the sample has met few values, the rest is spread over all levels.
-        few = jnp.sum(sample.sorted > 0, dtype=jnp.int32) < _TELLING
-        spread = _first(lambda at: _step(at) * self._most >= largest * scale, sample.sorted)
-        at = jnp.where(few & (n < bytes_), jnp.minimum(at, spread), at)
-        at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
-        if self.needs_key:
-            at = jnp.maximum(at, _FINEST_WHOLE)
-        # A normal number whose reciprocal is one, too.
-        at = jnp.clip(at, (-126 - octave) * _PER_OCTAVE, (126 - octave) * _PER_OCTAVE)
-        means = self._means(sample, _step(at), jnp.where((n == bytes_) | lonely, jnp.float32(0), jnp.float32(1)))
-        step = jnp.where(largest > 0, _step(at + octave * _PER_OCTAVE), jnp.float32(0))
-        return step, means, finite
-
-    def _bins(self, sample, step):
-        """(counts, sums, sums of squares) of the sample between the edges 0, first, …, last, ∞; each (m + 2,)."""
-        edges = np.arange(1, self._most + 2, dtype=np.float32)
-        if not self.needs_key:
-            edges -= np.float32(0.5)
-            edges[0] += np.float32(self.dead_zone)
-        at = jnp.searchsorted(sample.sorted, edges * step)
-        at = jnp.concatenate([at[:1] * 0, at, at[:1] * 0 + sample.sorted.size])
-        counts = jnp.diff(at).astype(jnp.float32)
-        return counts, jnp.diff(sample.sums[at]), jnp.diff(sample.squares[at])
-
-    def _shares(self, sample, step):
-        """The part of the sample that has each code 0 … m, and that of the outliers: (m + 2,)."""
-        counts, sums, _ = self._bins(sample, step)
-        if self.needs_key:
-            up = (sums / step - counts * np.arange(self._most + 2, dtype=np.float32)).at[-1].set(0)
-            counts = counts - up + jnp.roll(up, 1)
-        return counts / sample.sorted.size
-
-    def _error(self, sample, step):
-        """The mean squared error of the sample."""
-        counts, sums, squares = (part[:-1] for part in self._bins(sample, step))
-        if self.needs_key:
-            j = np.arange(self._most + 1, dtype=np.float32)
-            errors = (2 * j + 1) * step * sums - squares - j * (j + 1) * step**2 * counts
-            return jnp.sum(errors) / sample.sorted.size
-        explained = sums**2 / jnp.maximum(counts, 1)
-        errors = squares - (explained.at[0].set(0) if self._zero_is_zero else explained)
-        return jnp.sum(errors) / sample.sorted.size
-
-    def _entropy(self, sample, step):
-        """Bits an element, if codes were coded one by one at their entropy."""
-        shares = self._shares(sample, step)
-        signs = jnp.sum(shares[1:-1]) if self.signed else 0
-        return (
-            -jnp.sum(jax.scipy.special.xlogy(shares, jnp.where(shares > 0, shares, jnp.float32(1))))
-            / np.float32(np.log(2))
-            + signs
-            + 16 * shares[-1]
-        )
-
-    def _sampled_bits(self, values, step, bytes_):
-        """Bits an element of the sample's bytes in Huffman's code, and of its outliers."""
-        # Any random numbers will do, the same ones every time.
-        uniform = jax.random.uniform(jax.random.key(0), values.shape, jnp.float32) if self.needs_key else None
-        codes = self._codes(self._magnitude(values) / step, uniform)
-        beyond = codes > self._most
-        codes = jnp.where(beyond, jnp.float32(self.levels), self._with_sign(codes, values))
-        packed = self._pack(codes.astype(jnp.uint8))
-        outliers = jnp.mean(beyond.astype(jnp.float32))
-        return _huffman.bits_a_byte(packed, of=bytes_) / self._per_byte + 16 * outliers
-
-    def _means(self, sample, step, weight):
-        """float16 (m + 1,): the mean of the values that get each code, in steps."""
-        codes = np.arange(self._most + 1, dtype=np.float32)
-        if self.needs_key:
-            return jnp.asarray(codes, jnp.float16) + 0 * step.astype(jnp.float16)
-        counts, sums, _ = (part[:-1] for part in self._bins(sample, step))
-        # Drawn to the middle where few values tell, unless these are all.
-        weight = jnp.where(counts > 0, weight, jnp.float32(1))
-        means = (sums / step + weight * codes) / (counts + weight)
-        return (means.at[0].set(0) if self._zero_is_zero else means).astype(jnp.float16)
-
 
 @functools.partial(jax.jit, inline=True, static_argnames="codec")
 def _encode_at_bits(codec, h, bits, key):
     return codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
-
-
-class _Sample(NamedTuple):
-    """Values in order, with the sums and the sums of squares of the first 0 … n of them."""
-
-    sorted: jax.Array
-    sums: jax.Array
-    squares: jax.Array
-
-    @classmethod
-    def of(cls, values):
-        """Of float32 values that are finite and not below 0."""
-        # As integers, whose order is the same: XLA's CPU takes four to ten times as long to sort floats. −0 becomes 0.
-        bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
-        values = lax.bitcast_convert_type(jnp.sort(bits), jnp.float32)
-        sums = (jnp.concatenate([terms[:1] * 0, jnp.cumsum(terms)]) for terms in (values, values**2))
-        return cls(values, *sums)
-
-
-def _step(at):
-    """2^(at/64), for at/64 from −126 to less than 128."""
-    fractions = jnp.asarray(np.exp2(np.arange(_PER_OCTAVE) / _PER_OCTAVE), jnp.float32)
-    return fractions[at % _PER_OCTAVE] * _power_of_two(at // _PER_OCTAVE)
-
-
-def _power_of_two(exponent):
-    """2^exponent, for −126 to 127. `jnp.ldexp` makes infinities on the way, as `jnp.frexp` does."""
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
-
-
-def _octave(x):
-    """The least power of two above a positive number; of smaller ones than float32's normal ones, −126."""
-    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 126
-
-
-def _first(passes, like):
-    """The first of the numbers of steps that passes, where those behind do, too; the last one if none does."""
-    zero = (like[0] * 0).astype(jnp.int32)  # made of data, so that it varies over a mesh as the data does
-
-    def halve(_, ends):
-        low, high = ends
-        middle = (low + high) // 2
-        found = passes(middle)
-        return jnp.where(found, low, middle), jnp.where(found, middle, high)
-
-    return lax.fori_loop(0, (_COARSEST - _FINEST).bit_length(), halve, (zero + _FINEST, zero + _COARSEST))[1]
 
 
 def _is_number(value):

@@ -33,7 +33,8 @@ from msjax.data._registry import Published, default_augmentation, is_streamed, p
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
-from msjax.data._text import TEXT_SUFFIXES, Texts, from_text, load_tokenizer, read_texts, tokens_of
+from msjax.data._text import Texts, from_text, load_tokenizer, read_texts, tokens_of
+from msjax.data._text_sources import TEXT_SUFFIXES
 from msjax.data._words import TOKENIZER
 
 __all__ = [

@@ -12,7 +12,8 @@ from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._sequence import from_sequence
-from msjax.data._text import TEXT_SUFFIXES, from_text
+from msjax.data._text import from_text
+from msjax.data._text_sources import TEXT_SUFFIXES
 
 FILE_SUFFIXES = (".npz", ".csv", *TEXT_SUFFIXES)
 """Of files that are data sets by themselves."""

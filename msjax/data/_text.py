@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,12 +12,10 @@ import numpy as np
 
 from msjax.data import _cache
 from msjax.data._check import check
-from msjax.data._csv import read_frame
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
+from msjax.data._text_sources import Items, described, each, texts_of
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
-"""Of files that hold texts; a .csv may hold some, too."""
 _TOGETHER = 1 << 20  # characters that are tokenized at a time, or one text that is longer
 
 
@@ -117,8 +115,8 @@ def read_texts(
     file = _tokenizer_path(tokenizer)
     start = _start(file) if start is None else start
     found = load_tokenizer(file, start=start, vocabulary=vocabulary)
-    texts = _texts("inputs", path, column)
-    rows, lines = texts.rows if isinstance(texts, _Items) else None, list(_each(texts))
+    texts = texts_of("inputs", path, column)
+    rows, lines = texts.rows if isinstance(texts, Items) else None, list(each(texts))
     if Path(path).suffix.lower() == ".txt":
         lines = lines[0].splitlines()
     numbered = zip(rows or range(1, len(lines) + 1), lines, strict=True)
@@ -210,105 +208,19 @@ def _check_vocabulary(path: Path, tokenizer: Any, start: Any, vocabulary: int | 
         raise DataError(f"start must be a token in 0..{vocabulary - 1}, as the model has, got {start}")
 
 
-def _texts(role: str, source: Any, column: str) -> Sequence[str]:
-    """The texts of a file, a table or a sequence."""
-    if not isinstance(source, str | os.PathLike):
-        return _Items(role, _column(role, source, column), column)
-    path = Path(source).expanduser()
-    kind = path.suffix.lower()
-    if kind not in (*TEXT_SUFFIXES, ".csv"):
-        known = ", ".join(TEXT_SUFFIXES)
-        raise DataError(
-            f"{role} must be a {known} or .csv file, got {str(path)!r}: rename it, or give what reads its texts"
-        )
-    if kind == ".csv":
-        return _Items(role, _column(str(path), read_frame(path), column), column)
-    text = _read(role, path)
-    if kind == ".txt":
-        return [text]
-    rows, objects = _objects(path, text)
-    return _Items(role, objects, column, rows)
-
-
-def _column(where: str, source: Any, column: str) -> Any:
-    """The texts of a table, or of a column of one, as a list; anything else as it is."""
-    if isinstance(source, Mapping) or hasattr(source, "columns"):
-        names = list(source if isinstance(source, Mapping) else getattr(source, "column_names", source.columns))
-        if names.count(column) != 1:
-            known = ", ".join(map(str, names))
-            raise DataError(f"column must be one of {where}, which has {known}, got {column!r}")
-        source = source[column]
-        if isinstance(source, str | bytes):
-            raise DataError(f"{where} must have a sequence of texts in column {column!r}, got one text")
-    # A column's own index may not be 0, 1, 2, …
-    for name in ("to_list", "to_pylist"):
-        if hasattr(source, name):
-            return getattr(source, name)()
-    return source
-
-
-def _objects(path: Path, text: str) -> tuple[list[int], list[Any]]:
-    """The numbers of the lines of a .jsonl that are not blank, and what these lines are."""
-    rows, found = [], []
-    for row, line in enumerate(text.split("\n"), 1):  # JSON may have other ends of lines within a text
-        if not line.strip():
-            continue
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} must have JSON in each line, got {line[:40]!r} in line {row}: {error}") from None
-        rows.append(row)
-    return rows, found
-
-
-def _read(role: str, path: Path) -> str:
-    """The text of a file."""
-    try:
-        return path.read_text("utf-8-sig" if path.suffix.lower() == ".jsonl" else "utf-8")
-    except OSError as error:
-        raise DataError(f"{role} must be a file that can be read, got {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} must be text in UTF-8: {error}") from error
-
-
-class _Items(Sequence[str]):
-    """The texts of a sequence's items; `rows` are their lines in a file, where they have some."""
-
-    def __init__(self, role: str, items: Any, column: str, rows: list[int] | None = None):
-        if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
-            raise DataError(f"{role} must be a path, or have __len__ and __getitem__, got {type(items).__name__}")
-        self._role, self._items, self._column, self.rows = role, items, column, rows
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: Any) -> str:
-        item = self._items[index]
-        if isinstance(item, dict):
-            if self._column not in item:
-                known = ", ".join(map(str, item))
-                raise DataError(f"column must be one of {self._role}, which has {known}, got {self._column!r}")
-            item = item[self._column]
-        if isinstance(item, bytes):
-            item = item.decode("utf-8", "replace")
-        if not isinstance(item, str):
-            raise DataError(f"{self._role} must have texts, got {item!r} at index {index}")
-        return item
-
-
 def _tokens(
     role: str, source: Any, column: str, tokenizer: Any, start: int | None, cache_dir: str | os.PathLike | None
 ) -> np.ndarray:
     """int32 (T,): all texts one behind the other, from the cache where it has them."""
-    texts = _texts(role, source, column)
+    texts = texts_of(role, source, column)
     digest = hashlib.sha256(f"{_tokenizers().__version__} {start} {tokenizer.to_str()}".encode())
     characters = 0
-    for text in _each(texts):
+    for text in each(texts):
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
         characters += len(text)
     if not characters:
-        raise DataError(f"{role} must have text, got none in {_described(source)}")
+        raise DataError(f"{role} must have text, got none in {described(source)}")
     entry = _cache.directory(cache_dir) / f"tokens-{digest.hexdigest()[:32]}"
     try:
         found = _cache.read(entry)
@@ -319,23 +231,18 @@ def _tokens(
         with _cache.writing(entry) as draft:
             out = draft.array("tokens", (sum(map(len, parts)),), np.int32)
             np.concatenate(parts, out=out)
-            draft.meta = {"name": role, "digest": digest.hexdigest(), "source": _described(source)}
+            draft.meta = {"name": role, "digest": digest.hexdigest(), "source": described(source)}
         found = _cache.read(entry)
     if found is None:
         raise DataError(f"the array cache {entry} cannot be read after it was written; try another cache_dir")
     return found[0]["tokens"]
 
 
-def _each(texts: Sequence[str]) -> Iterator[str]:
-    """In order; some that have a length do not say where they end."""
-    return (texts[i] for i in range(len(texts)))
-
-
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
     """Lists of some texts each, to be tokenized on all cores."""
     group: list[str] = []
     characters = 0
-    for text in _each(texts):
+    for text in each(texts):
         group.append(text)
         characters += len(text)
         if characters >= _TOGETHER:
@@ -372,7 +279,3 @@ def _blocks(role: str, tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.
     if count < 1:
         raise DataError(f"{role} must have {length + 1} tokens for a block of {length}, got {len(tokens)}")
     return tuple(tokens[at : at + count * length].reshape(count, length) for at in (0, 1))
-
-
-def _described(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__
