@@ -11,7 +11,7 @@ import msjax
 from msjax import compress, config, models, wire
 from msjax.split import budget, parties
 from msjax.split.schedule import Phase
-from msjax.training import loop
+from msjax.training import evaluator, loaded, loop
 
 from .helpers import assert_close
 from .setups import MODES, SMALL, built, load_program, make_parties
@@ -57,7 +57,7 @@ def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     """With a budget that each client keeps for itself, or begins anew in each turn, and gradients of what was kept."""
     cfg = dataclasses.replace(CFG, mode=mode, grad_kept_only=True, epochs=1, out=str(tmp_path))
     run = load_program(cfg, monkeypatch, spread=spread)
-    state = loop.train(run, quiet=True).state
+    state, (*_, last), *_ = loop.train(run, quiet=True)
     server, clients = make_parties(cfg, (100, 42))
     for exchange in parties.run(server, clients):
         if exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
@@ -65,6 +65,21 @@ def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     assert mode.client_fraction < 1 or len(set(aims.tolist())) == len(aims)
     np.testing.assert_allclose(aims, state.up_bits, atol=0.02)
     assert_close(server.state.params, state.server.params, 0.1)
+    assert server.test.means(server.spec.task)["loss"] == pytest.approx(last["test"]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("spread", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_tests_are_at_the_bits_of_training(spread, monkeypatch):
+    """Each client's at its own, not at those that its codec names: the server has learnt on features with so many."""
+    found = []
+    for bits, changes in ((None, {}), (0.4, {"cut_bits": None}), (3.0, {"cut_bits": None})):
+        codec = CFG.codec if bits is None else dataclasses.replace(CFG.codec, bits=bits)
+        run = load_program(dataclasses.replace(CFG, codec=codec, **changes), monkeypatch, spread=spread)
+        state, mesh = loaded.placed(run)
+        if bits is None:
+            state = state._replace(up_bits=jnp.full_like(state.up_bits, 0.4))
+        found.append(evaluator.Evaluator(run, mesh)(state)["loss"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_aim_is_what_features_are_coded_at():

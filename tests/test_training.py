@@ -358,7 +358,7 @@ def test_each_evaluation_batch_draws_its_own_noise(monkeypatch):
     run = load_run(cfg)
     keys = []
 
-    def rounds(spec, mesh, state, sums, inputs, labels, order, clients, key, **options):
+    def rounds(spec, mesh, state, sums, inputs, labels, order, clients, key, places, **options):
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return sums._replace(samples=sums.samples + 1)
 

@@ -80,9 +80,18 @@ def _cross_backward(keeper, grad_codec, residuals, g):
 _cross_counted.defvjp(_cross_forward, _cross_backward)
 
 
-def cross_in_test(codecs: Codecs, h: Any, key: jax.Array) -> Any:
-    """Returns features, a tree of arrays, as they are behind the cut in a test, where no gradient comes back."""
+def cross_in_test(codecs: Codecs, h: Any, key: jax.Array, bits: jax.Array | None = None) -> Any:
+    """Returns features, a tree of arrays, as they are behind the cut in a test, where no gradient comes back.
+
+    Args:
+      bits: as of `cross_cut`.
+    """
+
+    def through(place, codec, leaf):
+        payload = encode_at_bits(codec, leaf, leaf_key(key, place), bits)
+        return codec.decode(payload, leaf)
+
     leaves, structure = jax.tree.flatten(h)
     of_leaf = zip(codecs.for_tree(TreeSpec.of(h)), leaves, strict=True)
-    through = [codec.roundtrip(leaf, leaf_key(key, place)) for place, (codec, leaf) in enumerate(of_leaf)]
+    through = [through(place, codec, leaf) for place, (codec, leaf) in enumerate(of_leaf)]
     return jax.tree.unflatten(structure, through)

@@ -318,15 +318,25 @@ def average_parts(client: PartState, *, axis_name: str | None = None, momenta: b
 
 
 def evaluate(
-    spec: RunSpec, state: TrainState, x: Any, y: Any, keys: jax.Array, *, mesh: Mesh | None = None
+    spec: RunSpec,
+    state: TrainState,
+    x: Any,
+    y: Any,
+    keys: jax.Array,
+    aims: jax.Array | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> StepMetrics:
     """Returns test loss and metrics of K batches, each array with an axis K, with running statistics.
 
     Each goes through the test codec by itself. Arguments are as of `fused_step`, but that all clients have one part.
+
+    Args:
+      aims: where there is a budget for the cut, what each batch's features are aimed at, float32 (K,).
     """
 
-    def before(params, stats, x, key):
-        return cross_in_test(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key)
+    def before(params, stats, x, key, bits):
+        return cross_in_test(spec.test_codec, spec.client(params, stats, x, train=False, key=None)[0], key, bits)
 
     def serve(params, stats, h):
         return jax.vmap(lambda h: spec.server(params, stats, h, train=False, key=None)[0])(h)
@@ -336,7 +346,7 @@ def evaluate(
         return spec.tail(params, stats, h, train=False, key=None)[0]
 
     client, server = state.client[:2], state.server[:2]
-    h = shards.by_client(mesh, before, client, (x, keys))
+    h = shards.by_client(mesh, before, client, (x, keys, aims))
     outputs = shards.with_gathered(mesh, serve, server, shards.spread_batch(mesh, h))
     if spec.u_shaped:
         outputs = shards.by_client(mesh, behind, client, (outputs, keys))

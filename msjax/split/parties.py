@@ -148,15 +148,16 @@ class Client:
         reference = self.memory.reference if self.memory else ()
         return vector_payload(programs.to_vector((self.state, reference)))
 
-    def adopt(self, payload: Payload, at: int) -> None:
-        """Goes on with the part of another client, as it is before step `at`."""
+    def adopt(self, payload: Payload, at: int, *, new_turn: bool = True) -> None:
+        """Goes on with the part of another client, as it is before step `at`; of a new turn with a new budget, too."""
         fresh = self.spec.mode.client_memory(self.spec, self.state)
         reference = fresh.reference if fresh else ()
         state, reference = programs.from_vector(payload_vector(payload), (self.state, reference))
         self.state = with_update_count(state, at)
         self.memory = fresh._replace(reference=reference) if fresh else ()
-        self.up_bits = budget.first_up_bits(self.spec)
-        self.bytes_per_second = budget.first_bytes_per_second(self.spec)
+        if new_turn:
+            self.up_bits = budget.first_up_bits(self.spec)
+            self.bytes_per_second = budget.first_bytes_per_second(self.spec)
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""
@@ -192,7 +193,7 @@ class Client:
                     h = programs.client_test_features(spec, self.state, inputs)
                     payload = spec.up(exchange).encode_numpy(jax.tree.leaves(h))
                 else:
-                    payload = programs.client_test_payload(spec, self.state, inputs, self.key(exchange))
+                    payload = programs.client_test_payload(spec, self.state, inputs, self.key(exchange), self.up_bits)
                 return Message(payload, labels if spec.sends_labels else None)
             case Phase.RESULT:
                 tested, self._tested = self._tested, []

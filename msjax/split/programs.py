@@ -46,10 +46,16 @@ def preprocess(spec: RunSpec, inputs: Any, key: jax.Array) -> Any:
 
 
 @_jit
-def client_test_payload(spec: RunSpec, client: Any, inputs: Any, key: jax.Array) -> Any:
-    """Returns the payload of a client's features of a test batch, from inputs as the data set stores them."""
+def client_test_payload(
+    spec: RunSpec, client: Any, inputs: Any, key: jax.Array, up_bits: jax.Array | None = None
+) -> Any:
+    """Returns the payload of a client's features of a test batch, from inputs as the data set stores them.
+
+    Args:
+      up_bits: where there is a budget for the cut, what the client aimed its last training features at.
+    """
     h = step.client_test_features(spec, client, spec.preprocess(inputs))
-    return spec.test_payload(jax.tree.leaves(inputs)[0].shape[0]).encode(h, key)
+    return spec.test_payload(jax.tree.leaves(inputs)[0].shape[0]).encode(h, key, up_bits)
 
 
 @_jit

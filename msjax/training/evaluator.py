@@ -54,6 +54,6 @@ class Evaluator:
             calls = [samples for _, _, samples in groups]
             batches = batches_on_device(self._run.dataset.test, resident, calls, **reading)
             for (number, which, _), batch in zip(groups, batches, strict=True):
-                args = (*batch, testing[which], jax.random.fold_in(key, number))
+                args = (*batch, testing[which], jax.random.fold_in(key, number), np.int32(which))
                 sums = program.eval_rounds(spec, mesh, state, sums, *args, **options)
         return jax.device_get(sums).means(spec.task)

@@ -273,6 +273,7 @@ def eval_rounds(
     order: Any,
     clients: Any,
     key: jax.Array,
+    places: Any,
     *,
     shard_server: bool = False,
 ) -> MetricSums:
@@ -280,17 +281,21 @@ def eval_rounds(
 
     Each (B,) of `order` is one batch: it goes through the codec by itself, as a client's batch does. Where clients have
     parts of their own, they have just been averaged.
+
+    Args:
+      places: int32 (K,), the place of each of these clients among those that the state has.
     """
     mesh, over = (None, mesh) if shard_server else (mesh, None)
+    aims = None if spec.cut_bits is None else state.up_bits[places]
 
-    def run(state, sums, inputs, labels, order, clients, key):
+    def run(state, sums, inputs, labels, order, clients, key, aims):
         state = spec.mode.gather(spec, state)
 
         def one_round(carry, batch):
             sums, round_ = carry
             x, y = take(inputs, labels, order, batch)
             keys = client_keys(key, round_, clients)
-            found = fused.evaluate(spec, state, jax.vmap(spec.preprocess)(x), y, keys, mesh=over)
+            found = fused.evaluate(spec, state, jax.vmap(spec.preprocess)(x), y, keys, aims, mesh=over)
             loss, totals = found.loss.mean(), add_up(found.sums)
             if mesh:
                 loss, totals = jax.lax.pmean(loss, AXIS), jax.lax.psum(totals, AXIS)
@@ -299,8 +304,8 @@ def eval_rounds(
 
         return shards.everywhere(over, _repeat(one_round, (sums, jnp.int32(0)), inputs, labels, order)[0][0])
 
-    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec())
-    return spread(state, sums, inputs, labels, order, clients, key)
+    spread = _spread(_state_specs(spec, state), run, mesh, PartitionSpec(), (PartitionSpec(AXIS),))
+    return spread(state, sums, inputs, labels, order, clients, key, aims)
 
 
 def take(inputs: Any, labels: Any, order: Any, batch: Any) -> tuple[Any, Any]:
@@ -334,11 +339,11 @@ def _state_specs(spec, state):
     return TrainState(client, everywhere, everywhere, memory, up_bits)
 
 
-def _spread(state_specs, run, mesh, out_specs):
-    """`run` with the arguments of `train_steps` on one device, or spread over the mesh."""
+def _spread(state_specs, run, mesh, out_specs, more_specs=()):
+    """`run` with the arguments of `train_steps`, and more, on one device, or spread over the mesh."""
     everywhere, by_client = PartitionSpec(), PartitionSpec(AXIS)
     in_specs = (state_specs, everywhere, by_client, by_client, PartitionSpec(None, AXIS), by_client, everywhere)
-    return _shard(run, mesh, in_specs, out_specs)
+    return _shard(run, mesh, (*in_specs, *more_specs), out_specs)
 
 
 def _shard(run, mesh, in_specs, out_specs):

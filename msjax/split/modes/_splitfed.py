@@ -141,7 +141,8 @@ class SplitFed(AveragingMode):
     def client_receive(self, client, exchange, payload):
         if self.hands_parts_on(client.schedule):
             if payload is not None:
-                client.adopt(payload, exchange.step + (exchange.phase == Phase.AVERAGE))
+                ended = exchange.phase == Phase.AVERAGE
+                client.adopt(payload, exchange.step + ended, new_turn=not ended)
             return
         if client.spec.compresses_updates:
             client.state, client.memory = programs.decode_part(client.spec, payload, client.state, client.memory)
