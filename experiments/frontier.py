@@ -7,9 +7,10 @@ C3-SL sends the same sums down, SplitFC quantizes the gradient of all columns (i
 TAH-Quant both alike; FedLite and top-k leave the gradient as it is. Bytes are those of messages. `EntropyMask` is
 always entropy-coded; of the others the payload's bytes are counted in training, and times what `msjax.wire` makes of
 them without loss, as measured on one client's batch behind the trained network ("coded": features and their gradients,
-of a pass without a codec). "Of everything" is with labels and with what keeps the clients' parts equal, which nobody
-compresses here. How the others deviate from their sources is said in `experiments/rivals`; nothing of them was tuned,
-and one seed tells no less than a point. Untrained, at many more rates: `experiments.frontier_untrained`.
+of a pass without a codec); where a row has none of these, its bytes are those of payloads. "Of everything" is with
+labels and with what keeps the clients' parts equal, which nobody compresses here. How the others deviate from their
+sources is said in `experiments/rivals`; nothing of them was tuned, and one seed tells no less than a point. Untrained,
+at many more rates: `experiments.frontier_untrained`.
 """
 
 import dataclasses

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 
+import numpy as np
+
 from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
@@ -87,5 +89,7 @@ def _print_result(said, run, state, mesh):
     result = evaluator.Evaluator(run, mesh)(state)
     dense = all(isinstance(codec, Identity) for codec in run.spec.test_codec.all)
     how = "no compression" if dense else str(run.spec.test_codec)
+    if state.up_bits is not None and not dense:
+        how += f", aimed at {np.mean(state.up_bits):.2f} bits by the budget"
     print(to_json({**said, "step": int(state.step), "features": how, **result}, indent=2))
     return 0

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from msjax import build, config, models
+from msjax.compress import Identity
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -175,11 +176,14 @@ class LinkWatch:
         self._slow_steps = self._slow_steps + 1 if seconds > spec.cut_seconds else 0
         if self._slow_steps < self.STEPS:
             return None
+        others, schedule = budget.synchronization_bytes(spec), spec.schedule
+        may = schedule.mode.one_at_a_time or not schedule.mode.hands_parts_on(schedule)
+        compress = ", or give an update_codec" if others and may and spec.update_codec == Identity() else ""
         return (
             f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
             f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
-            f"{budget.synchronization_bytes(spec) / float(bytes_per_second):.2g} s of it for averages. Latency counts. "
-            "Take a longer time, a smaller cut_bits or smaller batches, or compress averages (update_codec)"
+            f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. Latency counts. "
+            f"Take a longer time, a smaller cut_bits or smaller batches{compress}"
         )
 
 

@@ -34,11 +34,16 @@ LINK_GAIN = 0.5
 """Part of what a measured speed is off by, as a ratio, by which a client moves what it takes for its link's."""
 
 
-def first_up_bits(spec: RunSpec) -> jax.Array | None:
-    """Returns the bits, float32 (), that a client aims its features of the first step at; None without a budget."""
+def first_up_bits(spec: RunSpec, bytes_per_second: np.float32 | None = None) -> jax.Array | None:
+    """Returns the bits, float32 (), that a client aims its features of the first step at; None without a budget.
+
+    Args:
+      bytes_per_second: of its link, 0 for what is not known; None for what links are taken to have at first.
+    """
     if spec.cut_bits is None:
         return None
-    return jnp.float32(FIRST * float(budget_bits(spec, first_bytes_per_second(spec))))
+    speed = first_bytes_per_second(spec) if bytes_per_second is None else bytes_per_second
+    return jnp.float32(FIRST * float(budget_bits(spec, speed)))
 
 
 def next_up_bits(

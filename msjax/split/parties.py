@@ -149,15 +149,15 @@ class Client:
         return vector_payload(programs.to_vector((self.state, reference)))
 
     def adopt(self, payload: Payload, at: int, *, new_turn: bool = True) -> None:
-        """Goes on with the part of another client, as it is before step `at`; of a new turn with a new budget, too."""
+        """Goes on with the part of another client, as it is before step `at`; in a new turn its aim begins anew."""
         fresh = self.spec.mode.client_memory(self.spec, self.state)
         reference = fresh.reference if fresh else ()
         state, reference = programs.from_vector(payload_vector(payload), (self.state, reference))
         self.state = with_update_count(state, at)
         self.memory = fresh._replace(reference=reference) if fresh else ()
         if new_turn:
-            self.up_bits = budget.first_up_bits(self.spec)
-            self.bytes_per_second = budget.first_bytes_per_second(self.spec)
+            # Its link is its own, whosever part it goes on with.
+            self.up_bits = budget.first_up_bits(self.spec, self.bytes_per_second)
 
     def update(self, update: PartUpdate) -> None:
         """Takes the optimizer's step on its part."""

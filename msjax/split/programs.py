@@ -52,7 +52,7 @@ def client_test_payload(
     """Returns the payload of a client's features of a test batch, from inputs as the data set stores them.
 
     Args:
-      up_bits: where there is a budget for the cut, what the client aimed its last training features at.
+      up_bits: where there is a budget for the cut, what the client aims its features at; see `budget`.
     """
     h = step.client_test_features(spec, client, spec.preprocess(inputs))
     return spec.test_payload(jax.tree.leaves(inputs)[0].shape[0]).encode(h, key, up_bits)

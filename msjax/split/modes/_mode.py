@@ -80,8 +80,8 @@ class Mode:
         return self.one_at_a_time and schedule.clients > 1
 
     def turn_starts(self, schedule: Schedule, step: Any) -> Any:
-        """Returns whether a client begins its turn with a step, which may be traced, where it hands parts on."""
-        raise NotImplementedError
+        """Returns whether a client begins its turn with a step, which may be traced; only where it hands parts on."""
+        return False
 
     # -- What the parties do with exchanges of this mode's own. -----------------------------------------------------
 
