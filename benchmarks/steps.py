@@ -28,9 +28,10 @@ from msjax.training.devices import make_mesh, replicate, split_cpu
 NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
 """Number of classes and side of an image; ResNet34's side is an option."""
 CUTS = ("shallow", "medium", "deep")
+NONE = compress.Identity()
 CODECS = {
-    "identity": (compress.Identity(), compress.Identity()),
-    "ms": (compress.MaskEncoded(), compress.Identity()),
+    "identity": (NONE, NONE),
+    "ms": (compress.MaskEncoded(), NONE),
     "entropy_mask": (
         compress.EntropyMask(bits=1.6),
         compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic"),
@@ -90,7 +91,7 @@ def beside_torch(width: float, options) -> dict:
 
     from benchmarks import torch_resnet
 
-    call, compile_seconds = make_step("resnet18", 10, 32, "medium", compress.Identity(), width, options)
+    call, compile_seconds = make_step("resnet18", 10, 32, "medium", NONE, width, options)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     network = torch_resnet.resnet18(10, width=width).to(device)
     ours = models.build("resnet18", input_shape=(32, 32, 3), num_classes=10, width=width)
@@ -117,9 +118,7 @@ def beside_torch(width: float, options) -> dict:
     }
 
 
-def make_step(
-    name, classes, side, cut, codec, width, options, *, grad_codec=CODECS["identity"][1], dtype="float32", steps=1
-):
+def make_step(name, classes, side, cut, codec, width, options, *, grad_codec=NONE, dtype="float32", steps=1):
     """(a call that runs the next `steps` steps, seconds to compile it)."""
     per_client = options.batch // options.clients
     inputs = TreeSpec.of(jax.ShapeDtypeStruct((side, side, 3), np.uint8))

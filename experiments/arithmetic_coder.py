@@ -11,7 +11,6 @@ in their places. Needs the extra `bench`. Writes a record.
 """
 
 import importlib.metadata
-import pathlib
 import sys
 import time
 
@@ -22,9 +21,8 @@ import numpy as np
 from benchmarks import timing
 from experiments import contexts
 from msjax import compress, wire
-from msjax.compress import _contexts, _deflate
+from msjax.compress import _contexts
 
-ROOT = pathlib.Path(__file__).parent
 TABLE_BITS = 12
 NOISY = compress.EntropyMask(error=1.0, levels=7, signed=True, rounding="stochastic")
 
@@ -82,10 +80,10 @@ def measure(h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
     key = jax.random.key(0) if codec.needs_key else None
     payload = jax.device_get(jax.jit(codec.encode)(jnp.asarray(h), key))
     raw, grid = payload.codes, _contexts.grid_of(codec, h)
-    classes = [raw] if grid is None else streams_of(raw, grid)
+    classes = streams_of(raw, grid)
     coded = _contexts.coded(raw, grid)
     found = {
-        "wire": min(len(coded), len(_deflate.huffman(raw)), len(_deflate.runs(raw)), raw.size),
+        "wire": min(len(coded), contexts.today(raw)),
         "one table": nbytes([raw]),
         "a table a class": nbytes(classes),
     }
@@ -96,7 +94,7 @@ def measure(h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
         "wire, back": lambda: _contexts.decoded(memoryview(coded), raw.size, grid),
         "one table": lambda: Stream(raw).encode(),
         "one table, back": lambda: whole.decode(words),
-        "a table a class": lambda: [Stream(one).encode() for one in ([raw] if grid is None else streams_of(raw, grid))],
+        "a table a class": lambda: [Stream(one).encode() for one in streams_of(raw, grid)],
         "a table a class, back": lambda: [s.decode(w) for s, w in zip(each, words_of_each, strict=True)],
     }
     seconds = timing.interleaved(calls, repeats=repeats)
@@ -105,8 +103,10 @@ def measure(h: np.ndarray, codec: compress.Codec, repeats: int) -> dict:
     return {"bytes": found, "message_bytes": len(message), "values": h.size, "values_a_second": speeds}
 
 
-def streams_of(raw: np.ndarray, grid: _contexts.Grid) -> list[np.ndarray]:
-    """Returns the bytes of each of the wire's classes that has any."""
+def streams_of(raw: np.ndarray, grid: _contexts.Grid | None) -> list[np.ndarray]:
+    """Returns the bytes of each of the wire's classes that has any; without a grid there is one class."""
+    if grid is None:
+        return [raw]
     thresholds = tuple(map(int, _contexts.thresholds_of(np.float32(grid.mean_size(_contexts.histogram(raw))))))
     return [stream for stream in _contexts._split(raw, thresholds, grid) if stream.size]
 
@@ -132,10 +132,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = timing.parser(__doc__)
-    parser.set_defaults(out=ROOT / "results" / "arithmetic_coder", repeats=5)
-    parser.add_argument("--weights", required=True, help="the safetensors file of ResNet20")
-    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    parser = contexts.parser_of(__doc__, "arithmetic_coder")
     parser.add_argument("--samples", type=int, default=25)
     options = parser.parse_args()
     start, rows = time.monotonic(), []

@@ -59,19 +59,17 @@ def arms(base, cuts, seeds):
 
 def report(scale, records):
     groups = study.by_arm(records)
-    plain = {r["config"]["seed"]: r["test"]["top1_percent"] for r in study.at_cut(groups, "none", study.PLAIN_CUT)}
+    plain = study.at_cut(groups, "none", study.PLAIN_CUT)
     rows = []
     for cut in study.CUTS:
         for arm in ARMS:
             if not (found := groups.get(f"{arm}, {cut}")):
                 continue
-            accuracy = [r["test"]["top1_percent"] for r in found]
             megabytes = statistics.mean(cut_bytes(r["traffic"]) for r in found) / 1e6
             factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
-            seeds = [r["config"]["seed"] for r in found]
-            lost = [plain[seed] - top1 for seed, top1 in zip(seeds, accuracy, strict=True) if seed in plain]
-            cells = [cut, arm, str(len(found)), study.mean_and_deviation(accuracy), f"{megabytes:,.0f}"]
-            rows.append([*cells, *(f"{factor:.2f}×" for factor in factors), study.mean_and_deviation(lost)])
+            cells = [cut, arm, str(len(found)), study.top1(found), f"{megabytes:,.0f}"]
+            below = study.mean_and_deviation(study.lost(plain, found))
+            rows.append([*cells, *(f"{factor:.2f}×" for factor in factors), below])
     names = "cut/compressed/seeds/test top-1, %/features and gradients, MB/saved/saved of everything/below “none”"
     text = timing.table(names.split("/"), rows) + "\n\n![Accuracy against bytes](both_directions.png)\n"
     return study.Page(text, {"both_directions": plot(groups)})

@@ -17,6 +17,7 @@ last are best or near it. Estimates are within 3.1 %. Encoding, with its trial, 
 Huffman's code alone.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -140,11 +141,17 @@ def table(rows: list[dict]) -> str:
     return timing.table(header, lines)
 
 
-def main() -> int:
-    parser = timing.parser(__doc__)
-    parser.set_defaults(out=ROOT / "results" / "contexts", repeats=5)
+def parser_of(description: str, name: str) -> argparse.ArgumentParser:
+    """Returns the parser of a study of these maps, whose record has this name."""
+    parser = timing.parser(description)
+    parser.set_defaults(out=ROOT / "results" / name, repeats=5)
     parser.add_argument("--weights", required=True, help="the safetensors file of ResNet20")
     parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
+    return parser
+
+
+def main() -> int:
+    parser = parser_of(__doc__, "contexts")
     parser.add_argument("--samples", type=int, nargs="+", default=[25, 250])
     options = parser.parse_args()
     file = options.out.with_suffix(".json")

@@ -109,17 +109,16 @@ def report(scale, records, figure="everything"):
     for cut in study.CUTS:
         for mode in ("", "SplitFed"):
             plain = study.at_cut(groups, study.label(mode, "none"), cut)
-            accuracies = {one["config"]["seed"]: one["test"]["top1_percent"] for one in plain}
             for name in ARMS:
                 found = study.at_cut(groups, study.label(mode, name), cut)
                 # What nothing was compressed of is the same at every cut, but for its bytes.
                 if not found or (name == "none" and cut != study.PLAIN_CUT):
                     continue
-                pairs = [(accuracies.get(r["config"]["seed"]), r["test"]["top1_percent"]) for r in found]
-                lost = [before - after for before, after in pairs if before is not None]
                 factors = [statistics.mean(study.saved(r, everything=e) for r in found) for e in (False, True)]
                 cells = [cut, study.label(mode, name), str(len(found)), study.top1(found)]
-                rows.append([*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(lost)])
+                rows.append(
+                    [*cells, *(f"{f:.2f}×" for f in factors), study.mean_and_deviation(study.lost(plain, found))]
+                )
     names = "cut/compressed/seeds/test top-1, %/saved of features and gradients/saved of everything/below “none”"
     text = timing.table(names.split("/"), rows) + f"\n\n![Accuracy against bytes of everything]({figure}.png)\n"
     return study.Page(text, {figure: plot(groups)})

@@ -49,15 +49,13 @@ def report(scale, records):
     groups, rows = study.by_arm(records), []
     for setting in settings(scale):
         plain = groups.get(study.label(setting, "float32"), [])
-        of_seed = {one["config"]["seed"]: one["test"]["top1_percent"] for one in plain}
         for name in ARMS:
             found = groups.get(study.label(setting, name), [])
             if not found:
                 continue
-            pairs = [(of_seed.get(one["config"]["seed"]), one["test"]["top1_percent"]) for one in found]
-            lost = [before - after for before, after in pairs if before is not None]
             share = statistics.mean(100 * parts_bytes(one["traffic"]) / total_bytes(one["traffic"]) for one in found)
-            cells = [setting, name, str(len(found)), study.top1(found), study.mean_and_deviation(lost)]
+            below = study.mean_and_deviation(study.lost(plain, found))
+            cells = [setting, name, str(len(found)), study.top1(found), below]
             rows.append([*cells, f"{parts_bytes(found[0]['traffic']) / 1e6:,.1f}", f"{share:.0f} %"])
     header = ["network", "parts as", "seeds", "test top-1, %", "below float32", "parts, MB", "of everything"]
     return study.Page(timing.table(header, rows) + "\n", {})

@@ -215,6 +215,13 @@ def counts(groups: Iterable[list[Record]]) -> str:
     return "/".join(sorted({str(len(found)) for found in groups}))
 
 
+def lost(plain: list[Record], found: list[Record]) -> list[float]:
+    """By how many points of test accuracy each record is below that of the same seed in `plain`, where there is one."""
+    before = {one["config"]["seed"]: one["test"]["top1_percent"] for one in plain}
+    pairs = [(before.get(one["config"]["seed"]), one["test"]["top1_percent"]) for one in found]
+    return [reached - top1 for reached, top1 in pairs if reached is not None]
+
+
 def saved(record: Record, *, everything: bool = False) -> float:
     """By which factor less crossed the cut than without compression; or less was sent in all."""
     plain, crossed = 2 * record["uncompressed_feature_bytes"], cut_bytes(record["traffic"])

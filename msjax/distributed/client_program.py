@@ -176,9 +176,9 @@ class LinkWatch:
         self._slow_steps = self._slow_steps + 1 if seconds > spec.cut_seconds else 0
         if self._slow_steps < self.STEPS:
             return None
-        others, schedule = budget.synchronization_bytes(spec), spec.schedule
-        may = schedule.mode.one_at_a_time or not schedule.mode.hands_parts_on(schedule)
-        compress = ", or give an update_codec" if others and may and spec.update_codec == Identity() else ""
+        others = budget.synchronization_bytes(spec)
+        helps = others and spec.update_codec == Identity() and spec.mode.takes_update_codec(spec.schedule)
+        compress = ", or give an update_codec" if helps else ""
         return (
             f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
             f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "

@@ -86,12 +86,10 @@ def cross_in_test(codecs: Codecs, h: Any, key: jax.Array, bits: jax.Array | None
     Args:
       bits: as of `cross_cut`.
     """
-
-    def through(place, codec, leaf):
-        payload = encode_at_bits(codec, leaf, leaf_key(key, place), bits)
-        return codec.decode(payload, leaf)
-
     leaves, structure = jax.tree.flatten(h)
     of_leaf = zip(codecs.for_tree(TreeSpec.of(h)), leaves, strict=True)
-    through = [through(place, codec, leaf) for place, (codec, leaf) in enumerate(of_leaf)]
+    through = []
+    for place, (codec, leaf) in enumerate(of_leaf):
+        payload = encode_at_bits(codec, leaf, leaf_key(key, place), bits)
+        through.append(codec.decode(payload, leaf))
     return jax.tree.unflatten(structure, through)

@@ -169,8 +169,7 @@ def _check_update_codec(codec, schedule):
         codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
-    if schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time:
-        # Errors and what changes are counted from would have to be kept for clients that may never come again.
+    if not schedule.mode.takes_update_codec(schedule):
         raise ValueError(f"update_codec must be Identity() with a client_fraction below 1, got {codec}")
     if schedule.mode.one_at_a_time and not isinstance(codec, Cast):
         rule = "Identity() or a Cast in sequential mode, which hands on weights and averages nothing"

@@ -79,6 +79,14 @@ class Mode:
         """Whether others take part from step to step, and go on with the part that the server has of those before."""
         return self.one_at_a_time and schedule.clients > 1
 
+    def takes_update_codec(self, schedule: Schedule) -> bool:
+        """Whether what keeps the clients equal may be compressed.
+
+        Where others take part from round to round it may not: errors, and what changes are counted from, would have to
+        be kept for clients that may never come again.
+        """
+        return self.one_at_a_time or not self.hands_parts_on(schedule)
+
     def turn_starts(self, schedule: Schedule, step: Any) -> Any:
         """Returns whether a client begins its turn with a step, which may be traced; only where it hands parts on."""
         return False
