@@ -15,6 +15,7 @@ from msjax.distributed.rpc import admission
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of
 from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.event_loop import run
 from msjax.distributed.rpc.security import TlsFiles, Tokens
 from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.server_program import check_serve
@@ -108,15 +109,47 @@ def listening(tls, **options):
         endpoint.close()
 
 
-def answer_to(address, client, tls, token=None):
+def answer_to(address, client, tls, token=None, wait=20):
     connection = Connection(address, tls, token)
     try:
         connection.send(pb.FromClient(hello=pb.Hello(protocol=4, client=client)))
-        return connection.receive(0.5)
+        return connection.receive(wait)
     except ConnectionLost as lost:
         return lost
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "reason"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, "no such token", "no such token"),
+        (grpc.StatusCode.OK, "", "closed the stream"),
+    ],
+)
+def test_a_server_that_ends_the_stream_while_a_client_writes_is_understood(code, said, reason):
+    async def end(_, context):
+        context.set_code(code)
+        context.set_details(said)
+
+    async def start():
+        server = grpc.aio.server()
+        name = pb.DESCRIPTOR.services_by_name["Split"].full_name
+        server.add_registered_method_handlers(name, {"Train": grpc.stream_stream_rpc_method_handler(end)})
+        port = server.add_insecure_port("localhost:0")
+        await server.start()
+        return server, f"localhost:{port}"
+
+    server, address = run(start())
+    for _ in range(30):  # half of them would meet the race
+        connection = Connection(address, TlsFiles(), None)
+        for _ in range(3):
+            connection.send(pb.FromClient(hello=pb.Hello(protocol=4, client=0)))
+        with pytest.raises(ConnectionLost) as lost:
+            connection.receive(20)
+        connection.close()
+        assert reason in str(lost.value) and lost.value.final == (code is not grpc.StatusCode.OK)
+    run(server.stop(None))
 
 
 def test_a_client_cannot_use_anothers_certificate(path, tmp_path):
@@ -124,7 +157,8 @@ def test_a_client_cannot_use_anothers_certificate(path, tmp_path):
     first, third = authority.issue("client-0"), authority.issue("client-2")
     certificates = Certificates(str(path / "names"))
     with listening(authority.issue("localhost"), tokens=Tokens(None), certificates=certificates) as (address, metrics):
-        assert "no answer within" in str(answer_to(address, 0, first))  # it is let in; no coordinator is there
+        let_in = answer_to(address, 0, first, wait=0.5)  # where no coordinator is
+        assert "no answer within" in str(let_in)
         lost = answer_to(address, 1, first)
         assert str(lost) == "this certificate, of client-0, is not client 1's" and lost.final
         lost = answer_to(address, 0, third)

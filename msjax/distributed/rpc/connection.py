@@ -28,6 +28,8 @@ _FINAL = (
 _TOO_LARGE = "larger than max"
 """What gRPC says of a frame above a limit."""
 
+_CLOSED = "the server closed the stream"
+
 
 class Connection:
     """One stream to the server; a `Channel`.
@@ -50,6 +52,7 @@ class Connection:
         # As bytes: what is longer than a frame is no message by itself.
         service = pb.DESCRIPTOR.services_by_name["Split"].full_name
         self._stream = self._channel.stream_stream(f"/{service}/Train")(metadata=self._metadata)
+        self._ending = Ending(self._stream)
         self._tasks = [asyncio.create_task(it) for it in (self._read(), self._write())]
 
     async def _read(self):
@@ -59,10 +62,11 @@ class Connection:
                 heard = True
                 if (message := joiner.add(frame)) is not None:
                     self._put(message)
-            self._put(ConnectionLost("the server closed the stream"))
+            self._put(ConnectionLost(_CLOSED))
         except FrameError as error:
             self._put(ConnectionLost(f"{self._address}: {error}", final=True))
         except grpc.RpcError as error:
+            error = await self._ending.of_server(error)
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or _TOO_LARGE in (error.details() or "")
             reason, unavailable = reason_of(error), error.code() is grpc.StatusCode.UNAVAILABLE
@@ -110,6 +114,45 @@ class Connection:
         run(self._close())
 
 
+class Ending:
+    """Why a stream ended, in the words of its server.
+
+    Where a client writes while the server ends the stream, grpc.aio puts an error of its own in place of the server's,
+    before or after that has come (https://github.com/grpc/grpc/issues/36066). A refusal would look like a lost link.
+    """
+
+    _LOCAL = "Internal error from Core"
+
+    def __init__(self, stream: Any):
+        self._of_server: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+        stream.add_done_callback(self._note)  # called for each status, also for one that another replaces
+
+    def _note(self, stream):
+        # A task would come too late. A stream that has ended knows these without waiting.
+        status = [_result_now(it) for it in (stream.code(), stream.details())]
+        if None not in status and status[1] != self._LOCAL and not self._of_server.done():
+            code, details = status
+            self._of_server.set_result(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details))
+
+    async def of_server(self, error: grpc.aio.AioRpcError, timeout: float = 1.0) -> grpc.aio.AioRpcError:
+        """Returns the server's error in place of `error`; `error` itself where none comes within `timeout` seconds."""
+        if error.details() != self._LOCAL:
+            return error
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self._of_server), timeout)
+        return error
+
+
+def _result_now(coroutine):
+    """Returns what a coroutine returns if it need not wait, else None."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    coroutine.close()
+    return None
+
+
 def metadata_of(token: str | None) -> list[tuple[str, str]] | None:
     """Returns what a call brings to show its token; raises ValueError for a token that gRPC does not carry."""
     if not token:
@@ -120,6 +163,8 @@ def metadata_of(token: str | None) -> list[tuple[str, str]] | None:
 
 def reason_of(error: grpc.RpcError) -> str:
     """Returns why a call failed, without what gRPC says of its own workings."""
+    if error.code() is grpc.StatusCode.OK:
+        return _CLOSED
     details = error.details() or str(error.code())
     return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
 
