@@ -6,15 +6,13 @@ estimated from the histogram of each, as `_class_bytes` does inside `jit`.
 
 import numpy as np
 
-from msjax.compress import _contexts, _deflate
+from msjax.compress import _contexts, _deflate, _huffman
 
 ALWAYS_WHOLE = 1 << 16
 """Bytes up to which all codings are made as quickly as estimates of them."""
 _SAMPLE = 1 << 14
 _PIECES, _PIECE_BYTES = 32, 509  # prime, so that pieces meet all columns of an array
 _PIXELS = 64
-_CODE_BITS, _SYMBOL_BITS = 68, 3.3  # that describe a Huffman code, see `_huffman.description_bits`
-_REDUNDANCY = 0.03  # bits a symbol by which Huffman's code is above the entropy, no symbol being more than half
 _RUNS_FACTOR = 1.45  # of flags coded by runs, against their entropy
 
 
@@ -44,7 +42,7 @@ def costs(raw: np.ndarray, grid: _contexts.Grid | None) -> dict[str, float]:
 
 def _scaled_bytes(coded, counts, scale):
     """Bytes of a stream of which `coded` is that of a sample, with these counts of its bytes."""
-    described = (_CODE_BITS + _SYMBOL_BITS * np.count_nonzero(counts)) / 8
+    described = (_huffman.CODE_BITS + _huffman.SYMBOL_BITS * np.count_nonzero(counts)) / 8
     blocks = max(1.0, counts.sum() * scale / _deflate.BLOCK)
     return scale * max(1.0, len(coded) - described) + blocks * described
 
@@ -76,7 +74,10 @@ def _coded_bytes(counts, commonest, scale):
     sparse = 2 * most > total
     coded = np.where(sparse[:, None] & (np.arange(256) == commonest)[None], 0, counts)
     bits = _huffman_bits(coded, scale)
-    flags = _flag_bits(1 - most[sparse] / total[sparse], total[sparse] * scale / 8)
+    other, groups = 1 - most[sparse] / total[sparse], total[sparse] * scale / 8
+    in_runs = _RUNS_FACTOR * 8 * _huffman.binary_entropy(other, np)
+    flags = groups * np.minimum(_huffman.flag_code_bits(other, np), in_runs)
+    flags += _huffman.flag_description_bits(other, groups, np)
     return float(bits.sum() + flags.sum()) / 8
 
 
@@ -87,30 +88,7 @@ def _huffman_bits(counts, scale):
     unseen = (1 - 1 / scale) * once * np.maximum(once - 1, 0) / (2 * (twice + 1))
     total, used = counts.sum(1), np.minimum(np.count_nonzero(counts, axis=1) + unseen, 256)
     # A sample's own code is better for it than for the rest: by half of log2(e) bits a symbol (Miller & Madow, 1955).
-    bits = scale * _entropy_bits(counts) + (scale - 1) / (2 * np.log(2)) * np.maximum(used - 1, 0)
+    bits = scale * _huffman.entropy_bits(counts, np) + (scale - 1) / (2 * np.log(2)) * np.maximum(used - 1, 0)
     blocks = np.ceil(total * scale / _deflate.BLOCK)
-    return bits + _REDUNDANCY * scale * total + blocks * (_CODE_BITS + _SYMBOL_BITS * used)
-
-
-def _flag_bits(other, groups):
-    """Bits of flags, of which a share `other` is set, independent of each other, in so many bytes of eight."""
-    entropy, none = 8 * _binary_entropy(other), (1 - other) ** 8
-    # Where zero is most of these bytes it takes a bit by itself, and less in runs.
-    apart = np.where(none > 0.5, 1 + entropy - _binary_entropy(none), entropy + _REDUNDANCY)
-    number = np.arange(9)[None]
-    ways = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1])[None]
-    shares = other[:, None] ** number * (1 - other[:, None]) ** (8 - number)
-    used = (ways * -np.expm1(-groups[:, None] * shares)).sum(1)
-    described = np.ceil(groups / _deflate.BLOCK) * (_CODE_BITS + _SYMBOL_BITS * used)
-    return groups * np.minimum(apart, _RUNS_FACTOR * entropy) + described
-
-
-def _binary_entropy(share):
-    inside = np.clip(share, 1e-12, 1 - 1e-12)
-    return -inside * np.log2(inside) - (1 - inside) * np.log2(1 - inside)
-
-
-def _entropy_bits(counts):
-    """Bits of all symbols of each row of counts at their entropy."""
-    total = counts.sum(1)
-    return total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(1)
+    longer = _huffman.redundancy(counts.max(axis=1) / np.maximum(total, 1)) * scale * total
+    return bits + longer + blocks * (_huffman.CODE_BITS + _huffman.SYMBOL_BITS * used)

@@ -1,7 +1,7 @@
-"""How many bytes zlib's Huffman coder makes of a buffer, computed inside `jit`.
+"""How many bytes zlib's Huffman coder makes of a buffer, estimated inside `jit`.
 
 `Z_HUFFMAN_ONLY` codes each block of bytes by a Huffman code of its own (RFC 1951), whose length follows from the
-histogram alone: it is the sum of the tree's inner nodes. `Z_RLE` does so with a block of symbols, which are bytes, or
+histogram alone. `Z_RLE` does so with a block of symbols, which are bytes, or
 numbers of repetitions of the byte before.
 """
 
@@ -15,14 +15,17 @@ from jaxtyping import Array, Float32, Int32, UInt8
 
 from msjax.compress._deflate import BLOCK
 
-_BYTE, _NONE = 256, jnp.iinfo(jnp.int32).max
+_BYTE = 256
 _COUNTED_BLOCKS = 2
 """Blocks of a buffer that is counted whole."""
 _PIECE = 509  # prime, so that pieces meet all columns of an array
 _SEGMENTS, _SEGMENT = 256, 512
 _LONGEST = 258
-_FLAGS_SET = np.unpackbits(np.arange(_BYTE, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.float32)
-_LIKELY = 1 << 24  # the weight of a byte of flags that is certain
+_WITH_SO_MANY = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1], np.float32)
+"""Of bytes of eight flags: how many have 0 … 8 of them set."""
+_LARGEST, _PARTS = 8, 8
+CODE_BITS, SYMBOL_BITS = 68, 3.3
+"""That describe a code, and one more symbol of it."""
 _EXTRA_BITS = [0] * 8 + [n // 4 for n in range(4, 24)]
 _LENGTH_CODES = np.repeat(np.arange(28), [1 << bits for bits in _EXTRA_BITS])
 _LENGTH_CODES[-1] = 28
@@ -56,10 +59,9 @@ def coded_bytes(buffer: UInt8[Array, "b"]) -> Float32[Array, ""]:
     return jnp.ceil(jnp.sum(jax.vmap(lambda c: sampled_bits(c, scale))(counts.reshape(blocks, _BYTE))) / 8)
 
 
-def sampled_bits(counts: Int32[Array, "256"], scale: float, code: Any = None) -> Float32[Array, ""]:
-    """Bits of zlib's blocks of bytes of which every scale-th was counted; `code` is `code_bits` of the counts."""
-    code = code_bits(jnp.append(counts, 1)) if code is None else code  # a block ends with a symbol of its own
-    body = code.astype(jnp.float32) * np.float32(scale)
+def sampled_bits(counts: Int32[Array, "256"], scale: float) -> Float32[Array, ""]:
+    """Bits of zlib's blocks of bytes of which every scale-th was counted."""
+    body = code_bits(jnp.append(counts, 1)) * np.float32(scale)  # a block ends with a symbol of its own
     used = jnp.sum(counts > 0).astype(jnp.float32)
     # A sample's own code is better for it than for the rest: by half of log2(e) bits a symbol (Miller & Madow, 1955).
     body += np.float32((scale - 1) / (2 * np.log(2))) * jnp.maximum(used - 1, 0)
@@ -91,9 +93,10 @@ def _run_bits(segments, before, scale, size):
     at = jnp.arange(length, dtype=jnp.int32)[None]
     fresh = values != jnp.concatenate([before[:, None], values[:, :-1]], axis=1)
     # A run that goes on from before its segment is taken to have begun right before it.
-    start = lax.cummax(jnp.where(fresh, at, -1), axis=1)
+    # On a CPU `lax.cummax` takes longer.
+    start = lax.associative_scan(jnp.maximum, jnp.where(fresh, at, -1), axis=1)
     following = jnp.concatenate([jnp.where(fresh, at, length)[:, 1:], jnp.full_like(before[:, None], length)], axis=1)
-    end = lax.cummin(following, axis=1, reverse=True)
+    end = lax.associative_scan(jnp.minimum, following, axis=1, reverse=True)
     place, repeats = at - start - 1, end - start - 1  # place among the repetitions of a byte; −1 for the byte itself
     left = repeats - place // _LONGEST * _LONGEST
     literal = (place < 0) | (left < 3)
@@ -101,67 +104,122 @@ def _run_bits(segments, before, scale, size):
     lengths = jnp.clip(jnp.minimum(left, _LONGEST), 3, _LONGEST) - 3
     symbols = jnp.where(literal, values, _BYTE + 1 + jnp.asarray(_LENGTH_CODES)[lengths])
     counted = (literal | match).reshape(-1).astype(jnp.int32)
-    number = jnp.cumsum(counted, dtype=jnp.int32) - counted
-    block = (number.astype(jnp.float32) * np.float32(scale / BLOCK)).astype(jnp.int32)
-    counts = jnp.zeros((-(-size // BLOCK), _BYTE + 1 + 29), jnp.int32).at[block, symbols.reshape(-1)].add(counted)
+    blocks, kinds = -(-size // BLOCK), _BYTE + 1 + 29
+    block = jnp.int32(0)
+    if blocks > 1:
+        number = jnp.cumsum(counted, dtype=jnp.int32) - counted
+        block = (number.astype(jnp.float32) * np.float32(scale / BLOCK)).astype(jnp.int32)
+    counts = jnp.zeros(blocks * kinds, jnp.int32).at[block * kinds + symbols.reshape(-1)].add(counted)
+    counts = counts.reshape(blocks, kinds)
     extra = jnp.sum(jnp.where(match, 1 + jnp.asarray(_LENGTH_EXTRA)[lengths], 0))  # one bit for the only distance
     bits = jax.vmap(code_bits)(counts.at[:, _BYTE].add(jnp.int32(scale == 1))).sum() + extra
     described = jnp.where(counts.sum(1) > 0, jax.vmap(description_bits)(counts > 0), 0)
-    return bits.astype(jnp.float32) * np.float32(scale) + described.sum()
+    return bits * np.float32(scale) + described.sum()
 
 
 def flagged_bits(counts: Int32[Array, "256"], commonest: Any, scale: float) -> Float32[Array, ""]:
-    """Bits of bytes of which every scale-th was counted, with flags for the commonest where it is more than half.
-
-    Eight flags are a byte of a Huffman code of their own; they are taken to be independent of each other.
-    """
+    """Bits of bytes of which every scale-th was counted, with flags for the commonest where it is more than half."""
     total = jnp.sum(counts)
     other = 1 - counts[commonest].astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
     sparse = other < 0.5
-    weights = other**_FLAGS_SET * (1 - other) ** (8 - _FLAGS_SET)
     groups = total.astype(jnp.float32) * np.float32(scale / 8)
     counts = jnp.where(sparse & (jnp.arange(_BYTE) == commonest), 0, counts)
-    # Both trees in one loop.
-    codes = jax.vmap(code_bits)(jnp.stack([(weights * _LIKELY).astype(jnp.int32), counts]))
-    flags = codes[0].astype(jnp.float32) / _LIKELY * groups
-    flags += jnp.ceil(groups / BLOCK) * description_bits(weights * groups > 0.5)
-    return jnp.where(sparse, flags, 0) + sampled_bits(counts, scale, code=codes[1])
+    flags = groups * flag_code_bits(other, jnp) + flag_description_bits(other, groups, jnp)
+    return jnp.where(sparse, flags, 0) + sampled_bits(counts, scale)
 
 
 def bits_a_byte(sample: UInt8[Array, "n"], *, of: int) -> Float32[Array, ""]:
     """Bits that a byte takes in a buffer of `of` bytes, from a sample of them: in one code, or with flags."""
     counts = histogram(sample.astype(jnp.int32), _BYTE)
-    code = code_bits(counts).astype(jnp.float32) / sample.size + description_bits(counts > 0) / min(of, BLOCK)
+    code = code_bits(counts) / sample.size + description_bits(counts > 0) / min(of, BLOCK)
     commonest = jnp.argmax(counts)
     flagged = flagged_bits(counts, commonest, of / sample.size) / of
     return jnp.where(2 * counts[commonest] > sample.size, jnp.minimum(code, flagged), code)
 
 
 def description_bits(used):
-    """About the bits that describe a code: 17, the code lengths' own lengths, and 3.3 a symbol that is used."""
-    return 68 + 3.3 * jnp.sum(used).astype(jnp.float32)
+    """About the bits that describe a code: 17 and the code lengths' own lengths, and more for a symbol that is used."""
+    return CODE_BITS + SYMBOL_BITS * jnp.sum(used).astype(jnp.float32)
 
 
-def code_bits(counts: Int32[Array, "n"]) -> Int32[Array, ""]:
-    """Bits of the Huffman code of n symbols with these counts: the sum of the inner nodes of its tree.
+def code_bits(counts: Int32[Array, "n"]) -> Float32[Array, ""]:
+    """Bits of the Huffman code of n symbols with these counts, within 1.5 %.
+
+    The tree of the largest ones is made; its other leaves are equal parts of the rest, which are taken to have codes a
+    few hundredths of a bit a symbol longer than their entropy. The tree of all would be a loop over all symbols, which
+    took half of the time of an estimate.
+    """
+    counts = counts.astype(jnp.float32)
+    # Without the barrier XLA sorts all of them on a CPU, in twenty times the time.
+    top = lax.optimization_barrier(lax.top_k(jnp.pad(counts, (0, max(0, _LARGEST - counts.size))), _LARGEST)[0])
+    rest = jnp.maximum(jnp.sum(counts) - jnp.sum(top), 0)
+    parts = jnp.clip(jnp.ceil(rest / jnp.maximum(top[-1], 1)), 1, _PARTS)
+    inside = _times_log(rest, jnp) - rest * jnp.log2(parts)
+    inside -= jnp.sum(_times_log(counts, jnp)) - jnp.sum(_times_log(top, jnp))
+    equal = jnp.where(jnp.arange(_PARTS, dtype=jnp.float32) < parts, rest / parts, 0)
+    return _tree_bits(jnp.concatenate([top, equal])) + jnp.where(inside > 0, inside + redundancy(0.0) * rest, 0)
+
+
+def _tree_bits(weights):
+    """The sum of the inner nodes of the Huffman tree of (n,) weights, of which some may be 0.
 
     Two sorted queues, as in van Leeuwen's algorithm: the leaves, and the nodes in the order in which they are made.
     """
-    n = counts.size
-    leaves = jnp.append(jnp.sort(jnp.where(counts > 0, counts, _NONE)), jnp.full(2, _NONE, jnp.int32))
-    merges = jnp.sum(counts > 0) - 1
+    n = weights.size
+    leaves = jnp.append(jnp.sort(jnp.where(weights > 0, weights, jnp.inf)), jnp.full(2, jnp.inf, jnp.float32))
+    merges = jnp.sum(weights > 0) - 1
 
     def merge(i, state):
         nodes, leaf, node, total = state
-        weight = jnp.int32(0)
+        weight = jnp.float32(0)
         for _ in range(2):
             from_leaves = leaves[leaf] <= nodes[node]
             weight += jnp.where(from_leaves, leaves[leaf], nodes[node])
             leaf, node = leaf + from_leaves.astype(jnp.int32), node + (~from_leaves).astype(jnp.int32)
         going = i < merges
-        nodes = nodes.at[i].set(jnp.where(going, weight, _NONE))
+        nodes = nodes.at[i].set(jnp.where(going, weight, jnp.inf))
         return nodes, leaf, node, total + jnp.where(going, weight, 0)
 
-    zero = counts[0] & 0  # made of data, so that it varies over a mesh as the data does
-    start = (jnp.broadcast_to(zero + _NONE, (n + 2,)), zero, zero, zero)
+    zero = weights[0] * 0  # made of data, so that it varies over a mesh as the data does
+    first = zero.astype(jnp.int32)
+    start = (jnp.broadcast_to(zero + jnp.inf, (n + 2,)), first, first, zero)
     return lax.fori_loop(0, n - 1, merge, start)[3]
+
+
+def entropy_bits(counts: Any, xp: Any) -> Any:
+    """Bits of all symbols of (…, n) counts at their entropy, of NumPy or JAX as `xp` is."""
+    return _times_log(counts.sum(-1), xp) - _times_log(counts, xp).sum(-1)
+
+
+def _times_log(counts, xp):
+    return counts * xp.log2(xp.maximum(counts, 1))
+
+
+def redundancy(most: Any) -> Any:
+    """About the bits a symbol by which Huffman's code is above the entropy, where no symbol's share is above `most`.
+
+    Fitted to codes of features and gradients of a ResNet at 0.3 to 3.2 bits, where `most` is from 0 to 0.4.
+    """
+    return 0.02 + 0.12 * most
+
+
+def flag_code_bits(other: Any, xp: Any) -> Any:
+    """Bits a byte of eight flags in its Huffman code, where a share `other` of flags is set, each independently."""
+    entropy, none = 8 * binary_entropy(other, xp), (1 - other) ** 8
+    # Where zero is two fifths of these bytes or more it takes one bit.
+    rest = 1 + entropy - binary_entropy(none, xp) + redundancy(0.125) * (1 - none)
+    return xp.where(none > 0.4, rest, entropy + redundancy(none))
+
+
+def flag_description_bits(other: Any, groups: Any, xp: Any) -> Any:
+    """Bits that describe the codes of so many bytes of eight flags, of which a share `other` is set."""
+    number = np.arange(9, dtype=np.float32)
+    shares = other[..., None] ** number * (1 - other[..., None]) ** (8 - number)
+    used = (_WITH_SO_MANY * -xp.expm1(-groups[..., None] * shares)).sum(-1)
+    return xp.ceil(groups / BLOCK) * (CODE_BITS + SYMBOL_BITS * used)
+
+
+def binary_entropy(share: Any, xp: Any) -> Any:
+    """Bits of a flag that is set with a probability `share`."""
+    inside = xp.clip(share, 1e-6, 1 - 1e-6)
+    return -inside * xp.log2(inside) - (1 - inside) * xp.log2(1 - inside)
