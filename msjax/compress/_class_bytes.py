@@ -12,7 +12,6 @@ from jaxtyping import Array, Float32, UInt8
 from msjax.compress import _bits, _contexts, _huffman
 
 _SAMPLE, _PIXELS = 1 << 15, 128
-_FLAG_SEGMENTS = 16
 
 
 def shortest_bytes(buffer: UInt8[Array, "b"], grid: _contexts.Grid | None) -> Float32[Array, ""]:
@@ -44,7 +43,7 @@ def _flat_bytes(buffer, counts, scale):
     """Of one class: flags in the order of memory, as they are."""
     commonest = jnp.argmax(counts)
     flags = _bits.pack((buffer != commonest.astype(jnp.uint8)).astype(jnp.uint8), 1)
-    flag_bytes = jnp.minimum(_huffman.coded_bytes(flags), _huffman.run_bytes(flags, segments=_FLAG_SEGMENTS))
+    flag_bytes = jnp.minimum(_huffman.coded_bytes(flags), _huffman.run_bytes(flags))
     others = _huffman.sampled_bits(jnp.where(jnp.arange(256) == commonest, 0, counts), scale) / 8
     with_flags = jnp.ceil(flag_bytes + others)
     return 6 + jnp.where(2 * counts[commonest] > jnp.sum(counts), with_flags, jnp.float32(buffer.size))

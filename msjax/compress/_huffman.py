@@ -19,7 +19,7 @@ _BYTE = 256
 _COUNTED_BLOCKS = 2
 """Blocks of a buffer that is counted whole."""
 _PIECE = 509  # prime, so that pieces meet all columns of an array
-_SEGMENTS, _SEGMENT = 256, 512
+_SEGMENTS, _SEGMENT = 16, 512
 _LONGEST = 258
 _WITH_SO_MANY = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1], np.float32)
 """Of bytes of eight flags: how many have 0 … 8 of them set."""
@@ -69,7 +69,7 @@ def sampled_bits(counts: Int32[Array, "256"], scale: float) -> Float32[Array, ""
     return body + blocks * description_bits(counts > 0)
 
 
-def run_bytes(buffer: UInt8[Array, "b"], *, segments: int = _SEGMENTS) -> Float32[Array, ""]:
+def run_bytes(buffer: UInt8[Array, "b"]) -> Float32[Array, ""]:
     """An estimate of the bytes that `buffer` takes, coded by zlib with `Z_RLE` and memory level 9.
 
     Of long buffers from segments, one at a random place in each of as many equal parts.
@@ -77,12 +77,12 @@ def run_bytes(buffer: UInt8[Array, "b"], *, segments: int = _SEGMENTS) -> Float3
     size = buffer.size
     if not size:
         return jnp.float32(0)
-    if size <= segments * (_SEGMENT + 1):
+    if size <= _SEGMENTS * (_SEGMENT + 1):
         return jnp.ceil(_run_bits(buffer[None], jnp.full(1, -1, jnp.int32), 1, size) / 8)
-    number, room = np.arange(segments), size / segments
+    number, room = np.arange(_SEGMENTS), size / _SEGMENTS
     places = (number * room + number * 0.6180339887 % 1 * (room - _SEGMENT - 1)).astype(int)
     found = buffer[places[:, None] + np.arange(_SEGMENT + 1)[None]]
-    scale = size / (segments * _SEGMENT)
+    scale = size / (_SEGMENTS * _SEGMENT)
     return jnp.ceil(_run_bits(found[:, 1:], found[:, 0].astype(jnp.int32), scale, size) / 8)
 
 

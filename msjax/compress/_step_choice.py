@@ -168,7 +168,9 @@ class _Sample(NamedTuple):
         # As integers, whose order is the same: XLA's CPU takes four to ten times as long to sort floats. −0 becomes 0.
         bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
         values = lax.bitcast_convert_type(jnp.sort(bits), jnp.float32)
-        sums = (jnp.concatenate([terms[:1] * 0, jnp.cumsum(terms)]) for terms in (values, values**2))
+        # On a CPU `jnp.cumsum` takes twice as long.
+        sums = (lax.associative_scan(jnp.add, terms) for terms in (values, values**2))
+        sums = (jnp.concatenate([terms[:1] * 0, terms]) for terms in sums)
         return cls(values, *sums)
 
 
