@@ -96,6 +96,38 @@ def test_seconds_are_those_of_the_slower_of_two_links():
     assert sent.seconds == pytest.approx((sent.up_bytes + sent.down_bytes) / 1e6)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: f"{mode.kind}-{mode.tail_cut}")
+def test_a_budget_is_what_features_and_gradients_take(mode):
+    codecs = {"codec": compress.EntropyMask(bits=2.0), "grad_codec": compress.EntropyMask(error=0.3, signed=True)}
+    cfg = dataclasses.replace(SMALL, mode=mode, **codecs)
+    without, found = planned(cfg), planned(dataclasses.replace(cfg, cut_bits=2.4))
+    assert found.cut_bits == pytest.approx(2.4) and without.cut_bits is None and found.too_slow is None
+    values = found.run.spec.feature_payload(10).float_values * found.run.spec.schedule.samples / 10 / found.epoch_steps
+    if mode.kind == "sequential":
+        values *= cfg.clients
+    sent, before = found.rows[0].sent, without.rows[0].sent
+    assert sent.feature_bytes == pytest.approx(0.6 * 2.4 * values / 8, rel=0.01)
+    if mode.tail_cut is None:  # else the tail's gradients are in it
+        assert sent.gradient_bytes == pytest.approx(0.4 * 2.4 * values / 8, rel=0.01)
+        assert sent.up_bytes - sent.feature_bytes == pytest.approx(before.up_bytes - before.feature_bytes)
+    assert sent.average_up_bytes == before.average_up_bytes and sent.seconds < before.seconds
+
+
+def test_a_budget_follows_the_link_of_a_plan(capsys):
+    options = ["--codec", "EntropyMask(bits=2.0)", "--grad-codec", "EntropyMask(error=0.3, signed=True)"]
+    options += ["--cut-bits", "2.4", "--cut-seconds", "0.1", "--link-bytes-per-second", "1e5"]
+    bits = []
+    for mbit in ("100", "1", "0.1"):
+        assert cli.run("plan", [*options, "--link-mbit", mbit, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        bits.append(found["cut_bits"])
+        assert found["codecs"][0]["sent"]["seconds"] <= 0.1 * 1.01 or found["too_slow"].startswith("cut_seconds=0.1")
+    assert bits[0] == pytest.approx(2.4) and bits[1] <= bits[0] and bits[2] == pytest.approx(0.3)
+    assert cli.run("plan", [*options, "--link-mbit", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "have 0.3 bits a value together" in text and "As configured, cut_seconds=0.1 cannot be kept" in text
+
+
 def test_sets_that_are_known_by_name_need_not_be_there():
     cfg = config.Config(data=config.DataConfig(name="imagenet2012", image_size=64))
     summary, counts = plan.describe_data(cfg)

@@ -144,4 +144,11 @@ def _notes(found):
         lines.append(
             "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding."
         )
+    if found.cut_bits is not None:
+        lines.append(
+            f"As configured, features and gradients have {found.cut_bits:.3g} bits a value together (cut_bits). Here "
+            "features have six tenths of them, as in the first step; in training they get what gradients leave."
+        )
+    if found.too_slow is not None:
+        lines.append(f"As configured, {found.too_slow}.")
     return "\n".join(lines)

@@ -8,7 +8,6 @@ import time
 import numpy as np
 
 from msjax import build, config, models
-from msjax.compress import Identity
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -172,19 +171,9 @@ class LinkWatch:
         """Returns a warning that is due after a step; `bytes_per_second` as of `budget.next_bytes_per_second`."""
         if not bytes_per_second or self._slow_steps == self.STEPS:
             return None
-        seconds = budget.least_seconds(spec, bytes_per_second)
-        self._slow_steps = self._slow_steps + 1 if seconds > spec.cut_seconds else 0
-        if self._slow_steps < self.STEPS:
-            return None
-        others = budget.synchronization_bytes(spec)
-        helps = others and spec.update_codec == Identity() and spec.mode.takes_update_codec(spec.schedule)
-        compress = ", or give an update_codec" if helps else ""
-        return (
-            f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
-            f"{budget.LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
-            f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. Latency counts. "
-            f"Take a longer time, a smaller cut_bits or smaller batches{compress}"
-        )
+        why = budget.why_too_slow(spec, bytes_per_second)
+        self._slow_steps = self._slow_steps + 1 if why else 0
+        return why if self._slow_steps == self.STEPS else None
 
 
 def _link_status(party):

@@ -5,8 +5,10 @@ import functools
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from msjax import compress, config, models
+from msjax.split import budget
 from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.spec import RunSpec
 from msjax.split.traffic import Traffic, epoch_traffic
@@ -29,6 +31,11 @@ class Link(NamedTuple):
         shared = 0.0 if self.server_mbit is None else 8 * client_bytes * clients / (self.server_mbit * 1e6)
         return max(own, shared)
 
+    @property
+    def client_bytes_per_second(self) -> np.float32:
+        """Of each client's own link."""
+        return np.float32(self.client_mbit * 1e6 / 8)
+
 
 class Sent(NamedTuple):
     """What a codec makes of a run's messages, of one client.
@@ -39,7 +46,8 @@ class Sent(NamedTuple):
       gradient_bytes: the gradients down (U-shaped, what the server sends).
       average_up_bytes, average_down_bytes: what keeps the clients equal.
       exact: whether these are what is sent. Of entropy-coded codecs with a number of bits it is what they aim at, of
-        others the bytes before coding, which is the most.
+        others the bytes before coding, which is the most. Of a budget (`cut_bits`) it is all of it, which features and
+        gradients share as in the first step.
       seconds: of a step's messages on the link.
     """
 
@@ -66,7 +74,8 @@ def sent(spec: RunSpec, link: Link) -> Sent:
     """Returns what a client sends and gets in a step, the mean over an epoch, and how long that takes on a link."""
     schedule = spec.schedule
     at_once = len(schedule.position(0).clients)
-    traffic, client_steps = epoch_traffic(spec, 0, message_bytes), schedule.epoch_steps * at_once
+    client_steps = schedule.epoch_steps * at_once
+    traffic = _with_budget(spec, link, epoch_traffic(spec, 0, message_bytes))
     codecs = [spec.codec, spec.grad_codec, *([Codecs(spec.update_codec)] if spec.compresses_updates else [])]
     mean = {field.name: getattr(traffic, field.name) / client_steps for field in dataclasses.fields(Traffic)}
     up, down = traffic.uplink_bytes / client_steps, traffic.downlink_bytes / client_steps
@@ -80,6 +89,18 @@ def sent(spec: RunSpec, link: Link) -> Sent:
         not any(codec.entropy_coded for codec in codecs),
         link.seconds(up, at_once) + link.seconds(down, at_once),
     )
+
+
+def _with_budget(spec, link, traffic):
+    """The traffic of an epoch where features and gradients of the first cut have one budget: shared as at first."""
+    if spec.cut_bits is None:
+        return traffic
+    bits = float(budget.budget_bits(spec, link.client_bytes_per_second))
+    values = epoch_traffic(spec, 0, lambda payload: payload.float_values)
+    exact = epoch_traffic(spec, 0, lambda payload: payload.exact_bytes)
+    shares = {"uplink_feature_bytes": budget.FIRST, "downlink_gradient_bytes": 1 - budget.FIRST}
+    sizes = {n: getattr(exact, n) + round(bits * share * getattr(values, n) / 8) for n, share in shares.items()}
+    return dataclasses.replace(traffic, **sizes)
 
 
 def message_bytes(payload: PayloadSpec) -> int:

@@ -6,6 +6,7 @@ from msjax import build, compress, config
 from msjax.plan._link import Link, Row, alternatives, sent, with_codecs
 from msjax.plan._memory import Needs, needs, operations
 from msjax.plan._run import Counts, Run, describe_data, describe_run
+from msjax.split import budget
 
 
 class Plan(NamedTuple):
@@ -34,6 +35,18 @@ class Plan(NamedTuple):
         """Steps of an epoch, where the data are known."""
         return None if self.counts is None else self.run.spec.schedule.epoch_steps
 
+    @property
+    def cut_bits(self) -> float | None:
+        """The budget of features and gradients on the link, in bits a value up and down together; None without one."""
+        spec = self.run.spec
+        return None if spec.cut_bits is None else float(budget.budget_bits(spec, self.link.client_bytes_per_second))
+
+    @property
+    def too_slow(self) -> str | None:
+        """Why `cut_seconds` cannot be kept on the link, where it cannot."""
+        spec = self.run.spec
+        return None if spec.cut_seconds is None else budget.why_too_slow(spec, self.link.client_bytes_per_second)
+
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON-ready values."""
         schedule, features = self.run.spec.schedule, self.run.spec.features
@@ -47,6 +60,8 @@ class Plan(NamedTuple):
             "parties": {name: needs._asdict() | {"bytes": needs.bytes} for name, needs in self.parties.items()},
             "operations": self.operations,
             "link": self.link._asdict(),
+            "cut_bits": self.cut_bits,
+            "too_slow": self.too_slow,
             "codecs": [row._asdict() | {"sent": row.sent._asdict()} for row in self.rows],
             "config": config.to_json(self.cfg),
         }

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.compress import Identity
 from msjax.split.schedule import Phase
 from msjax.split.spec import RunSpec
 
@@ -107,6 +108,22 @@ def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
     """Returns how long a step's messages take on a client's link with the least budget that there is."""
     values, others = _sizes(spec)
     return (LEAST * spec.cut_bits * values / 8 + others) / float(bytes_per_second)
+
+
+def why_too_slow(spec: RunSpec, bytes_per_second: np.float32) -> str | None:
+    """Returns why a step's messages take longer than `cut_seconds` with every budget, and what helps; else None."""
+    seconds = least_seconds(spec, bytes_per_second)
+    if seconds <= spec.cut_seconds:
+        return None
+    others = synchronization_bytes(spec)
+    helps = others and spec.update_codec == Identity() and spec.mode.takes_update_codec(spec.schedule)
+    compress = ", or give an update_codec" if helps else ""
+    return (
+        f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
+        f"{LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
+        f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. Latency counts. "
+        f"Take a longer time, a smaller cut_bits or smaller batches{compress}"
+    )
 
 
 @functools.lru_cache(maxsize=16)

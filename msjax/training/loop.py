@@ -13,6 +13,7 @@ from msjax import data
 from msjax.runs import RunFolder, plots
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
+from msjax.split.budget import first_bytes_per_second, why_too_slow
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import zero_sums
 from msjax.split.reads import RunReads
@@ -125,6 +126,8 @@ class _Loop:
             samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
+        if self._spec.cut_seconds is not None and (why := why_too_slow(self._spec, first_bytes_per_second(self._spec))):
+            bar.note(why)
         with bar, stop_on_signal(self._stop), self._reader() as self._reads, self._events() as write_events:
             for epoch in range(len(self._history), schedule.epochs):
                 self._train_epoch(epoch, resident, bar)
