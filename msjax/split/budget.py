@@ -116,7 +116,7 @@ def why_too_slow(spec: RunSpec, bytes_per_second: np.float32) -> str | None:
     if seconds <= spec.cut_seconds:
         return None
     others = synchronization_bytes(spec)
-    helps = others and spec.update_codec == Identity() and spec.mode.takes_update_codec(spec.schedule)
+    helps = others and spec.update_codec == Identity()
     compress = ", or give an update_codec" if helps else ""
     return (
         f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "

@@ -169,11 +169,10 @@ def _check_update_codec(codec, schedule):
         codec.payload_like(jax.ShapeDtypeStruct((1,), np.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
-    if not schedule.mode.takes_update_codec(schedule):
-        raise ValueError(f"update_codec must be Identity() with a client_fraction below 1, got {codec}")
-    if schedule.mode.one_at_a_time and not isinstance(codec, Cast):
-        rule = "Identity() or a Cast in sequential mode, which hands on weights and averages nothing"
-        raise ValueError(f"update_codec must be {rule}, got {codec}")
+    mode = schedule.mode
+    if (mode.one_at_a_time or mode.hands_parts_on(schedule)) and not isinstance(codec, Cast):
+        where = "in sequential mode and with a client_fraction below 1, where whole parts are handed on"
+        raise ValueError(f"update_codec must be Identity() or a Cast {where}, got {codec}")
     if getattr(codec, "granularity", "tensor") != "tensor":
         raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
 

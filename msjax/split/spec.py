@@ -283,16 +283,16 @@ class RunSpec:
     @property
     def compresses_updates(self) -> bool:
         """Whether averages go through a codec, with error feedback; see `averages`."""
-        together = self.schedule.clients > 1 and not self.mode.one_at_a_time and self.client_update_values > 0
-        return together and self.update_codec != Identity()
+        together = self.schedule.clients > 1 and not self.mode.hands_parts_on(self.schedule)
+        return together and self.client_update_values > 0 and self.update_codec != Identity()
 
     @property
     def compresses_parts(self) -> bool:
-        """Whether what a client hands on to the next goes through `update_codec`."""
-        return self.schedule.clients > 1 and self.mode.one_at_a_time and self.update_codec != Identity()
+        """Whether parts that are handed on go through `update_codec`."""
+        return self.mode.hands_parts_on(self.schedule) and self.update_codec != Identity()
 
     def handed_payload(self) -> PayloadSpec:
-        """Returns the spec of what a client hands on: one vector, in a list where it is compressed."""
+        """Returns the spec of a part that is handed on: one vector, in a list where it is compressed."""
         if not self.compresses_parts:
             return PayloadSpec.of_vector(self.client_state_values)
         return PayloadSpec.of_vectors([(self.client_state_values, self.update_codec)])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from msjax.training.devices import replicate, share_of_process, whole_mesh
 from msjax.training.evaluator import Evaluator
 from msjax.training.loaded import LoadedRun, placed
 from msjax.training.saved import CONSTANTS, digest_of_constants, restore, to_save
+
+_log = logging.getLogger("msjax")
 
 STEPS_PER_CALL = 10  # where a scan over steps pays, which on a CPU it does not
 
@@ -61,6 +64,9 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
       NonFiniteError: a loss is NaN or infinite; the newest checkpoint is of before.
       ProcessLostError: another process has ended, where there are several.
     """
+    spec, follows = run.spec, run.spec.cut_seconds is not None and processes.is_first()
+    if follows and (why := why_too_slow(spec, first_bytes_per_second(spec))):
+        _log.warning("%s", why)
     try:
         return _Loop(run, folder, quiet or not processes.is_first()).run()
     except jax.errors.JaxRuntimeError as error:
@@ -126,8 +132,6 @@ class _Loop:
             samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
-        if self._spec.cut_seconds is not None and (why := why_too_slow(self._spec, first_bytes_per_second(self._spec))):
-            bar.note(why)
         with bar, stop_on_signal(self._stop), self._reader() as self._reads, self._events() as write_events:
             for epoch in range(len(self._history), schedule.epochs):
                 self._train_epoch(epoch, resident, bar)

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from msjax.split import fused
 from msjax.split.averages import Memory, no_error
-from msjax.split.payloads import PayloadSpec
+from msjax.split.payloads import PayloadSpec, payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
 from msjax.split.state import PartState, TrainState
 from msjax.split.step import StepMetrics
+from msjax.split.trees import is_float
 
 if TYPE_CHECKING:
     from msjax.split.parties import Client, Server
@@ -76,16 +78,12 @@ class Mode:
         return True
 
     def hands_parts_on(self, schedule: Schedule) -> bool:
-        """Whether others take part from step to step, and go on with the part that the server has of those before."""
-        return self.one_at_a_time and schedule.clients > 1
+        """Whether others take part from step to step, and go on with the part that the server has of those before.
 
-    def takes_update_codec(self, schedule: Schedule) -> bool:
-        """Whether what keeps the clients equal may be compressed.
-
-        Where others take part from round to round it may not: errors, and what changes are counted from, would have to
-        be kept for clients that may never come again.
+        Of such a part only half precision is an `update_codec`: errors, and what changes are counted from, would have
+        to be kept for clients that may never come again.
         """
-        return self.one_at_a_time or not self.hands_parts_on(schedule)
+        return self.one_at_a_time and schedule.clients > 1
 
     def turn_starts(self, schedule: Schedule, step: Any) -> Any:
         """Returns whether a client begins its turn with a step, which may be traced; only where it hands parts on."""
@@ -171,6 +169,27 @@ class Mode:
           clients_at_once: for how many clients it is computed at the same time; None for all.
         """
         return state, metrics
+
+
+def encoded_part(spec: "RunSpec", payload: Any) -> Any:
+    """Returns a part that is handed on, as `RunSpec.handed_payload` describes it, of the payload of its vector."""
+    return spec.handed_payload().encode([jnp.asarray(payload_vector(payload))]) if spec.compresses_parts else payload
+
+
+def decoded_part(spec: "RunSpec", payload: Any) -> Any:
+    """Returns the payload of the vector of a part that was handed on."""
+    return vector_payload(spec.handed_payload().decode(payload)[0]) if spec.compresses_parts else payload
+
+
+def handed_on(spec: "RunSpec", tree: Any) -> Any:
+    """Returns what arrives of a part that is handed on, or of several, in one program."""
+    if not spec.compresses_parts:
+        return tree
+
+    def arrived(leaf):
+        return spec.update_codec.roundtrip(leaf.astype(jnp.float32)).astype(leaf.dtype) if is_float(leaf) else leaf
+
+    return jax.tree.map(arrived, tree)
 
 
 @functools.lru_cache(maxsize=16)

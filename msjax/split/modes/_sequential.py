@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.split.modes._mode import Mode
+from msjax.split.modes._mode import Mode, decoded_part, encoded_part, handed_on
 from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, StepPosition
-from msjax.split.trees import from_vector, to_vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,37 +86,24 @@ class Sequential(Mode):
         return spec.handed_payload() if fetched else None
 
     def client_send(self, client, exchange):
-        return _encoded(client.spec, client.part()) if exchange.phase == Phase.RETURN_PART else None
+        return encoded_part(client.spec, client.part()) if exchange.phase == Phase.RETURN_PART else None
 
     def client_receive(self, client, exchange, payload):
         if exchange.phase == Phase.FETCH_PART and payload is not None:
-            client.adopt(_decoded(client.spec, payload), exchange.step)
+            client.adopt(decoded_part(client.spec, payload), exchange.step)
 
     def server_answer(self, server, exchange, payloads):
         if exchange.phase == Phase.RETURN_PART:
-            server.part_in_transit = np.asarray(payload_vector(_decoded(server.spec, payloads[0])))
+            server.part_in_transit = np.asarray(payload_vector(decoded_part(server.spec, payloads[0])))
             return [None]
         part = server.part_in_transit
-        return [None if part is None else _encoded(server.spec, vector_payload(part))]
+        return [None if part is None else encoded_part(server.spec, vector_payload(part))]
 
     def fused_step(self, spec, state, x, y, keys, **where):
         if spec.compresses_parts:
             # A client begins its turn with what the one before has handed on.
             now = self.turn_starts(spec.schedule, state.step) & (state.step > 0)
-            handed = functools.partial(_handed_on, spec)
+            handed = functools.partial(handed_on, spec)
             client = jax.lax.cond(now, handed, lambda client: client, state.client)
             state = state._replace(client=client)
         return super().fused_step(spec, state, x, y, keys, **where)
-
-
-def _encoded(spec, payload):
-    """What a client hands on, as `RunSpec.handed_payload` describes it, of the payload of its vector."""
-    return spec.handed_payload().encode([jnp.asarray(payload_vector(payload))]) if spec.compresses_parts else payload
-
-
-def _decoded(spec, payload):
-    return vector_payload(spec.handed_payload().decode(payload)[0]) if spec.compresses_parts else payload
-
-
-def _handed_on(spec, client):
-    return from_vector(spec.update_codec.roundtrip(to_vector(client)), client)

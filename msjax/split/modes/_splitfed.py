@@ -10,7 +10,7 @@ import numpy as np
 
 from msjax.split import averages, fused, programs
 from msjax.split.averages import Memory, no_error
-from msjax.split.modes._mode import AveragingMode
+from msjax.split.modes._mode import AveragingMode, decoded_part, encoded_part, handed_on
 from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase
 
@@ -104,25 +104,27 @@ class SplitFed(AveragingMode):
     def up(self, spec, exchange):
         if not self.hands_parts_on(spec.schedule):
             return super().up(spec, exchange)
-        return spec.part_payload() if exchange.phase == Phase.AVERAGE else None
+        return spec.handed_payload() if exchange.phase == Phase.AVERAGE else None
 
     def down(self, spec, exchange):
         if not self.hands_parts_on(spec.schedule):
             return super().down(spec, exchange)
         if exchange.phase == Phase.FETCH_PART:
-            return spec.part_payload() if exchange.step > 0 else None  # no part before there was an average
+            return spec.handed_payload() if exchange.step > 0 else None  # no part before there was an average
         # Whoever is in the next round fetches it there. Tests come before that.
         ends = spec.schedule.position(exchange.step).epoch_ends
-        return spec.part_payload() if exchange.phase == Phase.AVERAGE and ends else None
+        return spec.handed_payload() if exchange.phase == Phase.AVERAGE and ends else None
 
     def server_answer(self, server, exchange, payloads):
-        if not self.hands_parts_on(server.spec.schedule):
+        spec = server.spec
+        if not self.hands_parts_on(spec.schedule):
             return super().server_answer(server, exchange, payloads)
         if exchange.phase == Phase.AVERAGE:
-            server.part_in_transit = np.asarray(programs.mean_vectors(list(map(payload_vector, payloads))))
+            parts = [payload_vector(decoded_part(spec, payload)) for payload in payloads]
+            server.part_in_transit = np.asarray(programs.mean_vectors(parts))
         part = server.part_in_transit
-        answers = part is not None and self.down(server.spec, exchange) is not None
-        return [vector_payload(part) if answers else None] * len(payloads)
+        answers = part is not None and self.down(spec, exchange) is not None
+        return [encoded_part(spec, vector_payload(part)) if answers else None] * len(payloads)
 
     def client_memory(self, spec, state):
         if not spec.compresses_updates:
@@ -131,7 +133,7 @@ class SplitFed(AveragingMode):
 
     def client_send(self, client, exchange):
         if self.hands_parts_on(client.schedule):
-            return client.part() if exchange.phase == Phase.AVERAGE else None
+            return encoded_part(client.spec, client.part()) if exchange.phase == Phase.AVERAGE else None
         if client.spec.compresses_updates:
             args = (client.state, client.memory, client.key(exchange))
             payload, client.memory = programs.encode_part(client.spec, *args)
@@ -142,7 +144,7 @@ class SplitFed(AveragingMode):
         if self.hands_parts_on(client.schedule):
             if payload is not None:
                 ended = exchange.phase == Phase.AVERAGE
-                client.adopt(payload, exchange.step + ended, new_turn=not ended)
+                client.adopt(decoded_part(client.spec, payload), exchange.step + ended, new_turn=not ended)
             return
         if client.spec.compresses_updates:
             client.state, client.memory = programs.decode_part(client.spec, payload, client.state, client.memory)
@@ -168,7 +170,8 @@ class SplitFed(AveragingMode):
 
         def average(part):
             momenta = self.hands_parts_on(spec.schedule)
-            mean = fused.average_parts(part, axis_name=axis_name, momenta=momenta)
+            mean = fused.average_parts(handed_on(spec, part), axis_name=axis_name, momenta=momenta)
+            mean = handed_on(spec, mean)  # to those of the next round, and to those who test
             return jax.tree.map(lambda mean, own: jnp.where(now, mean, own), mean, part)
 
         return _with_own(spec, state, average), metrics
