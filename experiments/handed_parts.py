@@ -5,16 +5,25 @@
 A part travels with the state of its optimizer, twice in a turn: to the server, and on to the next client. Turns are
 short here, of five steps, so that parts are handed on often. Nothing else is compressed. A convolutional network on the
 embedded digits, and an MLP on a table (Adult). "Of everything" is the share of all training bytes that parts take.
+"Coded" are the bits a value that the trained part takes, with the optimizer's state, where the sender codes its
+messages without further loss (`compression="all"`); of one seed.
 """
 
 import dataclasses
 import statistics
 import sys
 
+import jax.numpy as jnp
+
 from benchmarks import timing
 from experiments import driver, not_images, study
-from msjax import compress, config
+from msjax import compress, config, wire
+from msjax.runs import RunFolder
 from msjax.split.sent import total_bytes
+from msjax.split.trees import to_vector
+from msjax.training.from_config import load_run
+from msjax.training.loaded import placed
+from msjax.training.saved import restore
 
 TITLE = "Parts handed on in half precision"
 ARMS = {
@@ -22,6 +31,7 @@ ARMS = {
     "bfloat16": compress.Cast("bfloat16"),
     "float16": compress.Cast("float16"),
 }
+CODED = ", coded"
 TURNS = config.ModeConfig(kind="sequential", turn_steps=5)
 
 
@@ -42,11 +52,26 @@ def runs(scale):
         for setting, base in settings(scale).items()
         for name, codec in ARMS.items()
     }
-    return study.with_seeds(arms, study.seeds(scale, lite=3))
+    trained = study.with_seeds(arms, study.seeds(scale, lite=3))
+    measured = {f"{arm}{CODED}": study.Measured(trained[f"{arm}, seed 0"], f"{__spec__.name}:measure") for arm in arms}
+    return trained | measured
+
+
+def measure(folder, cfg, scale):
+    """Bits a value of the part that was handed on last, as payload and coded."""
+    run = load_run(cfg)
+    state, mesh = placed(run)
+    state, *_ = restore(RunFolder.open(folder, read_only=True)[0], run, state, mesh)
+    vector = jnp.asarray(to_vector(state.client.without(run.spec.client_constants)))
+    payload = cfg.update_codec.encode(vector)
+    message = wire.encode(payload, cfg.update_codec, vector, compression="all")
+    bits = {"payload_bits": cfg.update_codec.payload_bytes(vector), "coded_bits": len(message)}
+    return [{"values": vector.size} | {name: 8 * value / vector.size for name, value in bits.items()}]
 
 
 def report(scale, records):
-    groups, rows = study.by_arm(records), []
+    groups = study.by_arm({name: record for name, record in records.items() if not name.endswith(CODED)})
+    rows = []
     for setting in settings(scale):
         plain = groups.get(study.label(setting, "float32"), [])
         for name in ARMS:
@@ -56,8 +81,10 @@ def report(scale, records):
             share = statistics.mean(100 * parts_bytes(one["traffic"]) / total_bytes(one["traffic"]) for one in found)
             below = study.mean_and_deviation(study.lost(plain, found))
             cells = [setting, name, str(len(found)), study.top1(found), below]
-            rows.append([*cells, f"{parts_bytes(found[0]['traffic']) / 1e6:,.1f}", f"{share:.0f} %"])
-    header = ["network", "parts as", "seeds", "test top-1, %", "below float32", "parts, MB", "of everything"]
+            measured = records.get(f"{study.label(setting, name)}{CODED}")
+            coded = f"{measured['rows'][0]['coded_bits']:.1f}" if measured else "–"
+            rows.append([*cells, f"{parts_bytes(found[0]['traffic']) / 1e6:,.1f}", f"{share:.0f} %", coded])
+    header = ["network", "parts as", "seeds", "test top-1, %", "below float32", "parts, MB", "of everything", "coded"]
     return study.Page(timing.table(header, rows) + "\n", {})
 
 

@@ -9,14 +9,14 @@ All integers are little-endian, unsigned:
 | bytes | |
 |---|---|
 | 4 | "MSJX" |
-| 1 | version: 3 where a buffer has classes, else 2 where one has runs, else 1 |
+| 1 | version: 4 where a buffer has planes, else 3 where one has classes, else 2 where one has runs, else 1 |
 | 4 | CRC-32 of everything behind it |
 | 2, then as many | the codec's text, as `repr` gives it and `compress.from_string` reads it |
 | 1 | dtype of the features: 0 float32, 1 bfloat16, 2 float16; of arrays that travel beside them by `Exact`: 3 bool, |
 | | 4 int8, 5 int16, 6 int32, 7 int64, 8 uint8, 9 uint16, 10 uint32, 11 uint64 |
 | 1, then 4 each | their number of axes, at most 32, and their shape |
-| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut, 3 runs, 4 classes) in 1 byte, its |
-| | length in 8 |
+| 1, then 9 each | number of buffers; of each its coding (0 raw, 1 Huffman, 2 cut, 3 runs, 4 classes, 5 planes) in 1 |
+| | byte, its length in 8 |
 | the rest | the buffers: the arrays of the payload in order, C-contiguous |
 
 Huffman's code is a raw deflate stream (RFC 1951) of literals alone; "runs" is one in which bytes that repeat the byte
@@ -40,6 +40,11 @@ commonest byte has a flag of one bit; only codes packed by the last axis have ne
 | the rest | deflate streams, one behind the other, of each class: where it has flags these, eight in a byte, the |
 | | first one highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no |
 | | bytes |
+
+A buffer with "planes" has the first bytes of all its floats, then the second ones and so on, each plane behind 4 bytes
+with its length; the highest bit is set where it is coded as Huffman's buffers are. Only buffers whose zeros may not be
+cut have planes. Parts that are handed on become 28 to 31 % shorter in bfloat16 and 14 to 15 % in float32, as exponents
+are alike (`experiments.handed_parts`).
 
 Of a few values, as those of one token, most of a message would be its head. Where both ends know codec, dtype and
 shape beforehand, a bare message (`encode_bare`, `decode_bare`) leaves them out:
@@ -69,16 +74,16 @@ from jaxtyping import Array, Float32
 from msjax import compress
 from msjax.compress import _buffers, _contexts
 from msjax.compress._arrays import form_of, payload_arrays
-from msjax.compress._class_bytes import shortest_bytes
+from msjax.compress._class_bytes import plane_bytes, shortest_bytes
 from msjax.compress._codec import check_payload
 from msjax.compress._exact import EXACT_DTYPES
 
-VERSION = 3
-COMPRESSIONS = (None, "huffman")
+VERSION = 4
+COMPRESSIONS = (None, "huffman", "all")
 _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
-_VERSIONS = {_buffers.RUNS: 2, _buffers.CLASSES: 3}  # others have been there from the first
+_VERSIONS = {_buffers.RUNS: 2, _buffers.CLASSES: 3, _buffers.PLANES: 4}  # others have been there from the first
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
@@ -110,8 +115,8 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
       payload: arrays of NumPy or JAX, as `codec.encode` returns them.
       like: shape and dtype of the features.
       compression: "huffman" codes packed codes, masks and signs by zlib's Huffman coder, with runs or in classes where
-        these are shorter, without loss, where that makes them shorter; None leaves them as they are. A codec with
-        `entropy_coded` is always coded.
+        these are shorter, without loss, where that makes them shorter; "all" does so with floats, too, byte by byte;
+        None leaves all as they are. A codec with `entropy_coded` is always coded, its floats only cut.
 
     Raises:
       TypeError: an array of the payload has a mask.
@@ -220,11 +225,13 @@ def estimate_bytes(
     total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * len(arrays))))
     for array in arrays:
         raw = array.size * array.dtype.itemsize
-        if array.dtype == jnp.uint8 and _compression(codec, compression) == "huffman":
+        if array.dtype == jnp.uint8 and _compression(codec, compression) is not None:
             total += shortest_bytes(array.reshape(-1), _buffers.grid_for(raw, grid))
         elif codec.entropy_coded and array.size:
             last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
             total += (last * array.dtype.itemsize).astype(jnp.float32)
+        elif compression == "all" and _buffers.has_planes(array.dtype) and array.size:
+            total += jnp.minimum(jnp.float32(raw), plane_bytes(array))
         else:
             total += raw
     return total

@@ -151,5 +151,8 @@ SMALL = {
     "raw": message(MASK, 0, (2, 3), [(0, bytes(range(1, 5))), (0, b"\x1b\x02"), (0, b"")]),
     "huffman": message(MASK, 1, (40,), [(0, b"\x80\x3f"), (1, deflated(bytes(10))), (0, b"")]),
     "scalar": message(b"Identity()", 0, (), [(0, bytes(4))]),
+    "planes": message(
+        b"Cast()", 0, (9,), [(5, b"\x09\0\0\0" + bytes(9) + b"\x05\0\0\x80" + deflated(b"?" * 9))], version=4
+    ),
 }
 """Messages with every byte of the format, of few bytes."""

@@ -34,7 +34,7 @@ def test_messages_that_are_coded_without_loss_are_counted_as_sent(tmp_path):
     cfg = dataclasses.replace(SMALL, model=model, codec=compress.TopK(ratio=0.99), epochs=1)
     with net(tmp_path, cfg) as it:
         for client in range(cfg.clients):
-            it.start_client(client, compression="huffman")
+            it.start_client(client, compression="all")
         it.run()
         assert not it.failures, it.failures
         plain, coded = it.server.run.traffic, it.server.run.coded_bytes()

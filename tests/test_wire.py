@@ -18,7 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msjax import wire
-from msjax.compress import EntropyMask, Identity, MaskEncoded, RandTopK, TopK, Uniform, _buffers, _contexts, _deflate
+from msjax.compress import (
+    Cast,
+    EntropyMask,
+    Identity,
+    MaskEncoded,
+    RandTopK,
+    TopK,
+    Uniform,
+    _buffers,
+    _contexts,
+    _deflate,
+)
 
 from . import helpers
 from .helpers import (
@@ -135,7 +146,7 @@ def lengths(codes):
 def test_huffman_shortens_codes_only():
     codec, shape = MaskEncoded(), (64, 1024)
     like, payload = jax.ShapeDtypeStruct(shape, np.float32), payload_of(codec, shape, np.float32)
-    plain, coded = (wire.encode(payload, codec, like, compression=c) for c in wire.COMPRESSIONS)
+    plain, coded = (wire.encode(payload, codec, like, compression=c) for c in (None, "huffman"))
     header = 4 + 1 + 4 + 2 + len(MASK) + 2 + 4 * 2 + 1 + 9 * 3
     assert len(plain) == header + codec.payload_bytes(like)
     codes = min(lengths(payload.codes).values())
@@ -143,6 +154,26 @@ def test_huffman_shortens_codes_only():
     # Codes that no code shortens stay as they are.
     noise = payload._replace(codes=np.frombuffer(np.random.default_rng(0).bytes(payload.codes.size), np.uint8))
     assert wire.encode(noise, codec, like, compression="huffman") == wire.encode(noise, codec, like)
+
+
+@pytest.mark.parametrize(
+    "codec, least, most", ((Identity(), 0.8, 0.86), (Cast(), 0.62, 0.7), (Cast("float16"), 0.8, 0.9))
+)
+def test_weights_are_shorter_by_their_exponents(codec, least, most):
+    """As `compression="all"` has them, and as `estimate_bytes` says."""
+    weights = jnp.concatenate([jax.random.normal(jax.random.key(n), (30_000,)) * 0.5**n for n in range(4)])
+    payload = codec.encode(weights)
+    plain, coded = (wire.encode(payload, codec, weights, compression=c) for c in ("huffman", "all"))
+    assert (plain[4], coded[4]) == (1, 4) and least < len(coded) / len(plain) < most
+    assert_same(wire.decode(coded).payload, payload)
+    estimate = jax.jit(functools.partial(wire.estimate_bytes, codec=codec, like=weights, compression="all"))
+    assert float(estimate(payload)) == pytest.approx(len(coded), rel=0.02)
+    # Noise stays as it is, and so do the floats of a codec whose zeros are cut.
+    noise = type(payload)(np.frombuffer(np.random.default_rng(0).bytes(payload[0].nbytes), payload[0].dtype))
+    assert wire.encode(noise, codec, weights, compression="all") == wire.encode(noise, codec, weights)
+    entropy = EntropyMask(bits=2.0, signed=True)
+    payload = entropy.encode(weights)
+    assert wire.encode(payload, entropy, weights, compression="all") == wire.encode(payload, entropy, weights)
 
 
 def test_huffmans_best_case_is_within_the_decoders_bound():
@@ -196,7 +227,7 @@ def test_golden_messages():
 def test_encode_refuses(unchecked):
     like, payload = jax.ShapeDtypeStruct((2, 3), np.float32), payload_of(MaskEncoded(), (2, 3), np.float32)
     for compression in ("zlib", "", "Huffman", 0, True):
-        with pytest.raises(ValueError, match="compression must be one of None, 'huffman', got"):
+        with pytest.raises(ValueError, match="compression must be one of None, 'huffman', 'all', got"):
             wire.encode(payload, MaskEncoded(), like, compression=compression)
     for wrong in (
         (),

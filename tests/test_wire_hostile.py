@@ -27,11 +27,20 @@ from .helpers import (
     traced_peak,
 )
 
+
+def planes(*parts):
+    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+
+def with_planes(*parts):
+    return message(buffers=((5, planes(*parts)),), version=4)
+
+
 HOSTILE = {
     "empty": (b"", "the message ends"),
     "magic": (message(magic=b"MSJY"), "must begin with b'MSJX', got b'MSJY'"),
-    "version 0": (message(version=0), "version must be 1 to 3, got 0"),
-    "version 4": (message(version=4), "version must be 1 to 3, got 4"),
+    "version 0": (message(version=0), "version must be 1 to 4, got 0"),
+    "version 5": (message(version=5), "version must be 1 to 4, got 5"),
     "a later version than needed": (message(version=3), "the first that has the buffers' codings, 1, got 3"),
     "runs in version 1": (message(buffers=((3, _deflate.runs(bytes(8))),)), "the buffers' codings, 2, got 1"),
     "checksum": (message(checksum=0), "checksum"),
@@ -57,9 +66,41 @@ HOSTILE = {
     "length 2**64 - 8": (message(lengths=[2**64 - 8]), "the message ends"),
     "length one more": (message(lengths=[9]), "the message ends"),
     "length one less": (message(lengths=[7]), "must have 8 bytes, got 7"),
-    "coding": (message(buffers=((2, bytes(8)),)), "2 where zeros may be cut, or 4 of codes, got 2"),
-    "coding 255": (message(buffers=((255, bytes(8)),)), "2 where zeros may be cut, or 4 of codes, got 255"),
-    "classes of floats": (message(buffers=((4, bytes(8)),), version=3), "or 4 of codes, got 4"),
+    "coding": (message(buffers=((2, bytes(8)),)), "2 where zeros may be cut, 4 of codes, or 5 of whole floats, got 2"),
+    "coding 255": (
+        message(buffers=((255, bytes(8)),)),
+        "4 of codes, or 5 of whole floats, got 255",
+    ),
+    "classes of floats": (message(buffers=((4, bytes(8)),), version=3), "4 of codes, or 5 of whole floats, got 4"),
+    "planes of codes": (
+        message(b"Uniform(bits=8)", 0, (2,), ((5, planes(b"ab")), (0, bytes(4)), (0, bytes(4))), version=4),
+        "or 5 of whole floats, got 5",
+    ),
+    "planes where zeros may be cut": (
+        message(b"EntropyMask()", 0, (0,), ((0, b""), (5, b""), (0, bytes(2 * 15)), (0, bytes(4))), version=4),
+        "or 5 of whole floats, got 5",
+    ),
+    "a plane less": (with_planes(b"ab", b"cd", b"ef"), "a plane of 2 values must have as many bytes, got 0"),
+    "a plane more": (with_planes(b"ab", b"cd", b"ef", b"gh", b"ij"), "6 bytes behind the last plane"),
+    "a plane too short": (with_planes(b"ab", b"cd", b"ef", b"g"), "a plane of 2 values must have as many bytes, got 1"),
+    "a plane too long": (
+        with_planes(b"abc", b"cd", b"ef", b"gh"),
+        "a plane of 2 values must have as many .*, got 3",
+    ),
+    "a plane longer than the buffer": (
+        message(buffers=((5, (1 << 30).to_bytes(4, "little") + b"abcd"),), version=4),
+        "a plane of 2 values must have as many bytes, got 4",
+    ),
+    "a plane that is no deflate": (
+        message(
+            buffers=((5, (2 | 1 << 31).to_bytes(4, "little") + b"\xff\xff" + planes(b"cd", b"ef", b"gh")),), version=4
+        ),
+        "damaged",
+    ),
+    "planes in version 3": (
+        message(buffers=((5, planes(b"ab", b"cd", b"ef", b"gh")),), version=3),
+        "the buffers' codings, 4, got 3",
+    ),
     "no buffer": (message(buffers=()), "Identity has 1 buffers, got 0"),
     "a buffer more": (message(buffers=((0, bytes(8)), (0, b""))), "Identity has 1 buffers, got 2"),
     "255 buffers": (message(count=255), "Identity has 1 buffers, got 255"),

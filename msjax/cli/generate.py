@@ -51,8 +51,8 @@ class GenerateOptions:
     """Of what is drawn, also by random codecs."""
     codec: str | None = None
     """Of the features at the cut; by default the one of the run's tests, of published weights none (Identity)."""
-    compression: Literal["huffman"] | None = None
-    """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    compression: Literal["huffman", "all"] | None = None
+    """Lossless coding of what is sent, beside the codec: of codes, or of all, floats too. See msjax.wire."""
     tokenizer: str | None = None
     """A tokenizer.json, or a folder that has one; by default that of the run or of the published weights."""
     cut: str | None = None

@@ -8,8 +8,10 @@ import numpy as np
 
 from msjax.compress import _coding_costs, _contexts, _deflate
 
-RAW, HUFFMAN, CUT, RUNS, CLASSES = 0, 1, 2, 3, 4
+RAW, HUFFMAN, CUT, RUNS, CLASSES, PLANES = 0, 1, 2, 3, 4, 5
 """Codings, as messages number them; see `msjax.wire`."""
+_CODED = 1 << 31
+"""Set in the length of a plane that is coded."""
 _NEAR = 0.04  # an estimate may be off by so much
 _SHORT = 1 / 16  # of a buffer: what becomes shorter is coded fast, and estimates of it are worse
 
@@ -17,16 +19,16 @@ _SHORT = 1 / 16  # of a buffer: what becomes shorter is coded fast, and estimate
 def code(
     array: np.ndarray, compression: str | None, *, cut: bool, grid: _contexts.Grid | None = None
 ) -> tuple[int, Any]:
-    """Returns (coding, buffer) of one array. Floats are not compressed: what deflate gains there is not worth its time.
+    """Returns (coding, buffer) of one array.
 
     Args:
-      compression: "huffman" to code bytes where that makes them fewer.
+      compression: "huffman" to code bytes where that makes them fewer; "all" to do so with floats, too.
       cut: leave out zeros at the end of what is no bytes.
       grid: where the array's codes have neighbours.
     """
     array = np.ascontiguousarray(array)
     raw = array.reshape(-1).view(np.uint8).data
-    if compression == "huffman" and array.dtype == np.uint8 and array.size:
+    if compression is not None and array.dtype == np.uint8 and array.size:
         coding, coded = shortest(array.reshape(-1), grid_for(array.size, grid))
         if len(coded) < len(raw):
             return coding, coded
@@ -34,7 +36,46 @@ def code(
         short = bytes(raw).rstrip(b"\0")
         if len(short) < len(raw):
             return CUT, short
+    if compression == "all" and not cut and has_planes(array.dtype) and 0 < array.size < _CODED:
+        coded = _planes(array)
+        if len(coded) < len(raw):
+            return PLANES, coded
     return RAW, raw
+
+
+def has_planes(dtype: Any) -> bool:
+    """Whether arrays of this dtype are coded byte by byte of their values: those of floats."""
+    return jax.dtypes.issubdtype(dtype, np.floating)
+
+
+def _planes(array):
+    """The first bytes of all values, then the second ones, and so on, each as they are or coded.
+
+    The highest byte of a weight has its sign and most of its exponent, which is of few sizes. Others are nearly noise.
+    """
+    parts = []
+    for plane in array.reshape(-1, 1).view(np.uint8).T:
+        raw = plane.tobytes()
+        coded = _deflate.huffman(raw)
+        shorter = len(coded) < len(raw)
+        part = coded if shorter else raw
+        parts += [(len(part) | shorter * _CODED).to_bytes(4, "little"), part]
+    return b"".join(parts)
+
+
+def _from_planes(buffer, form):
+    """The bytes of an array of floats from its planes."""
+    size, out = math.prod(form.shape), np.empty((math.prod(form.shape), form.dtype.itemsize), np.uint8)
+    for byte in range(form.dtype.itemsize):
+        length = int.from_bytes(buffer[:4], "little")
+        part, buffer = buffer[4 : 4 + length % _CODED], buffer[4 + length % _CODED :]
+        plane = _whole(part, size, _deflate.MOST_WITHOUT_RUNS) if length & _CODED else np.frombuffer(part, np.uint8)
+        if plane.size != size:
+            raise ValueError(f"a plane of {size} values must have as many bytes, got {plane.size}")
+        out[:, byte] = plane
+    if len(buffer):
+        raise ValueError(f"{len(buffer)} bytes behind the last plane")
+    return out.reshape(-1)
 
 
 def decode_buffer(
@@ -54,8 +95,11 @@ def decode_buffer(
         buffer = _contexts.decoded(buffer, raw, grid_for(raw, grid))
     elif coding == CUT and may_cut and form.dtype != np.uint8:
         buffer = bytes(buffer).ljust(raw, b"\0")
+    elif coding == PLANES and not may_cut and has_planes(form.dtype):
+        buffer = _from_planes(buffer, form)
     elif coding != RAW:
-        raise ValueError(f"coding must be 0, 1 or 3, 2 where zeros may be cut, or 4 of codes, got {coding}")
+        rule = "0, 1 or 3, 2 where zeros may be cut, 4 of codes, or 5 of whole floats"
+        raise ValueError(f"coding must be {rule}, got {coding}")
     if len(buffer) != raw:
         raise ValueError(f"a buffer of {form.dtype}{list(form.shape)} must have {raw} bytes, got {len(buffer)}")
     return buffer

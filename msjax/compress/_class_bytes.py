@@ -29,6 +29,13 @@ def shortest_bytes(buffer: UInt8[Array, "b"], grid: _contexts.Grid | None) -> Fl
     return jnp.min(jnp.stack(found))
 
 
+def plane_bytes(array: Array) -> Float32[Array, ""]:
+    """An estimate of the bytes that an array of floats takes in planes."""
+    planes = jax.lax.bitcast_convert_type(array.reshape(-1), jnp.uint8)
+    coded = (4 + jnp.minimum(_huffman.coded_bytes(planes[:, n]), array.size) for n in range(planes.shape[1]))
+    return jnp.sum(jnp.stack(list(coded)))
+
+
 def _pieces(buffer):
     """(bytes from everywhere in the buffer, how many of its bytes one of these stands for)."""
     every, piece = max(1, buffer.size // _SAMPLE), 509

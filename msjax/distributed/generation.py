@@ -163,7 +163,7 @@ class Texts:
         if not 1 <= begin.capacity <= most:
             raise wire.WireError(f"capacity must be in 1..{most} (max_position_embeddings), got {begin.capacity}")
         if begin.compression not in ("", *filter(None, wire.COMPRESSIONS)):
-            raise wire.WireError(f"compression must be huffman or empty, got {begin.compression[:80]!r}")
+            raise wire.WireError(f"compression must be huffman, all or empty, got {begin.compression[:80]!r}")
         codec = wire.read_codec(begin.codec.encode())
         candidates = min(begin.candidates, config.vocab_size) or None
         terms = Terms(1, padded(begin.capacity, most), codec, candidates, begin.compression or None)

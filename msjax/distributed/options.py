@@ -46,8 +46,8 @@ class ListenOptions:
     will do for any client."""
     insecure: bool = False
     """Listen in the open on an address that is not this machine's own."""
-    compression: Literal["huffman"] | None = None
-    """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    compression: Literal["huffman", "all"] | None = None
+    """Lossless coding of what is sent, beside the codec: of codes, or of all, floats too. See msjax.wire."""
     metrics_port: int | None = None
     """Port of Prometheus metrics, on this machine alone; 0 for one that is free."""
     max_megabytes: int = 1024
@@ -129,8 +129,8 @@ class LinkOptions:
     """File with this client's token."""
     insecure: bool = False
     """Send in the open to an address that is not this machine's own."""
-    compression: Literal["huffman"] | None = None
-    """Lossless coding of what is sent, beside the codec: see msjax.wire."""
+    compression: Literal["huffman", "all"] | None = None
+    """Lossless coding of what is sent, beside the codec: of codes, or of all, floats too. See msjax.wire."""
 
     def token(self) -> str | None:
         """Returns the token, once it is sure that it is not sent in the open unasked, and the files of TLS fit."""
