@@ -20,8 +20,8 @@ class Cast(Codec):
 
     What mixed precision does to a message, and what to compare other codecs with. bfloat16 has float32's range and a
     relative error of at most 2⁻⁸; float16 2⁻¹¹, from 6·10⁻⁵ to 65504: smaller values have fewer digits, larger ones
-    become the largest. In sequential mode, and in SplitFed with a `client_fraction`, it is the codec of the parts that are
-    handed on (`update_codec`).
+    become the largest. In sequential mode, and in SplitFed with a `client_fraction`, it is the codec of the parts that
+    are handed on (`update_codec`).
 
     Payload: 2·d bytes. NaN and Inf are kept; finite values stay finite. Deterministic; biased only where it clips.
 
