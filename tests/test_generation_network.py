@@ -172,7 +172,7 @@ def test_messages_that_do_not_fit(tmp_path):
         ([message(codec="open('x')")], "the codec's text must be as `repr` gives it"),
         ([message(codec="TopK(ratio=7)")], "unknown codec"),
         ([message(codec="Exact()")], "checksum is wrong|takes no"),
-        ([message(compression="zip")], "compression must be huffman or empty, got 'zip'"),
+        ([message(compression="zip")], "compression must be huffman, all or empty, got 'zip'"),
         ([message(count=17)], r"tokens of a piece must be in 1\.\.16, got 17"),
         ([message(features=b"nonsense")], "checksum is wrong"),
         (
