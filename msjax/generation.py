@@ -74,7 +74,7 @@ class Generator:
       tail: U-shaped, the third part, which is the client's as well.
       codec: of the features between the parts. They cross token by token, so that one with `granularity="channel"`
         sends a scale for each value, and a warning says so.
-      compression: None or "huffman", see `wire.encode`.
+      compression: None, "huffman" or "all", see `wire.encode`.
       connect: opens a session with a server elsewhere; by default `server` is computed here.
 
     Raises:

@@ -123,6 +123,9 @@ def test_a_budget_follows_the_link_of_a_plan(capsys):
         bits.append(found["cut_bits"])
         assert found["codecs"][0]["sent"]["seconds"] <= 0.1 * 1.01 or found["too_slow"].startswith("cut_seconds=0.1")
     assert bits[0] == pytest.approx(2.4) and bits[1] <= bits[0] and bits[2] == pytest.approx(0.3)
+    # Ten clients share the server's.
+    assert cli.run("plan", [*options, "--link-mbit", "100", "--server-mbit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cut_bits"] == bits[2]
     assert cli.run("plan", [*options, "--link-mbit", "0.1"]) == 0
     text = capsys.readouterr().out
     assert "have 0.3 bits a value together" in text and "As configured, cut_seconds=0.1 cannot be kept" in text

@@ -80,9 +80,12 @@ HOSTILE = {
         message(b"EntropyMask()", 0, (0,), ((0, b""), (5, b""), (0, bytes(2 * 15)), (0, bytes(4))), version=4),
         "or 5 of whole floats, got 5",
     ),
-    "a plane less": (with_planes(b"ab", b"cd", b"ef"), "a plane of 2 values must have as many bytes, got 0"),
+    "a plane less": (with_planes(b"ab", b"cd", b"ef"), "a plane of 2 values must have as many bytes, got 0 of 0"),
     "a plane more": (with_planes(b"ab", b"cd", b"ef", b"gh", b"ij"), "6 bytes behind the last plane"),
-    "a plane too short": (with_planes(b"ab", b"cd", b"ef", b"g"), "a plane of 2 values must have as many bytes, got 1"),
+    "a plane too short": (
+        with_planes(b"ab", b"cd", b"ef", b"g"),
+        "a plane of 2 values must have as many bytes, got 1 of 1",
+    ),
     "a plane too long": (
         with_planes(b"abc", b"cd", b"ef", b"gh"),
         "a plane of 2 values must have as many .*, got 3",
@@ -96,6 +99,10 @@ HOSTILE = {
             buffers=((5, (2 | 1 << 31).to_bytes(4, "little") + b"\xff\xff" + planes(b"cd", b"ef", b"gh")),), version=4
         ),
         "damaged",
+    ),
+    "a plane of more than can be": (
+        message(dtype=1, shape=(1 << 29,), buffers=((5, (9 | 1 << 31).to_bytes(4, "little") + bytes(9)),), version=4),
+        "a plane of 536870912 values must have as many bytes, got 9 of 9",
     ),
     "planes in version 3": (
         message(buffers=((5, planes(b"ab", b"cd", b"ef", b"gh")),), version=3),

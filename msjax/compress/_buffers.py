@@ -65,16 +65,21 @@ def _planes(array):
 
 def _from_planes(buffer, form):
     """The bytes of an array of floats from its planes."""
-    size, out = math.prod(form.shape), np.empty((math.prod(form.shape), form.dtype.itemsize), np.uint8)
-    for byte in range(form.dtype.itemsize):
+    size, planes = math.prod(form.shape), []
+    for _ in range(form.dtype.itemsize):
         length = int.from_bytes(buffer[:4], "little")
-        part, buffer = buffer[4 : 4 + length % _CODED], buffer[4 + length % _CODED :]
-        plane = _whole(part, size, _deflate.MOST_WITHOUT_RUNS) if length & _CODED else np.frombuffer(part, np.uint8)
-        if plane.size != size:
-            raise ValueError(f"a plane of {size} values must have as many bytes, got {plane.size}")
-        out[:, byte] = plane
+        coded, length = length & _CODED, length % _CODED
+        part, buffer = buffer[4 : 4 + length], buffer[4 + length :]
+        if len(part) < length or (size > _deflate.MOST_WITHOUT_RUNS * length if coded else size != length):
+            raise ValueError(f"a plane of {size} values must have as many bytes, got {len(part)} of {length}")
+        planes.append((coded, part))
     if len(buffer):
         raise ValueError(f"{len(buffer)} bytes behind the last plane")
+    # Not before all that could be seen of them is right.
+    out = np.empty((size, len(planes)), np.uint8)
+    for byte, (coded, part) in enumerate(planes):
+        plane = _whole(part, size, _deflate.MOST_WITHOUT_RUNS) if coded else np.frombuffer(part, np.uint8)
+        out[:, byte] = plane
     return out.reshape(-1)
 
 

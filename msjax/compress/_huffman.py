@@ -143,7 +143,7 @@ def description_bits(used):
 
 
 def code_bits(counts: Int32[Array, "n"]) -> Float32[Array, ""]:
-    """Bits of the Huffman code of n symbols with these counts, within 1.5 %.
+    """Bits of the Huffman code of n symbols with these counts, within about 2 %.
 
     The tree of the largest ones is made; its other leaves are equal parts of the rest, which are taken to have codes a
     few hundredths of a bit a symbol longer than their entropy. The tree of all would be a loop over all symbols, which

@@ -168,7 +168,7 @@ class ModeConfig:
     """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
     client_fraction: float = 1.0
     """splitfed: the share of the clients that takes part in a round, which is what lies between two averages; which
-    ones is drawn for each round. They fetch the last average when it begins. Not with `update_codec`."""
+    ones is drawn for each round. They fetch the last average when it begins."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
     tail_cut: str | None = None
@@ -211,8 +211,8 @@ class Config:
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
     the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then have 8 bits, or in
-    splitfed 32. It pays for parts of some hundred values or more. In sequential mode a Cast, of what a client hands on
-    to the next. Not with one client."""
+    splitfed 32. It pays for parts of some hundred values or more. In sequential mode, and with a client_fraction
+    below 1, a Cast, of the parts that are handed on. Not with one client."""
     cut_bits: float | None = None
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what

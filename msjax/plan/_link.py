@@ -31,10 +31,9 @@ class Link(NamedTuple):
         shared = 0.0 if self.server_mbit is None else 8 * client_bytes * clients / (self.server_mbit * 1e6)
         return max(own, shared)
 
-    @property
-    def client_bytes_per_second(self) -> np.float32:
-        """Of each client's own link."""
-        return np.float32(self.client_mbit * 1e6 / 8)
+    def bytes_per_second(self, clients: int) -> np.float32:
+        """Returns what each of `clients` has of it, all at once."""
+        return np.float32(1 / self.seconds(1.0, clients))
 
 
 class Sent(NamedTuple):
@@ -95,7 +94,7 @@ def _with_budget(spec, link, traffic):
     """The traffic of an epoch where features and gradients of the first cut have one budget: shared as at first."""
     if spec.cut_bits is None:
         return traffic
-    bits = float(budget.budget_bits(spec, link.client_bytes_per_second))
+    bits = float(budget.budget_bits(spec, link.bytes_per_second(len(spec.schedule.position(0).clients))))
     values = epoch_traffic(spec, 0, lambda payload: payload.float_values)
     exact = epoch_traffic(spec, 0, lambda payload: payload.exact_bytes)
     shares = {"uplink_feature_bytes": budget.FIRST, "downlink_gradient_bytes": 1 - budget.FIRST}

@@ -39,13 +39,21 @@ class Plan(NamedTuple):
     def cut_bits(self) -> float | None:
         """The budget of features and gradients on the link, in bits a value up and down together; None without one."""
         spec = self.run.spec
-        return None if spec.cut_bits is None else float(budget.budget_bits(spec, self.link.client_bytes_per_second))
+        return (
+            None
+            if spec.cut_bits is None
+            else float(budget.budget_bits(spec, self.link.bytes_per_second(self.run.clients)))
+        )
 
     @property
     def too_slow(self) -> str | None:
         """Why `cut_seconds` cannot be kept on the link, where it cannot."""
         spec = self.run.spec
-        return None if spec.cut_seconds is None else budget.why_too_slow(spec, self.link.client_bytes_per_second)
+        return (
+            None
+            if spec.cut_seconds is None
+            else budget.why_too_slow(spec, self.link.bytes_per_second(self.run.clients))
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON-ready values."""

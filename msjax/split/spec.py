@@ -92,8 +92,8 @@ class RunSpec:
       grad_codec: of their gradients.
       grad_kept_only: whether gradients are sent only where the features were kept; see `Codec.take_kept`.
       test_codec: of test features.
-      update_codec: of what keeps the clients' parts equal, both ways; see `averages`. In sequential mode, of what they
-        hand on.
+      update_codec: of what keeps the clients' parts equal, both ways; see `averages`. Where whole parts are
+        handed on, of these.
       cut_bits: real bits a value of the features, up and down together; None leaves it to the codecs. See `budget`.
       cut_seconds: the time that a step's messages may take on a client's link; None for any.
       link_bytes_per_second: the speed of every client's link, as far as it is known before it is measured.
