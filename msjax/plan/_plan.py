@@ -38,22 +38,16 @@ class Plan(NamedTuple):
     @property
     def cut_bits(self) -> float | None:
         """The budget of features and gradients on the link, in bits a value up and down together; None without one."""
-        spec = self.run.spec
-        return (
-            None
-            if spec.cut_bits is None
-            else float(budget.budget_bits(spec, self.link.bytes_per_second(self.run.clients)))
-        )
+        if self.run.spec.cut_bits is None:
+            return None
+        return float(budget.budget_bits(self.run.spec, self.link.bytes_per_second(self.run.clients)))
 
     @property
     def too_slow(self) -> str | None:
         """Why `cut_seconds` cannot be kept on the link, where it cannot."""
-        spec = self.run.spec
-        return (
-            None
-            if spec.cut_seconds is None
-            else budget.why_too_slow(spec, self.link.bytes_per_second(self.run.clients))
-        )
+        if self.run.spec.cut_seconds is None:
+            return None
+        return budget.why_too_slow(self.run.spec, self.link.bytes_per_second(self.run.clients))
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON-ready values."""
