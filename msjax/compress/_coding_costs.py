@@ -88,7 +88,13 @@ def _huffman_bits(counts, scale):
     unseen = (1 - 1 / scale) * once * np.maximum(once - 1, 0) / (2 * (twice + 1))
     total, used = counts.sum(1), np.minimum(np.count_nonzero(counts, axis=1) + unseen, 256)
     # A sample's own code is better for it than for the rest: by half of log2(e) bits a symbol (Miller & Madow, 1955).
-    bits = scale * _huffman.entropy_bits(counts, np) + (scale - 1) / (2 * np.log(2)) * np.maximum(used - 1, 0)
+    bits = scale * _entropy_bits(counts) + (scale - 1) / (2 * np.log(2)) * np.maximum(used - 1, 0)
     blocks = np.ceil(total * scale / _deflate.BLOCK)
     longer = _huffman.redundancy(counts.max(axis=1) / np.maximum(total, 1)) * scale * total
     return bits + longer + blocks * (_huffman.CODE_BITS + _huffman.SYMBOL_BITS * used)
+
+
+def _entropy_bits(counts):
+    """Bits of all symbols of each row of counts at their entropy."""
+    total = counts.sum(1)
+    return total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(1)

@@ -1,8 +1,7 @@
 """How many bytes zlib's Huffman coder makes of a buffer, estimated inside `jit`.
 
 `Z_HUFFMAN_ONLY` codes each block of bytes by a Huffman code of its own (RFC 1951), whose length follows from the
-histogram alone. `Z_RLE` does so with a block of symbols, which are bytes, or
-numbers of repetitions of the byte before.
+histogram alone. `Z_RLE` does so with a block of symbols, which are bytes, or numbers of repetitions of the byte before.
 """
 
 from typing import Any
@@ -154,8 +153,8 @@ def code_bits(counts: Int32[Array, "n"]) -> Float32[Array, ""]:
     top = lax.optimization_barrier(lax.top_k(jnp.pad(counts, (0, max(0, _LARGEST - counts.size))), _LARGEST)[0])
     rest = jnp.maximum(jnp.sum(counts) - jnp.sum(top), 0)
     parts = jnp.clip(jnp.ceil(rest / jnp.maximum(top[-1], 1)), 1, _PARTS)
-    inside = _times_log(rest, jnp) - rest * jnp.log2(parts)
-    inside -= jnp.sum(_times_log(counts, jnp)) - jnp.sum(_times_log(top, jnp))
+    inside = _times_log(rest) - rest * jnp.log2(parts)
+    inside -= jnp.sum(_times_log(counts)) - jnp.sum(_times_log(top))
     equal = jnp.where(jnp.arange(_PARTS, dtype=jnp.float32) < parts, rest / parts, 0)
     return _tree_bits(jnp.concatenate([top, equal])) + jnp.where(inside > 0, inside + redundancy(0.0) * rest, 0)
 
@@ -186,13 +185,8 @@ def _tree_bits(weights):
     return lax.fori_loop(0, n - 1, merge, start)[3]
 
 
-def entropy_bits(counts: Any, xp: Any) -> Any:
-    """Bits of all symbols of (…, n) counts at their entropy, of NumPy or JAX as `xp` is."""
-    return _times_log(counts.sum(-1), xp) - _times_log(counts, xp).sum(-1)
-
-
-def _times_log(counts, xp):
-    return counts * xp.log2(xp.maximum(counts, 1))
+def _times_log(counts):
+    return counts * jnp.log2(jnp.maximum(counts, 1))
 
 
 def redundancy(most: Any) -> Any:

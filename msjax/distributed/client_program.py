@@ -171,9 +171,9 @@ class LinkWatch:
         """Returns a warning that is due after a step; `bytes_per_second` as of `budget.next_bytes_per_second`."""
         if not bytes_per_second or self._slow_steps == self.STEPS:
             return None
-        why = budget.why_too_slow(spec, bytes_per_second)
-        self._slow_steps = self._slow_steps + 1 if why else 0
-        return why if self._slow_steps == self.STEPS else None
+        slow = budget.least_seconds(spec, bytes_per_second) > spec.cut_seconds
+        self._slow_steps = self._slow_steps + 1 if slow else 0
+        return budget.why_too_slow(spec, bytes_per_second) if self._slow_steps == self.STEPS else None
 
 
 def _link_status(party):

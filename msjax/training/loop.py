@@ -64,9 +64,10 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
       NonFiniteError: a loss is NaN or infinite; the newest checkpoint is of before.
       ProcessLostError: another process has ended, where there are several.
     """
-    spec, follows = run.spec, run.spec.cut_seconds is not None and processes.is_first()
-    if follows and (why := why_too_slow(spec, first_bytes_per_second(spec))):
-        _log.warning("%s", why)
+    if run.spec.cut_seconds is not None and processes.is_first():
+        why = why_too_slow(run.spec, first_bytes_per_second(run.spec))
+        if why is not None:
+            _log.warning("%s", why)
     try:
         return _Loop(run, folder, quiet or not processes.is_first()).run()
     except jax.errors.JaxRuntimeError as error:
