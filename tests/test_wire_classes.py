@@ -136,6 +136,21 @@ def test_a_long_buffers_coding_is_within_a_percent_of_the_shortest(shape, step, 
         assert len(data) <= 1.01 * len(shortest), name
 
 
+@pytest.mark.parametrize("bits", [0.3, 1.5])
+def test_gradients_of_few_samples_are_predicted_and_coded_shortest(bits, monkeypatch):
+    """A tenth of the samples has nearly all of the energy, so that a few samples tell nothing of the others."""
+    shape, rng = (128, 8, 8, 64), np.random.default_rng(1)
+    sizes = np.where(rng.random(shape[0]) < 0.1, 1, 0.016) * np.exp(0.5 * rng.normal(size=shape[0]))
+    gradients = (rng.laplace(size=shape) * sizes.reshape(-1, 1, 1, 1)).astype(np.float32)
+    codec = EntropyMask(bits=bits, levels=7, signed=True, rounding="stochastic")
+    payload = jax.device_get(helpers.encode(codec, gradients, KEY))
+    data = wire.encode(payload, codec, gradients)
+    estimate = jax.jit(functools.partial(wire.estimate_bytes, codec=codec, like=gradients))
+    assert float(estimate(payload)) == pytest.approx(len(data), rel=0.05)
+    monkeypatch.setattr(_coding_costs, "ALWAYS_WHOLE", 1 << 62)
+    assert len(data) <= 1.01 * len(wire.encode(payload, codec, gradients))
+
+
 def test_bytes_are_counted_in_pairs_and_alone():
     for size in (0, 7, _contexts._IN_PAIRS, _contexts._IN_PAIRS + 1):
         raw = np.random.default_rng(size).integers(0, 256, size, np.uint8)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from msjax.compress import _bits, _contexts, _huffman
 
-_SAMPLE, _PIXELS = 1 << 15, 128
+_SAMPLE = 1 << 15
 
 
 def shortest_bytes(buffer: UInt8[Array, "b"], grid: _contexts.Grid | None) -> Float32[Array, ""]:
@@ -60,15 +60,16 @@ def _class_bytes(buffer, grid, all_counts):
     """Of classes by neighbours, from a sample of pixels."""
     commonest = jnp.argmax(all_counts)
     order = _contexts.order_of(grid.height, grid.width)
-    # Of many pixels, as each has neighbours of its own, but not of the first, which alone has none.
-    samples = min(grid.samples, -(-_SAMPLE // (min(grid.pixels, _PIXELS) * grid.pixel_bytes)))
-    pixels = min(grid.pixels, -(-_SAMPLE // (samples * grid.pixel_bytes)))
-    rows = buffer.reshape(grid.samples, grid.pixels, grid.pixel_bytes)[np.arange(samples) * grid.samples // samples]
-    places = _contexts.some_places(grid, pixels)
+    samples, places = _contexts.some_pixels(grid, _SAMPLE)
+    rows = buffer.reshape(grid.samples, grid.pixels, grid.pixel_bytes)
     sizes = jnp.asarray(grid.sizes, jnp.uint8)
-    values = rows[:, order.pixels[places]]
-    sums = sum(sizes[rows[:, order.pixels[near[places]]].astype(jnp.int32)] for near in (order.left, order.above))
-    sums = jnp.where((places > 0)[None, :, None], sums, jnp.uint8(0)).astype(jnp.int32)
+
+    def of(places):
+        return rows[samples[:, None], order.pixels[places]].astype(jnp.int32)
+
+    values = of(places)
+    sums = sum(sizes[of(near[places])] for near in (order.left, order.above))
+    sums = jnp.where((places > 0)[..., None], sums, jnp.uint8(0)).astype(jnp.int32)
     halves = sizes // 16 + sizes % 16 if grid.halves else 2 * sizes
     mean = jnp.vdot(all_counts.astype(jnp.float32), halves.astype(jnp.float32)) / jnp.sum(all_counts)
     levels, classes = _contexts.MOST_LEVELS, grid.classes(_contexts.MOST_LEVELS)
@@ -78,7 +79,7 @@ def _class_bytes(buffer, grid, all_counts):
         return sum((size > threshold).astype(jnp.int32) for threshold in thresholds)
 
     found = level(sums % 16) + levels * level(sums // 16) if grid.halves else level(sums)
-    counts = _huffman.histogram((found * 256 + values.astype(jnp.int32)).reshape(-1), classes * 256)
+    counts = _huffman.histogram((found * 256 + values).reshape(-1), classes * 256)
     scale = grid.buffer_bytes / values.size
     bits = jax.vmap(lambda c: _huffman.flagged_bits(c, commonest, scale))(counts.reshape(classes, 256))
     return 2 + len(thresholds) + 4 * classes + jnp.ceil(jnp.sum(bits) / 8)

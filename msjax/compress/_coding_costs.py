@@ -11,8 +11,7 @@ from msjax.compress import _contexts, _deflate, _huffman
 ALWAYS_WHOLE = 1 << 16
 """Bytes up to which all codings are made as quickly as estimates of them."""
 _SAMPLE = 1 << 14
-_PIECES, _PIECE_BYTES = 32, 509  # prime, so that pieces meet all columns of an array
-_PIXELS = 64
+_PIECES, _PIECE_BYTES = 128, 127  # prime, so that pieces meet all columns of an array
 _RUNS_FACTOR = 1.45  # of flags coded by runs, against their entropy
 
 
@@ -50,15 +49,16 @@ def _scaled_bytes(coded, counts, scale):
 def _class_bytes(raw, grid):
     """Of classes by neighbours, from a sample of pixels and their neighbours."""
     rows = raw.reshape(grid.samples, grid.pixels, grid.pixel_bytes)
-    pixels = min(grid.pixels - 1, _PIXELS)
-    samples = min(grid.samples, -(-_SAMPLE // (pixels * grid.pixel_bytes)))
     order = _contexts.order_of(grid.height, grid.width)
-    places = _contexts.some_places(grid, pixels)
-    rows = rows[np.arange(samples) * grid.samples // samples]
-    values = rows[:, order.pixels[places]]
+    samples, places = _contexts.some_pixels(grid, _SAMPLE)
     sizes = np.array(grid.sizes, np.uint8)
-    sums = sizes.take(rows[:, order.pixels[order.left[places]]])
-    sums += sizes.take(rows[:, order.pixels[order.above[places]]])
+
+    def of(places):
+        return rows[samples[:, None], order.pixels[places]]
+
+    values, sums = of(places), sizes.take(of(order.left[places]))
+    sums += sizes.take(of(order.above[places]))
+    sums[places == 0] = 0
     all_counts = np.bincount(values.reshape(-1), minlength=256)
     thresholds = tuple(map(int, _contexts.thresholds_of(np.float32(grid.mean_size(all_counts)))))
     classes = grid.classes(len(thresholds) + 1)

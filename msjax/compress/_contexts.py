@@ -38,6 +38,8 @@ _MOST_BYTES = (1 << 31) - 1
 _FACTORS = tuple(3.5 * (level / MOST_LEVELS) ** 1.5 for level in range(1, MOST_LEVELS))
 """Thresholds against the mean; measured on features and gradients, where they are flat: see experiments.contexts."""
 _IN_PAIRS = 1 << 17  # bytes that are quicker counted two by two
+_SOME = 4
+"""Pixels of a sample, where there are more samples than can have more."""
 _PIECE = 1 << 13  # bytes that are sorted at once, within a core's cache
 
 
@@ -167,13 +169,27 @@ def _order(height, width):
 _kept_order = functools.lru_cache(maxsize=16)(_order)
 
 
-def some_places(grid: Grid, count: int) -> np.ndarray:
-    """Int (count,): places in `order_of` of pixels from everywhere, not the first where these are not all."""
-    places = np.arange(count)
-    if count == grid.pixels:
-        return places
-    room = (grid.pixels - 1) / count
-    return 1 + (places * room + places * 0.6180339887 % 1 * (room - 1)).astype(int)
+def some_pixels(grid: Grid, nbytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns pixels of about `nbytes` bytes from everywhere.
+
+    They are of as many samples as can have some pixels each, since a few samples may have nearly all that is not zero,
+    as those of gradients do. Each sample has other pixels, and not the first, which has no neighbours, unless all are
+    taken.
+
+    Returns:
+      The samples' numbers (S,), and their pixels' places in `order_of` (S, P); int32.
+    """
+    pixels = min(grid.pixels, _SOME)
+    samples = min(grid.samples, -(-nbytes // (pixels * grid.pixel_bytes)))
+    pixels = min(grid.pixels, -(-nbytes // (samples * grid.pixel_bytes)))
+    which = np.arange(samples) * grid.samples // samples
+    if pixels == grid.pixels:
+        places = np.broadcast_to(np.arange(pixels), (samples, pixels))
+    else:
+        room = (grid.pixels - 1) / pixels
+        within = np.arange(samples * pixels).reshape(samples, pixels) * 0.6180339887 % 1
+        places = 1 + np.arange(pixels) * room + within * (room - 1)
+    return which.astype(np.int32), places.astype(np.int32)
 
 
 # -- Coding. -----------------------------------------------------------------------------------------------------------
