@@ -29,6 +29,7 @@ from benchmarks import timing
 from experiments import language, scaling, study
 from msjax import models, plan
 from msjax.config import Config, LoraConfig, OptimConfig
+from msjax.split.payloads import aimed_bytes
 
 OUT = study.RESULTS / "language_sizes"
 PRESETS = {"Llama-3.2-1B": "llama32_1b_wikitext2", "Qwen3-1.7B": "qwen3_1_7b_wikitext2"}
@@ -118,7 +119,7 @@ def step_bytes(name, features) -> dict:
     """Returns a step's bytes up and down with a codec of `language`, and the seconds of both on each link."""
     of = language.CODECS[name]
     codecs = {"up_bytes": of["codec"], "down_bytes": of["grad_codec"]}
-    found = {direction: plan.array_bytes(codec, features) for direction, codec in codecs.items()}
+    found = {direction: aimed_bytes(codec, features) for direction, codec in codecs.items()}
     bits = 8 * (found["up_bytes"] + found["down_bytes"])
     return found | {"seconds": {f"{rate} Mbit/s": bits / (rate * 1e6) for rate in LINKS}}
 

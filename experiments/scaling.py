@@ -16,6 +16,7 @@ from typing import NamedTuple
 from benchmarks import timing
 from experiments import study
 from msjax import compress, plan
+from msjax.split.payloads import aimed_bytes
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
 CUTS = {"shallow": "2", "medium": "15", "deep": "27"}
@@ -222,7 +223,7 @@ def parts_table() -> str:
     for cut in CUTS:
         found = network(cut)
         like = found.run.spec.features.batch(256)
-        sizes = [plan.array_bytes(up, like) / 256 for up, _ in CODECS.values()]
+        sizes = [aimed_bytes(up, like) / 256 for up, _ in CODECS.values()]
         rows.append(
             [
                 f"{cut} ({CUTS[cut]})",

@@ -99,7 +99,8 @@ def load_pair(
 def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | None = None) -> Any:
     """Returns the network's outputs for inputs, in float32; logits of a classification.
 
-    The features go through the codec of the run's tests. A codec compresses what it is given at once together, so that
+    The features go through the codec of the run's tests, with a budget (`cut_bits`) aimed at what training aimed at in
+    the end. A codec compresses what it is given at once together, so that
     what becomes of an input depends on what else is in its batch; with a batch size of 1 it does not.
 
     Args:
@@ -128,6 +129,7 @@ def predictions(
     batch_size = integer("batch_size", batch_size, 1)
     spec = _spec_of(pair, compressed)
     states = jax.device_put([(part.params, part.stats) for part in pair])
+    up_bits = None if pair.client.up_bits is None else jnp.float32(pair.client.up_bits)
     # That of a test's first round and client.
     key = client_keys(jax.random.fold_in(eval_key(pair.config.seed), 0), jnp.int32(0), jnp.zeros(1, jnp.int32))[0]
     at = 0
@@ -139,7 +141,7 @@ def predictions(
         x = fetch(at, at + taken)
         _check_inputs(x, pair.summary)
         x = jax.tree.map(lambda leaf, b=batches: np.reshape(leaf, (b, len(leaf) // b, *np.shape(leaf)[1:])), x)
-        outputs = jax.device_get(_outputs(spec, states, x, key))
+        outputs = jax.device_get(_outputs(spec, states, x, key, up_bits))
         yield jax.tree.map(lambda leaf: np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[2:]), outputs)
         at += taken
 
@@ -174,18 +176,18 @@ def _check_inputs(x, summary):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _outputs(spec, states, x, key):
+def _outputs(spec, states, x, key, up_bits):
     """Outputs (K, B, …) of inputs (K, B, …), each batch through the codec by itself."""
     (client, client_stats), (server, server_stats) = states
 
     def one_batch(x):
         batch_size = jax.tree.leaves(x)[0].shape[0]
 
-        def cross(payload, h, key):
-            return payload.decode(payload.encode(h, key))
+        def cross(payload, h, key, bits=None):
+            return payload.decode(payload.encode(h, key, bits))
 
         h, _ = spec.client(client, client_stats, spec.preprocess(x), train=False, key=None)
-        h = cross(spec.test_payload(batch_size), h, key)
+        h = cross(spec.test_payload(batch_size), h, key, up_bits)
         y, _ = spec.server(server, server_stats, h, train=False, key=None)
         if spec.u_shaped:
             h = cross(spec.tail_test_payload(batch_size), y, tail_key(key))

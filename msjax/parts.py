@@ -50,6 +50,8 @@ class TrainedPart(NamedTuple):
       run_id: names the run that trained it: parts of one run have the same.
       step: how many steps it was trained for.
       tail: U-shaped: the function of the client's layers behind the server's.
+      up_bits: of a client's part that was trained with a budget (`cut_bits`): the bits that its features were aimed at
+        in the end, at which it goes on; else None.
     """
 
     apply: Callable[..., Any] | None
@@ -61,6 +63,7 @@ class TrainedPart(NamedTuple):
     run_id: str
     step: int
     tail: Callable[..., Any] | None
+    up_bits: float | None = None
 
 
 def save_trained(
@@ -72,8 +75,11 @@ def save_trained(
     *,
     run_id: str,
     step: int,
+    up_bits: float | None = None,
 ) -> None:
     """Writes a part of a config's run, atomically; `trained` is anything with `params` and `stats`.
+
+    The other arguments are as of `TrainedPart`.
 
     Raises:
       OSError: it cannot be written.
@@ -85,6 +91,7 @@ def save_trained(
         "step": str(step),
         "config": json.dumps(config.to_json(config.without_paths(cfg), paths=False)),
         "info": json.dumps(summary.to_json()),
+        **({} if up_bits is None else {"up_bits": f"{up_bits:.6g}"}),
     }
     _write(path, trained, header)
 
@@ -152,13 +159,14 @@ def load_part(
         cfg = None if own else config.from_json(json.loads(header["config"]), preset=preset)
         summary = None if own else build.DataSummary.from_json(json.loads(header["info"]))
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
+        up_bits = float(header["up_bits"]) if "up_bits" in header else None
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
     if part not in (models.PARTS if own else (*models.PARTS[:2], NETWORK)):
         raise ValueError(f"{path} must be of a client or a server, got {part!r}")
     if cfg is not None and preset is not None:
         cfg = config.with_own(cfg, preset)
-    rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step}
+    rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}
     if model is not None:
         like = models.as_part(model, inputs)
         params, stats = _fill(like.params, like.stats, arrays, path)

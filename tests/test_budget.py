@@ -9,9 +9,12 @@ import pytest
 
 import msjax
 from msjax import compress, config, models, wire
+from msjax.cli import generate, network
+from msjax.pair import load_pair, predict
+from msjax.runs import RunFolder
 from msjax.split import budget, parties
 from msjax.split.schedule import Phase
-from msjax.training import evaluator, loaded, loop
+from msjax.training import evaluator, from_config, loaded, loop
 
 from .helpers import assert_close
 from .setups import MODES, SMALL, built, load_program, make_parties
@@ -80,6 +83,34 @@ def test_tests_are_at_the_bits_of_training(spread, monkeypatch):
             state = state._replace(up_bits=jnp.full_like(state.up_bits, 0.4))
         found.append(evaluator.Evaluator(run, mesh)(state)["loss"])
     assert found[0] == found[1] != found[2]
+
+
+def test_a_trained_part_goes_on_at_the_bits_of_training(tmp_path):
+    """In predictions, texts and tests over a network: the file of the client's part says how many they are."""
+    cfg = dataclasses.replace(CFG, epochs=1, clients=2, out=str(tmp_path))
+    folder = RunFolder.create(cfg, "run")
+    from_config.train_config(cfg, folder, quiet=True)
+    trained, x = load_pair(folder.path), np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    aimed = trained.client.up_bits
+    assert 2.5 <= aimed <= 10 and abs(aimed - cfg.codec.bits) > 0.3 and trained.server.up_bits is None
+    found = predict(trained, x)
+    for bits, same in ((aimed, True), (cfg.codec.bits, False)):
+        codec = dataclasses.replace(cfg.codec, bits=bits)
+        plain = trained.client._replace(up_bits=None, config=dataclasses.replace(cfg, codec=codec, cut_bits=None))
+        assert np.array_equal(predict(trained._replace(client=plain), x), found) == same
+    assert generate.codec_of(trained.client).bits == aimed
+
+    class Remote:
+        def send(self, payload, *_):
+            raise StopAsyncIteration(payload)
+
+    options = network._EvalOptions(part="", server="")
+    sent = []
+    for up_bits in (aimed, 3.0):
+        with pytest.raises(StopAsyncIteration) as stopped:
+            network._evaluate(trained.client._replace(up_bits=up_bits), Remote(), options)
+        sent.append(jax.tree.leaves(stopped.value.args[0]))
+    assert any(not np.array_equal(a, b) for a, b in zip(*sent, strict=True))
 
 
 def test_the_aim_is_what_features_are_coded_at():

@@ -89,7 +89,7 @@ def test_a_link_that_is_too_slow_is_told_once():
     last = [said(spec, slow) for _ in range(20)][-1]
     assert last.startswith("cut_seconds=") and "the least budget, 0.75 bits both ways, takes about" in last
     assert f"{AVERAGE_BYTES / slow:.2g} s of it for what keeps clients equal" in last
-    assert last.endswith("or smaller batches, or give an update_codec")
+    assert last.endswith("or smaller batches, or give an update_codec. The link's speed was measured, with its latency")
     assert LinkWatch()(built(CFG, 60).spec, None) is None
 
 

@@ -129,8 +129,10 @@ def test_a_client_measures_its_link_and_not_the_server(tmp_path):
         clients = [net.client(client_id, server=link.address) for client_id in range(2)]
         net.join()
         assert not net.failures, net.failures
-    for client in clients:
+    for number, client in enumerate(clients):
         party = client.session.party
+        saved = load_part(tmp_path / f"client{number}" / "client.safetensors")
+        assert saved.up_bits == pytest.approx(float(party.up_bits), rel=1e-5)
         most_bytes = 1000 + party.spec.features.batch_leaves(10)[0].size * LINK.cut_bits / 8
         assert most_bytes / 10 < party.bytes_per_second < most_bytes / 0.1
 

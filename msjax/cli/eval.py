@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 
-import numpy as np
-
 from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
+from msjax.split.budget import mean_up_bits
+from msjax.split.spec import RunSpec
 from msjax.training import evaluator, loaded, saved
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import load_run
@@ -87,9 +87,13 @@ def _evaluate_config(arguments):
 
 def _print_result(said, run, state, mesh):
     result = evaluator.Evaluator(run, mesh)(state)
-    dense = all(isinstance(codec, Identity) for codec in run.spec.test_codec.all)
-    how = "no compression" if dense else str(run.spec.test_codec)
-    if state.up_bits is not None and not dense:
-        how += f", aimed at {np.mean(state.up_bits):.2f} bits by the budget"
+    how = describe_features(run.spec, mean_up_bits(state.up_bits))
     print(to_json({**said, "step": int(state.step), "features": how, **result}, indent=2))
     return 0
+
+
+def describe_features(spec: RunSpec, up_bits: float | None) -> str:
+    """Returns how features cross the cut in a test; `up_bits` as of `parts.TrainedPart`."""
+    if all(isinstance(codec, Identity) for codec in spec.test_codec.all):
+        return "no compression"
+    return str(spec.test_codec) + ("" if up_bits is None else f", aimed at {up_bits:.2f} bits by the budget")

@@ -14,6 +14,7 @@ from msjax.compress import Codec, Identity
 from msjax.generation import Generation, Generator
 from msjax.models import ModelPart, Sampling
 from msjax.pair import load_pair, model_parts
+from msjax.parts import TrainedPart
 from msjax.paths import expand
 
 _MOST_TOKENS = 256
@@ -109,7 +110,7 @@ def _network(options: GenerateOptions, preset: Any) -> tuple[tuple[ModelPart, ..
     pair = load_pair(*paths, preset=preset)
     check_decoder(pair.config, paths[0])
     parts = model_parts(pair.client, pair.server)
-    return parts, codec or codec_of(pair.config), options.tokenizer or pair.config.data.tokenizer
+    return parts, codec or codec_of(pair.client), options.tokenizer or pair.config.data.tokenizer
 
 
 def _published(options):
@@ -139,9 +140,12 @@ def check_trained(options: GenerateOptions) -> None:
             raise ValueError(f"{name} must not be given for a trained network, which has its own, got {value!r}")
 
 
-def codec_of(cfg: config.Config) -> Codec:
-    """The codec of a run's tests."""
-    return cfg.codec if cfg.eval_compressed else Identity()
+def codec_of(client: TrainedPart) -> Codec:
+    """The codec of its run's tests, aimed at what training aimed at in the end."""
+    cfg = client.config
+    if not cfg.eval_compressed:
+        return Identity()
+    return cfg.codec if client.up_bits is None else dataclasses.replace(cfg.codec, bits=client.up_bits)
 
 
 def continue_text(generator: Generator, options: GenerateOptions, tokenizer: str | None) -> None:

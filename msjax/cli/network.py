@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from msjax import build, config, parts
+from msjax.cli.eval import describe_features
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
 from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.distributed import inference
@@ -113,7 +115,7 @@ def generate(arguments: list[str]) -> int:
             jax.device_put(client),
             server,
             *jax.device_put(tail),
-            codec=codec or codec_of(trained.config),
+            codec=codec or codec_of(trained),
             compression=options.compression,
             connect=remote.begin,
         )
@@ -158,6 +160,9 @@ def _evaluate(trained, remote, options):
     own = parties.ClientData(ds.train, ds.test)
     numpy_encoder = options.encoder == "numpy"
     clients = [parties.Client(n, spec, state, own, cfg.seed, numpy_encoder=numpy_encoder) for n in range(cfg.clients)]
+    if trained.up_bits is not None:
+        for client in clients:
+            client.up_bits = jnp.float32(trained.up_bits)
     sums, seconds, sent, received = [], [], 0, 0
     for exchange in spec.schedule.step_exchanges(spec.schedule.total_steps - 1):  # the last epoch always has a test
         if exchange.phase == Phase.RESULT:
@@ -180,4 +185,5 @@ def _evaluate(trained, remote, options):
     sums = total(sums)
     round_trip = round(statistics.median(seconds) * 1e3, 2)
     traffic = {"sent_bytes": sent, "received_bytes": received, "median_round_trip_ms": round_trip}
-    return {"features": str(spec.test_codec), **sums.means(spec.task), "samples": sums.samples, **traffic}
+    how = describe_features(spec, trained.up_bits)
+    return {"features": how, **sums.means(spec.task), "samples": sums.samples, **traffic}

@@ -6,7 +6,6 @@ gradients is within a percent of what zlib makes of them.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
 from msjax.compress import _bits, _contexts, _huffman

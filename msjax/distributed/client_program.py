@@ -137,6 +137,7 @@ class ClientProgram:
         if party.keeps_result:
             self._path = self._options.folder() / "client.safetensors"
             names = {"run_id": self.session.name, "step": self._schedule.total_steps}
+            names["up_bits"] = budget.mean_up_bits(party.up_bits)
             save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)
 
     def _tell(self, exchange):
@@ -173,7 +174,9 @@ class LinkWatch:
             return None
         slow = budget.least_seconds(spec, bytes_per_second) > spec.cut_seconds
         self._slow_steps = self._slow_steps + 1 if slow else 0
-        return budget.why_too_slow(spec, bytes_per_second) if self._slow_steps == self.STEPS else None
+        if self._slow_steps < self.STEPS:
+            return None
+        return f"{budget.why_too_slow(spec, bytes_per_second)}. The link's speed was measured, with its latency"
 
 
 def _link_status(party):

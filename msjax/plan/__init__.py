@@ -4,7 +4,7 @@ Nothing is trained and no weights are made: the parts are traced with shapes and
 over what the library itself counts with, `RunSpec`, `split.traffic`, `Codec.payload_bytes`. `msjax plan` prints it.
 """
 
-from msjax.plan._link import Link, Row, Sent, alternatives, array_bytes, message_bytes, sent, with_codecs
+from msjax.plan._link import Link, Row, Sent, alternatives, sent, with_codecs
 from msjax.plan._memory import (
     Needs,
     lowered_bytes,
@@ -28,11 +28,9 @@ __all__ = [
     "Run",
     "Sent",
     "alternatives",
-    "array_bytes",
     "describe_data",
     "describe_run",
     "lowered_bytes",
-    "message_bytes",
     "nbytes",
     "needs",
     "operations",

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from msjax import compress, config, models
 from msjax.split import budget
-from msjax.split.payloads import Codecs, PayloadSpec
+from msjax.split.payloads import Codecs
 from msjax.split.spec import RunSpec
 from msjax.split.traffic import Traffic, epoch_traffic
 
@@ -74,7 +73,7 @@ def sent(spec: RunSpec, link: Link) -> Sent:
     schedule = spec.schedule
     at_once = len(schedule.position(0).clients)
     client_steps = schedule.epoch_steps * at_once
-    traffic = _with_budget(spec, link, epoch_traffic(spec, 0, message_bytes))
+    traffic = _with_budget(spec, link, epoch_traffic(spec, 0, lambda payload: payload.aimed_bytes))
     codecs = [spec.codec, spec.grad_codec, *([Codecs(spec.update_codec)] if spec.compresses_updates else [])]
     mean = {field.name: getattr(traffic, field.name) / client_steps for field in dataclasses.fields(Traffic)}
     up, down = traffic.uplink_bytes / client_steps, traffic.downlink_bytes / client_steps
@@ -100,17 +99,6 @@ def _with_budget(spec, link, traffic):
     shares = {"uplink_feature_bytes": budget.FIRST, "downlink_gradient_bytes": 1 - budget.FIRST}
     sizes = {n: getattr(exact, n) + round(bits * share * getattr(values, n) / 8) for n, share in shares.items()}
     return dataclasses.replace(traffic, **sizes)
-
-
-def message_bytes(payload: PayloadSpec) -> int:
-    """Returns the same of all arrays of a message."""
-    return sum(array_bytes(codec, like) for codec, like in zip(payload.codecs, payload.likes, strict=True))
-
-
-def array_bytes(codec: compress.Codec, like: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of a payload; of an entropy-coded codec that aims at a number of bits, what it aims at."""
-    bits = getattr(codec, "bits", None) if codec.entropy_coded else None
-    return codec.payload_bytes(like) if bits is None else round(bits * like.size / 8)
 
 
 def alternatives(cfg: config.Config) -> dict[str, tuple[compress.Codec, compress.Codec]]:

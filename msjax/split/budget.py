@@ -16,6 +16,7 @@ take, half of the budget.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,11 @@ def next_up_bits(
     return jnp.clip(aim, (0.5 if budgets is None else 0.25) * then, 2 * then)
 
 
+def mean_up_bits(up_bits: Any) -> float | None:
+    """Returns the mean of what clients aim at, of any shape, at which their part goes on; None without a budget."""
+    return None if up_bits is None else float(np.mean(up_bits))
+
+
 def first_bytes_per_second(spec: RunSpec) -> np.float32 | None:
     """Returns the speed that a link is taken to have before it is measured, 0 for any; None where it is of no use."""
     return None if spec.cut_seconds is None else np.float32(spec.link_bytes_per_second or 0)
@@ -121,7 +127,7 @@ def why_too_slow(spec: RunSpec, bytes_per_second: np.float32) -> str | None:
     return (
         f"cut_seconds={spec.cut_seconds:g} cannot be kept on this link: the least budget, "
         f"{LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
-        f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. Latency counts. "
+        f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. "
         f"Take a longer time, a smaller cut_bits or smaller batches{compress}"
     )
 
@@ -133,8 +139,8 @@ def _sizes(spec):
     features = spec.feature_payload(batch_size)
     others = features.exact_bytes + synchronization_bytes(spec)
     if spec.u_shaped:
-        others += _about_bytes(spec.tail_feature_payload(batch_size))
-        others += _about_bytes(spec.tail_gradient_payload(batch_size))
+        others += spec.tail_feature_payload(batch_size).aimed_bytes
+        others += spec.tail_gradient_payload(batch_size).aimed_bytes
     else:
         others += batch_size * spec.labels.nbytes
     return features.float_values, others
@@ -153,18 +159,8 @@ def synchronization_bytes(spec: RunSpec) -> float:
                 steps += len(exchange.clients)
             elif exchange.phase != Phase.GRADIENT:
                 payloads = (spec.up(exchange), spec.down(exchange))
-                nbytes += len(exchange.clients) * sum(_about_bytes(one) for one in payloads if one is not None)
+                nbytes += len(exchange.clients) * sum(one.aimed_bytes for one in payloads if one is not None)
     return nbytes / steps
-
-
-def _about_bytes(payload):
-    """The bytes of a payload, of entropy-coded codecs with a number of bits what they aim at."""
-
-    def of_array(codec, like):
-        nominal, bits = codec.payload_bytes(like), getattr(codec, "bits", None)
-        return min(nominal, bits * like.size / 8) if codec.entropy_coded and bits else nominal
-
-    return sum(of_array(codec, like) for codec, like in zip(payload.codecs, payload.likes, strict=True))
 
 
 def grad_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float32 | None:

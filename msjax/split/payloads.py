@@ -193,6 +193,11 @@ class PayloadSpec:
         return sum(codec.payload_bytes(like) for codec, like in zip(self.codecs, self.likes, strict=True))
 
     @functools.cached_property
+    def aimed_bytes(self) -> int:
+        """About the bytes of the message, before there is one: those of the payload, or what its codec aims at."""
+        return sum(aimed_bytes(codec, like) for codec, like in zip(self.codecs, self.likes, strict=True))
+
+    @functools.cached_property
     def float_values(self) -> int:
         """How many values go through codecs: those of floating arrays."""
         return sum(like.size for like in self.likes if is_float(like))
@@ -211,6 +216,12 @@ class PayloadSpec:
         """Returns the spec of the same arrays, uncompressed."""
         codecs = tuple(codec if isinstance(codec, Exact) else compress.Identity() for codec in self.codecs)
         return dataclasses.replace(self, codecs=codecs)
+
+
+def aimed_bytes(codec: Codec, like: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an array's payload; of an entropy-coded codec that aims at a number of bits, those bits'."""
+    nominal, bits = codec.payload_bytes(like), getattr(codec, "bits", None)
+    return min(nominal, round(bits * like.size / 8)) if codec.entropy_coded and bits else nominal
 
 
 def encode_at_bits(codec: Codec, h: Any, key: jax.Array | None, bits: jax.Array | None) -> Any:

@@ -16,7 +16,7 @@ from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import ModelPart, RemoteApply, as_parts
 from msjax.optim import make_optimizer
-from msjax.split.budget import check_known_link
+from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Mode, Parallel
 from msjax.split.payloads import Codecs
@@ -40,6 +40,8 @@ class TrainResult(NamedTuple):
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction.
       spec: the description of the run.
+      up_bits: with `cut_bits`, the bits that features were aimed at in the end: what to give the codec, as
+        `EntropyMask(bits=…)`, with which features cross the cut after training; else None.
     """
 
     parts: tuple[ModelPart, ...]
@@ -47,6 +49,7 @@ class TrainResult(NamedTuple):
     test: dict[str, float]
     traffic: Traffic
     spec: RunSpec
+    up_bits: float | None = None
 
     @property
     def client(self) -> ModelPart:
@@ -243,7 +246,8 @@ def train(
     finally:
         if run_folder is not None:
             run_folder.close()
-    return TrainResult(trained, finished.history, finished.history[-1].get("test", {}), finished.traffic, spec)
+    last, up_bits = finished.history[-1], mean_up_bits(finished.state.up_bits)
+    return TrainResult(trained, finished.history, last.get("test", {}), finished.traffic, spec, up_bits)
 
 
 def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:

@@ -13,7 +13,7 @@ from msjax.compress import Identity
 from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
-from msjax.split.budget import check_known_link
+from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
 from msjax.training import loaded, loop, processes, saved
@@ -180,7 +180,8 @@ def _save_parts(parts, cfg, folder, run, state, run_id):
     data_summary = build.DataSummary.of(run.dataset).normalized_as(cfg.data)
     names = {"run_id": run_id, "step": int(state.step)}
     for part in parts:
-        save_trained(_part_file(folder, part), part, getattr(state, part), cfg, data_summary, **names)
+        own = {"up_bits": mean_up_bits(state.up_bits)} if part == "client" else {}
+        save_trained(_part_file(folder, part), part, getattr(state, part), cfg, data_summary, **names, **own)
 
 
 def uncompressed(cfg: config.Config) -> config.Config:

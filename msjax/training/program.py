@@ -69,9 +69,13 @@ def gather(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
     if jax.process_count() == 1:
         return jax.device_get(spec.mode.gather(spec, state))
     # Of what the devices of other processes have only the result is here.
-    of_run = state._replace(memory=(), up_bits=None)
     everywhere = NamedSharding(whole_mesh(mesh), PartitionSpec())
-    return jax.device_get(jax.jit(functools.partial(spec.mode.gather, spec), out_shardings=everywhere)(of_run))
+
+    def result(state):
+        aims = None if state.up_bits is None else state.up_bits.mean()
+        return spec.mode.gather(spec, state._replace(up_bits=aims))
+
+    return jax.device_get(jax.jit(result, out_shardings=everywhere)(state._replace(memory=())))
 
 
 _jit = functools.partial(jax.jit, static_argnames=("shard_server",))
