@@ -141,3 +141,17 @@ def test_what_does_not_go_with_a_share():
             SplitFed(client_fraction=value)
     with pytest.raises(ValueError, match=r"must be Identity\(\) or a Cast .* a client_fraction below 1, .* got TopK"):
         built(dataclasses.replace(PART, update_codec=compress.TopK(ratio=0.5)), 25)
+
+
+@pytest.mark.parametrize("kind, refused", [("sgd", False), ("adamw", True)])
+def test_squares_of_gradients_do_not_travel_as_float16(kind, refused):
+    optim = config.OptimConfig(kind=kind)
+    cfg = dataclasses.replace(PART, optim=optim, update_codec=compress.Cast("float16"))
+    assert built(dataclasses.replace(cfg, update_codec=compress.Cast()), 25)
+    if refused:
+        with pytest.raises(
+            ValueError, match=r"update_codec must not be of float16 .* \(nu\): .* got Cast\(dtype='float16'"
+        ):
+            built(cfg, 25)
+    else:
+        assert built(cfg, 25)

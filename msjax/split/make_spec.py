@@ -50,9 +50,9 @@ def make_spec(
     Raises:
       TypeError: `update_codec` is no codec.
       ValueError: a part does not take what the one before returns, loss or metrics do not fit, a codec is named for an
-        array that is not there, `update_codec` does not fit the mode, `grad_codec` or `update_codec` is not signed,
-        `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit the codecs, or
-        there is a `cut_seconds` without it, or a `link_bytes_per_second` without that.
+        array that is not there, `update_codec` does not fit the mode or the optimizer, `grad_codec` or `update_codec`
+        is not signed, `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit the
+        codecs, or there is a `cut_seconds` without it, or a `link_bytes_per_second` without that.
     """
     _check_link(cut_bits, cut_seconds, link_bytes_per_second)
     if cut_bits is not None:
@@ -108,6 +108,7 @@ def make_spec(
         schedule=schedule,
     )
     _check_update_codec(update_codec, schedule)
+    _check_range(update_codec, schedule, optimizer, parts)
     for one in grad_codec.all:
         _check_signed("grad_codec", one)
     codec.for_tree(features)
@@ -175,6 +176,24 @@ def _check_update_codec(codec, schedule):
         raise ValueError(f"update_codec must be Identity() or a Cast {where}, got {codec}")
     if getattr(codec, "granularity", "tensor") != "tensor":
         raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
+
+
+_SQUARES = {"nu", "nu_max", "sum_of_squares", "v", "v_row", "v_col"}
+"""What Optax calls an optimizer's sums and means of squared gradients."""
+
+
+def _check_range(codec, schedule, optimizer, parts):
+    """Squares of gradients are too small for float16, and where they become 0 the next step is divided by nothing."""
+    hands_on = schedule.mode.one_at_a_time or schedule.mode.hands_parts_on(schedule)
+    if not hands_on or not isinstance(codec, Cast) or codec.dtype != "float16":
+        return
+    here = next(part.params for part in parts if not isinstance(part.apply, RemoteApply))
+    paths = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, here))
+    if found := sorted({getattr(key, "name", None) for path, _ in paths for key in path} & _SQUARES):
+        raise ValueError(
+            f"update_codec must not be of float16 where parts are handed on with squares of gradients, as this "
+            f"optimizer has them ({', '.join(found)}): they are too small for it. Take Cast(), got {codec}"
+        )
 
 
 def _part_outputs(name, part, x, before):
