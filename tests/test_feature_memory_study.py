@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import feature_memory as study
+from experiments import feature_memory_page as page
+from experiments import feature_memory_training as training
 from msjax import build, data
 from msjax.compress import FeatureMemory, Identity, MaskEncoded, TopK
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -17,22 +19,22 @@ from msjax.split.state import TrainState
 from msjax.training import loop
 from msjax.training.loaded import LoadedRun
 
-SAMPLES = study.CLIENTS * study.BATCH
+SAMPLES = training.CLIENTS * training.BATCH
 CFG = Config(
     ModelConfig("mlp", width=0.1),
     DataConfig("breast_cancer"),
     OptimConfig(weight_decay=0.0),
-    clients=study.CLIENTS,
-    batch_size=study.BATCH,
+    clients=training.CLIENTS,
+    batch_size=training.BATCH,
     epochs=2,
     codec=Identity(),
 )
-SETTING = study.Setting(CFG, SAMPLES, 100, 50, 1, signed=False)
+SETTING = training.Setting(CFG, SAMPLES, 100, 50, 1, signed=False)
 
 
 @functools.cache
 def loaded():
-    return study.load(SETTING, 0)
+    return training.load(SETTING, 0)
 
 
 @functools.cache
@@ -47,12 +49,12 @@ def test_without_compression_it_trains_as_a_run_does():
     dataset = dataclasses.replace(whole, **{name: data.Arrays(*part) for name, part in cut.items()})
     run = loaded()
     state = jax.tree.map(jnp.array, run.state)
-    indices, _ = build.divide(dataset, study.CLIENTS, alpha=None, seed=0)
+    indices, _ = build.divide(dataset, training.CLIENTS, alpha=None, seed=0)
     finished = loop.train(LoadedRun(run.spec, state, dataset, indices, 0, ""), quiet=True)
-    found = row(study.Arm(Identity(), True))
+    found = row(training.Arm(Identity(), True))
     losses = [epoch["train"]["loss"] for epoch in finished.history]
     np.testing.assert_allclose([epoch["train_loss"] for epoch in found["history"]], losses, rtol=1e-5)
-    for tested in study.TESTS:
+    for tested in page.TESTS:
         assert found[tested]["top1_percent"] == pytest.approx(finished.history[-1]["test"]["top1_percent"])
     assert all(epoch["error"] < 1e-12 and epoch["sent"] == 1 for epoch in found["history"])
     first, second = (epoch["change"] for epoch in found["history"])
@@ -60,31 +62,31 @@ def test_without_compression_it_trains_as_a_run_does():
     assert isinstance(run.state, TrainState)  # which another arm may start from
 
 
-CODED = study.Arm(MaskEncoded(0.9, bits=1, signed=True), True, MaskEncoded(0.9, bits=4, signed=True))
+CODED = training.Arm(MaskEncoded(0.9, bits=1, signed=True), True, MaskEncoded(0.9, bits=4, signed=True))
 
 
 def test_bits_are_those_of_the_messages():
     first, second = row(CODED)["history"]
     assert second["bits"] < first["bits"] < 32 and first["error"] > 0
     assert 0 < second["error"] < second["change"] < first["change"] == 1
-    h = jnp.ones((study.CLIENTS, study.BATCH, 8))
+    h = jnp.ones((training.CLIENTS, training.BATCH, 8))
     like, memory = jax.ShapeDtypeStruct(h.shape[1:], h.dtype), FeatureMemory(TopK(ratio=0.5))
-    payloads, _ = jax.vmap(lambda h: memory.encode(h, memory.init(study.BATCH, h), jnp.arange(study.BATCH)))(h)
-    nominal = study.CLIENTS * memory.payload_bytes(like)
-    assert nominal / 2 < study.message_bytes(payloads, memory, like) < nominal + 200 * study.CLIENTS
+    payloads, _ = jax.vmap(lambda h: memory.encode(h, memory.init(training.BATCH, h), jnp.arange(training.BATCH)))(h)
+    nominal = training.CLIENTS * memory.payload_bytes(like)
+    assert nominal / 2 < training.message_bytes(payloads, memory, like) < nominal + 200 * training.CLIENTS
 
 
 @pytest.mark.parametrize("all_gradients", [False, True])
 def test_of_samples_that_are_not_sent_no_gradient_goes_on(all_gradients):
     """The same step again, from the same weights, changes no features: there the client's weights stay as they are."""
     run, coder = loaded(), FeatureMemory(Identity())
-    order = jnp.arange(SAMPLES).reshape(study.CLIENTS, study.BATCH)
+    order = jnp.arange(SAMPLES).reshape(training.CLIENTS, training.BATCH)
     x, y = (jnp.asarray(array)[order] for array in run.train[:])
-    slots, key = jnp.tile(jnp.arange(study.BATCH), (study.CLIENTS, 1)), jax.random.key(0)
-    memory, moved, sent = study.empty_memory(run, study.Arm(Identity(), True)), [], []
+    slots, key = jnp.tile(jnp.arange(training.BATCH), (training.CLIENTS, 1)), jax.random.key(0)
+    memory, moved, sent = training.empty_memory(run, training.Arm(Identity(), True)), [], []
     for _ in range(2):
         args = (run.spec, coder, jax.tree.map(jnp.array, run.state), memory, x, y, slots, key)
-        state, memory, _, sums = study.train_step(*args, frozen=False, all_gradients=all_gradients)
+        state, memory, _, sums = training.train_step(*args, frozen=False, all_gradients=all_gradients)
         pairs = zip(*(jax.tree.leaves(one.client.params) for one in (run.state, state)), strict=True)
         moved.append([bool((before != after).any()) for before, after in pairs])
         sent.append(float(sums[1]))
@@ -93,21 +95,21 @@ def test_of_samples_that_are_not_sent_no_gradient_goes_on(all_gradients):
 
 
 def test_what_is_measured_is_in_the_table_and_the_picture():
-    plain = row(study.Arm(Identity(), True))
-    diverged = {name: value for name, value in row(CODED).items() if name not in study.TESTS}
+    plain = row(training.Arm(Identity(), True))
+    diverged = {name: value for name, value in row(CODED).items() if name not in page.TESTS}
     diverged |= {"diverged": True, "all_gradients": True, "history": diverged["history"][:1]}
-    text = study.table([plain, row(CODED), diverged])
+    text = page.table([plain, row(CODED), diverged])
     assert "| a table | none |" in text and "| a table | MS 4 bits, then MS 1 bits, memory |" in text
     assert "MS 4 bits, then MS 1 bits, memory, with all gradients | – | – | – | – | – | diverged in epoch 2 |" in text
-    assert len(study.plot([plain, row(CODED), diverged]).axes) == 2
+    assert len(page.plot([plain, row(CODED), diverged]).axes) == 2
 
 
 def test_every_setting_is_one_that_can_be_built():
     options = argparse.Namespace(data_dir="a")
     for setting in study.settings(options).values():
         assert setting.samples % SAMPLES == setting.test_samples % setting.test_batch == 0
-        named = [tuple(study._named(arm).values()) for arm in study.arms(signed=setting.signed)]
+        named = [tuple(training.named(arm).values()) for arm in study.arms(signed=setting.signed)]
         assert len(set(named)) == len(named)
-        assert [study._arm(study._named(arm)) for arm in study.arms(signed=setting.signed)] == study.arms(
+        assert [training.arm_of(training.named(arm)) for arm in study.arms(signed=setting.signed)] == study.arms(
             signed=setting.signed
         )
