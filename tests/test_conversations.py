@@ -201,16 +201,16 @@ def test_what_is_no_description_is_refused(text):
 
 def test_clients_hear_of_a_server_that_fails(tmp_path):
     with net(tmp_path, SMALL) as it:
-        build_first = it.server._build
+        build_first = it.server._readies._build
 
         def fail(*args):
-            it.server._build = shapes_differ
+            it.server._readies._build = shapes_differ
             return build_first(*args)
 
         def shapes_differ(*args):
             raise ValueError("a shape that does not fit")
 
-        it.server._build = fail
+        it.server._readies._build = fail
         it.start_clients().run()
         assert str(it.failures.pop("server")) == "a shape that does not fit"
         assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}

@@ -15,20 +15,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from msjax import config
-from msjax.build import identity
 from msjax.distributed import actions as do
-from msjax.distributed import agreement, messages, sizes
 from msjax.distributed import events as ev
+from msjax.distributed import messages, sizes
 from msjax.distributed.channel import Close, Lost, Received, Send, Stop, Tick
 from msjax.distributed.membership import Kinds, Membership, Policy, Stage, Verdict
+from msjax.distributed.readiness import Build, Readies
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
 from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
-from msjax.split.spec import RunSpec
-from msjax.split.state import PartState
 
 log = logging.getLogger("msjax.server")
 
@@ -41,9 +39,8 @@ class Coordinator:
     """One run, from the first client to the last goodbye.
 
     Args:
-      build: from (samples, test_samples, description) to the run's description, and what makes the server's part as it
-        is before the first step; called for each description that clients give, see `agreement.parse`, and again when
-        all clients have said how many samples they have.
+      build: see `readiness.Build`; called for each description that clients give, and again when all clients have said
+        how many samples they have.
       store, progress: see `ServerRun`.
       run: names the run, also when it is resumed by another process: clients keep their checkpoints under it.
       compression: of the answers' bytes, as `msjax.wire` takes it.
@@ -58,7 +55,7 @@ class Coordinator:
     def __init__(
         self,
         cfg: config.Config,
-        build: Callable[..., tuple[RunSpec, Callable[[], PartState]]],
+        build: Build,
         store: Any,
         policy: Policy,
         metrics: Any,
@@ -75,9 +72,10 @@ class Coordinator:
         first_seconds: tuple[tuple[Kinds, float], ...] = (),
     ):
         self.cfg, self.metrics, self.name = cfg, metrics, run
-        self._build, self._store, self._progress = build, store, progress
+        self._store, self._progress = store, progress
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
-        self._max_message_bytes = max_message_bytes
+        brings_part = policy.stragglers == "drop"
+        self._readies = Readies(cfg, build, max_message_bytes=max_message_bytes, brings_part=brings_part)
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
         generation = secrets.randbits(48) + 1 if generation is None else generation
@@ -89,13 +87,10 @@ class Coordinator:
         """When they first were, on the clock: training begins."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._heard: set[int] = set()  # sessions of which a request has come
-        self._readies: dict[int, pb.Ready] = {}  # by client
-        self._agreed: set[str] = set()  # descriptions that are as this server's
         self._came: dict[int, Came] = {}
         self._computed: dict[int, Message] = {}
-        self._encoded: dict[
-            int, list[bytes]
-        ] = {}  # by identity: an average, which is the same for all, is encoded once
+        # By identity: an average, which is the same for all, is encoded once.
+        self._encoded: dict[int, list[bytes]] = {}
         self._answers: dict[int, pb.FromServer] = {}
         self._arrived: dict[int, float] = {}  # of the open exchange, when each client's message had
         self._asked: int | None = None
@@ -223,39 +218,12 @@ class Coordinator:
                 raise messages.ProtocolError(f"unexpected {kind}")
 
     def _ready(self, client, session, ready):
-        if not ready.samples:
-            raise messages.ProtocolError("a client must have at least one sample to train on, got 0")
-        try:
-            description = agreement.parse(ready.description)
-            # Before the start what counts is what those have said who are still here.
-            here = [c for c, it in enumerate(self.membership.clients) if self.run or (it.ready and c != client)]
-            other = next((self._readies[c] for c in here), None)
-            if other is not None and (
-                differing := agreement.differences(agreement.parse(other.description), description)
-            ):
-                raise ValueError(
-                    f"all clients must have the same run, but between another client and this, {differing}"
-                )
-            self._check(ready, description)
-        except sizes.MessageTooLargeError:
-            raise
-        except ValueError as error:
-            raise messages.ProtocolError(str(error)) from None
+        # Before the start what counts is what those have said who are still here.
+        here = [c for c, it in enumerate(self.membership.clients) if self.run or (it.ready and c != client)]
+        self._readies.check(ready, here)
         if self.run is None:
-            self._readies[client] = ready
+            self._readies.keep(client, ready)
         return ev.SaidReady(client, session)
-
-    def _check(self, ready, description):
-        """Raises ValueError where a client has built another run than the server; once for equal descriptions."""
-        if ready.description in self._agreed:
-            return
-        spec, _ = self._build(ready.samples, ready.test_samples, description)
-        mine = {"data": description["data"], "run": agreement.of_run(spec, identity(self.cfg))}
-        if differing := agreement.differences(mine, description):
-            raise ValueError(f"server and client must have the same run, but {differing}")
-        drops = self.membership.policy.stragglers == "drop"
-        sizes.check_sizes(spec, max_bytes=self._max_message_bytes, brings_part=drops)
-        self._agreed.add(ready.description)
 
     def _request(self, client, session, request, at):
         position = (request.position.step, request.position.phase, request.position.test_round)
@@ -275,12 +243,11 @@ class Coordinator:
     def _restore(self, again):
         if self.run is None:
             self.ready_at = self._clock()
-            readies = [self._readies[client] for client in self.membership.active]
-            who = "all" if len(readies) == self.cfg.clients else f"{len(readies)} of {self.cfg.clients}"
+            active = self.membership.active
+            who = "all" if len(active) == self.cfg.clients else f"{len(active)} of {self.cfg.clients}"
             log.info("%s clients are ready: training begins, and its first steps compile", who)
-            samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
             self.run = ServerRun(
-                *self._build(samples, tests, agreement.parse(readies[0].description)),
+                *self._readies.built(active),
                 self.cfg.seed,
                 self._store,
                 self._progress,

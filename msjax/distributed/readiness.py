@@ -1,0 +1,73 @@
+"""What a run's clients have said before its first step: of their samples, and of the run that they have built."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from msjax import config
+from msjax.build import identity
+from msjax.distributed import agreement, messages, sizes
+from msjax.distributed.rpc import split_pb2 as pb
+from msjax.split.spec import RunSpec
+from msjax.split.state import PartState
+
+Build = Callable[[int, int, dict[str, Any]], tuple[RunSpec, Callable[[], PartState]]]
+"""From (samples, test_samples, description) to the run's description, and what makes the server's part as it is before
+the first step."""
+
+
+class Readies:
+    """The Ready messages of a run, each checked against this server's run and against another client's.
+
+    Args:
+      build: called for each description that clients give, see `agreement.parse`, and again by `built`.
+      max_message_bytes: that the server takes of a message.
+      brings_part: whether a client may be asked for its part, which then has to fit into a message, too.
+    """
+
+    def __init__(self, cfg: config.Config, build: Build, *, max_message_bytes: int, brings_part: bool):
+        self._cfg, self._build, self._max_bytes, self._brings_part = cfg, build, max_message_bytes, brings_part
+        self._by_client: dict[int, pb.Ready] = {}
+        self._agreed: set[str] = set()  # descriptions that are as this server's
+
+    def check(self, ready: pb.Ready, others: Iterable[int]) -> None:
+        """Checks what a client says against the server's run and against what one of these others has said.
+
+        Raises:
+          ProtocolError: it has no samples, or has built another run.
+          MessageTooLargeError: a message of this run can be larger than the server takes.
+        """
+        if not ready.samples:
+            raise messages.ProtocolError("a client must have at least one sample to train on, got 0")
+        try:
+            description = agreement.parse(ready.description)
+            other = next((self._by_client[client] for client in others), None)
+            theirs = None if other is None else agreement.parse(other.description)
+            if theirs is not None and (differing := agreement.differences(theirs, description)):
+                raise ValueError(
+                    f"all clients must have the same run, but between another client and this, {differing}"
+                )
+            if ready.description not in self._agreed:
+                self._compare(ready, description)
+        except sizes.MessageTooLargeError:
+            raise
+        except ValueError as error:
+            raise messages.ProtocolError(str(error)) from None
+
+    def _compare(self, ready, description):
+        """Raises ValueError where a client has built another run than the server; once for equal descriptions."""
+        spec, _ = self._build(ready.samples, ready.test_samples, description)
+        mine = {"data": description["data"], "run": agreement.of_run(spec, identity(self._cfg))}
+        if differing := agreement.differences(mine, description):
+            raise ValueError(f"server and client must have the same run, but {differing}")
+        sizes.check_sizes(spec, max_bytes=self._max_bytes, brings_part=self._brings_part)
+        self._agreed.add(ready.description)
+
+    def keep(self, client: int, ready: pb.Ready) -> None:
+        """Remembers what a client has said."""
+        self._by_client[client] = ready
+
+    def built(self, clients: Iterable[int]) -> tuple[RunSpec, Callable[[], PartState]]:
+        """Returns what `build` makes of what these clients have said: all draw as many samples as the least has."""
+        readies = [self._by_client[client] for client in clients]
+        samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
+        return self._build(samples, tests, agreement.parse(readies[0].description))
