@@ -300,9 +300,15 @@ class Net:
             assert found.items() <= sent.items()
             codecs = (spec.codec, spec.grad_codec, spec.update_codec)
             assert bool(found) == any(codec.entropy_coded for codec in codecs)
-        pairs = [(server.state, self.server.run.party.state)]
-        clients = range(self.cfg.clients) if clients is None else clients
-        pairs += [(alone[n].state, self.finals[n].state) for n in clients]
+        other = self.server.run.party
+        pairs = [(server.state, other.state), (server.memory, other.memory)]
+        for n in range(self.cfg.clients) if clients is None else clients:
+            own, other = alone[n], self.finals[n]
+            pairs.append((own.state, other.state))
+            if own.needs_state(own.schedule.total_steps):
+                pairs.append((own.memory, other.memory))
+                if self.cfg.cut_seconds is None:  # else its aim follows what it has measured
+                    pairs.append((own.up_bits, other.up_bits))
         for ours, theirs in pairs:
             jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
