@@ -4,7 +4,7 @@
     outputs = msjax.predict(pair, x)                        # x as the data set stores inputs; outputs are logits
     msjax.pair.save_network("network.safetensors", pair)    # without the cut
 
-Predictions go through the run's codec, as its tests do.
+Predictions go through the run's codec, as the test at its end did.
 """
 
 import dataclasses
@@ -100,8 +100,8 @@ def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | 
     """Returns the network's outputs for inputs, in float32; logits of a classification.
 
     The features go through the codec of the run's tests, with a budget (`cut_bits`) aimed at what training aimed at in
-    the end. A codec compresses what it is given at once together, so that
-    what becomes of an input depends on what else is in its batch; with a batch size of 1 it does not.
+    the end. A codec compresses what it is given at once together, so that what becomes of an input depends on what else
+    is in its batch; with a batch size of 1 it does not.
 
     Args:
       inputs: (N, …), as the data set stores them: uint8 images, tokens, or a table's inputs, which

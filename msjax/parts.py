@@ -91,19 +91,25 @@ def save_trained(
         "step": str(step),
         "config": json.dumps(config.to_json(config.without_paths(cfg), paths=False)),
         "info": json.dumps(summary.to_json()),
-        **({} if up_bits is None else {"up_bits": f"{up_bits:.6g}"}),
     }
-    _write(path, trained, header)
+    _write(path, trained, header | _aim(up_bits))
 
 
 def save_part(
-    path: str | os.PathLike, part: str, trained: Any, *, description: dict[str, Any] | None = None, step: int = 0
+    path: str | os.PathLike,
+    part: str,
+    trained: Any,
+    *,
+    description: dict[str, Any] | None = None,
+    step: int = 0,
+    up_bits: float | None = None,
 ) -> None:
     """Writes a part of a user's model, atomically; `trained` is anything with `params` and `stats`.
 
     Args:
       part: one of `models.PARTS`.
       description: of the run that trained it, JSON-ready.
+      up_bits: see `TrainedPart`.
 
     Raises:
       ValueError: `part` is none of `models.PARTS`.
@@ -112,7 +118,11 @@ def save_part(
     if part not in models.PARTS:
         raise ValueError(f"part must be one of {', '.join(models.PARTS)}, got {part!r}")
     header = {"format": _OWN_FORMAT, "part": part, "step": str(step), "description": json.dumps(description or {})}
-    _write(path, trained, header)
+    _write(path, trained, header | _aim(up_bits))
+
+
+def _aim(up_bits):
+    return {} if up_bits is None else {"up_bits": f"{up_bits:.6g}"}
 
 
 def _write(path, trained, header):
@@ -164,6 +174,11 @@ def load_part(
         raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
     if part not in (models.PARTS if own else (*models.PARTS[:2], NETWORK)):
         raise ValueError(f"{path} must be of a client or a server, got {part!r}")
+    may_aim = part == "client" and (cfg is None or cfg.cut_bits is not None)
+    if up_bits is not None and not (may_aim and 0 < up_bits <= 64):
+        raise ValueError(
+            f"{path} must have up_bits above 0, at most 64, and only of a client trained with cut_bits, got {up_bits:g}"
+        )
     if cfg is not None and preset is not None:
         cfg = config.with_own(cfg, preset)
     rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}

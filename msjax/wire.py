@@ -217,9 +217,10 @@ def estimate_bytes(
     """Returns about how many bytes `encode` would return, inside `jit`.
 
     Within about 2 % on feature maps whose message has ten thousand bytes or more, and on gradients and smaller ones
-    within about 7 %, also where a tenth of the samples has nearly all of the gradients' energy. Where 99 % of the codes
-    or more are zero, and a message is a hundredth of its payload, it may be half as much again or twice. Uncompressed
-    to the rounding of a float32. Arguments are those of `encode`; the payload's arrays are JAX's.
+    within about 7 %; within about 12 % where a tenth of hundreds of samples has nearly all of the gradients' energy, as
+    it meets but some of these. Where 99 % of the codes or more are zero, and a message is a hundredth of its payload,
+    it may be half as much again or twice. Uncompressed to the rounding of a float32. Arguments are those of `encode`;
+    the payload's arrays are JAX's.
     """
     arrays, like = jax.tree.leaves(payload), form_of(like)
     grid = _contexts.grid_of(codec, like)

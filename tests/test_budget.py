@@ -98,19 +98,46 @@ def test_a_trained_part_goes_on_at_the_bits_of_training(tmp_path):
         codec = dataclasses.replace(cfg.codec, bits=bits)
         plain = trained.client._replace(up_bits=None, config=dataclasses.replace(cfg, codec=codec, cut_bits=None))
         assert np.array_equal(predict(trained._replace(client=plain), x), found) == same
+        assert np.array_equal(first_test_message(plain), first_test_message(trained.client)) == same
     assert generate.codec_of(trained.client).bits == aimed
+    # U-shaped, what the server returns goes through this codec, too, and has no part in the budget.
+    assert generate.codec_of(trained.client._replace(tail=len)) == cfg.codec
+
+
+def first_test_message(part):
+    """The codes of what `msjax eval --server` sends first."""
 
     class Remote:
         def send(self, payload, *_):
             raise StopAsyncIteration(payload)
 
-    options = network._EvalOptions(part="", server="")
-    sent = []
-    for up_bits in (aimed, 3.0):
-        with pytest.raises(StopAsyncIteration) as stopped:
-            network._evaluate(trained.client._replace(up_bits=up_bits), Remote(), options)
-        sent.append(jax.tree.leaves(stopped.value.args[0]))
-    assert any(not np.array_equal(a, b) for a, b in zip(*sent, strict=True))
+    with pytest.raises(StopAsyncIteration) as stopped:
+        network._evaluate(part, Remote(), network._EvalOptions(part="", server=""))
+    return stopped.value.args[0][0].codes
+
+
+def test_a_part_of_ones_own_says_its_bits(tmp_path):
+    from flax import nnx
+
+    client, server = (nnx.Linear(6, width, rngs=nnx.Rngs(0)) for width in (6, 3))
+    x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    options = {"clients": 2, "batch_size": 5, "epochs": 1, "folder": str(tmp_path / "run")}
+    codecs = {"codec": compress.EntropyMask(bits=3.0, signed=True), "grad_codec": BUDGET["grad_codec"]}
+    result = msjax.train((client, server), (x, np.arange(40) % 3), cut_bits=32.0, **codecs, **options)
+    saved = [msjax.load_part(tmp_path / "run" / f"{part}.safetensors").up_bits for part in ("client", "server")]
+    assert 16 <= result.up_bits <= 64 and saved == [pytest.approx(result.up_bits, rel=1e-5), None]
+
+
+@pytest.mark.parametrize("up_bits", [float("nan"), float("inf"), 0.0, -1.0, 65.0])
+def test_bits_of_a_file_are_checked(up_bits, tmp_path):
+    """They come from whoever made the file."""
+    part, file = models.ModelPart(len, {"w": np.zeros(2, np.float32)}, {}), tmp_path / "part.safetensors"
+    msjax.save_part(file, "client", part, up_bits=up_bits)
+    with pytest.raises(ValueError, match=r"part\.safetensors must have up_bits above 0, at most 64, and only of a"):
+        msjax.load_part(file)
+    msjax.save_part(file, "server", part, up_bits=1.0)
+    with pytest.raises(ValueError, match=r"only of a client trained with cut_bits, got 1"):
+        msjax.load_part(file)
 
 
 def test_the_aim_is_what_features_are_coded_at():

@@ -141,11 +141,15 @@ def check_trained(options: GenerateOptions) -> None:
 
 
 def codec_of(client: TrainedPart) -> Codec:
-    """The codec of its run's tests, aimed at what training aimed at in the end."""
+    """The codec of its run's tests, aimed at what training aimed at in the end.
+
+    U-shaped it has its own target: it is also that of what the server returns, which has no part in the budget.
+    """
     cfg = client.config
     if not cfg.eval_compressed:
         return Identity()
-    return cfg.codec if client.up_bits is None else dataclasses.replace(cfg.codec, bits=client.up_bits)
+    aimed = client.up_bits is not None and client.tail is None
+    return dataclasses.replace(cfg.codec, bits=client.up_bits) if aimed else cfg.codec
 
 
 def continue_text(generator: Generator, options: GenerateOptions, tokenizer: str | None) -> None:

@@ -146,7 +146,10 @@ def _check_run(remote, trained, seconds, command):
 
 
 def _evaluate(trained, remote, options):
-    """Tests as a training run does, batch by batch with the same keys; each client's share is computed here."""
+    """Tests as a training run does, batch by batch with the same keys; each client's share is computed here.
+
+    With a budget all aim at what this client did in the end, in a run each client at its own.
+    """
     cfg = dataclasses.replace(
         trained.config,
         model=dataclasses.replace(trained.config.model, weights=None),  # those it was trained from

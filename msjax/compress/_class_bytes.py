@@ -37,7 +37,7 @@ def plane_bytes(array: Array) -> Float32[Array, ""]:
 
 def _pieces(buffer):
     """(bytes from everywhere in the buffer, how many of its bytes one of these stands for)."""
-    every, piece = max(1, buffer.size // _SAMPLE), 509
+    every, piece = max(1, buffer.size // _SAMPLE), 127
     if every == 1:
         return buffer, 1.0
     pieces = buffer.size // (every * piece)
@@ -59,16 +59,16 @@ def _class_bytes(buffer, grid, all_counts):
     """Of classes by neighbours, from a sample of pixels."""
     commonest = jnp.argmax(all_counts)
     order = _contexts.order_of(grid.height, grid.width)
-    samples, places = _contexts.some_pixels(grid, _SAMPLE)
-    rows = buffer.reshape(grid.samples, grid.pixels, grid.pixel_bytes)
+    some = _contexts.some_bytes(grid, _SAMPLE)
+    rows = buffer.reshape(grid.samples, grid.pixels, -1, some.width)
     sizes = jnp.asarray(grid.sizes, jnp.uint8)
 
     def of(places):
-        return rows[samples[:, None], order.pixels[places]].astype(jnp.int32)
+        return rows[some.samples, order.pixels[places], some.runs].astype(jnp.int32)
 
-    values = of(places)
-    sums = sum(sizes[of(near[places])] for near in (order.left, order.above))
-    sums = jnp.where((places > 0)[..., None], sums, jnp.uint8(0)).astype(jnp.int32)
+    values = of(some.places)
+    sums = sum(sizes[of(near[some.places])] for near in (order.left, order.above))
+    sums = jnp.where((some.places > 0)[..., None], sums, jnp.uint8(0)).astype(jnp.int32)
     halves = sizes // 16 + sizes % 16 if grid.halves else 2 * sizes
     mean = jnp.vdot(all_counts.astype(jnp.float32), halves.astype(jnp.float32)) / jnp.sum(all_counts)
     levels, classes = _contexts.MOST_LEVELS, grid.classes(_contexts.MOST_LEVELS)

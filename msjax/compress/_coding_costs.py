@@ -10,8 +10,8 @@ from msjax.compress import _contexts, _deflate, _huffman
 
 ALWAYS_WHOLE = 1 << 16
 """Bytes up to which all codings are made as quickly as estimates of them."""
-_SAMPLE = 1 << 14
-_PIECES, _PIECE_BYTES = 128, 127  # prime, so that pieces meet all columns of an array
+_SAMPLE = 1 << 15
+_PIECES, _PIECE_BYTES = 256, 127  # prime, so that pieces meet all columns of an array
 _RUNS_FACTOR = 1.45  # of flags coded by runs, against their entropy
 
 
@@ -48,17 +48,16 @@ def _scaled_bytes(coded, counts, scale):
 
 def _class_bytes(raw, grid):
     """Of classes by neighbours, from a sample of pixels and their neighbours."""
-    rows = raw.reshape(grid.samples, grid.pixels, grid.pixel_bytes)
-    order = _contexts.order_of(grid.height, grid.width)
-    samples, places = _contexts.some_pixels(grid, _SAMPLE)
+    order, some = _contexts.order_of(grid.height, grid.width), _contexts.some_bytes(grid, _SAMPLE)
+    rows = raw.reshape(grid.samples, grid.pixels, -1, some.width)
     sizes = np.array(grid.sizes, np.uint8)
 
     def of(places):
-        return rows[samples[:, None], order.pixels[places]]
+        return rows[some.samples, order.pixels[places], some.runs]
 
-    values, sums = of(places), sizes.take(of(order.left[places]))
-    sums += sizes.take(of(order.above[places]))
-    sums[places == 0] = 0
+    values, sums = of(some.places), sizes.take(of(order.left[some.places]))
+    sums += sizes.take(of(order.above[some.places]))
+    sums[some.places == 0] = 0
     all_counts = np.bincount(values.reshape(-1), minlength=256)
     thresholds = tuple(map(int, _contexts.thresholds_of(np.float32(grid.mean_size(all_counts)))))
     classes = grid.classes(len(thresholds) + 1)

@@ -38,8 +38,8 @@ _MOST_BYTES = (1 << 31) - 1
 _FACTORS = tuple(3.5 * (level / MOST_LEVELS) ** 1.5 for level in range(1, MOST_LEVELS))
 """Thresholds against the mean; measured on features and gradients, where they are flat: see experiments.contexts."""
 _IN_PAIRS = 1 << 17  # bytes that are quicker counted two by two
-_SOME = 4
-"""Pixels of a sample, where there are more samples than can have more."""
+_RUN, _LEAST_RUNS = 32, 2
+"""Bytes of a run in a sample of a grid's bytes, at most; and the fewest runs of an image that are taken, if any are."""
 _PIECE = 1 << 13  # bytes that are sorted at once, within a core's cache
 
 
@@ -169,27 +169,41 @@ def _order(height, width):
 _kept_order = functools.lru_cache(maxsize=16)(_order)
 
 
-def some_pixels(grid: Grid, nbytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pixels of about `nbytes` bytes from everywhere.
+class Some(NamedTuple):
+    """Bytes from everywhere in a grid: runs of `width` neighbouring bytes of a pixel, R of each of S samples."""
 
-    They are of as many samples as can have some pixels each, since a few samples may have nearly all that is not zero,
-    as those of gradients do. Each sample has other pixels, and not the first, which has no neighbours, unless all are
-    taken.
+    samples: np.ndarray
+    """The samples' numbers, int32 (S, 1)."""
+    places: np.ndarray
+    """Places in `order_of` of the pixels, int32 (S, R)."""
+    runs: np.ndarray
+    """Which of a pixel's runs, int32 (S, R)."""
+    width: int
 
-    Returns:
-      The samples' numbers (S,), and their pixels' places in `order_of` (S, P); int32.
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they are."""
+        return self.places.size * self.width
+
+
+def some_bytes(grid: Grid, nbytes: int) -> Some:
+    """Returns where about `nbytes` bytes are, of as many samples as can be.
+
+    A few samples may have nearly all that is not zero, as those of gradients do: so at least some bytes of every sample
+    are better than many of some. Each sample has other pixels, and all are as likely.
     """
-    pixels = min(grid.pixels, _SOME)
-    samples = min(grid.samples, -(-nbytes // (pixels * grid.pixel_bytes)))
-    pixels = min(grid.pixels, -(-nbytes // (samples * grid.pixel_bytes)))
+    width = max(w for w in range(1, _RUN + 1) if grid.pixel_bytes % w == 0)
+    width = grid.pixel_bytes if width < _RUN // 4 else width
+    a_pixel = grid.pixel_bytes // width
+    samples = min(grid.samples, -(-nbytes // (_LEAST_RUNS * width)))
+    units = grid.pixels * a_pixel
+    runs = min(units, -(-nbytes // (samples * width)))
     which = np.arange(samples) * grid.samples // samples
-    if pixels == grid.pixels:
-        places = np.broadcast_to(np.arange(pixels), (samples, pixels))
-    else:
-        room = (grid.pixels - 1) / pixels
-        within = np.arange(samples * pixels).reshape(samples, pixels) * 0.6180339887 % 1
-        places = 1 + np.arange(pixels) * room + within * (room - 1)
-    return which.astype(np.int32), places.astype(np.int32)
+    # Even along both axes (the plane's quasirandom sequence of the plastic number).
+    within = (np.arange(samples)[:, None] * 0.7548776662 + np.arange(runs) * 0.5698402910) % 1
+    # All of them in order, or one at a random place in each of as many equal parts.
+    unit = ((np.arange(runs) + within * (runs < units)) * (units / runs)).astype(np.int32)
+    return Some(which.astype(np.int32)[:, None], *np.divmod(unit, np.int32(a_pixel)), width)
 
 
 # -- Coding. -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from msjax.compress._deflate import BLOCK
 _BYTE = 256
 _COUNTED_BLOCKS = 2
 """Blocks of a buffer that is counted whole."""
-_PIECE = 509  # prime, so that pieces meet all columns of an array
+_PIECE = 127  # prime, so that pieces meet all columns of an array
 _SEGMENTS, _SEGMENT = 64, 128  # many, as a few samples may have nearly all that is not zero
 _LONGEST = 258
 _WITH_SO_MANY = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1], np.float32)

@@ -240,14 +240,15 @@ def train(
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
-        trained = _trained(parts, finished.state)
+        trained, up_bits = _trained(parts, finished.state), mean_up_bits(finished.state.up_bits)
         if run_folder is not None:
-            processes.from_first(lambda: write_parts(run_folder, trained, spec, step=int(finished.state.step)))
+            names = {"step": int(finished.state.step), "up_bits": up_bits}
+            processes.from_first(lambda: write_parts(run_folder, trained, spec, **names))
     finally:
         if run_folder is not None:
             run_folder.close()
-    last, up_bits = finished.history[-1], mean_up_bits(finished.state.up_bits)
-    return TrainResult(trained, finished.history, last.get("test", {}), finished.traffic, spec, up_bits)
+    test = finished.history[-1].get("test", {})
+    return TrainResult(trained, finished.history, test, finished.traffic, spec, up_bits)
 
 
 def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:

@@ -61,7 +61,10 @@ def describe_optimizer(optimizer: Any) -> str:
     return repr(optimizer) if isinstance(optimizer, OptimConfig) else type(optimizer).__name__
 
 
-def write_parts(folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int) -> None:
+def write_parts(
+    folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int, up_bits: float | None
+) -> None:
     """Writes the trained parts: client.safetensors, server.safetensors, and where there is one tail.safetensors."""
     for name, part in zip(("client", "server", "tail"), parts, strict=False):
-        save_part(folder.path / f"{name}.safetensors", name, part, description=spec.describe(), step=step)
+        own = {"up_bits": up_bits} if name == "client" else {}
+        save_part(folder.path / f"{name}.safetensors", name, part, description=spec.describe(), step=step, **own)
