@@ -203,7 +203,8 @@ def some_bytes(grid: Grid, nbytes: int) -> Some:
     within = (np.arange(samples)[:, None] * 0.7548776662 + np.arange(runs) * 0.5698402910) % 1
     # All of them in order, or one at a random place in each of as many equal parts.
     unit = ((np.arange(runs) + within * (runs < units)) * (units / runs)).astype(np.int32)
-    return Some(which.astype(np.int32)[:, None], *np.divmod(unit, np.int32(a_pixel)), width)
+    places, run = np.divmod(unit, np.int32(a_pixel))
+    return Some(which.astype(np.int32)[:, None], places, run, width)
 
 
 # -- Coding. -----------------------------------------------------------------------------------------------------------

@@ -242,8 +242,8 @@ def train(
         finished = loop.train(run, run_folder, quiet=quiet)
         trained, up_bits = _trained(parts, finished.state), mean_up_bits(finished.state.up_bits)
         if run_folder is not None:
-            names = {"step": int(finished.state.step), "up_bits": up_bits}
-            processes.from_first(lambda: write_parts(run_folder, trained, spec, **names))
+            step = int(finished.state.step)
+            processes.from_first(lambda: write_parts(run_folder, trained, spec, step=step, up_bits=up_bits))
     finally:
         if run_folder is not None:
             run_folder.close()
