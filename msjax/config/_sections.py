@@ -217,8 +217,8 @@ class Config:
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
     is left, from step to step. Where a client hands its part on, each turn begins anew. U-shaped it is the budget of
-    the first cut. Tests of a run aim at what its training does then, predictions of
-    its parts at what it did in the end."""
+    the first cut. Tests of a run aim at what its training does then, predictions of its parts at what it did
+    in the end."""
     cut_seconds: float | None = None
     """With `cut_bits`: the time that a step's messages may take on a client's link: features, labels and gradients of a
     full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from an
