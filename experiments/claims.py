@@ -213,8 +213,8 @@ OWN = (
         "As PyTorch",
         "Whole trainings end as in plain PyTorch.",
         own.same_accuracy,
-        "We take the difference of SP for noise: of four codecs one is just beyond twice its standard error, which with "
-        "three pairs of seeds happens often (a t-test has p = 0.18), and step by step both agree, see the row above.",
+        "We take the difference of SP for noise: of four codecs one is just beyond twice its standard error, as with "
+        "three pairs of seeds happens often (a t-test has p = 0.18). And step by step both agree, see the row above.",
     ),
     Claim("Published weights", "Published networks have their published accuracy in msjax.", own.published_weights),
 )
