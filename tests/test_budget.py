@@ -14,7 +14,7 @@ from msjax.pair import load_pair, predict
 from msjax.runs import RunFolder
 from msjax.split import budget, parties
 from msjax.split.schedule import Phase
-from msjax.training import evaluator, from_config, loaded, loop
+from msjax.training import evaluator, from_config, loaded, loop, program
 
 from .helpers import assert_close
 from .setups import MODES, SMALL, built, load_program, make_parties
@@ -83,6 +83,18 @@ def test_tests_are_at_the_bits_of_training(spread, monkeypatch):
             state = state._replace(up_bits=jnp.full_like(state.up_bits, 0.4))
         found.append(evaluator.Evaluator(run, mesh)(state)["loss"])
     assert found[0] == found[1] != found[2]
+
+
+def test_the_aims_of_all_processes_are_gathered(monkeypatch):
+    """As `jax.process_count` says that there are two, what the program has on its devices is copied to all of them."""
+    run = load_program(CFG, monkeypatch, spread=True)
+    state, mesh = loaded.placed(run)
+    state = state._replace(up_bits=state.up_bits + jnp.arange(len(state.up_bits), dtype=jnp.float32))
+    alone = program.gather(run.spec, state, mesh)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    found = program.gather(run.spec, state, mesh)
+    np.testing.assert_array_equal(found.up_bits, alone.up_bits)
+    assert budget.mean_up_bits(found.up_bits) == pytest.approx(3.0 + (CFG.clients - 1) / 2)
 
 
 def test_a_trained_part_goes_on_at_the_bits_of_training(tmp_path):

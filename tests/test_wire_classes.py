@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from msjax import wire
 from msjax.compress import EntropyMask, MaskEncoded, _coding_costs, _contexts
+from msjax.compress._grid_sample import grid_sample
 
 from . import helpers
 from .helpers import (
@@ -158,9 +159,10 @@ def test_gradients_of_few_samples_are_predicted_and_coded_shortest(shape, bits, 
 def test_bytes_from_everywhere_are_from_everywhere(samples, side, pixel_bytes):
     """Each pixel of a grid is as likely to be among them, also the first and the last, and each of its bytes."""
     grid = _contexts.Grid(samples, side, side, pixel_bytes, tuple(range(256)), False)
-    some = _contexts.some_bytes(grid, 1 << 14)
+    some = grid_sample(grid, 1 << 14)
+    nbytes = some.places.size * some.width
     assert grid.pixel_bytes % some.width == 0
-    assert min(grid.buffer_bytes, 1 << 14) <= some.nbytes <= min(grid.buffer_bytes, 1.1 * (1 << 14) + samples * 64)
+    assert min(grid.buffer_bytes, 1 << 14) <= nbytes <= min(grid.buffer_bytes, 1.1 * (1 << 14) + samples * 64)
     for chosen, of in ((some.places, grid.pixels), (some.runs, grid.pixel_bytes // some.width)):
         hits = np.bincount(chosen.reshape(-1), minlength=of)
         expected = chosen.size / of

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
 from msjax.compress import _bits, _contexts, _huffman
+from msjax.compress._grid_sample import grid_sample
 
 _SAMPLE = 1 << 15
 
@@ -58,17 +59,10 @@ def _flat_bytes(buffer, counts, scale):
 def _class_bytes(buffer, grid, all_counts):
     """Of classes by neighbours, from a sample of pixels."""
     commonest = jnp.argmax(all_counts)
-    order = _contexts.order_of(grid.height, grid.width)
-    some = _contexts.some_bytes(grid, _SAMPLE)
-    rows = buffer.reshape(grid.samples, grid.pixels, -1, some.width)
+    some = grid_sample(grid, _SAMPLE)
+    values, left, above = (found.astype(jnp.int32) for found in some.values_and_neighbours(buffer))
     sizes = jnp.asarray(grid.sizes, jnp.uint8)
-
-    def of(places):
-        return rows[some.samples, order.pixels[places], some.runs].astype(jnp.int32)
-
-    values = of(some.places)
-    sums = sum(sizes[of(near[some.places])] for near in (order.left, order.above))
-    sums = jnp.where((some.places > 0)[..., None], sums, jnp.uint8(0)).astype(jnp.int32)
+    sums = jnp.where((some.places > 0)[..., None], sizes[left] + sizes[above], jnp.uint8(0)).astype(jnp.int32)
     halves = sizes // 16 + sizes % 16 if grid.halves else 2 * sizes
     mean = jnp.vdot(all_counts.astype(jnp.float32), halves.astype(jnp.float32)) / jnp.sum(all_counts)
     levels, classes = _contexts.MOST_LEVELS, grid.classes(_contexts.MOST_LEVELS)

@@ -7,6 +7,7 @@ estimated from the histogram of each, as `_class_bytes` does inside `jit`.
 import numpy as np
 
 from msjax.compress import _contexts, _deflate, _huffman
+from msjax.compress._grid_sample import grid_sample
 
 ALWAYS_WHOLE = 1 << 16
 """Bytes up to which all codings are made as quickly as estimates of them."""
@@ -48,16 +49,10 @@ def _scaled_bytes(coded, counts, scale):
 
 def _class_bytes(raw, grid):
     """Of classes by neighbours, from a sample of pixels and their neighbours."""
-    order, some = _contexts.order_of(grid.height, grid.width), _contexts.some_bytes(grid, _SAMPLE)
-    rows = raw.reshape(grid.samples, grid.pixels, -1, some.width)
+    some = grid_sample(grid, _SAMPLE)
+    values, left, above = some.values_and_neighbours(raw)
     sizes = np.array(grid.sizes, np.uint8)
-
-    def of(places):
-        return rows[some.samples, order.pixels[places], some.runs]
-
-    values, sums = of(some.places), sizes.take(of(order.left[some.places]))
-    sums += sizes.take(of(order.above[some.places]))
-    sums[some.places == 0] = 0
+    sums = np.where((some.places > 0)[..., None], sizes.take(left) + sizes.take(above), np.uint8(0))
     all_counts = np.bincount(values.reshape(-1), minlength=256)
     thresholds = tuple(map(int, _contexts.thresholds_of(np.float32(grid.mean_size(all_counts)))))
     classes = grid.classes(len(thresholds) + 1)

@@ -38,8 +38,6 @@ _MOST_BYTES = (1 << 31) - 1
 _FACTORS = tuple(3.5 * (level / MOST_LEVELS) ** 1.5 for level in range(1, MOST_LEVELS))
 """Thresholds against the mean; measured on features and gradients, where they are flat: see experiments.contexts."""
 _IN_PAIRS = 1 << 17  # bytes that are quicker counted two by two
-_RUN, _LEAST_RUNS = 32, 2
-"""Bytes of a run in a sample of a grid's bytes, at most; and the fewest runs of an image that are taken, if any are."""
 _PIECE = 1 << 13  # bytes that are sorted at once, within a core's cache
 
 
@@ -167,44 +165,6 @@ def _order(height, width):
 
 
 _kept_order = functools.lru_cache(maxsize=16)(_order)
-
-
-class Some(NamedTuple):
-    """Bytes from everywhere in a grid: runs of `width` neighbouring bytes of a pixel, R of each of S samples."""
-
-    samples: np.ndarray
-    """The samples' numbers, int32 (S, 1)."""
-    places: np.ndarray
-    """Places in `order_of` of the pixels, int32 (S, R)."""
-    runs: np.ndarray
-    """Which of a pixel's runs, int32 (S, R)."""
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes they are."""
-        return self.places.size * self.width
-
-
-def some_bytes(grid: Grid, nbytes: int) -> Some:
-    """Returns where about `nbytes` bytes are, of as many samples as can be.
-
-    A few samples may have nearly all that is not zero, as those of gradients do: so at least some bytes of every sample
-    are better than many of some. Each sample has other pixels, and all are as likely.
-    """
-    width = max(w for w in range(1, _RUN + 1) if grid.pixel_bytes % w == 0)
-    width = grid.pixel_bytes if width < _RUN // 4 else width
-    a_pixel = grid.pixel_bytes // width
-    samples = min(grid.samples, -(-nbytes // (_LEAST_RUNS * width)))
-    units = grid.pixels * a_pixel
-    runs = min(units, -(-nbytes // (samples * width)))
-    which = np.arange(samples) * grid.samples // samples
-    # Even along both axes (the plane's quasirandom sequence of the plastic number).
-    within = (np.arange(samples)[:, None] * 0.7548776662 + np.arange(runs) * 0.5698402910) % 1
-    # All of them in order, or one at a random place in each of as many equal parts.
-    unit = ((np.arange(runs) + within * (runs < units)) * (units / runs)).astype(np.int32)
-    places, run = np.divmod(unit, np.int32(a_pixel))
-    return Some(which.astype(np.int32)[:, None], places, run, width)
 
 
 # -- Coding. -----------------------------------------------------------------------------------------------------------

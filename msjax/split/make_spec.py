@@ -107,8 +107,7 @@ def make_spec(
         preprocess=preprocess,
         schedule=schedule,
     )
-    _check_update_codec(update_codec, schedule)
-    _check_range(update_codec, schedule, optimizer, parts)
+    _check_update_codec(update_codec, schedule, optimizer, parts)
     for one in grad_codec.all:
         _check_signed("grad_codec", one)
     codec.for_tree(features)
@@ -160,7 +159,7 @@ def _check_granularity(payload):
             )
 
 
-def _check_update_codec(codec, schedule):
+def _check_update_codec(codec, schedule, optimizer, parts):
     if not isinstance(codec, Codec):
         raise TypeError(f"update_codec must be a codec of msjax.compress, got {codec!r}")
     if codec == Identity():
@@ -171,9 +170,12 @@ def _check_update_codec(codec, schedule):
     except (TypeError, ValueError) as error:
         raise ValueError(f"update_codec must be one of float32 vectors, got {codec}: {error}") from None
     mode = schedule.mode
-    if (mode.one_at_a_time or mode.hands_parts_on(schedule)) and not isinstance(codec, Cast):
-        where = "in sequential mode and with a client_fraction below 1, where whole parts are handed on"
-        raise ValueError(f"update_codec must be Identity() or a Cast {where}, got {codec}")
+    if mode.one_at_a_time or mode.hands_parts_on(schedule):
+        if not isinstance(codec, Cast):
+            where = "in sequential mode and with a client_fraction below 1, where whole parts are handed on"
+            raise ValueError(f"update_codec must be Identity() or a Cast {where}, got {codec}")
+        if codec.dtype == "float16":
+            _check_no_squares(codec, optimizer, parts)
     if getattr(codec, "granularity", "tensor") != "tensor":
         raise ValueError(f'update_codec must have granularity="tensor", as averages have no samples, got {codec}')
 
@@ -182,11 +184,8 @@ _SQUARES = {"nu", "nu_max", "sum_of_squares", "v", "v_row", "v_col"}
 """What Optax calls an optimizer's sums and means of squared gradients."""
 
 
-def _check_range(codec, schedule, optimizer, parts):
+def _check_no_squares(codec, optimizer, parts):
     """Squares of gradients are too small for float16, and where they become 0 the next step is divided by nothing."""
-    hands_on = schedule.mode.one_at_a_time or schedule.mode.hands_parts_on(schedule)
-    if not hands_on or not isinstance(codec, Cast) or codec.dtype != "float16":
-        return
     here = next(part.params for part in parts if not isinstance(part.apply, RemoteApply))
     paths = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, here))
     if found := sorted({getattr(key, "name", None) for path, _ in paths for key in path} & _SQUARES):

@@ -66,5 +66,5 @@ def write_parts(
 ) -> None:
     """Writes the trained parts: client.safetensors, server.safetensors, and where there is one tail.safetensors."""
     for name, part in zip(("client", "server", "tail"), parts, strict=False):
-        own = {"up_bits": up_bits} if name == "client" else {}
-        save_part(folder.path / f"{name}.safetensors", name, part, description=spec.describe(), step=step, **own)
+        names = {"description": spec.describe(), "step": step, "up_bits": up_bits if name == "client" else None}
+        save_part(folder.path / f"{name}.safetensors", name, part, **names)

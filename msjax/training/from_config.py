@@ -180,8 +180,8 @@ def _save_parts(parts, cfg, folder, run, state, run_id):
     data_summary = build.DataSummary.of(run.dataset).normalized_as(cfg.data)
     names = {"run_id": run_id, "step": int(state.step)}
     for part in parts:
-        own = {"up_bits": mean_up_bits(state.up_bits)} if part == "client" else {}
-        save_trained(_part_file(folder, part), part, getattr(state, part), cfg, data_summary, **names, **own)
+        names["up_bits"] = mean_up_bits(state.up_bits) if part == "client" else None
+        save_trained(_part_file(folder, part), part, getattr(state, part), cfg, data_summary, **names)
 
 
 def uncompressed(cfg: config.Config) -> config.Config:

@@ -70,12 +70,8 @@ def gather(spec: RunSpec, state: TrainState, mesh: Mesh | None) -> TrainState:
         return jax.device_get(spec.mode.gather(spec, state))
     # Of what the devices of other processes have only the result is here.
     everywhere = NamedSharding(whole_mesh(mesh), PartitionSpec())
-
-    def result(state):
-        aims = None if state.up_bits is None else state.up_bits.mean()
-        return spec.mode.gather(spec, state._replace(up_bits=aims))
-
-    return jax.device_get(jax.jit(result, out_shardings=everywhere)(state._replace(memory=())))
+    of_run = state._replace(memory=())
+    return jax.device_get(jax.jit(functools.partial(spec.mode.gather, spec), out_shardings=everywhere)(of_run))
 
 
 _jit = functools.partial(jax.jit, static_argnames=("shard_server",))
