@@ -17,17 +17,24 @@ from msjax.training.loaded import mesh_of
 from . import setups
 
 RUNS = {
-    "parallel": setups.MODES[0],
-    "U-shaped": setups.MODES[1],
-    "splitfed": setups.MODES[2],
-    "sequential": setups.MODES[3],
+    "parallel": {"mode": setups.MODES[0]},
+    "U-shaped": {"mode": setups.MODES[1]},
+    "splitfed": {"mode": setups.MODES[2]},
+    "sequential": {"mode": setups.MODES[3]},
+    "budget": {
+        "codec": compress.EntropyMask(bits=1.6),
+        "grad_codec": compress.EntropyMask(error=0.3, signed=True, rounding="stochastic"),
+        "cut_bits": 10.0,  # such small messages have much of a header
+        # The parts are nearly the same at the end as at the start, so that no value moves to another code.
+        "optim": config.OptimConfig(learning_rate=1e-6),
+    },
 }
-"""The modes by name."""
+"""All modes, and a budget for the cut: what their configs have in place of `setups.SMOOTH`'s fields."""
 
 
 def config_of(name):
     """The config of a run of `RUNS`."""
-    return dataclasses.replace(setups.SMOOTH, mode=RUNS[name])
+    return dataclasses.replace(setups.SMOOTH, **RUNS[name])
 
 
 class Stream:
@@ -65,6 +72,8 @@ def result(finished):
     for record in finished.history:
         for group in ("train", "test", "traffic"):
             found |= {f"{record['epoch']} {group} {name}": value for name, value in record[group].items()}
+    if finished.state.up_bits is not None:
+        found["aims"] = finished.state.up_bits
     return {name: np.asarray(leaf) for name, leaf in found.items()}
 
 
