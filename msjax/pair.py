@@ -87,9 +87,11 @@ def load_pair(
         if part.part != name:
             raise ValueError(f"{name} must be the file of a {name}'s part, got that of a {part.part}: {path}")
         if part.config is None:
-            raise ValueError(f"{name} must be a part with a config, got one of a run from Python: {path}")
+            raise ValueError(
+                f"{name} must be a part with a config, got one of a run from Python, which load_part reads: {path}"
+            )
         if part.apply is None:
-            raise ValueError(f"{path} is of a model of one's own: give its preset with --config")
+            raise ValueError(f"{path} is of a model of one's own: give `preset`, on the command line --config")
     if pair.client.run_id != pair.server.run_id:
         ids = f"{pair.client.run_id!r} of the client and {pair.server.run_id!r} of the server"
         raise ValueError(f"the parts must be of one run, got {ids}")

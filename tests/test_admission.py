@@ -92,6 +92,14 @@ def test_certificates_that_no_client_could_use(tmp_path, text, message):
         check_serve(config.Config(clients=2), options)
 
 
+def test_a_budget_that_does_not_fit_is_refused_before_anyone_joins():
+    cfg = config.Config(clients=2, cut_bits=2.4)
+    with pytest.raises(ValueError, match="codec must be an EntropyMask where cut_bits is given, got MaskEncoded"):
+        check_serve(cfg, ServeOptions())
+    with pytest.raises(ValueError, match=r"cut_seconds must be None without cut_bits, got 0\.5"):
+        check_serve(config.Config(clients=2, cut_seconds=0.5), ServeOptions())
+
+
 def test_certificates_go_with_tls(path):
     with pytest.raises(ValueError, match=r"certificates must go with tls, got '.*names' without it"):
         ListenOptions(certificates=str(path / "names")).check()

@@ -274,6 +274,11 @@ def test_npz(tmp_path):
     assert data.from_npz(path, inputs="mine", labels="yours").input_like.shape == (4,)
     with pytest.raises(data.DataError, match=r"set.npz must have arrays named x_train, .*it has mine, yours"):
         data.from_npz(path)
+    for more in ({"x_test": TABLE}, {"x_val": TABLE, "y_val": CLASSES}):
+        np.savez(path, x_train=TABLE, y_train=CLASSES, **more)
+        with pytest.raises(data.DataError, match=f"set.npz has arrays that would not be used, {', '.join(more)}: name"):
+            data.from_npz(path)
+    np.savez(path, mine=TABLE, yours=CLASSES)
     with pytest.raises(data.DataError, match="has no array hers; it has mine, yours"):
         data.from_npz(path, inputs="hers", labels="yours")
     with pytest.raises(data.DataError, match="inputs and labels must both be named"):

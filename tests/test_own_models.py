@@ -1,5 +1,7 @@
 """A model, data and task of one's own: trained through the cut in one program, and the same by parties apart."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +210,9 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"optimizer": config.OptimConfig(gamma=-1.0)}, "optim.gamma must be above 0, got -1.0"),
         (TWO, {"alpha": "a"}, "alpha must be a number or None, got 'a'"),
         (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
-        ((ONE := Narrow(), ONE), {}, "model must have a module of its own in each part"),
+        ((ONE := Narrow(), ONE), {}, "model must have weights of its own in each part, got .* in two of them"),
+        (nnx.Sequential(ONE, nnx.relu, ONE), {"cut": 2}, "model must have weights of its own in each part"),
+        (linen.Sequential([LAYER := linen.Dense(4), LAYER]), {"cut": 1}, "own in each part, got one linen.Module"),
         (
             (TWO[0], (affine, {**Dense(4, 1)(), "n": jnp.int32(2)})),
             {},
@@ -233,6 +237,30 @@ def test_the_users_arrays_live_on_and_the_same_parts_give_the_same_run(unchecked
         results = [msjax.train(parts, numbers(40), **options).history[-1]["train"] for _ in range(2)]
         assert results[0] == results[1]
         np.testing.assert_array_equal(first(), before)
+
+
+def test_a_plain_function_is_told_that_it_trains():
+    def noisy(params, x, train=False, key=None):
+        return x + jax.random.normal(key, x.shape) if train else x
+
+    part = models.as_part((noisy, {}))
+    x = jnp.zeros((2, 3))
+    assert np.any(part.apply({}, {}, x, train=True, key=jax.random.key(0))[0] != 0)
+    np.testing.assert_array_equal(part.apply({}, {}, x, train=False)[0], x)
+
+
+def test_a_loss_of_other_options_is_not_taken_for_that_of_a_folder(tmp_path):
+    """Of an older folder, which does not say its loss, it is taken for the same."""
+    x, y = numbers(40)
+    options = {"clients": 2, "batch_size": 8, "epochs": 1, "folder": str(tmp_path / "run")}
+    labels = np.zeros(len(y), np.int32)
+    plain, smooth = tasks.classification(), tasks.classification(label_smoothing=0.5)
+    msjax.train(TWO, (x, labels), task=plain, **options)
+    with pytest.raises(ValueError, match="whose run differs in loss"):
+        msjax.train(TWO, (x, labels), task=smooth, **options)
+    described = json.loads((tmp_path / "run/spec.json").read_text())
+    (tmp_path / "run/spec.json").write_text(json.dumps({n: v for n, v in described.items() if n != "loss"}))
+    msjax.train(TWO, (x, labels), task=plain, **options)
 
 
 def test_another_run_is_not_taken_for_that_of_a_folder(unchecked, tmp_path):

@@ -309,7 +309,7 @@ def test_a_model_of_ones_own_keeps_its_parts_apart(tmp_path, capsys):
     given = [str(tmp_path / f"{name}.safetensors") for name in ("client", "server")]
     preset, out = ["--config", str(tmp_path / "own.py")], tmp_path / "network.safetensors"
     assert cli.run("export", [*given, "--out", str(out)]) == 2
-    assert "is of a model of one's own: give its preset with --config" in capsys.readouterr().err
+    assert "is of a model of one's own: give `preset`, on the command line --config" in capsys.readouterr().err
     assert cli.run("export", [*given, *preset, "--out", str(out), "--names", "pytorch"]) == 2
     assert 'names must be "msjax" for a model of one\'s own' in capsys.readouterr().err
     assert cli.run("export", [*given, *preset, "--out", str(out)]) == 0

@@ -132,6 +132,7 @@ LIKE = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp
             r"loss of task 'mean' must return one value a sample, \(2,\)",
         ),
         (tasks.custom(lambda o, y: o, name="all"), r"one value a sample, \(2,\), got \(2, 3\)"),
+        (tasks.custom(lambda o, y: y, name="whole"), "loss of task 'whole' must return floating values, got int32"),
         (tasks.custom(lambda o, y: o @ y, name="product"), "task 'product' must take outputs float32.*but its loss"),
         (tasks.custom(lambda o, y: o[:, 0], {"a": lambda o, y: o.mean()}), r"a metric must return one value a sample"),
         (
@@ -182,6 +183,14 @@ def test_no_metric_is_called_loss():
 def test_labels_that_do_not_fit_are_named(task, labels, message):
     with pytest.raises(ValueError, match=message):
         task.check_labels(labels, jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 1), (2, 3, 4)])
+@pytest.mark.parametrize("task", [tasks.segmentation(3), tasks.next_token()], ids=lambda task: task.name)
+def test_a_label_for_every_place(task, shape):
+    like = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)
+    with pytest.raises(ValueError, match=r"outputs' shape without its last axis, \(2, 4, 4\), got \(2, "):
+        task.check(*like)
 
 
 @pytest.mark.parametrize(

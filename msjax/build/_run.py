@@ -12,7 +12,7 @@ from msjax.build._network import make_parts
 from msjax.build._summary import DataSummary
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
-from msjax.split.make_spec import init_part, make_spec
+from msjax.split.make_spec import check_cut_budget, init_part, make_spec
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
@@ -72,6 +72,12 @@ def build(
     )
     client, server, *tail = parts
     return Built(spec, _state(spec.optimizer, client, *tail), _state(spec.optimizer, server))
+
+
+def check_budget(cfg: config.Config) -> None:
+    """Raises ValueError where the budget for the cut does not fit the codecs, whatever the data and the model are."""
+    codecs = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs)), Codecs.of(cfg.grad_codec, "grad_codec")
+    check_cut_budget(cfg.cut_bits, cfg.cut_seconds, cfg.link_bytes_per_second, *codecs)
 
 
 def _state(optimizer, *parts):

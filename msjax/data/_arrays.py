@@ -317,6 +317,11 @@ def find_names(there: list[str], where: str) -> list[str]:
             return list(names)
     for names in (*TOGETHER, *(names[:2] for names in TRAIN_AND_TEST)):
         if all(name in there for name in names):
+            if unused := [n for n in there if n not in names and ("test" in n or "val" in n)]:
+                raise DataError(
+                    f"{where} has arrays that would not be used, {', '.join(unused)}: name those of a test set "
+                    f"{', '.join(TRAIN_AND_TEST[0][2:])}, or give the names of all"
+                )
             return list(names)
     usual = "; ".join(", ".join(names) for names in (TRAIN_AND_TEST[0], TRAIN_AND_TEST[2], TOGETHER[0], TOGETHER[2]))
     raise DataError(f"{where} must have arrays named {usual}, or their names must be given; it has {', '.join(there)}")

@@ -52,6 +52,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
     Certificates(options.certificates, cfg.clients)
     build.check_model(cfg)
     build.check_weights(cfg)
+    build.check_budget(cfg)
 
 
 def listen(cfg: config.Config, options: ServeOptions) -> TrainEndpoint:

@@ -34,7 +34,7 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
 
     Raises:
       TypeError: `model` is none of these.
-      ValueError: there are not two or three parts, or `cut` leaves a party without a layer.
+      ValueError: there are not two or three parts, two of them share weights, or `cut` leaves a party without a layer.
     """
     if cut is not None:
         model = cut_sequential(model, cut)
@@ -45,9 +45,7 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         )
     if len(model) not in (2, 3):
         raise ValueError(f"model must have two parts, client and server, or three with a tail, got {len(model)}")
-    modules = [id(module) for module in model if isinstance(module, nnx.Module)]
-    if len(set(modules)) != len(modules):
-        raise ValueError("model must have a module of its own in each part, got one nnx.Module in two of them")
+    _check_not_shared(model)
     parts, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
     for place, (name, module) in enumerate(zip(("client", "server", "tail"), model, strict=False)):
         key = jax.random.fold_in(jax.random.key(seed), place)
@@ -75,6 +73,18 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         parts[0] = parts[0].scoped("client") if here[0] else parts[0]
         parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
     return tuple(parts)
+
+
+def _check_not_shared(model):
+    """Raises ValueError where two parts share weights: each would train a copy, and they would no longer be equal."""
+    owners: dict[int, int] = {}
+    for place, module in enumerate(model):
+        if not isinstance(module, nnx.Module):
+            continue
+        for path, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Param) and owners.setdefault(id(node), place) != place:
+                where = "/".join(map(str, path))
+                raise ValueError(f"model must have weights of its own in each part, got {where!r} in two of them")
 
 
 def _check_arrays(part):
@@ -105,7 +115,8 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
           `module.eval()` are called before, and arguments such as `train` or `deterministic` given if it has them;
         - a `linen.Module`, called as `module(x)` likewise; dropout draws from the collection "dropout";
         - a pair (apply, params) or triple (apply, params, stats) with `apply(params, stats, x, train, key)`, which
-          returns outputs and new stats; without `stats`, `apply(params, x)`, which returns outputs;
+          returns outputs and new stats; without `stats`, `apply(params, x)`, which returns outputs, and is given
+          `train`, `key` and the like if it has them;
         - a `ModelPart`.
 
         In a preset of a network's party also a `RemotePart`, for a part that another party has.
@@ -135,7 +146,7 @@ def cut_sequential(model: Any, cut: int) -> tuple[Any, Any]:
 
     Raises:
       TypeError: the model is no `nnx.Sequential`, `linen.Sequential` or list of layers.
-      ValueError: `cut` leaves a party without a layer.
+      ValueError: `cut` leaves a party without a layer, or one Linen module is on both sides of it.
     """
     layers = model if isinstance(model, list | tuple) else getattr(model, "layers", None)
     if layers is None or not all(callable(layer) for layer in layers):
@@ -145,20 +156,33 @@ def cut_sequential(model: Any, cut: int) -> tuple[Any, Any]:
         raise ValueError(f"cut must be in 1..{len(layers) - 1}, the number of layers on the client, got {cut!r}")
     is_linen = isinstance(model, linen.Module) or any(isinstance(layer, linen.Module) for layer in layers)
     if is_linen:
+        shared = {id(layer) for layer in layers[:cut] if isinstance(layer, linen.Module)} & set(map(id, layers[cut:]))
+        if shared:
+            raise ValueError(
+                "model must have weights of its own in each part, got one linen.Module before and behind cut"
+            )
         return linen.Sequential(tuple(layers[:cut])), linen.Sequential(tuple(layers[cut:]))
     return nnx.Sequential(*layers[:cut]), nnx.Sequential(*layers[cut:])
+
+
+def _parameters(function):
+    """The arguments that a function has by name; none where Python cannot tell."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # of functions written in C
+        return {}
 
 
 @functools.lru_cache(maxsize=256)
 def _mode_arguments(function: Callable) -> tuple[tuple[str, bool], ...]:
     """Which arguments tell a module that it trains, and what each is in training."""
-    names = inspect.signature(function).parameters
+    names = _parameters(function)
     return tuple((name, value) for name, value in _MODE_NAMES.items() if name in names)
 
 
 def _arguments(function, train, key):
     found = {name: value if train else not value for name, value in _mode_arguments(function)}
-    if "key" in inspect.signature(function).parameters:
+    if "key" in _parameters(function):
         found["key"] = key
     return found
 
@@ -174,7 +198,7 @@ class FunctionApply:
     def __call__(self, params, stats, x, *, train, key=None):
         if self.has_stats:
             return self.function(params, stats, x, train=train, key=key)
-        return self.function(params, x), stats
+        return self.function(params, x, **_arguments(self.function, train, key)), stats
 
 
 @jax.tree_util.register_static

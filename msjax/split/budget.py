@@ -68,9 +68,9 @@ def next_up_bits(
     aim = up_bits + GAIN * (now - 8 * sent_bytes / values)
     if budgets is not None:
         aim *= then / now
-    # Between half of the budget, as gradients get no more than the other half, and what no real bits come to. On a slow
-    # link messages are so small that their headers count, and both halves would be more than the budget.
-    return jnp.clip(aim, (0.5 if budgets is None else 0.25) * then, 2 * then)
+    # Between a quarter of the budget and what no real bits come to. Gradients aim at half at most, but small messages
+    # have headers that count, and with both halves they would be more than the budget.
+    return jnp.clip(aim, 0.25 * then, 2 * then)
 
 
 def mean_up_bits(up_bits: Any) -> float | None:

@@ -54,9 +54,8 @@ def make_spec(
         is not signed, `grad_codec` takes samples where none are left of what was kept, `cut_bits` does not fit the
         codecs, or there is a `cut_seconds` without it, or a `link_bytes_per_second` without that.
     """
-    _check_link(cut_bits, cut_seconds, link_bytes_per_second)
+    check_cut_budget(cut_bits, cut_seconds, link_bytes_per_second, codec, grad_codec)
     if cut_bits is not None:
-        _check_budget(cut_bits, codec, grad_codec)
         grad_codec = Codecs(dataclasses.replace(grad_codec.default, bits=cut_bits / 2))
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
@@ -126,7 +125,20 @@ def _check_signed(name, codec):
         raise ValueError(f"{name} must have signed=True, as gradients are of both signs, got {codec}")
 
 
-def _check_budget(bits, codec, grad_codec):
+def check_cut_budget(
+    cut_bits: float | None,
+    cut_seconds: float | None,
+    link_bytes_per_second: float | None,
+    codec: Codecs,
+    grad_codec: Codecs,
+) -> None:
+    """Raises ValueError where `cut_bits` and what goes with it do not fit each other, or the codecs."""
+    _check_link(cut_bits, cut_seconds, link_bytes_per_second)
+    if cut_bits is not None:
+        _check_bits(cut_bits, codec, grad_codec)
+
+
+def _check_bits(bits, codec, grad_codec):
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 32:
         raise ValueError(f"cut_bits must be a number above 0, at most 32, or None, got {bits!r}")
     for name, codecs in {"codec": codec, "grad_codec": grad_codec}.items():

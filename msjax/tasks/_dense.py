@@ -65,6 +65,9 @@ class DenseCrossEntropy:
 
 def _nats(outputs, labels, ignore):
     """(cross-entropy, weight 0 or 1) of every place, each (B, places)."""
+    places = outputs.shape[:-1]
+    if labels.shape != places:
+        raise ValueError(f"labels must have the outputs' shape without its last axis, {places}, got {labels.shape}")
     weights = jnp.ones(labels.shape, jnp.float32) if ignore is None else (labels != ignore).astype(jnp.float32)
     safe = jnp.clip(labels, 0, outputs.shape[-1] - 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), safe)

@@ -91,6 +91,8 @@ class Task:
         if getattr(losses, "shape", None) != (batch,):
             found = getattr(losses, "shape", losses)
             raise ValueError(f"loss of task {self.name!r} must return one value a sample, ({batch},), got {found}")
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise ValueError(f"loss of task {self.name!r} must return floating values, got {losses.dtype}")
         return losses.astype(jnp.float32)
 
     def sums(self, outputs: Any, labels: Any) -> dict[str, jax.Array]:
@@ -238,7 +240,9 @@ def check_outputs(outputs: Any, task: str) -> None:
 def check_class_dtype(dtype: Any) -> None:
     """Raises ValueError where labels of this dtype are no numbers of classes."""
     if not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, the numbers of classes, got {dtype}")
+        raise ValueError(
+            f"labels must be integers, the numbers of classes, got {dtype}; data.from_csv takes classes=True for them"
+        )
 
 
 def check_class_labels(labels: Any, num_classes: int, *, ignore: int | None = None) -> None:

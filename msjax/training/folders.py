@@ -36,6 +36,7 @@ def _make(path, run, optimizer, alpha):
         "seed": run.seed,
         "alpha": alpha,
         "optimizer": describe_optimizer(optimizer),
+        "loss": _describe_loss(run.spec.task.loss),
         "augment": preprocess.augment if isinstance(preprocess.augment, str) else "a function",
         "mean": preprocess.mean,
         "std": preprocess.std,
@@ -44,7 +45,7 @@ def _make(path, run, optimizer, alpha):
     digest = json.loads(json.dumps(described))
     file = folder / "spec.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        found = {"loss": digest["loss"]} | json.loads(file.read_text())  # older folders do not say it
         if found != digest:
             differing = sorted(n for n in found.keys() | digest.keys() if found.get(n) != digest.get(n))
             raise ValueError(
@@ -59,6 +60,11 @@ def _make(path, run, optimizer, alpha):
 def describe_optimizer(optimizer: Any) -> str:
     """Returns what tells an optimizer from others, as far as that can be told."""
     return repr(optimizer) if isinstance(optimizer, OptimConfig) else type(optimizer).__name__
+
+
+def _describe_loss(loss):
+    """Tells losses of the library by their options; of others no more than their class."""
+    return repr(loss) if type(loss).__module__.startswith("msjax.") else type(loss).__name__
 
 
 def write_parts(
