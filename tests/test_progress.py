@@ -57,6 +57,8 @@ def test_an_epochs_line_says_test_once_and_only_where_there_was_one():
             bar.epoch(RECORD | {"epoch": epoch} | tested, 2, 3_000_000)
         clock.now += 61.0
         bar.step(1, 3_000_000)
+        clock.now += 61.0
+        bar.step(1, None)
     first, *lines = out.getvalue().splitlines()
     assert first == "net: 20 steps to go, the first compiles"
     assert lines[0] == (
@@ -64,6 +66,7 @@ def test_an_epochs_line_says_test_once_and_only_where_there_was_one():
     )
     assert "test" not in lines[1]
     assert lines[2].startswith("net step 5/20: ") and lines[2].endswith("3.0 MB sent, test 75.00 %")
+    assert lines[3].startswith("net step 6/20: ") and lines[3].endswith("min left, test 75.00 %")
 
 
 BAR = """

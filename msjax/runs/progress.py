@@ -53,7 +53,10 @@ class Pace:
 
 
 class Progress:
-    """A live line in a terminal, plain lines elsewhere, also in a notebook: samples/s, accuracy, MB sent, time left."""
+    """A live line in a terminal, plain lines elsewhere, also in a notebook.
+
+    It has samples/s, accuracy, the MB of all that was sent, both ways, and the time left.
+    """
 
     def __init__(
         self,
@@ -92,8 +95,8 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def step(self, steps: int, sent_bytes: int, shape: Hashable = None) -> None:
-        """Notes that `steps` more steps are done, in arrays of this shape, and the bytes sent by all so far."""
+    def step(self, steps: int, sent_bytes: int | None, shape: Hashable = None) -> None:
+        """Notes that `steps` more steps are done, in arrays of this shape, and the bytes sent so far, if known."""
         self._done += steps
         self._pace.step(steps, shape)
         if self._live:
@@ -122,7 +125,8 @@ class Progress:
         return f"{self._speed(sent_bytes)}{self._tested}"
 
     def _speed(self, sent_bytes):
-        return f"{self._pace.status(self._total - self._done)}, {sent_bytes / 1e6:,.1f} MB sent"
+        sent = "" if sent_bytes is None else f", {sent_bytes / 1e6:,.1f} MB sent"
+        return f"{self._pace.status(self._total - self._done)}{sent}"
 
 
 def _console(quiet):

@@ -18,6 +18,7 @@ from msjax.split.budget import first_bytes_per_second, why_too_slow
 from msjax.split.finite import check_losses, check_part, check_test_loss
 from msjax.split.metrics import zero_sums
 from msjax.split.reads import RunReads
+from msjax.split.sent import total_bytes
 from msjax.split.state import TrainState, train_key
 from msjax.split.traffic import Traffic, epoch_traffic, run_traffic
 from msjax.training import batching, processes, program
@@ -138,7 +139,7 @@ class _Loop:
                 self._train_epoch(epoch, resident, bar)
                 record = self._end_epoch(epoch, evaluate)
                 write_events(record)
-                bar.epoch(record, schedule.epochs, self._traffic.uplink_bytes)
+                bar.epoch(record, schedule.epochs, total_bytes(record["traffic"]))
                 if self._agree()[1]:
                     self._finish_saving()
                     raise Interrupted
@@ -179,7 +180,9 @@ class _Loop:
         steps_per_call = 1 if one_by_one else STEPS_PER_CALL
         calls = schedule_calls(schedule, order, epoch, steps_per_call)
         first = self._done - epoch * schedule.epoch_steps
-        earlier, self._traffic = self._traffic.uplink_bytes, self._traffic + epoch_traffic(self._spec, epoch)
+        self._traffic += epoch_traffic(self._spec, epoch)
+        # What messages take is counted at the end of each epoch, and taken to be the same in the next one.
+        before = total_bytes(self._history[-1]["traffic"]) if self._history else None
         began, key = time.monotonic(), train_key(seed)
         read = None if self._reads is None else lambda step: self._reads[epoch * schedule.epoch_steps + step]
         options = {"done": first, "mesh": self._mesh, "read": read}
@@ -197,7 +200,7 @@ class _Loop:
             self._done += steps
             share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
             shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
-            bar.step(steps, earlier + round(share * (self._traffic.uplink_bytes - earlier)), shape)
+            bar.step(steps, before and round(before * (1 + share / epoch)), shape)
             if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
