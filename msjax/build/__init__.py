@@ -2,8 +2,8 @@
 
 from msjax.build._data import batch_of_small_share, divide, load_data, make_preprocess, pixel_maximum
 from msjax.build._decoder import decoder_config, resolved
-from msjax.build._network import check_model, check_weights, identity, make_model, make_parts, to_go_on
-from msjax.build._run import Built, build, check_budget, make_mode, make_task
+from msjax.build._network import identity, make_model, make_parts, to_go_on
+from msjax.build._run import Built, build, check_without_data, make_mode, make_task
 from msjax.build._summary import DataSummary, check_tokenizer
 
 __all__ = [
@@ -11,10 +11,8 @@ __all__ = [
     "DataSummary",
     "batch_of_small_share",
     "build",
-    "check_budget",
-    "check_model",
     "check_tokenizer",
-    "check_weights",
+    "check_without_data",
     "decoder_config",
     "divide",
     "identity",

@@ -8,7 +8,7 @@ import jax
 
 from msjax import config, models, tasks
 from msjax.build._data import make_preprocess
-from msjax.build._network import make_parts
+from msjax.build._network import check_model, check_weights, make_parts
 from msjax.build._summary import DataSummary
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
@@ -74,8 +74,10 @@ def build(
     return Built(spec, _state(spec.optimizer, client, *tail), _state(spec.optimizer, server))
 
 
-def check_budget(cfg: config.Config) -> None:
-    """Raises ValueError where the budget for the cut does not fit the codecs, whatever the data and the model are."""
+def check_without_data(cfg: config.Config) -> None:
+    """Raises ValueError for what no data could make right: a model, a cut, weights, or the budget for the cut."""
+    check_model(cfg)
+    check_weights(cfg)
     codecs = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs)), Codecs.of(cfg.grad_codec, "grad_codec")
     check_cut_budget(cfg.cut_bits, cfg.cut_seconds, cfg.link_bytes_per_second, *codecs)
 

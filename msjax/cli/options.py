@@ -179,11 +179,8 @@ def check_early(cfg: config.Config) -> config.Config:
     """Returns the config as a run keeps it; see `build.resolved`.
 
     Raises:
-      ValueError: it has a file, a model or a cut that there is not, or a budget that does not fit the codecs, before
-        data are loaded.
+      ValueError: it has a file that there is not, or see `build.check_without_data`.
     """
     cfg = build.resolved(cfg)
-    build.check_model(cfg)
-    build.check_weights(cfg)
-    build.check_budget(cfg)
+    build.check_without_data(cfg)
     return cfg

@@ -50,9 +50,7 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
-    build.check_model(cfg)
-    build.check_weights(cfg)
-    build.check_budget(cfg)
+    build.check_without_data(cfg)
 
 
 def listen(cfg: config.Config, options: ServeOptions) -> TrainEndpoint:

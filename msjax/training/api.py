@@ -149,8 +149,9 @@ def train(
       test_every: epochs between two tests; the last epoch always has one.
       seed: of parameters that are not there yet, division, order, augmentation and codecs.
       folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued, and
-        one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data and an
-        `OptimConfig` are compared, but functions and first parameters cannot be.
+        one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data, an `OptimConfig`
+        and the options of a loss of `tasks` are compared, but functions, Optax's optimizers and first parameters cannot
+        be.
       allow_nonfinite: go on where a loss is NaN or infinite, instead of ending with an error.
       workers: how many processes read and decode data that are not in memory; 0: threads. By default as
         `data.Reader` has it. Workers import the main module of the program, which must train under `if __name__ ==
