@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, kind="parallel", clients=3, steps=4, *, works=True, checkpoint=(0, None), **policy):
         self.exchanges, self.steps = script(kind, clients, steps), steps
+        self.keepers = ((steps - 1) % clients,) if kind == "turns" else tuple(range(clients))
         self.policy = Policy(**{"deadline_seconds": 10.0, **policy})
         self.now, self.works, self.checkpoint = 0.0, works, checkpoint
         self.state = Membership.begin(self.policy, clients=clients, generation=7, now=self.now)
@@ -76,7 +77,7 @@ class Run:
         return said
 
     def _open(self, exchange):
-        return self.say(ev.Ended(self.steps) if exchange is None else ev.Opened(exchange))
+        return self.say(ev.Ended(self.steps, self.keepers) if exchange is None else ev.Opened(exchange))
 
     def session(self, client):
         return self.state.clients[client].session
@@ -88,20 +89,20 @@ class Run:
         self.names += 1
         return self.say(ev.Joined(client, self.names, instance or f"process {client}", f"host {client}", generation))
 
-    def ready(self, client):
-        return self.say(ev.SaidReady(client, self.session(client).name))
+    def ready(self, client, saved_step=0):
+        return self.say(ev.SaidReady(client, self.session(client).name, saved_step))
 
-    def come(self, client, **fields):
-        return self.join(client, **fields) + self.ready(client)
+    def come(self, client, saved_step=0, **fields):
+        return self.join(client, **fields) + self.ready(client, saved_step)
 
     def reconnect(self, client):
         """With its memory."""
         return self.come(client, generation=self.state.generation)
 
-    def crash(self, client):
+    def crash(self, client, saved_step=0):
         """The process of a client dies, and is there again with no memory."""
         said = self.leave(client)
-        return said + self.come(client, instance=f"another of {client}, {self.names}")
+        return said + self.come(client, saved_step, instance=f"another of {client}, {self.names}")
 
     def leave(self, client):
         return self.say(ev.Left(client, self.session(client).name))
@@ -115,7 +116,7 @@ class Run:
         return said
 
     def goodbye(self, client):
-        return self.say(ev.SaidGoodbye(client, self.session(client).name))
+        return self.say(ev.SaidGoodbye(client, self.session(client).name, self.state.generation))
 
     def wait(self, seconds):
         self.now += seconds

@@ -90,6 +90,10 @@ class MemoryStore:
         for step in [step for step in self.saved if step < saved_step]:
             del self.saved[step]
 
+    def drop_after(self, step):
+        for newer in [it for it in self.saved if it > step]:
+            del self.saved[newer]
+
     def close(self):
         pass
 

@@ -120,7 +120,7 @@ def listening(tls, **options):
 def answer_to(address, client, tls, token=None, wait=20):
     connection = Connection(address, tls, token)
     try:
-        connection.send(pb.FromClient(hello=pb.Hello(protocol=4, client=client)))
+        connection.send(pb.FromClient(hello=pb.Hello(protocol=5, client=client)))
         return connection.receive(wait)
     except ConnectionLost as lost:
         return lost
@@ -152,7 +152,7 @@ def test_a_server_that_ends_the_stream_while_a_client_writes_is_understood(code,
     for _ in range(30):  # half of them would meet the race
         connection = Connection(address, TlsFiles(), None)
         for _ in range(3):
-            connection.send(pb.FromClient(hello=pb.Hello(protocol=4, client=0)))
+            connection.send(pb.FromClient(hello=pb.Hello(protocol=5, client=0)))
         with pytest.raises(ConnectionLost) as lost:
             connection.receive(20)
         connection.close()

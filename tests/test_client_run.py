@@ -9,7 +9,7 @@ from msjax.distributed import messages
 from msjax.distributed.channel import Clock, ConnectionLost
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.session import GOODBYE_SECONDS, ClientSession, Own
+from msjax.distributed.session import ClientSession, Own
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
@@ -97,6 +97,9 @@ class Store:
     def prune(self, saved_step):
         self.saved = {step: state for step, state in self.saved.items() if step >= saved_step}
 
+    def drop_after(self, step):
+        self.saved = {saved: state for saved, state in self.saved.items() if saved <= step}
+
 
 @pytest.fixture
 def run():
@@ -163,6 +166,17 @@ def test_a_request_that_was_made_early_is_of_its_generation_alone(run):
     assert messages.to_position(run.exchange) == run.request.request.position
 
 
+def test_what_was_saved_on_a_way_that_was_left_is_saved_anew(run):
+    """The steps from a checkpoint on may give another part, as where a client was dropped in between."""
+    go_to(run, 3, Phase.FEATURES, 0)
+    run._store.saved[2] = "what was left"
+    run.start(pb.Start(generation=2, step=1))
+    assert run._store.steps() == [1]
+    while run.exchange.position != (2, Phase.FEATURES, 0):
+        run.take(answer(run, generation=2))
+    assert run._store.steps() == [1, 2] and run._store.saved[2] != "what was left"
+
+
 def test_without_the_checkpoint_a_client_goes_on_only_where_its_part_does_not_count(run):
     with pytest.raises(Refused, match="the run is at step 3, of which this client has no checkpoint"):
         run.start(pb.Start(generation=2, step=3))
@@ -214,7 +228,7 @@ def test_the_end_is_saved_though_no_step_follows(run):
 
 def welcome(checkpoint_steps=1):
     text = json.dumps(config.to_json(config.without_paths(SMALL)))
-    fields = {"protocol": 4, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
+    fields = {"protocol": 5, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
     return pb.FromServer(welcome=pb.Welcome(**fields))
 
 
@@ -236,7 +250,7 @@ def session():
 
 
 def test_what_a_client_waits_for_and_how_long(session):
-    """For the start however long it takes, for an answer for its time, for the end of the line a little."""
+    """For the start however long it takes, for an answer and for the end of the line for an answer's time."""
     assert session.next_deadline is None
     (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=1)))
     assert request.WhichOneof("kind") == "request" and session.next_deadline == 120.0
@@ -246,7 +260,7 @@ def test_what_a_client_waits_for_and_how_long(session):
         assert session.next_deadline in (session._clock.now + 20.0, None)
     (goodbye,) = session.on_message(pb.FromServer(finished=pb.Finished()))
     assert goodbye.WhichOneof("kind") == "goodbye" and not session.done
-    assert session.next_deadline == session._clock.now + GOODBYE_SECONDS
+    assert session.next_deadline == session._clock.now + 20.0
     session.on_lost(ConnectionLost("no answer came in time"))
     assert session.done
 

@@ -25,7 +25,7 @@ from .setups import MODES, SMALL, TEST_COUNT, built, dataset
 pytestmark = pytest.mark.usefixtures("built_once")
 
 
-HELLO = pb.FromClient(hello=pb.Hello(protocol=4, client=0))
+HELLO = pb.FromClient(hello=pb.Hello(protocol=5, client=0))
 
 
 def ready(cfg=SMALL, ds=None, samples=30):
@@ -54,8 +54,8 @@ def talk(it, *messages, client=0):
     [
         ([pb.FromClient(goodbye=pb.Goodbye())], "Hello"),
         ([pb.FromClient()], "Hello"),
-        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 4, got 9"),
-        ([pb.FromClient(hello=pb.Hello(protocol=4, client=4))], r"client must be in 0..3, got 4"),
+        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 5, got 9"),
+        ([pb.FromClient(hello=pb.Hello(protocol=5, client=4))], r"client must be in 0..3, got 4"),
         ([HELLO, pb.FromClient(goodbye=pb.Goodbye())], "before the end"),
         ([HELLO, HELLO], "unexpected hello"),
         ([HELLO, pb.FromClient(request=pb.Request())], "before the start"),
@@ -102,7 +102,7 @@ def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
         talk(it, HELLO, ready())
         ds = dataset()
         wide = data.Arrays(np.pad(ds.train_inputs, ((0, 0), (0, 0), (0, 2), (0, 0))), ds.train_labels)
-        hello = pb.FromClient(hello=pb.Hello(protocol=4, client=1))
+        hello = pb.FromClient(hello=pb.Hello(protocol=5, client=1))
         other = ready(ds=dataclasses.replace(ds, train=wide))
         _, said, lost = talk(it, hello, other, client=1)
         assert said == ["welcome"] and "all clients must have the same run" in str(lost) and lost.final
@@ -246,7 +246,7 @@ def test_a_client_does_not_go_on_with_a_server_of_another_run(tmp_path):
 def test_where_a_client_was_counts_in_its_own_run_alone(tmp_path, run, counts):
     """The generation of another run says nothing, even if it is the same number."""
     with net(tmp_path, SMALL) as it:
-        hello = pb.Hello(protocol=4, client=0, run=run, generation=it.server.membership.generation)
+        hello = pb.Hello(protocol=5, client=0, run=run, generation=it.server.membership.generation)
         talk(it, pb.FromClient(hello=hello))
         generation = it.server.membership.clients[0].session.generation
         assert generation == (it.server.membership.generation if counts else 0)
@@ -255,7 +255,7 @@ def test_where_a_client_was_counts_in_its_own_run_alone(tmp_path, run, counts):
 @pytest.mark.parametrize(
     ("welcome", "says"),
     [
-        ({"protocol": 9}, "the server's protocol is 9, this client's 4"),
+        ({"protocol": 9}, "the server's protocol is 9, this client's 5"),
         ({"run": "../elsewhere"}, "the run's name must be 32 hexadecimal digits, got '../elsewhere'"),
         ({"run": RUN + "\n"}, "the run's name must be 32 hexadecimal digits"),
     ],

@@ -191,15 +191,36 @@ def test_last_answer_is_lost(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_one_that_dies_before_its_last_answer_says_so(tmp_path):
+@pytest.mark.parametrize("mode", [MODES[1], MODES[3]], ids=str)
+def test_one_that_dies_after_the_last_step_goes_back_with_all(tmp_path, mode):
+    """It is the one with the result, and has but a checkpoint of an earlier step; the others have kept theirs."""
+    cfg = dataclasses.replace(SMALL, mode=mode)
+    with net(tmp_path, cfg, deadline_seconds=10.0) as it:
+        it.start_clients()
+        it.loop.run(lambda: it.server.membership.stage is Stage.ENDING)
+        last = it.server.run.schedule.test_clients[-1]
+        it.kill(last)
+        others = [c for c in range(cfg.clients) if c != last]
+        it.loop.run(lambda: all(it.server.membership.clients[c].goodbye for c in others))
+        it.start_client(last)
+        it.run()
+        assert it.counted("restarts") == 1
+        it.assert_equal_to_program()
+
+
+@pytest.mark.slow
+def test_one_that_dies_before_its_last_answer_says_so_where_others_have_gone(tmp_path):
     """All that it has is a checkpoint of an earlier step, and there is nobody left to train with."""
     cfg = dataclasses.replace(SMALL, mode=MODES[1])
     with net(tmp_path, cfg, deadline_seconds=10.0) as it:
         it.start_clients()
         it.loop.run(lambda: it.server.membership.stage is Stage.ENDING)
-        it.restart(2)
+        it.kill(2)
+        it.loop.run(lambda: it.server.membership.clients[3].goodbye)
+        it.cut(3)
+        it.start_client(2)
         it.run()
-        assert str(it.failures.pop(2)).endswith("of which this client has no checkpoint")
+        assert str(it.failures.pop(2)).endswith("the run has ended, of which this client has no checkpoint")
         it.finals[2] = it.finals[3]
         it.assert_equal_to_program()
 

@@ -22,8 +22,8 @@ MESSAGES = {
     ),
     "answer": pb.FromServer(answer=pb.Answer(generation=7, position=POSITION, payload=[b"a" * 129], send_part=True)),
     "start": pb.FromServer(start=pb.Start(generation=1, step=4, part=b"p" * 100)),
-    "welcome": pb.FromServer(welcome=pb.Welcome(protocol=4, config="c" * 500)),
-    "hello": pb.FromClient(hello=pb.Hello(protocol=4)),
+    "welcome": pb.FromServer(welcome=pb.Welcome(protocol=5, config="c" * 500)),
+    "hello": pb.FromClient(hello=pb.Hello(protocol=5)),
 }
 
 

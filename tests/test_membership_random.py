@@ -164,7 +164,8 @@ class Random(RuleBasedStateMachine):
     @rule(client=CLIENTS)
     def get_ready(self, client):
         if self.processes[client].line is not None:
-            self.say(ev.SaidReady(client, self.processes[client].line))
+            it = self.processes[client]
+            self.say(ev.SaidReady(client, it.line, max(it.disk)))
 
     @rule(client=CLIENTS, brings=st.sampled_from([True, True, False]))
     def send(self, client, brings=True):
@@ -214,10 +215,11 @@ class Random(RuleBasedStateMachine):
                 at = next((i for i, e in enumerate(it.own) if e.step >= step), len(it.own))
                 if part_from is None and self.run.exchanges[0].entrance is Entrance.WITH_PART:
                     if step == STEPS and step not in it.disk:
-                        it.gone = True  # it died before it had its last answer
+                        it.gone = True  # it died before it had its last answer, and others have gone
                         return
                     assert step in it.disk, f"client {client} cannot go on from step {step}"
-                it.generation = rest[0]
+                it.generation, it.told_end = rest[0], False
+                it.disk = {saved for saved in it.disk if saved <= step}
                 it.go_to(at)
             case do.TellEnd(_, _, dropped):
                 it.told_end, it.gone = it.done, dropped
@@ -231,7 +233,7 @@ class Random(RuleBasedStateMachine):
     def say_goodbye(self, client):
         it = self.processes[client]
         if it.told_end and it.line is not None:
-            self.say(ev.SaidGoodbye(client, it.line))
+            self.say(ev.SaidGoodbye(client, it.line, it.generation))
 
     # -- What goes wrong. ------------------------------------------------------------------------------------------
 

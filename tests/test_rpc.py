@@ -163,7 +163,7 @@ def test_messages_in_chunks_train_the_same(tmp_path, monkeypatch):
 
 
 def hello(client=0):
-    return pb.FromClient(hello=pb.Hello(protocol=4, client=client))
+    return pb.FromClient(hello=pb.Hello(protocol=5, client=client))
 
 
 def answer_to(address, *messages, token=None):

@@ -14,8 +14,8 @@ from msjax.distributed.rpc.event_loop import event_loop
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.training import TrainServicer
 
-HELLO = pb.FromClient(hello=pb.Hello(protocol=4, client=0))
-WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=4))
+HELLO = pb.FromClient(hello=pb.Hello(protocol=5, client=0))
+WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=5))
 
 
 class Aborted(Exception):

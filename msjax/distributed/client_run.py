@@ -22,7 +22,7 @@ class ClientRun:
     Args:
       party: the client as it is before the first step.
       store: of checkpoints, with `steps()`, `save(step, checkpoint)`, `check()`, `wait()`, `restore(step, like)`,
-        `prune(step)`.
+        `prune(step)`, `drop_after(step)`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
     """
 
@@ -56,6 +56,7 @@ class ClientRun:
         if known and (self.exchange is None or start.step <= self.exchange.step):
             return
         self._without_failing(self._store.wait)
+        self._store.drop_after(start.step)  # what follows may go another way, as where a client was dropped
         self.generation, self._due = start.generation, 0
         party = self.party
         party.begin()
@@ -66,7 +67,8 @@ class ClientRun:
         elif self._initial is not None and (start.step == 0 or not party.needs_state(start.step)):
             party.go_back(self._initial)
         elif start.step == 0 or party.needs_state(start.step):
-            raise Refused(f"the run is at step {start.step}, of which this client has no checkpoint")
+            at = "has ended" if start.step == party.schedule.total_steps else f"is at step {start.step}"
+            raise Refused(f"the run {at}, of which this client has no checkpoint")
         self._exchanges = party.exchanges(start.step)
         self._following = next(self._exchanges, None)
         self._brings_part, self._early = False, None

@@ -47,7 +47,7 @@ class Coordinator:
       max_message_bytes: that the server takes of a message; a run whose messages can become larger ends at the first
         Ready.
       on_exchange: called after each exchange, once its answers are sent.
-      on_end: called after the last, before the clients hear of the end.
+      on_end: called after the last, before the clients hear of the end; again where they had to go back from there.
       generation: the first, where it is not drawn.
       first_seconds: that of the membership of an earlier process that served this run: how long compiling takes.
     """
@@ -213,7 +213,7 @@ class Coordinator:
             case "request":
                 return self._request(client, session, message.request, event.at)
             case "goodbye":
-                return ev.SaidGoodbye(client, session)
+                return ev.SaidGoodbye(client, session, message.goodbye.generation)
             case kind:
                 raise messages.ProtocolError(f"unexpected {kind}")
 
@@ -223,7 +223,7 @@ class Coordinator:
         self._readies.check(ready, here)
         if self.run is None:
             self._readies.keep(client, ready)
-        return ev.SaidReady(client, session)
+        return ev.SaidReady(client, session, ready.saved_step)
 
     def _request(self, client, session, request, at):
         position = (request.position.step, request.position.phase, request.position.test_round)
@@ -270,7 +270,7 @@ class Coordinator:
         if info is not None:
             return ev.Opened(info)
         self._on_end()
-        return ev.Ended(self.run.schedule.total_steps)
+        return ev.Ended(self.run.schedule.total_steps, self.run.schedule.test_clients)
 
     def _advance(self, action):
         self.metrics.waited(self._clock() - self._opened_at)

@@ -67,6 +67,8 @@ class SaidReady:
 
     client: int
     session: int
+    saved_step: int = 0
+    """Of its newest checkpoint of this run; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +93,12 @@ class BrokeProtocol:
 
 @dataclasses.dataclass(frozen=True)
 class SaidGoodbye:
-    """A client has heard of the end and has all its answers."""
+    """A client has heard of the end, has all its answers, and has kept its part."""
 
     client: int
     session: int
+    generation: int
+    """Whose end that is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +146,8 @@ class Ended:
     """Instead of `Opened`, where no exchange is left: the state is that after all `step` steps."""
 
     step: int
+    keepers: tuple[int, ...] = ()
+    """The clients whose parts are the result."""
 
 
 @dataclasses.dataclass(frozen=True)

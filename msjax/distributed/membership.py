@@ -9,6 +9,7 @@ exchange, or `Ended` says that none is left.
     GATHERING  --enough ready-->  RESTORING  -->  ADVANCING  <-->  COLLECTING
                                    ^               |                '--- a client has lost its memory ---.
                                    |               '--no exchange left-->  ENDING  -->  OVER             |
+                                   |                                       '--- or its part -------------|
                                    '---------------------------------------------------------------------'
 
 A reason to stop leads from every stage to OVER, from those in which the caller works once it has done so.
@@ -77,7 +78,8 @@ class Stage(enum.Enum):
     ADVANCING = "advancing"
     """The caller answers an exchange, or opens the next."""
     ENDING = "ending"
-    """All steps are done, and clients hear of it."""
+    """All steps are done, and clients hear of it. They stay until all have kept their parts: should one have died
+    before that, all go back."""
     OVER = "over"
 
 
@@ -116,6 +118,8 @@ class Session:
     generation: int
     ready_by: float
     ready: bool = False
+    saved_step: int = 0
+    """As it says when it is ready."""
     admitted: bool = False
     """Whether the client has been told, in this session and generation, where the run is."""
 
@@ -223,7 +227,10 @@ class Membership:
     """Whether its deadline has been moved for those to whom it is new."""
     first_seconds: tuple[tuple[Kinds, float], ...] = ()
     """How long exchanges took when they were first waited for."""
+    keepers: tuple[int, ...] = ()
+    """Once the run has ended: the clients whose parts are the result."""
     lost_memory: bool = False
+    """Whether a client that is needed does not know where it was."""
     begun: bool = False
     """Whether training has."""
     stop: str | None = None

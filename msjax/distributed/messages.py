@@ -13,7 +13,7 @@ from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class ProtocolError(Exception):

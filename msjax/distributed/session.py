@@ -29,9 +29,6 @@ from msjax.split.schedule import Exchange
 
 log = logging.getLogger("msjax.client")
 
-GOODBYE_SECONDS = 10.0
-"""How long a client that has said goodbye waits for the server to end the connection."""
-
 TELL_SECONDS = 60.0
 """How often a client says that the server is still away."""
 
@@ -62,12 +59,13 @@ class ClientSession:
       build: from (config, samples, test_samples) to the `Client`, as it is before the first step.
       open_store: from the run's name to its store of checkpoints; see `ClientRun`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
-      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
+      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection; and how
+        long a client that has said goodbye stays if the server does not end the connection.
       retry_seconds: for how long a lost connection is tried again without getting on, which is: a new answer, or a
         connection that stands, over which the server says that it has the request and waits for others. That the server
         takes the connection, and says where the run is, does not count.
       on_exchange: called after each exchange of this client.
-      on_end: called at the end of training with the client as it then is.
+      on_end: called at the end of training with the client as it then is; again where all had to go back from there.
       preset: this client's own, whose codecs' classes the run's config may name; see `config.from_json`.
       instance: names this process; drawn by default.
       draw: a factor for the time to the next try, so that not all clients try at once.
@@ -223,9 +221,7 @@ class ClientSession:
         self._got_on_at, self._heard_since = self._clock(), False
 
     def _wait_for_more(self):
-        if self._leaving:
-            self._next_deadline = self._clock() + GOODBYE_SECONDS
-        elif self.run is not None and self.run.request is not None:
+        if self._leaving or (self.run is not None and self.run.request is not None):
             self._next_deadline = self._clock() + self._answer_seconds
         else:  # until training has begun, the server waits for the other clients, however long they take
             self._next_deadline = None
@@ -247,7 +243,7 @@ class ClientSession:
             self.config = config.from_json(json.loads(welcome.config), preset=self._preset)
             self._data = self._load(self.config)
             self._get_on()
-        return pb.FromClient(ready=pb.Ready(**self._data._asdict()))
+        return pb.FromClient(ready=pb.Ready(**self._data._asdict(), saved_step=max(self._store.steps(), default=0)))
 
     def _start(self, start):
         if self.run is None:
@@ -256,6 +252,7 @@ class ClientSession:
             self.run = ClientRun(party, self._store, self._compression)
             self.run.checkpoint_steps = self._checkpoint_steps
         self.run.start(start)
+        self._leaving = self._leaving and self.run.done  # not where all go back, since another has lost its part
 
     def _requests(self):
         """The request that it is at, if any; what is behind it is prepared once this is sent."""
@@ -279,7 +276,8 @@ class ClientSession:
         if self.run is not None and self.run.done:
             self._on_end(self.party)
             self._leaving = True
-            yield pb.FromClient(goodbye=pb.Goodbye())
+            log.info("all steps are done; this client stays until the others have kept their parts, too")
+            yield pb.FromClient(goodbye=pb.Goodbye(generation=self.run.generation))
         elif finished.dropped:
             self._end_apart()
         elif self.run is not None:

@@ -49,6 +49,10 @@ class ClientStore:
         """Deletes what is older than the server's last checkpoint."""
         self._checkpoints.prune(saved_step)
 
+    def drop_after(self, step: int) -> None:
+        """Deletes what is newer than the step where a run goes on: it is of a way that was not gone to its end."""
+        self._checkpoints.drop_after(step)
+
     def close(self) -> None:
         """Lets go of the folder."""
         self._checkpoints.close()

@@ -71,15 +71,15 @@ class _Transition:
         match event:
             case ev.Joined():
                 self._join(event)
-            case ev.SaidReady(client, name):
-                self._ready(client, name)
+            case ev.SaidReady(client, name, saved_step):
+                self._ready(client, name, saved_step)
             case ev.Requested():
                 self._request(event)
             case ev.BrokeProtocol(client, name, fault):
                 if self.state.session_of(client, name) is not None:
                     self._close(client, fault)
-            case ev.SaidGoodbye(client, name):
-                self._goodbye(client, name)
+            case ev.SaidGoodbye(client, name, generation):
+                self._goodbye(client, name, generation)
             case ev.Left(client, name):
                 if self.state.session_of(client, name) is not None:
                     self._set_client(client, session=None)
@@ -93,9 +93,9 @@ class _Transition:
             case ev.Opened(exchange):
                 self._expect(Stage.ADVANCING)
                 self._open(exchange)
-            case ev.Ended(step):
+            case ev.Ended(step, keepers):
                 self._expect(Stage.ADVANCING)
-                self._set(stage=Stage.ENDING, step=step, deadline=self._later())
+                self._set(stage=Stage.ENDING, step=step, keepers=keepers, deadline=self._later())
                 for client, it in enumerate(self.state.clients):
                     if it.ready:
                         self._tell_end(client)
@@ -123,11 +123,11 @@ class _Transition:
         self._do(do.Inform(f"client {client} joined from {event.peer}"))
         self._do(do.WelcomeClient(client, event.session))
 
-    def _ready(self, client, name):
+    def _ready(self, client, name, saved_step):
         session = self.state.session_of(client, name)
         if session is None or session.ready:
             return
-        self._set_session(client, ready=True)
+        self._set_session(client, ready=True, saved_step=saved_step)
         missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
         if self.state.stage is Stage.GATHERING and missing:
             self._do(do.Inform(f"client {client} is ready; training waits for {_listed(missing)}"))
@@ -171,12 +171,13 @@ class _Transition:
             case Verdict.FAULT:
                 self._close(client, "a request before the start")
 
-    def _goodbye(self, client, name):
+    def _goodbye(self, client, name, generation):
         if self.state.session_of(client, name) is None:
             return
+        if self.state.stage is not Stage.GATHERING and generation != self.state.generation:
+            return  # all have gone back since
         if self.state.stage is Stage.ENDING:
-            self._set_client(client, goodbye=True)
-            self._close(client)
+            self._set_client(client, goodbye=True)  # it stays: should another have lost its part, all go back
         else:
             self._close(client, "a goodbye before the end")
 
@@ -232,6 +233,8 @@ class _Transition:
             case Stage.COLLECTING:
                 self._let_in()
                 self._collect()
+            case Stage.ENDING if self.state.lost_memory and self.state.stop is None:
+                self._restore(again=True)
             case Stage.ENDING:
                 self._end()
 
@@ -397,12 +400,28 @@ class _Transition:
 
     def _tell_end(self, client):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        it = self.state.clients[client]
-        if it.active and not (it.session.admitted or it.session.generation == self.state.generation):
-            # It does not know where it is, but may have a checkpoint of the end.
-            self._start(client, self.state.step)
+        it, state = self.state.clients[client], self.state
+        if it.active and not (it.session.admitted or it.session.generation == state.generation):
+            # It does not know where it is.
+            if client in state.keepers and it.session.saved_step != state.step and self._goes_back_for(client):
+                return
+            if self.state.clients[client].active:
+                self._start(client, state.step)
         self._set_session(client, admitted=True)
-        self._do(do.TellEnd(client, it.session.name, dropped=not it.active))
+        self._do(do.TellEnd(client, it.session.name, dropped=not self.state.clients[client].active))
+
+    def _goes_back_for(self, client):
+        """Whether all do, since this client died after the last step and before it had kept its part."""
+        if self._can_do_without(1):
+            self._drop(client, alive=True)
+            goes_on = "and is done without"
+        elif any(it.session is None for it in self.state.clients if it.goodbye):
+            goes_on = "which is gone, as are others that would have to go back with it"
+        else:
+            self._set(lost_memory=True)
+            return True
+        self._do(do.Warn(f"client {client} died before it had kept its part, {goes_on}"))
+        return False
 
     def _close(self, client, fault=""):
         self._do(do.CloseSession(self.state.clients[client].session.name, fault))

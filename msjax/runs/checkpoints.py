@@ -195,6 +195,12 @@ class Checkpoints:
             if step < before:
                 self._manager.delete(step)
 
+    def drop_after(self, after: int) -> None:
+        """Deletes those of steps behind `after`."""
+        for step in self.steps():
+            if step > after:
+                self._manager.delete(step)
+
     def close(self) -> None:
         """Waits for what is being written, and lets go of the folder.
 
