@@ -1,13 +1,14 @@
 """Whom a server lets in: a client's certificate is its own, and who guesses tokens is refused for a while."""
 
 import contextlib
+import dataclasses
 import hashlib
 import ssl
 
 import grpc
 import pytest
 
-from msjax import config
+from msjax import compress, config
 from msjax.distributed.channel import Clock, ConnectionLost
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
@@ -98,6 +99,16 @@ def test_a_budget_that_does_not_fit_is_refused_before_anyone_joins():
         check_serve(cfg, ServeOptions())
     with pytest.raises(ValueError, match=r"cut_seconds must be None without cut_bits, got 0\.5"):
         check_serve(config.Config(clients=2, cut_seconds=0.5), ServeOptions())
+
+
+def test_what_data_that_are_known_by_name_would_make_fail_is_refused_before_anyone_joins():
+    codec = compress.EntropyMask(signed=True)
+    turns = config.Config(clients=2, mode=config.ModeConfig(kind="sequential"), update_codec=codec)
+    with pytest.raises(ValueError, match=r"update_codec must be Identity\(\) or a Cast"):
+        check_serve(turns, ServeOptions())
+    check_serve(dataclasses.replace(turns, data=config.DataConfig("elsewhere.csv")), ServeOptions())
+    with pytest.raises(ValueError, match="clients_per_group must be None where clients are programs of their own"):
+        check_serve(config.Config(clients_per_group=1), ServeOptions())
 
 
 def test_certificates_go_with_tls(path):

@@ -216,6 +216,32 @@ def test_clients_hear_of_a_server_that_fails(tmp_path):
         assert {str(e) for e in it.failures.values()} == {"the server stopped: a shape that does not fit"}
 
 
+def test_the_server_says_why_a_client_left_and_nothing_of_its_data(tmp_path, caplog):
+    with net(tmp_path, SMALL) as it:
+
+        def load(client, cfg):
+            raise data.DataError("the column 'diagnosis' of /home/ann/patients.csv has NaN")
+
+        it.load, load = load, it.load
+        it.start_client(1)
+        it.run(1)
+        it.loop.run(lambda: it.server.membership.clients[1].session is None)
+        assert "patients.csv" in str(it.failures.pop(1))
+        left = [record.getMessage() for record in caplog.records if "client 1 left" in record.getMessage()]
+        says = "client 1 left: it cannot load its data or build the run (DataError); its own log says more"
+        assert left == [says]
+        it.load = load
+        it.start_clients().run()
+        it.assert_equal_to_program()
+
+
+def test_what_a_client_says_of_its_failure_is_one_short_line(tmp_path, caplog):
+    with net(tmp_path, SMALL) as it:
+        talk(it, HELLO, pb.FromClient(goodbye=pb.Goodbye(error="no\nclient 2 left: " + "x" * 5000)))
+    (left,) = (record.getMessage() for record in caplog.records if "left" in record.getMessage())
+    assert left.startswith("client 0 left: noclient 2") and "\n" not in left and len(left) < 300
+
+
 def test_a_stop_while_clients_gather(tmp_path):
     with net(tmp_path, SMALL) as it:
         it.start_client(0)

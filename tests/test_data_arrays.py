@@ -274,7 +274,9 @@ def test_npz(tmp_path):
     assert data.from_npz(path, inputs="mine", labels="yours").input_like.shape == (4,)
     with pytest.raises(data.DataError, match=r"set.npz must have arrays named x_train, .*it has mine, yours"):
         data.from_npz(path)
-    for more in ({"x_test": TABLE}, {"x_val": TABLE, "y_val": CLASSES}):
+    np.savez(path, x=TABLE, y=CLASSES, values=1, latest=2, contests=3)
+    assert len(data.from_npz(path).train) == 16
+    for more in ({"x_test": TABLE}, {"x_val": TABLE, "y_val": CLASSES}, {"Xtest": TABLE}, {"validImages2": TABLE}):
         np.savez(path, x_train=TABLE, y_train=CLASSES, **more)
         with pytest.raises(data.DataError, match=f"set.npz has arrays that would not be used, {', '.join(more)}: name"):
             data.from_npz(path)

@@ -213,6 +213,12 @@ def test_of_two_live_processes_with_one_client_id_the_second_is_refused():
     assert run.session(1).name == 2 and run.state.clients[1].message is None
 
 
+def test_a_second_process_that_tries_again_and_again_is_told_of_once():
+    run = Run().begin()
+    turned_away = [of(run.join(0, instance=name), do.RefuseSession, do.Warn) for name in ("b", "b", "b", "c")]
+    assert [len(said) for said in turned_away] == [2, 1, 1, 2]
+
+
 def test_a_process_replaces_its_own_older_session():
     run = Run().begin()
     said = run.join(1)

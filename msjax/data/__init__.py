@@ -29,7 +29,7 @@ from msjax.data._inputs import Inputs, read_inputs
 from msjax.data._load import load
 from msjax.data._reader import Read, Reader
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
-from msjax.data._registry import Published, default_augmentation, is_streamed, published
+from msjax.data._registry import Published, default_augmentation, is_embedded, is_streamed, published
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
@@ -72,6 +72,7 @@ __all__ = [
     "from_npz",
     "from_sequence",
     "from_text",
+    "is_embedded",
     "is_streamed",
     "load",
     "load_tokenizer",

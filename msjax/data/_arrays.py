@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -317,7 +318,7 @@ def find_names(there: list[str], where: str) -> list[str]:
             return list(names)
     for names in (*TOGETHER, *(names[:2] for names in TRAIN_AND_TEST)):
         if all(name in there for name in names):
-            if unused := [n for n in there if n not in names and ("test" in n or "val" in n)]:
+            if unused := [n for n in there if n not in names and _is_of_test(n)]:
                 raise DataError(
                     f"{where} has arrays that would not be used, {', '.join(unused)}: name those of a test set "
                     f"{', '.join(TRAIN_AND_TEST[0][2:])}, or give the names of all"
@@ -325,3 +326,9 @@ def find_names(there: list[str], where: str) -> list[str]:
             return list(names)
     usual = "; ".join(", ".join(names) for names in (TRAIN_AND_TEST[0], TRAIN_AND_TEST[2], TOGETHER[0], TOGETHER[2]))
     raise DataError(f"{where} must have arrays named {usual}, or their names must be given; it has {', '.join(there)}")
+
+
+def _is_of_test(name):
+    """Whether an array's name says that it is of a test or validation set, as do y_test, valImages and xval."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.search("(?<![a-z])[xy]?(test|val|valid|validation|dev|eval)(?![a-z])", words) is not None

@@ -159,6 +159,11 @@ def published(name: str) -> Published | None:
     return find(name).published
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a set comes with this package."""
+    return find(name).test_of_class is not None
+
+
 def is_streamed(name: str) -> bool:
     """Whether `load` gives splits that are not in memory, for a set of this name."""
     return find(name).streamed

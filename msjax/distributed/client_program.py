@@ -75,8 +75,7 @@ class ClientProgram:
         try:
             drive.take_part(self.session, self.connect)
         finally:
-            if self.session.party is not None:
-                self.session.party.close()
+            self.session.close()
             sent, received = self.session.sent_bytes, self.session.received_bytes
             log.info("%s bytes sent, %s received, as serialized", f"{sent:,}", f"{received:,}")
         return self._path

@@ -30,6 +30,9 @@ from msjax.split.schedule import Exchange
 
 log = logging.getLogger("msjax.server")
 
+_MOST_OF_WHY = 200
+"""Characters of what a client says of its failure."""
+
 
 class Stopped(Exception):
     """Training ended before its time; the last checkpoint is what there is to go on from."""
@@ -213,7 +216,11 @@ class Coordinator:
             case "request":
                 return self._request(client, session, message.request, event.at)
             case "goodbye":
-                return ev.SaidGoodbye(client, session, message.goodbye.generation)
+                if not (why := message.goodbye.error):
+                    return ev.SaidGoodbye(client, session, message.goodbye.generation)
+                self._forget(session)
+                printable = "".join(filter(str.isprintable, why[:_MOST_OF_WHY]))
+                return ev.Left(client, session, f"{printable}; its own log says more")
             case kind:
                 raise messages.ProtocolError(f"unexpected {kind}")
 

@@ -107,6 +107,8 @@ class Left:
 
     client: int
     session: int
+    why: str = ""
+    """As the client says, if it does."""
 
 
 # -- Events: what the caller does. ---------------------------------------------------------------------------------

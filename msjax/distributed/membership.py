@@ -142,6 +142,8 @@ class Client:
     brings_part: bool = False
     answered: Key | None = None
     goodbye: bool = False
+    turned_away: str = ""
+    """The last process that was, as another had its place."""
     process: str = ""
     """The instance whose message came last."""
     last_kind: tuple[int, ...] | None = None

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from msjax import build, config
+from msjax import build, config, plan
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
@@ -48,9 +48,20 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         )
     if (start := options.policy.start_clients) is not None and start > cfg.clients:
         raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
+    if cfg.clients_per_group is not None:
+        raise ValueError(
+            f"clients_per_group must be None where clients are programs of their own, got {cfg.clients_per_group}"
+        )
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_without_data(cfg)
+    _check_with_known_data(cfg)
+
+
+def _check_with_known_data(cfg):
+    """Raises ValueError for what the clients' data would make fail, where the set's name says what these are."""
+    if not config.references(cfg) and (known := plan.describe_known_data(cfg)) is not None:
+        plan.describe_run(cfg, known[0], None)  # without counts: clients may each have a whole set of their own
 
 
 def listen(cfg: config.Config, options: ServeOptions) -> TrainEndpoint:

@@ -35,6 +35,8 @@ TELL_SECONDS = 60.0
 STEADY_SECONDS = 60.0
 """A connection that stood so long, or as long as an answer may take, was not at fault: the server waits for others."""
 
+_FAILED = {"welcome": "it cannot load its data or build the run", "start": "it cannot begin where the run is"}
+
 
 class Own(NamedTuple):
     """What a client says of itself when it is ready.
@@ -127,6 +129,16 @@ class ClientSession:
         """The client's part and data, once it has been told to start."""
         return self.run and self.run.party
 
+    def close(self) -> None:
+        """Lets go of its data and checkpoints, whatever has become of it."""
+        if self.party is not None:
+            self.party.close()
+        if self._store is not None:
+            try:
+                self._store.close()
+            except OSError as error:
+                log.error("no checkpoint: %s", error)
+
     def on_connected(self) -> Iterator[pb.FromClient]:
         """There is a connection: yields what to send. Take all of it, and send each before taking the next."""
         return self._counted(self._greet())
@@ -155,7 +167,17 @@ class ClientSession:
           ProtocolError: it makes no sense.
           MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
-        return self._counted(self._take(message, self._clock() if at is None else at))
+        return self._counted(self._take_or_leave(message, self._clock() if at is None else at))
+
+    def _take_or_leave(self, message, at):
+        kind = message.WhichOneof("kind")
+        try:
+            yield from self._take(message, at)
+        except Exception as error:
+            if kind != "finished":
+                what = _FAILED.get(kind, "it cannot go on")  # in short: details may be of its data
+                yield pb.FromClient(goodbye=pb.Goodbye(error=f"{what} ({type(error).__name__})"))
+            raise
 
     def _take(self, message, at):
         self.received_bytes += nbytes_of(message)

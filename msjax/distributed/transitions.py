@@ -80,10 +80,10 @@ class _Transition:
                     self._close(client, fault)
             case ev.SaidGoodbye(client, name, generation):
                 self._goodbye(client, name, generation)
-            case ev.Left(client, name):
+            case ev.Left(client, name, why):
                 if self.state.session_of(client, name) is not None:
                     self._set_client(client, session=None)
-                    self._do(do.Inform(f"client {client} left"))
+                    self._do(do.Warn(f"client {client} left: {why}") if why else do.Inform(f"client {client} left"))
             case ev.Restored(step, able):
                 self._expect(Stage.RESTORING)
                 self._restored(step, able)
@@ -114,7 +114,9 @@ class _Transition:
             # Two processes that take themselves for the same client would undo each other's work, in turns.
             taken = f"client_id must be of one process at a time, got {client}, which a process at {old.peer} has"
             self._do(do.RefuseSession(event.session, taken))
-            self._do(do.Warn(f"turned {event.peer} away: {taken}"))
+            if event.instance != self.state.clients[client].turned_away:  # it will try again and again
+                self._do(do.Warn(f"turned {event.peer} away: {taken}"))
+                self._set_client(client, turned_away=event.instance)
             return
         if old is not None:
             self._do(do.CloseSession(old.name))

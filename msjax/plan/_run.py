@@ -54,10 +54,18 @@ def describe_data(cfg: config.Config) -> tuple[build.DataSummary, Counts | None]
 
     Sets of images that are known by name and texts for a decoder need not be at hand. Others are loaded.
     """
+    found = describe_known_data(cfg)
+    return _described(cfg) if found is None else found
+
+
+def describe_known_data(cfg: config.Config) -> tuple[build.DataSummary, Counts | None] | None:
+    """As `describe_data`, but None where the data are not known by name and would have to be found."""
     if cfg.model.name == models.DECODER:
         tokens = TreeSpec.of(jax.ShapeDtypeStruct((cfg.data.text_length,), np.int32))
         return build.DataSummary(tokens, tokens), None
-    known = None if config.is_reference(cfg.data.name) else data.published(cfg.data.name)
+    if config.is_reference(cfg.data.name):
+        return None
+    known = data.published(cfg.data.name)
     if known is not None:
         side = cfg.data.image_size
         shape = known.shape if side is None else (side, side, known.shape[-1])
@@ -65,6 +73,10 @@ def describe_data(cfg: config.Config) -> tuple[build.DataSummary, Counts | None]
         statistics = ((0.5,) * shape[-1], (0.25,) * shape[-1])  # of the right number, which is all that counts here
         augment = data.default_augmentation(cfg.data.name)
         return build.DataSummary(inputs, labels, known.num_classes, *statistics, augment), Counts(*known[2:])
+    return _described(cfg) if data.is_embedded(cfg.data.name) else None
+
+
+def _described(cfg):
     ds = build.load_data(cfg)
     return build.DataSummary.of(ds).normalized_as(cfg.data), Counts(len(ds.train), len(ds.test))
 
