@@ -176,6 +176,54 @@ class Narrow(nnx.Module):
         return self.linear(x)
 
 
+class Untold(linen.Module):
+    """Has a layer that must know whether it trains, and is not told."""
+
+    layer: linen.Module
+
+    @linen.compact
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class Noisy(linen.Module):
+    """Draws from a stream of its own."""
+
+    always: bool = False
+
+    @linen.compact
+    def __call__(self, x, train):
+        noise = jax.random.normal(self.make_rng("noise"), x.shape) if train or self.always else 0.0
+        return linen.Dense(4)(x) + noise
+
+
+class Keeping(nnx.Module):
+    """Keeps features for whoever wants to look at them."""
+
+    def __init__(self):
+        self.linear, self.norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        self.features = nnx.Intermediate(x)
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("client", [Noisy(), Keeping()], ids=lambda module: type(module).__name__)
+def test_streams_of_other_names_and_intermediates(unchecked, client):
+    """Noise is drawn in training, anew for each key; intermediates are no part of the statistics."""
+    (part, _) = models.as_parts((client, linen.Dense(1)), jnp.ones((2, 4)))
+
+    def run(seed, train):
+        return part.apply(part.params, part.stats, jnp.ones((2, 4)), train=train, key=jax.random.key(seed))
+
+    (first, stats), (second, _) = run(0, True), run(1, True)
+    assert jnp.array_equal(first, second) == isinstance(client, Keeping)
+    assert jax.tree.structure(stats) == jax.tree.structure(part.stats)
+    assert jnp.array_equal(run(0, False)[0], run(1, False)[0])
+    history = msjax.train((client, linen.Dense(1)), numbers(40), task="regression", clients=2, batch_size=8, epochs=1)
+    assert np.isfinite(history.history[-1]["train"]["loss"])
+
+
 def integers(params, x):
     return (x > 0).astype(jnp.int32)
 
@@ -191,6 +239,17 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
     ("model", "options", "message"),
     [
         ((TWO[0], Narrow()), {}, r"server must take float32\[2, 4\], but raised TypeError"),
+        (
+            (Untold(linen.BatchNorm()), TWO[1]),
+            {},
+            "client must be told whether it trains: .* use_running_average and pass",
+        ),
+        (
+            (Untold(linen.Dropout(0.5)), TWO[1]),
+            {},
+            "client must be told whether it trains: .* deterministic and pass it",
+        ),
+        ((Noisy(always=True), TWO[1]), {}, "client must draw random numbers in training alone: .*InvalidRngError"),
         (((integers, {}), TWO[1]), {}, r"client must return at least one floating array .*, got int32\[4\]"),
         (((no_batch, {}), TWO[1]), {}, r"client returns must have the batch of 2 as its first axis, got float32\[4\]"),
         ((TWO[0],), {}, "model must have two parts, client and server, or three with a tail, got 1"),

@@ -56,7 +56,8 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
     if _is_sequence(value):
         return from_sequence(value, **options)
     if _is_array(value):
-        raise DataError(f"data must be (inputs, labels), got one {type(value).__name__}")
+        hint = ": give (table.drop(columns=LABEL), table[LABEL])" if hasattr(value, "columns") else ""
+        raise DataError(f"data must be (inputs, labels), got one {type(value).__name__}{hint}")
     raise DataError(
         "data must be a Dataset, arrays (inputs, labels), a path of an .npz, .csv, .txt or .jsonl file or a folder of "
         f"images, the name of a set, or have __len__ and __getitem__, got {type(value).__name__}"

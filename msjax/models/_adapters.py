@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
@@ -64,15 +65,30 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         except NotAPart as error:
             raise TypeError(f"{name} {error}") from None
         except Exception as error:
-            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
-            detail = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(f"{name} must take {shapes}, but raised {type(error).__name__}: {detail}") from error
+            raise ValueError(_why_it_failed(name, x, error)) from error
         parts.append(part)
     if len(parts) == 3:  # the client's arrays and the tail's are kept together
         here = [not isinstance(part.apply, RemoteApply) for part in parts]
         parts[0] = parts[0].scoped("client") if here[0] else parts[0]
         parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
     return tuple(parts)
+
+
+def _why_it_failed(name, x, error):
+    """What to say of a part that raised an error for a batch of such inputs."""
+    detail = (str(error).strip() or repr(error)).splitlines()[0]
+    if isinstance(error, flax.errors.InvalidRngError):
+        return (
+            f"{name} must draw random numbers in training alone: give its __call__ the argument train or "
+            f"deterministic and pass it on; it raised {type(error).__name__}: {detail}"
+        )
+    if lacks := [argument for argument in _MODE_NAMES if argument in detail]:
+        return (
+            f"{name} must be told whether it trains: give its __call__ the argument train or {lacks[0]} and pass it "
+            f"on; it raised {type(error).__name__}: {detail}"
+        )
+    shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
+    return f"{name} must take {shapes}, but raised {type(error).__name__}: {detail}"
 
 
 def _check_not_shared(model):
@@ -113,7 +129,8 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
 
         - an `nnx.Module`, called as `module(x)`: its parameters are its `nnx.Param`s; `module.train()` and
           `module.eval()` are called before, and arguments such as `train` or `deterministic` given if it has them;
-        - a `linen.Module`, called as `module(x)` likewise; dropout draws from the collection "dropout";
+        - a `linen.Module`, called as `module(x)` likewise; in training dropout draws from the stream "dropout", and
+          what draws from a stream of another name from "params";
         - a pair (apply, params) or triple (apply, params, stats) with `apply(params, stats, x, train, key)`, which
           returns outputs and new stats; without `stats`, `apply(params, x)`, which returns outputs, and is given
           `train`, `key` and the like if it has them;
@@ -221,7 +238,7 @@ class NnxApply:
         y = module(x, **_arguments(self.module.__call__, train, key))
         if not train:
             return y, stats
-        _, _, new_stats = nnx.state(module, nnx.Param, nnx.RngState, ...)
+        *_, new_stats = nnx.state(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
         return y, nnx.to_pure_dict(new_stats)
 
     def _random_states(self, key):
@@ -259,7 +276,7 @@ class LinenApply:
     def __call__(self, params, stats, x, *, train, key=None):
         options = _arguments(type(self.module).__call__, train, key)
         variables = {"params": params, **stats}
-        rngs = {"dropout": key} if train and key is not None else None
+        rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)} if train and key is not None else None
         if train and stats:
             y, new_stats = self.module.apply(variables, x, mutable=list(stats), rngs=rngs, **options)
             return y, dict(new_stats)
