@@ -211,6 +211,12 @@ GOOD = {
             ["serve", "--resume", "a", "--listen=localhost:0"],
             "a/run must hold the run's name, 32 hexadecimal",
         ),
+        (
+            "serve.json",
+            '{"tls": 1}',
+            ["serve", "--resume", "a"],
+            "a/serve.json must be options of msjax serve, but it is",
+        ),
         ("config.json", "{", ["train", "--resume", "a"], "a/config.json: Expecting property name"),
         ("config.json", "[]", ["eval", "a"], "a/config.json: config must be an object with fields, got []"),
         (

@@ -1,6 +1,7 @@
 """What the network's ends refuse before they open anything: addresses, ports, tokens, files of TLS."""
 
 import contextlib
+import dataclasses
 import re
 import socket
 
@@ -8,6 +9,7 @@ import pytest
 
 from msjax import build, config, models
 from msjax.cli import main as cli
+from msjax.cli import serve
 from msjax.distributed import inference
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.membership import Policy
@@ -145,7 +147,10 @@ def test_a_server_knows_that_there_is_no_such_model_or_cut(fields, message):
 
 def test_models_of_any_data_can_be_served():
     for name in models.NAMES:
-        check_serve(config.Config(model=config.ModelConfig(name=name, cut="shallow")), ServeOptions())
+        model, own = config.ModelConfig(name=name, cut="shallow"), config.DataConfig("of_the_clients.csv")
+        check_serve(config.Config(model=model, data=own), ServeOptions())
+    with pytest.raises(ValueError, match="must have sides of at least 32 for vgg19, got"):  # of digits
+        check_serve(config.Config(model=config.ModelConfig("vgg19", cut="shallow")), ServeOptions())
 
 
 def test_tokens_file(tmp_path):
@@ -235,3 +240,34 @@ def test_a_batch_larger_than_a_share_is_said():
     said = build.batch_of_small_share(config.Config(batch_size=256), 144)
     assert said == "batch_size is 256, but a client has 144 samples an epoch: its batches have 144"
     assert build.batch_of_small_share(config.Config(batch_size=144), 144) is None
+
+
+def test_a_server_that_goes_on_has_the_options_that_it_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    had = []
+
+    def program(cfg, options, folder, *, endpoint):
+        had.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(serve, "ServerProgram", program)
+    first = [
+        "--listen",
+        "localhost:0",
+        "--checkpoint-steps",
+        "7",
+        "--policy.stragglers",
+        "drop",
+        "--compression",
+        "all",
+    ]
+    for arguments in (
+        [*first, "--clients", "2", "--out", ".", "--name", "a"],
+        ["--resume", "a"],
+        ["--resume", "a", "--checkpoint-steps", "3"],
+        ["--resume", "a"],
+    ):
+        assert cli.run("serve", arguments) == 2
+    drop = ServeOptions("localhost:0", checkpoint_steps=7, policy=Policy(stragglers="drop"), compression="all")
+    again = dataclasses.replace(drop, checkpoint_steps=3)
+    assert had == [drop, drop, again, again]

@@ -29,6 +29,9 @@ from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
 from msjax.runs.progress import format_metric
 
+OPTIONS = "serve.json"
+"""The file in a run folder with those of its last server."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _ServeFlags(config.Config, ServeOptions, RunFlags):
@@ -60,12 +63,14 @@ def main(arguments: list[str]) -> int:
                 return 0
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         moved, rest = with_places(cfg, rest)
-        description = f"Go on serving a run. Also, where its files are now: {PLACES}."
-        options = parse(ServeOptions, rest, prog="msjax serve --resume", description=description)
+        description = f"Go on serving a run, by default with the options it had. Where its files are now: {PLACES}."
+        had = ServeOptions.read(folder.path / OPTIONS)
+        options = parse(ServeOptions, rest, default=had, prog="msjax serve --resume", description=description)
         if moved != cfg:
             cfg = check_early(moved)
             folder.set_places(cfg)
         endpoint = listen(cfg, options)
+        options.write(folder.path / OPTIONS)
     else:
         folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
     log_to_stderr()
@@ -99,7 +104,9 @@ def _new_run(default, name, arguments):
     check_new(cfg, name)
     endpoint = listen(cfg, options)
     try:
-        return RunFolder.create(cfg, name), cfg, options, endpoint
+        folder = RunFolder.create(cfg, name)
+        options.write(folder.path / OPTIONS)
+        return folder, cfg, options, endpoint
     except BaseException:
         endpoint.close()
         raise

@@ -1,6 +1,7 @@
 """What a network's ends are told: where to listen or connect, whom to trust, how long to wait."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from msjax.distributed.rpc.admission import Certificates, WrongTokens
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
 from msjax.distributed.sizes import MOST_MEGABYTES
 from msjax.paths import existing_file_or_folder, expand, folder_to_be
+from msjax.runs import write_atomically
 
 log = logging.getLogger("msjax")
 
@@ -116,6 +118,26 @@ class ServeOptions(ListenOptions):
         super().check()
         if self.checkpoint_steps < 1:
             raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes them as JSON: names of files, and nothing of what is in these."""
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "ServeOptions":
+        """Returns what `write` has written; the defaults, where nothing was.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            known = json.loads(path.read_bytes())
+            nested = {"tls": TlsFiles(**known.pop("tls")), "policy": Policy(**known.pop("policy"))}
+            return cls(**known, **nested)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} must be options of msjax serve, but it is damaged: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
