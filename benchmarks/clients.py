@@ -224,7 +224,8 @@ class Light:
                 await call.write(message.SerializeToString())
                 await hear("answer")
             await hear("finished")
-            await say(goodbye=pb.Goodbye())
+            await say(goodbye=pb.Goodbye(generation=generation))
+            await hear("finished")  # all have
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -250,7 +250,7 @@ def session():
 
 
 def test_what_a_client_waits_for_and_how_long(session):
-    """For the start however long it takes, for an answer and for the end of the line for an answer's time."""
+    """For the start however long it takes, for an answer for its time, for the end again."""
     assert session.next_deadline is None
     (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=1)))
     assert request.WhichOneof("kind") == "request" and session.next_deadline == 120.0
@@ -259,10 +259,36 @@ def test_what_a_client_waits_for_and_how_long(session):
         list(session.on_message(pb.FromServer(answer=answer(session.run))))
         assert session.next_deadline in (session._clock.now + 20.0, None)
     (goodbye,) = session.on_message(pb.FromServer(finished=pb.Finished()))
-    assert goodbye.WhichOneof("kind") == "goodbye" and not session.done
-    assert session.next_deadline == session._clock.now + 20.0
-    session.on_lost(ConnectionLost("no answer came in time"))
-    assert session.done
+    assert goodbye.WhichOneof("kind") == "goodbye" and session.next_deadline is None
+    session.on_lost(ConnectionLost("the line was cut"))
+    assert not session.done and session.next_deadline == session._clock.now + 0.1
+    assert not list(session.on_message(pb.FromServer(finished=pb.Finished(over=True)))) and session.done
+
+
+def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session):
+    kept = []
+    session._on_end = lambda party: kept.append(session.run.generation)
+    for generation in (1, 2):
+        list(session.on_message(pb.FromServer(start=pb.Start(generation=generation))))
+        while session.run.request is not None:
+            list(session.on_message(pb.FromServer(answer=answer(session.run, generation=generation))))
+        for _ in range(2):
+            list(session.on_message(pb.FromServer(finished=pb.Finished())))
+    assert kept == [1, 2] and not session.done
+
+
+def test_a_client_that_cannot_keep_its_part_says_so(session):
+    def full(party):
+        raise OSError(28, "No space left on device")
+
+    session._on_end = full
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    while session.run.request is not None:
+        list(session.on_message(pb.FromServer(answer=answer(session.run))))
+    answers = session.on_message(pb.FromServer(finished=pb.Finished()))
+    assert next(answers).goodbye.error == "it cannot keep its part (OSError)"
+    with pytest.raises(OSError, match="No space left"):
+        next(answers)
 
 
 def test_a_client_that_still_waits_for_an_answer_asks_again_where_it_hears_of_the_end(session):

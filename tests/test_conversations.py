@@ -228,8 +228,8 @@ def test_the_server_says_why_a_client_left_and_nothing_of_its_data(tmp_path, cap
         it.loop.run(lambda: it.server.membership.clients[1].session is None)
         assert "patients.csv" in str(it.failures.pop(1))
         left = [record.getMessage() for record in caplog.records if "client 1 left" in record.getMessage()]
-        says = "client 1 left: it cannot load its data or build the run (DataError); its own log says more"
-        assert left == [says]
+        why = "it cannot open its folder, load its data or build the run (DataError); its own log says more"
+        assert left == [f"client 1 left: {why}"]
         it.load = load
         it.start_clients().run()
         it.assert_equal_to_program()

@@ -252,7 +252,7 @@ def test_the_run_is_over_when_all_have_said_goodbye():
     run = Run().begin().go_to_end()
     assert of(run.log, do.TellEnd) == [do.TellEnd(c, c + 1, dropped=False) for c in range(3)]
     assert run.goodbye(0) == run.goodbye(1) == []  # they stay
-    closed = [do.CloseSession(session) for session in (1, 2, 3)]
+    closed = [action(session) for session in (1, 2, 3) for action in (do.TellOver, do.CloseSession)]
     assert run.goodbye(2) == [*closed, do.Finish()] and run.stage is Stage.OVER
 
 
@@ -261,7 +261,7 @@ def test_goodbyes_are_waited_for_as_long_as_the_deadline():
     run.goodbye(0)
     assert run.state.wake_at == 10.0
     said = run.wait(10.0)
-    assert do.Warn("clients [1, 2] did not hear that training has ended") in said
+    assert do.Warn("clients [1, 2] did not say that they have kept their parts") in said
     assert len(of(said, do.CloseSession)) == 3 and said[-1] == do.Finish()
 
 
@@ -293,17 +293,34 @@ def test_one_that_died_before_it_had_kept_its_part_takes_all_back_from_the_end()
     assert run.goodbye(0) == run.goodbye(1) == [] and run.goodbye(2)[-1] == do.Finish()
 
 
-@pytest.mark.parametrize("kind, keeper", [("turns", 0), ("parallel", None)])
-def test_nobody_goes_back_for_a_part_that_is_no_result_or_with_those_that_have_gone(kind, keeper):
-    run = Run(kind, steps=4, checkpoint=(2, None)).begin().go_to_end()
-    if kind == "parallel":
-        run.goodbye(1)
-        run.leave(1)
-    else:
-        assert run.keepers == (keeper,)
-    said = run.crash(2, saved_step=2)
-    assert of(said, do.StartClient, do.TellEnd) == [do.StartClient(2, 4, 4), do.TellEnd(2, 4, dropped=False)]
-    assert run.stage is Stage.ENDING and bool(of(said, do.Warn)) == (kind == "parallel")
+def test_those_that_go_back_from_the_end_are_waited_for():
+    """One has lost its part, and the line of another, which has kept its own, is cut."""
+    run = Run(checkpoint=(2, None)).begin().go_to_end()
+    run.goodbye(1)
+    run.leave(1)
+    assert not of(run.crash(0, saved_step=2), do.StartClient, do.TellEnd, do.RestoreCheckpoint)
+    assert of(run.reconnect(1), do.RestoreCheckpoint) and run.stage is Stage.COLLECTING
+    run.go_to_end()
+    for client in run.everyone:
+        run.goodbye(client)
+    assert run.stage is Stage.OVER
+
+
+def test_one_that_lost_its_part_hears_so_where_others_do_not_come_back():
+    run = Run(checkpoint=(2, None)).begin().go_to_end()
+    run.goodbye(1)
+    run.leave(1)
+    run.crash(0, saved_step=2)
+    said = run.wait(10.0)
+    assert of(said, do.StartClient) == [do.StartClient(0, 4, 4)]  # it has no checkpoint of that step
+    assert do.Warn("clients [0, 2] did not say that they have kept their parts") in said and said[-1] == do.Finish()
+
+
+def test_nobody_goes_back_for_a_part_that_is_no_result():
+    run = Run("turns", steps=4, checkpoint=(2, None)).begin().go_to_end()
+    assert run.keepers == (0,)
+    told = of(run.crash(2, saved_step=2), do.StartClient, do.TellEnd)
+    assert told == [do.StartClient(2, 4, 4), do.TellEnd(2, 4, dropped=False)] and run.stage is Stage.ENDING
 
 
 def test_where_late_clients_are_dropped_nobody_goes_back_for_one_at_the_end():
@@ -358,9 +375,12 @@ def test_a_stop_is_heeded_at_the_next_opportunity():
     assert of(said, do.SendAnswer) and said[-1] == do.StopRun("enough")
 
 
-def test_a_stop_at_the_end_waits_for_nobody():
+def test_a_stop_at_the_end_is_one_while_parts_are_not_kept():
+    """The run can be resumed: no summary says that it has ended."""
     run = Run().begin().go_to_end()
-    assert run.say(ev.StopAsked("enough"))[-1] == do.Finish()
+    run.goodbye(0)
+    said = run.say(ev.StopAsked("enough"))
+    assert said[-1] == do.StopRun("enough") and do.TellFailure(1, "enough") in said
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -106,6 +106,8 @@ class Random(RuleBasedStateMachine):
                 case do.TellEnd(client, session, dropped):
                     assert dropped or client not in self.behind  # nobody takes an untrained part for the result
                     self.lines[session].append((action, None))
+                case do.TellOver(session):
+                    self.lines[session].append((action, None))
                 case do.RestoreCheckpoint():
                     step = self.run.checkpoint[0]
                     self.next = next(i for i, e in enumerate(self.run.exchanges) if e.step == step)
@@ -223,6 +225,8 @@ class Random(RuleBasedStateMachine):
                 it.go_to(at)
             case do.TellEnd(_, _, dropped):
                 it.told_end, it.gone = it.done, dropped
+            case do.TellOver():
+                it.gone = True
             case "answer":
                 generation, key, asked = rest
                 if it.exchange is not None and (generation, key) == (it.generation, it.exchange.key):

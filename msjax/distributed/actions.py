@@ -86,6 +86,13 @@ class TellEnd:
 
 
 @dataclasses.dataclass(frozen=True)
+class TellOver:
+    """Tell a client that it may leave: nobody goes back any more."""
+
+    session: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TellFailure:
     """Tell a client that the run has ended before its time."""
 
@@ -136,6 +143,7 @@ Action = (
     | SendAnswer
     | ResendAnswer
     | TellEnd
+    | TellOver
     | TellFailure
     | CountStragglers
     | Inform

@@ -50,7 +50,7 @@ class ClientProgram:
             options.client_id,
             self._load,
             self._build,
-            lambda run_id: ClientStore(options.folder() / "checkpoints" / run_id),
+            self._open_store,
             compression=options.compression,
             answer_seconds=options.answer_seconds,
             retry_seconds=options.retry_seconds,
@@ -79,6 +79,14 @@ class ClientProgram:
             sent, received = self.session.sent_bytes, self.session.received_bytes
             log.info("%s bytes sent, %s received, as serialized", f"{sent:,}", f"{received:,}")
         return self._path
+
+    def _open_store(self, run_id):
+        folder = self._options.folder() / "checkpoints"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"state must be a folder where files can be made, got {folder.parent}: {error}") from None
+        return ClientStore(folder / run_id)
 
     def _load(self, cfg):
         options = self._options

@@ -306,6 +306,8 @@ class Coordinator:
                 yield Send(session, self._answers[client])
             case do.TellEnd(_, session, dropped):
                 yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped)))
+            case do.TellOver(session):
+                yield Send(session, pb.FromServer(finished=pb.Finished(over=True)))
             case do.TellFailure(session, reason):
                 yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
             case do.RefuseSession(session, reason):

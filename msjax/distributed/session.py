@@ -35,7 +35,11 @@ TELL_SECONDS = 60.0
 STEADY_SECONDS = 60.0
 """A connection that stood so long, or as long as an answer may take, was not at fault: the server waits for others."""
 
-_FAILED = {"welcome": "it cannot load its data or build the run", "start": "it cannot begin where the run is"}
+_FAILED = {
+    "welcome": "it cannot open its folder, load its data or build the run",
+    "start": "it cannot begin where the run is",
+    "finished": "it cannot keep its part",
+}
 
 
 class Own(NamedTuple):
@@ -61,8 +65,7 @@ class ClientSession:
       build: from (config, samples, test_samples) to the `Client`, as it is before the first step.
       open_store: from the run's name to its store of checkpoints; see `ClientRun`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
-      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection; and how
-        long a client that has said goodbye stays if the server does not end the connection.
+      answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
       retry_seconds: for how long a lost connection is tried again without getting on, which is: a new answer, or a
         connection that stands, over which the server says that it has the request and waits for others. That the server
         takes the connection, and says where the run is, does not count.
@@ -106,7 +109,8 @@ class ClientSession:
         self._store: Any = None
         self._data: Own | None = None
         self._checkpoint_steps = 0
-        self._connected = self._leaving = False
+        self._connected = False
+        self._kept = 0  # the generation of whose end this client has kept its part
         self._next_deadline: float | None = clock()  # at once
         self._got_on_at = self._connected_at = clock()
         self._heard = False  # anything over this connection
@@ -149,7 +153,7 @@ class ClientSession:
             yield message
 
     def _greet(self):
-        self._connected, self._heard, self._leaving, self._received = True, False, False, False
+        self._connected, self._heard, self._received = True, False, False
         self._connected_at = self._clock()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
@@ -174,7 +178,7 @@ class ClientSession:
         try:
             yield from self._take(message, at)
         except Exception as error:
-            if kind != "finished":
+            if not (kind == "finished" and isinstance(error, Refused)):  # of which the server itself has told it
                 what = _FAILED.get(kind, "it cannot go on")  # in short: details may be of its data
                 yield pb.FromClient(goodbye=pb.Goodbye(error=f"{what} ({type(error).__name__})"))
             raise
@@ -209,8 +213,7 @@ class ClientSession:
           Refused: the server turned this client away.
           ConnectionError: this client has not got on for too long, with steps left to do.
         """
-        if self._leaving or self.done:
-            self.done = True
+        if self.done:
             return
         if lost.final:
             raise Refused(str(lost))
@@ -227,10 +230,10 @@ class ClientSession:
                 if self._heard_since:
                     what = "the server takes this client's connections, but no new answer has come for"
                 else:
-                    what = "the server has been away for"
+                    what = "the server has been away, or turned this client away, for"
                 raise ConnectionError(f"{what} {away:.0f} s, all of retry_seconds: {lost}")
-            log.warning("all steps are done, but the server did not say so: %s", lost)
-            self._on_end(self.party)
+            log.warning("all steps are done, but the server did not say that all clients have their parts: %s", lost)
+            self._keep()
             self.done = True
             return
         self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
@@ -243,9 +246,9 @@ class ClientSession:
         self._got_on_at, self._heard_since = self._clock(), False
 
     def _wait_for_more(self):
-        if self._leaving or (self.run is not None and self.run.request is not None):
+        if self.run is not None and self.run.request is not None:
             self._next_deadline = self._clock() + self._answer_seconds
-        else:  # until training has begun, the server waits for the other clients, however long they take
+        else:  # before training and after it the server waits for the other clients, however long they take
             self._next_deadline = None
 
     def _welcome(self, welcome):
@@ -274,7 +277,6 @@ class ClientSession:
             self.run = ClientRun(party, self._store, self._compression)
             self.run.checkpoint_steps = self._checkpoint_steps
         self.run.start(start)
-        self._leaving = self._leaving and self.run.done  # not where all go back, since another has lost its part
 
     def _requests(self):
         """The request that it is at, if any; what is behind it is prepared once this is sent."""
@@ -296,14 +298,22 @@ class ClientSession:
         if finished.error:
             raise Refused(f"the server stopped: {finished.error}")
         if self.run is not None and self.run.done:
-            self._on_end(self.party)
-            self._leaving = True
-            log.info("all steps are done; this client stays until the others have kept their parts, too")
-            yield pb.FromClient(goodbye=pb.Goodbye(generation=self.run.generation))
-        elif finished.dropped:
+            self._keep()
+            if finished.over:
+                self.done = True
+            else:
+                yield pb.FromClient(goodbye=pb.Goodbye(generation=self.run.generation))
+        elif finished.dropped or finished.over:
             self._end_apart()
         elif self.run is not None:
             yield from self._requests()  # the last answer was lost
+
+    def _keep(self):
+        """Once in each generation: should another client have died before it could, all go back and end again."""
+        if self._kept != self.run.generation:
+            self._on_end(self.party)
+            self._kept = self.run.generation
+            log.info("all steps are done; this client stays until the others have kept their parts, too")
 
     def _end_apart(self):
         """The run has ended without this client."""

@@ -235,8 +235,6 @@ class _Transition:
             case Stage.COLLECTING:
                 self._let_in()
                 self._collect()
-            case Stage.ENDING if self.state.lost_memory and self.state.stop is None:
-                self._restore(again=True)
             case Stage.ENDING:
                 self._end()
 
@@ -384,15 +382,22 @@ class _Transition:
         self._do(do.Advance(exchange, tuple(there), asked))
 
     def _end(self):
-        missing = [c for c in self.state.active if not self.state.clients[c].goodbye]
-        late = self._passed(self.state.deadline) or self.state.stop is not None
-        if missing and not late:
-            return
-        if missing:
-            self._do(do.Warn(f"{_listed(missing)} did not hear that training has ended"))
-        for name in self.state.sessions:
-            self._do(do.CloseSession(name))
-        self._over(do.Finish())
+        state = self.state
+        lacking = [c for c in state.active if self._lacks_part(c)]
+        missing = [c for c in state.active if not state.clients[c].goodbye]
+        if missing and state.stop is not None:
+            self._stop(state.stop)
+        elif lacking and all(state.clients[c].ready for c in state.active):
+            self._restore(again=True)
+        elif not missing or self._passed(state.deadline):
+            if missing:
+                self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
+            for c in lacking:
+                self._start(c, state.step)  # of which it has no checkpoint, and says so
+            for name in self.state.sessions:
+                self._do(do.TellOver(name))
+                self._do(do.CloseSession(name))
+            self._over(do.Finish())
 
     # -- Parts of both. --------------------------------------------------------------------------------------------
 
@@ -402,28 +407,27 @@ class _Transition:
 
     def _tell_end(self, client):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
-        it, state = self.state.clients[client], self.state
-        if it.active and not (it.session.admitted or it.session.generation == state.generation):
-            # It does not know where it is.
-            if client in state.keepers and it.session.saved_step != state.step and self._goes_back_for(client):
-                return
-            if self.state.clients[client].active:
-                self._start(client, state.step)
+        it = self.state.clients[client]
+        if self._lacks_part(client):
+            if not self._can_do_without(1):
+                return  # until all are there that have to go back with it
+            self._drop(client, alive=True)
+            self._do(do.Warn(f"client {client} died before it had kept its part, and is done without"))
+        elif it.active and not self._knows_where_it_is(client):
+            self._start(client, self.state.step)
         self._set_session(client, admitted=True)
         self._do(do.TellEnd(client, it.session.name, dropped=not self.state.clients[client].active))
 
-    def _goes_back_for(self, client):
-        """Whether all do, since this client died after the last step and before it had kept its part."""
-        if self._can_do_without(1):
-            self._drop(client, alive=True)
-            goes_on = "and is done without"
-        elif any(it.session is None for it in self.state.clients if it.goodbye):
-            goes_on = "which is gone, as are others that would have to go back with it"
-        else:
-            self._set(lost_memory=True)
-            return True
-        self._do(do.Warn(f"client {client} died before it had kept its part, {goes_on}"))
-        return False
+    def _knows_where_it_is(self, client):
+        session = self.state.clients[client].session
+        return session.admitted or session.generation == self.state.generation
+
+    def _lacks_part(self, client):
+        """Of one that is there after the last step: whether it died before it had kept its part, which counts."""
+        it, state = self.state.clients[client], self.state
+        if not (it.active and it.ready and client in state.keepers):
+            return False
+        return it.session.saved_step != state.step and not self._knows_where_it_is(client)
 
     def _close(self, client, fault=""):
         self._do(do.CloseSession(self.state.clients[client].session.name, fault))
