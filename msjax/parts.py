@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import linen
 
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
@@ -183,8 +184,10 @@ def load_part(
         cfg = config.with_own(cfg, preset)
     rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}
     if model is not None:
+        if inputs is None and isinstance(model, linen.Module):
+            raise ValueError("inputs must be given for a linen.Module, whose parameters follow from them, got None")
         like = models.as_part(model, inputs)
-        params, stats = _fill(like.params, like.stats, arrays, path)
+        params, stats = _fill(like.params, like.stats, _unscoped(arrays, part), path)
         return TrainedPart(like.apply, params, stats, tail=None, **rest)
     if cfg is None or summary is None or (config.is_reference(cfg.model.name) and preset is None):
         tree = _nested(arrays)
@@ -304,6 +307,13 @@ def _nested(arrays):
             at = at.setdefault(key, {})
         at[last] = array
     return tree
+
+
+def _unscoped(arrays, part):
+    """Arrays without the name of their part, which earlier versions put before those of U-shaped networks."""
+    if not arrays or not all(name.split("/")[1] == part for name in arrays):
+        return arrays
+    return {name.replace(f"/{part}/", "/", 1): array for name, array in arrays.items()}
 
 
 def _fill(params, stats, arrays, path):

@@ -405,3 +405,40 @@ def test_golden_payloads(slow):
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     changed = [name for name in found if found[name] != golden.get(name)] + sorted(cases.keys() ^ golden.keys())
     assert not changed, f"payload bytes changed of {changed}. {__doc__.split(chr(10))[-2]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lies(compress.Codec):
+    """A user's codec that sends more than it says, or decodes to another dtype."""
+
+    how: str
+
+    def _encode(self, h, key=None):
+        return (h.reshape(-1),)
+
+    def _payload_like(self, like):
+        return (jax.ShapeDtypeStruct((1 if self.how == "encode" else like.size,), like.dtype),)
+
+    def _decode(self, payload, like):
+        return payload[0].reshape(like.shape).astype(jnp.float16)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            "encode",
+            r"_encode of Lies\(how='encode'\) must return what its _payload_like says, float32\[1\], got float32",
+        ),
+        (
+            "decode",
+            r"_decode of Lies\(how='decode'\) must return shape and dtype of `like`, float32\[2, 3\], got float16",
+        ),
+    ],
+)
+def test_a_codec_that_is_not_what_it_says_is_refused(how, message):
+    codec, h = Lies(how), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=message):
+        codec.roundtrip(h)
+    with pytest.raises(ValueError, match=message):
+        codec.decode(codec.encode(h), h)

@@ -207,7 +207,7 @@ BAD = {
     ),
     r"train labels must be finite .*, got inf at index 19": ((TABLE, np.r_[TABLE[:19, 0], 1e300]), None),
     r"train labels must be numbers, got <U3 .*'cat'.*number the classes": ((TABLE, ["cat"] * 20), None),
-    r"train inputs must be numbers, got object": ((np.array([None] * 20), CLASSES), None),
+    r"train inputs must be numbers, got object .*'b'": ((np.array([1.0, True, "b", None] * 5, object), CLASSES), None),
     r"train inputs must make one array": (([[1, 2], [3]], [0, 1]), None),
     r"train inputs must be in -2147483648..2147483647 \(int32\), got 0..4294967296": (([[0], [2**32]], [0, 1]), None),
     r"must have examples to train on, got none": ((TABLE[:0], CLASSES[:0]), None),
@@ -255,6 +255,17 @@ def test_a_streamed_split_has_no_arrays():
     assert not ds.in_memory and len(ds.test_labels) == 0
     with pytest.raises(data.DataError, match=r"the train split of arrays is not in memory: read it by data.batches"):
         _ = ds.train_inputs
+
+
+def test_objects_that_are_numbers_are_taken_as_such():
+    """As of a table whose columns differ in type; what lacks is NaN, and refused as such."""
+    mixed = np.array([[0.5, True, 3], [1.5, False, np.int64(4)]], object)
+    found = data.from_arrays((mixed, np.array([0, True], object)))
+    np.testing.assert_array_equal(found.train_inputs, np.float32([[0.5, 1, 3], [1.5, 0, 4]]))
+    assert found.num_classes == 2
+    mixed[1, 0] = None
+    with pytest.raises(data.DataError, match=r"train inputs must be finite .*, got nan at index"):
+        data.from_arrays((mixed, [0, 1]))
 
 
 def test_npz(tmp_path):

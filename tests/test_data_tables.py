@@ -189,3 +189,15 @@ def test_errors(people, tmp_path, monkeypatch, unchecked):
     forbid(monkeypatch, "pandas")
     with pytest.raises(data.DataError, match=r"needs pandas.*pip install 'msjax\[tables\]'"):
         data.from_csv(path, label="a")
+
+
+def test_a_frame_of_mixed_columns_and_one_that_is_no_number():
+    frame = pandas.DataFrame({"a": [0.5, 1.5], "b": [True, False], "c": pandas.array([1, 2], "Int64")})
+    found = data.from_arrays((frame, [0, 1]))
+    np.testing.assert_array_equal(found.train_inputs, np.float32([[0.5, 1, 1], [1.5, 0, 2]]))
+    with pytest.raises(data.DataError, match=r"train inputs must be numbers, got object .*'x' in column 'd'"):
+        data.from_arrays((frame.assign(d=["x", "y"]), [0, 1]))
+    with pytest.raises(
+        data.DataError, match=r"got one DataFrame: give \(table.drop\(columns=LABEL\), table\[LABEL\]\)"
+    ):
+        data.as_dataset(frame)

@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 import msjax
 from msjax import compress, config, data, models, modes, tasks
+from msjax.parts import save_part
 from msjax.split import parties
 from msjax.split.make_spec import init_part
 
@@ -97,7 +98,7 @@ def test_one_program_equals_the_parties(case, mode):
     trained, last = clients[-1].state, result.parts
     assert_close(server.state.params, last[1].params, 1e-5)
     assert_close(server.state.stats, last[1].stats, 1e-5)
-    params = last[0].params if len(last) == 2 else last[0].params | last[2].params
+    params = last[0].params if len(last) == 2 else {"client": last[0].params, "tail": last[2].params}
     assert_close(trained.params, params, 1e-5)
     losses = [record["train"]["loss"] for record in result.history]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
@@ -222,6 +223,69 @@ def test_streams_of_other_names_and_intermediates(unchecked, client):
     assert jnp.array_equal(run(0, False)[0], run(1, False)[0])
     history = msjax.train((client, linen.Dense(1)), numbers(40), task="regression", clients=2, batch_size=8, epochs=1)
     assert np.isfinite(history.history[-1]["train"]["loss"])
+
+
+class Frozen(nnx.Module):
+    """Its batch normalisation is not trained."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        self.scale = np.ones(4)  # of NumPy, float64
+
+    def train(self, **attributes):
+        super().train(**attributes)
+        self.norm.eval()
+
+    def __call__(self, x):
+        return self.norm(x) * self.scale
+
+
+def test_a_part_that_keeps_its_normalisation_frozen(unchecked):
+    options = {"task": "regression", "clients": 2, "batch_size": 8, "epochs": 1}
+    stats = msjax.train((Frozen(), linen.Dense(1)), numbers(40), **options).client.stats
+    assert not stats["norm"]["mean"].any() and stats["scale"].dtype == jnp.float32
+
+
+def test_weights_that_are_there_already(unchecked):
+    """Of Linen as a pair of module, or its apply, and variables: statistics are none of what is trained."""
+    module = LinenBody(16)
+    variables = module.init(jax.random.key(3), jnp.ones((2, 4)), train=False)
+    x = jnp.ones((2, 4))
+    for pair in ((module, variables), (module.apply, variables)):
+        part = models.as_part(pair, x)
+        assert set(part.stats) == {"batch_stats"} and part.apply == models.as_part(module, x).apply
+        jax.tree.map(np.testing.assert_array_equal, part.params, variables["params"])
+    with pytest.raises(ValueError, match=r"variables must be all that LinenBody has, .*, got"):
+        models.as_part((module, {"params": variables["params"]}), x)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_u_shaped_run_are_read_into_modules_and_trained_again(tmp_path, unchecked):
+    make = lambda: tuple(nnx.Linear(4, n, rngs=nnx.Rngs(n)) for n in (4, 4, 1))  # noqa: E731
+    options = {"task": "regression", "clients": 2, "batch_size": 8, "epochs": 1}
+    first = msjax.train(make(), numbers(40), folder=tmp_path / "run", **options)
+    modules = make()
+    parts = [
+        msjax.load_part(tmp_path / "run" / f"{name}.safetensors", module)
+        for name, module in zip(models.PARTS, modules, strict=True)
+    ]
+    for module, part, trained in zip(modules, parts, first.parts, strict=True):
+        nnx.update(module, part.params)
+        np.testing.assert_array_equal(module.kernel[...], trained.params["kernel"])
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_allclose(modules[2](modules[1](modules[0](x))), first.predict(x), rtol=1e-5)
+    again = [msjax.train(tuple(given), numbers(40), **options).history[-1]["train"] for given in (parts, first.parts)]
+    assert again[0] == again[1] != first.history[-1]["train"]
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_u_shaped_run_of_an_earlier_version_are_read(tmp_path):
+    """They had the part's name before those of their arrays."""
+    module = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    part = models.as_part(module)
+    save_part(tmp_path / "tail.safetensors", "tail", part.scoped("tail"))
+    loaded = msjax.load_part(tmp_path / "tail.safetensors", module)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, part.params)
 
 
 def integers(params, x):

@@ -134,6 +134,10 @@ LIKE = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp
         (tasks.custom(lambda o, y: o, name="all"), r"one value a sample, \(2,\), got \(2, 3\)"),
         (tasks.custom(lambda o, y: y, name="whole"), "loss of task 'whole' must return floating values, got int32"),
         (tasks.custom(lambda o, y: o @ y, name="product"), "task 'product' must take outputs float32.*but its loss"),
+        (
+            tasks.custom(lambda o, y: (o - y[:, None].repeat(2, 1)) ** 2, name="sum"),
+            "task 'sum' must take .* raised (Type|Value)Err",
+        ),
         (tasks.custom(lambda o, y: o[:, 0], {"a": lambda o, y: o.mean()}), r"a metric must return one value a sample"),
         (
             tasks.custom(lambda o, y: o[:, 0], {"a": tasks.Metric(lambda o, y: o, float)}),
@@ -225,6 +229,28 @@ NUMBERS, CLASSES = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStru
 def test_outputs_that_do_not_fit_are_named(task, outputs, labels, message):
     with pytest.raises(ValueError, match=message):
         task.check(outputs, labels)
+
+
+def test_a_loss_that_broadcasts_over_samples_is_refused():
+    outputs, labels = jax.ShapeDtypeStruct((3, 1), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    square = tasks.custom(lambda o, y: ((o - y) ** 2).mean(-1), name="square")
+    with pytest.raises(
+        ValueError, match=r"loss of task 'square' must give each sample its own value.*outputs\[..., 0\]"
+    ):
+        square.check_sums(outputs, labels)
+    for task in (tasks.custom(lambda o, y: (o[..., 0] - y) ** 2), tasks.regression(), tasks.multi_label()):
+        task.check_sums(outputs, labels)
+        task.check(outputs, labels)
+
+
+def test_one_label_that_is_there_or_not():
+    """Of integers (N, 1), which a data set has as (N,)."""
+    task, outputs = tasks.multi_label(), jnp.float32([[2.0], [-1.0]])
+    ones = [task.losses(outputs, labels, train=True) for labels in (jnp.int32([1, 1]), jnp.float32([[1], [1]]))]
+    np.testing.assert_array_equal(*ones)
+    found = task.sums(outputs, jnp.int32([1, 1]))["exact_percent"]
+    np.testing.assert_array_equal(found, task.sums(outputs, jnp.float32([[1], [1]]))["exact_percent"])
+    task.check_labels(np.int32([0, 1]), jax.ShapeDtypeStruct((1,), jnp.float32))
 
 
 @pytest.mark.parametrize("loss", [None, 3])

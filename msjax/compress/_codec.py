@@ -149,7 +149,7 @@ class Codec(abc.ABC):
         wanted = self.payload_like(like)
         given = payload_arrays(payload)
         check_payload(self, like, wanted, given)
-        return type(wanted)(*map(jnp.asarray, given))
+        return jax.tree.unflatten(jax.tree.structure(wanted), map(jnp.asarray, given))
 
     @abc.abstractmethod
     def _payload_like(self, like): ...
@@ -177,7 +177,7 @@ class Codec(abc.ABC):
         raise ValueError(f"codec must be one that has a NumPy encoder, got {self}")
 
     def _roundtrip(self, h, key):
-        return self._decode(self._encode(h, key), h)
+        return _decode_as_said(self, _encode_as_said(self, h, key), h)
 
     def _checked(self, h, key=...):
         """`h` as an array of JAX or NumPy that this codec takes."""
@@ -198,12 +198,12 @@ _program = functools.partial(jax.jit, inline=True)
 
 @functools.partial(_program, static_argnames="codec")
 def _encode(codec, h, key):
-    return codec._encode(h, key)
+    return _encode_as_said(codec, h, key)
 
 
 @functools.partial(_program, static_argnames=("codec", "like"))
 def _decode(codec, payload, like):
-    return codec._decode(payload, like)
+    return _decode_as_said(codec, payload, like)
 
 
 @functools.partial(_program, static_argnames="codec")
@@ -221,9 +221,30 @@ def _put_kept(codec, payload, kept, like):
     return codec._put_kept(payload, kept, like)
 
 
+def _encode_as_said(codec, h, key):
+    """The payload, checked on shapes: messages are read, and bytes counted, by what a codec says of itself."""
+    payload = codec._encode(h, key)
+    found, right = _listed(jax.tree.leaves(payload)), _listed(codec._payload_like(form_of(h)))
+    if found != right:
+        raise ValueError(f"_encode of {codec} must return what its _payload_like says, {right}, got {found}")
+    return payload
+
+
+def _decode_as_said(codec, payload, like):
+    decoded = codec._decode(payload, like)
+    found, right = _listed([decoded]), _listed([like])
+    if found != right:
+        raise ValueError(f"_decode of {codec} must return shape and dtype of `like`, {right}, got {found}")
+    return decoded
+
+
+def _listed(leaves):
+    return ", ".join(f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}" for leaf in leaves)
+
+
 def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:
     """Raises ValueError where the arrays `given` have not the shapes and dtypes of the payload `wanted`."""
     if [(leaf.shape, leaf.dtype) for leaf in given] != [(leaf.shape, leaf.dtype) for leaf in wanted]:
-        found, right = (", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) for leaves in (given, wanted))
+        found, right = _listed(given), _listed(wanted)
         of = f"{jnp.dtype(like.dtype).name}{list(like.shape)}"
         raise ValueError(f"payload must be what {codec} makes of {of}, got {found} instead of {right}")

@@ -61,6 +61,7 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
     raise DataError(
         "data must be a Dataset, arrays (inputs, labels), a path of an .npz, .csv, .txt or .jsonl file or a folder of "
         f"images, the name of a set, or have __len__ and __getitem__, got {type(value).__name__}"
+        + (": give (inputs, labels) as a tuple" if isinstance(value, list) and len(value) == 2 else "")
     )
 
 

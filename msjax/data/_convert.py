@@ -1,5 +1,6 @@
 """Arrays of any origin to the few dtypes that networks take; nothing is rounded or dropped without being said."""
 
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axe
         array = as_array(value)
     except ValueError as error:  # rows of different lengths
         raise DataError(f"{name} must make one array: {error}") from error
+    if array.dtype == object:
+        array = _of_objects(array, value, name, labels)
     if array.dtype == bool:
         return array.astype(np.int32 if labels else np.float32)
     if wide and (array.dtype == np.float64 or (array.dtype.kind in "iu" and not _is_image(array, axes))):
@@ -69,14 +72,33 @@ def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axe
         if array.size and (array.max() > _INT32.max or array.min() < _INT32.min):
             raise DataError(f"{name} must be in {_INT32.min}..{_INT32.max} (int32), got {array.min()}..{array.max()}")
         return array.astype(np.int32, copy=False)
-    if array.dtype.kind in "USO" or array.dtype.kind == "T":
-        advice = "number the classes 0, 1, …" if labels else "make numbers of them, such as tokens or columns"
-        example = repr(array.reshape(-1)[0]) if array.size else "none"
-        raise DataError(
-            f"{name} must be numbers, got {array.dtype} (the first is {example}): {advice}; of a table in a file, "
-            "data.from_csv does it"
-        )
+    if array.dtype.kind in "UST":
+        raise _no_numbers(name, array.dtype, repr(array.reshape(-1)[0]) if array.size else "none", labels)
     raise DataError(f"{name} must be integers, floats or bools, got {array.dtype}")
+
+
+def _of_objects(array, value, name, labels):
+    """Objects that are all numbers, as of a table whose columns differ in type, as such; what lacks is NaN."""
+    kinds = {type(one) for one in array.flat}
+    if all(issubclass(kind, numbers.Integral | np.bool_) for kind in kinds):
+        return array.astype(np.int64)
+    lacks = {kind for kind in kinds if kind is type(None) or kind.__name__ == "NAType"}  # pandas.NA
+    if all(issubclass(kind, numbers.Real | np.bool_) for kind in kinds - lacks):
+        filled = [np.nan if type(one) in lacks else float(one) for one in array.flat]
+        return np.asarray(filled, np.float64).reshape(array.shape)
+    at = next(
+        i for i, one in np.ndenumerate(array) if not isinstance(one, numbers.Real | np.bool_) and type(one) not in lacks
+    )
+    where = f" in column {value.columns[at[-1]]!r}" if hasattr(value, "columns") else ""
+    raise _no_numbers(name, array.dtype, repr(array[at]) + where, labels)
+
+
+def _no_numbers(name, dtype, example, labels):
+    advice = "number the classes 0, 1, …" if labels else "make numbers of them, such as tokens or columns"
+    return DataError(
+        f"{name} must be numbers, got {dtype} (the first that is none is {example}): {advice}; of a table in a file, "
+        "data.from_csv does it"
+    )
 
 
 def _is_image(array: np.ndarray, axes: int) -> bool:

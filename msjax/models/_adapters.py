@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
@@ -16,6 +18,7 @@ from msjax.models._part import ModelPart, RemoteApply, RemotePart
 _MODE_NAMES = {
     "train": True,
     "training": True,
+    "is_train": True,
     "is_training": True,
     "deterministic": False,
     "use_running_average": False,
@@ -82,10 +85,14 @@ def _why_it_failed(name, x, error):
             f"{name} must draw random numbers in training alone: give its __call__ the argument train or "
             f"deterministic and pass it on; it raised {type(error).__name__}: {detail}"
         )
-    if lacks := [argument for argument in _MODE_NAMES if argument in detail]:
+    lacks = next((argument for argument in _MODE_NAMES if re.search(rf"\b{argument}\b", detail)), None)
+    if isinstance(error, flax.errors.ModifyScopeVariableError):
+        lacks = "use_running_average"  # of a batch normalisation that always trains
+    if lacks is not None:
         return (
-            f"{name} must be told whether it trains: give its __call__ the argument train or {lacks[0]} and pass it "
-            f"on; it raised {type(error).__name__}: {detail}"
+            f"{name} must be told whether it trains: give the __call__ of a module the argument "
+            f"{' or '.join(dict.fromkeys(['train', lacks]))} and pass it on to its layers; "
+            f"it raised {type(error).__name__}: {detail}"
         )
     shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
     return f"{name} must take {shapes}, but raised {type(error).__name__}: {detail}"
@@ -95,12 +102,23 @@ def _check_not_shared(model):
     """Raises ValueError where two parts share weights: each would train a copy, and they would no longer be equal."""
     owners: dict[int, int] = {}
     for place, module in enumerate(model):
-        if not isinstance(module, nnx.Module):
-            continue
+        for where, weights in _weights_of(module):
+            if owners.setdefault(id(weights), place) != place:
+                raise ValueError(f"model must have weights of its own in each part, got {where} in two of them")
+
+
+def _weights_of(module):
+    """(Name, object) of what makes two parts share weights if both have it: not vectors, which may be one constant."""
+    if isinstance(module, nnx.Module):
         for path, node in nnx.iter_graph(module):
-            if isinstance(node, nnx.Param) and owners.setdefault(id(node), place) != place:
-                where = "/".join(map(str, path))
-                raise ValueError(f"model must have weights of its own in each part, got {where!r} in two of them")
+            if isinstance(node, nnx.Param):
+                yield repr("/".join(map(str, path))), node
+    elif isinstance(module, linen.Module):
+        yield f"one {type(module).__name__}", module
+    elif isinstance(module, tuple) and len(module) > 1:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(module[1]):
+            if getattr(leaf, "ndim", 0) > 1:
+                yield repr(jax.tree_util.keystr(path, simple=True, separator="/")), leaf
 
 
 def _check_arrays(part):
@@ -130,27 +148,36 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
         - an `nnx.Module`, called as `module(x)`: its parameters are its `nnx.Param`s; `module.train()` and
           `module.eval()` are called before, and arguments such as `train` or `deterministic` given if it has them;
         - a `linen.Module`, called as `module(x)` likewise; in training dropout draws from the stream "dropout", and
-          what draws from a stream of another name from "params";
+          what draws from a stream of another name from "params"; with weights that are there already, a pair
+          (module, variables) with all its collections, as `module.init` returns them;
         - a pair (apply, params) or triple (apply, params, stats) with `apply(params, stats, x, train, key)`, which
           returns outputs and new stats; without `stats`, `apply(params, x)`, which returns outputs, and is given
           `train`, `key` and the like if it has them;
-        - a `ModelPart`.
+        - a `ModelPart`, or a `TrainedPart` of `load_part`.
 
         In a preset of a network's party also a `RemotePart`, for a part that another party has.
       x: arrays of a batch, or their shapes and dtypes; needed for a Linen module, whose parameters follow from them.
       key: of the parameters of a Linen module.
 
     Raises:
-      TypeError: `module` is none of these, or a Linen module with fields that cannot be hashed.
+      TypeError: `module` is none of these, or has fields that cannot be hashed.
+      ValueError: `x` is None for a Linen module, or the variables given with one are not all that it has.
     """
     if isinstance(module, ModelPart):
         return module
+    if all(hasattr(module, name) for name in ModelPart._fields):  # a part that was trained
+        if module.apply is None:
+            raise NotAPart("must be a part with its function, got one that was read without its model")
+        return ModelPart(module.apply, module.params, module.stats)
     if isinstance(module, nnx.Module):
         return _nnx_part(module)
     if isinstance(module, linen.Module):
         return _linen_part(module, x, key)
     if isinstance(module, tuple) and len(module) in (2, 3) and callable(module[0]):
         function, params, *stats = module
+        owner = getattr(function, "__self__", function)
+        if isinstance(owner, linen.Module):
+            return _linen_part(owner, x, key, (params, *stats))
         return ModelPart(FunctionApply(function, bool(stats)), params, stats[0] if stats else {})
     raise NotAPart(
         "must be an nnx.Module, a linen.Module, a ModelPart, or (apply, params) or (apply, params, stats), "
@@ -214,7 +241,10 @@ class FunctionApply:
 
     def __call__(self, params, stats, x, *, train, key=None):
         if self.has_stats:
-            return self.function(params, stats, x, train=train, key=key)
+            found = self.function(params, stats, x, train=train, key=key)
+            if not (isinstance(found, tuple) and len(found) == 2):
+                raise TypeError(f"apply with stats must return outputs and new stats, got {type(found).__name__}")
+            return found
         return self.function(params, x, **_arguments(self.function, train, key)), stats
 
 
@@ -262,8 +292,18 @@ def _nnx_part(module):
         value = variable[...] if hasattr(variable, "__getitem__") else variable
         found.append((tuple(path), jnp.issubdtype(value.dtype, jax.dtypes.prng_key), tuple(value.shape)))
     apply = NnxApply(type(module), graphdef, tuple(found))
-    hash(apply)  # raises now rather than in the middle of a trace
-    return ModelPart(apply, nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
+    try:
+        hash(apply)  # raises now rather than in the middle of a trace
+    except TypeError as error:
+        raise NotAPart(
+            f"must have attributes that can be hashed, tuples rather than lists, or nnx.data: "
+            f"{type(module).__name__} has not: {error}"
+        ) from None
+    # NumPy's arrays become what JAX makes of them in a step: float64 is float32.
+    arrays = (nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
+    return ModelPart(
+        apply, *jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, arrays)
+    )
 
 
 @jax.tree_util.register_static
@@ -283,7 +323,13 @@ class LinenApply:
         return self.module.apply(variables, x, rngs=rngs, **options), stats
 
 
-def _linen_part(module, x, key):
+def _variables(given):
+    """Linen's collections, of one dict of all, or of parameters and a dict of the others."""
+    first, *rest = given
+    return dict(first) if not rest else {"params": first, **rest[0]}
+
+
+def _linen_part(module, x, key, given=None):
     if isinstance(module, linen.Sequential):
         module = linen.Sequential(tuple(module.layers))
     try:
@@ -292,6 +338,8 @@ def _linen_part(module, x, key):
         raise NotAPart(
             f"must have fields that can be hashed, tuples rather than lists; {type(module).__name__} has not: {error}"
         ) from None
+    if x is None:
+        raise ValueError("x must be given for a linen.Module, whose parameters follow from it, got None")
     options = _arguments(type(module).__call__, False, None)
     key = jax.random.key(0) if key is None else key
 
@@ -299,6 +347,12 @@ def _linen_part(module, x, key):
         return module.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, x, **options)
 
     x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-    variables = dict(jax.jit(init)(key, x))
+    if given is None:
+        variables = dict(jax.jit(init)(key, x))
+    else:
+        expected, variables = jax.eval_shape(init, key, x), _variables(given)
+        shapes = [jax.tree.map(jnp.shape, dict(tree)) for tree in (expected, variables)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"variables must be all that {type(module).__name__} has, {shapes[0]}, got {shapes[1]}")
     params = variables.pop("params", {})
     return ModelPart(LinenApply(module), params, variables)

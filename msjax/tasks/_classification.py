@@ -110,6 +110,7 @@ def multi_label() -> Task:
 
 def _sigmoid_cross_entropy(outputs, labels):
     check_outputs(outputs, "multi_label")
+    labels = _with_axis(labels, outputs.shape)
     if outputs.shape != labels.shape:
         raise ValueError(
             f"labels must have the outputs' shape {outputs.shape[1:]} a sample for multi_label, got {labels.shape[1:]}"
@@ -119,6 +120,7 @@ def _sigmoid_cross_entropy(outputs, labels):
 
 
 def _right(outputs, labels):
+    labels = _with_axis(labels, outputs.shape)
     return ((outputs > 0) == (labels > 0.5)).reshape(outputs.shape[0], -1)
 
 
@@ -130,7 +132,13 @@ def _all_right(outputs, labels):
     return _right(outputs, labels).all(1)
 
 
+def _with_axis(labels, shape):
+    """Labels (N,) of one class as (N, 1)."""
+    return labels[:, None] if labels.ndim == 1 and tuple(shape[1:]) == (1,) else labels
+
+
 def _check_binary(labels, outputs):
+    labels = _with_axis(labels, (len(labels), *outputs.shape))
     if labels.shape[1:] != outputs.shape:
         raise ValueError(f"labels must have the outputs' shape {outputs.shape} a sample, got {labels.shape[1:]}")
     if not ((labels == 0) | (labels == 1)).all():

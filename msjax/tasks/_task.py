@@ -121,9 +121,9 @@ class Task:
         try:
             jax.eval_shape(lambda o, y: self.losses(o, y, train=True), outputs, labels)
             found = jax.eval_shape(self.sums, outputs, labels)
-        except ValueError:
-            raise
         except Exception as error:
+            if isinstance(error, ValueError) and str(error).startswith(_RULES):
+                raise
             raise ValueError(
                 f"task {self.name!r} must take outputs {_shapes(outputs)} and labels {_shapes(labels)}, but its loss "
                 f"or a metric raised {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -139,6 +139,20 @@ class Task:
                 )
         return found
 
+    def _check_apart(self, outputs, labels):
+        """Raises ValueError where outputs (B, 1) and labels (B,) are broadcast, so that each loss is of all samples."""
+        shapes = [getattr(tree, "shape", None) for tree in (outputs, labels)]
+        if shapes[0] != (*(shapes[1] or ()), 1) or len(shapes[0]) != 2:
+            return
+        labels = jnp.arange(len(labels)).astype(labels.dtype)
+        whole, first = self.losses(outputs, labels, train=True)[:1], self.losses(outputs[:1], labels[:1], train=True)
+        if not np.allclose(whole, first, rtol=1e-2, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"loss of task {self.name!r} must give each sample its own value, but outputs {_shapes(outputs)} and "
+                f"labels {_shapes(labels)} become one of all samples, as in a broadcast: take outputs[..., 0]. Labels "
+                "of integers (N, 1) are taken as (N,)"
+            )
+
     def check_sums(self, outputs: Any, labels: Any) -> None:
         """Checks on random outputs that metrics add up over batches and finish as a number.
 
@@ -153,6 +167,7 @@ class Task:
         rng = np.random.default_rng(0)
         o = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), outputs)
         y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), labels)
+        self._check_apart(o, y)
         for name, metric in self.metrics:
             if isinstance(metric.sums, _SumAndCount):
                 continue
@@ -176,6 +191,12 @@ class Task:
                 ) from error
 
 
+_RULES = (
+    "outputs must",
+    "labels must",
+    "loss of task",
+    "a metric must",
+)  # how errors begin that say themselves what is wrong
 _MOST_VALUES = 1 << 20  # of outputs that are made up to check metrics
 
 
@@ -241,7 +262,8 @@ def check_class_dtype(dtype: Any) -> None:
     """Raises ValueError where labels of this dtype are no numbers of classes."""
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"labels must be integers, the numbers of classes, got {dtype}; data.from_csv takes classes=True for them"
+            f"labels must be integers, the numbers of classes, got {dtype}: labels.astype(int), or of one-hot rows "
+            "labels.argmax(-1); data.from_csv takes classes=True for them"
         )
 
 

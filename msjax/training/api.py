@@ -1,5 +1,6 @@
 """`train`: a user's model, data and task, trained through a cut by simulated clients in one program."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from msjax.build import divide, pixel_maximum
 from msjax.checks import integer
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
-from msjax.models import ModelPart, RemoteApply, as_parts
+from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
 from msjax.optim import make_optimizer
 from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.make_spec import init_part, make_spec
@@ -191,9 +192,13 @@ def train(
         "compress_test": compress_test,
         "grad_kept_only": grad_kept_only,
         "shard_server": shard_server,
+        "allow_nonfinite": allow_nonfinite,
+        "quiet": quiet,
     }.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path or None, got {folder!r}")
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
@@ -211,6 +216,8 @@ def train(
         raise ValueError("model must have all its parts in one program, got a RemotePart among them")
     counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    optimizer_ = _optimizer(optimizer, schedule)
+    _check_optimizer(optimizer_, parts)
     codecs = Codecs.of(MaskEncoded() if codec is None else codec)
     spec = make_spec(
         parts,
@@ -218,7 +225,7 @@ def train(
         labels=labels,
         schedule=schedule,
         task=_task(task),
-        optimizer=_optimizer(optimizer, schedule),
+        optimizer=optimizer_,
         codec=codecs,
         grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
         grad_kept_only=grad_kept_only,
@@ -264,6 +271,11 @@ def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
                 spec.task.check_labels(jax.tree.map(np.asarray, split.labels()), like)
             except ValueError as error:
                 raise ValueError(f"{name} data of {dataset.name!r}: {error}") from None
+        elif name == "training" and dataset.num_classes is not None and not dataset.label_like.shape:
+            try:
+                spec.task.check_labels(np.asarray([dataset.num_classes - 1], np.int32), like)
+            except ValueError as error:
+                raise ValueError(f"num_classes of {dataset.name!r} is {dataset.num_classes}, but {error}") from None
 
 
 def _task(task):
@@ -278,6 +290,8 @@ def _task(task):
 
 
 def _optimizer(optimizer, schedule):
+    if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
+        optimizer = optimizer.gradient_transformation()
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
     if optimizer is None:
@@ -286,6 +300,21 @@ def _optimizer(optimizer, schedule):
         raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
     Config(optim=optimizer)  # checks its fields
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
+
+
+def _check_optimizer(optimizer, parts):
+    """Raises ValueError for what cannot update each part by its own gradients."""
+    for name, part in zip(PARTS, parts, strict=False):
+        params, _ = shapes_of((part.params, ()))
+        try:
+            state = jax.eval_shape(optimizer.init, params)
+            jax.eval_shape(optimizer.update, params, state, params)
+        except Exception as error:
+            detail = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(
+                "optimizer must update each part's own parameters by their gradients alone, with masks and labels that "
+                f"are functions of the parameters, but for the {name} it raised {type(error).__name__}: {detail}"
+            ) from error
 
 
 def _copied(tree):
@@ -298,8 +327,9 @@ def _trained(parts, state):
         owners = (state.client, state.server)
         return tuple(p._replace(params=s.params, stats=s.stats) for p, s in zip(parts, owners, strict=True))
     found = []
-    for part, owner in zip(parts, (state.client, state.server, state.client), strict=True):
-        params = {name: owner.params[name] for name in part.params}
-        stats = {name: owner.stats[name] for name in part.stats}
-        found.append(part._replace(params=params, stats=stats))
+    for name, part, owner in zip(PARTS, parts, (state.client, state.server, state.client), strict=True):
+        if name == "server":
+            found.append(part._replace(params=owner.params, stats=owner.stats))
+        else:  # what the client has of both is kept together
+            found.append(ModelPart(part.apply.apply, owner.params[name], owner.stats.get(name, {})))
     return tuple(found)
