@@ -3,10 +3,14 @@
 import json
 
 import pytest
+from flax import linen
 
+import msjax
 from msjax import compress, config
 from msjax.cli import main as cli
 from msjax.runs import RunFolder
+
+from .own_models import numbers
 
 UPLINK, DOWNLINK = 8_000_000, 4_000_000
 
@@ -52,6 +56,24 @@ def test_runs_beside_each_other(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "42.00" in table and "20.00×" in table and f"{one['total_bytes'] / other['total_bytes']:.2f}×" in table
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):
+    parts, options = (linen.Dense(4), linen.Dense(1)), {"task": "regression", "clients": 2, "batch_size": 8}
+    mine = tmp_path / "mine"
+    codec = compress.EntropyMask(bits=3.0, signed=True)
+    result = msjax.train(parts, numbers(40), codec=codec, epochs=1, folder=mine, **options)
+    assert cli.run("runs", [str(tmp_path), "--json"]) == 0
+    (run,) = said(capsys)
+    assert (run["model"], run["codec"], run["of_epochs"], run["finished"]) == (None, str(codec), 1, True)
+    assert run["train"] == result.history[-1]["train"] and run["clients"] == 2
+    plain = make_run(tmp_path, "plain", headline=run["headline"])
+    assert cli.run("compare", [plain, str(mine)]) == 0
+    assert "EntropyMask(bits=3.0" in capsys.readouterr().out
+    assert cli.run("runs", [str(tmp_path)]) == 0
+    (mine / "spec.json").write_text("{")
+    assert cli.run("runs", [str(tmp_path)]) == 2
+    assert "spec.json must be an object in JSON" in capsys.readouterr().err
 
 
 def test_runs_are_listed(tmp_path, capsys):

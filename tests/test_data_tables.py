@@ -201,3 +201,19 @@ def test_a_frame_of_mixed_columns_and_one_that_is_no_number():
         data.DataError, match=r"got one DataFrame: give \(table.drop\(columns=LABEL\), table\[LABEL\]\)"
     ):
         data.as_dataset(frame)
+
+
+def test_integers_are_classes_where_a_command_classifies(tmp_path):
+    """Few of them; not floats, and not of a regression."""
+    path = tmp_path / "t.csv"
+    build_ = lambda task: build.load_data(  # noqa: E731
+        config.Config(data=config.DataConfig(str(path), label="y"), task=config.TaskConfig(task))
+    )
+    path.write_text("a,y\n" + "".join(f"{n}.5,{n % 3 + 1}\n" for n in range(30)))
+    found = build_("classification")
+    assert found.num_classes == 3 and found.classes == ("1", "2", "3") and set(found.train.labels()) == {0, 1, 2}
+    assert build_("regression").num_classes is None
+    path.write_text("a,y\n" + "".join(f"{n}.5,{n}\n" for n in range(150)))
+    assert build_("classification").num_classes is None
+    path.write_text("a,y\n" + "".join(f"{n}.5,{n % 3 + 0.5}\n" for n in range(30)))
+    assert build_("classification").num_classes is None

@@ -28,7 +28,10 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     if cfg.data.test is not None:
         raise ValueError(f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}")
     if config.is_local_path(cfg.data.name):
-        return data.as_dataset(cfg.data.name, **_path_options(cfg.data))
+        options = _path_options(cfg.data)
+        if cfg.data.name.endswith(".csv") and cfg.task.name == "classification":
+            options["classes"] = "integers"
+        return data.as_dataset(cfg.data.name, **options)
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
     names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}

@@ -189,7 +189,10 @@ def _num_outputs(cfg, summary):
         return None
     if cfg.task.name == "classification":
         if summary.num_classes is None:
-            raise ValueError("task.name must not be 'classification' where the labels of the data set are no classes")
+            raise ValueError(
+                "task.name must not be 'classification' where the labels of the data set are no classes: it may be "
+                "'regression', or a CSV's column of few integers or texts"
+            )
         return summary.num_classes
     if cfg.task.name in ("regression", "multi_label") and len(summary.labels.leaves) == 1:
         return math.prod(summary.labels.leaves[0].shape)

@@ -18,7 +18,9 @@ def main(arguments: list[str]) -> int:
         "entropy-coded codecs are those of messages. “saved” is in comparison with the first run, so name one without "
         "a codec first.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, of msjax train or msjax serve")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders, of msjax train (also from Python) or msjax serve"
+    )
     parser.add_argument("--out", metavar="FILE.png", help="also draw the metric against bytes and against seconds")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each run instead of a table")
     options = parser.parse_args(arguments)
@@ -52,7 +54,7 @@ def _print(runs):
     first, rows = runs[0].describe(), []
     for run in runs:
         said = run.describe()
-        cells = [run.name, said["cut"], run.codecs, run.epochs, run.metric]
+        cells = [run.name, said["cut"] or "–", run.codecs, run.epochs, run.metric]
         for name in ("cut_bytes", "total_bytes"):
             cells += [f"{said[name] / 1e6:,.2f}", f"{first[name] / said[name]:.2f}×" if said[name] else "–"]
         rows.append([*cells, f"{said['seconds']:,.1f}"])

@@ -5,7 +5,7 @@ import sys
 
 from msjax.paths import expand
 from msjax.runs import to_json
-from msjax.runs.overview import Overview
+from msjax.runs.overview import Overview, is_of_python
 from msjax.runs.tables import print_table
 
 
@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> int:
     if not folder.is_dir():
         raise ValueError(f"folder must be one that has run folders, got {options.folder!r}")
     found, damaged = [], 0
-    for file in sorted(folder.glob("*/config.json"), key=lambda file: (file.stat().st_mtime_ns, file)):
+    files = [*folder.glob("*/config.json"), *(f for f in folder.glob("*/spec.json") if is_of_python(f.parent))]
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file)):
         try:
             found.append(Overview.read(str(file.parent)))
         except (ValueError, TypeError) as error:
@@ -40,4 +41,11 @@ def main(arguments: list[str]) -> int:
 def _row(run):
     said = run.describe()
     sent = "–" if said["total_bytes"] is None else f"{said['total_bytes'] / 1e6:,.1f}"
-    return [run.name, said["model"], said["data"], said["cut"], run.codecs, run.epochs, run.metric, sent]
+    return [
+        run.name,
+        *(said[name] or "–" for name in ("model", "data", "cut")),
+        run.codecs,
+        run.epochs,
+        run.metric,
+        sent,
+    ]

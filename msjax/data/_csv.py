@@ -9,7 +9,7 @@ from msjax.data._arrays import finish, share_indices
 from msjax.data._columns import MOST_TEXTS, Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._table import TableFormat, are_classes, check_label, pandas
+from msjax.data._table import Classes, TableFormat, are_classes, check_label, pandas
 
 
 def from_csv(
@@ -18,7 +18,7 @@ def from_csv(
     label: str = "label",
     test: str | os.PathLike | None = None,
     test_share: float | None = 0.2,
-    classes: bool | None = None,
+    classes: Classes = None,
     missing: Missing = "refuse",
     drop: Sequence[str] = (),
     most_texts: int = MOST_TEXTS,
@@ -36,7 +36,8 @@ def from_csv(
         path: the file.
         label: the column to predict.
         test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
-        classes: True: numbers are classes too.
+        classes: True: numbers are classes too. "integers": integers are, of at most `most_texts` different ones; other
+            numbers are predicted. False: there are none, and texts are refused.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
             text none of the texts; where training rows miss values a further column says which. A column that only
             test rows miss values of gets no further one, since the network would not learn what it means.
@@ -78,7 +79,10 @@ def _split_table(
     else:
         label = table_format.label if table_format else options["label"]
         check_label(frame, label)
-        classes = bool(table_format.classes) if table_format else are_classes(frame[label], options["classes"])
+        if table_format:
+            classes = bool(table_format.classes)
+        else:
+            classes = are_classes(frame[label], options["classes"], options["most_texts"])
         of_class = frame[label].factorize()[0] if classes else len(frame)
         train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
     table_format = table_format or TableFormat.measure(train_rows, **options)

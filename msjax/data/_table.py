@@ -3,12 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from msjax.data._columns import MOST_TEXTS, Column, Missing, check_missing, check_values, missing_error, too_many_texts
 from msjax.data._error import DataError
+
+Classes = bool | Literal["integers"] | None
+"""Which labels of a table are classes beside texts and bools; see `from_csv`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TableFormat:
         frame: Any,
         *,
         label: str,
-        classes: bool | None = None,
+        classes: Classes = None,
         missing: Missing = "refuse",
         drop: Sequence[str] = (),
         most_texts: int = MOST_TEXTS,
@@ -52,7 +55,7 @@ class TableFormat:
             _check_column(frame, name)
         check_label(frame, label)
         found = None
-        if are_classes(frame[label], classes):
+        if are_classes(frame[label], classes, most_texts):
             values = frame[label].unique().tolist()
             numeric = all(isinstance(value, int | float) for value in values)
             found = tuple(map(_text, sorted(values, key=None if numeric else str)))
@@ -161,10 +164,12 @@ def _check_column(frame: Any, name: str) -> None:
         raise DataError(f"the table has no column {name!r}; it has {', '.join(map(str, frame))}")
 
 
-def are_classes(labels: Any, classes: bool | None) -> bool:
+def are_classes(labels: Any, classes: Classes, most: int = MOST_TEXTS) -> bool:
     """Whether labels are numbered as classes: texts and bools are, numbers where they are said to be."""
     types = pandas().api.types
     numeric = types.is_numeric_dtype(labels) and not types.is_bool_dtype(labels)
+    if classes == "integers":
+        return not numeric or (types.is_integer_dtype(labels) and labels.nunique() <= most)
     if classes is False and not numeric:
         raise DataError(f"column {labels.name!r} must be numbers where classes is False, got {labels.iloc[0]!r}")
     return not numeric if classes is None else classes

@@ -115,6 +115,11 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         return [_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
 
+    def read_spec(self) -> dict[str, Any]:
+        """Returns what a run from Python says of itself; raises ValueError where that is damaged."""
+        file = self.path / "spec.json"
+        return _object(str(file), file.read_text("utf-8"))
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, which a run that is finished has."""
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")

@@ -4,8 +4,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from msjax.compress import Identity
+from msjax.compress import Identity, from_string
 from msjax.config import Config
+from msjax.paths import expand
 from msjax.runs.folder import RunFolder
 from msjax.runs.progress import bare_metric
 from msjax.split.sent import cut_bytes, total_bytes
@@ -16,7 +17,8 @@ class Overview:
     """A run folder as tables and pictures show it; of a run that was not finished, what there is."""
 
     path: str
-    config: Config
+    settings: dict[str, Any]
+    """What `--json` prints of its config; of a run from Python what is known, and None for the rest."""
     history: list[dict[str, Any]]
     headline: str
     is_finished: bool
@@ -29,17 +31,24 @@ class Overview:
         Raises:
           ValueError: there is no run at `path`, or one of its files is damaged.
         """
-        folder, config = RunFolder.open(path, read_only=True)
+        place = expand("the run", path)
+        if is_of_python(place):
+            folder = RunFolder(place, read_only=True)
+            settings = _settings_of_python(folder.read_spec())
+        else:
+            folder, config = RunFolder.open(path, read_only=True)
+            settings = _settings(config)
         try:
             history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
             summary = folder.read_summary()
+            ended = summary is not None or (is_of_python(place) and (place / "server.safetensors").exists())
             for record in history:
                 if not isinstance(record.get("train"), dict) or not isinstance(record.get("traffic"), dict):
                     raise ValueError(f"{folder.path / 'metrics.jsonl'} must have a line of metrics for each epoch")
             # The first metric of a task comes behind the loss.
             names = [name for record in history[:1] for name in record["train"] if name != "loss"]
             headline = (summary or {}).get("headline", next(iter(names), "loss"))
-            return cls(str(path), config, history, headline, summary is not None, folder.is_served)
+            return cls(str(path), settings, history, headline, ended, folder.is_served)
         finally:
             folder.close()
 
@@ -54,16 +63,9 @@ class Overview:
         traffic = last.get("traffic")
         return {
             "run": self.path,
-            "model": self.config.model.name,
-            "data": self.config.data.name,
-            "cut": str(self.config.model.cut),
-            **{name: str(getattr(self.config, name)) for name in ("codec", "grad_codec", "update_codec")},
-            "cut_bits": self.config.cut_bits,
-            "cut_seconds": self.config.cut_seconds,
-            "seed": self.config.seed,
-            "clients": self.config.clients,
+            **{name: value for name, value in self.settings.items() if name != "of_epochs"},
             "epochs": len(self.history),
-            "of_epochs": self.config.epochs,
+            "of_epochs": self.settings["of_epochs"],
             "finished": self.is_finished,
             "served": self.is_served,
             "headline": self.headline,
@@ -89,24 +91,56 @@ class Overview:
     @property
     def epochs(self) -> str:
         """How many are done, of how many."""
-        return f"{len(self.history)}/{self.config.epochs}"
+        return f"{len(self.history)}/{self.settings['of_epochs']}"
 
     @property
     def codecs(self) -> str:
         """What is compressed, and how, a line each, with what is not as by default."""
-        found = [_brief(self.config.codec)]
-        for name, codec in (("gradients", self.config.grad_codec), ("averages", self.config.update_codec)):
-            if codec != Identity():
-                found.append(f"{name}: {_brief(codec)}")
-        if self.config.cut_bits is not None:
-            found.append(f"{self.config.cut_bits:g} bits both ways")
-        if self.config.cut_seconds is not None:
-            found.append(f"{self.config.cut_seconds:g} s on the wire")
+        settings = self.settings
+        found = [_brief(settings["codec"])]
+        for name, field in (("gradients", "grad_codec"), ("averages", "update_codec")):
+            if (text := settings[field]) != str(Identity()):
+                found.append(f"{name}: {_brief(text)}")
+        if settings["cut_bits"] is not None:
+            found.append(f"{settings['cut_bits']:g} bits both ways")
+        if settings["cut_seconds"] is not None:
+            found.append(f"{settings['cut_seconds']:g} s on the wire")
         return "\n".join(found)
 
 
-def _brief(codec):
-    default, options = type(codec)(), []
+def is_of_python(folder: pathlib.Path) -> bool:
+    """Whether a folder is one of `msjax.train`, called from Python, which has no config."""
+    return (folder / "spec.json").is_file() and not (folder / "config.json").exists()
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "model": config.model.name,
+        "data": config.data.name,
+        "cut": str(config.model.cut),
+        **{name: str(getattr(config, name)) for name in ("codec", "grad_codec", "update_codec")},
+        **{name: getattr(config, name) for name in ("cut_bits", "cut_seconds", "seed", "clients")},
+        "of_epochs": config.epochs,
+    }
+
+
+def _settings_of_python(spec: dict[str, Any]) -> dict[str, Any]:
+    known = ("codec", "grad_codec", "cut_bits", "cut_seconds", "seed", "clients")
+    return {
+        **dict.fromkeys(("model", "data", "cut")),
+        **{name: spec.get(name) for name in known},
+        "update_codec": spec.get("update_codec", str(Identity())),
+        "of_epochs": spec.get("epochs"),
+    }
+
+
+def _brief(text):
+    """A codec without the options that are as by default; one of a user's as it says itself."""
+    try:
+        codec = from_string(text)
+        default, options = type(codec)(), []
+    except (ValueError, TypeError):
+        return text
     for field in dataclasses.fields(codec):
         value = getattr(codec, field.name)
         if value is not None and value != getattr(default, field.name):
