@@ -114,6 +114,7 @@ def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | 
     Raises:
       ValueError: `inputs` are not such as the network takes, or `batch_size` is below 1.
     """
+    inputs = jax.tree.map(np.asarray, inputs)  # also of a pandas.DataFrame
     lengths = {len(leaf) for leaf in jax.tree.leaves(inputs)}
     if len(lengths) != 1:
         raise ValueError(f"inputs must have one length, got {sorted(lengths)}")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from flax import linen
 
@@ -71,6 +72,10 @@ def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):
     assert cli.run("compare", [plain, str(mine)]) == 0
     assert "EntropyMask(bits=3.0" in capsys.readouterr().out
     assert cli.run("runs", [str(tmp_path)]) == 0
+    assert cli.run("predict", [str(mine), "x.npz"]) == 2
+    assert "of a run from Python, which has no config: msjax.load_part reads its parts" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"inputs must be a batch as the data set stores it, got float32\[2, 3\]"):
+        result.predict(np.ones((2, 3), np.float32))
     (mine / "spec.json").write_text("{")
     assert cli.run("runs", [str(tmp_path)]) == 2
     assert "spec.json must be an object in JSON" in capsys.readouterr().err

@@ -5,7 +5,8 @@ import sys
 
 from msjax.paths import expand
 from msjax.runs import to_json
-from msjax.runs.overview import Overview, is_of_python
+from msjax.runs.folder import is_of_python
+from msjax.runs.overview import Overview
 from msjax.runs.tables import print_table
 
 

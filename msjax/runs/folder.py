@@ -71,6 +71,11 @@ class RunFolder:
           ValueError: there is no run at `path`; `name` is what the error calls it.
         """
         folder = expand(name, path)
+        if is_of_python(folder):
+            raise ValueError(
+                f"{name} must be of a command, got {str(path)!r} of a run from Python, which has no config: "
+                "msjax.load_part reads its parts"
+            )
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} must be a folder with config.json, got {str(path)!r}")
         return cls(folder, read_only=read_only), config_lib.load(folder / "config.json")
@@ -140,6 +145,11 @@ class RunFolder:
     def close(self) -> None:
         """Lets go of the checkpoints."""
         self.checkpoints.close()
+
+
+def is_of_python(folder: pathlib.Path) -> bool:
+    """Whether a folder is one of `msjax.train`, called from Python, which has no config."""
+    return (folder / "spec.json").is_file() and not (folder / "config.json").exists()
 
 
 def check_new(config: Config, name: str | None) -> None:

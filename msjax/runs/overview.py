@@ -7,7 +7,7 @@ from typing import Any
 from msjax.compress import Identity, from_string
 from msjax.config import Config
 from msjax.paths import expand
-from msjax.runs.folder import RunFolder
+from msjax.runs.folder import RunFolder, is_of_python
 from msjax.runs.progress import bare_metric
 from msjax.split.sent import cut_bytes, total_bytes
 
@@ -106,11 +106,6 @@ class Overview:
         if settings["cut_seconds"] is not None:
             found.append(f"{settings['cut_seconds']:g} s on the wire")
         return "\n".join(found)
-
-
-def is_of_python(folder: pathlib.Path) -> bool:
-    """Whether a folder is one of `msjax.train`, called from Python, which has no config."""
-    return (folder / "spec.json").is_file() and not (folder / "config.json").exists()
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -215,7 +215,10 @@ def _part_outputs(name, part, x, before):
     changing = without_constants(part.stats, constants_of(part.apply))
     expected, got = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (changing, stats))
     if expected != got:
-        raise ValueError(f"{name} must return statistics of the structure that it gets, {expected}; got {got}")
+        raise ValueError(
+            f"{name} must return statistics of the structure that it gets, {expected}; got {got}. What is sown grows: "
+            "keep it among the intermediates"
+        )
     return y
 
 

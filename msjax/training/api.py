@@ -63,10 +63,23 @@ class TrainResult(NamedTuple):
         return self.parts[1]
 
     def predict(self, inputs: Any) -> Any:
-        """Returns the outputs of a batch, from inputs as the data set stores them, with nothing compressed."""
-        x = self.spec.preprocess(jax.tree.map(jnp.asarray, inputs))
-        for part in self.parts:
-            x, _ = part.apply(part.params, part.stats, x, train=False, key=None)
+        """Returns the outputs of a batch, from inputs as the data set stores them, with nothing compressed.
+
+        Raises:
+          ValueError: the inputs are not such as the network takes.
+        """
+        batch = jax.tree.map(jnp.asarray, inputs)
+        try:
+            x = self.spec.preprocess(batch)
+            for part in self.parts:
+                x, _ = part.apply(part.params, part.stats, x, train=False, key=None)
+        except Exception as error:
+            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(batch))
+            detail = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(
+                f"inputs must be a batch as the data set stores it, got {shapes}, with which the network raised "
+                f"{type(error).__name__}: {detail}"
+            ) from error
         return x
 
 
