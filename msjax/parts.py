@@ -187,7 +187,8 @@ def load_part(
         if inputs is None and isinstance(model, linen.Module):
             raise ValueError("inputs must be given for a linen.Module, whose parameters follow from them, got None")
         like = models.as_part(model, inputs)
-        params, stats = _fill(like.params, like.stats, _unscoped(arrays, part), path)
+        fits = {name for name, _ in _by_name(like.params, like.stats)}
+        params, stats = _fill(like.params, like.stats, _unscoped(arrays, part, fits), path)
         return TrainedPart(like.apply, params, stats, tail=None, **rest)
     if cfg is None or summary is None or (config.is_reference(cfg.model.name) and preset is None):
         tree = _nested(arrays)
@@ -309,11 +310,10 @@ def _nested(arrays):
     return tree
 
 
-def _unscoped(arrays, part):
+def _unscoped(arrays, part, fits):
     """Arrays without the name of their part, which earlier versions put before those of U-shaped networks."""
-    if not arrays or not all(name.split("/")[1] == part for name in arrays):
-        return arrays
-    return {name.replace(f"/{part}/", "/", 1): array for name, array in arrays.items()}
+    without = {name.replace(f"/{part}/", "/", 1): array for name, array in arrays.items()}
+    return without if without.keys() == fits != arrays.keys() else arrays
 
 
 def _fill(params, stats, arrays, path):

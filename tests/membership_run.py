@@ -48,6 +48,10 @@ class Run:
         return self.state.stage
 
     @property
+    def back_to(self):
+        return 0 if self.exchanges[0].entrance is Entrance.FREE else self.checkpoint[0]
+
+    @property
     def everyone(self):
         return range(len(self.state.clients))
 
@@ -77,7 +81,7 @@ class Run:
         return said
 
     def _open(self, exchange):
-        return self.say(ev.Ended(self.steps, self.keepers) if exchange is None else ev.Opened(exchange))
+        return self.say(ev.Ended(self.steps, self.keepers, self.back_to) if exchange is None else ev.Opened(exchange))
 
     def session(self, client):
         return self.state.clients[client].session

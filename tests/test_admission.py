@@ -107,8 +107,6 @@ def test_what_data_that_are_known_by_name_would_make_fail_is_refused_before_anyo
     with pytest.raises(ValueError, match=r"update_codec must be Identity\(\) or a Cast"):
         check_serve(turns, ServeOptions())
     check_serve(dataclasses.replace(turns, data=config.DataConfig("elsewhere.csv")), ServeOptions())
-    with pytest.raises(ValueError, match="clients_per_group must be None where clients are programs of their own"):
-        check_serve(config.Config(clients_per_group=1), ServeOptions())
 
 
 def test_certificates_go_with_tls(path):

@@ -277,6 +277,24 @@ def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session
     assert kept == [1, 2] and not session.done
 
 
+@pytest.mark.parametrize("how", ["refused", "another run"])
+def test_a_client_that_has_kept_its_part_has_not_failed(session, caplog, how):
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    while session.run.request is not None:
+        list(session.on_message(pb.FromServer(answer=answer(session.run))))
+    list(session.on_message(pb.FromServer(finished=pb.Finished())))
+    if how == "refused":
+        session.on_lost(ConnectionLost("no such token", final=True))
+    else:
+        session.on_lost(ConnectionLost("the server is gone"))
+        list(session.on_connected())
+        other = welcome()
+        other.welcome.run = "0" * 31 + "2"
+        (goodbye,) = session.on_message(other)
+        assert goodbye.goodbye.error
+    assert session.done and "the server did not say that all clients have their parts" in caplog.text
+
+
 def test_a_client_that_cannot_keep_its_part_says_so(session):
     def full(party):
         raise OSError(28, "No space left on device")

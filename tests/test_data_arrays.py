@@ -263,6 +263,10 @@ def test_objects_that_are_numbers_are_taken_as_such():
     found = data.from_arrays((mixed, np.array([0, True], object)))
     np.testing.assert_array_equal(found.train_inputs, np.float32([[0.5, 1, 3], [1.5, 0, 4]]))
     assert found.num_classes == 2
+    bools = data.from_arrays((np.array([[True], [False]], object), [0, 1]))
+    assert bools.train_inputs.dtype == np.float32
+    with pytest.raises(data.DataError, match=r"train inputs must be in .* \(int32\), got 1180591620717411303424"):
+        data.from_arrays((np.array([[2**70], [1]], object), [0, 1]))
     mixed[1, 0] = None
     with pytest.raises(data.DataError, match=r"train inputs must be finite .*, got nan at index"):
         data.from_arrays((mixed, [0, 1]))

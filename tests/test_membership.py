@@ -306,6 +306,13 @@ def test_those_that_go_back_from_the_end_are_waited_for():
     assert run.stage is Stage.OVER
 
 
+def test_nobody_goes_back_where_that_would_not_help():
+    """It has no checkpoint to go back to either: its folder is gone."""
+    run = Run(checkpoint=(2, None)).begin().go_to_end()
+    told = of(run.crash(0, saved_step=1), do.StartClient, do.TellEnd)
+    assert told == [do.StartClient(0, 4, 4), do.TellEnd(0, 4, dropped=False)] and run.stage is Stage.ENDING
+
+
 def test_one_that_lost_its_part_hears_so_where_others_do_not_come_back():
     run = Run(checkpoint=(2, None)).begin().go_to_end()
     run.goodbye(1)
@@ -345,6 +352,7 @@ def test_one_that_comes_after_the_end_finds_a_closed_door():
     for client in run.everyone:
         run.goodbye(client)
     assert run.join(0) == [do.CloseSession(4)]
+    assert run.join(0, generation=7) == [do.TellOver(5), do.CloseSession(5)]
     assert run.say(ev.Left(0, 4)) == [] and run.state.wake_at is None
 
 

@@ -268,6 +268,14 @@ def test_a_server_that_goes_on_has_the_options_that_it_had(tmp_path, monkeypatch
         ["--resume", "a"],
     ):
         assert cli.run("serve", arguments) == 2
+    assert cli.run("serve", ["--clients-per-group", "1"]) == 2 and len(had) == 4
     drop = ServeOptions("localhost:0", checkpoint_steps=7, policy=Policy(stragglers="drop"), compression="all")
     again = dataclasses.replace(drop, checkpoint_steps=3)
     assert had == [drop, drop, again, again]
+
+
+def test_the_files_of_a_server_that_goes_on_are_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ServeOptions(tokens="tokens", tls=TlsFiles(key="a/key.pem")).write(tmp_path / "serve.json")
+    known = ServeOptions.read(tmp_path / "serve.json")
+    assert (known.tokens, known.tls.key, known.certificates) == (f"{tmp_path}/tokens", f"{tmp_path}/a/key.pem", None)

@@ -2,6 +2,7 @@
 
 import json
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,17 +247,28 @@ def test_a_part_that_keeps_its_normalisation_frozen(unchecked):
     assert not stats["norm"]["mean"].any() and stats["scale"].dtype == jnp.float32
 
 
+class Half(linen.Module):
+    """With a method of its own that is a function of parameters."""
+
+    def half(self, params, x):
+        return 0.5 * x @ params["w"]
+
+
 def test_weights_that_are_there_already(unchecked):
     """Of Linen as a pair of module, or its apply, and variables: statistics are none of what is trained."""
     module = LinenBody(16)
     variables = module.init(jax.random.key(3), jnp.ones((2, 4)), train=False)
     x = jnp.ones((2, 4))
-    for pair in ((module, variables), (module.apply, variables)):
+    frozen = jax.tree.map(np.float64, flax.core.freeze(variables))
+    for pair in ((module, variables), (module.apply, variables), (module, frozen)):
         part = models.as_part(pair, x)
         assert set(part.stats) == {"batch_stats"} and part.apply == models.as_part(module, x).apply
         jax.tree.map(np.testing.assert_array_equal, part.params, variables["params"])
     with pytest.raises(ValueError, match=r"variables must be all that LinenBody has, .*, got"):
         models.as_part((module, {"params": variables["params"]}), x)
+    assert isinstance(
+        models.as_part((Half().half, {"w": x})).apply, type(models.as_part((affine, Dense(4, 4)())).apply)
+    )
 
 
 @pytest.mark.slow
@@ -286,6 +298,14 @@ def test_the_parts_of_a_u_shaped_run_of_an_earlier_version_are_read(tmp_path):
     save_part(tmp_path / "tail.safetensors", "tail", part.scoped("tail"))
     loaded = msjax.load_part(tmp_path / "tail.safetensors", module)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, part.params)
+
+
+@pytest.mark.parametrize("params", [{"tail": {"w": np.ones(3)}}, np.ones(3)], ids=["of its name", "one array"])
+def test_parts_whose_arrays_are_named_otherwise_are_read_as_they_are(tmp_path, params):
+    part = models.ModelPart(affine, params, {})
+    save_part(tmp_path / "tail.safetensors", "tail", part)
+    loaded = msjax.load_part(tmp_path / "tail.safetensors", part)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
 def integers(params, x):

@@ -101,6 +101,10 @@ def _new_run(default, name, arguments):
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
     cfg = check_early(cfg)
+    if cfg.clients_per_group is not None:
+        raise ValueError(
+            f"clients_per_group must be None where clients are programs of their own, got {cfg.clients_per_group}"
+        )
     check_new(cfg, name)
     endpoint = listen(cfg, options)
     try:

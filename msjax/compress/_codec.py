@@ -239,7 +239,7 @@ def _decode_as_said(codec, payload, like):
 
 
 def _listed(leaves):
-    return ", ".join(f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}" for leaf in leaves)
+    return ", ".join(f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}" for leaf in leaves)
 
 
 def check_payload(codec: Codec, like: Any, wanted: tuple, given: list) -> None:

@@ -80,8 +80,13 @@ def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axe
 def _of_objects(array, value, name, labels):
     """Objects that are all numbers, as of a table whose columns differ in type, as such; what lacks is NaN."""
     kinds = {type(one) for one in array.flat}
+    if kinds <= {bool, np.bool_}:
+        return array.astype(bool)
     if all(issubclass(kind, numbers.Integral | np.bool_) for kind in kinds):
-        return array.astype(np.int64)
+        try:
+            return array.astype(np.int64)
+        except OverflowError:
+            raise DataError(f"{name} must be in {_INT32.min}..{_INT32.max} (int32), got {array.max()}") from None
     lacks = {kind for kind in kinds if kind is type(None) or kind.__name__ == "NAType"}  # pandas.NA
     if all(issubclass(kind, numbers.Real | np.bool_) for kind in kinds - lacks):
         filled = [np.nan if type(one) in lacks else float(one) for one in array.flat]

@@ -56,7 +56,6 @@ class ClientRun:
         if known and (self.exchange is None or start.step <= self.exchange.step):
             return
         self._without_failing(self._store.wait)
-        self._store.drop_after(start.step)  # what follows may go another way, as where a client was dropped
         self.generation, self._due = start.generation, 0
         party = self.party
         party.begin()
@@ -69,6 +68,8 @@ class ClientRun:
         elif start.step == 0 or party.needs_state(start.step):
             at = "has ended" if start.step == party.schedule.total_steps else f"is at step {start.step}"
             raise Refused(f"the run {at}, of which this client has no checkpoint")
+        # What follows may go another way than it went before, as where a client was dropped.
+        self._without_failing(self._store.drop_after, start.step)
         self._exchanges = party.exchanges(start.step)
         self._following = next(self._exchanges, None)
         self._brings_part, self._early = False, None

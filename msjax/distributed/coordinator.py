@@ -277,7 +277,8 @@ class Coordinator:
         if info is not None:
             return ev.Opened(info)
         self._on_end()
-        return ev.Ended(self.run.schedule.total_steps, self.run.schedule.test_clients)
+        schedule = self.run.schedule
+        return ev.Ended(schedule.total_steps, schedule.test_clients, self.run.back_to)
 
     def _advance(self, action):
         self.metrics.waited(self._clock() - self._opened_at)

@@ -150,6 +150,8 @@ class Ended:
     step: int
     keepers: tuple[int, ...] = ()
     """The clients whose parts are the result."""
+    back_to: int = 0
+    """The step of the checkpoint that clients would need to go back from here; 0 where they need none of their own."""
 
 
 @dataclasses.dataclass(frozen=True)

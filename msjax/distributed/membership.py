@@ -231,6 +231,8 @@ class Membership:
     """How long exchanges took when they were first waited for."""
     keepers: tuple[int, ...] = ()
     """Once the run has ended: the clients whose parts are the result."""
+    back_to: int = 0
+    """Once the run has ended: the step of which clients would need a checkpoint to go back."""
     lost_memory: bool = False
     """Whether a client that is needed does not know where it was."""
     begun: bool = False

@@ -120,8 +120,13 @@ class ServeOptions(ListenOptions):
             raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
 
     def write(self, path: pathlib.Path) -> None:
-        """Writes them as JSON: names of files, and nothing of what is in these."""
-        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Writes them as JSON: whole paths of files, and nothing of what is in these."""
+        known = dataclasses.asdict(self)
+        for section, names in ((known, ("tokens", "certificates")), (known["tls"], tuple(known["tls"]))):
+            section |= {
+                name: str(expand(name, section[name]).absolute()) for name in names if section[name] is not None
+            }
+        write_atomically(path, json.dumps(known, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "ServeOptions":

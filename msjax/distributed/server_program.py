@@ -48,10 +48,6 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         )
     if (start := options.policy.start_clients) is not None and start > cfg.clients:
         raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
-    if cfg.clients_per_group is not None:
-        raise ValueError(
-            f"clients_per_group must be None where clients are programs of their own, got {cfg.clients_per_group}"
-        )
     Tokens(options.tokens, cfg.clients)
     Certificates(options.certificates, cfg.clients)
     build.check_without_data(cfg)

@@ -107,6 +107,11 @@ class ServerRun:
         clients = self._progress.get(_CLIENTS)
         return self._start_step, None if clients is None or self._alone(self._start_step) else tuple(clients)
 
+    @property
+    def back_to(self) -> int:
+        """The step of which clients would need a checkpoint, should all go back; 0 where they need none."""
+        return 0 if self._alone(self.saved_step) else self.saved_step
+
     def _alone(self, step):
         """Whether the server has all that clients need to go on before this step."""
         return step == 0 or not self.spec.mode.keeps_state(self.schedule)

@@ -216,6 +216,8 @@ class ClientSession:
         if self.done:
             return
         if lost.final:
+            if self._has_kept:
+                return self._leave(lost)
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
         if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
@@ -232,9 +234,8 @@ class ClientSession:
                 else:
                     what = "the server has been away, or turned this client away, for"
                 raise ConnectionError(f"{what} {away:.0f} s, all of retry_seconds: {lost}")
-            log.warning("all steps are done, but the server did not say that all clients have their parts: %s", lost)
             self._keep()
-            self.done = True
+            self._leave(lost)
             return
         self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
         if str(lost) != self._told or now - self._told_at >= TELL_SECONDS:
@@ -254,6 +255,9 @@ class ClientSession:
     def _welcome(self, welcome):
         if welcome.protocol != messages.PROTOCOL:
             raise Refused(f"the server's protocol is {welcome.protocol}, this client's {messages.PROTOCOL}")
+        if self.name and welcome.run != self.name and self._has_kept:
+            self._leave("the server now serves another run")
+            return pb.FromClient(goodbye=pb.Goodbye(error="it was in another run, which has ended"))
         if self.name and welcome.run != self.name:
             raise Refused("the server now serves another run, for which this client must be started anew")
         if self._store is None:
@@ -307,6 +311,14 @@ class ClientSession:
             self._end_apart()
         elif self.run is not None:
             yield from self._requests()  # the last answer was lost
+
+    @property
+    def _has_kept(self):
+        return self.run is not None and self.run.done and self._kept == self.run.generation
+
+    def _leave(self, why):
+        log.warning("all steps are done, but the server did not say that all clients have their parts: %s", why)
+        self.done = True
 
     def _keep(self):
         """Once in each generation: should another client have died before it could, all go back and end again."""

@@ -66,6 +66,8 @@ class _Transition:
     def take(self, event):
         if self.state.stage is Stage.OVER:
             if isinstance(event, ev.Joined):  # a client that is late; another server may be there at its next try
+                if event.generation == self.state.generation:
+                    self._do(do.TellOver(event.session))
                 self._do(do.CloseSession(event.session))
             return
         match event:
@@ -93,9 +95,9 @@ class _Transition:
             case ev.Opened(exchange):
                 self._expect(Stage.ADVANCING)
                 self._open(exchange)
-            case ev.Ended(step, keepers):
+            case ev.Ended(step, keepers, back_to):
                 self._expect(Stage.ADVANCING)
-                self._set(stage=Stage.ENDING, step=step, keepers=keepers, deadline=self._later())
+                self._set(stage=Stage.ENDING, step=step, deadline=self._later(), keepers=keepers, back_to=back_to)
                 for client, it in enumerate(self.state.clients):
                     if it.ready:
                         self._tell_end(client)
@@ -425,9 +427,9 @@ class _Transition:
     def _lacks_part(self, client):
         """Of one that is there after the last step: whether it died before it had kept its part, which counts."""
         it, state = self.state.clients[client], self.state
-        if not (it.active and it.ready and client in state.keepers):
+        if not (it.active and it.ready and client in state.keepers) or self._knows_where_it_is(client):
             return False
-        return it.session.saved_step != state.step and not self._knows_where_it_is(client)
+        return state.back_to <= it.session.saved_step < state.step  # else going back would not help it
 
     def _close(self, client, fault=""):
         self._do(do.CloseSession(self.state.clients[client].session.name, fault))

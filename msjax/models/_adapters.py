@@ -85,7 +85,12 @@ def _why_it_failed(name, x, error):
             f"{name} must draw random numbers in training alone: give its __call__ the argument train or "
             f"deterministic and pass it on; it raised {type(error).__name__}: {detail}"
         )
-    lacks = next((argument for argument in _MODE_NAMES if re.search(rf"\b{argument}\b", detail)), None)
+    words = [
+        word
+        for word in _MODE_NAMES
+        if re.search(rf"\b{word}\b", detail) and re.search("argument|paramet", detail, re.I)
+    ]
+    lacks = next(iter(words), None)
     if isinstance(error, flax.errors.ModifyScopeVariableError):
         lacks = "use_running_average"  # of a batch normalisation that always trains
     if lacks is not None:
@@ -168,6 +173,8 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
     if all(hasattr(module, name) for name in ModelPart._fields):  # a part that was trained
         if module.apply is None:
             raise NotAPart("must be a part with its function, got one that was read without its model")
+        if getattr(module, "tail", None) is not None:
+            raise NotAPart("must be one part, got a client's with its tail, which has two")
         return ModelPart(module.apply, module.params, module.stats)
     if isinstance(module, nnx.Module):
         return _nnx_part(module)
@@ -175,9 +182,10 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
         return _linen_part(module, x, key)
     if isinstance(module, tuple) and len(module) in (2, 3) and callable(module[0]):
         function, params, *stats = module
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, linen.Module):
-            return _linen_part(owner, x, key, (params, *stats))
+        if isinstance(function, linen.Module):
+            return _linen_part(function, x, key, (params, *stats))
+        if getattr(function, "__func__", None) is linen.Module.apply:
+            return _linen_part(function.__self__, x, key, (params, *stats))
         return ModelPart(FunctionApply(function, bool(stats)), params, stats[0] if stats else {})
     raise NotAPart(
         "must be an nnx.Module, a linen.Module, a ModelPart, or (apply, params) or (apply, params, stats), "
@@ -299,11 +307,7 @@ def _nnx_part(module):
             f"must have attributes that can be hashed, tuples rather than lists, or nnx.data: "
             f"{type(module).__name__} has not: {error}"
         ) from None
-    # NumPy's arrays become what JAX makes of them in a step: float64 is float32.
-    arrays = (nnx.to_pure_dict(params), nnx.to_pure_dict(stats))
-    return ModelPart(
-        apply, *jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, arrays)
-    )
+    return ModelPart(apply, *map(_as_jax, (nnx.to_pure_dict(params), nnx.to_pure_dict(stats))))
 
 
 @jax.tree_util.register_static
@@ -326,7 +330,13 @@ class LinenApply:
 def _variables(given):
     """Linen's collections, of one dict of all, or of parameters and a dict of the others."""
     first, *rest = given
-    return dict(first) if not rest else {"params": first, **rest[0]}
+    collections = dict(first) if not rest else {"params": first, **rest[0]}
+    return {name: _as_jax(flax.core.unfreeze(collection)) for name, collection in collections.items()}
+
+
+def _as_jax(tree):
+    """NumPy's arrays as what JAX makes of them in a step: float64 is float32."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def _linen_part(module, x, key, given=None):

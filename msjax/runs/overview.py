@@ -41,7 +41,8 @@ class Overview:
         try:
             history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
             summary = folder.read_summary()
-            ended = summary is not None or (is_of_python(place) and (place / "server.safetensors").exists())
+            done = is_of_python(place) and (place / "server.safetensors").exists()
+            ended = summary is not None or (done and len(history) >= settings["of_epochs"])
             for record in history:
                 if not isinstance(record.get("train"), dict) or not isinstance(record.get("traffic"), dict):
                     raise ValueError(f"{folder.path / 'metrics.jsonl'} must have a line of metrics for each epoch")

@@ -215,10 +215,9 @@ def _part_outputs(name, part, x, before):
     changing = without_constants(part.stats, constants_of(part.apply))
     expected, got = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (changing, stats))
     if expected != got:
-        raise ValueError(
-            f"{name} must return statistics of the structure that it gets, {expected}; got {got}. What is sown grows: "
-            "keep it among the intermediates"
-        )
+        grows = jax.tree.structure(changing) != jax.tree.structure(stats)
+        hint = ". What is sown grows: keep it among the intermediates" if grows else ""
+        raise ValueError(f"{name} must return statistics of the structure that it gets, {expected}; got {got}{hint}")
     return y
 
 

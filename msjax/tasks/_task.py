@@ -149,8 +149,8 @@ class Task:
         if not np.allclose(whole, first, rtol=1e-2, atol=1e-3, equal_nan=True):
             raise ValueError(
                 f"loss of task {self.name!r} must give each sample its own value, but outputs {_shapes(outputs)} and "
-                f"labels {_shapes(labels)} become one of all samples, as in a broadcast: take outputs[..., 0]. Labels "
-                "of integers (N, 1) are taken as (N,)"
+                f"labels {_shapes(labels)} make it depend on other samples, as where they are broadcast: take "
+                "outputs[..., 0]. Labels of integers (N, 1) are taken as (N,)"
             )
 
     def check_sums(self, outputs: Any, labels: Any) -> None:
