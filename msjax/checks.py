@@ -1,4 +1,4 @@
-"""Checks of options that functions of several rooms take."""
+"""Checks of options that functions of several rooms take, and how they quote an error."""
 
 from typing import Any
 
@@ -16,3 +16,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         rule = "" if least is None else f" of at least {least}" if most is None else f" in {least}..{most}"
         raise ValueError(f"{name} must be an integer{rule}, got {value!r}")
     return int(value)
+
+
+def quoted(error: Exception) -> str:
+    """Returns an error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"

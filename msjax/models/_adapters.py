@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from msjax.checks import quoted
 from msjax.models._part import ModelPart, RemoteApply, RemotePart
 
 _MODE_NAMES = {
@@ -79,28 +80,24 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
 
 def _why_it_failed(name, x, error):
     """What to say of a part that raised an error for a batch of such inputs."""
-    detail = (str(error).strip() or repr(error)).splitlines()[0]
+    detail = quoted(error)
     if isinstance(error, flax.errors.InvalidRngError):
         return (
             f"{name} must draw random numbers in training alone: give its __call__ the argument train or "
-            f"deterministic and pass it on; it raised {type(error).__name__}: {detail}"
+            f"deterministic and pass it on; it raised {detail}"
         )
-    words = [
-        word
-        for word in _MODE_NAMES
-        if re.search(rf"\b{word}\b", detail) and re.search("argument|paramet", detail, re.I)
-    ]
-    lacks = next(iter(words), None)
+    lacks = None
+    if re.search("argument|paramet", detail, re.I):
+        lacks = next((word for word in _MODE_NAMES if re.search(rf"\b{word}\b", detail)), None)
     if isinstance(error, flax.errors.ModifyScopeVariableError):
         lacks = "use_running_average"  # of a batch normalisation that always trains
     if lacks is not None:
         return (
             f"{name} must be told whether it trains: give the __call__ of a module the argument "
-            f"{' or '.join(dict.fromkeys(['train', lacks]))} and pass it on to its layers; "
-            f"it raised {type(error).__name__}: {detail}"
+            f"{' or '.join(dict.fromkeys(['train', lacks]))} and pass it on to its layers; it raised {detail}"
         )
     shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
-    return f"{name} must take {shapes}, but raised {type(error).__name__}: {detail}"
+    return f"{name} must take {shapes}, but raised {detail}"
 
 
 def _check_not_shared(model):
@@ -170,16 +167,16 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
     """
     if isinstance(module, ModelPart):
         return module
+    if isinstance(module, nnx.Module):
+        return _nnx_part(module)
+    if isinstance(module, linen.Module):
+        return _linen_part(module, x, key)
     if all(hasattr(module, name) for name in ModelPart._fields):  # a part that was trained
         if module.apply is None:
             raise NotAPart("must be a part with its function, got one that was read without its model")
         if getattr(module, "tail", None) is not None:
             raise NotAPart("must be one part, got a client's with its tail, which has two")
         return ModelPart(module.apply, module.params, module.stats)
-    if isinstance(module, nnx.Module):
-        return _nnx_part(module)
-    if isinstance(module, linen.Module):
-        return _linen_part(module, x, key)
     if isinstance(module, tuple) and len(module) in (2, 3) and callable(module[0]):
         function, params, *stats = module
         if isinstance(function, linen.Module):

@@ -32,7 +32,8 @@ class Overview:
           ValueError: there is no run at `path`, or one of its files is damaged.
         """
         place = expand("the run", path)
-        if is_of_python(place):
+        of_python = is_of_python(place)
+        if of_python:
             folder = RunFolder(place, read_only=True)
             settings = _settings_of_python(folder.read_spec())
         else:
@@ -41,7 +42,7 @@ class Overview:
         try:
             history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
             summary = folder.read_summary()
-            done = is_of_python(place) and (place / "server.safetensors").exists()
+            done = of_python and (place / "server.safetensors").exists()
             ended = summary is not None or (done and len(history) >= settings["of_epochs"])
             for record in history:
                 if not isinstance(record.get("train"), dict) or not isinstance(record.get("traffic"), dict):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from msjax.checks import quoted
 from msjax.compress import Cast, Codec, EntropyMask, Identity
 from msjax.models import ModelPart, RemoteApply, constants_of
 from msjax.split.payloads import Codecs
@@ -225,8 +226,7 @@ def _shapes_of(name, what, function, *args):
     try:
         return jax.eval_shape(function, *args)
     except Exception as error:
-        shapes, detail = TreeSpec.of(args[-1]), (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{name} must take {what}, {shapes}, but raised {type(error).__name__}: {detail}") from error
+        raise ValueError(f"{name} must take {what}, {TreeSpec.of(args[-1])}, but raised {quoted(error)}") from error
 
 
 def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> PartState:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.checks import quoted
+
 Loss = Callable[[Any, Any], jax.Array]
 """From outputs and labels of a batch of B samples to a floating array (B,)."""
 
@@ -126,7 +128,7 @@ class Task:
                 raise
             raise ValueError(
                 f"task {self.name!r} must take outputs {_shapes(outputs)} and labels {_shapes(labels)}, but its loss "
-                f"or a metric raised {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"or a metric raised {quoted(error)}"
             ) from error
         for name, sums in found.items():
             if len(sums.shape) > 1:
@@ -191,12 +193,8 @@ class Task:
                 ) from error
 
 
-_RULES = (
-    "outputs must",
-    "labels must",
-    "loss of task",
-    "a metric must",
-)  # how errors begin that say themselves what is wrong
+# How errors begin that say themselves what is wrong.
+_RULES = ("outputs must", "labels must", "loss of task", "a metric must")
 _MOST_VALUES = 1 << 20  # of outputs that are made up to check metrics
 
 

@@ -12,7 +12,7 @@ import optax
 from msjax import data as data_lib
 from msjax import tasks
 from msjax.build import divide, pixel_maximum
-from msjax.checks import integer
+from msjax.checks import integer, quoted
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
@@ -74,11 +74,9 @@ class TrainResult(NamedTuple):
             for part in self.parts:
                 x, _ = part.apply(part.params, part.stats, x, train=False, key=None)
         except Exception as error:
-            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(batch))
-            detail = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(
-                f"inputs must be a batch as the data set stores it, got {shapes}, with which the network raised "
-                f"{type(error).__name__}: {detail}"
+                f"inputs must be a batch as the data set stores it, got {TreeSpec.of(batch)}, with which the network "
+                f"raised {quoted(error)}"
             ) from error
         return x
 
@@ -229,8 +227,8 @@ def train(
         raise ValueError("model must have all its parts in one program, got a RemotePart among them")
     counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
-    optimizer_ = _optimizer(optimizer, schedule)
-    _check_optimizer(optimizer_, parts)
+    transformation = _optimizer(optimizer, schedule)
+    _check_optimizer(transformation, parts)
     codecs = Codecs.of(MaskEncoded() if codec is None else codec)
     spec = make_spec(
         parts,
@@ -238,7 +236,7 @@ def train(
         labels=labels,
         schedule=schedule,
         task=_task(task),
-        optimizer=optimizer_,
+        optimizer=transformation,
         codec=codecs,
         grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
         grad_kept_only=grad_kept_only,
@@ -323,10 +321,9 @@ def _check_optimizer(optimizer, parts):
             state = jax.eval_shape(optimizer.init, params)
             jax.eval_shape(optimizer.update, params, state, params)
         except Exception as error:
-            detail = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(
                 "optimizer must update each part's own parameters by their gradients alone, with masks and labels that "
-                f"are functions of the parameters, but for the {name} it raised {type(error).__name__}: {detail}"
+                f"are functions of the parameters, but for the {name} it raised {quoted(error)}"
             ) from error
 
 
