@@ -12,7 +12,7 @@ TITLE = "CIFAR-10 in half an hour: everything that is sent"
 ARMS = (
     "none",
     "MS, features alone",
-    "the cut alone",
+    "averages 1.5 bits, 2.4 bits both ways",
     "averages 2 bits, 2.4 bits both ways",
     "averages 2 bits, 1.6 bits both ways, gradient's noise 1",
 )
