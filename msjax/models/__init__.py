@@ -12,7 +12,6 @@ A `Model` is a description without arrays, so `build`, `list_cuts` and `count_pa
 draws the parameters, or takes those that `load_weights` read from a file in PyTorch's names; `save_weights` writes one.
 """
 
-from msjax.models._adapters import as_part, as_parts, cut_sequential
 from msjax.models._build import NAMES, RESNETS, TOKEN_MODELS, build
 from msjax.models._cache import Cache, attends, cache_bytes, decoder_blocks, extend_cached, make_cache, part_config
 from msjax.models._decoder import DECODER, decoder
@@ -22,6 +21,8 @@ from msjax.models._huggingface import end_tokens, is_decoder, load_decoder, open
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import TARGETS, LoRA
 from msjax.models._model import Block, Model
+from msjax.models._modules import as_part
+from msjax.models._own_model import as_parts, cut_sequential
 from msjax.models._part import PARTS, ModelPart, RemoteApply, RemotePart, constants_of, shapes_of
 from msjax.models._pytorch import PYTORCH, load_weights, save_weights
 from msjax.models._rope import RopeScaling

@@ -1,10 +1,9 @@
-"""From modules of Flax NNX or Linen, or plain functions, to parts of a model: pure functions and their arrays."""
+"""From a module of Flax NNX or Linen, or a plain function, to a part of a model: a pure function and its arrays."""
 
 import dataclasses
 import functools
 import inspect
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -13,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from msjax.checks import quoted
-from msjax.models._part import ModelPart, RemoteApply, RemotePart
+from msjax.models._part import ModelPart
 
-_MODE_NAMES = {
+MODE_NAMES = {
     "train": True,
     "training": True,
     "is_train": True,
@@ -25,116 +23,6 @@ _MODE_NAMES = {
     "use_running_average": False,
 }
 """Arguments of `__call__` by which modules are told that they train, and what they are then."""
-
-
-def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) -> tuple[ModelPart, ...]:
-    """Returns the parts of a user's model: client and server, and, U-shaped, tail.
-
-    Args:
-      model: two or three parts, each as `as_part` takes it; or, with `cut`, one sequential model: `nnx.Sequential`,
-        `linen.Sequential`, or a list of modules and functions.
-      inputs: arrays of a batch as the first part takes them, or their shapes and dtypes.
-      cut: how many layers of a sequential model the client has.
-      seed: of the parameters of Linen modules, which have none of their own yet.
-
-    Raises:
-      TypeError: `model` is none of these.
-      ValueError: there are not two or three parts, two of them share weights, or `cut` leaves a party without a layer.
-    """
-    if cut is not None:
-        model = cut_sequential(model, cut)
-    if isinstance(model, ModelPart) or not isinstance(model, Sequence):
-        raise TypeError(
-            "model must be a tuple of client and server part (and tail), or a sequential model with `cut`, "
-            f"got {type(model).__name__}"
-        )
-    if len(model) not in (2, 3):
-        raise ValueError(f"model must have two parts, client and server, or three with a tail, got {len(model)}")
-    _check_not_shared(model)
-    parts, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
-    for place, (name, module) in enumerate(zip(("client", "server", "tail"), model, strict=False)):
-        key = jax.random.fold_in(jax.random.key(seed), place)
-        if isinstance(module, RemotePart):
-            batch_size = jax.tree.leaves(x)[0].shape[0]
-            leaves, structure = jax.tree.flatten(module.outputs)
-            outputs = tuple(jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-            parts.append(ModelPart(RemoteApply((structure, outputs)), {}, {}))
-            batch = [jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype) for leaf in outputs]
-            x = jax.tree.unflatten(structure, batch)
-            continue
-        try:
-            part = as_part(module, x, key=key)
-            _check_arrays(part)
-            x = jax.eval_shape(functools.partial(_outputs, part.apply), part.params, part.stats, x)
-        except NotAPart as error:
-            raise TypeError(f"{name} {error}") from None
-        except Exception as error:
-            raise ValueError(_why_it_failed(name, x, error)) from error
-        parts.append(part)
-    if len(parts) == 3:  # the client's arrays and the tail's are kept together
-        here = [not isinstance(part.apply, RemoteApply) for part in parts]
-        parts[0] = parts[0].scoped("client") if here[0] else parts[0]
-        parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
-    return tuple(parts)
-
-
-def _why_it_failed(name, x, error):
-    """What to say of a part that raised an error for a batch of such inputs."""
-    detail = quoted(error)
-    if isinstance(error, flax.errors.InvalidRngError):
-        return (
-            f"{name} must draw random numbers in training alone: give its __call__ the argument train or "
-            f"deterministic and pass it on; it raised {detail}"
-        )
-    lacks = None
-    if re.search("argument|paramet", detail, re.I):
-        lacks = next((word for word in _MODE_NAMES if re.search(rf"\b{word}\b", detail)), None)
-    if isinstance(error, flax.errors.ModifyScopeVariableError):
-        lacks = "use_running_average"  # of a batch normalisation that always trains
-    if lacks is not None:
-        return (
-            f"{name} must be told whether it trains: give the __call__ of a module the argument "
-            f"{' or '.join(dict.fromkeys(['train', lacks]))} and pass it on to its layers; it raised {detail}"
-        )
-    shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
-    return f"{name} must take {shapes}, but raised {detail}"
-
-
-def _check_not_shared(model):
-    """Raises ValueError where two parts share weights: each would train a copy, and they would no longer be equal."""
-    owners: dict[int, int] = {}
-    for place, module in enumerate(model):
-        for where, weights in _weights_of(module):
-            if owners.setdefault(id(weights), place) != place:
-                raise ValueError(f"model must have weights of its own in each part, got {where} in two of them")
-
-
-def _weights_of(module):
-    """(Name, object) of what makes two parts share weights if both have it: not vectors, which may be one constant."""
-    if isinstance(module, nnx.Module):
-        for path, node in nnx.iter_graph(module):
-            if isinstance(node, nnx.Param):
-                yield repr("/".join(map(str, path))), node
-    elif isinstance(module, linen.Module):
-        yield f"one {type(module).__name__}", module
-    elif isinstance(module, tuple) and len(module) > 1:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(module[1]):
-            if getattr(leaf, "ndim", 0) > 1:
-                yield repr(jax.tree_util.keystr(path, simple=True, separator="/")), leaf
-
-
-def _check_arrays(part):
-    """Raises NotAPart for what a part has beside arrays of numbers."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path((part.params, part.stats)):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
-            where = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-            got = type(leaf).__name__ if dtype is None else dtype
-            raise NotAPart(f"must have arrays of numbers, got {got} at {where!r}")
-
-
-def _outputs(apply, params, stats, x):
-    return apply(params, stats, x, train=False, key=None)[0]
 
 
 class NotAPart(TypeError):
@@ -190,30 +78,6 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
     )
 
 
-def cut_sequential(model: Any, cut: int) -> tuple[Any, Any]:
-    """Returns client and server part of a sequential model, cut behind its first `cut` layers.
-
-    Raises:
-      TypeError: the model is no `nnx.Sequential`, `linen.Sequential` or list of layers.
-      ValueError: `cut` leaves a party without a layer, or one Linen module is on both sides of it.
-    """
-    layers = model if isinstance(model, list | tuple) else getattr(model, "layers", None)
-    if layers is None or not all(callable(layer) for layer in layers):
-        raise TypeError(f"with cut, model must be a sequential model or a list of layers, got {type(model).__name__}")
-    layers = list(layers)
-    if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut < len(layers):
-        raise ValueError(f"cut must be in 1..{len(layers) - 1}, the number of layers on the client, got {cut!r}")
-    is_linen = isinstance(model, linen.Module) or any(isinstance(layer, linen.Module) for layer in layers)
-    if is_linen:
-        shared = {id(layer) for layer in layers[:cut] if isinstance(layer, linen.Module)} & set(map(id, layers[cut:]))
-        if shared:
-            raise ValueError(
-                "model must have weights of its own in each part, got one linen.Module before and behind cut"
-            )
-        return linen.Sequential(tuple(layers[:cut])), linen.Sequential(tuple(layers[cut:]))
-    return nnx.Sequential(*layers[:cut]), nnx.Sequential(*layers[cut:])
-
-
 def _parameters(function):
     """The arguments that a function has by name; none where Python cannot tell."""
     try:
@@ -226,7 +90,7 @@ def _parameters(function):
 def _mode_arguments(function: Callable) -> tuple[tuple[str, bool], ...]:
     """Which arguments tell a module that it trains, and what each is in training."""
     names = _parameters(function)
-    return tuple((name, value) for name, value in _MODE_NAMES.items() if name in names)
+    return tuple((name, value) for name, value in MODE_NAMES.items() if name in names)
 
 
 def _arguments(function, train, key):
