@@ -2,6 +2,8 @@
 
 msjax train --config configs/cifar10_lite.py --model.cut shallow            # or medium, deep
 msjax train --config configs/cifar10_lite.py --codec "Identity()"
+
+The schedule was found without compression, by test accuracy on a lossy copy of the images.
 """
 
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig

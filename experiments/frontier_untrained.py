@@ -4,11 +4,10 @@
 
 ResNet20 with published weights is cut at the end of each stage, and CIFAR-10's original test images go through it in
 batches of 250, each batch of features through the codec as that of one client. Nothing is trained or tuned. Real bits
-are those of the whole message of the first batch, Huffman-coded, by its values. Several of the others are made for
+are those of the whole message of the first batch, coded losslessly, by its values. Several of the others are made for
 networks that are trained through them: C3-SL's noise, SplitFC's dropping and sparse features meet here a network that
 never saw them, and `experiments.frontier` is what to judge those by. SplitFC drops nothing (keep=1.0) at inference.
-What is done is kept, and not done again. The rows in the record are of before the wire coded bytes in classes by their
-neighbours, which takes a fifth to two fifths off `EntropyMask`'s and MS's features.
+What is done is kept, and not done again. `--bits` measures the bits of what is done anew, as in `published_cuts`.
 """
 
 import functools
@@ -48,7 +47,10 @@ CODECS = (
 def main() -> int:
     parser = published_weights.parser_of(__doc__, OUT)
     parser.add_argument("--images", type=int, default=10_000, help="the first so many of the test images")
+    parser.add_argument("--bits", action="store_true", help="only measure the bits of what is done anew")
     options = parser.parse_args()
+    if options.bits:
+        return published_cuts.again(options, plot, lambda rows: of_first_batches(rows, options))
     file = options.out.with_suffix(".json")
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
     rows, start = earlier["rows"], time.monotonic()
@@ -89,6 +91,17 @@ def measure(weights, data_dir, images, done, codecs=CODECS):
                 "top1_percent": 100 * right / images,
                 "seconds": round(time.monotonic() - began, 1),
             }
+
+
+def of_first_batches(rows, options):
+    """Yields each row of the record with the features of its first batch and its codec."""
+    network = published_weights.network("resnet20", options.weights / "resnet20.safetensors", options.data_dir)
+    x, _ = network.run.dataset.test.fetch(np.arange(BATCH))
+    layers, by_text = {cut.block: cut.layer for cut in network.list_cuts()}, {str(codec): codec for codec in CODECS}
+    for block, own in study.grouped(rows, "block").items():
+        client, _ = network.cuts(layers[block])
+        h = published_cuts.features_of(client, network.run.spec.preprocess(jnp.asarray(x)))
+        yield from ((row, h, by_text[row["codec"]]) for row in own)
 
 
 @functools.partial(jax.jit, static_argnames="codec")

@@ -35,6 +35,7 @@ from experiments import (
     depth,
     distributions,
     entropy_variants,
+    estimated_bytes,
     everything,
     feature_memory,
     fine_tuning,
@@ -87,10 +88,11 @@ WITH_A_RECORD_OF_THEIR_OWN = {
     "Transforms before the quantizer": transforms,
     kept_gradients.TITLE: kept_gradients,
     gradient_noise.TITLE: gradient_noise,
+    estimated_bytes.TITLE: estimated_bytes,
     "Plain PyTorch beside msjax": beside_pytorch,
     "A whole training in PyTorch and in msjax": beside_pytorch_training,
     "Published weights": published_weights,
-    "Published weights, cut behind every block, nothing trained": published_cuts,
+    "Published weights, cut behind the stem and each stage, nothing trained": published_cuts,
     "Rivals in one harness, untrained: accuracy against real bits": frontier_untrained,
     "Language models: which learning rate": language_schedule,
     "Hidden states of a decoder, untrained": decoder_features,
@@ -156,6 +158,8 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
         if file.exists():
             found = json.loads(file.read_text())
             made = f"`{found['command']}`, {found['wall_seconds'] / 60:.0f} minutes on {found['environment']['cpu']}."
+            if again := found.get("bits"):
+                made += f" Bits were measured anew: `{again['command']}`."
             parts.append(f"## {title}\n\n{explanation(module)}\n\n{made}\n\n{module.table(found['rows'])}\n")
             if (picture := file.with_suffix(".png")).exists():
                 figures[picture.name] = picture.read_bytes()

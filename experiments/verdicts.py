@@ -80,7 +80,7 @@ class Found(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim, where it is from, and what judges it; `why` is shown where it does not hold or only in part."""
+    """A claim, where it is from, and what judges it; `why` is shown where it does not simply hold."""
 
     source: str
     claim: str
@@ -271,7 +271,9 @@ def table(claims: Iterable[Claim], results: Results) -> str:
     for claim in claims:
         found = (claim.judge and claim.judge(results)) or Found(NOT_TESTED, "–", "–")
         verdict = f"*{found.verdict}*" if found.verdict == NOT_TESTED else f"**{found.verdict}**"
-        why = claim.why if found.verdict in (DOES_NOT, IN_PART) else ""
+        why = "" if found.verdict == HOLDS else claim.why
+        if why and found.verdict == WITHIN_NOISE:
+            why = f"If it is more than noise: {why}"
         numbers = re.sub(r"(?<![\w.])-(?=\d)", "−", found.numbers)
         cells = [f"{claim.source}: {claim.claim}", verdict, numbers, found.scope, why]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

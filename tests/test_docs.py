@@ -15,6 +15,7 @@ import pytest
 from experiments import report
 from msjax import build, compress, config
 from msjax.cli import main as cli
+from msjax.distributed import messages
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
@@ -106,6 +107,10 @@ def test_the_page_on_repeating_the_paper_names_every_study():
         names = {module.__name__.rpartition(".")[2] for module in modules}
         cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part, re.MULTILINE)
         assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} - {"smoke", "lite", "paper"} == names
+
+
+def test_the_changelog_has_the_number_of_the_protocol():
+    assert f"The protocol has a number, {messages.PROTOCOL}." in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_readme_is_short():

@@ -207,7 +207,8 @@ class Config:
     grad_kept_only: bool = False
     """Whether the gradient is sent only where the features were kept, and taken for zero elsewhere: of a sparsifier's
     kept values alone, of EntropyMask's where a code is not 0, of other codecs' where a feature does not decode to zero.
-    Behind a ReLU half of them do. Between the blocks of a language model, training at a bit or less needs this."""
+    Behind a ReLU half of them do. Messages become shorter with a sparsifier, or with an EntropyMask of the gradient.
+    Between the blocks of a language model, training at a bit or less needs this."""
     update_codec: CodecFlag = Identity()
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
     the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then have 8 bits, or in

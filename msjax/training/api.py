@@ -130,7 +130,8 @@ def train(
       grad_codec: of the features' gradients, on their way down; by default they are not compressed.
       grad_kept_only: send gradients only where the features were kept, and take them for zero elsewhere: of a
         sparsifier's kept values alone, of an `EntropyMask`'s where a code is not 0, of other codecs' where a feature
-        does not decode to zero; see `compress.straight_through`.
+        does not decode to zero; see `compress.straight_through`. Messages become shorter with a sparsifier, or with
+        an `EntropyMask` as `grad_codec`.
       update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
         gradients and in `SplitFed` the changes of their parts; by default not compressed. A codec for both signs, as
         `EntropyMask(bits=2.0, signed=True)`; it pays for parts of some hundred values or more. Statistics then have 8
