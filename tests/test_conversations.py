@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from msjax import build, compress, data, tasks
-from msjax.distributed import agreement, drive, sizes
+from msjax.distributed import agreement, drive, messages, sizes
 from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 
 from .network import RUN, net
-from .setups import MODES, SMALL, TEST_COUNT, built, dataset
+from .setups import MODES, SMALL, TEST_COUNT, built, dataset, make_parties
 
 pytestmark = pytest.mark.usefixtures("built_once")
 
@@ -130,6 +130,47 @@ def test_a_client_that_has_built_another_run_is_told_what_differs(tmp_path, chan
             assert not lost.final
         else:
             assert lost.final and re.search(f"server and client must have the same run, but .*{differs}", str(lost))
+
+
+def test_metrics_that_clients_report_are_of_the_samples_that_there_are():
+    """U-shaped, where the labels and so the losses are the clients'."""
+    server, clients = make_parties(dataclasses.replace(SMALL, mode=MODES[1]))
+    spec, (features, gradient) = server.spec, list(server.spec.schedule.step_exchanges(0))[:2]
+    answers = server.handle(features, {c.client_id: c.send(features) for c in clients})
+    clients[0].receive(features, answers[0])
+    request = messages.to_request(clients[0].send(gradient), gradient, spec).request
+    found = messages.from_request(request, spec, gradient)
+    assert found.metrics.samples == spec.schedule.batch_size_of(gradient)
+    messages.check(found, spec, gradient)
+    poisoned = found._replace(metrics=found.metrics._replace(sums={"top1": np.float32([np.nan])}))
+    with pytest.raises(messages.ProtocolError, match="metrics must be finite, got nan of top1 in step 0"):
+        messages.check(poisoned, spec, gradient)
+    request.metrics.samples = 2**64 - 1
+    with pytest.raises(messages.ProtocolError, match=r"metrics must be of .* samples, got 18446744073709551615"):
+        messages.from_request(request, spec, gradient)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"normalized channels": 300_000_000},
+            "normalized channels must be at most those of the inputs, 1, got 300000000",
+        ),
+        ({"input_shape": "abc"}, "a shape must have sizes of at least 1, got 'abc'"),
+        ({"input_shape": [-5]}, "a shape must have sizes of at least 1, got .-5."),
+        ({"inputs": [["", "uint8", [50_000, 50_000, 1]]]}, r"an array must have fewer than 2\^31 values"),
+        ({"num_classes": 2.5}, "num_classes must be an integer of at least 1, got 2.5"),
+    ],
+)
+def test_a_description_of_what_no_data_can_be_is_refused(tmp_path, change, says):
+    message = ready()
+    description = json.loads(message.ready.description)
+    description["data"] |= change
+    message.ready.description = json.dumps(description)
+    with net(tmp_path, SMALL) as it:
+        _, _, lost = talk(it, HELLO, message)
+        assert lost.final and re.search(says, str(lost))
 
 
 @pytest.mark.parametrize("limit", [1000, None])

@@ -7,9 +7,10 @@ import time
 import grpc
 import pytest
 
-from msjax.distributed.channel import Received, Send
+from msjax.distributed.channel import Lost, Received, Send
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc import training
 from msjax.distributed.rpc.event_loop import event_loop
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.training import TrainServicer
@@ -138,3 +139,40 @@ def test_the_loop_goes_on_while_the_coordinator_computes():
     for stream in streams:
         assert stream.answers.get(timeout=30) == WELCOME
     servicer.close()
+
+
+def test_a_stranger_fills_no_memory_with_chunks(servicer, monkeypatch):
+    monkeypatch.setattr(training, "_HELLO_BYTES", 1000)
+    stranger = Stream(servicer)
+    for _ in range(3):
+        stranger.say(pb.FromClient(chunk=pb.Chunk(field=1, data=bytes(400), more=True)))
+    code, said = stranger.closed.get(timeout=30)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "at most 1,000 bytes" in said
+    # After Hello a message may be longer.
+    known = Stream(servicer)
+    known.say(HELLO)
+    heard(servicer)
+    known.say(pb.FromClient(ready=pb.Ready(samples=1, description="x" * 2000)))
+    assert heard(servicer).nbytes > 2000 and known.closed.empty()
+
+
+class Unread(Stream):
+    """A stream whose client reads nothing after the first answer."""
+
+    async def write(self, frame):
+        await super().write(frame)
+        if self.answers.qsize() > 1:
+            await asyncio.Event().wait()
+
+
+def test_who_asks_and_does_not_read_is_closed(servicer):
+    stream = Unread(servicer)
+    stream.say(HELLO)
+    session = heard(servicer).session
+    for _ in range(80):
+        servicer.carry(Send(session, WELCOME))
+    while not isinstance(event := servicer.inbox.get(timeout=30), Lost):
+        pass
+    assert event.session == session and not servicer._outboxes
+    servicer.carry(Send(session, WELCOME))  # to nobody
+    assert greet(servicer).closed.empty()

@@ -141,9 +141,14 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
         status = _status(command, function, arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # who read standard output, as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes when it ends
+        silence_output()
         return 141  # as a shell says it of SIGPIPE
     return status
+
+
+def silence_output() -> None:
+    """Sends to nowhere what is written to standard output from now on, also by Python when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _status(command, function, arguments):

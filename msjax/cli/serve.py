@@ -1,6 +1,7 @@
 """`msjax serve`: the server of a run whose clients are elsewhere, or of a trained part."""
 
 import dataclasses
+import logging
 import threading
 
 from msjax import config, parts
@@ -13,6 +14,7 @@ from msjax.cli.options import (
     fields_of,
     parse,
     preset_of,
+    silence_output,
     split_options,
     with_places,
 )
@@ -136,6 +138,15 @@ def _serve_part(path, options, preset):
 
 
 def _print_epoch(record, program):
+    """Prints an epoch's line; where nobody reads it any more, training of all clients goes on without."""
+    try:
+        _print_line(record, program)
+    except BrokenPipeError:
+        silence_output()
+        logging.getLogger("msjax").warning("nobody reads the standard output any more; training goes on")
+
+
+def _print_line(record, program):
     headline, sent = program.coordinator.run.spec.task.headline, record["traffic"]
     train, test = (format_metric(headline, record[s][headline]) if s in record else "–" for s in ("train", "test"))
     print(

@@ -5,6 +5,7 @@ Each party builds the run from its own code, and a client says what came of it i
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from msjax.build import DataSummary
@@ -35,14 +36,35 @@ def summary_of(description: dict[str, Any]) -> DataSummary:
     """Returns what a server knows of its clients' data: all but what inputs are normalised by.
 
     Raises:
-      ValueError: the description lacks something.
+      ValueError: the description lacks something, or a number in it is none that data can have.
     """
     try:
+        _check_numbers(description["data"])
         channels = description["data"]["normalized channels"]
         mean, std = (None if channels is None else (value,) * channels for value in (0.0, 1.0))
         return DataSummary.from_json(description["data"] | {"mean": mean, "std": std})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"description must be that of a client's data and run: {error!r}") from None
+
+
+def _check_numbers(tree):
+    """Raises ValueError for shapes and counts that no data has: memory is taken by them before more is known."""
+    arrays = [*tree["inputs"], *tree["labels"], ["", "", tree.get("input_shape", ())]]
+    for name, _, shape in arrays:
+        if not (isinstance(shape, list | tuple) and all(_is_count(size) for size in shape)):
+            raise ValueError(f"a shape must have sizes of at least 1, got {_short(shape)} of {name!r}")
+        if not _is_count(math.prod(shape)):
+            raise ValueError(f"an array must have fewer than 2^31 values, got the shape {_short(shape)} of {name!r}")
+    classes, channels = tree["num_classes"], tree["normalized channels"]
+    if not (classes is None or _is_count(classes)):
+        raise ValueError(f"num_classes must be an integer of at least 1, got {_short(classes)}")
+    widest = max((shape[-1] for _, _, shape in tree["inputs"] if shape), default=1)
+    if not (channels is None or (_is_count(channels) and channels <= widest)):
+        raise ValueError(f"normalized channels must be at most those of the inputs, {widest}, got {_short(channels)}")
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def parse(description: str) -> dict[str, Any]:

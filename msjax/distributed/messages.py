@@ -111,7 +111,7 @@ def from_request(request: pb.Request, spec: RunSpec, exchange: Exchange) -> Mess
     elif request.labels:
         raise ProtocolError("labels in an exchange that has none")
     if exchange.phase in (Phase.GRADIENT, Phase.RESULT):
-        metrics = _from_metrics(request.metrics, spec)
+        metrics = _from_metrics(request.metrics, spec, exchange)
     return Message(payload, labels, metrics, _grad_bits(request, spec, exchange))
 
 
@@ -130,7 +130,7 @@ def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinit
     """Checks what a client says in an exchange: a number that is not finite would spoil the part of all.
 
     Raises:
-      ProtocolError: a number of the payload is not finite, or a label is none that the task takes.
+      ProtocolError: a number of the payload or a metric is not finite, or a label is none that the task takes.
     """
     where = f"in step {exchange.step} (counted from 0), phase {exchange.phase.name}"
     if message.payload is not None and not allow_nonfinite:
@@ -142,6 +142,10 @@ def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinit
                     raise ProtocolError(
                         f"what a client sends must be finite, got {wrong} among {like.dtype}{list(like.shape)} {where}"
                     )
+    if message.metrics is not None and not allow_nonfinite:  # of the loss, the server's own check ends the run
+        for name, sums in (message.metrics.sums or {}).items():
+            if (wrong := _nonfinite(sums)) is not None:
+                raise ProtocolError(f"metrics must be finite, got {wrong} of {name} {where}")
     if message.labels is not None and spec.task.check_labels is not None:
         outputs = jax.tree.unflatten(spec.outputs.structure, spec.outputs.leaves)
         try:
@@ -183,7 +187,13 @@ def _to_metrics(metrics, spec):
     return pb.MetricSums(loss=metrics.loss, samples=metrics.samples, values=values)
 
 
-def _from_metrics(message, spec):
+def _from_metrics(message, spec, exchange):
+    if exchange.phase == Phase.GRADIENT:
+        least = most = spec.schedule.batch_size_of(exchange)
+    else:
+        least, most = 0, sum(round_.shape[1] for round_ in spec.schedule.test_rounds())
+    if not least <= message.samples <= most:
+        raise ProtocolError(f"metrics must be of {least} to {most} samples, got {message.samples}")
     likes = spec.metric_sums_like
     size = sum(like.size for like in likes.values())
     if len(message.values) != size:

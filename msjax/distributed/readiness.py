@@ -1,5 +1,6 @@
 """What a run's clients have said before its first step: of their samples, and of the run that they have built."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,8 @@ from msjax.distributed import agreement, messages, sizes
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
+
+log = logging.getLogger("msjax.server")
 
 Build = Callable[[int, int, dict[str, Any]], tuple[RunSpec, Callable[[], PartState]]]
 """From (samples, test_samples, description) to the run's description, and what makes the server's part as it is before
@@ -38,13 +41,18 @@ class Readies:
         """
         if not ready.samples:
             raise messages.ProtocolError("a client must have at least one sample to train on, got 0")
+        if max(ready.samples, ready.test_samples) >= 2**31:
+            raise messages.ProtocolError(
+                f"a client must have fewer than 2^31 samples, got {ready.samples} and {ready.test_samples} to test on"
+            )
         try:
             description = agreement.parse(ready.description)
-            other = next((self._by_client[client] for client in others), None)
-            theirs = None if other is None else agreement.parse(other.description)
+            other = next(iter(others), None)
+            theirs = None if other is None else agreement.parse(self._by_client[other].description)
             if theirs is not None and (differing := agreement.differences(theirs, description)):
                 raise ValueError(
-                    f"all clients must have the same run, but between another client and this, {differing}"
+                    f'all clients must have the same run, but with client {other}, which came before, as "here" and '
+                    f'this client as "there", {differing}'
                 )
             if ready.description not in self._agreed:
                 self._compare(ready, description)
@@ -68,6 +76,16 @@ class Readies:
 
     def built(self, clients: Iterable[int]) -> tuple[RunSpec, Callable[[], PartState]]:
         """Returns what `build` makes of what these clients have said: all draw as many samples as the least has."""
-        readies = [self._by_client[client] for client in clients]
+        by_client = {client: self._by_client[client] for client in clients}
+        least, most = (find(by_client, key=lambda client: by_client[client].samples) for find in (min, max))
+        fewest, readies = by_client[least].samples, list(by_client.values())
+        if 2 * fewest <= by_client[most].samples:
+            log.warning(
+                "client %d has the fewest samples, %d; each client draws as many in an epoch, also client %d of its %d",
+                least,
+                fewest,
+                most,
+                by_client[most].samples,
+            )
         samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
         return self._build(samples, tests, agreement.parse(readies[0].description))

@@ -73,7 +73,7 @@ class Joiner:
     """
 
     def __init__(self, kind: type, max_bytes: int = -1):
-        self._kind, self._max_bytes = kind, max_bytes
+        self._kind, self.max_bytes = kind, max_bytes
         self.nbytes = 0
         """Of the message that was ended last, over all its frames."""
         self._begin()
@@ -94,8 +94,8 @@ class Joiner:
         except DecodeError:
             raise FrameError("a frame must be a message of this protocol") from None
         self._nbytes += len(frame)
-        if 0 <= self._max_bytes < self._nbytes:
-            raise FrameError(f"a message must have at most {self._max_bytes:,} bytes in all its frames")
+        if 0 <= self.max_bytes < self._nbytes:
+            raise FrameError(f"a message must have at most {self.max_bytes:,} bytes in all its frames")
         kind = message.WhichOneof("kind")
         if kind == "chunk":
             self._pieces.append(message.chunk.data)

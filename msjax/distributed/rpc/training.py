@@ -28,6 +28,11 @@ from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
 
+_HELLO_BYTES = FRAME_BYTES
+"""That the first message of a stream may have: a stranger is not to fill the memory with chunks."""
+_MOST_UNREAD = 64
+"""Messages that may wait for a client to read them. It asks for one at a time, so an honest one has a few."""
+
 
 class _NotAdmitted(Close):
     """Its token or certificate is not that of the client that it says it is."""
@@ -64,6 +69,7 @@ class TrainServicer:
         self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
         self._outboxes: dict[int, asyncio.Queue[list[bytes] | Close | None]] = {}
+        self._streams: dict[int, asyncio.Task] = {}
         self._carried: deque[tuple[int, list[bytes] | Close]] = deque()
         self._will_deliver = False
 
@@ -88,8 +94,14 @@ class TrainServicer:
         self._will_deliver = False  # first: what is carried from now on asks for another call
         while self._carried:
             session, said = self._carried.popleft()
-            if (outbox := self._outboxes.get(session)) is not None:
-                outbox.put_nowait(said)
+            if (outbox := self._outboxes.get(session)) is None:
+                continue
+            outbox.put_nowait(said)
+            if outbox.qsize() > _MOST_UNREAD:
+                # It asks again and again, and reads nothing: its answers would fill the memory.
+                self._refused(f"a client does not read what it is sent: more than {_MOST_UNREAD} messages wait for it")
+                del self._outboxes[session]
+                self._streams[session].cancel()
 
     def _close_all(self):
         self._deliver()
@@ -105,7 +117,7 @@ class TrainServicer:
                 self._refused(f"{context.peer()}: {refusal.reason}")
             await context.abort(refusal.code, refusal.reason)
         session, outbox = next(self._sessions), asyncio.Queue()
-        self._outboxes[session] = outbox
+        self._outboxes[session], self._streams[session] = outbox, asyncio.current_task()
         self._wait_for_hello(session, outbox)
         too_late = asyncio.get_running_loop().call_later(self._hello_seconds, self._end_silent, session)
         reader = asyncio.create_task(self._read(context, session, outbox))
@@ -117,7 +129,8 @@ class TrainServicer:
             too_late.cancel()
             reader.cancel()
             self._heard(session)
-            del self._outboxes[session]
+            self._outboxes.pop(session, None)
+            del self._streams[session]
             self.inbox.put(Lost(session))
         if isinstance(said, Close) and said.reason:
             code = grpc.StatusCode.INVALID_ARGUMENT if said.final else grpc.StatusCode.UNAVAILABLE
@@ -144,7 +157,7 @@ class TrainServicer:
         return self._silent.pop(session, None) is not None
 
     async def _read(self, context, session, outbox):
-        rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, self._max_bytes), True
+        rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, _HELLO_BYTES), True
         peer = context.peer()
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
@@ -163,6 +176,7 @@ class TrainServicer:
                         return
                 if first:
                     self._heard(session)
+                    joiner.max_bytes = self._max_bytes
                 first = False
                 self.inbox.put(Received(session, message, peer, at, joiner.nbytes))
         except FrameError as error:
