@@ -17,6 +17,7 @@ import pytest
 
 from msjax import compress, config, data
 from msjax.cli import main as cli
+from msjax.cli import serve
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
 from msjax.runs import RunFolder
@@ -413,8 +414,22 @@ def test_unknown_command_is_refused():
     assert "unknown command 'fly'" in run_cli("fly", expect=1).stderr
 
 
-def test_a_reader_that_has_gone_is_no_error():
-    code = "import sys; from msjax.cli import options; sys.exit(options.run_command('x', lambda _: print('y'), []))"
+@pytest.mark.parametrize("says", ["print('y')", "tables.console().print('y')"])
+def test_a_reader_that_has_gone_is_no_error(says):
+    code = "import sys; from msjax.cli import options; from msjax.runs import tables; "
+    code += f"sys.exit(options.run_command('x', lambda _: {says}, []))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(120) == 141
+
+
+def test_a_log_that_nobody_reads_ends_no_training(monkeypatch, caplog):
+    said = []
+
+    def gone(record, program):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(serve, "_print_line", gone)
+    monkeypatch.setattr(serve, "silence_output", lambda: said.append("silent"))
+    serve._print_epoch({}, None)
+    assert said == ["silent"] and "training goes on" in caplog.text

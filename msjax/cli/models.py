@@ -1,13 +1,12 @@
 """`msjax models`: each cut of a model, its feature map, and bytes a sample with each codec."""
 
 import argparse
-import sys
 
 import jax
-import rich.console
 import rich.table
 
 from msjax import compress, data, models
+from msjax.runs import tables
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
     codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
     usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
     usual |= {"mlp": ((108,), 2), "transformer": ((data.TEXT_LENGTH,), 2)}  # Adult, and texts of two classes
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
+    console = tables.console()
     for name in [options.name] if options.name else models.NAMES:
         shape, classes = usual.get(name, ((32, 32, 3), 10))
         shape = tuple(options.input_shape or shape)

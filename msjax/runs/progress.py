@@ -129,12 +129,18 @@ class Progress:
         return f"{self._pace.status(self._total - self._done)}{sent}"
 
 
+class Console(rich.console.Console):
+    """Where text goes. Where its reader has gone, as `head` does, it raises BrokenPipeError, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what rich is handling; by itself it would end the program with status 1, and say nothing."""
+        raise
+
+
 def _console(quiet):
-    console = rich.console.Console(quiet=quiet)
+    console = Console(quiet=quiet)
     # A notebook cannot move a cursor up, and its kernel says that colours are to be forced as in a terminal.
-    return (
-        rich.console.Console(quiet=quiet, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
-    )
+    return Console(quiet=quiet, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def format_metric(name: str, value: float) -> str:

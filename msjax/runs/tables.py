@@ -3,10 +3,9 @@
 import sys
 from typing import Any
 
-import rich.console
 import rich.table
 
-from msjax.runs.progress import bare_metric, column_name
+from msjax.runs.progress import Console, bare_metric, column_name
 from msjax.split.sent import by_direction, feature_bytes
 
 _FIELDS = {
@@ -74,6 +73,6 @@ def print_table(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[lis
     console().print(table)
 
 
-def console() -> rich.console.Console:
+def console() -> Console:
     """Returns where tables go: of a fixed width where there is no terminal, so that a log shows whole columns."""
-    return rich.console.Console(width=None if sys.stdout.isatty() else 150)
+    return Console(width=None if sys.stdout.isatty() else 150)
