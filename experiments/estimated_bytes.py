@@ -1,6 +1,6 @@
 """How far estimated bytes are from those of real messages, in the trainings that save 20 and 40 times.
 
-    python -m experiments.estimated_bytes --data-dir DIR            # a quarter of an hour on two CPU cores
+    python -m experiments.estimated_bytes --data-dir DIR            # twenty minutes on two CPU cores
 
 A training in one program sends nothing. What its messages would take with an entropy-coded codec it estimates in each
 step (`wire.estimate_bytes`), and a budget of real bits is steered by that. Here a server and ten clients of the arms of

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--bits", action="store_true", help="only measure the bits of what is done anew")
     options = parser.parse_args()
     if options.bits:
-        return published_cuts.again(options, plot, lambda rows: of_first_batches(rows, options))
+        return published_cuts.measure_bits_again(options, plot, lambda rows: of_first_batches(rows, options))
     file = options.out.with_suffix(".json")
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
     rows, start = earlier["rows"], time.monotonic()

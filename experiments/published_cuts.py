@@ -58,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
     if options.bits:
-        return again(options, plot, lambda rows: of_first_batches(rows, options))
+        return measure_bits_again(options, plot, lambda rows: of_first_batches(rows, options))
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
     rows, start = earlier["rows"], time.monotonic()
     done = {(row["model"], row["layer"], row["codec"], row["images"]) for row in rows}
@@ -74,7 +74,7 @@ def main() -> int:
     return 0
 
 
-def again(options, plot, of_rows) -> int:
+def measure_bits_again(options, plot, of_rows) -> int:
     """Measures the bits of a record's rows anew: `of_rows` yields (row, features of its first batch, codec)."""
     record, start = json.loads(options.out.with_suffix(".json").read_text()), time.monotonic()
     for row, h, codec in of_rows(record["rows"]):

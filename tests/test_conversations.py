@@ -159,7 +159,8 @@ def test_metrics_that_clients_report_are_of_the_samples_that_there_are():
         ),
         ({"input_shape": "abc"}, "a shape must have sizes of at least 1, got 'abc'"),
         ({"input_shape": [-5]}, "a shape must have sizes of at least 1, got .-5."),
-        ({"inputs": [["", "uint8", [50_000, 50_000, 1]]]}, r"an array must have fewer than 2\^31 values"),
+        ({"inputs": [["", "uint8", [50_000, 50_000, 1]]]}, r"an example must have fewer than 2\^31 values"),
+        ({"inputs": [["", "S100000000", [8, 8, 1]]]}, "arrays must be of numbers, got 'S100000000'"),
         ({"num_classes": 2.5}, "num_classes must be an integer of at least 1, got 2.5"),
     ],
 )

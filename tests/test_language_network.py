@@ -173,8 +173,8 @@ def change_tokenizer(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_weights, "with client 0, which came before, .*, model weights is 'sha256:.*' here and 'sha256:"),
-        (change_tokenizer, "with client 0, which came before, .*, tokenizer is 'sha256:.*' here and 'sha256:"),
+        (change_weights, "where client 0, which came before, .*, model weights is 'sha256:.*' here and 'sha256:"),
+        (change_tokenizer, "where client 0, which came before, .*, tokenizer is 'sha256:.*' here and 'sha256:"),
         (lambda own: (own / "tokenizer.json").unlink(), "split by a tokenizer, 'model': give this client its copy as"),
         (lambda own: (own.parent / "text.txt").unlink(), "must be a file that can be read, got '.*home1/text.txt'"),
     ],

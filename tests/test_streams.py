@@ -174,5 +174,7 @@ def test_who_asks_and_does_not_read_is_closed(servicer):
     while not isinstance(event := servicer.inbox.get(timeout=30), Lost):
         pass
     assert event.session == session and not servicer._outboxes
+    code, said = stream.closed.get(timeout=30)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "answers must be read, but more than 16 wait"
     servicer.carry(Send(session, WELCOME))  # to nobody
     assert greet(servicer).closed.empty()

@@ -8,6 +8,8 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+
 from msjax.build import DataSummary
 from msjax.split.spec import RunSpec
 
@@ -49,12 +51,17 @@ def summary_of(description: dict[str, Any]) -> DataSummary:
 
 def _check_numbers(tree):
     """Raises ValueError for shapes and counts that no data has: memory is taken by them before more is known."""
-    arrays = [*tree["inputs"], *tree["labels"], ["", "", tree.get("input_shape", ())]]
-    for name, _, shape in arrays:
+    arrays = [*tree["inputs"], *tree["labels"], ["", "uint8", tree.get("input_shape", ())]]
+    values = 0
+    for name, dtype, shape in arrays:
+        where = f" of {name!r}" if name else ""
         if not (isinstance(shape, list | tuple) and all(_is_count(size) for size in shape)):
-            raise ValueError(f"a shape must have sizes of at least 1, got {_short(shape)} of {name!r}")
-        if not _is_count(math.prod(shape)):
-            raise ValueError(f"an array must have fewer than 2^31 values, got the shape {_short(shape)} of {name!r}")
+            raise ValueError(f"a shape must have sizes of at least 1, got {_short(shape)}{where}")
+        values += math.prod(shape)
+        if not (_is_count(values)):
+            raise ValueError(f"an example must have fewer than 2^31 values, got the shape {_short(shape)}{where}")
+        if np.dtype(dtype).kind not in "biufV" or np.dtype(dtype).itemsize > 16:
+            raise ValueError(f"arrays must be of numbers, got {_short(dtype)}{where}")
     classes, channels = tree["num_classes"], tree["normalized channels"]
     if not (classes is None or _is_count(classes)):
         raise ValueError(f"num_classes must be an integer of at least 1, got {_short(classes)}")

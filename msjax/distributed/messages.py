@@ -1,5 +1,7 @@
 """Between the parties' messages and what travels: nothing here computes."""
 
+import math
+
 import jax
 import numpy as np
 
@@ -142,7 +144,8 @@ def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinit
                     raise ProtocolError(
                         f"what a client sends must be finite, got {wrong} among {like.dtype}{list(like.shape)} {where}"
                     )
-    if message.metrics is not None and not allow_nonfinite:  # of the loss, the server's own check ends the run
+    # Where the loss is not finite either, training diverges, and the server's own check ends the run.
+    if message.metrics is not None and not allow_nonfinite and math.isfinite(message.metrics.loss):
         for name, sums in (message.metrics.sums or {}).items():
             if (wrong := _nonfinite(sums)) is not None:
                 raise ProtocolError(f"metrics must be finite, got {wrong} of {name} {where}")
@@ -200,6 +203,12 @@ def _from_metrics(message, spec, exchange):
         raise ProtocolError(f"metrics must have {size} values, got {len(message.values)}")
     sums, at = {}, 0
     for name, like in likes.items():
-        values = np.asarray(message.values[at : at + like.size], like.dtype)
+        values = np.asarray(message.values[at : at + like.size], np.float64)
+        if np.issubdtype(like.dtype, np.integer):
+            most = np.iinfo(like.dtype).max
+            if not np.all(np.abs(values) <= most):  # also of what is no number
+                raise ProtocolError(f"metrics must be integers of at most {most}, got {values} of {name}")
+        with np.errstate(over="ignore"):  # what becomes infinite is found by `check`
+            values = values.astype(like.dtype)
         sums[name], at = values.reshape(like.shape), at + like.size
     return MetricSums(message.loss, message.samples, sums)

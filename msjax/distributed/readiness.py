@@ -51,8 +51,8 @@ class Readies:
             theirs = None if other is None else agreement.parse(self._by_client[other].description)
             if theirs is not None and (differing := agreement.differences(theirs, description)):
                 raise ValueError(
-                    f'all clients must have the same run, but with client {other}, which came before, as "here" and '
-                    f'this client as "there", {differing}'
+                    f'all clients must have the same run, but where client {other}, which came before, is "here" '
+                    f'and this client "there", {differing}'
                 )
             if ready.description not in self._agreed:
                 self._compare(ready, description)
@@ -81,9 +81,9 @@ class Readies:
         fewest, readies = by_client[least].samples, list(by_client.values())
         if 2 * fewest <= by_client[most].samples:
             log.warning(
-                "client %d has the fewest samples, %d; each client draws as many in an epoch, also client %d of its %d",
-                least,
+                "each client uses only %d samples an epoch, as many as client %d has; client %d has %d",
                 fewest,
+                least,
                 most,
                 by_client[most].samples,
             )

@@ -52,6 +52,14 @@ class Pace:
         return now - last
 
 
+class Console(rich.console.Console):
+    """Where text goes. Where its reader has gone, as `head` does, it raises BrokenPipeError, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what rich is handling; by itself it would end the program with status 1, and say nothing."""
+        raise
+
+
 class Progress:
     """A live line in a terminal, plain lines elsewhere, also in a notebook.
 
@@ -68,7 +76,7 @@ class Progress:
         samples_per_step: float,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
-        console: rich.console.Console | None = None,
+        console: Console | None = None,
     ):
         self._console = _console(quiet) if console is None else console
         self._title, self._headline = title, headline
@@ -127,14 +135,6 @@ class Progress:
     def _speed(self, sent_bytes):
         sent = "" if sent_bytes is None else f", {sent_bytes / 1e6:,.1f} MB sent"
         return f"{self._pace.status(self._total - self._done)}{sent}"
-
-
-class Console(rich.console.Console):
-    """Where text goes. Where its reader has gone, as `head` does, it raises BrokenPipeError, as `print` does."""
-
-    def on_broken_pipe(self) -> None:
-        """Raises what rich is handling; by itself it would end the program with status 1, and say nothing."""
-        raise
 
 
 def _console(quiet):

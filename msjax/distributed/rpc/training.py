@@ -28,9 +28,9 @@ from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
 
-_HELLO_BYTES = FRAME_BYTES
-"""That the first message of a stream may have: a stranger is not to fill the memory with chunks."""
-_MOST_UNREAD = 64
+_HELLO_BYTES = BESIDE_BYTES
+"""That the first message of a stream may have, with its chunks: a stranger is not to fill the memory."""
+_MOST_UNREAD = 16
 """Messages that may wait for a client to read them. It asks for one at a time, so an honest one has a few."""
 
 
@@ -69,7 +69,7 @@ class TrainServicer:
         self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
         self._outboxes: dict[int, asyncio.Queue[list[bytes] | Close | None]] = {}
-        self._streams: dict[int, asyncio.Task] = {}
+        self._writers: dict[int, asyncio.Task[Close | None]] = {}
         self._carried: deque[tuple[int, list[bytes] | Close]] = deque()
         self._will_deliver = False
 
@@ -99,9 +99,8 @@ class TrainServicer:
             outbox.put_nowait(said)
             if outbox.qsize() > _MOST_UNREAD:
                 # It asks again and again, and reads nothing: its answers would fill the memory.
-                self._refused(f"a client does not read what it is sent: more than {_MOST_UNREAD} messages wait for it")
                 del self._outboxes[session]
-                self._streams[session].cancel()
+                self._writers[session].cancel()
 
     def _close_all(self):
         self._deliver()
@@ -117,26 +116,38 @@ class TrainServicer:
                 self._refused(f"{context.peer()}: {refusal.reason}")
             await context.abort(refusal.code, refusal.reason)
         session, outbox = next(self._sessions), asyncio.Queue()
-        self._outboxes[session], self._streams[session] = outbox, asyncio.current_task()
+        self._outboxes[session], self._writers[session] = outbox, asyncio.create_task(self._write(context, outbox))
         self._wait_for_hello(session, outbox)
         too_late = asyncio.get_running_loop().call_later(self._hello_seconds, self._end_silent, session)
         reader = asyncio.create_task(self._read(context, session, outbox))
+        said = None
         try:
-            while isinstance(said := await outbox.get(), list):
-                for frame in said:
-                    await context.write(frame)
+            said = await self._writers[session]
+        except asyncio.CancelledError:
+            if session in self._outboxes:  # it is this stream that ends, and not its writer alone
+                raise
+            self._metrics.refused.inc()
+            self._refused(f"{context.peer()}: it does not read what it is sent")
+            said = Close(session, f"answers must be read, but more than {_MOST_UNREAD} wait", final=True)
         finally:
+            self._writers.pop(session).cancel()
             too_late.cancel()
             reader.cancel()
             self._heard(session)
             self._outboxes.pop(session, None)
-            del self._streams[session]
             self.inbox.put(Lost(session))
         if isinstance(said, Close) and said.reason:
             code = grpc.StatusCode.INVALID_ARGUMENT if said.final else grpc.StatusCode.UNAVAILABLE
             if isinstance(said, _NotAdmitted):
                 code = grpc.StatusCode.UNAUTHENTICATED
             await context.abort(code, said.reason)
+
+    async def _write(self, context, outbox):
+        """Writes what comes to a stream's outbox; returns what ends it."""
+        while isinstance(said := await outbox.get(), list):
+            for frame in said:
+                await context.write(frame)
+        return said
 
     def _wait_for_hello(self, session, outbox):
         """Makes room for one that says it: a stranger with one valid token is not to hold all streams."""
@@ -157,7 +168,8 @@ class TrainServicer:
         return self._silent.pop(session, None) is not None
 
     async def _read(self, context, session, outbox):
-        rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, _HELLO_BYTES), True
+        first_bytes = _HELLO_BYTES if self._max_bytes < 0 else min(_HELLO_BYTES, self._max_bytes)
+        rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, first_bytes), True
         peer = context.peer()
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
