@@ -36,8 +36,9 @@ def choose_step(codec: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Arr
         finite, lambda x: (low, high), lambda x: _select.ends(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))), x
     )
     largest = jnp.maximum(codec._magnitude(low), codec._magnitude(high))
-    # Neighbours that share a byte, spread as the sample of `_select` is.
-    group = ((lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
+    # Neighbours that share a byte: all, or some spread as the sample of `_select` is, of which a few may come twice.
+    group = lax.iota(jnp.uint32, n)
+    group = (group if n == bytes_ else (group * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
     values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
     values = jnp.where(jnp.isfinite(values), values.astype(jnp.float32), jnp.float32(0))
     values = values if codec.signed else codec._magnitude(values)
