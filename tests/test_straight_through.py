@@ -230,3 +230,16 @@ def test_in_nnx():
         ("client", "server"), expected_gradients(net.client.kernel[...], net.server.kernel[...], x), strict=True
     ):
         np.testing.assert_allclose(grads[name]["kernel"][...], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad_codec", [None, MaskEncoded(signed=True)])
+def test_the_derivative_of_a_derivative_is_that_of_the_identity(grad_codec):
+    def loss(h):
+        return (straight_through(MaskEncoded(), h, None, grad_codec) ** 2).sum()
+
+    h = jnp.array([1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_array_equal(jax.jacrev(jax.grad(loss))(h)[-1], [0, 0, 0, 2])
+    if grad_codec is None:
+        np.testing.assert_array_equal(jax.jacrev(jax.grad(loss))(h), 2 * np.eye(4))
+        penalty = jax.grad(lambda h: (jax.grad(loss)(h) ** 2).sum())(h)
+        np.testing.assert_array_equal(penalty, 8 * MaskEncoded().roundtrip(h))

@@ -21,7 +21,8 @@ def straight_through(
 
     The backward pass treats the compressor as the identity (arXiv 2408.13787, section 1): the cotangent g goes on
     unchanged, or as `grad_codec.roundtrip(g, downlink_key(key))` to compress the downlink too. Works under `jit`,
-    `vmap`, `grad` and `shard_map`. Reverse mode only: like every `custom_vjp` it has no `jvp`.
+    `vmap`, `grad` and `shard_map`. Reverse mode only: like every `custom_vjp` it has no `jvp`. It can be differentiated
+    more than once, but not with `kept_only`.
 
     With `kept_only` the cotangent is sent only where `codec` has kept the features (`Codec.take_kept`), and is zero
     elsewhere: the derivative of a sparsifier. Behind a ReLU nothing is lost by this where a feature is zero. Where it
@@ -64,8 +65,8 @@ def _straight_through(codec, h, key, grad_codec, kept_only):
 
 
 def _forward(codec, h, key, grad_codec, kept_only):
-    if not kept_only:
-        return codec.roundtrip(h, key), (None, key)
+    if not kept_only:  # by itself, so that the derivative of a derivative knows that this one is the identity
+        return _straight_through(codec, h, key, grad_codec, kept_only), (None, key)
     payload = codec.encode(h, key)
     return codec.decode(payload, h), (payload, key)
 
@@ -73,7 +74,7 @@ def _forward(codec, h, key, grad_codec, kept_only):
 def _backward(codec, grad_codec, kept_only, residuals, g):
     payload, key = residuals
     sent = codec.take_kept(payload, g) if kept_only else g
-    received = sent if grad_codec is None else grad_codec.roundtrip(sent, downlink_key(key))
+    received = sent if grad_codec is None else _straight_through(grad_codec, sent, downlink_key(key), None, False)
     return codec.put_kept(payload, received, g) if kept_only else received, None
 
 
