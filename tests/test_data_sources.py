@@ -201,7 +201,7 @@ def test_mnist_download_and_checksum(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")  # TFDS's own
-def test_real_tfds(tmp_path):
+def test_real_tfds(tmp_path, monkeypatch):
     tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("importlib_resources")
     records = {"train": Records(30, (6, 6, 1), 3), "validation": Records(9, (6, 6, 1), 3, seed=1)}
@@ -235,4 +235,8 @@ def test_real_tfds(tmp_path):
     with pytest.raises(data.DataError, match=r"TFDS cannot read msjax_test_shapes in .*prepare or copy it again"):
         data.load(name, image_size=5, **where)
     with pytest.raises(data.DataError, match="TFDS knows no set of that name"):
+        data.load("nosuch", **where)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nosuch").mkdir()
+    with pytest.raises(data.DataError, match=r"the folder of that name here is \./nosuch"):
         data.load("nosuch", **where)

@@ -26,7 +26,10 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     if cfg.model.name == models.DECODER or cfg.data.name.endswith(data.TEXT_SUFFIXES):
         return _load_text(cfg, cache_dir)
     if cfg.data.test is not None:
-        raise ValueError(f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}")
+        raise ValueError(
+            f"data.test must be None for model.name={cfg.model.name!r}, got {cfg.data.test!r}: what is tested on is in "
+            f"the same folder or file, such as a folder's train/ and test/ or val/"
+        )
     if config.is_local_path(cfg.data.name):
         options = _path_options(cfg.data)
         if cfg.data.name.endswith(".csv") and cfg.task.name == "classification":

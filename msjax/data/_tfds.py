@@ -240,9 +240,10 @@ def prepare(name: str, directory: Path) -> None:
     except Exception as error:
         if type(error).__name__ != "DatasetNotFoundError":
             raise DataError(f"{looked}; TFDS cannot make it ({type(error).__name__}: {error})") from error
-        raise DataError(
-            f"{looked}, and TFDS knows no set of that name: correct the name, or the directory by data_dir "
-        ) from None
+        helps = "correct the name, or the directory by data_dir"
+        if Path(name).is_dir():  # a name without a separator is never a path
+            helps = f"the folder of that name here is ./{name}"
+        raise DataError(f"{looked}, and TFDS knows no set of that name: {helps}") from None
     require_network("storage.googleapis.com", looked)
     try:
         builder.download_and_prepare()
