@@ -21,10 +21,11 @@ import jax
 
 from benchmarks import timing
 from experiments import everything, study
-from msjax import build, data
+from msjax import data
 from msjax.distributed import messages
 from msjax.split import parties
 from msjax.split.schedule import Phase
+from msjax.training.from_config import load_run
 
 OUT = study.RESULTS / "estimated_bytes"
 TITLE = "Estimated bytes beside those of real messages"
@@ -108,17 +109,13 @@ def estimate(payload_spec, payload):
 
 def parties_of(cfg):
     """A server, and clients with their shares of the data."""
-    cfg = build.resolved(cfg)
-    dataset = build.load_data(cfg)
-    indices, samples = build.divide(dataset, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
-    summary = build.DataSummary.of(dataset).normalized_as(cfg.data)
-    run = build.build(cfg, summary, samples=samples, test_samples=len(dataset.test))
-    shares = (data.Arrays(*dataset.train.fetch(own)) for own in indices)
+    run = load_run(cfg)
+    shares = (data.Arrays(*run.dataset.train.fetch(own)) for own in run.client_indices)
     clients = [
-        parties.Client(client_id, run.spec, run.client, parties.ClientData(share, dataset.test), cfg.seed)
+        parties.Client(client_id, run.spec, run.state.client, parties.ClientData(share, run.dataset.test), run.seed)
         for client_id, share in enumerate(shares)
     ]
-    return parties.Server(run.spec, run.server, cfg.seed), clients
+    return parties.Server(run.spec, run.state.server, run.seed), clients
 
 
 def table(rows: list[dict]) -> str:

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--bits", action="store_true", help="only measure the bits of what is done anew")
     options = parser.parse_args()
     if options.bits:
-        return published_cuts.measure_bits_again(options, plot, lambda rows: of_first_batches(rows, options))
+        return published_cuts.measure_bits_again(options, plot, CODECS)
     file = options.out.with_suffix(".json")
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
     rows, start = earlier["rows"], time.monotonic()
@@ -91,17 +91,6 @@ def measure(weights, data_dir, images, done, codecs=CODECS):
                 "top1_percent": 100 * right / images,
                 "seconds": round(time.monotonic() - began, 1),
             }
-
-
-def of_first_batches(rows, options):
-    """Yields each row of the record with the features of its first batch and its codec."""
-    network = published_weights.network("resnet20", options.weights / "resnet20.safetensors", options.data_dir)
-    x, _ = network.run.dataset.test.fetch(np.arange(BATCH))
-    layers, by_text = {cut.block: cut.layer for cut in network.list_cuts()}, {str(codec): codec for codec in CODECS}
-    for block, own in study.grouped(rows, "block").items():
-        client, _ = network.cuts(layers[block])
-        h = published_cuts.features_of(client, network.run.spec.preprocess(jnp.asarray(x)))
-        yield from ((row, h, by_text[row["codec"]]) for row in own)
 
 
 @functools.partial(jax.jit, static_argnames="codec")

@@ -58,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
     if options.bits:
-        return measure_bits_again(options, plot, lambda rows: of_first_batches(rows, options))
+        return measure_bits_again(options, plot, codecs("resnet20"))
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
     rows, start = earlier["rows"], time.monotonic()
     done = {(row["model"], row["layer"], row["codec"], row["images"]) for row in rows}
@@ -74,27 +74,25 @@ def main() -> int:
     return 0
 
 
-def measure_bits_again(options, plot, of_rows) -> int:
-    """Measures the bits of a record's rows anew: `of_rows` yields (row, features of its first batch, codec)."""
+def measure_bits_again(options, plot, codecs) -> int:
+    """Measures the bits of a record's rows anew, each on the first batch; rows without a model are of ResNet20."""
     record, start = json.loads(options.out.with_suffix(".json").read_text()), time.monotonic()
-    for row, h, codec in of_rows(record["rows"]):
-        row["bits"] = rate_distortion.measure(np.asarray(h), codec)["bits"]
-        print("{block} {codec}: {bits:.2f} bits".format(**row), flush=True)
-    measured = timing.record(options, [], time.monotonic() - start)
-    record["bits"] = {name: measured[name] for name in ("command", "environment", "wall_seconds")}
-    timing.save(options.out, record, plot(record["rows"]))
-    return 0
-
-
-def of_first_batches(rows, options):
-    """Yields each row of the record with the features of its first batch and its codec."""
-    for model, own in study.grouped(rows, "model").items():
+    by_text, rows = {str(codec): codec for codec in codecs}, record["rows"]
+    for model in dict.fromkeys(row.get("model", "resnet20") for row in rows):
         network = published_weights.network(model, options.weights / f"{model}.safetensors", options.data_dir)
         x, _ = network.run.dataset.test.fetch(np.arange(BATCH))
-        by_text = {str(codec): codec for codec in codecs(model)}
-        for layer, of_cut in study.grouped(own, "layer").items():
-            h = features_of(network.cuts(layer)[0], network.run.spec.preprocess(jnp.asarray(x)))
-            yield from ((row, h, by_text[row["codec"]]) for row in of_cut)
+        layers = {cut.block: cut.layer for cut in network.list_cuts()}
+        own = [row for row in rows if row.get("model", "resnet20") == model]
+        for block, of_cut in study.grouped(own, "block").items():
+            client, _ = network.cuts(layers[block])
+            h = np.asarray(features_of(client, network.run.spec.preprocess(jnp.asarray(x))))
+            for row in of_cut:
+                row["bits"] = rate_distortion.measure(h, by_text[row["codec"]])["bits"]
+                print("{block} {codec}: {bits:.2f} bits".format(**row), flush=True)
+    measured = timing.record(options, [], time.monotonic() - start)
+    record["bits"] = {name: measured[name] for name in ("command", "environment", "wall_seconds")}
+    timing.save(options.out, record, plot(rows))
+    return 0
 
 
 def codecs(model: str) -> tuple[compress.Codec, ...]:

@@ -76,16 +76,11 @@ class Readies:
 
     def built(self, clients: Iterable[int]) -> tuple[RunSpec, Callable[[], PartState]]:
         """Returns what `build` makes of what these clients have said: all draw as many samples as the least has."""
-        by_client = {client: self._by_client[client] for client in clients}
-        least, most = (find(by_client, key=lambda client: by_client[client].samples) for find in (min, max))
-        fewest, readies = by_client[least].samples, list(by_client.values())
-        if 2 * fewest <= by_client[most].samples:
-            log.warning(
-                "each client uses only %d samples an epoch, as many as client %d has; client %d has %d",
-                fewest,
-                least,
-                most,
-                by_client[most].samples,
-            )
-        samples, tests = min(r.samples for r in readies), min(r.test_samples for r in readies)
-        return self._build(samples, tests, agreement.parse(readies[0].description))
+        readies = {client: self._by_client[client] for client in clients}
+        counts = [(ready.samples, client) for client, ready in readies.items()]
+        (samples, least), (most_samples, most) = min(counts), max(counts)
+        if 2 * samples <= most_samples:
+            said = "each client uses only %d samples an epoch, as many as client %d has; client %d has %d"
+            log.warning(said, samples, least, most, most_samples)
+        tests = min(ready.test_samples for ready in readies.values())
+        return self._build(samples, tests, agreement.parse(next(iter(readies.values())).description))

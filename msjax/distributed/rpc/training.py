@@ -120,7 +120,6 @@ class TrainServicer:
         self._wait_for_hello(session, outbox)
         too_late = asyncio.get_running_loop().call_later(self._hello_seconds, self._end_silent, session)
         reader = asyncio.create_task(self._read(context, session, outbox))
-        said = None
         try:
             said = await self._writers[session]
         except asyncio.CancelledError:
