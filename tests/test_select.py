@@ -214,6 +214,15 @@ def test_num_kept_of_any_ratio(ratio, d):
     assert _select.num_kept(ratio, d) == reference.num_kept(ratio, d)
 
 
+@pytest.mark.parametrize("d", (1 << 15, 40_000, 3 << 15, 10_000_019, 2**31 - 1))
+def test_spread(d):
+    n = 1 << 15
+    found = np.asarray(_select.spread(n, d))
+    ways = (np.arange(n, dtype=np.uint64) * np.uint64(2654435769)) % np.uint64(1 << 32)
+    np.testing.assert_array_equal(found, (ways * np.uint64(d) >> np.uint64(32)).astype(np.int32))
+    assert np.unique(found).size == n if d >= 3 * n else np.unique(found).size > 0.85 * n
+
+
 def test_kth_by_sorting_as_by_bits():
     """What a GPU does of few values, and what the others do."""
     rng = np.random.default_rng(0)

@@ -200,25 +200,20 @@ class EntropyMask(VectorCodec):
         step, means, finite = choose_step(self, x, self.bits if bits is None else bits)
         inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, jnp.float32(1)), jnp.float32(0))
 
-        def quantize(x):
-            steps = self._magnitude(x) * inverse
-            codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
-            return steps, codes, ~(codes <= most)  # NaN is beyond, too
-
-        steps, codes, beyond = quantize(x)
-        positions = _select.positions(beyond, _select.num_kept(self.ratio, d))
+        steps = self._magnitude(x) * inverse
+        codes = self._codes(steps, _random.uniform(key, d) if self.needs_key else None)
+        is_beyond = ~(codes <= most)  # NaN is beyond, too
+        beyond = _bits.pack_words(is_beyond)
+        positions = _select.packed_positions(beyond, _select.num_kept(self.ratio, d), d)
         # Whole steps where that is unbiased: float16 holds them up to 2048.
         outliers = (codes if self.needs_key else steps)[jnp.minimum(positions, d - 1)]
         outliers = jnp.where(jnp.isfinite(outliers), jnp.minimum(outliers, jnp.float32(_HALF_MAX)), outliers)
         outliers = jnp.where(x[jnp.minimum(positions, d - 1)] < 0, -outliers, outliers)
         outliers = jnp.where(positions < d, outliers, jnp.float32(0)).astype(jnp.float16)
-        codes = self._with_sign(jnp.where(beyond, most, codes), x).astype(jnp.uint8)
+        codes = self._with_sign(jnp.where(is_beyond, most, codes), x).astype(jnp.uint8)
         codes = _select.put(codes, positions, jnp.full(positions.size, self.levels, jnp.uint8))
-        # Counted where it matters alone, as it takes time.
-        many = lax.cond(
-            finite, lambda x: x[0] != x[0], lambda x: jnp.sum(quantize(x)[2], dtype=jnp.int32) > positions.size, x
-        )
-        step = _finite.nan_where(many, step)
+        many = jnp.sum(lax.population_count(beyond), dtype=jnp.uint32) > positions.size
+        step = _finite.nan_where(many & ~finite, step)
         return EntropyPayload(self._pack(codes), outliers, means, step)
 
     def _decode_vector(self, payload, like):

@@ -1,5 +1,6 @@
 """Arithmetic that makes no NaN and no Inf of finite numbers, nor any on the way, which `jax_debug_nans` would find."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,6 +45,18 @@ def product(values: Float[Array, "..."], factor: Float32[Array, ""], dtype: Any)
     product = raised(lowered(values, is_large) * factor, is_large, dtype)
     other = jnp.where(finite, jnp.float32(0), given) * factor
     return jnp.where(finite, product, other.astype(dtype))
+
+
+def unless(is_finite: Bool[Array, ""], otherwise: Callable[[], Any], usual: Any) -> Any:
+    """`usual` or, where not all is finite, `otherwise()`, computed then alone.
+
+    A loop of one turn at most. A condition takes both of its branches under `vmap`, where `shard_map` refuses it, too.
+    """
+
+    def turn(state):
+        return state[0] & ~state[0], otherwise()
+
+    return lax.while_loop(lambda state: state[0], turn, (~is_finite, usual))[1]
 
 
 def nan_where(is_nan: Bool[Array, "..."], x: Float32[Array, "..."]) -> Float32[Array, "..."]:

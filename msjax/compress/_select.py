@@ -113,6 +113,19 @@ def ends(x: Float[Array, "d"]) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     return lax.reduce((x, x), start, lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])), (0,))
 
 
+def spread(n: int, d: int) -> Int32[Array, "n"]:
+    """n of d positions, n ≤ d: spread evenly, in step with no regularity; distinct from d = 3n on, nearly so before.
+
+    Multiples of 1/φ of the way, rounded down, in the integers of 32 bits: the upper word of i·2³²/φ times d.
+    """
+    way = lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)
+    upper, lower = way >> 16, way & 0xFFFF
+    d_upper, d_lower = jnp.uint32(d >> 16), jnp.uint32(d & 0xFFFF)
+    middle = upper * d_lower + (lower * d_lower >> 16)
+    carry = ((middle & 0xFFFF) + lower * d_upper) >> 16
+    return (upper * d_upper + (middle >> 16) + carry).astype(jnp.int32)
+
+
 def smallest(scores: Float32[Array, "k"]) -> Float32[Array, ""]:
     """The smallest of k ≥ 1 scores, any of which may be NaN: that ranks above +Inf."""
     return _score(jnp.min(_order(scores)))
@@ -166,10 +179,8 @@ def _candidates(x, scores, k, most):
     """
     d = x.size
     n = min(d, _SAMPLE)
-    # Multiples of 2³²/φ: distinct for a d that is a power of two, spread evenly for all d, in step with no regularity.
-    sample = x[(lax.iota(jnp.uint32, n) * jnp.uint32(2654435769)) % jnp.uint32(d)]
     rank = max(1, min(n, round((k + most) / 2 / d * n)))
-    guess = _order(_top_k(scores(sample), rank)[0][-1])
+    guess = _order(_top_k(scores(x[spread(n, d)]), rank)[0][-1])
 
     def unfinished(search):
         return (search.kept_count < k) | (search.kept_count > most)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from msjax.compress import _huffman, _select
+from msjax.compress import _finite, _huffman, _select
 
 DEFAULT_ERROR = 0.07
 """Of a codec that has neither an error nor bits."""
@@ -32,13 +32,12 @@ def choose_step(codec: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Arr
     n = min(bytes_, _SAMPLE // g)
     low, high = _select.ends(x)
     finite = jnp.isfinite(low) & jnp.isfinite(high)
-    low, high = lax.cond(
-        finite, lambda x: (low, high), lambda x: _select.ends(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))), x
+    low, high = _finite.unless(
+        finite, lambda: _select.ends(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))), (low, high)
     )
     largest = jnp.maximum(codec._magnitude(low), codec._magnitude(high))
-    # Neighbours that share a byte: all, or some spread as the sample of `_select` is, of which a few may come twice.
-    group = lax.iota(jnp.uint32, n)
-    group = (group if n == bytes_ else (group * jnp.uint32(2654435769)) % jnp.uint32(bytes_)).astype(jnp.int32)
+    # Neighbours that share a byte: all, or some of them.
+    group = lax.iota(jnp.int32, n) if n == bytes_ else _select.spread(n, bytes_)
     values = x[jnp.minimum(group[:, None] * g + np.arange(g, dtype=np.int32)[None], d - 1)].reshape(-1)
     values = jnp.where(jnp.isfinite(values), values.astype(jnp.float32), jnp.float32(0))
     values = values if codec.signed else codec._magnitude(values)
