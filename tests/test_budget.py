@@ -152,6 +152,16 @@ def test_bits_of_a_file_are_checked(up_bits, tmp_path):
         msjax.load_part(file)
 
 
+def test_an_aim_that_is_none_is_refused(unchecked):
+    codec, h = compress.EntropyMask(bits=1.0), jnp.ones(4)
+    for bits in (0, -1.0, float("nan"), jnp.float32(0)):
+        with pytest.raises(ValueError, match="bits must be a number above 0, got"):
+            codec.encode_at_bits(h, bits)
+    for bits in (jnp.ones(3), "1"):
+        with pytest.raises(TypeError, match="bits must be one number, got"):
+            codec.encode_at_bits(h, bits)
+
+
 def test_the_aim_is_what_features_are_coded_at():
     """An array, so that no other program is compiled; of a codec with an error it is the most that they take."""
     h = jax.nn.relu(jax.random.normal(jax.random.key(0), (50_000,)))

@@ -47,6 +47,14 @@ def test_floats_are_refused(dtype):
         Exact().encode(jnp.zeros(3, dtype))
 
 
+def test_integers_that_jax_would_cut_off_are_refused(unchecked):
+    h = np.array([2**40, 1])
+    for call in (Exact().encode, Exact().roundtrip):
+        with pytest.raises(TypeError, match="h must be int32 where jax_enable_x64 is off, got int64"):
+            call(h)
+    np.testing.assert_array_equal(Exact().encode_numpy(h)[0], h)
+
+
 @pytest.mark.parametrize("codec", compress.CODECS, ids=lambda c: c.__name__)
 def test_other_codecs_refuse_integers(codec):
     with pytest.raises(TypeError, match="h must be one of float32, bfloat16, float16, got int32"):

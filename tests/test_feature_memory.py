@@ -209,6 +209,37 @@ def test_samples_without_a_slot_go_whole():
         assert state.seen.tolist() == [False, True] and not state.values[0].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "samples", "slots", "seen"),
+    [
+        (np.uint8, 300, [0, 5, 44, 255], [0, 5, 44, 255]),
+        (np.int8, 300, [-1, 0, 1, 127], [0, 1, 127]),
+        (np.int16, 40_000, [0, 1, -1, 30_000], [0, 1, 30_000]),
+        (np.uint32, 9, [2**32 - 1, 2**31 + 3, 8, 9], [8]),
+        (np.int64, 9, [2**32 + 3, -(2**32) + 4, 9, 8], [8]),
+        (np.uint64, 9, [2**63 + 3, 2**32, 8, 1], [1, 8]),
+    ],
+)
+def test_slots_of_any_integers(dtype, samples, slots, seen, unchecked):
+    memory, h = FeatureMemory(Identity()), jnp.ones((4, 2))
+    _, state = memory.roundtrip(h, memory.init(samples, h), np.array(slots, dtype))
+    assert np.flatnonzero(state.seen).tolist() == seen
+    if np.dtype(dtype).itemsize < 8:
+        traced = jax.jit(memory.roundtrip)(h, memory.init(samples, h), jnp.array(slots, dtype))
+        assert_same(traced[1], state)
+
+
+@pytest.mark.parametrize("base", (Uniform(bits=4), StochasticUniform(bits=4)), ids=case_id)
+def test_both_ends_are_equal_where_each_call_is_a_program(base):
+    memory, h, slots = FeatureMemory(base), jax.random.normal(jax.random.key(0), (4, 6)), jnp.arange(4)
+    sender = receiver = memory.init(4, h)
+    for epoch in range(3):
+        payload, sender = memory.encode(h + epoch, sender, slots, jax.random.key(epoch))
+        received, receiver = memory.decode(payload, receiver, slots, like=h)
+        assert_same(receiver, sender)
+        np.testing.assert_array_equal(received, sender.values)
+
+
 @pytest.mark.parametrize("memory", MEMORIES[:2], ids=lambda m: case_id(m.base))
 def test_a_saved_memory_goes_on_with_the_same_bits(memory, tmp_path, unchecked):
     """Whole, or a client's part of it with slots of its own."""
@@ -285,6 +316,11 @@ def test_wrong_arguments(unchecked):
         (lambda: memory.encode(h.T, state, slots[:3], key), ValueError, r"state must be float32\[N, 4\] and bool\[N\]"),
         (lambda: memory.decode(payload, state._replace(seen=slots), slots, h), ValueError, "state must be .* int32"),
         (lambda: memory.decode(payload._replace(sent=slots), state, slots, h), ValueError, r"sent must be uint8\[1\]"),
+        (lambda: memory.encode(np.zeros((4, 3)), state, slots, key), TypeError, "h must be one of float32, .* float64"),
+        (lambda: memory.encode(h, None, slots, key), TypeError, "state must be a MemoryState, got NoneType"),
+        (lambda: memory.is_sent(payload, jnp.ones((40, 3))), ValueError, r"payload.sent must be uint8\[5\], got uint8"),
+        (lambda: memory.init(0, h), ValueError, "samples must be an integer in 1..2147483647, got 0"),
+        (lambda: memory.init(2, h.astype(int)), TypeError, "h must be one of float32"),
         (lambda: memory.decode(payload._replace(changes=()), state, slots, h), ValueError, "payload must be what"),
     ]
     for call, error, said in cases:

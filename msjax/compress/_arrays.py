@@ -40,6 +40,14 @@ def as_array(x: Any, name: str = "h") -> Any:
             raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from None
 
 
+def as_jax(h: Any) -> jax.Array:
+    """`h`, of JAX or NumPy, as JAX's; TypeError where it would become another dtype, as 64 bits do by default."""
+    x = jnp.asarray(h)
+    if x.dtype != h.dtype:
+        raise TypeError(f"h must be {x.dtype} where jax_enable_x64 is off, got {h.dtype}")
+    return x
+
+
 def form_of(like: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of what has these alone."""
     if not (hasattr(like, "shape") and isinstance(getattr(like, "dtype", None), np.dtype)):
@@ -48,9 +56,10 @@ def form_of(like: Any) -> jax.ShapeDtypeStruct:
 
 
 def payload_arrays(payload: Any) -> list:
-    """The arrays of a payload, of JAX or NumPy."""
+    """The arrays of a payload, of JAX or NumPy, in this machine's order of bytes."""
     leaves = jax.tree.leaves(payload)
-    return [as_array(leaf, "payload") if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+    arrays = [as_array(leaf, "payload") if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+    return [a if isinstance(a, jax.Array) else a.astype(native(a.dtype), copy=False) for a in arrays]
 
 
 def native(dtype):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Shaped
 from msjax.compress._arrays import (
     FLOAT_DTYPES,
     as_array,
+    as_jax,
     check_array,
     form_of,
     native,
@@ -55,10 +56,10 @@ class Codec(abc.ABC):
           key: a JAX random key; needed by random codecs alone.
 
         Raises:
-          TypeError: `h` is no array, has another dtype, or has a mask.
+          TypeError: `h` is no array, has another dtype, or has a mask; `key` is no array.
           ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
         """
-        return _encode(self, jnp.asarray(self._checked(h, key)), key)
+        return _encode(self, as_jax(self._checked(h, key)), key)
 
     def encode_numpy(self, h: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the payload that `encode` gives, bit for bit, as NumPy arrays and made by NumPy alone.
@@ -89,7 +90,7 @@ class Codec(abc.ABC):
 
     def roundtrip(self, h: Shaped[Array, "..."], key: jax.Array | None = None) -> Shaped[Array, "..."]:
         """Returns the same numbers as `decode(encode(h, key), h)`, where it can without the packing; see `encode`."""
-        return _roundtrip(self, jnp.asarray(self._checked(h, key)), key)
+        return _roundtrip(self, as_jax(self._checked(h, key)), key)
 
     def payload_like(self, like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
@@ -190,6 +191,8 @@ class Codec(abc.ABC):
         check_array(h, FLOAT_DTYPES)
         if self.needs_key and key is None:
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
+        if not (key is None or key is ... or hasattr(key, "dtype")):
+            raise TypeError(f"key must be a JAX random key, got {type(key).__name__}")
 
 
 # Traced once for a codec and a shape, however many programs use it; called outside of one, each is a program.
@@ -198,27 +201,41 @@ _program = functools.partial(jax.jit, inline=True)
 
 @functools.partial(_program, static_argnames="codec")
 def _encode(codec, h, key):
-    return _encode_as_said(codec, h, key)
+    return _on_any_mesh(functools.partial(_encode_as_said, codec), h, key)
 
 
 @functools.partial(_program, static_argnames=("codec", "like"))
 def _decode(codec, payload, like):
-    return _decode_as_said(codec, payload, like)
+    return _on_any_mesh(lambda payload: _decode_as_said(codec, payload, like), payload)
 
 
 @functools.partial(_program, static_argnames="codec")
 def _roundtrip(codec, h, key):
-    return codec._roundtrip(h, key)
+    return _on_any_mesh(codec._roundtrip, h, key, as_first=True)
 
 
 @functools.partial(_program, static_argnames="codec")
 def _take_kept(codec, payload, g):
-    return codec._take_kept(payload, g)
+    return _on_any_mesh(lambda g, payload: codec._take_kept(payload, g), g, payload)
 
 
 @functools.partial(_program, static_argnames=("codec", "like"))
 def _put_kept(codec, payload, kept, like):
-    return codec._put_kept(payload, kept, like)
+    return _on_any_mesh(lambda kept, payload: codec._put_kept(payload, kept, like), kept, payload)
+
+
+def _on_any_mesh(fun, *args, as_first=False):
+    """`fun(*args)`; where an argument is on a mesh with explicit axes, XLA decides what is where on the way.
+
+    Then each device has the whole result or, with `as_first`, its part of it, as of the first argument.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(args)]
+    on = next((sharding for sharding in shardings if sharding.mesh.explicit_axes), None)
+    if on is None:
+        return fun(*args)
+    spec = shardings[0].spec if as_first else jax.sharding.PartitionSpec()
+    out = jax.sharding.NamedSharding(on.mesh, spec)
+    return jax.sharding.auto_axes(fun, axes=on.mesh.explicit_axes, out_sharding=out)(*args)
 
 
 def _encode_as_said(codec, h, key):

@@ -139,9 +139,13 @@ class EntropyMask(VectorCodec):
           bits: float32 (), the bits an element to aim at, as the field; an array, so that no number compiles anew.
 
         Raises:
-          TypeError, ValueError: as `encode`.
+          TypeError, ValueError: as `encode`; `bits` is no number above 0, as far as its value is known.
         """
         h = jnp.asarray(self._checked(h, key))
+        if not (_is_number(bits) or hasattr(bits, "dtype")) or jnp.shape(bits) != ():
+            raise TypeError(f"bits must be one number, got {bits!r}")
+        if not isinstance(bits, jax.core.Tracer) and not 0 < float(bits) < float("inf"):
+            raise ValueError(f"bits must be a number above 0, got {bits}")
         return _encode_at_bits(self, h, jnp.asarray(bits, jnp.float32), key)
 
     @property

@@ -7,13 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
 from msjax.compress import _bits, _finite
-from msjax.compress._arrays import FLOAT_DTYPES, as_array, form_of, payload_arrays, shaped
+from msjax.compress._arrays import FLOAT_DTYPES, check_array, form_of, payload_arrays, shaped
 from msjax.compress._codec import Codec
-from msjax.compress._options import check_choice
+from msjax.compress._options import check_choice, check_integer
 
 
 class MemoryState(NamedTuple):
@@ -107,9 +108,15 @@ class FeatureMemory:
         """Returns the empty memory of `samples` samples.
 
         Args:
+          samples: N, at least 1.
           like: features (B, …), or an array's shape and dtype; B does not count.
+
+        Raises:
+          TypeError: `like` has not a dtype that `encode` takes.
+          ValueError: `samples` is no such number, or `like` has no batch axis.
         """
         like = self._form(like)
+        check_integer("samples", samples, 1, 2**31 - 1)
         return MemoryState(jnp.zeros((samples, *like.shape[1:]), self.dtype), jnp.zeros(samples, jnp.bool_))
 
     def memory_bytes(self, samples: int, like: Any) -> int:
@@ -124,11 +131,11 @@ class FeatureMemory:
         Args:
           h: features (B, …), float32, bfloat16 or float16; what is decoded has the same dtype. Arithmetic is float32.
           state: of the sender, from `init` or the last call.
-          slots: integers (B,): where each sample is in the memory.
+          slots: integers (B,): where each sample is in the memory; one outside of 0 … N − 1 is none.
           key: a JAX random key; needed by random base codecs alone.
 
         Raises:
-          TypeError: `h` is not of these dtypes, or `slots` are no integers.
+          TypeError: `h` is not of these dtypes, `slots` are no integers, or `state` is no memory's.
           ValueError: `h` has no batch axis, `slots` or `state` do not fit, or the base is random and `key` is None.
         """
         payload, _, state = self._call(h, state, slots, key)
@@ -149,12 +156,7 @@ class FeatureMemory:
         like = self._form(like)
         state, slots = self._checked(like, state, slots)
         changes, sent = payload
-        decoded = self.base.decode(changes, like)
-        (sent,) = payload_arrays((sent,))
-        wanted = self._sent_like(like)
-        if (sent.shape, sent.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"payload.sent must be uint8{list(wanted.shape)}, got {sent.dtype}{list(sent.shape)}")
-        return _receive(self, decoded, jnp.asarray(sent), state, slots)
+        return _receive(self, self.base.decode(changes, like), self._sent_of(sent, like), state, slots)
 
     def roundtrip(
         self, h: Shaped[Array, "..."], state: MemoryState, slots: Shaped[Array, "..."], key: jax.Array | None = None
@@ -164,8 +166,13 @@ class FeatureMemory:
         return decoded, state
 
     def is_sent(self, payload: MemoryPayload, like: Any) -> Shaped[Array, "b"]:
-        """Returns bool (B,): whose features of a payload of an array like `like` are new to the receiver."""
-        return _bits.unpack(jnp.asarray(payload.sent), 1, self._form(like).shape[0]) == 1
+        """Returns bool (B,): whose features of a payload of an array like `like` are new to the receiver.
+
+        Raises:
+          ValueError: the payload is not that of as many samples.
+        """
+        like = self._form(like)
+        return _bits.unpack(self._sent_of(payload.sent, like), 1, like.shape[0]) == 1
 
     def payload_like(self, like: Any) -> MemoryPayload:
         """Returns shapes and dtypes of the payload of an array like `like`, from its shape and dtype alone."""
@@ -177,22 +184,31 @@ class FeatureMemory:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.payload_like(like)))
 
     def _call(self, h, state, slots, key):
-        h = jnp.asarray(as_array(h))
+        h = self.base._checked(h, key)
         state, slots = self._checked(self._form(h), state, slots)
-        self.base._check(h, key)
-        return _send(self, h, state, slots, key)
+        return _send(self, jnp.asarray(h), state, slots, key)
 
     def _sent_like(self, like):
         return shaped(_bits.packed_bytes(like.shape[0], 1))
 
+    def _sent_of(self, sent, like):
+        """The flags of a payload of features like `like`, checked."""
+        (sent,), wanted = payload_arrays((sent,)), self._sent_like(like)
+        if (sent.shape, sent.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"payload.sent must be uint8{list(wanted.shape)}, got {sent.dtype}{list(sent.shape)}")
+        return jnp.asarray(sent)
+
     def _form(self, like):
         like = form_of(like)
+        check_array(like, FLOAT_DTYPES)
         if not like.shape:
             raise ValueError("h must have a batch axis, got a scalar")
         return like
 
     def _checked(self, like, state, slots):
-        """State and slots as JAX's arrays, which fit features like `like`."""
+        """State and slots as JAX's arrays, which fit features like `like`; slots as int32, N of those outside."""
+        if not (isinstance(state, tuple) and len(state) == 2):
+            raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
         values, seen = map(jnp.asarray, state)
         wanted = (*seen.shape, *like.shape[1:])
         if seen.ndim != 1 or seen.dtype != jnp.bool_ or (values.shape, values.dtype.name) != (wanted, self.dtype):
@@ -200,12 +216,16 @@ class FeatureMemory:
                 f"state must be {self.dtype}[N, {str(list(like.shape[1:]))[1:-1]}] and bool[N], got "
                 f"{values.dtype}{list(values.shape)} and {seen.dtype}{list(seen.shape)}"
             )
-        slots = jnp.asarray(slots)
+        slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)  # which has 64 bits
         if not jnp.issubdtype(slots.dtype, jnp.integer):
             raise TypeError(f"slots must be integers, got {slots.dtype}")
         if slots.shape != like.shape[:1]:
             raise ValueError(f"slots must be one a sample, {list(like.shape[:1])}, got shape {list(slots.shape)}")
-        return MemoryState(values, seen), slots
+        dtype, n = jnp.iinfo(slots.dtype), seen.size
+        # Narrow dtypes cannot hold N, and wide ones would wrap around in int32.
+        lowest, highest = max(int(dtype.min), -1), min(int(dtype.max), 2**31 - 1)
+        slots = jnp.asarray(slots.clip(lowest, highest).astype(np.int32))
+        return MemoryState(values, seen), jnp.where(slots < 0, n, jnp.minimum(slots, n))
 
 
 @functools.partial(jax.jit, static_argnames="memory", inline=True)
@@ -236,7 +256,6 @@ def _receive(memory, decoded, sent, state, slots):
 
 def _recall(state, slots):
     """(float32 features, whether there are any) of the samples at `slots`."""
-    slots = _inside(state, slots)
     seen = state.seen.at[slots].get(mode="fill", fill_value=False)
     return state.values.at[slots].get(mode="fill", fill_value=0).astype(jnp.float32), seen
 
@@ -250,15 +269,9 @@ def _update(memory, decoded, held, seen, sent, state, slots):
     features = jnp.where(_beside(sent | ~seen, held), features, _rounded(held, dtype))
     finite = jnp.all(jnp.isfinite(features), axis=tuple(range(1, features.ndim)))
     values = _rounded(jnp.where(_beside(finite, held), features, jnp.float32(0)), memory.dtype).astype(memory.dtype)
-    at = jnp.where(_is_last(slots), _inside(state, slots), state.seen.size)
+    at = jnp.where(_is_last(slots), slots, state.seen.size)
     state = MemoryState(state.values.at[at].set(values, mode="drop"), state.seen.at[at].set(finite, mode="drop"))
     return features.astype(dtype), state
-
-
-def _inside(state, slots):
-    """`slots`, and N for those outside; a negative one would count from the end."""
-    n = state.seen.size
-    return jnp.where((slots >= 0) & (slots < n), slots, n).astype(jnp.int32)
 
 
 def _is_last(slots):

@@ -26,9 +26,9 @@ _LARGEST, _PARTS = 8, 8
 CODE_BITS, SYMBOL_BITS = 68, 3.3
 """That describe a code, and one more symbol of it."""
 _EXTRA_BITS = [0] * 8 + [n // 4 for n in range(4, 24)]
-_LENGTH_CODES = np.repeat(np.arange(28), [1 << bits for bits in _EXTRA_BITS])
+_LENGTH_CODES = np.repeat(np.arange(28, dtype=np.int32), [1 << bits for bits in _EXTRA_BITS])
 _LENGTH_CODES[-1] = 28
-_LENGTH_EXTRA = np.array([*_EXTRA_BITS, 0])[_LENGTH_CODES]
+_LENGTH_EXTRA = np.array([*_EXTRA_BITS, 0], np.int32)[_LENGTH_CODES]
 """Of 3 … 258 repetitions: the number of the symbol, and how many more bits it takes (RFC 1951, 3.2.5)."""
 
 
@@ -111,7 +111,7 @@ def _run_bits(segments, before, scale, size):
     counts = jnp.zeros(blocks * kinds, jnp.int32).at[block * kinds + symbols.reshape(-1)].add(counted)
     counts = counts.reshape(blocks, kinds)
     extra = jnp.sum(jnp.where(match, 1 + jnp.asarray(_LENGTH_EXTRA)[lengths], 0))  # one bit for the only distance
-    bits = jax.vmap(code_bits)(counts.at[:, _BYTE].add(jnp.int32(scale == 1))).sum() + extra
+    bits = jax.vmap(code_bits)(counts.at[:, _BYTE].add(jnp.int32(scale == 1))).sum() + extra.astype(jnp.float32)
     described = jnp.where(counts.sum(1) > 0, jax.vmap(description_bits)(counts > 0), 0)
     return bits * np.float32(scale) + described.sum()
 

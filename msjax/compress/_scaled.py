@@ -60,8 +60,10 @@ class ScaledCodec(VectorCodec):
         return jnp.where(known, codes, jnp.uint8(self._zero)), _finite.nan_where(~jnp.isfinite(scale), scale)
 
     def _values(self, codes, scale, dtype):
-        # One multiplication: the same bits in every program. At most the scale, which is in range.
-        return (jnp.asarray(self._levels())[codes.astype(jnp.int32)] * scale).astype(dtype)
+        # At most the scale, which is in range. The choice changes nothing, but keeps LLVM from fusing the product with
+        # what a program adds to it, so that it has the same bits in every program.
+        values = jnp.asarray(self._levels())[codes.astype(jnp.int32)] * scale
+        return jnp.minimum(values, scale).astype(dtype)
 
     def _encode_vector(self, x, key):
         codes, scale = self._codes(x)

@@ -114,7 +114,7 @@ def ends(x: Float[Array, "d"]) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
 
 
 def spread(n: int, d: int) -> Int32[Array, "n"]:
-    """n of d positions, n ≤ d: spread evenly, in step with no regularity; distinct from d = 3n on, nearly so before.
+    """Returns n ≤ d positions, spread evenly, in step with no regularity; all distinct from d = 3n on.
 
     Multiples of 1/φ of the way, rounded down, in the integers of 32 bits: the upper word of i·2³²/φ times d.
     """

@@ -74,7 +74,11 @@ class Uniform(VectorCodec):
 
     def _levels(self, codes, low, high, dtype):
         low, high, is_large = self._lowered(low, high)
-        return _finite.raised(low + codes * ((high - low) * jnp.float32(1 / self._top)), is_large, dtype)
+        spread = high - low
+        # At most the spread, which rounding may exceed. Without this choice LLVM would fuse the product with the sum in
+        # some programs and not in others.
+        above = jnp.minimum(codes * (spread * jnp.float32(1 / self._top)), spread)
+        return _finite.raised(low + above, is_large, dtype)
 
     def _encode_vector(self, x, key):
         codes, low, high = self._quantize(x, key)
