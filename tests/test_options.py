@@ -50,6 +50,29 @@ def test_addresses_that_are_none(rule, text):
         parse_address("server", text)
 
 
+def test_a_port_must_be_free_at_all_addresses_of_a_name(monkeypatch):
+    """gRPC would take those that it gets, and leave clients to reach one server or the other."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.2", port))
+        found = [free, (*free[:4], ("127.0.0.1", port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"got 'localhost:{port}': Address already in use, 127.0.0.1"):
+                Endpoint(ListenOptions(listen=f"localhost:{port}"), Metrics(), streams=1)
+            found.reverse()
+
+
+@pytest.mark.parametrize(
+    ("address", "why"), [("no.such.host.invalid:50300", ""), ("192.0.2.1:50300", "Cannot assign requested address")]
+)
+def test_an_address_of_another_machine(address, why):
+    with pytest.raises(ValueError, match=f"listen must be a free host:port of this machine, got '{address}': {why}"):
+        Endpoint(ListenOptions(listen=address, insecure=True), Metrics(), streams=1)
+
+
 def test_ports_of_ones_own_are_said():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -57,7 +80,7 @@ def test_ports_of_ones_own_are_said():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"metrics_port must be a free port, got {port}: Address already in use"):
             Endpoint(ListenOptions(listen="localhost:0", metrics_port=port), Metrics(), streams=1)
-        with pytest.raises(ValueError, match=f"listen must be a free host:port, got '127.0.0.1:{port}'"):
+        with pytest.raises(ValueError, match=f"listen .*, got '127.0.0.1:{port}': Address already in use"):
             Endpoint(ListenOptions(listen=f"127.0.0.1:{port}"), Metrics(), streams=1)
     endpoint = Endpoint(ListenOptions(listen="localhost:0", metrics_port=0), Metrics(), streams=1)
     try:

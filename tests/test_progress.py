@@ -1,5 +1,6 @@
 """What a person sees of a run while it trains."""
 
+import errno
 import io
 import re
 import warnings
@@ -10,6 +11,7 @@ import pytest
 import rich.console
 
 from msjax.distributed.channel import Clock
+from msjax.runs import plots
 from msjax.runs.progress import Pace, Progress
 
 RECORD = {"epoch": 1, "train": {"loss": 1.0, "top1_percent": 50.0}}
@@ -31,6 +33,28 @@ def test_the_first_step_of_a_shape_is_not_in_the_speed():
         clock.now += seconds
         pace.step(1, shape)
     assert pace.status(120) == "8 samples/s, 2.0 min left"
+
+
+def test_events_are_written_until_they_cannot_be(tmp_path, caplog, monkeypatch):
+    with plots.tensorboard(tmp_path / "a" / "b", first_epoch=1) as write:
+        write(RECORD)
+        (file,) = (tmp_path / "a" / "b").iterdir()
+        kept = file.read_bytes()
+        assert file.name.startswith("events.out.tfevents.") and b"train/top1_percent" in kept
+
+        def full(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
+            write(RECORD | {"epoch": 2})
+            write(RECORD | {"epoch": 3})
+    (tmp_path / "file").write_text("")
+    with plots.tensorboard(tmp_path / "file", first_epoch=1) as write:
+        write(RECORD)
+    assert [record.message.partition(": ")[0] for record in caplog.records] == [
+        "no TensorBoard events from here on"
+    ] * 2
 
 
 def test_time_left_counts_the_ends_of_epochs_but_the_first_which_compiles():

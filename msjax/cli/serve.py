@@ -103,6 +103,8 @@ def _new_run(default, name, arguments):
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
     cfg = check_early(cfg)
+    if cfg.compare:
+        raise ValueError("compare must be False where clients are programs of their own, got True")
     if cfg.clients_per_group is not None:
         raise ValueError(
             f"clients_per_group must be None where clients are programs of their own, got {cfg.clients_per_group}"

@@ -112,6 +112,10 @@ def _train(folder, cfg, run):
         if processes.is_first():
             print(f"interrupted and saved; continue with: {again}")
         return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{error}; once it can be, go on with: {again}") from error
     if processes.is_first():
         print_summaries(summaries)
     return 0

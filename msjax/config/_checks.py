@@ -24,6 +24,9 @@ _RANGES = {
     "seed": (0, MAX_SEED),
 }
 _POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha", "lora.alpha", "optim.clip_norm")
+_MOST = {"seed": MAX_SEED, "optim.warmup_epochs": 1e6, "model.width": 1e4}
+_MOST_WHOLE = 2**31 - 1
+"""Of all other whole numbers: steps are counted in 32 bits."""
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
 REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
@@ -42,6 +45,11 @@ def check(config: Any) -> None:
         if value is not None and not least <= value <= most:
             rule = f"at least {least}" if most == math.inf else f"in {least}..{most}"
             raise ValueError(f"{name} must be {rule}, got {value}")
+    for name, value, _ in _fields(config):
+        most = _MOST.get(name, _MOST_WHOLE)
+        for number in value if isinstance(value, tuple) else (value,):
+            if (isinstance(number, int) or name in _MOST) and number > most:
+                raise ValueError(f"{name} must be at most {most}, got {number}")
     for name in _POSITIVE:
         if (value := operator.attrgetter(name)(config)) is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")

@@ -213,10 +213,11 @@ class ServerRun:
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
         if self._held is not None:
-            self._missed(self._held.step, "a client has not saved before the next was due")
+            late = _names(self._held.waits_for)
+            self._missed(self._held.step, f"{late} had not saved theirs before the next was due, or could not")
             self._held = None
-        if not relayed and not all(it.request.saved for it in came.values()):
-            self._missed(exchange.step, "a client could not save")
+        if not relayed and (failed := [c for c, it in came.items() if not it.request.saved]):
+            self._missed(exchange.step, f"{_names(failed)} could not save theirs")
             return
         self._progress[_CLIENTS] = sorted(came)
         self._held = _Held(exchange.step, self._store.hold(self.party), set() if relayed else set(came))
@@ -242,8 +243,12 @@ class ServerRun:
             self._failed_save()
 
     def _missed(self, step, why):
-        log.warning("no checkpoint at step %d: %s", step, why)
+        log.warning("no checkpoint at step %d: %s; the clients' own logs say why", step, why)
         self._failed_save()
+
+
+def _names(clients):
+    return ("client " if len(clients) == 1 else "clients ") + ", ".join(map(str, sorted(clients)))
 
 
 def _info(schedule, exchange):

@@ -30,7 +30,7 @@ _IS_READ_ONLY = "Given directory is read only"
 _HAS_WAITED = "Waiting for previous save to complete took"
 
 
-_FAILED = ("Handler Commit operations", "Save Finalize thread")
+_FAILED = ("Handler Commit operations", "Save Finalize thread", "_SignalingThread")
 """In what Orbax logs, with a traceback, of a failed save."""
 _BEGINNING = threading.Lock()
 """Orbax numbers the saves of a program, and one that begins takes the last number for its own: so one does at a time.
@@ -104,8 +104,7 @@ class Checkpoints:
             with _BEGINNING, _without_warning(_HAS_WAITED):
                 self._manager.save(step, args=args)
         except _FAILURES as error:
-            self._give_up()
-            raise _as_os_error(error) from error
+            raise self._failed(error) from error
 
     def check(self) -> None:
         """Does nothing but say what went wrong with the last `save`, once it has; does not wait.
@@ -127,16 +126,17 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except _FAILURES as error:
-            self._give_up()
-            raise _as_os_error(error) from error
+            raise self._failed(error) from error
         self._writing = None
 
-    def _give_up(self):
-        """Forgets what could not be written, and makes room."""
+    def _failed(self, error):
+        """The error of what could not be written, which it forgets, and makes room."""
         step, self._writing = self._writing, None
         for folder in self._temporary(step):
             shutil.rmtree(folder, ignore_errors=True)
         self._manager.reload()  # it has crossed out those that this one was to replace
+        why = (str(error).splitlines() or [repr(error)])[0]
+        return OSError(f"the checkpoint of step {step} in {self._path} could not be written: {why}")
 
     def _is_there(self, step):
         return (self._path / str(step)).exists()
@@ -217,10 +217,6 @@ class Checkpoints:
 
 _FAILURES = (OSError, ValueError, RuntimeError)
 """A full disk comes as any of them."""
-
-
-def _as_os_error(error):
-    return OSError((str(error).splitlines() or [repr(error)])[0])
 
 
 @contextlib.contextmanager

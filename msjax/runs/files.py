@@ -24,12 +24,14 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes or rewrites a file; whoever reads it, and whatever happens, finds the old content or the new.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: it cannot be written; it names the file.
     """
     path = pathlib.Path(path)
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
+    except OSError as error:  # one that comes from writing names none
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

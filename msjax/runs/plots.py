@@ -2,11 +2,15 @@
 
 import contextlib
 import importlib.util
+import logging
 import pathlib
+import time
 from typing import Any
 
 from msjax.runs.progress import column_name
 from msjax.split.sent import total_bytes
+
+_log = logging.getLogger("msjax")
 
 
 def available() -> bool:
@@ -56,19 +60,49 @@ def draw_comparison(runs: list[tuple[str, list[dict[str, Any]]]], headline: str,
 
 @contextlib.contextmanager
 def tensorboard(path: pathlib.Path, *, first_epoch: int):
-    """Yields `write(record)`, which adds a finished epoch's record to TensorBoard events under `path`."""
-    from tensorboardX import SummaryWriter
+    """Yields `write(record)`, which adds a finished epoch's record to TensorBoard events under `path`.
 
-    # Events of epochs that a resumed run repeats are dropped.
-    writer = SummaryWriter(str(path), purge_step=first_epoch)
+    Where they cannot be written, it says so once, and training goes on without.
+    """
+    # Not by `SummaryWriter`, whose thread ends where the clock jumps, and whoever waits for it then waits for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 
-    def write(record: dict[str, Any]) -> None:
+    writer, failed = None, False
+
+    def attempt(events):
+        nonlocal failed
+        try:
+            if not failed:
+                events()
+        except OSError as error:
+            failed = True
+            _log.warning("no TensorBoard events from here on: %s", error)
+
+    def begin():
+        nonlocal writer
+        path.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(path / "events"))
+        # Events of epochs that a resumed run repeats are dropped.
+        writer.write_event(Event(wall_time=time.time(), step=first_epoch, file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=first_epoch, session_log=start))
+
+    def add(record):
         for group in ("train", "test", "traffic"):
             for name, value in record.get(group, {}).items():
-                writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+                summary = scalar(f"{group}/{name}", value)
+                writer.write_event(Event(wall_time=time.time(), step=record["epoch"], summary=summary))
         writer.flush()
 
+    def write(record: dict[str, Any]) -> None:
+        attempt(lambda: add(record))
+
+    attempt(begin)
     try:
         yield write
     finally:
-        writer.close()
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()

@@ -1,6 +1,9 @@
 """What gRPC servers have in common, and the one of a trained part."""
 
+import errno
 import logging
+import os
+import socket
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -41,6 +44,8 @@ def most_silent(streams: int) -> int:
 def open_port(server: grpc.Server | grpc.aio.Server, options: ListenOptions) -> Address:
     """Returns where a server listens from now on; raises ValueError where a port cannot be had."""
     address = parse_address("listen", options.listen, any_port=True)
+    if why := _is_taken(address):
+        raise ValueError(f"listen must be a free host:port of this machine, got {options.listen!r}: {why}")
     try:
         if options.tls:
             port = server.add_secure_port(str(address), options.tls.server())
@@ -48,8 +53,32 @@ def open_port(server: grpc.Server | grpc.aio.Server, options: ListenOptions) -> 
             port = server.add_insecure_port(str(address))
     except RuntimeError as error:
         reason = str(error).partition("; last error: ")[2] or str(error)
-        raise ValueError(f"listen must be a free host:port, got {options.listen!r}: {reason}") from None
+        raise ValueError(f"listen must be a free host:port of this machine, got {options.listen!r}: {reason}") from None
     return address._replace(port=port)
+
+
+def _is_taken(address):
+    """Why nobody can listen there, or None. Of several addresses of a name, gRPC takes those that it gets."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = list(dict.fromkeys(found))
+    except OSError as error:
+        return error.strerror
+    faults = []
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as one:
+                if os.name == "posix":  # as gRPC does: not taken by connections that have ended
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6 and socket.has_dualstack_ipv6():
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                one.bind(where)
+                one.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"{error.strerror}, {where[0]}"
+            faults.append(error.strerror)
+    return faults[0] if len(faults) == len(found) else None
 
 
 class Listening:
