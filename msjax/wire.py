@@ -140,7 +140,8 @@ def decode(
       max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded.
 
     Raises:
-      WireError: anything about `data` is wrong; it is the only exception, and no more than `max_bytes` is allocated,
+      TypeError: `data` is no bytes.
+      WireError: anything about these bytes is wrong; and no more than `max_bytes` is allocated,
         but for classes, which take up to eight bytes for each byte of codes while they are put in order, and planes,
         which take half as much again.
     """
