@@ -64,9 +64,8 @@ def _class_bytes(buffer, grid, all_counts):
     sizes = jnp.asarray(grid.sizes, jnp.uint8)
     sums = jnp.where((some.places > 0)[..., None], sizes[left] + sizes[above], jnp.uint8(0)).astype(jnp.int32)
     halves = sizes // 16 + sizes % 16 if grid.halves else 2 * sizes
-    mean = jnp.vdot(all_counts.astype(jnp.float32), halves.astype(jnp.float32)) / jnp.sum(all_counts).astype(
-        jnp.float32
-    )
+    weights = all_counts.astype(jnp.float32)
+    mean = jnp.vdot(weights, halves.astype(jnp.float32)) / jnp.sum(weights)
     levels, classes = _contexts.MOST_LEVELS, grid.classes(_contexts.MOST_LEVELS)
     thresholds = _contexts.thresholds_of(mean)
 

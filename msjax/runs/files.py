@@ -31,7 +31,9 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
-    except OSError as error:  # one that comes from writing names none
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        if error.errno is not None:  # one that comes from writing names no file, and that of opening the temporary one
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
