@@ -77,7 +77,8 @@ def fault_of_connection(
                 if _greets(address, certificate, key, authority, seconds):
                     return None
             except ssl.SSLCertVerificationError as error:
-                return f"the server's certificate: {error.verify_message}"
+                why = f", so it is not of tls.authority {authority!r}" if error.verify_code in _NO_ISSUER else ""
+                return f"the server's certificate: {error.verify_message}{why}"
             except ssl.SSLError as error:
                 return "the server does not speak TLS" if error.reason in _NO_TLS else None
             except _SpeaksTls:
@@ -96,6 +97,8 @@ def fault_of_connection(
     return None
 
 
+_NO_ISSUER = (18, 19, 20, 21)
+"""OpenSSL's codes of a certificate whose issuer is not among those that are trusted."""
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 
 
