@@ -223,7 +223,7 @@ def estimate_bytes(
     it may be half as much again or twice. Uncompressed to the rounding of a float32. Arguments and errors are those of
     `encode`; the payload's arrays are JAX's.
     """
-    arrays, like = jax.tree.leaves(payload), _checked_form(payload, codec, like, compression)
+    arrays, like = _checked(payload, codec, like, compression)
     grid = _contexts.grid_of(codec, like)
     total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * len(arrays))))
     for array in arrays:
@@ -242,22 +242,22 @@ def estimate_bytes(
 
 def _coded(payload, codec, like, compression):
     """(like as shape and dtype, the coding and the buffer of each array) of a payload, which is checked."""
-    like = _checked_form(payload, codec, like, compression)
-    arrays = [np.asarray(leaf) for leaf in payload_arrays(payload)]
+    arrays, like = _checked(payload, codec, like, compression)
     compression = _compression(codec, compression)
     grid = _contexts.grid_of(codec, like)
-    return like, [_buffers.code(array, compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
+    return like, [_buffers.code(np.asarray(array), compression, cut=codec.entropy_coded, grid=grid) for array in arrays]
 
 
-def _checked_form(payload, codec, like, compression):
-    """`like` as shape and dtype, once all that `encode` is given is checked."""
+def _checked(payload, codec, like, compression):
+    """The payload's arrays, and `like` as shape and dtype, once all that `encode` is given is checked."""
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}, got {compression!r}")
     like = form_of(like)
     if len(like.shape) > _MAX_AXES or max(like.shape, default=0) >= 1 << 32:
         raise ValueError(f"like must have at most {_MAX_AXES} axes of less than 2^32, got shape {list(like.shape)}")
-    check_payload(codec, like, _layout(codec, like), payload_arrays(payload))
-    return like
+    arrays = payload_arrays(payload)
+    check_payload(codec, like, _layout(codec, like), arrays)
+    return arrays, like
 
 
 def _message(reader, codec, like, layout, codings, nominal, size):

@@ -229,6 +229,16 @@ def test_slots_of_any_integers(dtype, samples, slots, seen, unchecked):
         assert_same(traced[1], state)
 
 
+def test_on_a_mesh_with_explicit_axes(unchecked):
+    mesh = jax.make_mesh((2,), ("data",))
+    memory, h, slots = FeatureMemory(Uniform(bits=4)), jax.random.normal(jax.random.key(0), (4, 6)), jnp.arange(4)
+    spread = jax.device_put(h, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None)))
+    payload, state = memory.encode(spread, memory.init(np.int64(5), spread), slots)
+    assert_same((payload, state), memory.encode(h, memory.init(5, h), slots))
+    decoded, _ = memory.decode(payload, memory.init(5, h), slots, like=spread)
+    np.testing.assert_array_equal(decoded, state.values[:4])
+
+
 @pytest.mark.parametrize("base", (Uniform(bits=4), StochasticUniform(bits=4)), ids=case_id)
 def test_both_ends_are_equal_where_each_call_is_a_program(base):
     memory, h, slots = FeatureMemory(base), jax.random.normal(jax.random.key(0), (4, 6)), jnp.arange(4)
@@ -317,7 +327,11 @@ def test_wrong_arguments(unchecked):
         (lambda: memory.decode(payload, state._replace(seen=slots), slots, h), ValueError, "state must be .* int32"),
         (lambda: memory.decode(payload._replace(sent=slots), state, slots, h), ValueError, r"sent must be uint8\[1\]"),
         (lambda: memory.encode(np.zeros((4, 3)), state, slots, key), TypeError, "h must be one of float32, .* float64"),
-        (lambda: memory.encode(h, None, slots, key), TypeError, "state must be a MemoryState, got NoneType"),
+        (
+            lambda: memory.encode(h, None, slots, key),
+            TypeError,
+            "state must be a MemoryState, or its two arrays, got",
+        ),
         (lambda: memory.is_sent(payload, jnp.ones((40, 3))), ValueError, r"payload.sent must be uint8\[5\], got uint8"),
         (lambda: memory.init(0, h), ValueError, "samples must be an integer in 1..2147483647, got 0"),
         (lambda: memory.init(2, h.astype(int)), TypeError, "h must be one of float32"),

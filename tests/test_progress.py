@@ -40,7 +40,8 @@ def test_events_are_written_until_they_cannot_be(tmp_path, caplog, monkeypatch):
         write(RECORD)
         (file,) = (tmp_path / "a" / "b").iterdir()
         kept = file.read_bytes()
-        assert file.name.startswith("events.out.tfevents.") and b"train/top1_percent" in kept
+        assert file.name.startswith("events.out.tfevents.") and kept.count(b"train/top1_percent") == 1
+        assert b"\x10\x01:\x02\x08\x01" in kept, "the start of a session at step 1, from where events are dropped"
 
         def full(self):
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -17,6 +17,7 @@ from msjax.cli.options import (
     with_places,
 )
 from msjax.runs import RunFolder
+from msjax.runs.checkpoints import NotSavedError
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
 from msjax.training import processes
@@ -112,9 +113,7 @@ def _train(folder, cfg, run):
         if processes.is_first():
             print(f"interrupted and saved; continue with: {again}")
         return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
+    except NotSavedError as error:
         raise OSError(f"{error}; once it can be, go on with: {again}") from error
     if processes.is_first():
         print_summaries(summaries)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -56,7 +57,7 @@ class Codec(abc.ABC):
           key: a JAX random key; needed by random codecs alone.
 
         Raises:
-          TypeError: `h` is no array, has another dtype, or has a mask; `key` is no array.
+          TypeError: `h` is no array, has another dtype, or has a mask; `key` is needed and no array.
           ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
         """
         return _encode(self, as_jax(self._checked(h, key)), key)
@@ -191,7 +192,7 @@ class Codec(abc.ABC):
         check_array(h, FLOAT_DTYPES)
         if self.needs_key and key is None:
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
-        if not (key is None or key is ... or hasattr(key, "dtype")):
+        if self.needs_key and key is not ... and not hasattr(key, "dtype"):
             raise TypeError(f"key must be a JAX random key, got {type(key).__name__}")
 
 
@@ -201,31 +202,31 @@ _program = functools.partial(jax.jit, inline=True)
 
 @functools.partial(_program, static_argnames="codec")
 def _encode(codec, h, key):
-    return _on_any_mesh(functools.partial(_encode_as_said, codec), h, key)
+    return on_any_mesh(functools.partial(_encode_as_said, codec), h, key)
 
 
 @functools.partial(_program, static_argnames=("codec", "like"))
 def _decode(codec, payload, like):
-    return _on_any_mesh(lambda payload: _decode_as_said(codec, payload, like), payload)
+    return on_any_mesh(lambda payload: _decode_as_said(codec, payload, like), payload)
 
 
 @functools.partial(_program, static_argnames="codec")
 def _roundtrip(codec, h, key):
-    return _on_any_mesh(codec._roundtrip, h, key, as_first=True)
+    return on_any_mesh(codec._roundtrip, h, key, as_first=True)
 
 
 @functools.partial(_program, static_argnames="codec")
 def _take_kept(codec, payload, g):
-    return _on_any_mesh(lambda g, payload: codec._take_kept(payload, g), g, payload)
+    return on_any_mesh(lambda g, payload: codec._take_kept(payload, g), g, payload)
 
 
 @functools.partial(_program, static_argnames=("codec", "like"))
 def _put_kept(codec, payload, kept, like):
-    return _on_any_mesh(lambda kept, payload: codec._put_kept(payload, kept, like), kept, payload)
+    return on_any_mesh(lambda kept, payload: codec._put_kept(payload, kept, like), kept, payload)
 
 
-def _on_any_mesh(fun, *args, as_first=False):
-    """`fun(*args)`; where an argument is on a mesh with explicit axes, XLA decides what is where on the way.
+def on_any_mesh(fun: Callable[..., Any], *args: Any, as_first: bool = False) -> Any:
+    """Returns `fun(*args)`; where an argument is on a mesh with explicit axes, XLA decides what is where on the way.
 
     Then each device has the whole result or, with `as_first`, its part of it, as of the first argument.
     """

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from msjax.compress import _bits, _finite, _random, _select
 from msjax.compress._arrays import shaped
+from msjax.compress._codec import on_any_mesh
 from msjax.compress._options import check_choice, check_ratio
 from msjax.compress._step_choice import DEFAULT_ERROR, choose_step
 from msjax.compress._vector_codec import VectorCodec
@@ -262,7 +263,10 @@ class EntropyMask(VectorCodec):
 
 @functools.partial(jax.jit, inline=True, static_argnames="codec")
 def _encode_at_bits(codec, h, bits, key):
-    return codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
+    def encode(h, bits, key):
+        return codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
+
+    return on_any_mesh(encode, h, bits, key)
 
 
 def _is_number(value):

@@ -13,8 +13,8 @@ from jaxtyping import Array, Shaped
 
 from msjax.compress import _bits, _finite
 from msjax.compress._arrays import FLOAT_DTYPES, check_array, form_of, payload_arrays, shaped
-from msjax.compress._codec import Codec
-from msjax.compress._options import check_choice, check_integer
+from msjax.compress._codec import Codec, on_any_mesh
+from msjax.compress._options import check_choice, check_integer, plain
 
 
 class MemoryState(NamedTuple):
@@ -116,7 +116,7 @@ class FeatureMemory:
           ValueError: `samples` is no such number, or `like` has no batch axis.
         """
         like = self._form(like)
-        check_integer("samples", samples, 1, 2**31 - 1)
+        check_integer("samples", plain(samples, "int"), 1, 2**31 - 1)
         return MemoryState(jnp.zeros((samples, *like.shape[1:]), self.dtype), jnp.zeros(samples, jnp.bool_))
 
     def memory_bytes(self, samples: int, like: Any) -> int:
@@ -207,8 +207,8 @@ class FeatureMemory:
 
     def _checked(self, like, state, slots):
         """State and slots as JAX's arrays, which fit features like `like`; slots as int32, N of those outside."""
-        if not (isinstance(state, tuple) and len(state) == 2):
-            raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
+        if not (isinstance(state, tuple | list) and len(state) == 2):
+            raise TypeError(f"state must be a MemoryState, or its two arrays, got {type(state).__name__}")
         values, seen = map(jnp.asarray, state)
         wanted = (*seen.shape, *like.shape[1:])
         if seen.ndim != 1 or seen.dtype != jnp.bool_ or (values.shape, values.dtype.name) != (wanted, self.dtype):
@@ -231,6 +231,10 @@ class FeatureMemory:
 @functools.partial(jax.jit, static_argnames="memory", inline=True)
 def _send(memory, h, state, slots, key):
     """(payload, what it decodes to, state after it)."""
+    return on_any_mesh(functools.partial(_sent_and_kept, memory), h, state, slots, key)
+
+
+def _sent_and_kept(memory, h, state, slots, key):
     held, seen = _recall(state, slots)
     given = h.astype(jnp.float32)
     change = jnp.where(_beside(seen, h), _sum(given, -held, h.dtype), given)
@@ -249,6 +253,10 @@ def _send(memory, h, state, slots, key):
 
 @functools.partial(jax.jit, static_argnames="memory", inline=True)
 def _receive(memory, decoded, sent, state, slots):
+    return on_any_mesh(functools.partial(_received_and_kept, memory), decoded, sent, state, slots)
+
+
+def _received_and_kept(memory, decoded, sent, state, slots):
     held, seen = _recall(state, slots)
     sent = _bits.unpack(sent, 1, decoded.shape[0]) == 1
     return _update(memory, decoded, held, seen, sent, state, slots)

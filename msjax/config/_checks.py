@@ -24,9 +24,14 @@ _RANGES = {
     "seed": (0, MAX_SEED),
 }
 _POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha", "lora.alpha", "optim.clip_norm")
-_MOST = {"seed": MAX_SEED, "optim.warmup_epochs": 1e6, "model.width": 1e4}
 _MOST_WHOLE = 2**31 - 1
-"""Of all other whole numbers: steps are counted in 32 bits."""
+"""Of whole numbers but the seed, of which some are counted in 32 bits."""
+_MOST = {
+    "optim.warmup_epochs": 1e6,
+    "model.width": 1e4,
+    **dict.fromkeys(("optim.learning_rate", "optim.weight_decay", "optim.gamma", "optim.clip_norm"), 1e30),
+}
+"""Of others, which are float32 in the end, or made whole."""
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
 REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
@@ -45,10 +50,10 @@ def check(config: Any) -> None:
         if value is not None and not least <= value <= most:
             rule = f"at least {least}" if most == math.inf else f"in {least}..{most}"
             raise ValueError(f"{name} must be {rule}, got {value}")
-    for name, value, _ in _fields(config):
-        most = _MOST.get(name, _MOST_WHOLE)
+    for name, value, kind in _fields(config):
+        most = MAX_SEED if name == "seed" else _MOST_WHOLE if int in _kinds(kind) else _MOST.get(name, math.inf)
         for number in value if isinstance(value, tuple) else (value,):
-            if (isinstance(number, int) or name in _MOST) and number > most:
+            if isinstance(number, int | float) and number > most:
                 raise ValueError(f"{name} must be at most {most}, got {number}")
     for name in _POSITIVE:
         if (value := operator.attrgetter(name)(config)) is not None and not value > 0:
@@ -95,6 +100,11 @@ def _fields(config, prefix=""):
         yield prefix + field.name, value, field.type
         if dataclasses.is_dataclass(field.type) and isinstance(value, field.type):
             yield from _fields(value, f"{field.name}.")
+
+
+def _kinds(kind):
+    """The types of a field's type that has several, or of a tuple's members."""
+    return (kind, *(one for arg in typing.get_args(kind) for one in _kinds(arg)))
 
 
 def _fits(value, kind):

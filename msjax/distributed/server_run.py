@@ -214,10 +214,10 @@ class ServerRun:
             return
         if self._held is not None:
             late = _names(self._held.waits_for)
-            self._missed(self._held.step, f"{late} had not saved theirs before the next was due, or could not")
+            self._missed(self._held.step, f"{late} could not save, or not before the next was due")
             self._held = None
         if not relayed and (failed := [c for c, it in came.items() if not it.request.saved]):
-            self._missed(exchange.step, f"{_names(failed)} could not save theirs")
+            self._missed(exchange.step, f"{_names(failed)} could not save")
             return
         self._progress[_CLIENTS] = sorted(came)
         self._held = _Held(exchange.step, self._store.hold(self.party), set() if relayed else set(came))

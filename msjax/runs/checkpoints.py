@@ -46,6 +46,10 @@ class DamagedError(OSError):
     """A checkpoint's files are not what was written."""
 
 
+class NotSavedError(OSError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints in one folder: a tree of arrays each, and what else is to be remembered, as JSON.
 
@@ -136,7 +140,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         self._manager.reload()  # it has crossed out those that this one was to replace
         why = (str(error).splitlines() or [repr(error)])[0]
-        return OSError(f"the checkpoint of step {step} in {self._path} could not be written: {why}")
+        return NotSavedError(f"the checkpoint of step {step} in {self._path} could not be written: {why}")
 
     def _is_there(self, step):
         return (self._path / str(step)).exists()

@@ -1,5 +1,6 @@
 """Small files: JSON that any reader takes, written atomically."""
 
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,8 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno is not None:  # one that comes from writing names no file, and that of opening the temporary one
-            error.filename = str(path)
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -77,7 +77,9 @@ def fault_of_connection(
                 if _greets(address, certificate, key, authority, seconds):
                     return None
             except ssl.SSLCertVerificationError as error:
-                why = f", so it is not of tls.authority {authority!r}" if error.verify_code in _NO_ISSUER else ""
+                why = ""
+                if error.verify_code in _NO_ISSUER:
+                    why = f": tls.authority {authority!r} is another, or the server sends no certificates between"
                 return f"the server's certificate: {error.verify_message}{why}"
             except ssl.SSLError as error:
                 return "the server does not speak TLS" if error.reason in _NO_TLS else None

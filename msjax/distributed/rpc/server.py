@@ -62,8 +62,8 @@ def _is_taken(address):
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         found = list(dict.fromkeys(found))
-    except OSError as error:
-        return error.strerror
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
     faults = []
     for family, kind, protocol, _, where in found:
         try:
@@ -77,7 +77,7 @@ def _is_taken(address):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return f"{error.strerror}, {where[0]}"
-            faults.append(error.strerror)
+            faults.append(error.strerror or str(error))
     return faults[0] if len(faults) == len(found) else None
 
 
