@@ -337,7 +337,7 @@ def test_on_a_mesh_with_explicit_axes(codec):
     assert same(roundtrip, want) and same(codec.decode(payload, spread), want)
     if codec.entropy_coded:
         at_bits = codec.encode_at_bits
-        assert all(map(same, at_bits(spread, 1.5), at_bits(h, 1.5)))
+        assert all(map(same, at_bits(spread, jnp.float32(1.5)), at_bits(h, jnp.float32(1.5))))
     kept = codec.put_kept(payload, codec.take_kept(payload, spread), spread)
     assert same(kept, codec.put_kept(payload, codec.take_kept(payload, h), h))
     loss = lambda h, g: (compress.straight_through(codec, h, grad_codec=codec) * g).sum()  # noqa: E731
