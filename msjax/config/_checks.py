@@ -29,7 +29,7 @@ _MOST_WHOLE = 2**31 - 1
 _MOST = {
     "optim.warmup_epochs": 1e6,
     "model.width": 1e4,
-    **dict.fromkeys(("optim.learning_rate", "optim.weight_decay", "optim.gamma", "optim.clip_norm"), 1e30),
+    **dict.fromkeys(("optim.learning_rate", "optim.weight_decay", "optim.gamma", "optim.clip_norm"), 3e38),
 }
 """Of others, which are float32 in the end, or made whole."""
 _CUTS = ("model.cut", "mode.tail_cut")
