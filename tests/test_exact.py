@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msjax import compress, wire
-from msjax.compress import Exact
+from msjax.compress import Exact, straight_through
 from msjax.compress._exact import EXACT_DTYPES
 
 SHAPES = [(3, 5), (0,), (2, 0, 3), (8,), ()]
@@ -49,7 +49,7 @@ def test_floats_are_refused(dtype):
 
 def test_integers_that_jax_would_cut_off_are_refused(unchecked):
     h = np.array([2**40, 1])
-    for call in (Exact().encode, Exact().roundtrip):
+    for call in (Exact().encode, Exact().roundtrip, lambda h: straight_through(Exact(), h)):
         with pytest.raises(TypeError, match="h must be int32 where jax_enable_x64 is off, got int64"):
             call(h)
     np.testing.assert_array_equal(Exact().encode_numpy(h)[0], h)

@@ -3,9 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from msjax.compress._arrays import as_jax
 from msjax.compress._codec import Codec
 
 
@@ -50,7 +50,7 @@ def straight_through(
             raise TypeError(f"{name} must be a Codec, got {value!r}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
-    return _straight_through(codec, jnp.asarray(codec._checked(h, key)), key, grad_codec, kept_only)
+    return _straight_through(codec, as_jax(codec._checked(h, key)), key, grad_codec, kept_only)
 
 
 def downlink_key(key: jax.Array | None) -> jax.Array | None:

@@ -25,13 +25,14 @@ _RANGES = {
 }
 _POSITIVE = ("optim.learning_rate", "optim.gamma", "model.width", "data.alpha", "lora.alpha", "optim.clip_norm")
 _MOST_WHOLE = 2**31 - 1
-"""Of whole numbers but the seed, of which some are counted in 32 bits."""
+"""Of whole numbers, of which some are counted in 32 bits, where `_MOST` has no other."""
 _MOST = {
+    "seed": MAX_SEED,
     "optim.warmup_epochs": 1e6,
     "model.width": 1e4,
     **dict.fromkeys(("optim.learning_rate", "optim.weight_decay", "optim.gamma", "optim.clip_norm"), 3e38),
 }
-"""Of others, which are float32 in the end, or made whole."""
+"""The largest values of these; those that are not whole become float32, or whole numbers."""
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
 REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
@@ -51,7 +52,7 @@ def check(config: Any) -> None:
             rule = f"at least {least}" if most == math.inf else f"in {least}..{most}"
             raise ValueError(f"{name} must be {rule}, got {value}")
     for name, value, kind in _fields(config):
-        most = MAX_SEED if name == "seed" else _MOST_WHOLE if int in _kinds(kind) else _MOST.get(name, math.inf)
+        most = _MOST.get(name, _MOST_WHOLE if int in _kinds(kind) else math.inf)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and number > most:
                 raise ValueError(f"{name} must be at most {most}, got {number}")

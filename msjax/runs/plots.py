@@ -1,6 +1,7 @@
 """Pictures of a run, and TensorBoard events."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import pathlib
@@ -71,11 +72,11 @@ def tensorboard(path: pathlib.Path, *, first_epoch: int):
 
     writer, failed = None, False
 
-    def attempt(events):
+    def attempt(act, *args):
         nonlocal failed
         try:
             if not failed:
-                events()
+                act(*args)
         except OSError as error:
             failed = True
             _log.warning("no TensorBoard events from here on: %s", error)
@@ -96,12 +97,9 @@ def tensorboard(path: pathlib.Path, *, first_epoch: int):
                 writer.write_event(Event(wall_time=time.time(), step=record["epoch"], summary=summary))
         writer.flush()
 
-    def write(record: dict[str, Any]) -> None:
-        attempt(lambda: add(record))
-
     attempt(begin)
     try:
-        yield write
+        yield functools.partial(attempt, add)
     finally:
         if writer is not None:
             with contextlib.suppress(OSError):

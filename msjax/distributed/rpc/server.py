@@ -44,20 +44,20 @@ def most_silent(streams: int) -> int:
 def open_port(server: grpc.Server | grpc.aio.Server, options: ListenOptions) -> Address:
     """Returns where a server listens from now on; raises ValueError where a port cannot be had."""
     address = parse_address("listen", options.listen, any_port=True)
-    if why := _is_taken(address):
-        raise ValueError(f"listen must be a free host:port of this machine, got {options.listen!r}: {why}")
-    try:
-        if options.tls:
-            port = server.add_secure_port(str(address), options.tls.server())
-        else:
-            port = server.add_insecure_port(str(address))
-    except RuntimeError as error:
-        reason = str(error).partition("; last error: ")[2] or str(error)
-        raise ValueError(f"listen must be a free host:port of this machine, got {options.listen!r}: {reason}") from None
-    return address._replace(port=port)
+    why = _why_not_free(address)
+    if why is None:
+        try:
+            if options.tls:
+                port = server.add_secure_port(str(address), options.tls.server())
+            else:
+                port = server.add_insecure_port(str(address))
+            return address._replace(port=port)
+        except RuntimeError as error:
+            why = str(error).partition("; last error: ")[2] or str(error)
+    raise ValueError(f"listen must be a free host:port of this machine, got {options.listen!r}: {why}")
 
 
-def _is_taken(address):
+def _why_not_free(address):
     """Why nobody can listen there, or None. Of several addresses of a name, gRPC takes those that it gets."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
