@@ -75,7 +75,7 @@ from msjax import compress
 from msjax.compress import _buffers, _contexts
 from msjax.compress._arrays import form_of, payload_arrays
 from msjax.compress._class_bytes import plane_bytes, shortest_bytes
-from msjax.compress._codec import check_payload
+from msjax.compress._codec import check_payload, on_any_mesh
 from msjax.compress._exact import EXACT_DTYPES
 
 VERSION = 4
@@ -224,20 +224,33 @@ def estimate_bytes(
     `encode`; the payload's arrays are JAX's.
     """
     arrays, like = _checked(payload, codec, like, compression)
-    grid = _contexts.grid_of(codec, like)
-    total = jnp.float32(_PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * len(arrays))))
-    for array in arrays:
-        raw = array.size * array.dtype.itemsize
-        if array.dtype == jnp.uint8 and _compression(codec, compression) is not None:
-            total += shortest_bytes(array.reshape(-1), _buffers.grid_for(raw, grid))
-        elif codec.entropy_coded and array.size:
-            last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
-            total += (last * array.dtype.itemsize).astype(jnp.float32)
-        elif compression == "all" and _buffers.has_planes(array.dtype) and array.size:
-            total += jnp.minimum(jnp.float32(raw), plane_bytes(array))
-        else:
-            total += raw
-    return total
+    compression = _compression(codec, compression)
+    coded = [array for array in arrays if _is_estimated(array, codec, compression)]
+    nbytes = sum(array.nbytes for array in arrays) - sum(array.nbytes for array in coded)
+    nbytes += _PREFIX.size + len(_header(codec, like, [(_buffers.RAW, 0)] * len(arrays)))
+    return jnp.float32(nbytes) + (_estimated(coded, codec, like) if coded else jnp.float32(0))
+
+
+def _is_estimated(array, codec, compression):
+    """Whether the bytes of a buffer depend on what is in it."""
+    codes = array.dtype == jnp.uint8 and compression is not None
+    floats = codec.entropy_coded or (compression == "all" and _buffers.has_planes(array.dtype))
+    return array.size > 0 and (codes or floats)
+
+
+@functools.partial(jax.jit, inline=True, static_argnames=("codec", "like"))
+def _estimated(arrays, codec, like):
+    """About the bytes of all buffers that are coded."""
+    return sum(on_any_mesh(functools.partial(_estimated_buffer, codec, like), array) for array in arrays)
+
+
+def _estimated_buffer(codec, like, array):
+    if array.dtype == jnp.uint8:
+        return shortest_bytes(array.reshape(-1), _buffers.grid_for(array.nbytes, _contexts.grid_of(codec, like)))
+    if codec.entropy_coded:
+        last = jnp.max(jnp.where(array.reshape(-1) != 0, jnp.arange(1, array.size + 1, dtype=jnp.int32), 0))
+        return (last * array.dtype.itemsize).astype(jnp.float32)
+    return jnp.minimum(jnp.float32(array.nbytes), plane_bytes(array))
 
 
 def _coded(payload, codec, like, compression):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msjax import compress
+from msjax import compress, wire
 from msjax.compress import (
     Cast,
     EntropyMask,
@@ -333,6 +333,7 @@ def test_on_a_mesh_with_explicit_axes(codec):
     payload = codec.encode(spread)
     for got, want in zip(payload, codec.encode(h), strict=True):
         assert same(got, want)
+    assert same(wire.estimate_bytes(payload, codec, spread), wire.estimate_bytes(payload, codec, h))
     want = codec.roundtrip(h)
     assert same(roundtrip, want) and same(codec.decode(payload, spread), want)
     if codec.entropy_coded:
