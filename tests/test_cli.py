@@ -141,6 +141,8 @@ IN_THE_WAY = "must be a folder that can be written to, got 'file"
         ("serve", ["--resume", ""], "resume must be a path, got ''"),
         ("train", ["--model.weights", "."], "model.weights must be a file that can be read, got '.': Is a directory"),
         ("serve", ["--part", "."], "part must be a file that can be read, got '.': Is a directory"),
+        ("serve", ["--part", "a", "--resume", "b"], "--part takes no run, got also --resume or --name"),
+        ("serve", ["--part", "a", "--name", "b"], "--part takes no run, got also --resume or --name"),
         ("serve", ["--part", ""], "part must be a path, got ''"),
         ("serve", ["--tokens", "."], "tokens must be a file that can be read, got '.': Is a directory"),
         ("serve", ["--tokens=~/none"], "tokens must be a file that can be read, got '~/none': No such file"),
@@ -217,7 +219,12 @@ GOOD = {
             ["serve", "--resume", "a"],
             "a/serve.json must be options of msjax serve, but it is",
         ),
-        ("config.json", "{", ["train", "--resume", "a"], "a/config.json: Expecting property name"),
+        (
+            "config.json",
+            "{",
+            ["train", "--resume", "a"],
+            "a/config.json must be a config in JSON, but it is damaged: Expecting",
+        ),
         ("config.json", "[]", ["eval", "a"], "a/config.json: config must be an object with fields, got []"),
         (
             "summary.json",

@@ -63,6 +63,7 @@ def test_save_and_load(tmp_path):
         ("data.alpha", float("inf"), "data.alpha must be a finite number or None, got inf"),
         ("data.mean", "grey", "data.mean must be a tuple of finite numbers or None, got 'grey'"),
         ("data.mean", [0.5, "x"], "data.mean must be a tuple of finite numbers or None"),
+        ("data.classes", ["a", "b", "a"], r"data.classes must be different names, got \('a', 'b', 'a'\)"),
         ("data.test_share", 1.0, "data.test_share must be above 0 and below 1, got 1.0"),
         ("data.image_size", 0, "data.image_size must be at least 1, got 0"),
         ("optim.gamma", -1.0, "optim.gamma must be above 0, got -1.0"),
@@ -124,7 +125,10 @@ def test_presets_values_of_another_type_are_named(unchecked):
 
 def test_damaged_files_are_named(tmp_path):
     file = tmp_path / "config.json"
-    for text, message in (("{", "config.json: Expecting"), ("[]", r"config must be an object with fields, got \[\]")):
+    for text, message in (
+        ("{", "config.json must be a config in JSON, but it is damaged: Expecting"),
+        ("[]", r"config must be an object with fields, got \[\]"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             config.load(file)

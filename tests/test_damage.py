@@ -50,9 +50,10 @@ def test_a_file_that_is_gone_or_of_no_use(saved):
     largest(folder / "20").unlink()
     with pytest.raises(DamagedError, match="step 20 is damaged"):
         checkpoints.restore(20, TREE)
-    (folder / "10" / "checksums.json").write_text("{")
-    with pytest.raises(DamagedError, match=r"step 10 is damaged \(checksums.json\)"):
-        checkpoints.restore(10, TREE)
+    for damaged in ("{", "[]"):
+        (folder / "10" / "checksums.json").write_text(damaged)
+        with pytest.raises(DamagedError, match=r"step 10 is damaged \(checksums.json\)"):
+            checkpoints.restore(10, TREE)
     (folder / "10" / "checksums.json").unlink()  # as of a run of before there were any
     assert checkpoints.restore(10, TREE)[1] == {"step": 10}
 

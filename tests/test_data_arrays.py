@@ -196,6 +196,26 @@ def test_a_share_is_set_aside_of_each_class_alike():
     assert len(data.from_arrays((inputs, labels)).test) == 0
 
 
+def test_names_of_classes(tmp_path, unchecked):
+    names = ("a", "b", "c", "d", "e")
+    np.savez(tmp_path / "own.npz", x=TABLE, y=CLASSES)
+    found = build.load_data(config.Config(data=config.DataConfig(str(tmp_path / "own.npz"), classes=names)))
+    assert found.classes == names and found.num_classes == 5 > CLASSES.max() + 1
+    for wrong in ("cat", (), ("a", "a"), ("a", ""), (1, 2)):
+        with pytest.raises(data.DataError, match="classes must be the different names of all classes, in order, got "):
+            data.from_arrays((TABLE, CLASSES), classes=wrong)
+    with pytest.raises(data.DataError, match="classes of arrays must be as many as num_classes, 3, got 5"):
+        data.from_arrays((TABLE, CLASSES), classes=names, num_classes=3)
+    for cfg in (
+        config.Config(data=config.DataConfig(classes=names)),
+        config.Config(data=config.DataConfig("own.npz", classes=names), task=config.TaskConfig("regression")),
+        config.Config(data=config.DataConfig("own.txt", classes=names)),
+        config.Config(data=config.DataConfig(":load", classes=names)),
+    ):
+        with pytest.raises(ValueError, match=r"data.classes must be \(\) with .*, got \('a', 'b', 'c', 'd', 'e'\)"):
+            build.load_data(cfg)
+
+
 BAD = {
     r"labels must be in 0..2 \(num_classes is 3\), got 5 at index 7": ((TABLE, np.r_[CLASSES[:7], 5, CLASSES[8:]]), 3),
     r"train labels must be in 0..\d \(num_classes is \d\), got -1 at index 2": ((TABLE, [0, 1, -1] + [1] * 17), None),

@@ -50,8 +50,13 @@ def test_train_and_test_folders(animals):
     ds = data.from_image_folder(animals, image_size=8)
     assert ds.num_classes == 2 and len(ds.train) == 18 and ds.test_labels.tolist() == [1, 1]
     (animals / "val" / "dog").rename(animals / "val" / "cow")
-    with pytest.raises(data.DataError, match=r"val must have classes that there are to train on \(cat, dog\), got cow"):
+    wrong = r"val must have classes that are given or are there to train on \(cat, dog\), got cow"
+    with pytest.raises(data.DataError, match=wrong):
         data.from_image_folder(animals, image_size=8)
+    names = ["ant", "cat", "cow", "dog"]
+    ds = data.from_image_folder(animals, image_size=8, classes=names)
+    assert ds.num_classes == 4 and ds.classes == tuple(names)
+    assert set(ds.train_labels) == {1, 3} and ds.test_labels.tolist() == [2, 2]
 
 
 def test_images_are_turned_and_flattened(tmp_path):

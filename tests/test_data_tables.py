@@ -168,6 +168,30 @@ def test_parties_whose_columns_differ_do_not_agree(people, tmp_path):
     assert agreement.differences(descriptions[0], descriptions[2]) == ""
 
 
+def test_classes_that_not_every_client_has(people, tmp_path):
+    """Clients that number other classes alike do not agree; those that name all do, and number each as the others."""
+    _, frame = people
+
+    def described(grades, **options):
+        frame.assign(grade=np.resize(grades, 40)).to_csv(tmp_path / "own.csv", index=False)
+        ds = data.from_csv(tmp_path / "own.csv", label="grade", test_share=None, **options)
+        text = agreement.describe(types.SimpleNamespace(describe=dict), build.DataSummary.of(ds))
+        assert "bad" not in text
+        return ds.train_labels[:2].tolist(), agreement.parse(text)
+
+    (good_bad, one), (good_fair, other) = described(["good", "bad"]), described(["good", "fair"])
+    assert good_bad == [1, 0] and good_fair == [1, 0]
+    assert agreement.differences(one, other).startswith("hash of class names is ")
+    (good_bad, one), (good_fair, other) = (
+        described(grades, classes=("good", "fair", "bad")) for grades in (["good", "bad"], ["good", "fair"])
+    )
+    assert good_bad == [0, 2] and good_fair == [0, 1] and agreement.differences(one, other) == ""
+    with pytest.raises(
+        data.DataError, match=r"'grade' must be one of the classes .*\(good, fair\), got 'bad' in row 2"
+    ):
+        described(["good", "bad"], classes=("good", "fair"))
+
+
 def test_errors(people, tmp_path, monkeypatch, unchecked):
     path, _ = people
     with pytest.raises(data.DataError, match="the table has no column 'label'; it has second, age, "):
@@ -213,6 +237,9 @@ def test_integers_are_classes_where_a_command_classifies(tmp_path):
     found = build_("classification")
     assert found.num_classes == 3 and found.classes == ("1", "2", "3") and set(found.train.labels()) == {0, 1, 2}
     assert build_("regression").num_classes is None
+    named = config.DataConfig(str(path), label="y", classes=("0", "1", "2", "3"))
+    found = build.load_data(config.Config(data=named))
+    assert found.classes == named.classes and set(found.train.labels()) == {1, 2, 3}
     path.write_text("a,y\n" + "".join(f"{n}.5,{n}\n" for n in range(150)))
     assert build_("classification").num_classes is None
     path.write_text("a,y\n" + "".join(f"{n}.5,{n % 3 + 0.5}\n" for n in range(30)))

@@ -11,10 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from msjax import build, compress, config, models, parts
 from msjax.distributed import inference
+from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.split.payloads import PayloadSpec
@@ -193,6 +195,19 @@ def test_a_clients_part_does_not_serve(tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match="part must be that of a server, got that of a client"):
         inference.InferenceServicer(parts.load_part(tmp_path / "client.safetensors"), Tokens(None), Metrics())
+
+
+def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path):
+    make(tmp_path)
+    with served(tmp_path) as address:
+        connection = Connection(address, TlsFiles(), None)
+        try:
+            connection.send(pb.FromClient())
+            with pytest.raises(ConnectionLost, match=rf"^{address}: .* training one \(msjax serve\)") as caught:
+                connection.receive(20)
+        finally:
+            connection.close()
+    assert caught.value.final
 
 
 def test_tokens(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.coordinator import Stopped
+from msjax.distributed.inference import RemoteServer
 from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
@@ -198,6 +199,10 @@ def test_a_message_that_is_too_long_is_not_repeated(tmp_path):
     with Net(tmp_path, max_megabytes=1) as net:
         lost = answer_to(net.address, hello(), pb.FromClient(request=pb.Request(payload=[bytes(2 << 20)])))
         assert "larger than max" in str(lost) and lost.final
+        there = RemoteServer(net.address)
+        with pytest.raises(Refused, match=rf"^{net.address}: .* a trained part \(msjax serve --part\)"):
+            there.describe()
+        there.close()
         lost = answer_to(net.address, pb.FromClient(goodbye=pb.Goodbye()))
         assert "the first message must be Hello" in str(lost) and lost.final
 

@@ -15,6 +15,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     Raises:
       ValueError, data.DataError: it cannot be had.
     """
+    check_classes(cfg)
     if config.is_reference(cfg.data.name):
         if cfg.data.missing != "refuse":
             raise ValueError(
@@ -33,8 +34,10 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
     if config.is_local_path(cfg.data.name):
         options = _path_options(cfg.data)
         if cfg.data.name.endswith(".csv") and cfg.task.name == "classification":
-            options["classes"] = "integers"
+            options.setdefault("classes", "integers")
         return data.as_dataset(cfg.data.name, **options)
+    if cfg.data.classes:
+        raise _classes_error(cfg, f"data.name={cfg.data.name!r}")
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
     names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}
@@ -47,6 +50,23 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         raise ValueError(
             f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
         ) from None
+
+
+def check_classes(cfg: config.Config) -> None:
+    """Raises ValueError where names of classes are given for what has none; what is in a folder is not looked at."""
+    if not cfg.data.classes:
+        return
+    if cfg.task.name != "classification" and not config.is_reference(cfg.task.name):
+        raise _classes_error(cfg, f"task.name={cfg.task.name!r}")
+    if config.is_reference(cfg.data.name) or cfg.data.name.endswith(data.TEXT_SUFFIXES):
+        raise _classes_error(cfg, f"data.name={cfg.data.name!r}")
+
+
+def _classes_error(cfg, where):
+    return ValueError(
+        f"data.classes must be () with {where}, got {cfg.data.classes}: they name classes in an .npz or CSV file or a "
+        "folder of images"
+    )
 
 
 def _refuse_streamed(cfg, what):
@@ -82,7 +102,8 @@ def _load_text(cfg, cache_dir):
 
 def _path_options(cfg):
     """Options for data of one's own, by what the path is of."""
-    options = {"test_share": cfg.test_share, "missing": cfg.missing} | ({"drop": cfg.drop} if cfg.drop else {})
+    options = {"test_share": cfg.test_share, "missing": cfg.missing}
+    options |= {name: value for name in ("drop", "classes") if (value := getattr(cfg, name))}
     if cfg.streamed is not None:
         options["streamed"] = cfg.streamed
     if cfg.name.endswith(".csv"):

@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
     where, rest = split_options(arguments, "--config", "--resume", "--name", "--part")
     preset = preset_of(where)
     if where.part is not None:
+        if where.resume is not None or where.name is not None:
+            raise ValueError("--part takes no run, got also --resume or --name")
         description = "Answer with a trained server part: --part FILE.safetensors."
         options = parse(PartOptions, rest, prog="msjax serve --part", description=description)
         return _serve_part(where.part, options, preset)

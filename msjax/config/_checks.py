@@ -73,6 +73,8 @@ def check(config: Any) -> None:
             f"mode.client_fraction must be 1.0 where mode.kind is not 'splitfed', got {config.mode.client_fraction} "
             f"with {config.mode.kind!r}: there every client has a share in every part"
         )
+    if len(set(config.data.classes)) < len(config.data.classes) or "" in config.data.classes:
+        raise ValueError(f"data.classes must be different names, got {config.data.classes}")
     if not 0 < config.data.test_share < 1:
         raise ValueError(f"data.test_share must be above 0 and below 1, got {config.data.test_share}")
     if (config.data.mean is None) != (config.data.std is None):

@@ -111,6 +111,8 @@ def load(path: pathlib.Path) -> Config:
     """
     try:
         return from_json(json.loads(path.read_text()), own_code=True)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} must be a config in JSON, but it is damaged: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

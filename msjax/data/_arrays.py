@@ -5,14 +5,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from msjax.data._check import check, check_inputs
+from msjax.data._check import check, check_classes, check_inputs
 from msjax.data._columns import Column, Missing, check_missing, measure_table, standardized, table_inputs
 from msjax.data._convert import convert_inputs, convert_labels
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, named_arrays
@@ -36,6 +36,7 @@ def from_arrays(
     test: tuple[Tree, Tree] | None = None,
     *,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
     test_share: float | None = None,
     normalize: bool = False,
     missing: Missing = "refuse",
@@ -56,7 +57,8 @@ def from_arrays(
     Args:
         train: (inputs, labels).
         test: the same for testing; without it and `test_share` the set has no test data.
-        num_classes: by default one more than the largest label.
+        num_classes: by default one more than the largest label, or the number of `classes`.
+        classes: names of the classes, in order.
         test_share: instead of `test`: this part of `train` is set aside, at random, of each class alike.
         normalize: standardise numbers (N, ..., C), floats or integers, by mean and std of the training inputs, one each
             of the last axis. A table (N, F), and what is not float32, is centred and scaled in float64, before float32
@@ -83,7 +85,11 @@ def from_arrays(
             raise DataError("test must have examples, got none: leave it out where there is no test set")
         if normalize:
             train_split, test_split = _of_one_float(train_split, test_split)
-    return finish(name, train_split, test_split, num_classes=num_classes, normalize=normalize, missing=missing)
+    if classes is not None:
+        classes = check_classes(classes)
+        num_classes = len(classes) if num_classes is None else num_classes
+    options = {"normalize": normalize, "missing": missing, "classes": classes}
+    return finish(name, train_split, test_split, num_classes=num_classes, **options)
 
 
 def _converted(pair: Any, role: str, normalize: bool) -> Arrays:
@@ -255,6 +261,7 @@ def from_npz(
     test_inputs: str | None = None,
     test_labels: str | None = None,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
     test_share: float | None = 0.2,
     normalize: bool = False,
     missing: Missing = "refuse",
@@ -268,7 +275,7 @@ def from_npz(
     Args:
         inputs, labels, test_inputs, test_labels: names of the arrays, where they have others.
         test_share: what is set aside where the file has no test arrays; None: nothing.
-        num_classes, normalize, missing, seed: see `from_arrays`.
+        num_classes, classes, normalize, missing, seed: see `from_arrays`.
 
     Raises:
         DataError: there is no such file or array, or as `from_arrays`.
@@ -283,6 +290,7 @@ def from_npz(
         (found[0], found[1]),
         test,
         num_classes=num_classes,
+        classes=classes,
         test_share=None if test else test_share,
         normalize=normalize,
         missing=missing,

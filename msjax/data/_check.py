@@ -37,6 +37,14 @@ def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
     return ds
 
 
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of all classes, in order; DataError if they are not different texts."""
+    texts = not isinstance(classes, str) and all(isinstance(name, str) and name for name in classes)
+    if not texts or not classes or len(set(classes)) < len(classes):
+        raise DataError(f"classes must be the different names of all classes, in order, got {classes!r}")
+    return tuple(classes)
+
+
 def _check_alike(ds: Dataset, what: str, train: Tree, test: Tree) -> None:
     """One shape and dtype in both splits."""
     if jax.tree.structure(train) != jax.tree.structure(test):

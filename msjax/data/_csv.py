@@ -37,7 +37,8 @@ def from_csv(
         label: the column to predict.
         test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
         classes: True: numbers are classes too. "integers": integers are, of at most `most_texts` different ones; other
-            numbers are predicted. False: there are none, and texts are refused.
+            numbers are predicted. False: there are none, and texts are refused. Names: all classes in order, also
+            those that no row here has, as where several parties have rows of the same table.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
             text none of the texts; where training rows miss values a further column says which. A column that only
             test rows miss values of gets no further one, since the network would not learn what it means.

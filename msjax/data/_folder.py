@@ -8,6 +8,7 @@ import numpy as np
 
 from msjax.data import _images, _sets
 from msjax.data._arrays import finish
+from msjax.data._check import check_classes
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._sequence import SequenceSplit, are_large, share_split
@@ -22,6 +23,7 @@ def from_image_folder(
     *,
     image_size: int | None,
     channels: int | None = None,
+    classes: Sequence[str] | None = None,
     test_share: float | None = 0.2,
     streamed: bool | None = None,
     seed: int = 0,
@@ -38,6 +40,8 @@ def from_image_folder(
         path: the folder.
         image_size: side of the images in pixels; None: as they are, all of one size.
         channels: 1 (grey) or 3 (RGB); by default 1 where all training images are grey.
+        classes: names of all classes in order, also of those that have no folder here, as where several parties have
+            images of the same classes; by default those of the folders to train on.
         test_share: what is set aside where there is no test folder, of each class alike; None: nothing.
         streamed: decode images as they are needed, by worker processes where that pays (see `Reader`), rather than into
             memory; mean and std are then measured on 1,000. By default whether all have 2 GiB or more.
@@ -57,7 +61,7 @@ def from_image_folder(
     has_splits = (path / "train").is_dir()
     root = path / "train" if has_splits else path
     test_root = next((path / n for n in _TEST_FOLDERS if (path / n).is_dir()), None) if has_splits else None
-    classes, files, labels = _find(root)
+    classes, files, labels = _find(root, None if classes is None else check_classes(classes))
     if channels is None:
         channels = _channels(files)
     splits = [_Images(files, labels, image_size, channels)]
@@ -85,7 +89,9 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
     classes = sorted(found) if classes is None else list(classes)
     if unknown := sorted(set(found) - set(classes)):
-        raise DataError(f"{root} must have classes that there are to train on ({', '.join(classes)}), got {unknown[0]}")
+        raise DataError(
+            f"{root} must have classes that are given or are there to train on ({', '.join(classes)}), got {unknown[0]}"
+        )
     files = [file for name in classes for file in found.get(name, ())]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found.get(name, ())) for name in classes])
     return classes, files, labels

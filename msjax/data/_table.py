@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from msjax.data._check import check_classes
 from msjax.data._columns import MOST_TEXTS, Column, Missing, check_missing, check_values, missing_error, too_many_texts
 from msjax.data._error import DataError
 
-Classes = bool | Literal["integers"] | None
-"""Which labels of a table are classes beside texts and bools; see `from_csv`."""
+Classes = bool | Literal["integers"] | Sequence[str] | None
+"""Which labels of a table are classes beside texts and bools, or what all classes are; see `from_csv`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,7 @@ class TableFormat:
         check_label(frame, label)
         found = None
         if are_classes(frame[label], classes, most_texts):
-            values = frame[label].unique().tolist()
-            numeric = all(isinstance(value, int | float) for value in values)
-            found = tuple(map(_text, sorted(values, key=None if numeric else str)))
+            found = check_classes(classes) if are_named(classes) else _found_classes(frame[label])
         columns = [name for name in frame if name != label and name not in drop]
         if not columns:
             raise DataError(f"the table must have columns beside {label!r}, got none")
@@ -92,7 +91,7 @@ class TableFormat:
         for i, value in enumerate(series):
             if _text(value) not in number:
                 raise DataError(
-                    f"column {self.label!r} must be one of the classes that there are to train on "
+                    f"column {self.label!r} must be one of the classes that are given or are there to train on "
                     f"({', '.join(self.classes)}), got {_text(value)!r} in {_row(series, i)}"
                 )
         return np.asarray([number[_text(value)] for value in series], np.int32)
@@ -118,6 +117,13 @@ def pandas() -> Any:
     except ImportError as error:
         raise DataError("reading tables needs pandas, which is not installed: pip install 'msjax[tables]'") from error
     return module
+
+
+def _found_classes(labels: Any) -> tuple[str, ...]:
+    """The different values of a column, as texts in order."""
+    values = labels.unique().tolist()
+    numeric = all(isinstance(value, int | float) for value in values)
+    return tuple(map(_text, sorted(values, key=None if numeric else str)))
 
 
 def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
@@ -168,11 +174,18 @@ def are_classes(labels: Any, classes: Classes, most: int = MOST_TEXTS) -> bool:
     """Whether labels are numbered as classes: texts and bools are, numbers where they are said to be."""
     types = pandas().api.types
     numeric = types.is_numeric_dtype(labels) and not types.is_bool_dtype(labels)
+    if are_named(classes):
+        return True
     if classes == "integers":
         return not numeric or (types.is_integer_dtype(labels) and labels.nunique() <= most)
     if classes is False and not numeric:
         raise DataError(f"column {labels.name!r} must be numbers where classes is False, got {labels.iloc[0]!r}")
     return not numeric if classes is None else classes
+
+
+def are_named(classes: Classes) -> bool:
+    """Whether all classes are named, rather than found."""
+    return classes is not None and not isinstance(classes, bool) and classes != "integers"
 
 
 def check_label(frame: Any, label: str) -> None:

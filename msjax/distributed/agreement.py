@@ -16,6 +16,8 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
+_OF_CLASSES = ("num_classes", "hash of class names")
+
 _OWN = ("mean", "std", "columns", "classes")
 """Of a summary: what follows from the values of a client's data, and names of classes; a server need not know it."""
 
@@ -29,9 +31,14 @@ def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | Non
     data = {name: value for name, value in summary.to_json().items() if name not in _OWN}
     data["normalized channels"] = None if summary.mean is None else len(summary.mean)
     if summary.columns is not None:  # two tables may be equally wide, and one miss what the other has
-        names = [name for column in summary.columns for name in column.names]
-        data["hash of column names"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        data["hash of column names"] = _hash([name for column in summary.columns for name in column.names])
+    if summary.classes is not None:  # likewise, two may have equally many classes
+        data["hash of class names"] = _hash(summary.classes)
     return json.dumps({"data": data, "run": _of_run(spec, identity)})
+
+
+def _hash(names):
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def summary_of(description: dict[str, Any]) -> DataSummary:
@@ -97,6 +104,8 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
         for name in sorted(mine.keys() | theirs.keys()):
             if (a := mine.get(name)) != (b := theirs.get(name)):
                 found.append(f"{name} is {_short(a)} here and {_short(b)} there")
+                if name in _OF_CLASSES:
+                    found[-1] += " (data.classes, where it is given, names all classes for those that lack some)"
     return "; ".join(found)
 
 

@@ -21,7 +21,7 @@ from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of
-from msjax.distributed.rpc.connection import metadata_of, open_channel, reason_of
+from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
 from msjax.logs import Seldom
@@ -247,6 +247,8 @@ class RemoteServer:
                 if fault := self._tls.fault_with(self._address):
                     raise Refused(f"{self._address}: {fault}") from None
                 raise ConnectionError(f"{self._address}: {reason_of(error)}") from None
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise Refused(f"{self._address}: {OTHER_SERVER}") from None
             raise Refused(error.details()) from None
 
 

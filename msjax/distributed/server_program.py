@@ -293,8 +293,11 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
     path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
     if path.exists() or not described.exists():
         return False
-    samples, test_samples, description = json.loads(described.read_text("utf-8"))
-    summary = agreement.summary_of(description)
+    try:
+        samples, test_samples, description = json.loads(described.read_text("utf-8"))
+        summary = agreement.summary_of(description)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{described} must be a description of clients, but it is damaged: {error}") from None
     parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
     spec = _describe(cfg, parts, samples, test_samples, description)
     party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)

@@ -190,6 +190,8 @@ class Checkpoints:
             return None
         except ValueError:
             return _SUMS
+        if not isinstance(written, dict):
+            return _SUMS
         found = set(_files(folder))
         return next((name for name, crc in written.items() if name not in found or _crc(folder / name) != crc), None)
 

@@ -107,7 +107,7 @@ class RunFolder:
         given = dict(zip(names, digests, strict=True))
         if not file.exists():
             write_atomically(file, to_json(given, indent=2) + "\n")
-        elif (known := _object(str(file), file.read_text("utf-8"))) != given:
+        elif (known := json_object(str(file), file.read_text("utf-8"))) != given:
             differing = " and ".join(name for name in names if known.get(name) != given[name])
             raise ValueError(f"data must be those that the run began with, got others to {differing} ({file})")
 
@@ -118,12 +118,14 @@ class RunFolder:
     def read_history(self) -> list[dict[str, Any]]:
         """Returns the records of the finished epochs; raises ValueError where the file is damaged."""
         file = self.path / "metrics.jsonl"
-        return [_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
+        return [
+            json_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)
+        ]
 
     def read_spec(self) -> dict[str, Any]:
         """Returns what a run from Python says of itself; raises ValueError where that is damaged."""
         file = self.path / "spec.json"
-        return _object(str(file), file.read_text("utf-8"))
+        return json_object(str(file), file.read_text("utf-8"))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, which a run that is finished has."""
@@ -133,7 +135,7 @@ class RunFolder:
         """Returns the summary of a finished run, else None; raises ValueError where the file is damaged."""
         file = self.path / "summary.json"
         try:
-            return _object(str(file), file.read_text("utf-8")) if file.exists() else None
+            return json_object(str(file), file.read_text("utf-8")) if file.exists() else None
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} must be an object in JSON, but it is damaged: {error}") from None
 
@@ -162,7 +164,8 @@ def check_new(config: Config, name: str | None) -> None:
             raise _taken(name, out / name)
 
 
-def _object(what, text):
+def json_object(what: str, text: str) -> dict[str, Any]:
+    """Returns the object that a text in JSON has; ValueError, which names `what` it is of, if it has none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

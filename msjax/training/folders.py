@@ -9,6 +9,7 @@ from msjax.data import split_digest
 from msjax.models import ModelPart
 from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
+from msjax.runs.folder import json_object
 from msjax.split.spec import RunSpec
 from msjax.training import processes
 from msjax.training.loaded import LoadedRun
@@ -45,7 +46,7 @@ def _make(path, run, optimizer, alpha):
     digest = json.loads(json.dumps(described))
     file = folder / "spec.json"
     if file.exists():
-        found = {"loss": digest["loss"]} | json.loads(file.read_text())  # older folders do not say it
+        found = {"loss": digest["loss"]} | json_object(str(file), file.read_text())  # older folders do not say it
         if found != digest:
             differing = sorted(n for n in found.keys() | digest.keys() if found.get(n) != digest.get(n))
             raise ValueError(

@@ -30,6 +30,12 @@ _TOO_LARGE = "larger than max"
 
 _CLOSED = "the server closed the stream"
 
+OTHER_SERVER = (
+    "the server there does not answer such calls: msjax client needs a training one (msjax serve), msjax eval and "
+    "msjax generate one with a trained part (msjax serve --part)"
+)
+"""Of a call that a server does not know."""
+
 
 class Connection:
     """One stream to the server; a `Channel`.
@@ -70,6 +76,8 @@ class Connection:
             # A message that is too large will be so again; the code alone may also mean too many calls.
             final = error.code() in _FINAL or _TOO_LARGE in (error.details() or "")
             reason, unavailable = reason_of(error), error.code() is grpc.StatusCode.UNAVAILABLE
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                reason = f"{self._address}: {OTHER_SERVER}"
             if not heard and unavailable and (fault := await asyncio.to_thread(self._tls.fault_with, self._address)):
                 reason, final = f"{self._address}: {fault}", True
             self._put(ConnectionLost(reason if final else f"{self._address}: {reason}", final=final))
