@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from msjax import compress, wire
 from msjax.compress import (
@@ -424,6 +425,15 @@ def test_an_array_of_numpy_within_jit(unchecked):
     h = np.ones(1000, np.float32)
     payload = jax.jit(lambda key: compress.RandK().encode(h, key))(KEY)
     jax.tree.map(np.testing.assert_array_equal, payload, encode(compress.RandK(), jnp.asarray(h), KEY))
+
+
+def test_sizes_that_are_not_known_or_too_large(unchecked):
+    (batch,) = export.symbolic_shape("b")
+    encode = export.export(jax.jit(compress.Cast().encode))
+    with pytest.raises(ValueError, match=r"h must have a shape of numbers, .* got the size b"):
+        encode(jax.ShapeDtypeStruct((batch, 4), jnp.float32))
+    with pytest.raises(ValueError, match=r"h must have fewer than 2\^31 values, got shape \[65536, 32768\]"):
+        jax.eval_shape(compress.Cast().encode, jax.ShapeDtypeStruct((1 << 16, 1 << 15), jnp.float32))
 
 
 def test_figure_1():

@@ -58,7 +58,8 @@ class Codec(abc.ABC):
 
         Raises:
           TypeError: `h` is no array, has another dtype, or has a mask; `key` is needed and no array.
-          ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more.
+          ValueError: the codec is random and `key` is None, or `h` has 2^31 values or more, or an axis whose size is a
+            symbol, as `jax.export` has them.
         """
         return _encode(self, as_jax(self._checked(h, key)), key)
 

@@ -22,11 +22,12 @@ _HALF_MAX = 65504.0
 
 class EntropyPayload(NamedTuple):
     codes: jax.Array
-    """uint8 (⌈d/g⌉,) g codes in a byte, as digits to the base levels + 1, the first one lowest."""
+    """uint8 (⌈d/g⌉,) g codes in a byte, as digits to the base levels + 1, the first one lowest; zeros behind the last.
+    `levels` is the code of an outlier. Signed, the code of a value of c steps is m + c, m the largest c."""
     outliers: jax.Array
     """float16 (k,) outliers in the order of their positions, in steps; zeros behind the last."""
     means: jax.Array
-    """float16 (m + 1,) what the codes 0 … m decode to, in steps."""
+    """float16 (m + 1,) what values of 0 … m steps decode to, in steps; signed, with the value's own sign."""
     step: jax.Array
     """float32 () the step of the quantizer."""
 
@@ -73,7 +74,9 @@ class EntropyMask(VectorCodec):
     code a code of blocks, which comes below a bit an element and uses that neighbours are alike. Stochastic rounding
     is QSGD's (arXiv 1610.02132). The step follows from a sample of the input in every call: no state, no recompilation.
 
-    Payload: ⌈d/g⌉ + 2k + 2(m + 1) + 4 bytes before coding, with g = ⌊8/log2(levels + 1)⌋ and m the largest code.
+    Payload: ⌈d/g⌉ + 2k + 2(m + 1) + 4 bytes before coding, with g = ⌊8/log2(levels + 1)⌋. Of a code
+    c below `levels`, unsigned, the value is means[c] · step, and m is levels − 1. Signed, m is (levels − 1)/2, and the
+    value is sign(c − m) · means[|c − m|] · step. The code `levels` says that the value is the next outlier, times step.
     Arithmetic is float32; the result has the input's dtype.
 
     Corners: all zeros decode to zeros. NaN and Inf are outliers; where more than k values are outliers and any value is

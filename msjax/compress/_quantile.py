@@ -18,9 +18,12 @@ class Quantile(ScaledCodec):
     """Every value to the nearest of 2^bits levels at a normal distribution's quantiles, times the largest magnitude.
 
     The levels are those of NormalFloat, so that each is met about as often where values are normal: 2^(bits − 1)
-    above 0, 0 itself, and 2^(bits − 1) − 1 below; the outermost are ±1. Behind a ReLU nearly half of them are unused.
+    above 0, 0 itself, and 2^(bits − 1) − 1 below; the outermost are ±1. Of n levels on one side the i-th from 0 is
+    Φ⁻¹(½ + (q − ½)·i/n) / Φ⁻¹(q), with Φ the normal distribution's and q = 1 − (1/(2·2^bits) + 1/(2·2^bits − 2))/2.
+    Behind a ReLU nearly half of them are unused.
 
-    Payload: ⌈d·bits/8⌉ bytes, and 4 for the largest magnitude. Arithmetic is float32; the result has the input's dtype.
+    Payload: ⌈d·bits/8⌉ bytes of the levels' numbers from the lowest, and 4 for the largest magnitude. Arithmetic is
+    float32; the result has the input's dtype.
 
     Attributes:
       bits: of a code, 2 to 8: with one bit there would be no level below 0.
