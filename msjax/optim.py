@@ -38,7 +38,18 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
         found = optax.chain(optax.add_decayed_weights(optim.weight_decay), sgd)
     if optim.clip_norm is not None:
         found = optax.chain(optax.clip_by_global_norm(optim.clip_norm), found)
+    found = _with_usual_promotion(found)
     return found if every == 1 else accumulate(found, every)
+
+
+def _with_usual_promotion(optimizer):
+    """The optimizer for programs that have JAX refuse dtypes that differ, too: Optax counts steps in integers."""
+
+    def update(grads, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 class Accumulated(NamedTuple):

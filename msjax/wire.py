@@ -27,8 +27,7 @@ bytes come out. "Cut" buffers lack their zeros at the end; only codecs with `ent
 that are there.
 
 A buffer with "classes" is one whose bytes have Huffman codes of their own by what their neighbours are, or whose
-commonest byte has a flag of one bit; only codes packed by the last axis have neighbours, see
-`msjax.compress._contexts` for which, and for their order:
+commonest byte has a flag of one bit:
 
 | bytes | |
 |---|---|
@@ -40,6 +39,20 @@ commonest byte has a flag of one bit; only codes packed by the last axis have ne
 | the rest | deflate streams, one behind the other, of each class: where it has flags these, eight in a byte, the |
 | | first one highest, and zeros behind the last; then its bytes, with flags the others alone; none where there are no |
 | | bytes |
+
+With more than one level the bytes are those of a map. The last three axes are height, width and channels (of three
+axes the middle one is height, and the width is 1), and all before are samples. A byte's *size* tells how large its
+codes are. A code's magnitude is the code, or |code − m| of `EntropyMask` with `signed`, where m stands for zero. Where
+a byte holds one code, the size is its magnitude, at most 127. Where it holds g codes, the size has the first ⌈g/2⌉ of
+them in the low four bits and the others in the high four, each as how many of 1, 2, 3, 4, 6, 9, 13 the sum of their
+magnitudes reaches. To a byte's size on the left is added that of the same byte of the pixel above; at the edges the
+neighbour that is there counts twice, and for the first pixel the sum is 0. The level of a sum, or of each of its
+halves, is the number of thresholds below it. The class is that level, or that of the low half + levels · that of the
+high half; classes come in the order of their numbers. Within a class the bytes are in the order of their pixels,
+diagonal by diagonal from the upper left, in a diagonal from the top down, and within a pixel sample by sample. Only
+codes of `EntropyMask`, and of `MaskEncoded` with 1, 2, 4 or 8 bits, have such classes, where a byte's codes are of one
+pixel, there are at least two pixels, a pixel of all samples has at least 16 bytes, and a diagonal has 256 on average;
+not with granularity "channel".
 
 A buffer with "planes" has the first bytes of all its floats, then the second ones and so on, each plane behind 4 bytes
 with its length; the highest bit is set where it is coded as Huffman's buffers are. Only buffers whose zeros may not be

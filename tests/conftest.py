@@ -47,7 +47,18 @@ jaxtyping.install_import_hook(modules, f"{__name__}.check")
 pytest.register_assert_rewrite(f"{__package__}.helpers", f"{__package__}.setups", f"{__package__}.network")
 collect_ignore = ["fuzz_wire.py"]  # which is no test
 
-STRICT_MODULES = ("test_bits", "test_claims", "test_codecs", "test_random", "test_select", "test_straight_through")
+STRICT_MODULES = (
+    "test_bits",
+    "test_claims",
+    "test_codecs",
+    "test_entropy_mask",
+    "test_feature_memory",
+    "test_random",
+    "test_select",
+    "test_straight_through",
+    "test_wire",
+    "test_wire_classes",
+)
 """Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
 
 

@@ -14,7 +14,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc import admission
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of
+from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of, peer_of
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.event_loop import run
 from msjax.distributed.rpc.security import TlsFiles, Tokens
@@ -248,6 +248,7 @@ def test_addresses_that_are_remembered_are_few(monkeypatch):
 )
 def test_addresses_of_peers(peer, address):
     assert address_of(peer) == address
+    assert "%5" not in peer_of(Call(peer))
 
 
 def test_over_grpc(path):

@@ -416,8 +416,10 @@ def test_with_64_bits_switched_on(codec):
     key = KEY if codec.needs_key else None
     expected = encode(codec, h, key) if codec.needs_key else encode(codec, h)  # of which there is a program already
     with jax.enable_x64(True):
-        payload, decoded = jax.jit(lambda h, key: (p := codec.encode(h, key), codec.decode(tuple(p), h)))(h, key)
-    assert decoded.dtype == np.float32
+        payload, decoded, estimate = jax.jit(
+            lambda h, key: (p := codec.encode(h, key), codec.decode(tuple(p), h), wire.estimate_bytes(p, codec, h))
+        )(h, key)
+    assert decoded.dtype == estimate.dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, payload, expected)
 
 

@@ -207,13 +207,14 @@ def test_names_of_classes(tmp_path, unchecked):
     with pytest.raises(data.DataError, match="classes of arrays must be as many as num_classes, 3, got 5"):
         data.from_arrays((TABLE, CLASSES), classes=names, num_classes=3)
     for cfg in (
-        config.Config(data=config.DataConfig(classes=names)),
         config.Config(data=config.DataConfig("own.npz", classes=names), task=config.TaskConfig("regression")),
         config.Config(data=config.DataConfig("own.txt", classes=names)),
         config.Config(data=config.DataConfig(":load", classes=names)),
     ):
         with pytest.raises(ValueError, match=r"data.classes must be \(\) with .*, got \('a', 'b', 'c', 'd', 'e'\)"):
             build.load_data(cfg)
+    with pytest.raises(ValueError, match=r"data.name must be .* where data.classes names classes, got 'digits'"):
+        build.load_data(config.Config(data=config.DataConfig(classes=names)))
 
 
 BAD = {

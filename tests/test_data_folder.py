@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from msjax import data
+from msjax import build, config, data
 from msjax.data import _images
 
 from .data_helpers import Image, prepare_tiny
@@ -57,6 +57,22 @@ def test_train_and_test_folders(animals):
     ds = data.from_image_folder(animals, image_size=8, classes=names)
     assert ds.num_classes == 4 and ds.classes == tuple(names)
     assert set(ds.train_labels) == {1, 3} and ds.test_labels.tolist() == [2, 2]
+
+
+def test_a_folder_that_each_client_has(animals, monkeypatch):
+    """Under the name that the server's config has, in the client's own folder of data or where it runs."""
+    there = animals.parent
+    of = lambda name: config.Config(data=config.DataConfig(name, image_size=8, classes=("ant", "cat", "dog")))  # noqa: E731
+    for name in ("animals", "./animals"):
+        own = config.with_own_paths(of(name), data_dir=str(there), tokenizer=None)
+        assert build.load_data(own).classes == ("ant", "cat", "dog")
+    with pytest.raises(ValueError, match=r"data.name must be .* a folder of images that is there .*, got 'animals'"):
+        build.load_data(of("animals"))
+    monkeypatch.chdir(there)
+    assert len(build.load_data(of("animals")).train) == 16
+    animals.rename(there / "cifar10")
+    assert config.with_own_paths(of("cifar10"), data_dir=str(there), tokenizer=None) == of("cifar10")
+    assert not config.is_local_path("cifar10") and config.is_local_path("./cifar10")
 
 
 def test_images_are_turned_and_flattened(tmp_path):

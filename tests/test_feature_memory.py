@@ -321,7 +321,11 @@ def test_wrong_arguments(unchecked):
         (lambda: memory.encode(h, state, slots), ValueError, "key must be a JAX random key"),
         (lambda: memory.encode(h.astype(int), state, slots, key), TypeError, "h must be one of float32"),
         (lambda: memory.encode(h[0, 0], state, slots, key), ValueError, "h must have a batch axis, got a scalar"),
-        (lambda: memory.encode(h, state, slots + 0.0, key), TypeError, "slots must be integers, got float32"),
+        (
+            lambda: memory.encode(h, state, slots.astype(jnp.float32), key),
+            TypeError,
+            "slots must be integers, got float32",
+        ),
         (lambda: memory.encode(h, state, slots[:3], key), ValueError, r"slots must be one a sample, \[4\], got shape"),
         (lambda: memory.encode(h.T, state, slots[:3], key), ValueError, r"state must be float32\[N, 4\] and bool\[N\]"),
         (lambda: memory.decode(payload, state._replace(seen=slots), slots, h), ValueError, "state must be .* int32"),

@@ -58,6 +58,17 @@ def test_gathered_gradients_are_one_update_of_their_mean(kind):
     jax.tree.map(np.testing.assert_array_equal, run(gathered, grads[6:], got, state)[0], got)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["cosine", "steps", "constant"])
+def test_where_nothing_is_promoted(kind, schedule):
+    optim = dataclasses.replace(OPTIM, kind=kind, schedule=schedule, milestones=(1,), warmup_epochs=0.5)
+    optimizer = make_optimizer(optim, epochs=2, steps_per_epoch=4)
+    expected = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        found = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_part_that_is_handed_on_counts_on_from_its_step():
     """All floats and the number of steps are enough to go on from, in the middle of an update, too."""
     optim = dataclasses.replace(OPTIM, kind="adamw", accumulate_steps=2, learning_rate=0.1)

@@ -1,5 +1,7 @@
 """From a config to its data, and to what a client does to them."""
 
+import pathlib
+
 import numpy as np
 
 from msjax import config, data, models
@@ -35,9 +37,12 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         options = _path_options(cfg.data)
         if cfg.data.name.endswith(".csv") and cfg.task.name == "classification":
             options.setdefault("classes", "integers")
-        return data.as_dataset(cfg.data.name, **options)
+        return data.as_dataset(pathlib.Path(cfg.data.name), **options)
     if cfg.data.classes:
-        raise _classes_error(cfg, f"data.name={cfg.data.name!r}")
+        raise ValueError(
+            "data.name must be an .npz or CSV file or a folder of images that is there where data.classes names "
+            f"classes, got {cfg.data.name!r}"
+        )
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
     names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}

@@ -53,7 +53,9 @@ def _flat_bytes(buffer, counts, scale):
     flag_bytes = jnp.minimum(_huffman.coded_bytes(flags), _huffman.run_bytes(flags))
     others = _huffman.sampled_bits(jnp.where(jnp.arange(256) == commonest, 0, counts), scale) / 8
     with_flags = jnp.ceil(flag_bytes + others)
-    return 6 + jnp.where(2 * counts[commonest] > jnp.sum(counts), with_flags, jnp.float32(buffer.size))
+    return 6 + jnp.where(
+        2 * counts[commonest] > jnp.sum(counts, dtype=counts.dtype), with_flags, jnp.float32(buffer.size)
+    )
 
 
 def _class_bytes(buffer, grid, all_counts):

@@ -92,9 +92,9 @@ class Grid:
 def grid_of(codec: Any, like: Any) -> Grid | None:
     """Returns where the codes of an array like `like` lie, or None where the codec's bytes have no neighbours.
 
-    The last axis is that of channels, the first one that of samples, and those between are of space: the last of them
-    is the width. Arrays of two axes have no neighbours; nor have bytes that hold codes of two pixels, as those of a
-    channel that is compressed by itself.
+    The last three axes are height, width and channels, and all before are samples; of three axes the middle one is
+    height, and the width is 1. Arrays of two axes have no neighbours; nor have bytes that hold codes of two pixels, as
+    those of a channel that is compressed by itself.
     """
     form = _form(codec)
     if form is None or codec.granularity == "channel" or len(like.shape) < 3 or not math.prod(like.shape):

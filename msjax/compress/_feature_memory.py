@@ -285,7 +285,7 @@ def _update(memory, decoded, held, seen, sent, state, slots):
 def _is_last(slots):
     """Whether no later sample has the same slot."""
     position = jnp.arange(slots.size, dtype=jnp.int32)
-    return ~jnp.any((slots[:, None] == slots) & (position[:, None] < position), axis=1)
+    return ~jnp.any((slots[:, None] == slots[None]) & (position[:, None] < position[None]), axis=1)
 
 
 def _sum(a, b, dtype):

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,15 +37,18 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
     """Returns a config that came `without_paths` with where its files of data are on this machine.
 
     Args:
-      data_dir: the folder that has the files of `data.name` and `data.test`, if they are files; None leaves them.
+      data_dir: the folder that has the files of `data.name` and `data.test`, or the folder of images, where they are
+        such; None leaves them.
       tokenizer: this machine's `data.tokenizer`; None leaves it.
     """
     found: dict[str, str] = {}
     if data_dir is not None:
         for name in ("name", "test"):
             value = getattr(config.data, name)
-            if value is not None and value.endswith(data.FILE_SUFFIXES):
-                found[name] = os.path.join(data_dir, value)
+            if value is not None and not is_reference(value):
+                own = pathlib.Path(data_dir).expanduser() / value
+                if value.lower().endswith(data.FILE_SUFFIXES) or _is_own_folder(value, own):
+                    found[name] = str(own)
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
@@ -52,7 +56,13 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
 
 def is_local_path(data_name: str) -> bool:
     """Whether the name of a data set is the path of a file or folder."""
-    return not is_reference(data_name) and (data_name.endswith(data.FILE_SUFFIXES) or os.path.isdir(data_name))
+    if is_reference(data_name):
+        return False
+    return data.is_path(data_name) or _is_own_folder(data_name, pathlib.Path(data_name))
+
+
+def _is_own_folder(name, folder):
+    return not data.is_known(name) and data.holds_images(folder)
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:

@@ -79,7 +79,8 @@ class DataConfig:
     """Of a CSV file: the column that is predicted."""
     classes: tuple[str, ...] = ()
     """Of an .npz or CSV file or a folder of images: the names of all classes in order, also of those that are not
-    there, as where clients bring data of their own and some lack a class; by default those that are there."""
+    there, as where clients bring data of their own and some lack a class; by default those that are there. Numbers in a
+    CSV file have names such as 7 and 1.5."""
     drop: tuple[str, ...] = ()
     """Of a table: the columns that are not used, such as a row's number."""
     test_share: float = 0.2

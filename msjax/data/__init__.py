@@ -16,7 +16,7 @@ grain, by worker processes where that pays (`Reader`). TensorFlow is never neede
 """
 
 from msjax.data._arrays import from_arrays, from_npz
-from msjax.data._as_dataset import FILE_SUFFIXES, as_dataset
+from msjax.data._as_dataset import FILE_SUFFIXES, as_dataset, holds_images, is_path
 from msjax.data._augment import AUGMENTATIONS, CROP_PADDING, augment, crop_flip, normalize
 from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
@@ -29,7 +29,7 @@ from msjax.data._inputs import Inputs, read_inputs
 from msjax.data._load import load
 from msjax.data._reader import Read, Reader
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
-from msjax.data._registry import Published, default_augmentation, is_embedded, is_streamed, published
+from msjax.data._registry import Published, default_augmentation, is_embedded, is_known, is_streamed, published
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
@@ -72,7 +72,10 @@ __all__ = [
     "from_npz",
     "from_sequence",
     "from_text",
+    "holds_images",
     "is_embedded",
+    "is_known",
+    "is_path",
     "is_streamed",
     "load",
     "load_tokenizer",

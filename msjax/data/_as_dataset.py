@@ -10,7 +10,7 @@ from msjax.data._check import check
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
-from msjax.data._folder import from_image_folder
+from msjax.data._folder import from_image_folder, is_image
 from msjax.data._sequence import from_sequence
 from msjax.data._text import from_text
 from msjax.data._text_sources import TEXT_SUFFIXES
@@ -110,6 +110,11 @@ def is_path(name: str) -> bool:
     separators = {"/", os.sep}
     folder = Path(name).expanduser()
     return any(s in name for s in separators) and folder.is_dir() and not _tfds.is_prepared(folder)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a folder has images in folders, and is no set that TFDS prepared."""
+    return folder.is_dir() and not _tfds.is_prepared(folder) and any(map(is_image, folder.glob("*/**/*")))
 
 
 def from_path(path: str | os.PathLike, **options: Any) -> Dataset:

@@ -1,6 +1,6 @@
 """What every data set must keep to, checked when it is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -37,12 +37,13 @@ def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
     return ds
 
 
-def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+def check_classes(classes: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of all classes, in order; DataError if they are not different texts."""
-    texts = not isinstance(classes, str) and all(isinstance(name, str) and name for name in classes)
-    if not texts or not classes or len(set(classes)) < len(classes):
+    names = () if isinstance(classes, str) else tuple(classes)
+    texts = all(isinstance(name, str) and name for name in names)
+    if not names or not texts or len(set(names)) < len(names):
         raise DataError(f"classes must be the different names of all classes, in order, got {classes!r}")
-    return tuple(classes)
+    return tuple(map(str, names))
 
 
 def _check_alike(ds: Dataset, what: str, train: Tree, test: Tree) -> None:

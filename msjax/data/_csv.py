@@ -38,7 +38,8 @@ def from_csv(
         test: a second file; else `test_share` of the rows is set aside, of each class alike; None: nothing.
         classes: True: numbers are classes too. "integers": integers are, of at most `most_texts` different ones; other
             numbers are predicted. False: there are none, and texts are refused. Names: all classes in order, also
-            those that no row here has, as where several parties have rows of the same table.
+            those that no row here has, as where several parties have rows of the same table. A column of numbers has
+            names without zeros that say nothing: 7 and 1.5, also where the file has 007 and 1.50.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
             text none of the texts; where training rows miss values a further column says which. A column that only
             test rows miss values of gets no further one, since the network would not learn what it means.

@@ -154,6 +154,11 @@ def find(name: str) -> Entry:
     return ENTRIES.get(name, Entry())
 
 
+def is_known(name: str) -> bool:
+    """Whether this package knows a set of that name."""
+    return name in ENTRIES
+
+
 def published(name: str) -> Published | None:
     """What is known of a set of images by its name alone: shape, classes and counts; None of all others."""
     return find(name).published

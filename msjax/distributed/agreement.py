@@ -16,7 +16,14 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
-_OF_CLASSES = ("num_classes", "hash of class names")
+_HELP = {
+    **dict.fromkeys(
+        ("num_classes", "hash of class names"),
+        " (data.classes, where it is given, names all classes for those that lack some)",
+    ),
+    "hash of column names": " (a column of texts has a name for each text; data.drop leaves columns out)",
+}
+"""What may help where clients with own data differ."""
 
 _OWN = ("mean", "std", "columns", "classes")
 """Of a summary: what follows from the values of a client's data, and names of classes; a server need not know it."""
@@ -104,8 +111,7 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
         for name in sorted(mine.keys() | theirs.keys()):
             if (a := mine.get(name)) != (b := theirs.get(name)):
                 found.append(f"{name} is {_short(a)} here and {_short(b)} there")
-                if name in _OF_CLASSES:
-                    found[-1] += " (data.classes, where it is given, names all classes for those that lack some)"
+                found[-1] += _HELP.get(name, "")
     return "; ".join(found)
 
 

@@ -20,7 +20,7 @@ from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of, peer_of
 from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
@@ -132,7 +132,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         if refusal := self._admission.refusal(context):
             self._metrics.refused.inc()
             if not refusal.is_told:
-                self._refused(f"{context.peer()}: {refusal.reason}")
+                self._refused(f"{peer_of(context)}: {refusal.reason}")
             context.abort(refusal.code, refusal.reason)
 
     def _read(self, request):

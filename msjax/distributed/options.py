@@ -177,8 +177,9 @@ class ConnectOptions(LinkOptions):
     """What encodes what is sent, to the same bytes: numpy takes it off the device and out of JAX. Not for random
     codecs."""
     data_dir: str | None = None
-    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`; of a run on a file of its user's,
-    the folder in which this machine has one of that name. By default it is looked for where the program runs."""
+    """Where the data set is on this machine, as `--data.data-dir` of `msjax train`; of a run on a file or a folder of
+    images of its user's, the folder in which this machine has one of that name. By default it is looked for where the
+    program runs."""
     tokenizer: str | None = None
     """Of a run on texts with a tokenizer.json: this machine's copy of it, or a folder that has one. By default it is
     looked for in `weights`, where that is a folder."""

@@ -201,6 +201,11 @@ def caller_of(context: grpc.ServicerContext) -> str:
     return Identity.of(context).fingerprint or (f"token {token}" if token else address_of(context.peer()))
 
 
+def peer_of(context: grpc.ServicerContext) -> str:
+    """Returns where a call comes from, for messages: "ipv6:[::1]:5000", which gRPC gives with %5B and %5D."""
+    return unquote(context.peer())
+
+
 def address_of(peer: str) -> str:
     """Returns the address in what gRPC calls a peer, as "ipv4:192.0.2.1:5000"; of IPv6 its /64."""
     kind, _, rest = unquote(peer).partition(":")

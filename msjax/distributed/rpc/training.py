@@ -19,7 +19,7 @@ from msjax.distributed.channel import Close, Lost, Received, Send, Stop
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
 from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import BESIDE_BYTES, FRAME_BYTES, FrameError, Joiner, to_frames
 from msjax.distributed.rpc.security import Rate, Tokens
@@ -113,7 +113,7 @@ class TrainServicer:
         if refusal := self._admission.refusal(context):
             self._metrics.refused.inc()
             if not refusal.is_told:
-                self._refused(f"{context.peer()}: {refusal.reason}")
+                self._refused(f"{peer_of(context)}: {refusal.reason}")
             await context.abort(refusal.code, refusal.reason)
         session, outbox = next(self._sessions), asyncio.Queue()
         self._outboxes[session], self._writers[session] = outbox, asyncio.create_task(self._write(context, outbox))
@@ -126,7 +126,7 @@ class TrainServicer:
             if session in self._outboxes:  # it is this stream that ends, and not its writer alone
                 raise
             self._metrics.refused.inc()
-            self._refused(f"{context.peer()}: it does not read what it is sent")
+            self._refused(f"{peer_of(context)}: it does not read what it is sent")
             said = Close(session, f"answers must be read, but more than {_MOST_UNREAD} wait", final=True)
         finally:
             self._writers.pop(session).cancel()
@@ -169,7 +169,7 @@ class TrainServicer:
     async def _read(self, context, session, outbox):
         first_bytes = _HELLO_BYTES if self._max_bytes < 0 else min(_HELLO_BYTES, self._max_bytes)
         rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, first_bytes), True
-        peer = context.peer()
+        peer = peer_of(context)
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
                 at = time.monotonic()
