@@ -46,9 +46,9 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
         for name in ("name", "test"):
             value = getattr(config.data, name)
             if value is not None and not is_reference(value):
-                own = pathlib.Path(data_dir).expanduser() / value
+                own = os.path.join(data_dir, value)
                 if value.lower().endswith(data.FILE_SUFFIXES) or _is_own_folder(value, own):
-                    found[name] = str(own)
+                    found[name] = own
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
@@ -58,11 +58,11 @@ def is_local_path(data_name: str) -> bool:
     """Whether the name of a data set is the path of a file or folder."""
     if is_reference(data_name):
         return False
-    return data.is_path(data_name) or _is_own_folder(data_name, pathlib.Path(data_name))
+    return data.is_path(data_name) or _is_own_folder(data_name, data_name)
 
 
 def _is_own_folder(name, folder):
-    return not data.is_known(name) and data.holds_images(folder)
+    return not data.is_known(name) and data.holds_images(pathlib.Path(os.path.expanduser(folder)))
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:
