@@ -45,11 +45,11 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
 def _with_usual_promotion(optimizer):
     """The optimizer for programs that have JAX refuse dtypes that differ, too: Optax counts steps in integers."""
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, **extra):
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(grads, state, params)
+            return optimizer.update(grads, state, params, **extra)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 class Accumulated(NamedTuple):

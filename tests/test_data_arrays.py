@@ -208,13 +208,14 @@ def test_names_of_classes(tmp_path, unchecked):
         data.from_arrays((TABLE, CLASSES), classes=names, num_classes=3)
     for cfg in (
         config.Config(data=config.DataConfig("own.npz", classes=names), task=config.TaskConfig("regression")),
-        config.Config(data=config.DataConfig("own.txt", classes=names)),
+        config.Config(data=config.DataConfig(classes=names)),
+        config.Config(data=config.DataConfig("own.TXT", classes=names)),
         config.Config(data=config.DataConfig(":load", classes=names)),
     ):
         with pytest.raises(ValueError, match=r"data.classes must be \(\) with .*, got \('a', 'b', 'c', 'd', 'e'\)"):
             build.load_data(cfg)
-    with pytest.raises(ValueError, match=r"data.name must be .* where data.classes names classes, got 'digits'"):
-        build.load_data(config.Config(data=config.DataConfig(classes=names)))
+    with pytest.raises(ValueError, match=r"data.name must be .* where data.classes names classes, got 'mine'"):
+        build.load_data(config.Config(data=config.DataConfig("mine", classes=names)))
 
 
 BAD = {

@@ -186,6 +186,8 @@ def test_classes_that_not_every_client_has(people, tmp_path):
         described(grades, classes=("good", "fair", "bad")) for grades in (["good", "bad"], ["good", "fair"])
     )
     assert good_bad == [0, 2] and good_fair == [0, 1] and agreement.differences(one, other) == ""
+    del other["data"]["hash of class names"]  # as of data whose classes have no names, or an earlier version's
+    assert agreement.differences(one, other) == agreement.differences(other, one) == ""
     with pytest.raises(
         data.DataError, match=r"'grade' must be one of the classes .*\(good, fair\), got 'bad' in row 2"
     ):
@@ -237,6 +239,8 @@ def test_integers_are_classes_where_a_command_classifies(tmp_path):
     found = build_("classification")
     assert found.num_classes == 3 and found.classes == ("1", "2", "3") and set(found.train.labels()) == {0, 1, 2}
     assert build_("regression").num_classes is None
+    path = path.rename(tmp_path / "T.CSV")
+    assert build.load_data(config.Config(data=config.DataConfig(str(path), label="y"))).classes == ("1", "2", "3")
     named = config.DataConfig(str(path), label="y", classes=("0", "1", "2", "3"))
     found = build.load_data(config.Config(data=named))
     assert found.classes == named.classes and set(found.train.labels()) == {1, 2, 3}

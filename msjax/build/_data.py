@@ -26,7 +26,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             )
         _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
-    if cfg.model.name == models.DECODER or cfg.data.name.endswith(data.TEXT_SUFFIXES):
+    if cfg.model.name == models.DECODER or cfg.data.name.lower().endswith(data.TEXT_SUFFIXES):
         return _load_text(cfg, cache_dir)
     if cfg.data.test is not None:
         raise ValueError(
@@ -35,7 +35,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         )
     if config.is_local_path(cfg.data.name):
         options = _path_options(cfg.data)
-        if cfg.data.name.endswith(".csv") and cfg.task.name == "classification":
+        if cfg.data.name.lower().endswith(".csv") and cfg.task.name == "classification":
             options.setdefault("classes", "integers")
         return data.as_dataset(pathlib.Path(cfg.data.name), **options)
     if cfg.data.classes:
@@ -63,7 +63,8 @@ def check_classes(cfg: config.Config) -> None:
         return
     if cfg.task.name != "classification" and not config.is_reference(cfg.task.name):
         raise _classes_error(cfg, f"task.name={cfg.task.name!r}")
-    if config.is_reference(cfg.data.name) or cfg.data.name.endswith(data.TEXT_SUFFIXES):
+    name = cfg.data.name
+    if config.is_reference(name) or data.is_known(name) or name.lower().endswith(data.TEXT_SUFFIXES):
         raise _classes_error(cfg, f"data.name={cfg.data.name!r}")
 
 
@@ -84,7 +85,7 @@ def _load_text(cfg, cache_dir):
     _refuse_streamed(cfg, "a file of texts, which is read whole")
     for name in ("name", "test"):
         value = getattr(cfg.data, name)
-        if value is not None and not value.endswith((*data.TEXT_SUFFIXES, ".csv")):
+        if value is not None and not value.lower().endswith((*data.TEXT_SUFFIXES, ".csv")):
             known = ", ".join(data.TEXT_SUFFIXES)
             raise ValueError(
                 f"data.{name} must be a {known} or .csv file for model.name={cfg.model.name!r}, got {value!r}"
@@ -111,9 +112,9 @@ def _path_options(cfg):
     options |= {name: value for name in ("drop", "classes") if (value := getattr(cfg, name))}
     if cfg.streamed is not None:
         options["streamed"] = cfg.streamed
-    if cfg.name.endswith(".csv"):
+    if cfg.name.lower().endswith(".csv"):
         return options | {"label": cfg.label}
-    if cfg.name.endswith(".npz"):
+    if cfg.name.lower().endswith(".npz"):
         return options | {"normalize": cfg.normalize}
     return options | {"image_size": cfg.image_size}
 

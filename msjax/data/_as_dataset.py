@@ -108,13 +108,13 @@ def is_path(name: str) -> bool:
     if name.lower().endswith(FILE_SUFFIXES):
         return True
     separators = {"/", os.sep}
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # as it is where the user has no home folder
     return any(s in name for s in separators) and folder.is_dir() and not _tfds.is_prepared(folder)
 
 
 def holds_images(folder: Path) -> bool:
     """Whether a folder has images in folders, and is no set that TFDS prepared."""
-    return folder.is_dir() and not _tfds.is_prepared(folder) and any(map(is_image, folder.glob("*/**/*")))
+    return folder.is_dir() and not _tfds.is_prepared(folder) and any(map(is_image, folder.glob("[!.]*/**/*")))
 
 
 def from_path(path: str | os.PathLike, **options: Any) -> Dataset:

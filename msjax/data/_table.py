@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -185,7 +185,7 @@ def are_classes(labels: Any, classes: Classes, most: int = MOST_TEXTS) -> bool:
 
 def are_named(classes: Classes) -> bool:
     """Whether all classes are named, rather than found."""
-    return classes is not None and not isinstance(classes, bool) and classes != "integers"
+    return isinstance(classes, Iterable) and not (isinstance(classes, str) and classes == "integers")
 
 
 def check_label(frame: Any, label: str) -> None:

@@ -16,9 +16,11 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
+_CLASS_NAMES = "hash of class names"
+
 _HELP = {
     **dict.fromkeys(
-        ("num_classes", "hash of class names"),
+        ("num_classes", _CLASS_NAMES),
         " (data.classes, where it is given, names all classes for those that lack some)",
     ),
     "hash of column names": " (a column of texts has a name for each text; data.drop leaves columns out)",
@@ -40,7 +42,7 @@ def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | Non
     if summary.columns is not None:  # two tables may be equally wide, and one miss what the other has
         data["hash of column names"] = _hash([name for column in summary.columns for name in column.names])
     if summary.classes is not None:  # likewise, two may have equally many classes
-        data["hash of class names"] = _hash(summary.classes)
+        data[_CLASS_NAMES] = _hash(summary.classes)
     return json.dumps({"data": data, "run": _of_run(spec, identity)})
 
 
@@ -108,7 +110,8 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     found = []
     for part in ("data", "run"):
         mine, theirs = here.get(part, {}), there.get(part, {})
-        for name in sorted(mine.keys() | theirs.keys()):
+        names = mine.keys() & theirs.keys() | (mine.keys() ^ theirs.keys()) - {_CLASS_NAMES}  # not all data have such
+        for name in sorted(names):
             if (a := mine.get(name)) != (b := theirs.get(name)):
                 found.append(f"{name} is {_short(a)} here and {_short(b)} there")
                 found[-1] += _HELP.get(name, "")
