@@ -110,11 +110,11 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     found = []
     for part in ("data", "run"):
         mine, theirs = here.get(part, {}), there.get(part, {})
-        names = mine.keys() & theirs.keys() | (mine.keys() ^ theirs.keys()) - {_CLASS_NAMES}  # not all data have such
-        for name in sorted(names):
+        for name in sorted(mine.keys() | theirs.keys()):
+            if name == _CLASS_NAMES and not (name in mine and name in theirs):
+                continue  # not all data have such names
             if (a := mine.get(name)) != (b := theirs.get(name)):
-                found.append(f"{name} is {_short(a)} here and {_short(b)} there")
-                found[-1] += _HELP.get(name, "")
+                found.append(f"{name} is {_short(a)} here and {_short(b)} there{_HELP.get(name, '')}")
     return "; ".join(found)
 
 
