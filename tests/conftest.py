@@ -59,7 +59,8 @@ STRICT_MODULES = (
     "test_wire",
     "test_wire_classes",
 )
-"""Tests of `msjax.compress`, which promotes nothing implicitly. Flax and optax do, so tests that run them stay out."""
+"""Tests of `msjax.compress` and `msjax.wire`, which promote nothing implicitly. Flax and optax do, here and there, so
+other tests stay out."""
 
 
 SLOW = (

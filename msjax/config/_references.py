@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +61,7 @@ def is_local_path(data_name: str) -> bool:
 
 
 def _is_own_folder(name, folder):
-    return not data.is_known(name) and data.holds_images(pathlib.Path(os.path.expanduser(folder)))
+    return not data.is_known(name) and data.holds_images(folder)
 
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:

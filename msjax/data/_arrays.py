@@ -85,10 +85,11 @@ def from_arrays(
             raise DataError("test must have examples, got none: leave it out where there is no test set")
         if normalize:
             train_split, test_split = _of_one_float(train_split, test_split)
-    if classes is not None:
-        classes = check_classes(classes)
-        num_classes = len(classes) if num_classes is None else num_classes
-    options = {"normalize": normalize, "missing": missing, "classes": classes}
+    options = {
+        "normalize": normalize,
+        "missing": missing,
+        "classes": None if classes is None else check_classes(classes),
+    }
     return finish(name, train_split, test_split, num_classes=num_classes, **options)
 
 
@@ -168,7 +169,7 @@ def finish(
     train: Split,
     test: Split,
     *,
-    num_classes: int | None,
+    num_classes: int | None = None,
     normalize: bool = False,
     missing: Missing = "refuse",
     columns: tuple[Column, ...] | None = None,
@@ -178,6 +179,8 @@ def finish(
 
     `columns` are those of a table that is standardised already, `classes` the names of the classes.
     """
+    if num_classes is None and classes is not None:
+        num_classes = len(classes)
     if num_classes is None and are_classes(train.label_like) and len(train):
         if not (train.in_memory and test.in_memory):
             raise DataError(f"num_classes must be given for {name}: its labels are not in memory to be counted")

@@ -112,8 +112,9 @@ def is_path(name: str) -> bool:
     return any(s in name for s in separators) and folder.is_dir() and not _tfds.is_prepared(folder)
 
 
-def holds_images(folder: Path) -> bool:
+def holds_images(path: str | os.PathLike) -> bool:
     """Whether a folder has images in folders, and is no set that TFDS prepared."""
+    folder = Path(os.path.expanduser(path))
     return folder.is_dir() and not _tfds.is_prepared(folder) and any(map(is_image, folder.glob("[!.]*/**/*")))
 
 

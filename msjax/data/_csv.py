@@ -89,9 +89,7 @@ def _split_table(
         train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
     table_format = table_format or TableFormat.measure(train_rows, **options)
     splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
-    num_classes = len(table_format.classes) if table_format.classes else None
-    options = {"columns": table_format.columns, "classes": table_format.classes}
-    return finish(name, *splits, num_classes=num_classes, **options)
+    return finish(name, *splits, columns=table_format.columns, classes=table_format.classes)
 
 
 def read_frame(path: Path) -> Any:

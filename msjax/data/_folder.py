@@ -77,7 +77,7 @@ def from_image_folder(
         splits = [split.read() for split in splits]
     if not test_root:
         splits = share_split(splits[0], test_share, seed, labels)
-    return finish(path.name, *splits, num_classes=len(classes), classes=tuple(classes))
+    return finish(path.name, *splits, classes=tuple(classes))
 
 
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:

@@ -16,14 +16,12 @@ from msjax.split.spec import RunSpec
 _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
-_CLASS_NAMES = "hash of class names"
-
+_CLASS_NAMES, _COLUMN_NAMES = "hash of class names", "hash of column names"
+_NAME_ALL = " (data.classes, where it is given, names all classes for those that lack some)"
 _HELP = {
-    **dict.fromkeys(
-        ("num_classes", _CLASS_NAMES),
-        " (data.classes, where it is given, names all classes for those that lack some)",
-    ),
-    "hash of column names": " (a column of texts has a name for each text; data.drop leaves columns out)",
+    "num_classes": _NAME_ALL,
+    _CLASS_NAMES: _NAME_ALL,
+    _COLUMN_NAMES: " (a column of texts has a name for each text; data.drop leaves columns out)",
 }
 """What may help where clients with own data differ."""
 
@@ -40,7 +38,7 @@ def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | Non
     data = {name: value for name, value in summary.to_json().items() if name not in _OWN}
     data["normalized channels"] = None if summary.mean is None else len(summary.mean)
     if summary.columns is not None:  # two tables may be equally wide, and one miss what the other has
-        data["hash of column names"] = _hash([name for column in summary.columns for name in column.names])
+        data[_COLUMN_NAMES] = _hash([name for column in summary.columns for name in column.names])
     if summary.classes is not None:  # likewise, two may have equally many classes
         data[_CLASS_NAMES] = _hash(summary.classes)
     return json.dumps({"data": data, "run": _of_run(spec, identity)})

@@ -118,9 +118,8 @@ class RunFolder:
     def read_history(self) -> list[dict[str, Any]]:
         """Returns the records of the finished epochs; raises ValueError where the file is damaged."""
         file = self.path / "metrics.jsonl"
-        return [
-            json_object(f"line {n} of {file}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)
-        ]
+        lines = file.read_text("utf-8").splitlines()
+        return [json_object(f"line {number} of {file}", line) for number, line in enumerate(lines, 1)]
 
     def read_spec(self) -> dict[str, Any]:
         """Returns what a run from Python says of itself; raises ValueError where that is damaged."""
