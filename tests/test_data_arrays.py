@@ -33,7 +33,7 @@ def test_images_are_measured_and_labels_counted():
     np.testing.assert_array_equal(y, [0, 1])
 
 
-def test_dtypes_and_shapes_become_those_that_networks_take():
+def test_dtypes_and_shapes_become_those_that_networks_take(caplog):
     grey = data.from_arrays((IMAGES[..., 0], CLASSES.astype(np.uint8)[:, None]))  # as Keras and MedMNIST have them
     assert grey.input_like.shape == (6, 5, 1) and grey.label_like == jax.ShapeDtypeStruct((), np.int32)
     for inputs, dtype in (
@@ -47,6 +47,9 @@ def test_dtypes_and_shapes_become_those_that_networks_take():
         assert ds.input_like.dtype == dtype and ds.mean is None and ds.num_classes == 3
     assert data.from_arrays((TABLE, CLASSES == 0)).num_classes == 2
     assert data.from_arrays((TABLE, CLASSES), num_classes=7).num_classes == 7
+    assert not caplog.messages
+    assert data.from_arrays((TABLE, CLASSES + 2), (TABLE, CLASSES + 1)).num_classes == 5
+    assert "labels of arrays are from 1 to 4; they count from 0, so the classes below 1 have no samples" in caplog.text
 
 
 def test_labels_that_are_no_classes():

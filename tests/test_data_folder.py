@@ -68,6 +68,9 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
         assert build.load_data(own).classes == ("ant", "cat", "dog")
     with pytest.raises(ValueError, match=r"data.name must be .* a folder of images that is there .*, got 'animals'"):
         build.load_data(of("animals"))
+    elsewhere = config.without_paths(of("/not/here/animals"))  # an absolute path of the machine that began the run
+    own = config.with_own_paths(elsewhere, data_dir=str(there), tokenizer=None)
+    assert own.data.name == str(animals)
     monkeypatch.chdir(there)
     assert len(build.load_data(of("animals")).train) == 16
     animals.rename(there / "cifar10")

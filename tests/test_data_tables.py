@@ -88,6 +88,10 @@ def test_missing_values(people):
         data.DataError, match=r"people.csv: every value must be there and finite, got missing in row 3, column 'age'"
     ):
         data.from_csv(path, label="rich", test_share=None)
+    frame.iloc[5:].assign(age=np.nan).to_csv(path.with_name("old.csv"), index=False)
+    for seed in range(5):  # the first row of the file that is trained on, however rows are shuffled
+        with pytest.raises(data.DataError, match=r"got missing in row [123], column 'age'"):
+            data.from_csv(path.with_name("old.csv"), label="rich", test_share=0.03, seed=seed)
     change(path, 5, "income", "inf")
     change(path, 7, "job", "")
     ds = data.from_csv(path, label="rich", missing="median", test_share=None)

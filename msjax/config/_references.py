@@ -19,7 +19,8 @@ def without_paths(config: Config) -> Config:
     part of what a run is.
     """
     name = config.data.name
-    name = _last(name) if is_local_path(name) else name
+    is_absolute = os.path.isabs(os.path.expanduser(name))  # which this machine need not have
+    name = _last(name) if is_absolute or is_local_path(name) else name
     files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
     plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, workers=None, name=name, **files)
     weights = _last(config.model.weights)

@@ -1,6 +1,7 @@
 """Arrays and .npz files as data sets."""
 
 import dataclasses
+import logging
 import os
 import re
 import zipfile
@@ -19,6 +20,7 @@ from msjax.data._dataset import Arrays, Dataset, Split, Tree, named_arrays
 from msjax.data._error import DataError
 from msjax.data._measure import measure_images, measure_last_axis
 
+_log = logging.getLogger("msjax")
 _SHARE = 4  # keeps this stream of random numbers apart from those of the other modules
 _MEASURED = 1000  # examples that the mean and std of a split are measured on where it is not in memory
 
@@ -184,8 +186,15 @@ def finish(
     if num_classes is None and are_classes(train.label_like) and len(train):
         if not (train.in_memory and test.in_memory):
             raise DataError(f"num_classes must be given for {name}: its labels are not in memory to be counted")
-        num_classes = max(int(s.targets.max()) for s in (train, test) if len(s)) + 1
-        num_classes = max(num_classes, 1)  # a negative label is told of below
+        labels = [s.targets for s in (train, test) if len(s)]
+        least, most = min(int(one.min()) for one in labels), max(int(one.max()) for one in labels)
+        num_classes = max(most + 1, 1)  # a negative label is told of below
+        if least > 0:
+            _log.warning(
+                "labels of %s are from %d to %d; they count from 0, so the classes below %d have no samples. Where "
+                "this is meant, classes or num_classes says so",
+                *(name, least, most, least),
+            )
     kind = _kind(train.input_like, normalize, missing)
     if kind in ("table", "numbers") and len(train) and not (len(test) and test.input_like != train.input_like):
         train, test, columns = _standardized(train, test, kind, normalize, missing)

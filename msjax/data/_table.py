@@ -88,13 +88,14 @@ class TableFormat:
         if self.classes is None:
             return _numbers(series).astype(np.float32)
         number = {text: i for i, text in enumerate(self.classes)}
-        for i, value in enumerate(series):
-            if _text(value) not in number:
-                raise DataError(
-                    f"column {self.label!r} must be one of the classes that are given or are there to train on "
-                    f"({', '.join(self.classes)}), got {_text(value)!r} in {_row(series, i)}"
-                )
-        return np.asarray([number[_text(value)] for value in series], np.int32)
+        found = np.asarray([number.get(_text(value), -1) for value in series], np.int32)
+        if (found < 0).any():
+            at = _first(series, found < 0)
+            raise DataError(
+                f"column {self.label!r} must be one of the classes that are given or are there to train on "
+                f"({', '.join(self.classes)}), got {_text(series.iloc[at])!r} in {_row(series, at)}"
+            )
+        return found
 
     def to_json(self) -> str:
         """Returns a text that `from_json` reads."""
@@ -160,7 +161,7 @@ def _is_missing(series: Any) -> np.ndarray:
 
 
 def _missing_error(series: Any, gone: np.ndarray) -> DataError:
-    at = int(np.flatnonzero(gone)[0])
+    at = _first(series, gone)
     what = "missing" if series.isna().iloc[at] else str(series.iloc[at])
     return missing_error(what, f"in {_row(series, at)}", series.name)
 
@@ -193,9 +194,17 @@ def check_label(frame: Any, label: str) -> None:
     _check_column(frame, label)
     gone = _is_missing(frame[label])
     if gone.any():
-        at = int(np.flatnonzero(gone)[0])
+        at = _first(frame, gone)
         what = "none" if frame[label].isna().iloc[at] else frame[label].iloc[at]
         raise DataError(f"every row must have a finite label, got {what} in {_row(frame, at)}, column {label!r}")
+
+
+def _first(rows: Any, wrong: np.ndarray) -> int:
+    """The place of that one of the wrong rows that is the first in its file."""
+    places = np.flatnonzero(wrong)
+    if not all(isinstance(rows.index[at], int | np.integer) for at in places):
+        return int(places[0])
+    return int(places[np.argmin(rows.index[places])])
 
 
 def _row(rows: Any, at: int) -> str:
