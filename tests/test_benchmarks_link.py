@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("grpc", reason="needs the extra `net`")
 from benchmarks import link, proxy
-from msjax import compress, config
+from msjax import config
 from msjax.split import parties
 
 SECONDS = 60  # after which a test gives up
@@ -158,7 +158,7 @@ def options(**changes):
 
 @pytest.mark.slow
 def test_on_link():
-    row = link.on_link(options(), "medium", compress.MaskEncoded())
+    row = link.on_link(options(), "medium", **link.CODECS["MS"])
     # gRPC adds frame headers and pings, and protobuf and msjax.wire theirs: under 2 % even of these small messages.
     for way in ("uplink", "downlink"):
         nominal, message, socket_bytes = (row[f"{way}_{kind}_bytes"] for kind in ("nominal", "message", "socket"))
@@ -169,7 +169,7 @@ def test_on_link():
     assert min(step["exchange_seconds"] for step in row["steps"]["slow"]) > ideal > 0
     row |= {"kind": "link", "cut": "medium", "name": "MS"}
     record = {
-        "config": config.to_json(link.Case.of(options(), "medium", compress.MaskEncoded(), steps=1).cfg),
+        "config": config.to_json(link.Case.of(options(), "medium", steps=1, **link.CODECS["MS"]).cfg),
         "history": [{"step": 10, "test": {"top1_percent": 80.0}}, {"step": 20, "test": {"top1_percent": 90.0}}],
     }
     hours = link.accuracy_hours([row], [record], options(accuracy=85.0))
@@ -177,6 +177,12 @@ def test_on_link():
     assert link.accuracy_hours([row], [record], options(accuracy=95.0)) == {}
     assert link.accuracy_hours([row], [record], options(accuracy=85.0, batch=50)) == {}
     assert len(link.table([row], hours).splitlines()) == 3
+    everything = link.on_link(options(), "medium", **link.CODECS["EntropyMask, everything"])
+    assert everything["uplink_socket_bytes"] < everything["uplink_nominal_bytes"]  # of entropy-coded codecs not coded
+    assert everything["downlink_socket_bytes"] < row["downlink_socket_bytes"] / 4
+    everything |= {"kind": "link", "cut": "medium", "name": "EntropyMask, everything"}
+    assert link.accuracy_hours([everything], [record], options(accuracy=85.0)) == {}
+    assert " – " in link.table([row, everything], {}).splitlines()[3]
 
 
 @pytest.mark.slow
@@ -186,7 +192,7 @@ def test_party_that_fails_ends_the_measurement(monkeypatch):
 
     monkeypatch.setattr(parties.Client, "receive", fail)
     with pytest.raises(RuntimeError, match="broken"):
-        link.on_link(options(), "medium", compress.Identity())
+        link.on_link(options(), "medium")
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ def test_missing_values_of_a_table(people, monkeypatch):
         splits[split][row]["age"] = value
     splits["test"][4]["one"] = np.nan
     with pytest.raises(
-        data.DataError, match=r"got nan at index 3 of people \(train\), column 'age': missing=\"median\" fills it in"
+        data.DataError, match=r"got nan at index 3 of people \(train\), column 'age': training with missing="
     ):
         data.load("people", **place)
     monkeypatch.setattr(_tfds, "open_split", None)  # the cache holds what the set says: no choice is made in it

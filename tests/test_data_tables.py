@@ -69,13 +69,15 @@ def test_labels_of_each_kind(people):
         data.from_csv(path, label="rich", classes=False)
 
 
-def test_train_rows_alone_say_how(people, tmp_path):
+def test_train_rows_alone_say_how(people, tmp_path, caplog):
     path, frame = people
     test = frame.iloc[:10].assign(job="pilot")
     test.to_csv(tmp_path / "test.csv", index=False)
     ds = data.from_csv(path, label="rich", test=tmp_path / "test.csv")
     np.testing.assert_array_equal(ds.test_inputs[:, :2], ds.train_inputs[:10, :2])
     assert (ds.test_inputs[:, 2:5] == 0).all()
+    said = "column 'job': 10 rows have texts that no training row has, such as 'pilot' in row 1; they count as none"
+    assert [said in message for message in caplog.messages] == [True]
     test.assign(rich="maybe").to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(data.DataError, match=r"'rich' must be one of the classes .*\(no, yes\), got 'maybe' in row 1"):
         data.from_csv(path, label="rich", test=tmp_path / "test.csv")
@@ -200,7 +202,7 @@ def test_classes_that_not_every_client_has(people, tmp_path):
 
 def test_errors(people, tmp_path, monkeypatch, unchecked):
     path, _ = people
-    with pytest.raises(data.DataError, match="the table has no column 'label'; it has second, age, "):
+    with pytest.raises(data.DataError, match="the table has no column 'label'; it has 'second', 'age', "):
         data.from_csv(path)
     with pytest.raises(
         data.DataError, match="column 'job' must be numbers or at most 2 different texts, got 3 such as 'cook'"
@@ -216,6 +218,13 @@ def test_errors(people, tmp_path, monkeypatch, unchecked):
         data.from_csv(path, label="a")
     with pytest.raises(data.DataError, match=r"nowhere.csv cannot be read as a CSV file"):
         data.from_csv(tmp_path / "nowhere.csv", label="a")
+    for row, got in (("1,2,3", 3), ("x,2,", 3), ("1,2,3,4", 4)):  # which pandas would shift by a column
+        path.write_text(f"a,b\n{row}\n{row}\n")
+        with pytest.raises(data.DataError, match=f"must have as many values in a row as names, 2, got {got} in row 1"):
+            data.from_csv(path, label="a")
+    path.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(data.DataError, match=r"people.csv must have another name for each column, got 'a' twice"):
+        data.from_csv(path, label="a")
     forbid(monkeypatch, "pandas")
     with pytest.raises(data.DataError, match=r"needs pandas.*pip install 'msjax\[tables\]'"):
         data.from_csv(path, label="a")

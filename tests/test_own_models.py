@@ -312,6 +312,14 @@ def integers(params, x):
     return (x > 0).astype(jnp.int32)
 
 
+def empty(params, x):
+    return x[:, :0]
+
+
+def sums(params, x):
+    return params["w"] + x.sum(1, keepdims=True)
+
+
 def no_batch(params, x):
     return x.mean(0)
 
@@ -335,6 +343,11 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         ),
         ((Noisy(always=True), TWO[1]), {}, "client must draw random numbers in training alone: .*InvalidRngError"),
         (((integers, {}), TWO[1]), {}, r"client must return at least one floating array .*, got int32\[4\]"),
+        (
+            ((empty, {}), (sums, {"w": jnp.ones(1)})),
+            {},
+            r"client must return floating arrays with values, got float32\[0\]",
+        ),
         (((no_batch, {}), TWO[1]), {}, r"client returns must have the batch of 2 as its first axis, got float32\[4\]"),
         ((TWO[0],), {}, "model must have two parts, client and server, or three with a tail, got 1"),
         ((TWO[0], (affine, {"w": 1.0})), {}, "server must have arrays of numbers, got float at 'w'"),

@@ -151,7 +151,10 @@ def test_rows_of_a_table(tmp_path, capsys):
     ]
     (tmp_path / "less.csv").write_text("age\n1\n")
     (error,) = run(capsys, *given, tmp_path / "less.csv", expect=2)
-    assert error == f"msjax predict: {tmp_path / 'less.csv'}: the table has no column 'job'; it has age"
+    assert error == f"msjax predict: {tmp_path / 'less.csv'}: the table has no column 'job'; it has 'age'"
+    (tmp_path / "empty.csv").write_text("age,job\n")
+    (error,) = run(capsys, *given, tmp_path / "empty.csv", expect=2)
+    assert error == f"msjax predict: {tmp_path / 'empty.csv'} must have rows below the line of names, got none"
     np.savez(tmp_path / "x.npz", x=np.zeros((2, 2)))
     assert "x.npz must be a .csv file, as the network" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
 
@@ -168,6 +171,10 @@ def test_numbers_of_a_regression(tmp_path, capsys):
     np.testing.assert_allclose([[float(v) for v in line.split("\t")[1:]] for line in found], expected, rtol=1e-3)
     np.savez(tmp_path / "x.npz", x[:, :3])
     assert "must have 4 columns, got 3" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
+    np.savez(tmp_path / "x.npz", x[0])
+    assert "along its first axis, got the shape [4] of one" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
+    np.savez(tmp_path / "x.npz", x[:0])
+    assert "x.npz must have inputs, and has none" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
 
 
 def test_texts_become_the_words_that_were_trained_on(tmp_path):

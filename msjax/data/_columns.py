@@ -69,7 +69,8 @@ def check_values(name: Any, gone: np.ndarray) -> None:
 def missing_error(what: Any, place: str, name: Any) -> DataError:
     """A value is not there, or not finite, where it must be."""
     return DataError(
-        f'every value must be there and finite, got {what} {place}, column {name!r}: missing="median" fills it in'
+        f"every value must be there and finite, got {what} {place}, column {name!r}: "
+        'training with missing="median" fills such values in'
     )
 
 

@@ -56,8 +56,9 @@ def from_csv(
     path = Path(path).expanduser()
     options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
     frame = read_frame(path)
+    test_rows = None if test is None else read_frame(Path(test).expanduser())
     try:
-        return _split_table(path.name, frame, test, test_share, table_format, seed, options)
+        return _split_table(path.name, frame, test_rows, test_share, table_format, seed, options)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -65,17 +66,15 @@ def from_csv(
 def _split_table(
     name: str,
     frame: Any,
-    test: str | os.PathLike | None,
+    test_rows: Any,
     test_share: float | None,
     table_format: TableFormat | None,
     seed: int,
     options: dict[str, Any],
 ) -> Dataset:
     """Rows to train and to test on, in the format of the former."""
-    if test is not None:
-        train_rows, test_rows = frame, read_frame(Path(test).expanduser())
-        if not len(test_rows):
-            raise DataError(f"{test} must have rows to test on, got none")
+    if test_rows is not None:
+        train_rows = frame
     elif test_share is None:
         train_rows, test_rows = frame, frame.iloc[:0]
     else:
@@ -93,11 +92,18 @@ def _split_table(
 
 
 def read_frame(path: Path) -> Any:
-    """The rows of a file."""
+    """The rows of a file, which have as many values as its first line has names, each another."""
     try:
         frame = pandas().read_csv(path)
+        names = pandas().read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
         raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
     if not len(frame):
         raise DataError(f"{path} must have rows below the line of names, got none")
+    if not isinstance(frame.index, pandas().RangeIndex):  # pandas took what is too much for names of rows
+        width = len(frame.columns)
+        got = width + frame.index.nlevels
+        raise DataError(f"{path} must have as many values in a row as names, {width}, got {got} in row 1")
+    if (again := names[names.duplicated()]).size:
+        raise DataError(f"{path} must have another name for each column, got {again.iloc[0]!r} twice")
     return frame

@@ -79,10 +79,12 @@ def read_inputs(
     if kind == ".csv" and not is_text and not is_pixels:
         if columns is None:
             raise DataError(f"{path} must be an .npz file, as the columns that the network takes have no names")
+        frame = read_frame(path)
         try:
-            return _of_array(path, TableFormat("", None, columns).inputs(read_frame(path)))
+            array = TableFormat("", None, columns).inputs(frame)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+        return _of_array(path, array)
     known = "an image, a folder or an .npz" if is_pixels else "a .txt or .npz" if is_text else "a .csv or .npz"
     raise DataError(f"{path} must be {known} file: the network takes {_shown(like)}")
 
@@ -93,6 +95,8 @@ def _shown(like: jax.ShapeDtypeStruct) -> str:
 
 def _of_array(path: Path, array: np.ndarray) -> Inputs:
     """The rows of an array, all in memory."""
+    if not len(array):
+        raise DataError(f"{path} must have inputs, and has none")
     check_inputs(array, f"{path}: inputs")
     return Inputs([f"{path}:{row}" for row in range(1, len(array) + 1)], lambda lo, hi: array[lo:hi])
 
@@ -127,6 +131,8 @@ def _from_npz(path: Path, like: jax.ShapeDtypeStruct, columns: Sequence[Column] 
     (found,) = read_npz(path, lambda there: [_inputs_name(path, there)])
     role = f"array of {path}"
     array = convert_inputs(found, role, wide=columns is not None)
+    if array.shape == like.shape:
+        raise DataError(f"{role} must have inputs along its first axis, got the shape {list(array.shape)} of one")
     if columns is None:
         pass
     elif any(column.texts for column in columns):

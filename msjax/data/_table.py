@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ import numpy as np
 from msjax.data._check import check_classes
 from msjax.data._columns import MOST_TEXTS, Column, Missing, check_missing, check_values, missing_error, too_many_texts
 from msjax.data._error import DataError
+
+_log = logging.getLogger("msjax")
 
 Classes = bool | Literal["integers"] | Sequence[str] | None
 """Which labels of a table are classes beside texts and bools, or what all classes are; see `from_csv`."""
@@ -64,7 +67,10 @@ class TableFormat:
         return cls(label, found, tuple(_measure_column(frame[name], missing, most_texts) for name in columns))
 
     def inputs(self, frame: Any) -> np.ndarray:
-        """Returns float32 (N, len(names)) of a pandas.DataFrame, of which other columns are passed over."""
+        """Returns float32 (N, len(names)) of a pandas.DataFrame, of which other columns are passed over.
+
+        A text that no training row has counts as none of its column's texts, and the log has a warning.
+        """
         parts = []
         for column in self.columns:
             _check_column(frame, column.name)
@@ -74,7 +80,9 @@ class TableFormat:
                 raise _missing_error(series, gone)
             if column.texts:
                 texts = np.asarray([_text(v) for v in series], dtype=object)
-                parts += [((texts == text) & ~gone).astype(np.float32) for text in column.texts]
+                is_text = [(texts == text) & ~gone for text in column.texts]
+                _warn_of_others(series, ~np.any(is_text, axis=0) & ~gone)
+                parts += [one.astype(np.float32) for one in is_text]
             else:
                 parts.append(column.numbers(_numbers(series), gone))
             if column.has_indicator:
@@ -160,6 +168,13 @@ def _is_missing(series: Any) -> np.ndarray:
     return gone
 
 
+def _warn_of_others(series: Any, is_other: np.ndarray) -> None:
+    if is_other.any():
+        at = _first(series, is_other)
+        said = "column %r: %d rows have texts that no training row has, such as %r in %s; they count as none of its own"
+        _log.warning(said, series.name, np.count_nonzero(is_other), _text(series.iloc[at]), _row(series, at))
+
+
 def _missing_error(series: Any, gone: np.ndarray) -> DataError:
     at = _first(series, gone)
     what = "missing" if series.isna().iloc[at] else str(series.iloc[at])
@@ -168,7 +183,7 @@ def _missing_error(series: Any, gone: np.ndarray) -> DataError:
 
 def _check_column(frame: Any, name: str) -> None:
     if name not in frame:
-        raise DataError(f"the table has no column {name!r}; it has {', '.join(map(str, frame))}")
+        raise DataError(f"the table has no column {name!r}; it has {', '.join(map(repr, frame))}")
 
 
 def are_classes(labels: Any, classes: Classes, most: int = MOST_TEXTS) -> bool:

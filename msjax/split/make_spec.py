@@ -75,8 +75,10 @@ def make_spec(
                 raise ValueError(f"{name} must have floating parameters, got {leaf.dtype} at {where!r}: see as_part")
         x, before = y, name
     features, outputs = found[0], found[1]
-    if not float_leaves(features.batch(1)):
+    if not (floats := float_leaves(features.batch(1))):
         raise ValueError(f"client must return at least one floating array to be compressed, got {features}")
+    if not all(leaf.size for leaf in floats):
+        raise ValueError(f"client must return floating arrays with values, got {features}")
     if client_values is None:
         client = jax.eval_shape(lambda: init_part(optimizer, parts[0], *parts[2:]))
         averaged = count_floats((client.params, client.stats))
