@@ -34,7 +34,6 @@ import psutil
 
 from benchmarks import timing
 from benchmarks.net import TINY, Case
-from msjax import compress
 from msjax.distributed import drive, messages
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.membership import Policy
@@ -78,10 +77,10 @@ def main() -> int:
 
 def case_of(options: argparse.Namespace, clients: int) -> Case:
     """Returns the run of so many clients: the same in both programs."""
-    args = argparse.Namespace(**TINY, clients=clients, batch=options.batch, grad_codec="Identity()", seed=options.seed)
+    args = argparse.Namespace(**TINY, clients=clients, batch=options.batch, seed=options.seed)
     per_step = 2 * clients
     steps = _WARMUP_STEPS + max(2, -(-options.requests // per_step))
-    return Case.of(args, "medium", compress.Identity(), steps=steps)
+    return Case.of(args, "medium", steps=steps)
 
 
 # -- The server's program. -----------------------------------------------------------------------------------------

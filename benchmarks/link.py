@@ -40,14 +40,24 @@ from msjax.split import parties
 from msjax.split.traffic import exchange_traffic
 
 CUTS = ("shallow", "medium", "deep")
-# At the paper's rates: SP, RT and MS have the same size, 13.8 times smaller than float32; QU has the next, 3 bits.
 CODECS = {
-    "none": compress.Identity(),
-    "QU": compress.Uniform(bits=3),
-    "SP": compress.TopK(ratio=0.95875),
-    "RT": compress.RandTopK(ratio=0.95875),
-    "MS": compress.MaskEncoded(ratio=0.99, bits=2),
+    # At the paper's rates: SP, RT and MS have the same size, 13.8 times smaller than float32; QU has the next, 3 bits.
+    "none": {"codec": compress.Identity()},
+    "QU": {"codec": compress.Uniform(bits=3)},
+    "SP": {"codec": compress.TopK(ratio=0.95875)},
+    "RT": {"codec": compress.RandTopK(ratio=0.95875)},
+    "MS": {"codec": compress.MaskEncoded(ratio=0.99, bits=2)},
+    # All that is sent, as in `experiments.everything`.
+    "EntropyMask, everything": {
+        "codec": compress.EntropyMask(bits=2.4, keep_zeros=True),
+        "grad_codec": compress.EntropyMask(error=0.3, levels=7, signed=True, rounding="stochastic"),
+        "grad_kept_only": True,
+        "cut_bits": 2.4,
+        "update_codec": compress.EntropyMask(bits=2.0, levels=15, signed=True),
+    },
 }
+"""What is compressed, as fields of a config."""
+_RECORDED = ("codec", "grad_codec", "update_codec", "cut_bits")
 # What does not change a row, or is in it by itself.
 _NOT_SETTINGS = ("out", "cuts", "codecs", "only", "steps_to_accuracy", "accuracy")
 
@@ -63,7 +73,7 @@ def main() -> int:
     parser.add_argument("--cuts", nargs="+", default=list(CUTS))
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument(
-        "--grad-codec", default="Identity()", help="of the gradients, which the paper does not compress"
+        "--grad-codec", default="Identity()", help="of gradients that a row leaves as they are, as the paper does"
     )
     parser.add_argument("--megabits", type=float, default=100.0, help="10⁶ bits a second of each direction")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of the link, one way")
@@ -105,7 +115,7 @@ def jobs(options) -> list[tuple[dict[str, Any], Callable[[], dict]]]:
         for cut in options.cuts:
             for name in options.codecs:
                 key = {"kind": "link", "cut": cut, "name": name}
-                found.append((key, lambda cut=cut, name=name: on_link(options, cut, CODECS[name])))
+                found.append((key, lambda cut=cut, name=name: on_link(options, cut, **CODECS[name])))
     if options.only != "link":
         big = {"model_name": options.model_name, "model_width": options.model_width}
         for model, repeats in ((TINY, options.tiny_repeats), (big, options.repeats)):
@@ -158,9 +168,13 @@ class Clock:
         return found
 
 
-def on_link(options: argparse.Namespace, cut: str, codec: compress.Codec) -> dict[str, Any]:
-    """Returns one row: medians over steps through the slow link, and through the same link without its limit."""
-    case = Case.of(options, cut, codec, steps=options.warmup + 2 * options.repeats)
+def on_link(options: argparse.Namespace, cut: str, **compressed: Any) -> dict[str, Any]:
+    """Returns one row: medians over steps through the slow link, and through the same link without its limit.
+
+    `compressed` are fields of a config, as in `CODECS`.
+    """
+    compressed = {"grad_codec": compress.from_string(options.grad_codec)} | compressed
+    case = Case.of(options, cut, steps=options.warmup + 2 * options.repeats, **compressed)
     link = {"megabits": None, "delay_ms": options.delay_ms, "per_connection": options.per_connection}
     seen = {"warmup": [], "free": [], "slow": []}
     with _folder() as folder, Net(case, folder, link=link, lockstep=options.lockstep) as net:
@@ -183,7 +197,8 @@ def on_link(options: argparse.Namespace, cut: str, codec: compress.Codec) -> dic
     ideal = (slow["uplink_socket_bytes"] + slow["downlink_socket_bytes"]) / rate
     wire = slow["seconds"] - free["seconds"]
     return {
-        "codec": str(codec),
+        **{name: str(getattr(case.cfg, name)) for name in _RECORDED},
+        "entropy_coded": case.run.spec.codec.entropy_coded,
         "step_seconds": slow["seconds"],
         "free_step_seconds": free["seconds"],
         "free_step_cpu_seconds": free["cpu_seconds"],
@@ -204,7 +219,7 @@ def on_link(options: argparse.Namespace, cut: str, codec: compress.Codec) -> dic
 
 def beside_program(options: argparse.Namespace) -> dict[str, Any]:
     """Returns one row: medians of a step over gRPC on loopback, and of the same parties' in one program, in turn."""
-    case = Case.of(options, "medium", compress.Identity(), steps=options.warmup + options.repeats)
+    case = Case.of(options, "medium", steps=options.warmup + options.repeats)
     clients = [case.client(number) for number in range(options.clients)]
     server = case.server()
     exchanges = parties.run(server, clients)
@@ -263,12 +278,13 @@ def accuracy_hours(rows: list[dict], records: list[dict], options: argparse.Name
     found = {}
     for record in records:
         cfg = config.from_json({k: v for k, v in record["config"].items() if k != "data"})
-        like = (options.model_name, options.model_width, options.clients, options.batch, options.grad_codec)
-        if (cfg.model.name, cfg.model.width, cfg.clients, cfg.batch_size, str(cfg.grad_codec)) != like:
+        like = (options.model_name, options.model_width, options.clients, options.batch)
+        if (cfg.model.name, cfg.model.width, cfg.clients, cfg.batch_size) != like:
             continue
+        sent = tuple(str(getattr(cfg, name)) for name in _RECORDED)
         reached = [e["step"] for e in record["history"] if e.get("test", {}).get("top1_percent", 0) >= options.accuracy]
         for row in rows:
-            if row["kind"] == "link" and reached and (cfg.model.cut, str(cfg.codec)) == (row["cut"], row["codec"]):
+            if row["kind"] == "link" and reached and (cfg.model.cut, *sent) == tuple(map(row.get, ("cut", *_RECORDED))):
                 found[row["cut"], row["name"]] = reached[0] * row["step_seconds"] / 3600
     return found
 
@@ -296,7 +312,7 @@ def table(rows: list[dict], hours: dict[tuple[str, str], float]) -> str:
             nominal += row[f"{way}_nominal_bytes"]
             real += row[f"{way}_socket_bytes"]
             cells.append(f"{row[f'{way}_socket_bytes'] / 1e6:.3f} ({row[f'{way}_nominal_bytes'] / 1e6:.3f})")
-        cells.append(f"{(real / nominal - 1) * 100:.2f} %")
+        cells.append("–" if row["entropy_coded"] else f"{(real / nominal - 1) * 100:.2f} %")
         if hours:
             at = hours.get((row["cut"], row["name"]))
             cells.append("–" if at is None else f"{at:.2f}")

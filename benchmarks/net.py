@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from benchmarks import proxy
-from msjax import build, compress, config, data
+from msjax import build, config, data
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator, Stopped
@@ -44,20 +44,19 @@ class Case(NamedTuple):
     description: str
 
     @classmethod
-    def of(cls, options: argparse.Namespace, cut: str, codec: compress.Codec, *, steps: int) -> "Case":
-        """Returns the run that the options of the command describe."""
+    def of(cls, options: argparse.Namespace, cut: str, *, steps: int, **compressed: Any) -> "Case":
+        """Returns the run that the options of the command describe; `compressed` are its codecs, fields of a config."""
         tiny = options.model_name == TINY["model_name"]
         shape = (8, 8, 1) if tiny else (32, 32, 3)
         cfg = config.Config(
             model=config.ModelConfig(name=options.model_name, width=options.model_width, cut=cut),
             data=config.DataConfig(name="digits" if tiny else "cifar10"),
             optim=config.OptimConfig(learning_rate=0.01, schedule="constant"),
-            codec=codec,
-            grad_codec=compress.from_string(options.grad_codec),
             clients=options.clients,
             batch_size=options.batch,
             epochs=1,
             seed=options.seed,
+            **compressed,
         )
         samples = steps * options.batch
         rng = np.random.default_rng(options.seed)
