@@ -157,7 +157,8 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
         file = results / f"{module.__name__.rpartition('.')[2]}.json"
         if file.exists():
             found = json.loads(file.read_text())
-            made = f"`{found['command']}`, {found['wall_seconds'] / 60:.0f} minutes on {found['environment']['cpu']}."
+            calls = (found, *found.get("further", ()))
+            made = ", and ".join(f"`{call['command']}`, {_minutes_on(call)}" for call in calls) + "."
             if again := found.get("bits"):
                 made += f" Bits were measured anew: `{again['command']}`."
             parts.append(f"## {title}\n\n{explanation(module)}\n\n{made}\n\n{module.table(found['rows'])}\n")
@@ -175,6 +176,10 @@ def page(results: pathlib.Path, scales: Iterable[str] = ("lite", "paper")) -> tu
             parts.append(f"{len(found)} of {len(module.runs('lite'))} runs.\n")
             parts.append(_section(module, "lite", found, study.LOSSY, figures))
     return "\n".join(parts).rstrip() + "\n", figures
+
+
+def _minutes_on(call):
+    return f"{call['wall_seconds'] / 60:.0f} minutes on {call['environment']['cpu']}"
 
 
 def _section(module, scale, found, folder, figures):

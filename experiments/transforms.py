@@ -1,12 +1,13 @@
-"""Whether transforms before the quantizer save real bytes: DCT, Haar, KLT and others beside plain steps, untrained.
+"""Whether transforms before the quantizer save real bytes: DCT, Haar, KLT and others beside plain steps.
 
-    python -m experiments.transforms --weights DIR --data-dir DIR      # half an hour on two busy cores
+    python -m experiments.transforms --weights DIR --data-dir DIR      # seven minutes on two busy cores
+    python -m experiments.transforms --run FOLDER --data-dir DIR       # three minutes more
 
-Features and gradients of the mean loss behind three blocks of the published ResNet20 (see `published_weights`), of
-CIFAR-10's first training images, not augmented: gradients as in training, features as at test, so that labels tell
-what the network makes of them. Bases that follow from data (KLT, low rank) and energies are those of the training
-images behind, which are measured nowhere. They are known to both ends and not counted; scales of channels are, in 16
-bits each.
+Features and gradients of the mean loss behind three blocks of the published ResNet20 (see `published_weights`), and at
+the named cuts of a network that was trained here (`convergence`, without a codec, seed 0), of CIFAR-10's first training
+images, not augmented: gradients as in training, features as at test, so that labels tell what the network makes of
+them. Bases that follow from data (KLT, low rank) and energies are those of the training images behind, which are
+measured nowhere. They are known to both ends and not counted; scales of channels are, in 16 bits each.
 
 Every transform is orthonormal but for the scales, and its coefficients are quantized with one step: nearest with the
 dead zone and conditional means of `EntropyMask` for features, at random for gradients. Channels of which more than a
@@ -17,18 +18,23 @@ less than 0.
 
 Measured at four steps each: the squared error relative to the energy; of features top-1 and the divergence (KL) of the
 network's outputs from those without a codec, of gradients the error of the gradient of the client's weights. The table
-has the real bits of each transform where it is as good as the plain one at a medium rate. A transform
-would be worth a place in the library that takes 5 % less at every cut at equal divergence or gradient. Writes a record;
-what is done is kept, and not done again.
+has the real bits of each transform where it is as good as the plain one at a medium rate. A transform would be worth a
+place in the library that takes 5 % less at every cut at equal divergence or gradient. Writes a record; what is done is
+kept, and not done again.
 
-What the record says, so far without gradients behind the third and sixth block; it was made by two calls side by side,
-and the machine was busy. No transform is in the library, since none pays at every cut. DCT takes 3 to 39 % off the bits
-of features at equal error behind the first and third block. At equal divergence DCT of 4x4 takes 64 % less to 6 % more
-there, and behind the first only KLT with DCT takes less at both rates, by 6 and 24 %. Behind the sixth, where most
-features are zero, these take 15 to 58 % more at equal error: they spread single values over zeros, which classes and
-flags code nearly for free. Only at the coarsest step, below half a bit, is DCT better there, too. Of gradients behind
-the first block KLT takes 5 to 10 % off. Top-1 on training images is near 100 % where anything would be used, and tells
-little. Whether to take a DCT would have to be chosen by cut and rate.
+What the record says. No transform is in the library, since none pays at every cut. Of the network that was trained
+here 46 to 55 % of the features are zeros, which classes and flags code nearly for free; transforms spread single
+values over them. There all that mix values take 14 to 98 % more at equal error, and 2 to 77 % more at equal divergence.
+Behind the first and third block of the published network fewer features are zeros, and DCT takes 3 to 39 % off at equal
+error, but DCT of 4x4 from 64 % less to 6 % more at equal divergence, and behind the first only KLT with DCT takes less
+at both rates. Behind its sixth, where most are zeros, these take 15 to 58 % more at equal error. Only at the coarsest
+step, below half a bit, is DCT better there, too.
+
+Of gradients KLT and a low rank take 8 to 28 % off at all cuts of the network that was trained here, and at most 10 %
+in the published one. "Kept alone" is no transform: only the gradients of features above 0 are sent, as
+`grad_kept_only` does. At equal gradient of the client's weights that takes 43 to 49 % off, and 11 to 30 % in the
+published network: more than any transform. Both together do not go, as every pixel keeps other channels. Top-1 on
+training images is near 100 % where anything would be used, and tells little.
 """
 
 import argparse
@@ -63,6 +69,8 @@ NAMES = (
     "low rank",
     "KLT, DCT 2x2",
 )
+KEPT = "kept alone"
+"""Of gradients: not transformed, but sent only where the feature is above 0, as `grad_kept_only` does."""
 DEAD_ZONE = 0.1
 NARROW, WIDE = 15, 255
 """Levels of the codes of two values in a byte, and of one."""
@@ -167,6 +175,16 @@ def quantized(c: np.ndarray, step: float, *, random: bool) -> tuple[np.ndarray, 
     return out, total
 
 
+def quantized_kept(g: np.ndarray, step: float, is_kept: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns what `quantized` does of gradients, of which only those of kept features are sent."""
+    sent = g[is_kept]
+    sent = np.append(sent, np.zeros(sent.size % 2, np.float32)).reshape(-1, 1, 1, 2)
+    decoded, count = quantized(sent, step, random=True)
+    out = np.zeros_like(g)
+    out[is_kept] = decoded.reshape(-1)[: np.count_nonzero(is_kept)]
+    return out, count
+
+
 def _group(c, steps, codes, levels, signed, random):
     """(decoded in steps, bytes) of channels whose codes have as many levels."""
     most = levels // 2 if signed else levels - 1
@@ -192,16 +210,16 @@ def _group(c, steps, codes, levels, signed, random):
 class Cut:
     """A published network cut in two, and maps of it: those measured, and those of other images."""
 
-    def __init__(self, network, layer: int, samples: int):
+    def __init__(self, network: feature_maps.Network, layer: int | str, samples: int):
         images, labels = map(jnp.asarray, network.run.dataset.train.fetch(np.arange(2 * samples)))
         x = network.run.spec.preprocess(images)
         client, server = network.cuts(layer)
         self._labels = np.asarray(labels[:samples])
-        self.features, self.gradients = {}, {}
+        self.features, self.gradients, self.is_kept = {}, {}, {}
         for name, part in (("own", slice(samples)), ("known", slice(samples, None))):
             self.features[name] = np.asarray(published_cuts.features_of(client, x[part]))
-            _, g = feature_maps._at_cut(client, server, x[part], labels[part], label_smoothing=0.0)
-            self.gradients[name] = np.asarray(g)
+            h, g = feature_maps._at_cut(client, server, x[part], labels[part], label_smoothing=0.0)
+            self.gradients[name], self.is_kept[name] = np.asarray(g), np.asarray(h > 0)
         self._logits = functools.partial(_logits, server)
         self._plain = np.asarray(jax.nn.log_softmax(self._logits(self.features["own"])))
 
@@ -237,15 +255,18 @@ def _weights_gradient(client, x, g):
 def measure(block: str, cut: Cut, kind: str) -> list[dict]:
     """Returns a row a transform and step."""
     maps, rows = getattr(cut, kind), []
-    h = maps["own"]
+    h, random = maps["own"], kind == "gradients"
     scale, energy = float(np.sqrt(np.mean(np.square(h)))), float(np.vdot(h, h))
-    for name in NAMES:
+    for name in (*NAMES, KEPT) if random else NAMES:
         transform = Transform(name, maps["known"])
         c = transform.forward(h)
         for step in STEPS:
-            decoded, count = quantized(c, step * scale, random=kind == "gradients")
-            decoded = transform.inverse(decoded)
-            decoded = decoded if kind == "gradients" else np.maximum(decoded, 0)
+            if name == KEPT:
+                decoded, count = quantized_kept(h, step * scale, cut.is_kept["own"])
+            else:
+                decoded, count = quantized(c, step * scale, random=random)
+                decoded = transform.inverse(decoded)
+            decoded = decoded if random else np.maximum(decoded, 0)
             off = decoded - h
             rows.append(
                 {
@@ -273,42 +294,63 @@ def table(rows: list[dict]) -> str:
     """Returns a Markdown table: by how much the bits of each transform differ from plain ones where it is as good."""
     lines = []
     for kind in ("features", "gradients"):
-        for block in BLOCKS:
+        for block in dict.fromkeys(row["block"] for row in rows):
             own = [row for row in rows if (row["block"], row["kind"]) == (block, kind)]
-            by_name = {name: [row for row in own if row["transform"] == name] for name in NAMES}
+            by_name = {name: [row for row in own if row["transform"] == name] for name in (*NAMES, KEPT)}
             if not own:
                 continue
             for step in STEPS[1:3]:
                 plain = next(row for row in by_name["plain"] if row["step"] == step)
                 for quantity in ("error", "damage"):
                     cells = [f"{kind}, {block}, equal {quantity} {plain[quantity]:.3g}", f"{plain['bits']:.3f}"]
-                    for name in NAMES[1:]:
-                        found = bits_at(by_name[name], quantity, plain[quantity])
+                    for name in (*NAMES[1:], KEPT):
+                        found = bits_at(by_name[name], quantity, plain[quantity]) if by_name[name] else np.nan
                         cells.append("–" if np.isnan(found) else f"{100 * (found / plain['bits'] - 1):+.1f} %")
                     lines.append(cells)
-    return timing.table(["where", "plain, bits", *NAMES[1:]], lines)
+    return timing.table(["where", "plain, bits", *NAMES[1:], KEPT], lines)
 
 
 def main() -> int:
-    parser = published_weights.parser_of(__doc__, OUT)
+    parser = timing.parser(__doc__, repeats=False)
+    parser.set_defaults(out=OUT)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=pathlib.Path, help="the folder of the published ResNet20's safetensors file")
+    source.add_argument("--run", help="the folder of a finished run, whose network is measured at its named cuts")
+    parser.add_argument("--data-dir", required=True, help="where CIFAR-10 is, as --data.data-dir of msjax train")
     parser.add_argument("--samples", type=int, default=250)
-    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS)
     options: argparse.Namespace = parser.parse_args()
+    network, cuts = _network_of(options)
     file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
+    earlier = json.loads(file.read_text()) if file.exists() else {"rows": []}
     start, rows = time.monotonic(), earlier["rows"]
     done = {(row["block"], row["kind"]) for row in rows}
-    network = published_weights.network("resnet20", options.weights / "resnet20.safetensors", options.data_dir)
-    layers = {cut.block: cut.layer for cut in network.list_cuts()}
-    for block in options.blocks:
+    for block, layer in cuts.items():
         kinds = [kind for kind in ("features", "gradients") if (block, kind) not in done]
-        cut = Cut(network, layers[block], options.samples) if kinds else None
+        cut = Cut(network, layer, options.samples) if kinds else None
         for kind in kinds:
             rows += measure(block, cut, kind)
             print(f"{kind} behind {block}: {time.monotonic() - start:.0f} s", flush=True)
-            timing.save(options.out, timing.record(options, rows, earlier["wall_seconds"] + time.monotonic() - start))
+            timing.save(options.out, _record(options, earlier, rows, time.monotonic() - start))
     print(table(rows))
     return 0
+
+
+def _network_of(options):
+    """The network that is measured, and the layers behind which it is, by name."""
+    if options.run:
+        network = feature_maps.load(options.run, data_dir=options.data_dir)
+        return network, {name: name for name in network.named_cuts()}
+    network = published_weights.network("resnet20", options.weights / "resnet20.safetensors", options.data_dir)
+    return network, {cut.block: cut.layer for cut in network.list_cuts() if cut.block in BLOCKS}
+
+
+def _record(options, earlier, rows, seconds):
+    """The record of this call, or the earlier one with this call as a further one."""
+    own = timing.record(options, rows, seconds)
+    if "command" not in earlier:
+        return own
+    own = {name: own[name] for name in ("command", "options", "environment", "wall_seconds")}
+    return earlier | {"further": [*earlier.get("further", []), own]}
 
 
 if __name__ == "__main__":
