@@ -128,7 +128,18 @@ def _aim(up_bits):
 
 def _write(path, trained, header):
     arrays = {name: np.asarray(leaf) for name, leaf in _by_name(trained.params, trained.stats)}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata=header | {"crc32": _crc(arrays)}))
+    content = safetensors.numpy.save(arrays, metadata=header | {"crc32": _crc(arrays)})
+    write_atomically(path, _in_order(content))
+
+
+def _in_order(content):
+    """The same file with its metadata in order, which safetensors writes in another order each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:end])
+    metadata = dict(sorted(head.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata} | head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _crc(arrays):

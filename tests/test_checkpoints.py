@@ -1,11 +1,13 @@
 """Checkpoints that are written while training goes on: what is complete, what fails, and what a kill leaves behind."""
 
+import asyncio
 import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 
 from msjax.runs import checkpoints as lib
 from msjax.runs.checkpoints import Checkpoints
+from msjax.runs.files import write_atomically
 
 
 def tree(value):
@@ -94,6 +97,29 @@ def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monke
     folder.wait()
     assert folder.steps() == [2, 6]
     assert_is(folder, 6, 6)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "none" / "x.json", "{}")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'none' / 'x.json'}'"
+
+
+def test_only_late_reports_of_a_failed_save_are_passed_over(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    lib._pass_over_late_reports.__wrapped__()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    try:
+        loop.call_soon_threadsafe(print)
+    except RuntimeError as error:
+        late = error.__traceback__.tb_next  # a thread of tensorstore calls the loop itself
+    own = types.SimpleNamespace(object=None, exc_traceback=late.tb_next)
+    deleted = types.SimpleNamespace(object=print, exc_traceback=late)
+    for unraisable in (types.SimpleNamespace(object=None, exc_traceback=late), own, deleted):
+        sys.unraisablehook(unraisable)
+    assert told == [own, deleted]
 
 
 KILLED = """

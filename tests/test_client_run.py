@@ -208,7 +208,9 @@ def test_a_client_says_what_is_complete_and_not_what_it_has_begun(run):
     assert request.saved and request.saved_step == 0
     run._store.wait()
     assert run.request.request.saved_step == 0 and go_to(run, 1, Phase.AVERAGE, 0).request.request.saved_step == 1
-    go_to(run, 2, Phase.FEATURES, 0)
+    # Step 2's is not complete when step 3's is begun, which waits for it.
+    assert go_to(run, 2, Phase.AVERAGE, 0).request.request.saved_step == 1
+    assert go_to(run, 3, Phase.FEATURES, 0).request.request.saved_step == 2
     run.start(pb.Start(generation=2, step=2))  # who goes back waits for what was begun
     assert run.party.state == (1, Phase.TEST, 2) and run.request.request.saved_step == 2
     run.start(pb.Start(generation=3, step=1))

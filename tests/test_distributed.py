@@ -312,11 +312,27 @@ def test_a_checkpoint_that_is_finished_late_counts_from_then_on(tmp_path):
         it.assert_equal_to_program()
 
 
-def test_a_checkpoint_that_is_not_finished_before_the_next_is_missed(tmp_path):
+def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tmp_path):
+    """Where steps are quicker than saves: to begin the next one waits for it."""
     with net(tmp_path, SMALL) as it:
         it.start_clients()
         it.loop.run(lambda: 1 in it.stores)
         it.stores[1].slow = True
+        it.run_to(4)
+        assert it.stores["server"].latest() == 2 and it.counted("failed_saves") == 0
+        it.restart(1)
+        it.run()
+        assert [position for _, position in it.order].count((1, Phase.FEATURES, 0)) == 1
+        it.assert_equal_to_program()
+
+
+def test_a_checkpoint_that_a_client_could_not_save_is_missed(tmp_path):
+    with net(tmp_path, SMALL) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores[1].slow = True
+        it.run_to(3)
+        it.stores[1].begun.clear()  # it failed
         it.run_to(4)
         assert it.stores["server"].latest() is None and it.counted("failed_saves") == 1
         it.run()

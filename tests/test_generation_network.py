@@ -14,14 +14,14 @@ from msjax import build, compress, config, models, pair, parts, wire
 from msjax.cli import main as command_line
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
-from msjax.distributed.generation import Limits, Sessions
+from msjax.distributed.generation import Limits, RemoteSession, Sessions
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, PartOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.generation import Generator
-from msjax.session import Terms
+from msjax.session import Piece, Terms
 from msjax.split.trees import TreeSpec
 
 from . import decoders
@@ -314,3 +314,22 @@ def test_a_pairs_parts_are_those_that_were_trained(tmp_path):
     for got, want in zip(pair.model_parts(found.client, found.server), made, strict=True):
         assert got.apply == want.apply
         jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
+def test_a_text_whose_connection_is_lost_is_to_be_begun_again():
+    answers = iter([pb.Outputs(payload=[b"x"])])
+
+    def call(function):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise ConnectionError("localhost:1: the server is stopping") from None
+
+    session = RemoteSession(lambda requests: iter(()), call, Terms(1, 16, CODEC, None, None))
+    assert session.answer([Piece(4, b"features")]) == [b"x"]
+    with pytest.raises(
+        ConnectionError, match="the server is stopping; with the connection the text has ended"
+    ):
+        session.answer([Piece(1, b"features")])
+    with pytest.raises(ConnectionError, match=r"^localhost:1: the server is stopping$"):  # before there is a text
+        RemoteSession(lambda requests: iter(()), call, Terms(1, 16, CODEC, None, None)).answer([Piece(4, b"features")])

@@ -66,7 +66,8 @@ def test_a_round_that_lacks_its_quorum_waits_for_those_who_come_back():
 @pytest.mark.parametrize("kind", ["parallel", "turns"])
 def test_training_begins_with_as_many_as_are_asked_for(kind):
     run = Run(kind, clients=3, stragglers="drop", start_clients=2)
-    run.come(0)
+    assert do.Inform("client 0 is ready; training waits for 1 of clients [1, 2]") in run.come(0)
+    assert of(run.wait(10.0), do.Warn) == [do.Warn("training waits for 1 of clients [1, 2] to be ready")]
     assert run.stage is Stage.GATHERING
     assert of(run.come(2), do.RestoreCheckpoint) and run.state.active == (0, 2)
     # The third comes later: where it is handed a part, or another's is brought for it.

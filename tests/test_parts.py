@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -81,6 +82,18 @@ def test_nothing_of_the_machine_is_in_the_file(tmp_path):
     save(tmp_path)
     assert b"/secret" not in (tmp_path / "client.safetensors").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["client.safetensors", "server.safetensors"]
+
+
+def test_the_same_part_makes_the_same_file(tmp_path):
+    """For those who compare files; safetensors writes metadata in another order each time."""
+    save(tmp_path)
+    first = (tmp_path / "client.safetensors").read_bytes()
+    for _ in range(3):
+        save(tmp_path)
+        assert (tmp_path / "client.safetensors").read_bytes() == first
+    end = 8 + int.from_bytes(first[:8], "little")
+    metadata = json.loads(first[8:end])["__metadata__"]
+    assert list(metadata) == sorted(metadata) and end % 8 == 0
 
 
 def test_files_of_the_first_version_are_read(tmp_path):

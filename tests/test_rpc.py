@@ -22,6 +22,7 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
 from msjax.distributed.server_program import ServerProgram, write_missing_part
+from msjax.distributed.stores import Held
 from msjax.parts import load_part
 from msjax.runs import RunFolder, plots
 from msjax.split import parties
@@ -326,7 +327,10 @@ def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
         program.coordinator.membership = dataclasses.replace(
             program.coordinator.membership, first_seconds=(((None, (0, 10)), 9.0), (((0, 10), (1, 10)), 3.5))
         )
-        program._write_counts()
+        program.metrics.received(0, request)
+        program._store.save(1, Held({"state": np.zeros(1)}, {}))  # as what led to a checkpoint is part of it
+        assert json.loads(file.read_text())["received_bytes"] == 100 + 2 * request.ByteSize()
+        program._store.close()
         again = ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder)
         assert again.coordinator.membership.first_seconds == program.coordinator.membership.first_seconds
         again.close()

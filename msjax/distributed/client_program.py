@@ -132,7 +132,7 @@ class ClientProgram:
         return build.build(self._cfg, self._summary, parts=self._parts.shapes, **counts).spec
 
     def _build(self, cfg, samples, test_samples):
-        log.info("all clients are ready; the first steps compile")
+        log.info("training begins or goes on; the first steps compile")
         spec = self._describe(samples, test_samples)
         self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"

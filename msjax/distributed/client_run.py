@@ -31,7 +31,7 @@ class ClientRun:
         self._initial: Any = party.checkpoint()  # until the server has a checkpoint
         self.generation = 0
         self.checkpoint_steps = 0
-        self._due = 0  # the step of the last checkpoint of this generation
+        self._due, self._due_before = 0, 0  # the steps of the last two checkpoints of this generation
         self.exchange: Exchange | None = None
         """Where it is; None at the end."""
         self.request: pb.FromClient | None = None
@@ -56,7 +56,7 @@ class ClientRun:
         if known and (self.exchange is None or start.step <= self.exchange.step):
             return
         self._without_failing(self._store.wait)
-        self.generation, self._due = start.generation, 0
+        self.generation, self._due, self._due_before = start.generation, 0, 0
         party = self.party
         party.begin()
         if start.part:
@@ -137,12 +137,17 @@ class ClientRun:
         return self.party.may_checkpoint(exchange, self.checkpoint_steps) and self._save_at(exchange.step)
 
     def _save_at(self, step):
-        self._due = step
+        if step != self._due:
+            self._due, self._due_before = step, self._due
         return step in self._store.steps() or self._without_failing(self._store.save, step, self.party.checkpoint())
 
     def _saved_step(self):
-        """That of the last checkpoint that was due, where it is complete; else 0."""
-        return self._due if self._due in self._store.steps() else 0
+        """That of the last checkpoint that was due, or of the one before, where that is complete; else 0.
+
+        To begin a save waits for the one before. Where steps are quick, that is when it becomes complete.
+        """
+        saved = self._store.steps()
+        return next((step for step in (self._due, self._due_before) if step in saved), 0)
 
     def _without_failing(self, save, *args):
         """Whether the store did it; training goes on without."""

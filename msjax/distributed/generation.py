@@ -227,7 +227,12 @@ class RemoteSession:
             request.begin.candidates, request.begin.compression = terms.candidates or 0, terms.compression or ""
             self._stream = self._open(iter(self._requests.get, None))
         self._requests.put(request)
-        answer = self._call(lambda: next(self._stream))
+        try:
+            answer = self._call(lambda: next(self._stream))
+        except ConnectionError as error:
+            if request.HasField("begin"):
+                raise
+            raise ConnectionError(f"{error}; with the connection the text has ended: begin it again") from None
         self.serialized_bytes += request.ByteSize() + answer.ByteSize()
         return list(answer.payload)
 

@@ -36,7 +36,9 @@ log = logging.getLogger("msjax.server")
 _COUNTS = "counts.json"
 _FIRST_SECONDS = "first_seconds"
 _BUILT_FROM = "built_from.json"
-_COUNTS_EVERY_SECONDS = 5.0  # a process that is killed loses no more than what it has counted since
+_COUNTS_EVERY_SECONDS = 5.0
+"""A process that is killed loses what it has counted since; and before a checkpoint, so that no payload of what led to
+it is missing where the run goes on from there."""
 
 
 def check_serve(cfg: config.Config, options: ServeOptions) -> None:
@@ -87,7 +89,7 @@ class ServerProgram:
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
-        self._store = ServerStore(folder.path / "checkpoints", self.progress)
+        self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._write_counts)
         self._parts: OwnParts | None = None
         self._told = self._built_from = None
         self.coordinator = Coordinator(

@@ -3,6 +3,7 @@
 import copy
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,11 +72,14 @@ class ServerStore(ClientStore):
     Args:
       path: the folder.
       progress: what else is remembered with a checkpoint, and put back with it; JSON-ready.
+      before_save: called before a checkpoint is written.
     """
 
-    def __init__(self, path: str | os.PathLike, progress: dict[str, Any]):
+    def __init__(
+        self, path: str | os.PathLike, progress: dict[str, Any], before_save: Callable[[], None] = lambda: None
+    ):
         super().__init__(path, keep=1)
-        self._progress = progress
+        self._progress, self._before_save = progress, before_save
         self._digest: tuple[Any, str | None] | None = None
 
     def _digest_of_constants(self, party):
@@ -103,6 +107,7 @@ class ServerStore(ClientStore):
 
     def save(self, step: int, held: Held) -> None:
         """Begins to save the server's state before a step, in place of older ones; raises OSError as of a client."""
+        self._before_save()
         self._checkpoints.save(step, *held)
 
     def restore(self, step: int, party: Server) -> None:

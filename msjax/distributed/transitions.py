@@ -133,8 +133,8 @@ class _Transition:
             return
         self._set_session(client, ready=True, saved_step=saved_step)
         missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
-        if self.state.stage is Stage.GATHERING and missing:
-            self._do(do.Inform(f"client {client} is ready; training waits for {_listed(missing)}"))
+        if self.state.stage is Stage.GATHERING and len(self.state.clients) - len(missing) < self._needed_to_start():
+            self._do(do.Inform(f"client {client} is ready; training waits for {self._awaited(missing)}"))
         if self.state.stage is Stage.ENDING:
             self._tell_end(client)
         elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):
@@ -256,8 +256,13 @@ class _Transition:
                 self._set_client(c, active=False)
             self._restore(again=False)
         elif self._passed(self.state.deadline):
-            self._do(do.Warn(f"training waits for {_listed(missing)} to be ready"))
+            self._do(do.Warn(f"training waits for {self._awaited(missing)} to be ready"))
             self._set(deadline=self._later())
+
+    def _awaited(self, missing):
+        clients, needed = len(self.state.clients), self._needed_to_start()
+        more = needed - (clients - len(missing))
+        return _listed(missing) if needed == clients else f"{max(more, 0)} of {_listed(missing)}"
 
     def _needed_to_start(self):
         start, clients = self.state.policy.start_clients, len(self.state.clients)

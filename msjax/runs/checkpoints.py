@@ -11,7 +11,9 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import threading
+import traceback
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +42,22 @@ With another's number it would write before its folder is there."""
 def _is_not_told(record: logging.LogRecord) -> bool:
     """Whether a line of Orbax's log says something that no error of `Checkpoints` says."""
     return not (record.exc_info and any(words in str(record.msg) for words in _FAILED))
+
+
+@functools.cache
+def _pass_over_late_reports() -> None:
+    """Keeps from the standard error what says nothing: of a failed save, tensorstore's other writes report too late.
+
+    Orbax has closed the event loop by then, and there is no caller that could take the error.
+    """
+    tell = sys.unraisablehook
+
+    def hook(unraisable):
+        names = [frame.name for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if unraisable.object is not None or names != ["call_soon_threadsafe", "_check_closed"]:
+            tell(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class DamagedError(OSError):
@@ -79,6 +97,7 @@ class Checkpoints:
             save_interval_steps=0 if self._read_only else 1,
         )
         logging.getLogger("absl").addFilter(_is_not_told)
+        _pass_over_late_reports()
         with _without_warning(_IS_READ_ONLY):
             return ocp.CheckpointManager(self._path.absolute(), options=options)
 

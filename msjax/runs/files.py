@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno is not None:  # one that comes from writing names no file, and that of opening the temporary one
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with contextlib.suppress(OSError):

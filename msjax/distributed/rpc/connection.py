@@ -174,6 +174,8 @@ def reason_of(error: grpc.RpcError) -> str:
     if error.code() is grpc.StatusCode.OK:
         return _CLOSED
     details = error.details() or str(error.code())
+    if details == "Cancelling all calls":
+        return "the server is stopping"
     return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
 
 
