@@ -327,9 +327,7 @@ def test_a_text_whose_connection_is_lost_is_to_be_begun_again():
 
     session = RemoteSession(lambda requests: iter(()), call, Terms(1, 16, CODEC, None, None))
     assert session.answer([Piece(4, b"features")]) == [b"x"]
-    with pytest.raises(
-        ConnectionError, match="the server is stopping; with the connection the text has ended"
-    ):
+    with pytest.raises(ConnectionError, match="the server is stopping; with the connection the text has ended"):
         session.answer([Piece(1, b"features")])
     with pytest.raises(ConnectionError, match=r"^localhost:1: the server is stopping$"):  # before there is a text
         RemoteSession(lambda requests: iter(()), call, Terms(1, 16, CODEC, None, None)).answer([Piece(4, b"features")])
