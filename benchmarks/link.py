@@ -57,7 +57,14 @@ CODECS = {
     },
 }
 """What is compressed, as fields of a config."""
-_RECORDED = ("codec", "grad_codec", "update_codec", "cut_bits")
+_RECORDED = {
+    "codec": None,
+    "grad_codec": "Identity()",
+    "grad_kept_only": "False",
+    "cut_bits": "None",
+    "update_codec": "Identity()",
+}
+"""What tells what is compressed, as texts, with what it is in rows of earlier versions, which do not say."""
 # What does not change a row, or is in it by itself.
 _NOT_SETTINGS = ("out", "cuts", "codecs", "only", "steps_to_accuracy", "accuracy")
 
@@ -198,7 +205,7 @@ def on_link(options: argparse.Namespace, cut: str, **compressed: Any) -> dict[st
     wire = slow["seconds"] - free["seconds"]
     return {
         **{name: str(getattr(case.cfg, name)) for name in _RECORDED},
-        "entropy_coded": case.run.spec.codec.entropy_coded,
+        "entropy_coded": case.run.spec.codec.entropy_coded or case.run.spec.grad_codec.entropy_coded,
         "step_seconds": slow["seconds"],
         "free_step_seconds": free["seconds"],
         "free_step_cpu_seconds": free["cpu_seconds"],
@@ -219,7 +226,8 @@ def on_link(options: argparse.Namespace, cut: str, **compressed: Any) -> dict[st
 
 def beside_program(options: argparse.Namespace) -> dict[str, Any]:
     """Returns one row: medians of a step over gRPC on loopback, and of the same parties' in one program, in turn."""
-    case = Case.of(options, "medium", steps=options.warmup + options.repeats)
+    grad_codec = compress.from_string(options.grad_codec)
+    case = Case.of(options, "medium", steps=options.warmup + options.repeats, grad_codec=grad_codec)
     clients = [case.client(number) for number in range(options.clients)]
     server = case.server()
     exchanges = parties.run(server, clients)
@@ -284,7 +292,8 @@ def accuracy_hours(rows: list[dict], records: list[dict], options: argparse.Name
         sent = tuple(str(getattr(cfg, name)) for name in _RECORDED)
         reached = [e["step"] for e in record["history"] if e.get("test", {}).get("top1_percent", 0) >= options.accuracy]
         for row in rows:
-            if row["kind"] == "link" and reached and (cfg.model.cut, *sent) == tuple(map(row.get, ("cut", *_RECORDED))):
+            of_row = tuple(row.get(name, default) for name, default in _RECORDED.items())
+            if row["kind"] == "link" and reached and (cfg.model.cut, *sent) == (row["cut"], *of_row):
                 found[row["cut"], row["name"]] = reached[0] * row["step_seconds"] / 3600
     return found
 
@@ -312,7 +321,7 @@ def table(rows: list[dict], hours: dict[tuple[str, str], float]) -> str:
             nominal += row[f"{way}_nominal_bytes"]
             real += row[f"{way}_socket_bytes"]
             cells.append(f"{row[f'{way}_socket_bytes'] / 1e6:.3f} ({row[f'{way}_nominal_bytes'] / 1e6:.3f})")
-        cells.append("–" if row["entropy_coded"] else f"{(real / nominal - 1) * 100:.2f} %")
+        cells.append("–" if row.get("entropy_coded") else f"{(real / nominal - 1) * 100:.2f} %")
         if hours:
             at = hours.get((row["cut"], row["name"]))
             cells.append("–" if at is None else f"{at:.2f}")

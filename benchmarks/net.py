@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import proxy
 from msjax import build, config, data
+from msjax.compress import Identity
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator, Stopped
@@ -45,7 +46,10 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, options: argparse.Namespace, cut: str, *, steps: int, **compressed: Any) -> "Case":
-        """Returns the run that the options of the command describe; `compressed` are its codecs, fields of a config."""
+        """Returns the run that the options of the command describe.
+
+        `compressed` are fields of its config that say what is compressed; by default nothing is.
+        """
         tiny = options.model_name == TINY["model_name"]
         shape = (8, 8, 1) if tiny else (32, 32, 3)
         cfg = config.Config(
@@ -56,7 +60,7 @@ class Case(NamedTuple):
             batch_size=options.batch,
             epochs=1,
             seed=options.seed,
-            **compressed,
+            **{"codec": Identity()} | compressed,
         )
         samples = steps * options.batch
         rng = np.random.default_rng(options.seed)

@@ -180,8 +180,13 @@ def test_on_link():
     everything = link.on_link(options(), "medium", **link.CODECS["EntropyMask, everything"])
     assert everything["uplink_socket_bytes"] < everything["uplink_nominal_bytes"]  # of entropy-coded codecs not coded
     assert everything["downlink_socket_bytes"] < row["downlink_socket_bytes"] / 4
+    assert row["codec"] != "Identity()" == str(link.Case.of(options(), "medium", steps=1).cfg.codec)
     everything |= {"kind": "link", "cut": "medium", "name": "EntropyMask, everything"}
     assert link.accuracy_hours([everything], [record], options(accuracy=85.0)) == {}
+    earlier = {name: value for name, value in row.items() if name not in (*link._RECORDED, "entropy_coded")}
+    earlier |= {"codec": row["codec"]}  # all that rows said at first
+    assert link.accuracy_hours([earlier], [record], options(accuracy=85.0)) == hours
+    assert len(link.table([earlier], {}).splitlines()) == 3
     assert " – " in link.table([row, everything], {}).splitlines()[3]
 
 

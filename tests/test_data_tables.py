@@ -1,6 +1,8 @@
 """CSV files as data sets."""
 
 import dataclasses
+import os
+import threading
 import types
 
 import numpy as np
@@ -218,13 +220,28 @@ def test_errors(people, tmp_path, monkeypatch, unchecked):
         data.from_csv(path, label="a")
     with pytest.raises(data.DataError, match=r"nowhere.csv cannot be read as a CSV file"):
         data.from_csv(tmp_path / "nowhere.csv", label="a")
-    for row, got in (("1,2,3", 3), ("x,2,", 3), ("1,2,3,4", 4)):  # which pandas would shift by a column
-        path.write_text(f"a,b\n{row}\n{row}\n")
-        with pytest.raises(data.DataError, match=f"must have as many values in a row as names, 2, got {got} in row 1"):
+    # Which pandas would shift by a column; the second has the index of a table without names of rows.
+    for rows, line in (
+        ("1,2,3\n1,2,3", 2),
+        ("0,2,3\n1,2,3", 2),
+        ("x,2,\ny,2,", 2),
+        ("1,2,3", 2),
+        ("1,2,3,4\n2,2,3,4", 2),
+        ("1,2\n1,2,3", 3),
+    ):
+        path.write_text(f"a,b\n{rows}\n")
+        with pytest.raises(data.DataError, match=f"people.csv cannot be .* 2 fields in line {line}, saw [34]"):
             data.from_csv(path, label="a")
     path.write_text("a,b,a\n1,2,3\n")
     with pytest.raises(data.DataError, match=r"people.csv must have another name for each column, got 'a' twice"):
         data.from_csv(path, label="a")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("NA,NA\n1,2\n",))
+    writer.start()
+    with pytest.raises(data.DataError, match=r"pipe must have another name for each column, got 'NA' twice"):
+        data.from_csv(pipe, label="a")
+    writer.join()
     forbid(monkeypatch, "pandas")
     with pytest.raises(data.DataError, match=r"needs pandas.*pip install 'msjax\[tables\]'"):
         data.from_csv(path, label="a")

@@ -177,6 +177,19 @@ def test_numbers_of_a_regression(tmp_path, capsys):
     assert "x.npz must have inputs, and has none" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
 
 
+def test_one_input_without_an_axis_of_inputs(tmp_path):
+    grey, colour = (1, [(4, 4), (4, 4, 1)], [(3, 4, 4), (3, 4, 4, 1)]), (3, [(4, 4, 3)], [(3, 4, 4, 3)])
+    for channels, of_one, of_three in (grey, colour):
+        like = jax.ShapeDtypeStruct((4, 4, channels), np.uint8)
+        for shape in of_one:
+            np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
+            with pytest.raises(data.DataError, match="must have inputs along its first axis"):
+                data.read_inputs(tmp_path / "x.npz", like=like)
+        for shape in of_three:
+            np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
+            assert len(data.read_inputs(tmp_path / "x.npz", like=like).names) == 3
+
+
 def test_texts_become_the_words_that_were_trained_on(tmp_path):
     (tmp_path / "x.txt").write_text("Good  movie\na good one\n")
     like = jax.ShapeDtypeStruct((4,), np.dtype("int32"))

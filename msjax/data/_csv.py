@@ -1,5 +1,6 @@
 """CSV files as data sets."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,18 +93,18 @@ def _split_table(
 
 
 def read_frame(path: Path) -> Any:
-    """The rows of a file, which have as many values as its first line has names, each another."""
+    """The rows of a file, which have no more values than its first line has names, each another."""
     try:
-        frame = pandas().read_csv(path)
-        names = pandas().read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+        source = path if path.is_file() else path.read_bytes()  # a pipe is read once
+        opened = lambda: io.BytesIO(source) if isinstance(source, bytes) else source  # noqa: E731
+        # Without this, what the first rows have too much would become names of rows, and all others one off.
+        head = pandas().read_csv(opened(), header=None, nrows=2, dtype=str, keep_default_na=False)
+        frame = pandas().read_csv(opened(), index_col=False)
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
         raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
     if not len(frame):
         raise DataError(f"{path} must have rows below the line of names, got none")
-    if not isinstance(frame.index, pandas().RangeIndex):  # pandas took what is too much for names of rows
-        width = len(frame.columns)
-        got = width + frame.index.nlevels
-        raise DataError(f"{path} must have as many values in a row as names, {width}, got {got} in row 1")
-    if (again := names[names.duplicated()]).size:
+    names = head.iloc[0]
+    if (again := names[names.duplicated() & (names != "")]).size:
         raise DataError(f"{path} must have another name for each column, got {again.iloc[0]!r} twice")
     return frame

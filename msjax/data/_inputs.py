@@ -130,9 +130,10 @@ def _from_npz(path: Path, like: jax.ShapeDtypeStruct, columns: Sequence[Column] 
     """The inputs of a file, standardised as those of the training data were."""
     (found,) = read_npz(path, lambda there: [_inputs_name(path, there)])
     role = f"array of {path}"
+    is_grey = like.dtype == np.uint8 and like.shape[2:] == (1,)  # which may come without their last axis
+    if found.shape == like.shape or found.ndim < len(like.shape) + 1 - is_grey:
+        raise DataError(f"{role} must have inputs along its first axis, got the shape {list(found.shape)} of one")
     array = convert_inputs(found, role, wide=columns is not None)
-    if array.shape == like.shape:
-        raise DataError(f"{role} must have inputs along its first axis, got the shape {list(array.shape)} of one")
     if columns is None:
         pass
     elif any(column.texts for column in columns):

@@ -216,7 +216,7 @@ class ServerProgram:
         if self._pace is None:
             self._told_at, self._pace = now, Pace(batch_size * len(exchange.clients))
             seconds = now - self.coordinator.ready_at
-            log.info("step %d of %d, %.0f s after all were ready", exchange.step + 1, schedule.total_steps, seconds)
+            log.info("step %d of %d, %.0f s after training began", exchange.step + 1, schedule.total_steps, seconds)
         self._pace.step(1, batch_size)
         if now - self._told_at >= SECONDS_BETWEEN_LINES:
             self._told_at = now
