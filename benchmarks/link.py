@@ -175,13 +175,16 @@ class Clock:
         return found
 
 
+def _case(options, cut, steps, **compressed):
+    return Case.of(options, cut, steps=steps, **{"grad_codec": compress.from_string(options.grad_codec)} | compressed)
+
+
 def on_link(options: argparse.Namespace, cut: str, **compressed: Any) -> dict[str, Any]:
     """Returns one row: medians over steps through the slow link, and through the same link without its limit.
 
     `compressed` are fields of a config, as in `CODECS`.
     """
-    compressed = {"grad_codec": compress.from_string(options.grad_codec)} | compressed
-    case = Case.of(options, cut, steps=options.warmup + 2 * options.repeats, **compressed)
+    case = _case(options, cut, options.warmup + 2 * options.repeats, **compressed)
     link = {"megabits": None, "delay_ms": options.delay_ms, "per_connection": options.per_connection}
     seen = {"warmup": [], "free": [], "slow": []}
     with _folder() as folder, Net(case, folder, link=link, lockstep=options.lockstep) as net:
@@ -226,8 +229,7 @@ def on_link(options: argparse.Namespace, cut: str, **compressed: Any) -> dict[st
 
 def beside_program(options: argparse.Namespace) -> dict[str, Any]:
     """Returns one row: medians of a step over gRPC on loopback, and of the same parties' in one program, in turn."""
-    grad_codec = compress.from_string(options.grad_codec)
-    case = Case.of(options, "medium", steps=options.warmup + options.repeats, grad_codec=grad_codec)
+    case = _case(options, "medium", options.warmup + options.repeats)
     clients = [case.client(number) for number in range(options.clients)]
     server = case.server()
     exchanges = parties.run(server, clients)

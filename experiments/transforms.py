@@ -323,10 +323,11 @@ def main() -> int:
     file = options.out.with_suffix(".json")
     earlier = json.loads(file.read_text()) if file.exists() else {"rows": []}
     start, rows = time.monotonic(), earlier["rows"]
+    given = timing.record(options, [], 0)["options"]
     for call in (earlier, *earlier.get("further", ())):
         for name in ("run", "weights", "samples"):
-            before, now = call.get("options", {}).get(name), getattr(options, name)
-            if None not in (before, now) and before != json.loads(json.dumps(now, default=str)):
+            before, now = call.get("options", {}).get(name), given[name]
+            if None not in (before, now) and before != now:
                 parser.error(f"--out must be new where --{name} is another, got {now}: {file} has {before}")
     done = {(row["block"], row["kind"]) for row in rows}
     for block, layer in cuts.items():

@@ -1,5 +1,6 @@
 """Over lines in memory: the same bits as in one program, in every mode, and whatever goes wrong on the way."""
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -259,11 +260,18 @@ def test_full_disks(tmp_path, monkeypatch):
         assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
 
 
-def test_no_checkpoint_of_the_server_where_a_client_could_not_save_its_own(tmp_path):
-    """It would be one to which nobody could go back. The next is one again."""
+@contextlib.contextmanager
+def with_stores(tmp_path):
+    """Parties that have begun, whose stores can be made slow or full."""
     with net(tmp_path, SMALL) as it:
         it.start_clients()
         it.loop.run(lambda: 1 in it.stores)
+        yield it
+
+
+def test_no_checkpoint_of_the_server_where_a_client_could_not_save_its_own(tmp_path):
+    """It would be one to which nobody could go back. The next is one again."""
+    with with_stores(tmp_path) as it:
         it.stores[1].full = True
         it.run_to(2)
         assert it.stores["server"].latest() is None and it.counted("failed_saves") == 1
@@ -276,9 +284,7 @@ def test_no_checkpoint_of_the_server_where_a_client_could_not_save_its_own(tmp_p
 
 def test_the_server_has_no_checkpoint_that_a_client_has_not_finished(tmp_path):
     """A client's of step 2 is being written when it and the server die: all go back to where it has one."""
-    with net(tmp_path, SMALL) as it:
-        it.start_clients()
-        it.loop.run(lambda: 1 in it.stores)
+    with with_stores(tmp_path) as it:
         it.stores[1].slow = True
         it.run_to(3)
         assert it.stores[1].begun and it.stores[0].steps() == [2] and it.stores["server"].latest() is None
@@ -294,9 +300,7 @@ def test_the_server_has_no_checkpoint_that_a_client_has_not_finished(tmp_path):
 
 def test_a_checkpoint_that_is_finished_late_counts_from_then_on(tmp_path):
     """The server keeps its state of then, and clients keep what they may have to go back to; the server's is slow."""
-    with net(tmp_path, SMALL) as it:
-        it.start_clients()
-        it.loop.run(lambda: 1 in it.stores)
+    with with_stores(tmp_path) as it:
         it.stores[1].slow = it.stores["server"].slow = True
         it.run_to(2)
         assert it.stores["server"].latest() is None and not it.stores["server"].begun
@@ -314,9 +318,7 @@ def test_a_checkpoint_that_is_finished_late_counts_from_then_on(tmp_path):
 
 def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tmp_path):
     """Where steps are quicker than saves: to begin the next one waits for it."""
-    with net(tmp_path, SMALL) as it:
-        it.start_clients()
-        it.loop.run(lambda: 1 in it.stores)
+    with with_stores(tmp_path) as it:
         it.stores[1].slow = True
         it.run_to(4)
         assert it.stores["server"].latest() == 2 and it.counted("failed_saves") == 0
@@ -327,9 +329,7 @@ def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tm
 
 
 def test_a_checkpoint_that_a_client_could_not_save_is_missed(tmp_path):
-    with net(tmp_path, SMALL) as it:
-        it.start_clients()
-        it.loop.run(lambda: 1 in it.stores)
+    with with_stores(tmp_path) as it:
         it.stores[1].slow = True
         it.run_to(3)
         it.stores[1].begun.clear()  # it failed

@@ -94,12 +94,15 @@ def _split_table(
 
 def read_frame(path: Path) -> Any:
     """The rows of a file, which have no more values than its first line has names, each another."""
+
+    def read(**options):
+        return pandas().read_csv(path if piped is None else io.BytesIO(piped), **options)
+
     try:
-        source = path if path.is_file() else path.read_bytes()  # a pipe is read once
-        opened = lambda: io.BytesIO(source) if isinstance(source, bytes) else source  # noqa: E731
+        piped = None if path.is_file() else path.read_bytes()
         # Without this, what the first rows have too much would become names of rows, and all others one off.
-        head = pandas().read_csv(opened(), header=None, nrows=2, dtype=str, keep_default_na=False)
-        frame = pandas().read_csv(opened(), index_col=False)
+        head = read(header=None, nrows=2, dtype=str, keep_default_na=False)
+        frame = read(index_col=False)
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
         raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
     if not len(frame):

@@ -217,9 +217,8 @@ def check_label(frame: Any, label: str) -> None:
 def _first(rows: Any, wrong: np.ndarray) -> int:
     """The place of that one of the wrong rows that is the first in its file."""
     places = np.flatnonzero(wrong)
-    if not all(isinstance(rows.index[at], int | np.integer) for at in places):
-        return int(places[0])
-    return int(places[np.argmin(rows.index[places])])
+    numbers = rows.index[places]
+    return int(places[numbers.argmin() if pandas().api.types.is_integer_dtype(numbers) else 0])
 
 
 def _row(rows: Any, at: int) -> str:

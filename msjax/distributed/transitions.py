@@ -133,8 +133,8 @@ class _Transition:
             return
         self._set_session(client, ready=True, saved_step=saved_step)
         missing = [c for c, it in enumerate(self.state.clients) if not it.ready]
-        if self.state.stage is Stage.GATHERING and len(self.state.clients) - len(missing) < self._needed_to_start():
-            self._do(do.Inform(f"client {client} is ready; training waits for {self._awaited(missing)}"))
+        if self.state.stage is Stage.GATHERING and (awaited := self._awaited(missing)):
+            self._do(do.Inform(f"client {client} is ready; training waits for {awaited}"))
         if self.state.stage is Stage.ENDING:
             self._tell_end(client)
         elif self.state.stage in (Stage.COLLECTING, Stage.ADVANCING):
@@ -251,22 +251,21 @@ class _Transition:
         missing = [c for c, client in enumerate(self.state.clients) if not client.ready]
         if self.state.stop is not None:
             self._stop(self.state.stop)
-        elif len(self.state.clients) - len(missing) >= self._needed_to_start():
+        elif not (awaited := self._awaited(missing)):
             for c in missing:
                 self._set_client(c, active=False)
             self._restore(again=False)
         elif self._passed(self.state.deadline):
-            self._do(do.Warn(f"training waits for {self._awaited(missing)} to be ready"))
+            self._do(do.Warn(f"training waits for {awaited} to be ready"))
             self._set(deadline=self._later())
 
     def _awaited(self, missing):
-        clients, needed = len(self.state.clients), self._needed_to_start()
-        more = needed - (clients - len(missing))
-        return _listed(missing) if needed == clients else f"{max(more, 0)} of {_listed(missing)}"
-
-    def _needed_to_start(self):
+        """Which clients, or how many of them, must be ready before training can begin; None where it can."""
         start, clients = self.state.policy.start_clients, len(self.state.clients)
-        return clients if start is None else min(start, clients)
+        late = clients - (clients if start is None else min(start, clients))  # so many may come later
+        if len(missing) <= late:
+            return None
+        return f"{len(missing) - late} of {_listed(missing)}" if late else _listed(missing)
 
     def _quorum(self):
         """How many of a round's clients must be there."""
