@@ -5,8 +5,9 @@
     python -m benchmarks.steps --only torch --width 0.25 1 --batch 250 --clients 10
 
 The steps of a comparison run in turn in one process, on synthetic images. MS is of features alone, `EntropyMask` of
-features and gradients; its messages are estimated, not coded, as `msjax train` does. A step is what `msjax train` runs:
-preprocessing, both halves, the codec at the cut, the optimizer, donated buffers. Needs `pip install -e '.[bench]'`.
+features and gradients, and "everything" of what keeps the clients equal, too; its messages are estimated, not coded, as
+`msjax train` does. A step is what `msjax train` runs: preprocessing, both halves, the codec at the cut, the optimizer,
+donated buffers. Needs `pip install -e '.[bench]'`.
 """
 
 import sys
@@ -29,16 +30,18 @@ NETWORKS = {"vgg19": (10, 32), "resnet18": (100, 32), "resnet34": (1000, None)}
 """Number of classes and side of an image; ResNet34's side is an option."""
 CUTS = ("shallow", "medium", "deep")
 NONE = compress.Identity()
-CODECS = {
-    "identity": (NONE, NONE),
-    "ms": (compress.MaskEncoded(), NONE),
-    "entropy_mask": (
-        compress.EntropyMask(bits=1.6),
-        compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic"),
-    ),
+BOTH_WAYS = {
+    "codec": compress.EntropyMask(bits=1.6),
+    "grad_codec": compress.EntropyMask(bits=1.5, signed=True, rounding="stochastic"),
 }
-"""Of features and of gradients."""
-NAMES = {"ms": "MS", "entropy_mask": "EntropyMask both ways"}
+CODECS = {
+    "identity": {"codec": NONE},
+    "ms": {"codec": compress.MaskEncoded()},
+    "entropy_mask": BOTH_WAYS,
+    "everything": BOTH_WAYS | {"update_codec": compress.EntropyMask(bits=2.0, signed=True)},
+}
+"""As fields of a config."""
+NAMES = {"ms": "MS", "entropy_mask": "EntropyMask both ways", "everything": "EntropyMask, everything"}
 
 
 def main() -> int:
@@ -49,8 +52,10 @@ def main() -> int:
     parser.add_argument("--image", type=int, default=64, help="side of ResNet34's images; 224 in the paper")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to compare codecs in")
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="of these")
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS), help="to compare, and with none")
     parser.add_argument("--only", choices=("codec", "torch"), help="one of the two comparisons")
     options = parser.parse_args()
+    options.codecs = ["identity", *(name for name in options.codecs if name != "identity")]
     split_cpu(options.clients)
     start = time.monotonic()
     rows = []
@@ -69,10 +74,7 @@ def main() -> int:
 
 def with_codec(name: str, classes: int, side: int, cut: str, width: float, options) -> dict:
     """Returns the medians of a step without compression and with codecs."""
-    steps = {
-        key: make_step(name, classes, side, cut, codec, width, options, grad_codec=grad_codec)
-        for key, (codec, grad_codec) in CODECS.items()
-    }
+    steps = {key: make_step(name, classes, side, cut, width, options, **CODECS[key]) for key in options.codecs}
     seconds = timing.interleaved({key: call for key, (call, _) in steps.items()}, repeats=options.repeats)
     return {
         "kind": "codec",
@@ -91,7 +93,7 @@ def beside_torch(width: float, options) -> dict:
 
     from benchmarks import torch_resnet
 
-    call, compile_seconds = make_step("resnet18", 10, 32, "medium", NONE, width, options)
+    call, compile_seconds = make_step("resnet18", 10, 32, "medium", width, options, codec=NONE)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     network = torch_resnet.resnet18(10, width=width).to(device)
     ours = models.build("resnet18", input_shape=(32, 32, 3), num_classes=10, width=width)
@@ -118,15 +120,15 @@ def beside_torch(width: float, options) -> dict:
     }
 
 
-def make_step(name, classes, side, cut, codec, width, options, *, grad_codec=NONE, dtype="float32", steps=1):
+def make_step(name, classes, side, cut, width, options, *, dtype="float32", steps=1, **compressed):
     """(a call that runs the next `steps` steps, seconds to compile it)."""
     per_client = options.batch // options.clients
     inputs = TreeSpec.of(jax.ShapeDtypeStruct((side, side, 3), np.uint8))
     labels = TreeSpec.of(jax.ShapeDtypeStruct((), np.int32))
     summary = build.DataSummary(inputs, labels, classes, (0.5,) * 3, (0.25,) * 3, "crop_flip")
     model = config.ModelConfig(name, cut, width)
-    codecs, batches = {"codec": codec, "grad_codec": grad_codec}, {"batch_size": per_client, "epochs": 1}
-    cfg = config.Config(model, clients=options.clients, dtype=dtype, **codecs, **batches)
+    batches = {"batch_size": per_client, "epochs": 1}
+    cfg = config.Config(model, clients=options.clients, dtype=dtype, **compressed, **batches)
     built = build.build(cfg, summary, samples=per_client * 10**6, test_samples=0)
     mesh = make_mesh(options.clients)
     rng = np.random.default_rng(0)

@@ -168,8 +168,8 @@ def measure_steps(network, clients, batch, precision, codec, scale: Scale, made)
     row = {"network": network, "clients": clients, "batch": batch, "precision": precision, "codec": name_of(codec)}
     with jax.default_matmul_precision(products) if products else contextlib.nullcontext():
         options = SimpleNamespace(batch=batch, clients=clients)
-        sizes = (CLASSES, 32, "medium", codec, scale.width, options)
-        call, row["first_call_seconds"] = steps.make_step(network, *sizes, dtype=dtype, steps=scale.steps)
+        sizes, named = (CLASSES, 32, "medium", scale.width, options), {"codec": codec, "dtype": dtype}
+        call, row["first_call_seconds"] = steps.make_step(network, *sizes, steps=scale.steps, **named)
         contenders = {"msjax": call}
         if made is not None:
             wanted = _torch_steps(network, batch, precision, scale, isinstance(codec, compress.MaskEncoded), made)

@@ -61,7 +61,7 @@ def test_steps():
     torch = pytest.importorskip("torch", reason="needs the extra `bench`")
     from benchmarks import steps
 
-    options = argparse.Namespace(batch=4, clients=2, repeats=1)
+    options = argparse.Namespace(batch=4, clients=2, repeats=1, codecs=["identity", "ms", "everything"])
     rows = [steps.with_codec("resnet18", 10, 32, "deep", 1 / 16, options), steps.beside_torch(1 / 16, options)]
     assert len(steps.table(rows).splitlines()) == 2 + 3
     assert torch.get_num_threads() > 0 and all(row["identity_seconds"] > 0 for row in rows)

@@ -105,20 +105,19 @@ def contribute(
 
     kept_only = spec.grad_kept_only
 
-    def before(params, stats, x, key, byte_slot, bits):
-        """One client's features as the server gets them, about their bytes, and new statistics."""
-        keys, aims = split_key(key), {"bits": bits, "grad_bits": grad_bits}
-        h, new_stats = spec.client(params, stats, x, train=True, key=keys.client)
-        h, up = cross_cut(spec.codec, spec.grad_codec, h, keys.codec, byte_slot, kept_only=kept_only, **aims)
-        return h, up, new_stats
+    def trained(network):
+        """The part of one client, or its tail, as it computes outputs and new statistics in training."""
+        return lambda params, stats, x, key: network(params, stats, x, train=True, key=split_key(key).client)
 
-    def behind(params, stats, outputs, key, byte_slot):
-        """The outputs of one client's tail, about the bytes of what it got, and its new statistics."""
-        keys, grad_codec = split_key(key), Codecs(spec.grad_codec.default)
-        cut = (spec.tail_codec, grad_codec, outputs, tail_key(keys.codec), byte_slot)
-        h, down = cross_cut(*cut, kept_only=kept_only)
-        outputs, new_stats = spec.tail(params, stats, h, train=True, key=keys.client)
-        return outputs, down, new_stats
+    def cross(h, key, byte_slot, bits):
+        """One client's features as the server gets them, and about their bytes."""
+        codecs, aims = (spec.codec, spec.grad_codec), {"bits": bits, "grad_bits": grad_bits}
+        return cross_cut(*codecs, h, split_key(key).codec, byte_slot, kept_only=kept_only, **aims)
+
+    def cross_to_tail(h, key, byte_slot):
+        """The server's outputs as one client's tail gets them, and about their bytes."""
+        codecs = spec.tail_codec, Codecs(spec.grad_codec.default)
+        return cross_cut(*codecs, h, tail_key(split_key(key).codec), byte_slot, kept_only=kept_only)
 
     aims, constants = _aims(spec, state), spec.client_constants
     stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
@@ -126,12 +125,12 @@ def contribute(
 
     def total_loss(params, byte_slots):
         of_clients, down = (params[0], state.client.stats), jnp.zeros(clients, jnp.float32)
-        each = (x, keys, byte_slots[:, 0], aims)
-        h, up, client_stats = shards.by_client(mesh, before, of_clients, each, axes)
+        h, client_stats = shards.by_client(mesh, trained(spec.client), of_clients, (x, keys), axes)
+        h, up = shards.by_client(mesh, cross, (), (h, keys, byte_slots[:, 0], aims))
         outputs, server_stats = server_outputs(spec, params[1], state.server.stats, h, keys, mesh)
         if spec.u_shaped:
-            each = (outputs, keys, byte_slots[:, 1])
-            outputs, down, tail_stats = shards.by_client(mesh, behind, of_clients, each, axes)
+            outputs, down = shards.by_client(mesh, cross_to_tail, (), (outputs, keys, byte_slots[:, 1]))
+            outputs, tail_stats = shards.by_client(mesh, trained(spec.tail), of_clients, (outputs, keys), axes)
             client_stats = client_stats | tail_stats
         losses = jax.vmap(lambda outputs, y: spec.task.losses(outputs, y, train=True).mean())(outputs, y)
         aux = (losses, (client_stats, server_stats), jax.vmap(spec.task.sums)(outputs, y), (up, down))

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from msjax.split import each_client
 from msjax.split.trees import is_float
 
 LEAST_VALUES = 1024
@@ -122,7 +123,9 @@ def by_client(
       clients_at_once: without `shared`, how many clients a device computes at the same time; None for all.
     """
     shared_axes = (None,) * len(shared) if shared_axes is None else shared_axes
-    mapped = jax.vmap(function, in_axes=(*shared_axes, *(0,) * len(each)))
+    # Of the axes None is no leaf.
+    vmap = each_client.vmap if jax.tree.leaves(shared_axes) else jax.vmap
+    mapped = vmap(function, (*shared_axes, *(0,) * len(each)))
     if clients_at_once is not None:
         mapped = lambda *each: jax.lax.map(lambda args: function(*args), each, batch_size=clients_at_once)  # noqa: E731
     if mesh is None:
