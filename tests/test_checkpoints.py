@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from msjax.runs import checkpoints as lib
@@ -99,6 +102,29 @@ def test_what_cannot_be_written_is_said_and_leaves_the_ones_before(folder, monke
     assert_is(folder, 6, 6)
 
 
+def test_where_no_folder_can_be_made_no_thread_waits_for_it(folder, monkeypatch):
+    """Orbax's would, for twenty minutes, and keep the program from ending."""
+    folder.save(1, tree(1))
+    folder.wait()
+    make = os.mkdir
+
+    def refuse(path, *args, **options):
+        if "orbax-checkpoint-tmp" in os.fspath(path):
+            raise PermissionError(1, "Operation not permitted", os.fspath(path))
+        make(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        with pytest.raises(OSError, match=r"the checkpoint of step 2 in .* could not be written: .*not permitted"):
+            folder.save(2, tree(2))
+            folder.wait()
+    waiting = [thread for thread in threading.enumerate() if type(thread).__name__ == "_SignalingThread"]
+    assert not waiting
+    folder.save(3, tree(3))
+    folder.wait()
+    assert folder.steps() == [1, 3]
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(tmp_path / "none" / "x.json", "{}")
@@ -120,6 +146,18 @@ def test_only_late_reports_of_a_failed_save_are_passed_over(monkeypatch):
     for unraisable in (types.SimpleNamespace(object=None, exc_traceback=late), own, deleted):
         sys.unraisablehook(unraisable)
     assert told == [own, deleted]
+
+
+def test_only_what_orbax_has_left_behind_is_passed_over():
+    def record(call):
+        with pytest.raises(Exception) as caught:
+            call()
+        info = (caught.type, caught.value, caught.tb)
+        return logging.LogRecord("asyncio", logging.ERROR, "", 0, "never retrieved", (), info)
+
+    assert not lib._is_not_of_orbax(record(lambda: ocp.CheckpointManager(None)))
+    assert lib._is_not_of_orbax(record(lambda: json.loads("")))
+    assert lib._is_not_of_orbax(logging.LogRecord("asyncio", logging.ERROR, "", 0, "slow", (), None))
 
 
 KILLED = """

@@ -32,7 +32,7 @@ _IS_READ_ONLY = "Given directory is read only"
 _HAS_WAITED = "Waiting for previous save to complete took"
 
 
-_FAILED = ("Handler Commit operations", "Save Finalize thread", "_SignalingThread")
+_FAILED = ("Handler Commit operations", "Save Finalize thread", "_SignalingThread", "Failed to write metadata")
 """In what Orbax logs, with a traceback, of a failed save."""
 _BEGINNING = threading.Lock()
 """Orbax numbers the saves of a program, and one that begins takes the last number for its own: so one does at a time.
@@ -42,6 +42,12 @@ With another's number it would write before its folder is there."""
 def _is_not_told(record: logging.LogRecord) -> bool:
     """Whether a line of Orbax's log says something that no error of `Checkpoints` says."""
     return not (record.exc_info and any(words in str(record.msg) for words in _FAILED))
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is of something else than what Orbax has left behind after a failed save."""
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+    return not any(f"{os.sep}orbax{os.sep}" in frame.filename for frame in frames)
 
 
 @functools.cache
@@ -97,6 +103,7 @@ class Checkpoints:
             save_interval_steps=0 if self._read_only else 1,
         )
         logging.getLogger("absl").addFilter(_is_not_told)
+        logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
         _pass_over_late_reports()
         with _without_warning(_IS_READ_ONLY):
             return ocp.CheckpointManager(self._path.absolute(), options=options)
@@ -124,6 +131,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress))
         self._writing = step
         try:
+            self._try_to_make(step)
             with _BEGINNING, _without_warning(_HAS_WAITED):
                 self._manager.save(step, args=args)
         except _FAILURES as error:
@@ -160,6 +168,12 @@ class Checkpoints:
         self._manager.reload()  # it has crossed out those that this one was to replace
         why = (str(error).splitlines() or [repr(error)])[0]
         return NotSavedError(f"the checkpoint of step {step} in {self._path} could not be written: {why}")
+
+    def _try_to_make(self, step):
+        """Raises OSError where no folder can be made: Orbax's threads would wait twenty minutes for theirs."""
+        folder = self._path / f"{step}.orbax-checkpoint-tmp-{jax.process_index()}"
+        folder.mkdir(exist_ok=True)
+        folder.rmdir()
 
     def _is_there(self, step):
         return (self._path / str(step)).exists()

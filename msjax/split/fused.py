@@ -65,7 +65,7 @@ def fused_step(
     """Takes the step of K clients in one program, all at once.
 
     The clients' batches are one `vmap`. Where all clients have the same part its weights carry no client axis:
-    convolutions and weight gradients see one batch of K·B.
+    convolutions and weight gradients see one batch of K·B. Where each has weights of its own, see `each_client`.
 
     Args:
       x: batches (K, B, …); y: labels (K, B, …); keys: one a client (K,).
