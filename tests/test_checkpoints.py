@@ -183,6 +183,9 @@ def test_a_kill_in_the_middle_never_loses_the_one_before(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "in the middle\n"
+        with pytest.raises(ValueError, match=r"one process at a time may write to .*, and another one does"):
+            Checkpoints(path).steps()
+        assert Checkpoints(path, read_only=True).steps() == [1]
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from msjax.distributed.coordinator import Stopped
+from msjax.split.payloads import payload_vector
 from msjax.split.schedule import Phase
 from msjax.split.traffic import exchange_traffic, run_traffic
 
@@ -205,3 +206,27 @@ def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it
         it.run()
         assert not it.failures, it.failures
         assert it.counted("restarts") == 1 and it.server.membership.active == (0, 1, 2, 3)
+
+
+def test_in_turns_the_client_that_trained_last_keeps_the_part(tmp_path):
+    """Though the last by number is away; nobody else says that it has the trained part."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
+    with net(tmp_path, cfg, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.run_to(1)
+        it.kill(3)
+        it.loop.run(lambda: it.loop.server is None)
+        assert [c for c in range(3) if it.finals[c].keeps_result] == [2]
+        np.testing.assert_array_equal(payload_vector(it.finals[2].part()), it.server.run.party.part_in_transit)
+
+
+def test_where_nobody_has_the_trained_part_the_server_says_so(tmp_path, caplog):
+    cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
+    with net(tmp_path, cfg, deadline_seconds=2.0, stragglers="drop") as it:
+        it.start_clients()
+        it.run_to(1)
+        it.kill(3)
+        it.run_to(9)
+        it.kill(2)
+        it.loop.run(lambda: it.loop.server is None)
+    assert "nobody may have the trained part: clients [2] had it, and went away" in caplog.text

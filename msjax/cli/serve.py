@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
                 print(f"written anew from the last checkpoint: {folder.path}/server.safetensors")
                 return 0
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
+        folder.checkpoints.lock()
         moved, rest = with_places(cfg, rest)
         description = f"Go on serving a run, by default with the options it had. Where its files are now: {PLACES}."
         had = ServeOptions.read(folder.path / OPTIONS)
@@ -115,6 +116,7 @@ def _new_run(default, name, arguments):
     endpoint = listen(cfg, options)
     try:
         folder = RunFolder.create(cfg, name)
+        folder.checkpoints.lock()
         options.write(folder.path / OPTIONS)
         return folder, cfg, options, endpoint
     except BaseException:

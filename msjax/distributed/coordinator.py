@@ -277,8 +277,7 @@ class Coordinator:
         if info is not None:
             return ev.Opened(info)
         self._on_end()
-        schedule = self.run.schedule
-        return ev.Ended(schedule.total_steps, schedule.test_clients, self.run.back_to)
+        return ev.Ended(self.run.schedule.total_steps, self.run.keepers, self.run.back_to)
 
     def _advance(self, action):
         self.metrics.waited(self._clock() - self._opened_at)
@@ -305,8 +304,9 @@ class Coordinator:
                     yield Send(session, self._answers[client])
             case do.ResendAnswer(client, session):
                 yield Send(session, self._answers[client])
-            case do.TellEnd(_, session, dropped):
-                yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped)))
+            case do.TellEnd(client, session, dropped):
+                keeps = not dropped and client in self.membership.keepers
+                yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped, keeps=keeps)))
             case do.TellOver(session):
                 yield Send(session, pb.FromServer(finished=pb.Finished(over=True)))
             case do.TellFailure(session, reason):

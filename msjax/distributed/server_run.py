@@ -22,6 +22,7 @@ log = logging.getLogger("msjax.server")
 _CLIENTS = "checkpoint_clients"
 _EXCHANGED = "exchanged"
 _MESSAGES = "messages"
+_LAST_TURN = "last_turn"
 
 
 _CUT = {way: f"coded_{way}_bytes" for way in ("uplink", "downlink")}
@@ -108,6 +109,12 @@ class ServerRun:
         return self._start_step, None if clients is None or self._alone(self._start_step) else tuple(clients)
 
     @property
+    def keepers(self) -> tuple[int, ...]:
+        """The clients whose parts are the result: in sequential mode the one that has handed the last one on."""
+        last = self._progress.get(_LAST_TURN)
+        return self.schedule.test_clients if last is None else (last,)
+
+    @property
     def back_to(self) -> int:
         """The step of which clients would need a checkpoint, should all go back; 0 where they need none."""
         return 0 if self._alone(self.saved_step) else self.saved_step
@@ -142,6 +149,8 @@ class ServerRun:
         self._hold(came)
         self._write_held(came)
         answers = self.party.handle(self.exchange, {client: it.message for client, it in came.items()})
+        if self.exchange.phase == Phase.RETURN_PART and self.schedule.mode.one_at_a_time:
+            (self._progress[_LAST_TURN],) = came
         took_part = self.exchange._replace(clients=tuple(came))
         self._count(self.traffic + exchange_traffic(self.spec, [took_part]))
         for it in came.values():

@@ -302,6 +302,7 @@ class ClientSession:
         if finished.error:
             raise Refused(f"the server stopped: {finished.error}")
         if self.run is not None and self.run.done:
+            self.party.keeps_result |= finished.keeps
             self._keep()
             if finished.over:
                 self.done = True

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 
@@ -86,6 +87,30 @@ class Checkpoints:
     def __init__(self, path: str | os.PathLike, *, keep: int | None = None, read_only: bool = False):
         self._path, self._keep, self._read_only = pathlib.Path(path), keep, read_only
         self._writing: int | None = None  # the step of what was begun last, until it was waited for
+        self._lock: filelock.BaseFileLock | None = None
+
+    def lock(self) -> None:
+        """Keeps other processes from writing here, until `close` or the end of this one; done before the first use.
+
+        It is a lock of the operating system on a file beside the folder, which a process that is killed lets go of.
+        Where a file system has no such locks, nothing happens.
+
+        Raises:
+          ValueError: another process has it.
+        """
+        if self._read_only or self._lock is not None:
+            return
+        # One for all of this process, which may open a folder again.
+        path = self._path.absolute()
+        lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), is_singleton=True, thread_local=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(f"one process at a time may write to {self._path}, and another one does") from None
+        except (OSError, NotImplementedError):
+            return  # what cannot be written says so where it matters
+        self._lock = lock
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -102,6 +127,8 @@ class Checkpoints:
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
         )
+        if jax.process_index() == 0:
+            self.lock()
         logging.getLogger("absl").addFilter(_is_not_told)
         logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
         _pass_over_late_reports()
@@ -246,12 +273,16 @@ class Checkpoints:
         Raises:
           OSError: as of `wait`.
         """
-        if "_manager" not in vars(self):
-            return
         try:
-            self.wait()
+            if "_manager" in vars(self):
+                try:
+                    self.wait()
+                finally:
+                    self._manager.close()
         finally:
-            self._manager.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
 
 _FAILURES = (OSError, ValueError, RuntimeError)

@@ -10,7 +10,7 @@ tensorboard/    the same as events
 counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped; and
                 how long exchanges took that had to be compiled
 built_from.json of a served run that has ended: samples, and what the clients said of their data
-checkpoints/    the training state; the last two are kept
+checkpoints/    the training state; the last two are kept; checkpoints.lock is of the process that writes there
 """
 
 import datetime

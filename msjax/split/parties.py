@@ -84,6 +84,8 @@ class Client:
         if numpy_encoder:
             for codec in (*spec.codec.all, *spec.test_codec.all, *(spec.grad_codec.all if spec.u_shaped else ())):
                 codec.encode_numpy(np.zeros((1, 1), np.float32))  # raises where it cannot
+        self.keeps_result = client_id in spec.schedule.test_clients
+        """Whether it has the trained part at the end, as far as it knows; a server may know better."""
         self.begin()
 
     @property
@@ -95,11 +97,6 @@ class Client:
     def keeps_state(self) -> bool:
         """Whether its state outlives a turn; if not it is handed one when its turn begins."""
         return self.spec.mode.keeps_state(self.schedule)
-
-    @property
-    def keeps_result(self) -> bool:
-        """Whether it has the trained part at the end."""
-        return self.client_id in self.schedule.test_clients
 
     def needs_state(self, at: int) -> bool:
         """Whether the part that it has before step `at` counts."""
