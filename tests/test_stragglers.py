@@ -23,7 +23,7 @@ def test_straggler_stops_the_run(tmp_path):
         it.silence(2, step=3)
         it.start_clients().run()
         assert isinstance(it.failures["server"], Stopped) and "[2]" in str(it.failures["server"])
-        told = "the server stopped: clients [2] did not answer within 1.0 s"
+        told = "the server stopped: clients [2] did not answer within 1.0 s, and policy.stragglers is stop"
         assert {str(it.failures[c]) for c in range(4)} == {told}
 
 

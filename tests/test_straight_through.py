@@ -243,3 +243,18 @@ def test_the_derivative_of_a_derivative_is_that_of_the_identity(grad_codec):
         np.testing.assert_array_equal(jax.jacrev(jax.grad(loss))(h), 2 * np.eye(4))
         penalty = jax.grad(lambda h: (jax.grad(loss)(h) ** 2).sum())(h)
         np.testing.assert_array_equal(penalty, 8 * MaskEncoded().roundtrip(h))
+
+
+@pytest.mark.parametrize("grad_codec", [None, RandK(0.5)], ids=str)
+def test_kept_gradients_are_where_the_features_are_on_a_mesh_with_explicit_axes(grad_codec):
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Explicit,))
+    h, g = H[: len(H) // 2 * 2], G[: len(H) // 2 * 2]
+
+    def pulled(h, g):
+        return jax.vjp(lambda h: straight_through(TopK(0.5), h, KEY, grad_codec, kept_only=True), h)[1](g)[0]
+
+    spread = [jax.device_put(leaf, jax.NamedSharding(mesh, jax.P("c"))) for leaf in (h, g)]
+    with jax.set_mesh(mesh):
+        found = jax.jit(pulled)(*spread)
+    assert found.sharding.spec == jax.P("c", None)
+    np.testing.assert_array_equal(found, pulled(h, g))

@@ -257,3 +257,37 @@ def test_one_label_that_is_there_or_not():
 def test_a_loss_is_a_function(unchecked, loss):
     with pytest.raises(TypeError, match="loss must be a function of outputs and labels"):
         tasks.custom(loss)
+
+
+@pytest.mark.parametrize("divide", [lambda a, b: int(a) / int(b), lambda a, b: float(a / b)], ids=["Python", "NumPy"])
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_divides_by_what_labels_of_zeros_lack(divide):
+    """The share of a class that is found: the check's labels have none of it, real ones have."""
+    found = lambda o, y: jnp.stack([((o.argmax(-1) == 1) & (y == 1)).sum(), (y == 1).sum()])  # noqa: E731
+    recall = tasks.Metric(found, lambda total: divide(*total))
+    task = tasks.custom(tasks.classification().loss, {"recall": recall})
+    like = jax.ShapeDtypeStruct
+    task.check_sums(like((4, 2), jnp.float32), like((4,), jnp.int32))
+    sums = task.sums(jnp.float32([[0, 1], [1, 0]]), jnp.int32([1, 1]))
+    assert task.finish(sums) == {"recall": 0.5}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("task", "outputs", "labels"),
+    [
+        (tasks.classification(), np.float32([[1, 2, 0]]), np.int32([1])),
+        (tasks.multi_label(), np.float32([[1, -2, 0]]), np.int32([[1, 0, 1]])),
+        (tasks.regression(), np.float32([[1]]), np.float32([0.5])),
+    ],
+    ids=lambda it: getattr(it, "name", ""),
+)
+def test_tasks_promote_no_dtypes(task, outputs, labels, x64):
+    like = lambda a: jax.ShapeDtypeStruct((4, *a.shape[1:]), a.dtype)  # noqa: E731
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        task.check(like(outputs), like(labels))
+        outputs, labels = jnp.asarray(outputs), jnp.asarray(labels)
+        strict = task.losses(outputs, labels, train=True), task.finish(task.sums(outputs, labels))
+    usual = task.losses(outputs, labels, train=True), task.finish(task.sums(outputs, labels))
+    np.testing.assert_allclose(strict[0], usual[0], rtol=1e-6)
+    assert strict[1] == pytest.approx(usual[1])

@@ -146,6 +146,11 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     return status
 
 
+def with_way_on(error: OSError, again: str) -> OSError:
+    """Returns the error that ends a run, of a file for example, with the command that goes on."""
+    return OSError(f"{error}; once this is mended, continue with: {again}")
+
+
 def silence_output() -> None:
     """Sends to nowhere what is written to standard output from now on, also by Python when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

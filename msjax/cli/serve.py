@@ -17,6 +17,7 @@ from msjax.cli.options import (
     silence_output,
     split_options,
     with_places,
+    with_way_on,
 )
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
@@ -33,6 +34,7 @@ from msjax.runs.progress import format_metric
 
 OPTIONS = "serve.json"
 """The file in a run folder with those of its last server."""
+_BY_SIGNAL = "by a signal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +87,19 @@ def main(arguments: list[str]) -> int:
         endpoint.close()
         raise
     print(f"msjax serve: listening on {endpoint} for {cfg.clients} clients; run folder: {folder.path}", flush=True)
+    again = f"msjax serve --resume {folder.path}"
     try:
-        with stopping(lambda: program.stop("by a signal")):
+        with stopping(lambda: program.stop(_BY_SIGNAL)):
             program.train(lambda record: _print_epoch(record, program))
     except Stopped as stopped:
-        print(f"stopped {stopped}; continue with: msjax serve --resume {folder.path}")
+        if str(stopped) != _BY_SIGNAL:
+            raise ConnectionError(f"{stopped}; continue with: {again}") from None
+        print(f"stopped {stopped}; continue with: {again}")
         return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise with_way_on(error, again) from error
     finally:
         program.close()
     if not plots.available():

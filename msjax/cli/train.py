@@ -15,9 +15,9 @@ from msjax.cli.options import (
     preset_of,
     split_options,
     with_places,
+    with_way_on,
 )
 from msjax.runs import RunFolder
-from msjax.runs.checkpoints import NotSavedError
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
 from msjax.training import processes
@@ -113,8 +113,10 @@ def _train(folder, cfg, run):
         if processes.is_first():
             print(f"interrupted and saved; continue with: {again}")
         return 130
-    except NotSavedError as error:
-        raise OSError(f"{error}; once it can be, go on with: {again}") from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise with_way_on(error, again) from error
     if processes.is_first():
         print_summaries(summaries)
     return 0

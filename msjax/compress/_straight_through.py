@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from msjax.compress._arrays import as_jax
-from msjax.compress._codec import Codec
+from msjax.compress._codec import Codec, on_any_mesh
 
 
 def straight_through(
@@ -68,14 +68,18 @@ def _forward(codec, h, key, grad_codec, kept_only):
     if not kept_only:  # by itself, so that the derivative of a derivative knows that this one is the identity
         return _straight_through(codec, h, key, grad_codec, kept_only), (None, key)
     payload = codec.encode(h, key)
-    return codec.decode(payload, h), (payload, key)
+    decoded = on_any_mesh(lambda h, payload: codec.decode(payload, h), h, payload, as_first=True)
+    return decoded, (payload, key)
 
 
 def _backward(codec, grad_codec, kept_only, residuals, g):
     payload, key = residuals
     sent = codec.take_kept(payload, g) if kept_only else g
     received = sent if grad_codec is None else _straight_through(grad_codec, sent, downlink_key(key), None, False)
-    return codec.put_kept(payload, received, g) if kept_only else received, None
+    if not kept_only:
+        return received, None
+    put = lambda g, payload, received: codec.put_kept(payload, received, g)  # noqa: E731
+    return on_any_mesh(put, g, payload, received, as_first=True), None
 
 
 _straight_through.defvjp(_forward, _backward)

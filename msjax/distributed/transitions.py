@@ -354,7 +354,8 @@ class _Transition:
         if missing:  # none is late where a round lacks its quorum
             self._do(do.CountStragglers(len(missing)))
         if missing and policy.stragglers == "stop":
-            self._stop(f"{_listed(missing)} did not answer within {policy.deadline_seconds} s")
+            why = f"did not answer within {policy.deadline_seconds} s"
+            self._stop(f"{_listed(missing)} {why}, and policy.stragglers is stop")
         elif missing and self._can_do_without(len(missing)) and len(there) >= self._quorum():
             self._do(do.Warn(f"step {step} goes on without {_listed(missing)}"))
             for c in missing:

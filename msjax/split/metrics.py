@@ -51,7 +51,8 @@ def zero_sums(spec: RunSpec) -> MetricSums:
     """Returns the sums of a run's epoch before its first step: arrays of their own, since they are given away."""
     sums = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in spec.metric_sums_like.items()}
     shape = (2,) if spec.compresses_updates else ()
-    return MetricSums(jnp.array(0, jnp.float32), jnp.array(0, jnp.int32), sums, *(jnp.zeros(shape) for _ in range(2)))
+    nbytes = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+    return MetricSums(jnp.array(0, jnp.float32), jnp.array(0, jnp.int32), sums, *nbytes)
 
 
 def sums_of(metrics: StepMetrics, samples: int) -> MetricSums:

@@ -68,7 +68,8 @@ def count_correct(logits: Float[Array, "b c"], labels: Int[Array, "b"], top: int
     as wrong.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    before = (logits == own) & (jnp.arange(logits.shape[1])[None] < labels[:, None])
+    classes = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+    before = (logits == own) & (classes < labels[:, None].astype(jnp.int32))
     rank = jnp.sum((logits > own) | before, axis=1)
     return jnp.sum(jnp.isfinite(logits).all(axis=1) & (rank < top))
 
@@ -121,7 +122,7 @@ def _sigmoid_cross_entropy(outputs, labels):
 
 def _right(outputs, labels):
     labels = _with_axis(labels, outputs.shape)
-    return ((outputs > 0) == (labels > 0.5)).reshape(outputs.shape[0], -1)
+    return ((outputs > 0) == (labels.astype(jnp.float32) > 0.5)).reshape(outputs.shape[0], -1)
 
 
 def _labels_right(outputs, labels):
