@@ -88,7 +88,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole_run, tmp_path, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Progress, "step", step)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=f"stopped by a signal after step {stop_after}; its state is saved"):
         train_config(SMALL, folder, quiet=True)
     folder.close()
     assert len(steps) == stop_after

@@ -217,7 +217,7 @@ class Config:
     """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
     the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then have 8 bits, or in
     splitfed 32. It pays for parts of some hundred values or more. In sequential mode, and with a client_fraction
-    below 1, a Cast, of the parts that are handed on. Not with one client."""
+    below 1, a Cast, of the parts that are handed on. With one client there is neither."""
     cut_bits: float | None = None
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what

@@ -136,7 +136,7 @@ def train(
         gradients and in `SplitFed` the changes of their parts; by default not compressed. A codec for both signs, as
         `EntropyMask(bits=2.0, signed=True)`; it pays for parts of some hundred values or more. Statistics then have 8
         bits, or in `SplitFed` 32. In `Sequential`, and with a `client_fraction` below 1, a `Cast`, of the parts that
-        are handed on. Not with one client.
+        are handed on. With one client there is neither, and it has no effect.
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
         and features what is left, from step to step. U-shaped it is the budget of the first cut.

@@ -118,6 +118,10 @@ class _Loop:
         if self._folder is not None and processes.is_first():
             self._folder.write_history(self._history)
 
+    def _interrupted(self):
+        what = "it has no folder, so nothing is saved" if self._folder is None else "its state is saved"
+        return Interrupted(f"training was stopped by a signal after step {self._done}; {what}")
+
     def run(self):
         schedule = self._schedule
         train = self._run.dataset.train
@@ -142,7 +146,7 @@ class _Loop:
                 bar.epoch(record, schedule.epochs, total_bytes(record["traffic"]))
                 if self._agree()[1]:
                     self._finish_saving()
-                    raise Interrupted
+                    raise self._interrupted()
             self._finish_saving()
             if self._folder is not None:
                 bar.note(f"run folder: {self._folder.path}")
@@ -205,7 +209,7 @@ class _Loop:
                 self._progress["train_seconds"] += time.monotonic() - began
                 self._save()
                 self._finish_saving()
-                raise Interrupted
+                raise self._interrupted()
             if self._folder is not None:
                 self._folder.checkpoints.check()
         self._progress["train_seconds"] += time.monotonic() - began
