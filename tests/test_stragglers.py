@@ -208,16 +208,45 @@ def test_a_client_that_was_let_in_after_the_checkpoint_survives_going_back_to_it
         assert it.counted("restarts") == 1 and it.server.membership.active == (0, 1, 2, 3)
 
 
-def test_in_turns_the_client_that_trained_last_keeps_the_part(tmp_path):
-    """Though the last by number is away; nobody else says that it has the trained part."""
+@pytest.mark.parametrize("lost", [None, "the first"])
+def test_in_turns_the_client_that_trained_last_keeps_the_part(tmp_path, lost):
+    """Though the last by number is away; nobody else says that it has the trained part.
+
+    Also where what it is told of the end is lost the first time, so that it hears of it when all is over.
+    """
+
+    def lose(direction, client, message):
+        ends = direction == "down" and client == 2 and message.WhichOneof("kind") == "finished"
+        return () if ends and not message.finished.over else None
+
     cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
     with net(tmp_path, cfg, deadline_seconds=2.0, stragglers="drop") as it:
+        if lost:
+            it.disturb(lose)
         it.start_clients()
         it.run_to(1)
         it.kill(3)
         it.loop.run(lambda: it.loop.server is None)
+        it.run(2)
         assert [c for c in range(3) if it.finals[c].keeps_result] == [2]
         np.testing.assert_array_equal(payload_vector(it.finals[2].part()), it.server.run.party.part_in_transit)
+
+
+def test_who_was_dropped_in_the_last_test_still_keeps_the_part(tmp_path, caplog):
+    late = []
+
+    def rule(direction, client, message):
+        if direction == "down" or client != 3 or message.WhichOneof("kind") != "request" or late:
+            return None
+        late.extend([True] if message.request.position.phase == Phase.TEST else [])
+        return (4.0,) if late else None
+
+    cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
+    with net(tmp_path, cfg, latency=0.1, deadline_seconds=3.0, stragglers="drop") as it:
+        it.disturb(rule)
+        it.start_clients().run()
+        assert late and not it.failures and it.finals[3].keeps_result
+    assert "goes on without clients [3]" in caplog.text and "nobody may have" not in caplog.text
 
 
 def test_where_nobody_has_the_trained_part_the_server_says_so(tmp_path, caplog):

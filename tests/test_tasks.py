@@ -270,6 +270,9 @@ def test_a_metric_that_divides_by_what_labels_of_zeros_lack(divide):
     task.check_sums(like((4, 2), jnp.float32), like((4,), jnp.int32))
     sums = task.sums(jnp.float32([[0, 1], [1, 0]]), jnp.int32([1, 1]))
     assert task.finish(sums) == {"recall": 0.5}
+    none = task.sums(jnp.float32([[0, 1], [1, 0]]), jnp.int32([0, 0]))
+    with np.errstate(all="ignore"):
+        assert np.isnan(task.finish(none)["recall"])
 
 
 @pytest.mark.parametrize("x64", [False, True])

@@ -26,5 +26,5 @@ def main(arguments: list[str]) -> int:
         part = program.train()
     except Refused as refused:
         raise ValueError(str(refused)) from None
-    print(f"msjax client {options.client_id}: done: {part or 'the client that trained last has the trained part'}")
+    print(f"msjax client {options.client_id}: done: {part or 'others trained last and have the trained part'}")
     return 0

@@ -102,6 +102,7 @@ def main(arguments: list[str]) -> int:
         raise with_way_on(error, again) from error
     finally:
         program.close()
+        folder.close()
     if not plots.available():
         print("no curves or TensorBoard events: pip install 'msjax[plots]'")
     print(f"done: {folder.path}/summary.json, server.safetensors")

@@ -70,12 +70,12 @@ def main(arguments: list[str]) -> int:
     hosts.join(where)
     split_cpu(cfg.clients)
     with hosts.ending_together("train", "start all processes again"):
-        if where.resume is None:
-            folder, run = _begin(cfg, where.name)
-        else:
+        folder, run = _begin(cfg, where.name) if where.resume is None else (folder, None)
+        processes.from_first(folder.checkpoints.lock)
+        if where.resume is not None:
             if moved != cfg and processes.is_first():
                 _keep_places(folder, moved, rest)
-            cfg, run = _with_epochs(folder, moved, more.epochs), None
+            cfg = _with_epochs(folder, moved, more.epochs)
         return _train(folder, cfg, run)
 
 

@@ -67,7 +67,7 @@ class ClientProgram:
             raise ConnectionLost(str(error)) from None
 
     def train(self) -> pathlib.Path | None:
-        """Trains to the end; returns where the client's part is, None where another client has the trained one.
+        """Trains to the end; returns where the client's part is, None where others trained last.
 
         Raises:
           Refused, ConnectionError: see `ClientSession`.

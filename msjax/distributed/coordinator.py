@@ -304,11 +304,10 @@ class Coordinator:
                     yield Send(session, self._answers[client])
             case do.ResendAnswer(client, session):
                 yield Send(session, self._answers[client])
-            case do.TellEnd(client, session, dropped):
-                keeps = not dropped and client in self.membership.keepers
-                yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped, keeps=keeps)))
+            case do.TellEnd(_, session, dropped):
+                yield Send(session, pb.FromServer(finished=pb.Finished(dropped=dropped, keeps=self._keeps(session))))
             case do.TellOver(session):
-                yield Send(session, pb.FromServer(finished=pb.Finished(over=True)))
+                yield Send(session, pb.FromServer(finished=pb.Finished(over=True, keeps=self._keeps(session))))
             case do.TellFailure(session, reason):
                 yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
             case do.RefuseSession(session, reason):
@@ -327,6 +326,9 @@ class Coordinator:
                 log.warning("%s", text)
             case do.Inform(text):
                 log.info("%s", text)
+
+    def _keeps(self, session):
+        return self._clients.get(session) in self.membership.keepers
 
     def _welcome(self):
         cfg = json.dumps(config.to_json(config.without_paths(self.cfg), paths=False))

@@ -162,7 +162,7 @@ class ServerProgram:
         if self.coordinator.run is not None or self._earlier is not None:
             self._write_counts()
         try:
-            self._store.wait()
+            self._store.close()
         except OSError as error:
             log.error("no checkpoint: %s", error)
         self._servicer.close()

@@ -301,8 +301,9 @@ class ClientSession:
     def _finished(self, finished):
         if finished.error:
             raise Refused(f"the server stopped: {finished.error}")
-        if self.run is not None and self.run.done:
+        if self.run is not None:
             self.party.keeps_result |= finished.keeps
+        if self.run is not None and self.run.done:
             self._keep()
             if finished.over:
                 self.done = True

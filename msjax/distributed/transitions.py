@@ -399,7 +399,7 @@ class _Transition:
         elif not missing or self._passed(state.deadline):
             if missing:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
-            if not any(state.clients[c].goodbye for c in state.keepers):
+            if not any(state.clients[c].goodbye or state.clients[c].ready for c in state.keepers):
                 self._do(do.Warn(f"nobody may have the trained part: {_listed(state.keepers)} had it, and went away"))
             for c in lacking:
                 self._start(c, state.step)  # of which it has no checkpoint, and says so

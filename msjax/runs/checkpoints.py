@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 
 from msjax.runs.files import write_atomically
 
+_log = logging.getLogger("msjax")
+
 _SUMS = "checksums.json"
 _ITEMS = ("state", "progress")
 """The folders in that of a checkpoint; what else is there Orbax writes after the sums: times, and that it is done."""
@@ -93,7 +95,7 @@ class Checkpoints:
         """Keeps other processes from writing here, until `close` or the end of this one; done before the first use.
 
         It is a lock of the operating system on a file beside the folder, which a process that is killed lets go of.
-        Where a file system has no such locks, nothing happens.
+        Where the file system has none, or the file cannot be made, a warning says so, and nobody is kept out.
 
         Raises:
           ValueError: another process has it.
@@ -102,14 +104,16 @@ class Checkpoints:
             return
         # One for all of this process, which may open a folder again.
         path = self._path.absolute()
-        lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), is_singleton=True, thread_local=False)
+        options = {"is_singleton": True, "thread_local": False, "fallback_to_soft": False}
+        lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), **options)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ValueError(f"one process at a time may write to {self._path}, and another one does") from None
-        except (OSError, NotImplementedError):
-            return  # what cannot be written says so where it matters
+        except (OSError, NotImplementedError) as error:
+            _log.warning("other processes are not kept from writing to %s: %s", self._path, error)
+            return
         self._lock = lock
 
     @functools.cached_property

@@ -28,8 +28,9 @@ def vmap(function: Callable, axes: tuple[Any, ...]) -> Callable:
         clients = jax.tree.leaves(args[-1])[0].shape[0]
         if jax.default_backend() == "cpu" and clients <= MOST_UNROLLED:
             of_clients = _of_clients(axes, args, clients)
-            if _convolves(function, *of_clients[0]):
-                found = [function(*args) for args in of_clients]
+            one = jax.jit(function)  # traced once
+            if _convolves(one, *of_clients[0]):
+                found = [one(*args) for args in of_clients]
                 return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
         return jax.vmap(function, in_axes=axes)(*args)
 

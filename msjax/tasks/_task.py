@@ -1,6 +1,7 @@
 """A task: loss and metrics, and what they ask of outputs and labels."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,7 +104,7 @@ class Task:
 
     def finish(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Returns each metric's number from its total."""
-        return {name: metric.finish(np.asarray(sums[name])) for name, metric in self.metrics}
+        return {name: _finished(metric, np.asarray(sums[name])) for name, metric in self.metrics}
 
     @property
     def headline(self) -> str:
@@ -186,9 +187,7 @@ class Task:
                 )
             try:
                 with np.errstate(all="ignore"):
-                    float(metric.finish(total))
-            except ZeroDivisionError:
-                continue  # as of a class of which the labels here have none
+                    float(_finished(metric, total))
             except Exception as error:
                 raise ValueError(
                     f"metric {name!r} must make a number of a total of shape {whole.shape}, but `finish` raised or "
@@ -230,6 +229,14 @@ def custom(
             metric = mean_of(metric)
         found.append((metric_name, metric))
     return Task(str(name or getattr(loss, "__name__", type(loss).__name__)), loss, tuple(found), test_loss)
+
+
+def _finished(metric, total):
+    """A metric's number; NaN where it divides by zero, as of a class of which these labels have none."""
+    try:
+        return metric.finish(total)
+    except ZeroDivisionError:
+        return math.nan
 
 
 def _doubled(batch):
