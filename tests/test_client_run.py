@@ -34,7 +34,7 @@ class Party:
     """Of two clients the first, with two steps an epoch, each of features and an average, and three rounds of tests."""
 
     spec, schedule, client_id = Spec(), Schedule(Parallel(), 2, 4, 12, 2, 2), 0
-    needed = True
+    needed = keeps_result = True
 
     def __init__(self):
         self.state, self.begun = "initial", 0
