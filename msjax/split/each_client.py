@@ -47,10 +47,8 @@ def _of_clients(axes, args, clients):
 
 def _rows(tree, clients, axis):
     """For each client its own of a tree of arrays, or the same tree where there is no axis of clients."""
-    if axis is None:
-        return [tree] * clients
     leaves, structure = jax.tree.flatten(tree)
-    if not leaves:
+    if axis is None or not leaves:
         return [tree] * clients
     return [jax.tree.unflatten(structure, row) for row in zip(*(_split(leaf, clients) for leaf in leaves), strict=True)]
 

@@ -21,7 +21,7 @@ class Metric:
 
     Attributes:
       sums: from outputs and labels of a batch to an array, (n,) or (), which is added up over batches and clients.
-      finish: from the total to the number.
+      finish: from the total to the number; where it divides by zero, the number is NaN.
     """
 
     sums: Callable[[Any, Any], jax.Array]
