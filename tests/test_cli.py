@@ -17,6 +17,7 @@ import pytest
 
 from msjax import compress, config, data
 from msjax.cli import main as cli
+from msjax.cli.options import naming_the_way_on
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
 from msjax.runs import RunFolder
@@ -441,3 +442,15 @@ def test_a_log_that_nobody_reads_ends_no_training():
         process.stdout.close()
         said = process.stderr.read().decode()
         assert process.wait(120) == 0 and said.count("training goes on") == 1
+
+
+def test_an_error_of_a_file_that_ends_a_run_names_the_way_on():
+    again = "msjax train --resume runs/a"
+    full = OSError(28, "No space left on device", "runs/a/metrics.jsonl")
+    told = f"No space left.*; once this is mended, continue with: {again}"
+    with pytest.raises(OSError, match=told), naming_the_way_on(again):
+        raise full
+    for other in (BrokenPipeError(), ValueError("x")):
+        with pytest.raises(type(other)) as caught, naming_the_way_on(again):
+            raise other
+        assert caught.value is other

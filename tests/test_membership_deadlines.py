@@ -17,9 +17,8 @@ def test_the_clock_of_an_exchange_runs_from_its_first_message():
     run.send(0)
     assert run.state.wake_at == 110.0
     assert not of(run.wait(9.9), do.StopRun)
-    assert of(run.wait(0.1), do.StopRun) == [
-        do.StopRun("clients [1, 2] did not answer within 10.0 s, and policy.stragglers is stop")
-    ]
+    why = "clients [1, 2] did not answer within 10.0 s, and policy.stragglers is stop"
+    assert of(run.wait(0.1), do.StopRun) == [do.StopRun(why)]
 
 
 def test_the_clock_of_an_exchange_of_one_client_runs_from_its_beginning():
@@ -58,10 +57,8 @@ def test_stop_tells_everyone():
     run.send(0, 1)
     said = run.wait(10.0)
     assert {a.session for a in of(said, do.TellFailure)} == {1, 2, 3}
-    assert (
-        said[-1] == do.StopRun("clients [2] did not answer within 10.0 s, and policy.stragglers is stop")
-        and run.stage is Stage.OVER
-    )
+    assert said[-1] == do.StopRun("clients [2] did not answer within 10.0 s, and policy.stragglers is stop")
+    assert run.stage is Stage.OVER
 
 
 def test_drop_goes_on_without_the_late():

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tyro
@@ -146,9 +146,15 @@ def run_command(command: str, function: Callable[[list[str]], int], arguments: l
     return status
 
 
-def with_way_on(error: OSError, again: str) -> OSError:
-    """Returns the error that ends a run, of a file for example, with the command that goes on."""
-    return OSError(f"{error}; once this is mended, continue with: {again}")
+@contextlib.contextmanager
+def naming_the_way_on(again: str) -> Iterator[None]:
+    """Adds the command that goes on to an error that ends a run, of a file for example."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{error}; once this is mended, continue with: {again}") from error
 
 
 def silence_output() -> None:

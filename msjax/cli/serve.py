@@ -12,12 +12,12 @@ from msjax.cli.options import (
     RunFlags,
     check_early,
     fields_of,
+    naming_the_way_on,
     parse,
     preset_of,
     silence_output,
     split_options,
     with_places,
-    with_way_on,
 )
 from msjax.distributed import inference
 from msjax.distributed.coordinator import Stopped
@@ -89,17 +89,13 @@ def main(arguments: list[str]) -> int:
     print(f"msjax serve: listening on {endpoint} for {cfg.clients} clients; run folder: {folder.path}", flush=True)
     again = f"msjax serve --resume {folder.path}"
     try:
-        with stopping(lambda: program.stop(_BY_SIGNAL)):
+        with naming_the_way_on(again), stopping(lambda: program.stop(_BY_SIGNAL)):
             program.train(lambda record: _print_epoch(record, program))
     except Stopped as stopped:
         if str(stopped) != _BY_SIGNAL:
             raise ConnectionError(f"{stopped}; continue with: {again}") from None
         print(f"stopped {stopped}; continue with: {again}")
         return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise with_way_on(error, again) from error
     finally:
         program.close()
         folder.close()

@@ -11,11 +11,11 @@ from msjax.cli.options import (
     RunFlags,
     check_early,
     fields_of,
+    naming_the_way_on,
     parse,
     preset_of,
     split_options,
     with_places,
-    with_way_on,
 )
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
@@ -104,7 +104,7 @@ def _train(folder, cfg, run):
         print(f"if one of the {processes.count()} processes ends, start all again with {again}", flush=True)
     summaries = []
     try:
-        with hosts.ending_together("train", f"start all processes again, with {again}"):
+        with naming_the_way_on(again), hosts.ending_together("train", f"start all processes again, with {again}"):
             if cfg.compare:
                 base = dataclasses.replace(uncompressed(cfg), out=str(folder.path))
                 summaries.append(_finish(*open_or_create(base, "uncompressed")))
@@ -113,10 +113,6 @@ def _train(folder, cfg, run):
         if processes.is_first():
             print(f"interrupted and saved; continue with: {again}")
         return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise with_way_on(error, again) from error
     if processes.is_first():
         print_summaries(summaries)
     return 0

@@ -277,16 +277,13 @@ class Checkpoints:
         Raises:
           OSError: as of `wait`.
         """
-        try:
-            if "_manager" in vars(self):
-                try:
-                    self.wait()
-                finally:
-                    self._manager.close()
-        finally:
+        with contextlib.ExitStack() as at_the_end:
             if self._lock is not None:
-                self._lock.release()
+                at_the_end.callback(self._lock.release)
                 self._lock = None
+            if "_manager" in vars(self):
+                at_the_end.callback(self._manager.close)
+                self.wait()
 
 
 _FAILURES = (OSError, ValueError, RuntimeError)
