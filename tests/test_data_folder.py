@@ -73,6 +73,7 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     assert own.data.name == str(animals)
     monkeypatch.chdir(there)
     assert len(build.load_data(of("animals")).train) == 16
+    config.check_received(of("animals/train"))
     animals.rename(there / "cifar10")
     assert config.with_own_paths(of("cifar10"), data_dir=str(there), tokenizer=None) == of("cifar10")
     assert not config.is_local_path("cifar10") and config.is_local_path("./cifar10")

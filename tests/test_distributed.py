@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from msjax import compress
+from msjax.distributed import messages
+from msjax.distributed.channel import Close, Lost, Received
 from msjax.distributed.membership import Stage
+from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.schedule import Phase
 
 from .network import net
@@ -357,6 +360,29 @@ def test_old_copies_behind_the_new_request_change_nothing(tmp_path):
             it.network.inject(0, old)
         it.run()
         it.assert_equal_to_program()
+
+
+def test_a_connection_is_of_one_client_for_good(tmp_path):
+    """Whatever has ended it: who was let in as one client is not to say Hello again as another."""
+
+    def hello(client, protocol=messages.PROTOCOL):
+        return pb.FromClient(hello=pb.Hello(protocol=protocol, client=client, instance=f"{client}"))
+
+    ends = {
+        "its own goodbye": (hello(1), pb.FromClient(goodbye=pb.Goodbye(error="x"))),
+        "its fault": (hello(1), pb.FromClient(request=pb.Request())),
+        "no Hello": (pb.FromClient(request=pb.Request()),),
+        "an old protocol": (hello(1, 1),),
+    }
+    with net(tmp_path, SMALL) as it:
+        for session, (end, said) in enumerate(ends.items(), 100):
+            outs = [out for one in said for out in it.server.handle(Received(session, one))]
+            assert isinstance(outs[-1], Close) and outs[-1].session == session, end
+            assert not list(it.server.handle(Received(session, hello(0)))), end
+            assert not list(it.server.handle(Lost(session)))
+        assert it.server.membership.tally.connected == 0
+        it.start_clients().run()
+        assert not it.failures
 
 
 # -- Two processes of one client. ----------------------------------------------------------------------------------

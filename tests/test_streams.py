@@ -156,6 +156,23 @@ def test_a_stranger_fills_no_memory_with_chunks(servicer, monkeypatch):
     assert heard(servicer).nbytes > 2000 and known.closed.empty()
 
 
+@pytest.mark.parametrize("client", [0, 1])
+def test_hello_is_said_once_and_first(servicer, client):
+    """A token or certificate is asked for whom it says; what follows is not to say another."""
+    known = greet(servicer)
+    again = pb.FromClient(hello=pb.Hello(protocol=5, client=client))
+    known.say(again)
+    known.say(again)
+    code, said = known.closed.get(timeout=30)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "the first message must be Hello, and no other may"
+    assert isinstance(servicer.inbox.get(timeout=30), Lost)
+    stranger = Stream(servicer)
+    stranger.say(pb.FromClient(goodbye=pb.Goodbye()))
+    stranger.say(again)
+    assert stranger.closed.get(timeout=30) == (code, said)
+    assert isinstance(servicer.inbox.get(timeout=30), Lost)
+
+
 class Unread(Stream):
     """A stream whose client reads nothing after the first answer."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +279,31 @@ def test_over_a_network_each_client_has_its_own_file():
     own = program.ClientOptions(client_id=0, weights="mine.safetensors")
     assert program.own_config(cfg, None, own).model.weights == "mine.safetensors"
     assert program.own_config(config.Config(), None, own).model.weights is None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"name": "/home/u/private.csv"},
+        {"name": "~/private.npz"},
+        {"name": "../private"},
+        {"name": "more/../../private.csv"},
+        {"name": "more\\..\\..\\private.csv"},
+        {"test": "/home/u/private.txt"},
+        {"data_dir": "/home/u"},
+        {"cache_dir": "/home/u"},
+        {"workers": 10**6},
+    ],
+    ids=str,
+)
+def test_a_server_does_not_choose_where_a_client_reads_and_writes(sent):
+    program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`")
+    ((field, value),) = sent.items()
+    cfg = config.Config(data=config.DataConfig(**sent))
+    wrong = rf"^data\.{field} must .*, got {re.escape(repr(value))} from the server"
+    for data_dir in (None, "/data"):
+        with pytest.raises(ValueError, match=wrong):
+            program.own_config(cfg, None, program.ClientOptions(client_id=0, data_dir=data_dir))
 
 
 @pytest.mark.parametrize("case", ["vgg19", "resnet18", "resnet34"])

@@ -8,6 +8,7 @@ from msjax.config._codecs import named, parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
 from msjax.config._references import (
     call_reference,
+    check_received,
     is_local_path,
     references,
     resolve,
@@ -40,6 +41,7 @@ __all__ = [
     "TaskConfig",
     "by_name",
     "call_reference",
+    "check_received",
     "earlier_names",
     "from_json",
     "is_local_path",

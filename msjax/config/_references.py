@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +20,36 @@ def without_paths(config: Config) -> Config:
     part of what a run is.
     """
     name = config.data.name
-    is_absolute = os.path.isabs(os.path.expanduser(name))  # which this machine need not have
-    name = _last(name) if is_absolute or is_local_path(name) else name
+    name = _last(name) if _leads_out(name) or is_local_path(name) else name  # this machine need not have it
     files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
     plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, workers=None, name=name, **files)
     weights = _last(config.model.weights)
     model = dataclasses.replace(config.model, weights=weights)
     plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)
     return map_references(plain, os.path.basename)
+
+
+def check_received(config: Config) -> None:
+    """Checks that a config that another machine has sent does not choose where this one reads or writes.
+
+    It names files and folders of data, which are looked for in a folder that this machine's user has chosen.
+
+    Raises:
+      ValueError: it says where they are.
+    """
+    for name in ("data_dir", "cache_dir", "workers"):
+        if (value := getattr(config.data, name)) is not None:
+            raise ValueError(f"data.{name} must be each machine's own, got {value!r} from the server")
+    for name in ("name", "test"):
+        if (value := getattr(config.data, name)) is not None and _leads_out(value):
+            raise ValueError(
+                f"data.{name} must not lead out of the folder where data are looked for, got {value!r} from the server"
+            )
+
+
+def _leads_out(path):
+    """Whether a path leads out of any folder that it is taken to be in."""
+    return os.path.isabs(os.path.expanduser(path)) or ".." in re.split(r"[/\\]", path)
 
 
 def _last(path):

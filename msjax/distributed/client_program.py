@@ -198,7 +198,8 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
     """Returns the server's config with model, data and task of this client's preset, or with its copies of files.
 
     Raises:
-      ValueError: the server's config names functions of a preset, weights or a tokenizer, and there are none here.
+      ValueError: the server's config names functions of a preset, weights or a tokenizer, and there are none here; or
+        it says where on this machine something is to be read or written.
     """
     if preset is not None:
         return build.resolved(config.with_own(cfg, preset))
@@ -214,6 +215,7 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
                 f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of them as weights"
             )
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=options.weights))
+    config.check_received(cfg)
     return config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=_own_tokenizer(cfg, options))
 
 

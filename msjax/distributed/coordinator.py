@@ -89,6 +89,7 @@ class Coordinator:
         self.ready_at: float | None = None
         """When they first were, on the clock: training begins."""
         self._clients: dict[int, int] = {}  # whose a session is
+        self._closed: set[int] = set()  # sessions that are over, whose stream may still bring something
         self._heard: set[int] = set()  # sessions of which a request has come
         self._came: dict[int, Came] = {}
         self._computed: dict[int, Message] = {}
@@ -126,8 +127,11 @@ class Coordinator:
             match event:
                 case Received():
                     yield from self._receive(event)
-                case Lost(session) if (client := self._forget(session)) is not None:
-                    yield from self._follow(ev.Left(client, session))
+                case Lost(session):
+                    client = self._end(session)
+                    self._closed.discard(session)
+                    if client is not None:
+                        yield from self._follow(ev.Left(client, session))
                 case Stop(reason):
                     yield from self._follow(ev.StopAsked(reason))
                 case Tick():
@@ -160,6 +164,8 @@ class Coordinator:
 
     def _receive(self, event):
         session, client = event.session, self._clients.get(event.session)
+        if session in self._closed:  # a stream is one client's, who was let in as such: no other may come by it
+            return
         if client is not None:
             self.metrics.received(client, event.message, event.nbytes)
         try:
@@ -175,10 +181,13 @@ class Coordinator:
             if isinstance(follows, ev.Requested):
                 yield from self._acknowledge(follows)
             yield from self._follow(follows)
+            if isinstance(follows, ev.Left):
+                yield Close(session)
             return
         if client is None:
             log.warning("%s: %s", event.peer, fault)
             self.metrics.refused.inc()
+            self._end(session)
             yield Close(session, fault, final=True)
         else:
             yield from self._follow(ev.BrokeProtocol(client, session, fault))
@@ -203,8 +212,9 @@ class Coordinator:
             self._heard.add(event.session)
             yield Send(event.session, pb.FromServer(received=pb.Received()))
 
-    def _forget(self, session):
+    def _end(self, session):
         """A session is over; returns whose it was."""
+        self._closed.add(session)
         self._heard.discard(session)
         return self._clients.pop(session, None)
 
@@ -218,7 +228,7 @@ class Coordinator:
             case "goodbye":
                 if not (why := message.goodbye.error):
                     return ev.SaidGoodbye(client, session, message.goodbye.generation)
-                self._forget(session)
+                self._end(session)
                 printable = "".join(filter(str.isprintable, why[:_MOST_OF_WHY]))
                 return ev.Left(client, session, f"{printable}; its own log says more")
             case kind:
@@ -228,8 +238,7 @@ class Coordinator:
         # Before the start what counts is what those have said who are still here.
         here = [c for c, it in enumerate(self.membership.clients) if self.run or (it.ready and c != client)]
         self._readies.check(ready, here)
-        if self.run is None:
-            self._readies.keep(client, ready)
+        self._readies.keep(client, ready)
         return ev.SaidReady(client, session, ready.saved_step)
 
     def _request(self, client, session, request, at):
@@ -312,10 +321,10 @@ class Coordinator:
                 yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
             case do.RefuseSession(session, reason):
                 self.metrics.refused.inc()
-                self._forget(session)
+                self._end(session)
                 yield Close(session, reason)
             case do.CloseSession(session, fault):
-                client = self._forget(session)
+                client = self._end(session)
                 if fault:
                     log.warning("client %s: %s", client, fault)
                     self.metrics.refused.inc()

@@ -33,7 +33,7 @@ class Readies:
         self._agreed: set[str] = set()  # descriptions that are as this server's
 
     def check(self, ready: pb.Ready, others: Iterable[int]) -> None:
-        """Checks what a client says against the server's run and against what one of these others has said.
+        """Checks what a client says against the server's run and against what one of these others has said, if any has.
 
         Raises:
           ProtocolError: it has no samples, or has built another run.
@@ -47,7 +47,7 @@ class Readies:
             )
         try:
             description = agreement.parse(ready.description)
-            other = next(iter(others), None)
+            other = next((number for number in others if number in self._by_client), None)
             theirs = None if other is None else agreement.parse(self._by_client[other].description)
             if theirs is not None and (differing := agreement.differences(theirs, description)):
                 raise ValueError(

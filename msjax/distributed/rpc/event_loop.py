@@ -10,7 +10,9 @@ from typing import Any
 log = logging.getLogger("msjax.server")
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def event_loop() -> asyncio.AbstractEventLoop:
     """Returns the loop, which runs until the program ends.
 
@@ -18,6 +20,12 @@ def event_loop() -> asyncio.AbstractEventLoop:
     whatever JAX does in other threads, streams are opened, read and written meanwhile. Pings are answered by threads of
     gRPC's own.
     """
+    with _lock:  # the cache alone would let threads that come at once make a loop each
+        return _event_loop()
+
+
+@functools.cache
+def _event_loop():
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(_tell)
     threading.Thread(target=loop.run_forever, name="rpc", daemon=True).start()

@@ -178,14 +178,16 @@ class TrainServicer:
                 message = joiner.add(frame)
                 if message is None:
                     continue
-                if first and message.WhichOneof("kind") == "hello":
+                # Whom a stream is let in as is asked once, so that it cannot say later that it is another.
+                if first != (message.WhichOneof("kind") == "hello"):
+                    raise FrameError("the first message must be Hello, and no other may")
+                if first:
                     client = message.hello.client
                     if refusal := self._admission.refusal(context, client):
                         self._refused(f"{peer} as client {client}: {refusal.reason}")
                         self._metrics.refused.inc()
                         outbox.put_nowait(_NotAdmitted(session, refusal.reason, final=True))
                         return
-                if first:
                     self._heard(session)
                     joiner.max_bytes = self._max_bytes
                 first = False
