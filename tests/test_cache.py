@@ -153,6 +153,8 @@ def test_tokens_come_as_often_as_they_are_probable():
         ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"top_k": 2}, "top_k must be None where temperature is 0, which draws nothing, got 2"),
+        ({"top_p": 0.5}, "top_p must be None where temperature is 0, which draws nothing, got 0.5"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(options, message):

@@ -19,7 +19,7 @@ import pytest
 
 from msjax.runs import checkpoints as lib
 from msjax.runs.checkpoints import Checkpoints
-from msjax.runs.files import write_atomically
+from msjax.runs.files import write_atomically, write_new
 
 
 def tree(value):
@@ -129,6 +129,30 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(tmp_path / "none" / "x.json", "{}")
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'none' / 'x.json'}'"
+
+
+def test_files_are_whole_and_others_are_left_alone(tmp_path, monkeypatch):
+    mine, other = tmp_path / "x.txt", tmp_path / "x.txt.tmp"
+    other.write_text("mine, too")
+    write_atomically(mine, "old")
+    write_new(tmp_path / "new", b"old")
+    with pytest.raises(FileExistsError, match=r"'.*/new'"):
+        write_new(tmp_path / "new", "other")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for write, path in ((write_atomically, mine), (write_new, tmp_path / "newer")):
+            with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+                write(path, "new")
+    monkeypatch.setattr(os, "link", lambda *_: full(0))  # a file system without links
+    write_new(tmp_path / "newest", "x" * 1000)
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "newest", "other")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"x.txt": "old", "x.txt.tmp": "mine, too", "new": "old", "newest": "x" * 1000}
 
 
 def test_only_late_reports_of_a_failed_save_are_passed_over(monkeypatch):

@@ -18,9 +18,10 @@ import pytest
 from msjax import compress, config, data
 from msjax.cli import main as cli
 from msjax.cli.options import naming_the_way_on
+from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
-from msjax.runs import RunFolder
+from msjax.runs import RunFolder, plots
 from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
 
@@ -108,6 +109,24 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
         ("serve", ["--policy.deadline-seconds", "0"], "--policy.deadline-seconds must be above 0, got 0.0"),
         ("serve", ["--part", "a", "--max-megabytes", "x"], "--max-megabytes: invalid literal for int() with base 10"),
         ("client", ["--client-id", "one"], "--client-id: invalid literal for int() with base 10: 'one'"),
+        # What would be passed over in silence.
+        ("train", ["--mode.turn-steps", "5"], "--mode.turn-steps must be None, its default, with mode.kind='parallel'"),
+        ("serve", ["--mode.average-steps", "5"], "--mode.average-steps must be 10, its default, with mode.kind='paral"),
+        ("plan", ["--optim.milestones", "2"], "--optim.milestones must be (), its default, with optim.schedule='cosi"),
+        ("train", ["--task.ignore", "2"], "--task.ignore must be None, its default, with task.name='classification'"),
+        ("train", ["--data.name", "a.npz", "--data.image-size=8"], "--data.image-size must be None, its default, wi"),
+        ("train", ["--data.name", "breast_cancer", "--data.image-size=8"], "--data.image-size must be None, its def"),
+        ("train", ["--data.name", "a.csv", "--data.normalize"], "--data.normalize must be False, its default, with "),
+        ("eval", ["--data.name", "a.npz", "--data.label=y"], "--data.label must be 'label', its default, with data.n"),
+        ("plan", ["--test-samples", "5"], "--test-samples must be 0 where samples are not given, got 5"),
+        (
+            "eval",
+            ["RUN", "--config", "a.py"],
+            "--config must be given in place of a run, which has its own, got 'a.py'",
+        ),
+        ("eval", ["--data-dir", "D", "RUN"], "the run must be a folder with config.json, got 'RUN'"),
+        ("eval", ["--test=F", "RUN"], "the run must be a folder with config.json, got 'RUN'"),
+        ("generate", ["DIR", "--prompt", "a", "--top-k", "5"], "--top-k must be None where temperature is 0, which d"),
     ],
 )
 def test_values_that_are_refused_make_one_line(capsys, command, arguments, message):
@@ -297,6 +316,14 @@ def at_once(name, path):
     return names, [str(it) for it in found if not isinstance(it, str)]
 
 
+def test_a_folders_name_is_no_longer_than_a_name_may_be(tmp_path):
+    name = f"/data/{'folder/' * 40}{'ö' * 200}.npz"
+    model = config.ModelConfig(name=f"/code/{'folder/' * 40}net.py:make_model")
+    cfg = config.Config(data=config.DataConfig(name), model=model, out=str(tmp_path))
+    folder = RunFolder.create(cfg).path
+    assert len(folder.name.encode()) < 255 and "net.py_make_model-öö" in folder.name and "folder" not in folder.name
+
+
 def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
     names, refused = at_once(None, tmp_path)
     assert len(set(names)) == 8 and not refused
@@ -334,6 +361,7 @@ def test_models_table_of_a_decoder(tmp_path, capsys):
         (["decoder"], "--decoder must be given for decoder, and for no other, got None"),
         (["mlp", *given[1:]], "--decoder must be given for decoder, and for no other, got '"),
         ([*given, "--input-shape", "8", "8"], "--input-shape must be one number of tokens for decoder, got [8, 8]"),
+        ([*given, "--width", "2"], "--width must not be given for decoder, whose file says what it is, got 2.0"),
         ([*given, "--input-shape", "64"], "length must be in 1..32 (max_position_embeddings), got 64"),
     ):
         assert cli.run("models", arguments) == 2
@@ -442,6 +470,25 @@ def test_a_log_that_nobody_reads_ends_no_training():
         process.stdout.close()
         said = process.stderr.read().decode()
         assert process.wait(120) == 0 and said.count("training goes on") == 1
+
+
+def test_an_answer_that_makes_no_sense_makes_one_line(tmp_path, monkeypatch, capsys):
+    program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`").ClientProgram
+
+    def train(self):
+        raise ProtocolError("labels must have 1 arrays, got 2")
+
+    monkeypatch.setattr(program, "train", train)
+    assert cli.run("client", ["--client-id", "0", "--state", str(tmp_path)]) == 2
+    told = "msjax client: the server's answer makes no sense to this client: labels must have 1 arrays, got 2\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": 1, "train": {"loss": 1.0, "accuracy": 0.5}}]
+    plots.draw_curves(history, "accuracy", "a run", tmp_path / "none" / "curves.png")
+    assert caplog.text.count("no picture: ") == 1
 
 
 def test_an_error_of_a_file_that_ends_a_run_names_the_way_on():

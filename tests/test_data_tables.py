@@ -85,6 +85,29 @@ def test_train_rows_alone_say_how(people, tmp_path, caplog):
         data.from_csv(path, label="rich", test=tmp_path / "test.csv")
 
 
+def test_digits_are_texts_where_they_were_to_train_on(tmp_path, caplog):
+    """pandas makes numbers of a column of digits alone, as a test file or what is predicted may have."""
+    for name, kinds, codes in (("train", "ab", ("01", "02", "x1")), ("test", "ba", ("02", "01"))):
+        rows = [f"{kind},{code},{n},{n % 2 == 0}" for kind in kinds for n, code in enumerate(codes)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["y,code,size,even", *rows]))
+    (tmp_path / "y.csv").write_text("code,y,size,even\nb,01,1,True\na,x1,2,False\n")
+    ds = data.from_csv(tmp_path / "train.csv", label="y", test=tmp_path / "test.csv")
+    names = [name for column in ds.columns for name in column.names]
+    codes = [names.index("code=02"), names.index("code=01")]
+    expected = np.float32([[1, 0], [0, 1], [1, 0], [0, 1]])
+    np.testing.assert_array_equal(ds.test_inputs[:, codes], expected)
+    found = data.read_inputs(tmp_path / "test.csv", like=ds.input_like, columns=ds.columns)
+    np.testing.assert_array_equal(found.fetch(0, 4), ds.test_inputs)
+    as_told = data.TableFormat("y", ds.classes, ds.columns)
+    again = data.from_csv(tmp_path / "test.csv", table_format=as_told, test_share=None)
+    np.testing.assert_array_equal(again.train_inputs, ds.test_inputs)
+    assert not caplog.records
+    # Labels likewise.
+    (tmp_path / "z.csv").write_text("code,y,size,even\nb,01,1,True\n")
+    of_codes = data.from_csv(tmp_path / "y.csv", label="y", test=tmp_path / "z.csv")
+    assert of_codes.classes == ("01", "x1") and of_codes.test_labels.tolist() == [0]
+
+
 def test_missing_values(people):
     path, frame = people
     change(path, 3, "age", "")
@@ -144,7 +167,7 @@ def test_a_config_says_what_becomes_of_missing_values(people, tmp_path):
         build.load_data(by_preset)
     client = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path / "state"), own_data=True))
     with pytest.raises(ValueError, match=r"data.missing must be 'refuse' for clients with own data, got 'median'"):
-        client._load(cfg)
+        client._load(config.without_paths(cfg))
     (tmp_path / "folder").mkdir()
     with pytest.raises(data.DataError, match='missing must be "refuse" for a folder of images'):
         data.as_dataset(tmp_path / "folder", missing="median")

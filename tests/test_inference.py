@@ -23,6 +23,7 @@ from msjax.split.payloads import PayloadSpec
 
 from .authority import Authority
 from .setups import dataset
+from .test_rpc import assert_nobody_watches
 
 SUMMARY = build.DataSummary.of(dataset())
 CODEC = compress.MaskEncoded(ratio=0.9)
@@ -247,6 +248,7 @@ def test_mutual_tls(tmp_path):
             assert there.describe().run == "r"
             health = health_pb2_grpc.HealthStub(there._channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
+            assert_nobody_watches(there._channel)
         other = others.issue("client")
         strangers = {
             "the server wants a certificate": no_certificate,

@@ -5,9 +5,11 @@ import json
 import threading
 import time
 
+import grpc
 import jax
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
@@ -336,6 +338,21 @@ def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
         again.close()
         file.write_text("damaged")
         ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder).close()
+
+
+def assert_nobody_watches(channel):
+    """Who watches a server's health would hold one of its calls, and needs no token."""
+    watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+    with pytest.raises(grpc.RpcError) as refused:
+        next(watched)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_who_watches_a_servers_health_holds_no_call(tmp_path):
+    with Net(tmp_path) as net, grpc.insecure_channel(net.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        assert_nobody_watches(channel)
 
 
 def test_an_address_that_is_taken(tmp_path):

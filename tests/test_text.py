@@ -89,6 +89,14 @@ def test_all_that_has_a_column_of_texts_is_one_text_set(folder):
     assert [read.decode(tokens.tolist()).replace(" ", "") for tokens in read.tokens] == texts
 
 
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_text(folder):
+    found = [
+        data.from_text(write(folder, mark + LETTERS), tokenizer=folder, length=3, test_share=None).train_inputs
+        for mark in ("", "\ufeff")
+    ]
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_tokenizer_that_cannot_split_a_text_is_told(folder):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
     tokenizer.save(str(folder / "tokenizer.json"))

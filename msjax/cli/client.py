@@ -6,6 +6,7 @@ from msjax.cli.network import log_to_stderr
 from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
+from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
 
 
@@ -26,5 +27,7 @@ def main(arguments: list[str]) -> int:
         part = program.train()
     except Refused as refused:
         raise ValueError(str(refused)) from None
+    except ProtocolError as fault:
+        raise ValueError(f"the server's answer makes no sense to this client: {fault}") from None
     print(f"msjax client {options.client_id}: done: {part or 'others trained last and have the trained part'}")
     return 0

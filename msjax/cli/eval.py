@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from msjax import build, config
-from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, PresetFlag, check_new_config, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
 from msjax.runs import RunFolder, to_json
 from msjax.split.budget import mean_up_bits
@@ -19,13 +19,17 @@ class _Flags(config.Config, PresetFlag):
     """The config's, and its preset."""
 
 
+_OF_RUN = ("--help", "--uncompressed", "--data-dir", "--test")
+"""Options of a run, which may come before it; those of a config have other names."""
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     if split_options(arguments, "--server")[0].server is not None:
         from msjax.cli.network import evaluate
 
         return evaluate(arguments)
-    if not arguments or (arguments[0].startswith("--") and arguments[0] not in ("--help", "--uncompressed")):
+    if not arguments or (arguments[0].startswith("--") and arguments[0].partition("=")[0] not in _OF_RUN):
         return _evaluate_config(arguments)
     parser = argparse.ArgumentParser(
         prog="msjax eval",
@@ -46,6 +50,8 @@ def main(arguments: list[str]) -> int:
         "--config", metavar="FILE.py", help="in place of a run: a preset, which any option of msjax train overrides"
     )
     options = parser.parse_args(arguments)
+    if options.config is not None:
+        raise ValueError(f"config must be given in place of a run, which has its own, got {options.config!r} beside it")
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
     folder, cfg = RunFolder.open(options.run, read_only=True)
@@ -77,7 +83,7 @@ def _evaluate_config(arguments):
     default = preset_of(where) or DEFAULT
     description = "Test what a run starts from, as published weights."
     flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax eval", description=description)
-    cfg = check_early(fields_of(config.Config, flags))
+    cfg = check_new_config(fields_of(config.Config, flags))
     split_cpu(cfg.clients)
     run = load_run(cfg)
     state, mesh = loaded.placed(run)

@@ -27,7 +27,7 @@ and CLIENT.safetensors alone the server's part is elsewhere (msjax serve --part)
 it took and the bytes that crossed the cut go to standard error at the end. Client and server each keep the keys and
 values of their own layers, so that a token's features cross the cut once, through the run's codec or --codec. The
 client chooses: the server answers with as many of the largest logits as that takes, of greedy decoding with the token
-(4 bytes), with --top-k K with K logits and tokens (8 bytes each), else with all logits (4 bytes each). The server sees
+(4 bytes), with --temperature and --top-k K with K logits and tokens (8 bytes each), else with all logits (4 bytes each). The server sees
 the features of every token, and knows what it answers. Of a U-shaped run it answers with features instead, and sees no
 logits."""
 
@@ -45,9 +45,9 @@ class GenerateOptions:
     temperature: float = 0.0
     """0 takes the most probable token (greedy); above it tokens are drawn."""
     top_k: int | None = None
-    """Draw among so many of the most probable ones."""
+    """With a temperature: draw among so many of the most probable ones."""
     top_p: float | None = None
-    """Draw among the most probable ones that together reach this probability."""
+    """With a temperature: draw among the most probable ones that together reach this probability."""
     seed: int = 0
     """Of what is drawn, also by random codecs."""
     codec: str | None = None
@@ -89,9 +89,11 @@ def main(arguments: list[str]) -> int:
         return generate(arguments)
     where, rest = split_options(arguments, "--config")
     options = parse(_Flags, rest, prog="msjax generate", description=DESCRIPTION)
+    options.sampling()  # before anything is loaded
     parts, codec, tokenizer = _network(options, preset_of(where))
-    if len(parts) == 1 and codec is not None:
-        raise ValueError(f"codec must not be given without --cut, got {options.codec!r}")
+    for name in ("codec", "compression"):
+        if len(parts) == 1 and (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name} must not be given without --cut, got {value!r}")
     generator = Generator(*jax.device_put(parts), codec=codec, compression=options.compression)
     continue_text(generator, options, tokenizer)
     return 0
@@ -104,6 +106,8 @@ def _network(options: GenerateOptions, preset: Any) -> tuple[tuple[ModelPart, ..
     if not paths or len(paths) != (2 if files else 1):
         raise ValueError(f"network must be a folder, or CLIENT.safetensors SERVER.safetensors, got {' '.join(paths)!r}")
     if not files and models.is_decoder(expand("network", paths[0])):
+        if preset is not None:
+            raise ValueError("config must be given for a trained network alone, got one with published weights")
         parts = _published(options)
         return parts, Identity() if codec is None and len(parts) > 1 else codec, options.tokenizer or paths[0]
     check_trained(options)

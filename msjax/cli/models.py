@@ -36,6 +36,10 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if (options.name == models.DECODER) != (options.decoder is not None):
         raise ValueError(f"--decoder must be given for decoder, and for no other, got {options.decoder!r}")
+    if options.name == models.DECODER:
+        for name in ("num_classes", "width", "first_block", "shortcut"):
+            if (value := getattr(options, name)) != parser.get_default(name):
+                raise ValueError(f"{name} must not be given for decoder, whose file says what it is, got {value!r}")
     codecs = [compress.from_string(c) for c in options.codec] if options.codec else [c() for c in compress.CODECS]
     usual = {"convnet": ((8, 8, 1), 10), "resnet34": ((224, 224, 3), 1000), "resnet18": ((32, 32, 3), 100)}
     usual |= {"mlp": ((108,), 2), "transformer": ((data.TEXT_LENGTH,), 2)}  # Adult, and texts of two classes

@@ -191,6 +191,12 @@ def as_typed(error: str, arguments: list[str]) -> str:
     return same[0] + error[found.end() :] if len(same) == 1 else error
 
 
+def check_new_config(cfg: config.Config) -> config.Config:
+    """As `check_early` of a run that is new; see `config.check_used`."""
+    config.check_used(cfg)
+    return check_early(cfg)
+
+
 def check_early(cfg: config.Config) -> config.Config:
     """Returns the config as a run keeps it; see `build.resolved`.
 

@@ -7,7 +7,7 @@ import rich.table
 
 from msjax import config, plan
 from msjax.checks import integer
-from msjax.cli.options import DEFAULT, PresetFlag, check_early, fields_of, parse, preset_of, split_options
+from msjax.cli.options import DEFAULT, PresetFlag, check_new_config, fields_of, parse, preset_of, split_options
 from msjax.references import is_reference
 from msjax.runs import to_json
 from msjax.runs.tables import console
@@ -43,6 +43,8 @@ class PlanOptions:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
         if self.samples is not None:
             integer("samples", self.samples, 1)
+        elif self.test_samples:
+            raise ValueError(f"test_samples must be 0 where samples are not given, got {self.test_samples}")
         integer("test_samples", self.test_samples, 0)
 
     def link(self, cfg: config.Config) -> plan.Link:
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> int:
     flags = parse(_Flags, rest, default=default, prog="msjax plan", description=DESCRIPTION)
     options = fields_of(PlanOptions, flags)
     options.check()
-    cfg = check_early(fields_of(config.Config, flags))
+    cfg = check_new_config(fields_of(config.Config, flags))
     counts = None if options.samples is None else plan.Counts(options.samples, options.test_samples)
     found = plan.plan(cfg, counts=counts, link=options.link(cfg))
     if options.json:

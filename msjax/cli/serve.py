@@ -11,6 +11,7 @@ from msjax.cli.options import (
     PLACES,
     RunFlags,
     check_early,
+    check_new_config,
     fields_of,
     naming_the_way_on,
     parse,
@@ -111,7 +112,7 @@ def _new_run(default, name, arguments):
     flags = parse(_ServeFlags, arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    cfg = check_early(cfg)
+    cfg = check_new_config(cfg)
     if cfg.compare:
         raise ValueError("compare must be False where clients are programs of their own, got True")
     if cfg.clients_per_group is not None:

@@ -10,6 +10,7 @@ from msjax.cli.options import (
     PLACES,
     RunFlags,
     check_early,
+    check_new_config,
     fields_of,
     naming_the_way_on,
     parse,
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
         )
         flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
         cfg = fields_of(config.Config, flags)
-        cfg = check_early(cfg)
+        cfg = check_new_config(cfg)
         check_new(cfg, where.name)
     hosts.join(where)
     split_cpu(cfg.clients)

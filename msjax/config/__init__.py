@@ -3,7 +3,7 @@
 A preset is a Python file with `get_config() -> Config`; see `configs/`.
 """
 
-from msjax.config._checks import MAX_SEED
+from msjax.config._checks import MAX_SEED, check_used
 from msjax.config._codecs import named, parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
 from msjax.config._references import (
@@ -42,6 +42,7 @@ __all__ = [
     "by_name",
     "call_reference",
     "check_received",
+    "check_used",
     "earlier_names",
     "from_json",
     "is_local_path",

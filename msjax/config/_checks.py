@@ -87,6 +87,33 @@ def check(config: Any) -> None:
         parse_codec(f"array_codecs of {name!r}", codec)
 
 
+def check_used(config: Any) -> None:
+    """Checks that a new run uses what is set; a run that is there may have what it passed over.
+
+    Raises:
+      ValueError: a field has another value than by default, and another field makes it of no use.
+    """
+    name = config.data.name.lower()
+    uses = {
+        "mode.average_steps": ("mode.kind", config.mode.kind == "splitfed"),
+        "mode.turn_steps": ("mode.kind", config.mode.kind == "sequential"),
+        "optim.milestones": ("optim.schedule", config.optim.schedule == "steps"),
+        "task.ignore": ("task.name", config.task.name not in ("classification", "multi_label", "regression")),
+        "data.image_size": ("data.name", not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer"),
+        "data.normalize": ("data.name", name.endswith(".npz")),
+        "data.label": ("data.name", name.endswith(".csv")),
+    }
+    for field, (other, is_used) in uses.items():
+        section, _, own = field.partition(".")
+        default = type(getattr(config, section)).__dataclass_fields__[own].default
+        value = operator.attrgetter(field)(config)
+        if not is_used and value != default:
+            raise ValueError(
+                f"{field} must be {default!r}, its default, with {other}={operator.attrgetter(other)(config)!r}, which "
+                f"does not use it, got {value!r}"
+            )
+
+
 def _choices(config):
     """(name, value, choices) of every field that has a few values."""
     yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)

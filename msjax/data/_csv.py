@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from msjax.data._arrays import finish, share_indices
-from msjax.data._columns import MOST_TEXTS, Missing
+from msjax.data._columns import MOST_TEXTS, Column, Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._table import Classes, TableFormat, are_classes, check_label, pandas
+from msjax.data._table import Classes, TableFormat, are_classes, check_label, columns_of_texts, pandas
 
 
 def from_csv(
@@ -56,8 +56,10 @@ def from_csv(
     """
     path = Path(path).expanduser()
     options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
-    frame = read_frame(path)
-    test_rows = None if test is None else read_frame(Path(test).expanduser())
+    frame = read_frame(path, table_format.columns if table_format else ())
+    # As the rows to train on have it: 01 is a text where there is an x1, too, and the number 1 where there is not.
+    of_texts = table_format.columns if table_format else columns_of_texts(frame)
+    test_rows = None if test is None else read_frame(Path(test).expanduser(), of_texts)
     try:
         return _split_table(path.name, frame, test_rows, test_share, table_format, seed, options)
     except DataError as error:
@@ -92,17 +94,22 @@ def _split_table(
     return finish(name, *splits, columns=table_format.columns, classes=table_format.classes)
 
 
-def read_frame(path: Path) -> Any:
-    """The rows of a file, which have no more values than its first line has names, each another."""
+def read_frame(path: Path, columns: Sequence[Column] = ()) -> Any:
+    """The rows of a file, which have no more values than its first line has names, each another.
+
+    Args:
+        columns: of texts among these the file's texts are taken as they are, also where all of them are digits.
+    """
+    texts = {column.name: str for column in columns if column.texts and not {"True", "False"}.issuperset(column.texts)}
 
     def read(**options):
-        return pandas().read_csv(path if piped is None else io.BytesIO(piped), **options)
+        return pandas().read_csv(path if piped is None else io.BytesIO(piped), low_memory=False, **options)
 
     try:
         piped = None if path.is_file() else path.read_bytes()
         # Without this, what the first rows have too much would become names of rows, and all others one off.
         head = read(header=None, nrows=2, dtype=str, keep_default_na=False)
-        frame = read(index_col=False)
+        frame = read(index_col=False, dtype=texts)
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
         raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
     if not len(frame):

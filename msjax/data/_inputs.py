@@ -74,12 +74,12 @@ def read_inputs(
     if kind == ".npz":
         return _of_array(path, _from_npz(path, like, columns))
     if is_text and kind == ".txt":
-        lines = path.read_text("utf-8", errors="replace").splitlines()
+        lines = path.read_text("utf-8-sig", errors="replace").splitlines()
         return _of_array(path, _records.tokens(_words.word_hashes(lines), like.shape[0], vocabulary))
     if kind == ".csv" and not is_text and not is_pixels:
         if columns is None:
             raise DataError(f"{path} must be an .npz file, as the columns that the network takes have no names")
-        frame = read_frame(path)
+        frame = read_frame(path, columns)
         try:
             array = TableFormat("", None, columns).inputs(frame)
         except DataError as error:

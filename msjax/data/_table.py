@@ -135,6 +135,13 @@ def _found_classes(labels: Any) -> tuple[str, ...]:
     return tuple(map(_text, sorted(values, key=None if numeric else str)))
 
 
+def columns_of_texts(frame: Any) -> list[Column]:
+    """Those columns that are not of numbers or bools, with their texts."""
+    numeric = pandas().api.types.is_numeric_dtype
+    of_texts = [frame[name] for name in frame if not numeric(frame[name])]
+    return [Column(series.name, tuple(map(_text, series.dropna().unique()))) for series in of_texts]
+
+
 def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
     """How a column becomes numbers, by the training rows."""
     gone = _is_missing(series)

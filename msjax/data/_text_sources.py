@@ -67,7 +67,7 @@ def _objects(path: Path, text: str) -> tuple[list[int], list[Any]]:
 def _read(role: str, path: Path) -> str:
     """The text of a file."""
     try:
-        return path.read_text("utf-8-sig" if path.suffix.lower() == ".jsonl" else "utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise DataError(f"{role} must be a file that can be read, got {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:

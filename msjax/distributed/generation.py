@@ -144,7 +144,8 @@ class Texts:
                 if session is None:
                     session, own = self._begin(request, inbox, caller)
                 self._sessions.use(own)
-                self._programs.use((session.terms.codec, request.count))
+                terms = session.terms
+                self._programs.use((terms.codec, terms.candidates, terms.capacity, request.count))
                 outputs = pb.Outputs(payload=session.answer([Piece(request.count, request.features)]))
                 self._metrics.answered(1, time.perf_counter() - began)
                 self._metrics.sent(ANYONE, outputs)

@@ -265,14 +265,14 @@ class ServerProgram:
 
     def _write_summary(self):
         last, headline, cfg = self.history[-1], self.coordinator.run.spec.task.headline, self.cfg
-        if plots.available():
-            title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
-            plots.draw_curves(self.history, headline, title, self.folder.path / "curves.png")
         summary = {"headline": headline}
         summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
         self._save_end()
         self.folder.write_summary(summary)
+        if plots.available():
+            title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
+            plots.draw_curves(self.history, headline, title, self.folder.path / "curves.png")
         return summary
 
     def _save_end(self):

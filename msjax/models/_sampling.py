@@ -39,6 +39,9 @@ class Sampling:
             integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} must be None where temperature is 0, which draws nothing, got {value}")
 
     @property
     def candidates(self) -> int | None:

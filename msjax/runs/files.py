@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 from typing import Any
 
 
@@ -27,13 +28,40 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     Raises:
       OSError: it cannot be written; it names the file.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with _written(pathlib.Path(path), content) as temporary:
         temporary.replace(path)
+
+
+def write_new(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file that is not there yet; of several who do so at once, one does.
+
+    Raises:
+      FileExistsError: it is there.
+      OSError: it cannot be written; it names the file.
+    """
+    path = pathlib.Path(path)
+    with _written(path, content) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("xb") as file:
+                file.write(temporary.read_bytes())
+
+
+@contextlib.contextmanager
+def _written(path, content):
+    """A file beside `path` that has the content, on the disk; gone at the end."""
+    temporary = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")  # of nobody else
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
     except OSError as error:
-        if error.errno is not None:  # one that comes from writing names no file, and that of opening the temporary one
+        if error.errno is not None:  # one that comes from writing names no file, and others the temporary one
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -24,7 +24,7 @@ from msjax import config as config_lib
 from msjax.config import Config
 from msjax.paths import cannot_write, check_folder_name, expand, folder_to_be
 from msjax.runs.checkpoints import Checkpoints
-from msjax.runs.files import to_json, write_atomically
+from msjax.runs.files import to_json, write_atomically, write_new
 
 
 class RunFolder:
@@ -51,8 +51,7 @@ class RunFolder:
                 path = out / name
                 path.mkdir(exist_ok=True)
             # Of two processes one makes it.
-            with (path / "config.json").open("x") as file:
-                file.write(config_lib.to_text(config))
+            write_new(path / "config.json", config_lib.to_text(config))
         except FileExistsError as error:
             if name is None or pathlib.Path(error.filename).name != "config.json":
                 raise cannot_write("out", config.out, error.strerror) from None
@@ -181,9 +180,11 @@ def _taken(name, path):
 def _make_unique(out, config):
     """Makes a folder of a name that no other run has, also of those that start in the same second."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    m, data = config.model, config.data.name.replace("/", "_")
-    words = [time, m.name, data, m.cut, type(config.codec).__name__]
-    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words)
+    plain = config_lib.without_paths(config)
+    words = [plain.model.name, plain.data.name, plain.model.cut, type(config.codec).__name__]
+    words = ["".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words]
+    # A name may have 255 bytes, and letters may take four.
+    name = "-".join([time, *(word.encode()[:48].decode(errors="ignore") for word in words)])
     for n in itertools.count(1):
         path = out / (name if n == 1 else f"{name}-{n}")
         try:

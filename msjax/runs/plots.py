@@ -20,7 +20,7 @@ def available() -> bool:
 
 
 def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: pathlib.Path) -> None:
-    """Draws the loss and the metric `headline` by epoch as a PNG."""
+    """Draws the loss and the metric `headline` by epoch as a PNG; where it cannot be written, the log says so."""
     # Imported here: it takes a second that `msjax eval` need not wait for.
     from matplotlib.figure import Figure
 
@@ -35,7 +35,10 @@ def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: 
     metric.set(xlabel="epoch", ylabel=column_name(headline))
     loss.legend()
     figure.suptitle(title, fontsize="small")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        _log.warning("no picture: %s", error)
 
 
 def draw_comparison(runs: list[tuple[str, list[dict[str, Any]]]], headline: str, path: pathlib.Path) -> None:

@@ -100,8 +100,7 @@ def _write_results(cfg, folder, run, finished, digests):
     """Writes what a finished run leaves in its folder; returns the summary."""
     spec, schedule = run.spec, run.spec.schedule
     last, headline = finished.history[-1], spec.task.headline
-    if plots.available():
-        plots.draw_curves(finished.history, headline, f"{run.title}: {cfg.codec}", folder.path / "curves.png")
+    _save_parts(_PARTS, cfg, folder, run, finished.state, uuid.uuid4().hex)
     samples = cfg.epochs * cfg.clients * schedule.samples
     dense = spec.feature_payload(1).dense()
     plain = run_traffic(dataclasses.replace(spec, update_codec=Identity()), cfg.epochs)
@@ -117,8 +116,9 @@ def _write_results(cfg, folder, run, finished, digests):
         "config": config.to_json(cfg),
         "environment": environment(),
     }
-    _save_parts(_PARTS, cfg, folder, run, finished.state, uuid.uuid4().hex)
     folder.write_summary(summary)
+    if plots.available():
+        plots.draw_curves(finished.history, headline, f"{run.title}: {cfg.codec}", folder.path / "curves.png")
     return summary
 
 

@@ -117,6 +117,17 @@ class Listening:
         return f"{self.address}{metrics}"
 
 
+class _Health(health.HealthServicer):
+    """Answers who asks for the state, and not who would hold a call to hear of changes: strangers may ask."""
+
+    def Watch(self, request, context, send_response_callback=None):
+        context.abort(*NO_WATCH)
+
+
+NO_WATCH = grpc.StatusCode.UNIMPLEMENTED, "the health service answers Check alone"
+"""Who watches holds one of the calls that there are, and needs no token for it."""
+
+
 class Endpoint(Listening):
     """A gRPC server in threads, one a stream, with health service and metrics; of a trained part, which computes.
 
@@ -136,7 +147,7 @@ class Endpoint(Listening):
         workers = futures.ThreadPoolExecutor(calls, thread_name_prefix="rpc")
         settings = limits(options, streams, options.max_megabytes << 20)
         self._server = grpc.server(workers, options=settings, maximum_concurrent_rpcs=calls)
-        self._health = health.HealthServicer()
+        self._health = _Health(experimental_non_blocking=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.address = open_port(self._server, options)
         self._serve_metrics(options, lambda: self._server.stop(grace=None))

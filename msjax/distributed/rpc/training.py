@@ -23,7 +23,7 @@ from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import BESIDE_BYTES, FRAME_BYTES, FrameError, Joiner, to_frames
 from msjax.distributed.rpc.security import Rate, Tokens
-from msjax.distributed.rpc.server import Listening, limits, most_calls, open_port, say_refused
+from msjax.distributed.rpc.server import NO_WATCH, Listening, limits, most_calls, open_port, say_refused
 from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
@@ -202,6 +202,13 @@ class TrainServicer:
         outbox.put_nowait(None)
 
 
+class _Health(health.aio.HealthServicer):
+    """See `rpc.server`."""
+
+    async def Watch(self, request, context):
+        await context.abort(*NO_WATCH)
+
+
 class TrainEndpoint(Listening):
     """A gRPC server on the event loop, with health service and metrics. It has its ports from when it is made.
 
@@ -220,7 +227,7 @@ class TrainEndpoint(Listening):
     async def _open(self, options, streams):
         settings = limits(options, streams, min(options.max_megabytes << 20, FRAME_BYTES + BESIDE_BYTES))
         self._server = grpc.aio.server(options=settings, maximum_concurrent_rpcs=most_calls(streams))
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.address = open_port(self._server, options)
 
