@@ -27,9 +27,9 @@ and CLIENT.safetensors alone the server's part is elsewhere (msjax serve --part)
 it took and the bytes that crossed the cut go to standard error at the end. Client and server each keep the keys and
 values of their own layers, so that a token's features cross the cut once, through the run's codec or --codec. The
 client chooses: the server answers with as many of the largest logits as that takes, of greedy decoding with the token
-(4 bytes), with --temperature and --top-k K with K logits and tokens (8 bytes each), else with all logits (4 bytes each). The server sees
-the features of every token, and knows what it answers. Of a U-shaped run it answers with features instead, and sees no
-logits."""
+(4 bytes), with --temperature and --top-k K with K logits and tokens (8 bytes each), else with all logits (4 bytes
+each). The server sees the features of every token, and knows what it answers. Of a U-shaped run it answers with
+features instead, and sees no logits."""
 
 
 @dataclasses.dataclass(frozen=True)
