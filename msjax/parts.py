@@ -53,6 +53,7 @@ class TrainedPart(NamedTuple):
       tail: U-shaped: the function of the client's layers behind the server's.
       up_bits: of a client's part that was trained with a budget (`cut_bits`): the bits that its features were aimed at
         in the end, at which it goes on; else None.
+      description: of a model of one's own, what `save_part` was given; else None.
     """
 
     apply: Callable[..., Any] | None
@@ -65,6 +66,7 @@ class TrainedPart(NamedTuple):
     step: int
     tail: Callable[..., Any] | None
     up_bits: float | None = None
+    description: dict[str, Any] | None = None
 
 
 def save_trained(
@@ -113,13 +115,20 @@ def save_part(
       up_bits: see `TrainedPart`.
 
     Raises:
-      ValueError: `part` is none of `models.PARTS`.
+      ValueError: `part` is none of `models.PARTS`, or `up_bits` not what `load_part` takes.
       OSError: it cannot be written.
     """
     if part not in models.PARTS:
         raise ValueError(f"part must be one of {', '.join(models.PARTS)}, got {part!r}")
+    if not _may_aim(part, None, up_bits):
+        raise ValueError(f"up_bits must be above 0 and at most 64, and only of a client, got {up_bits} of {part!r}")
     header = {"format": _OWN_FORMAT, "part": part, "step": str(step), "description": json.dumps(description or {})}
     _write(path, trained, header | _aim(up_bits))
+
+
+def _may_aim(part, cfg, up_bits):
+    """Whether a part may have these `up_bits`; `cfg` is the config of its run, None where that has none."""
+    return up_bits is None or (part == "client" and (cfg is None or cfg.cut_bits is not None) and 0 < up_bits <= 64)
 
 
 def _aim(up_bits):
@@ -182,18 +191,19 @@ def load_part(
         summary = None if own else build.DataSummary.from_json(json.loads(header["info"]))
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
         up_bits = float(header["up_bits"]) if "up_bits" in header else None
+        description = json.loads(header.get("description", "{}")) if own else None
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of msjax: {error}") from None
     if part not in (models.PARTS if own else (*models.PARTS[:2], NETWORK)):
         raise ValueError(f"{path} must be of a client or a server, got {part!r}")
-    may_aim = part == "client" and (cfg is None or cfg.cut_bits is not None)
-    if up_bits is not None and not (may_aim and 0 < up_bits <= 64):
+    if not _may_aim(part, cfg, up_bits):
         raise ValueError(
             f"{path} must have up_bits above 0, at most 64, and only of a client trained with cut_bits, got {up_bits:g}"
         )
     if cfg is not None and preset is not None:
         cfg = config.with_own(cfg, preset)
     rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}
+    rest["description"] = description
     if model is not None:
         if inputs is None and isinstance(model, linen.Module):
             raise ValueError("inputs must be given for a linen.Module, whose parameters follow from them, got None")

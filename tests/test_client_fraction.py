@@ -9,7 +9,7 @@ import pytest
 from msjax import compress, config
 from msjax.distributed.membership import Stage
 from msjax.split import parties
-from msjax.split.modes import SplitFed
+from msjax.split.modes import Sequential, SplitFed
 from msjax.split.schedule import Phase, Schedule
 from msjax.split.traffic import run_traffic
 from msjax.training import loop
@@ -152,6 +152,23 @@ def test_what_does_not_go_with_a_share():
             SplitFed(client_fraction=value)
     with pytest.raises(ValueError, match=r"must be Identity\(\) or a Cast .* a client_fraction below 1, .* got TopK"):
         built(dataclasses.replace(PART, update_codec=compress.TopK(ratio=0.5)), 25)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SplitFed(average_steps=2.5), r"average_steps must be an integer of at least 1, got 2\.5"),
+        (lambda: SplitFed(average_steps=0), "average_steps must be an integer of at least 1, got 0"),
+        (lambda: SplitFed(seed=-1), "seed must be an integer of at least 0, got -1"),
+        (lambda: SplitFed(client_fraction="a"), "client_fraction must be above 0 and at most 1, got 'a'"),
+        (lambda: Sequential(turn_steps=1.5), r"turn_steps must be an integer of at least 1, got 1\.5"),
+    ],
+)
+def test_modes_take_the_numbers_that_they_need(unchecked, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert repr(SplitFed(np.int64(5), np.float32(0.1))) == repr(SplitFed(5, 0.1))
+    assert Sequential(np.int64(2)) == Sequential(2) and type(Sequential(np.int64(2)).turn_steps) is int
 
 
 @pytest.mark.parametrize("kind, refused", [("sgd", False), ("adamw", True)])

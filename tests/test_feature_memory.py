@@ -11,6 +11,7 @@ import pytest
 from msjax import wire
 from msjax.compress import (
     EntropyMask,
+    Exact,
     FeatureMemory,
     Identity,
     MaskEncoded,
@@ -303,6 +304,7 @@ def test_sizes():
     [
         ({"base": "TopK"}, TypeError, "base must be a Codec, got 'TopK'"),
         ({"base": MaskEncoded()}, ValueError, "base must be signed, as changes have both signs, got MaskEncoded"),
+        ({"base": Exact()}, ValueError, r"base must take floats, as changes are, got Exact\(\)"),
         ({"threshold": 1}, ValueError, r"threshold must be a number in \[0, 1\), got 1"),
         ({"threshold": True}, ValueError, r"threshold must be a number in \[0, 1\), got True"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
@@ -311,6 +313,7 @@ def test_sizes():
 def test_wrong_options(options, error, said, unchecked):
     with pytest.raises(error, match=said):
         FeatureMemory(**({"base": TopK()} | options))
+    assert FeatureMemory(TopK(), threshold=np.float32(0.1)) == FeatureMemory(TopK(), threshold=0.1)
 
 
 def test_wrong_arguments(unchecked):
@@ -321,6 +324,7 @@ def test_wrong_arguments(unchecked):
         (lambda: memory.encode(h, state, slots), ValueError, "key must be a JAX random key"),
         (lambda: memory.encode(h.astype(int), state, slots, key), TypeError, "h must be one of float32"),
         (lambda: memory.encode(h[0, 0], state, slots, key), ValueError, "h must have a batch axis, got a scalar"),
+        (lambda: memory.init(8, h[0, 0]), ValueError, "like must have a batch axis, got a scalar"),
         (
             lambda: memory.encode(h, state, slots.astype(jnp.float32), key),
             TypeError,

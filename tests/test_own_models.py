@@ -364,7 +364,7 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"seed": -1}, "seed must be an integer in 0..4294967295, got -1"),
         (TWO, {"seed": 2**32}, "seed must be an integer in 0..4294967295, got 4294967296"),
         (TWO, {"optimizer": config.OptimConfig(gamma=-1.0)}, "optim.gamma must be above 0, got -1.0"),
-        (TWO, {"alpha": "a"}, "alpha must be a number or None, got 'a'"),
+        (TWO, {"alpha": "a"}, "alpha must be a number above 0, or None, got 'a'"),
         (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
         ((ONE := Narrow(), ONE), {}, "model must have weights of its own in each part, got .* in two of them"),
         (nnx.Sequential(ONE, nnx.relu, ONE), {"cut": 2}, "model must have weights of its own in each part"),
@@ -382,6 +382,19 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
 def test_what_does_not_fit_is_refused_before_the_first_step(unchecked, model, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         msjax.train(model, numbers(40), **{"task": "regression", "clients": 2, "batch_size": 8, **options})
+
+
+def test_client_and_tail_drop_other_places():
+    """They have one key in a step, and modules alike would else draw the same mask."""
+    x = jnp.ones((4, 100))
+    drop = lambda p, x, train=False, key=None: x * jax.random.bernoulli(key, 0.5, x.shape) if train else x  # noqa: E731
+    for kind in ((drop, {}), nnx.Dropout(0.5, rngs=nnx.Rngs(0))):
+        client, _, tail = models.as_parts((kind, (affine, Dense(100, 100)()), kind), x)
+        masks = [
+            np.asarray(part.apply(part.params, part.stats, x, train=True, key=jax.random.key(1))[0]) > 0
+            for part in (client, tail)
+        ]
+        assert all(0.3 < mask.mean() < 0.7 for mask in masks) and 0.3 < (masks[0] == masks[1]).mean() < 0.7
 
 
 def test_the_users_arrays_live_on_and_the_same_parts_give_the_same_run(unchecked):

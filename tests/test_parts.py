@@ -84,6 +84,17 @@ def test_nothing_of_the_machine_is_in_the_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["client.safetensors", "server.safetensors"]
 
 
+def test_what_a_part_of_ones_own_is_saved_with_comes_back(tmp_path):
+    part, path = models.ModelPart(None, {"w": np.ones(2)}, {}), tmp_path / "client.safetensors"
+    parts.save_part(path, "client", part, description={"cut": 2}, step=3, up_bits=2.5)
+    found = parts.load_part(path)
+    assert (found.part, found.step, found.up_bits, found.description) == ("client", 3, 2.5, {"cut": 2})
+    for name, up_bits in (("server", 2.0), ("client", 0.0), ("client", 65.0), ("client", float("nan"))):
+        with pytest.raises(ValueError, match="up_bits must be above 0 and at most 64, and only of a client, got "):
+            parts.save_part(path, name, part, up_bits=up_bits)
+    assert parts.load_part(path).step == 3
+
+
 def test_the_same_part_makes_the_same_file(tmp_path):
     """For those who compare files; safetensors writes metadata in another order each time."""
     save(tmp_path)

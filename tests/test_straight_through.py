@@ -1,5 +1,6 @@
 """The codec as a layer: its value, its gradient rule, and its place in Linen and NNX modules."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,6 +42,8 @@ def test_gradient_is_the_identity(codec):
 
 @pytest.mark.parametrize("grad_codec", DEFAULTS, ids=name_of)
 def test_gradient_goes_through_the_downlink_codec(grad_codec):
+    if not getattr(grad_codec, "signed", True):
+        grad_codec = dataclasses.replace(grad_codec, signed=True)
     _, grad, _, expected = value_and_pullback(Identity(), H, KEY, grad_codec, G)
     np.testing.assert_array_equal(grad, expected)
     assert isinstance(grad_codec, Identity) or not np.array_equal(grad, G)
@@ -172,6 +175,11 @@ def test_reverse_mode_only():
             lambda: straight_through(TopK(), H, None, RandK()),
             ValueError,
             "key must be a JAX random key for grad_codec RandK, got None",
+        ),
+        (
+            lambda: straight_through(TopK(), H, None, MaskEncoded()),
+            ValueError,
+            "grad_codec must have signed=True, as gradients are of both signs, got MaskEncoded",
         ),
         (
             lambda: straight_through(TopK(), jnp.arange(3)),

@@ -1,5 +1,6 @@
 """Runs whose data are not in memory: the same order and samples as in memory, also after an interruption or a kill."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -55,6 +56,24 @@ def test_a_run_and_its_clients_read_what_the_calls_have(mode):
                 assert of_client.entropy == read.entropy
     own_rows = RunReads(schedule, held, 7, slice(1, 2))  # of one of several processes
     np.testing.assert_array_equal(own_rows[0].indices, reads[0].indices[1:2])
+
+
+def test_clients_in_one_program_make_each_order_once(monkeypatch):
+    """However many there are, and whichever comes first in a step."""
+    made, make = collections.Counter(), data.epoch_order
+
+    def order(own, samples, **options):
+        made[options["client"], options["epoch"]] += 1
+        return make(own, samples, **options)
+
+    monkeypatch.setattr(data, "epoch_order", order)
+    schedule = Schedule(Parallel(), 5, 13, 0, 5, 3)
+    own = [ClientReads(schedule, client, 13, seed=7) for client in range(5)]
+    for step in range(schedule.total_steps):
+        for reads in own:
+            reads.of_step(step)
+    assert made == dict.fromkeys([(client, epoch) for client in range(5) for epoch in range(3)], 1)
+    assert all(len(reads._orders._found) == 2 for reads in own)
 
 
 def noted(opened, open_, n):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from msjax import tasks
+from msjax.tasks import count_correct
 
 RNG = np.random.default_rng(0)
 
@@ -167,9 +168,62 @@ def test_metrics_that_do_not_add_up_or_finish_are_refused(metric, message):
         tasks.custom(lambda o, y: o[:, 0], {"a": metric}).check_sums(*LIKE)
 
 
-def test_no_metric_is_called_loss():
+def test_no_metric_is_called_loss_and_no_two_alike():
     with pytest.raises(ValueError, match="metrics must have other names than 'loss'"):
         tasks.custom(lambda o, y: o[:, 0], {"loss": lambda o, y: o[:, 0]})
+    metric = tasks.mean_of(lambda o, y: o[:, 0])
+    with pytest.raises(ValueError, match="metrics must have a name each, got a, b, a"):
+        tasks.Task("x", lambda o, y: o[:, 0], tuple((name, metric) for name in "aba"))
+
+
+def test_a_list_of_metrics_makes_a_task_that_can_be_hashed(unchecked):
+    of = lambda o, y: o[:, 0]  # noqa: E731
+    metric = tasks.mean_of(of)
+    as_list = tasks.Task("x", of, [["a", metric]])
+    assert as_list == tasks.Task("x", of, (("a", metric),)) and hash(as_list)
+
+
+def test_sums_of_narrow_floats_are_added_up_in_float32():
+    """In bfloat16 a sum of so many would stand still at 256 times what is added."""
+    metric = tasks.Metric(lambda o, y: o.sum(0), lambda total: float(total[0]))
+    task, total = tasks.custom(lambda o, y: o[:, 0], {"a": metric}), 0
+    for _ in range(1000):
+        total += task.sums(jnp.full((50, 1), 1, jnp.bfloat16), jnp.zeros(50))["a"]
+    assert task.finish({"a": total}) == {"a": 50_000.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        (tasks.segmentation(3, ignore=255), np.int32([[0, 1], [2, 0]])),
+        (tasks.next_token(), np.int32([[0, 1], [2, 0]])),
+        (tasks.regression(), np.ones((2, 2, 3), np.float32)),
+        (tasks.multi_label(), np.ones((2, 2, 3), np.int32)),
+    ],
+)
+def test_metrics_of_nothing_are_no_numbers(task, labels):
+    sums = task.sums(jnp.ones((2, 2, 3)), jnp.asarray(labels))
+    assert all(np.isfinite(value) for value in task.finish(sums).values())
+    found = task.finish(jax.tree.map(np.zeros_like, sums))
+    assert found and all(np.isnan(value) for value in found.values())
+
+
+def test_places_that_are_ignored_are_nothing():
+    for task, ignore in ((tasks.segmentation(3, ignore=255), 255), (tasks.next_token(), -100)):
+        found = task.finish(task.sums(jnp.ones((2, 4, 3)), jnp.full((2, 4), ignore, jnp.int32)))
+        assert all(np.isnan(value) for value in found.values())
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_that_are_no_classes_show(label):
+    """Where nobody has checked them, as of data that are read as they are needed."""
+    outputs = jnp.float32(RNG.normal(size=(2, 4, 3)))
+    y = np.int32(RNG.integers(0, 3, (2, 4)))
+    y[1, 2] = label
+    for task in (tasks.segmentation(3, ignore=255), tasks.next_token(ignore=None)):
+        found = task.losses(outputs, jnp.asarray(y), train=True)
+        assert np.isfinite(found[0]) and np.isnan(found[1])
+    assert count_correct(outputs[:, 0], jnp.int32([label, label]), top=3) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from msjax import compress, models, tasks
+from msjax.distributed.messages import encode
 from msjax.split import fused, step
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Parallel
@@ -40,10 +41,26 @@ class Mix:
         return h, stats
 
 
-def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0, grad_kept_only=False):
-    """A run, its first state, and a batch of each client."""
+@dataclasses.dataclass(frozen=True)
+class Under:
+    """A part whose output, or input, is under a name."""
+
+    part: Mix
+    output: str | None = None
+    input: str | None = None
+
+    def __call__(self, params, stats, h, *, train, key):
+        h, stats = self.part(params, stats, h if self.input is None else h[self.input], train=train, key=key)
+        return h if self.output is None else {self.output: h}, stats
+
+
+def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0, grad_kept_only=False, grad_codecs=None, first=None):
+    """A run, its first state, and a batch of each client; the features of the first cut are called `first`."""
     names = ("client", "server", "tail")[: 3 if u_shaped else 2]
     parts = tuple(models.ModelPart(Mix(n), {n: jnp.linspace(1.0, 2.0, WIDTH)}, {n: jnp.zeros(())}) for n in names)
+    if first is not None:
+        applies = (Under(parts[0].apply, output=first), Under(parts[1].apply, input=first))
+        parts = (*(part._replace(apply=apply) for part, apply in zip(parts, applies, strict=False)), *parts[2:])
     spec = make_spec(
         parts,
         inputs=TreeSpec.of(jax.ShapeDtypeStruct((WIDTH,), np.float32)),
@@ -52,7 +69,7 @@ def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0, grad_kept_only=Fals
         task=tasks.classification(label_smoothing=label_smoothing),
         optimizer=optax.sgd(0.1),
         codec=codecs,
-        grad_codec=ALL if grad_kept_only else codecs,
+        grad_codec=ALL if grad_kept_only else grad_codecs or codecs,
         grad_kept_only=grad_kept_only,
         test_codec=ALL,
         update_codec=compress.Identity(),
@@ -68,6 +85,14 @@ def make(codecs=HALF, *, u_shaped=True, label_smoothing=0.0, grad_kept_only=Fals
 @functools.partial(jax.jit, static_argnums=0)
 def party_step(spec, state, x, y, keys, present=(True,) * CLIENTS):
     """The step as the parties take it: (state after it, mean loss, each of its messages decoded)."""
+    state, loss, messages = party_messages(spec, state, x, y, keys, present)
+    pairs = zip(message_payloads(spec), messages, strict=True)
+    return state, loss, [jax.tree.leaves(jax.vmap(payload.decode)(message))[0] for payload, message in pairs]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def party_messages(spec, state, x, y, keys, present=(True,) * CLIENTS):
+    """As `party_step`, but with the messages as they are sent."""
     size = {"batch_size": BATCH}
     forward = jax.vmap(lambda x, key: step.client_forward(spec, state.client, x, key))
     tail = jax.vmap(lambda payload, y, key: step.client_tail(spec, state.client, payload, y, key, **size))
@@ -77,14 +102,14 @@ def party_step(spec, state, x, y, keys, present=(True,) * CLIENTS):
     gradients, update, metrics = tail(outputs, y, keys)
     server, replies = step.server_backward(spec, state.server, kept, gradients, keys, jnp.array(present), **size)
     client = step.update_part(spec, state.client, mean(backward(pending, replies, update)))
-    messages = (
-        (spec.feature_payload(BATCH), features),
-        (spec.tail_feature_payload(BATCH), outputs),
-        (spec.tail_gradient_payload(BATCH), gradients),
-        (spec.gradient_payload(BATCH), replies),
-    )
-    decoded = [jax.tree.leaves(jax.vmap(payload.decode)(message))[0] for payload, message in messages]
-    return TrainState(client, server, state.step + 1), metrics.loss.mean(), decoded
+    messages = (features, outputs, gradients, replies)
+    return TrainState(client, server, state.step + 1), metrics.loss.mean(), messages
+
+
+def message_payloads(spec):
+    """What each message of `party_step` is."""
+    makers = (spec.feature_payload, spec.tail_feature_payload, spec.tail_gradient_payload, spec.gradient_payload)
+    return [make(BATCH) for make in makers]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,6 +133,23 @@ def test_the_parties_take_the_fused_step_and_every_message_draws_its_own_positio
     kept = [tuple(np.flatnonzero(of_client)) for message in messages for of_client in np.asarray(message)]
     assert {len(positions) for positions in kept} == {BATCH * WIDTH // 2}
     assert len(set(kept)) == len(kept) == 4 * CLIENTS
+
+
+def test_messages_of_both_cuts_are_counted_where_one_has_a_coder():
+    """What goes to the tail and back is not compressed there, and counts all the same."""
+    codecs = Codecs.of({"": compress.Identity(), "a": compress.EntropyMask(bits=2.0)})
+    spec, state, x, y, keys = make(codecs, grad_codecs=ALL, first="a")
+    assert spec.codec.entropy_coded and not spec.tail_codec.entropy_coded
+    _, metrics = fused_step(spec, state, x, y, keys)
+    sent = [0, 0]
+    *_, messages = party_messages(spec, state, x, y, keys)
+    for n, (stacked, payload) in enumerate(zip(messages, message_payloads(spec), strict=True)):
+        for client in range(CLIENTS):
+            one = jax.tree.map(lambda leaf, client=client: leaf[client], stacked)
+            sent[n in (1, 3)] += sum(map(len, encode(one, payload, None)))
+    assert [metrics.uplink_bytes, metrics.downlink_bytes] == pytest.approx(sent, rel=0.1)
+    raw = CLIENTS * BATCH * WIDTH * 4
+    assert sent[1] > 2 * raw and raw < sent[0] < 2 * raw
 
 
 def test_gradients_only_of_what_was_kept():

@@ -79,9 +79,10 @@ class EntropyMask(VectorCodec):
     value is sign(c − m) · means[|c − m|] · step. The code `levels` says that the value is the next outlier, times step.
     Arithmetic is float32; the result has the input's dtype.
 
-    Corners: all zeros decode to zeros. NaN and Inf are outliers; where more than k values are outliers and any value is
-    not finite, everything decodes to NaN. The step is at least the largest value / 32768, stochastic / 2048: values
-    that are so much smaller than that all decode to zero, or at random to a step, whatever the target.
+    Corners: all zeros decode to zeros. NaN and Inf are outliers, but unsigned −Inf is a negative value; where more than
+    k values are outliers and any value is not finite, everything decodes to NaN. The step is at least the largest value
+    / 32768, stochastic / 2048: values that are so much smaller than that all decode to zero, or at random to a step,
+    whatever the target.
 
     Bias: "nearest" is biased, though by its conditional means not in the sum. "stochastic" is unbiased while there are
     no more than k outliers; its variance is at most step²/4 a value. A target beyond what `levels` and `ratio` allow is

@@ -14,6 +14,7 @@ from jaxtyping import Array, Shaped
 from msjax.compress import _bits, _finite
 from msjax.compress._arrays import FLOAT_DTYPES, check_array, form_of, payload_arrays, shaped
 from msjax.compress._codec import Codec, on_any_mesh
+from msjax.compress._exact import Exact
 from msjax.compress._options import check_choice, check_integer, plain
 
 
@@ -99,6 +100,9 @@ class FeatureMemory:
             raise TypeError(f"base must be a Codec, got {self.base!r}")
         if not getattr(self.base, "signed", True):
             raise ValueError(f"base must be signed, as changes have both signs, got {self.base}")
+        if isinstance(self.base, Exact):
+            raise ValueError(f"base must take floats, as changes are, got {self.base}")
+        object.__setattr__(self, "threshold", plain(self.threshold, "float"))
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not (number and 0 <= self.threshold < 1):
             raise ValueError(f"threshold must be a number in [0, 1), got {self.threshold!r}")
@@ -115,13 +119,13 @@ class FeatureMemory:
           TypeError: `like` has not a dtype that `encode` takes.
           ValueError: `samples` is no such number, or `like` has no batch axis.
         """
-        like = self._form(like)
+        like = self._form(like, "like")
         check_integer("samples", plain(samples, "int"), 1, 2**31 - 1)
         return MemoryState(jnp.zeros((samples, *like.shape[1:]), self.dtype), jnp.zeros(samples, jnp.bool_))
 
     def memory_bytes(self, samples: int, like: Any) -> int:
         """Returns the bytes of `init(samples, like)`, from shapes alone."""
-        return samples * (math.prod(self._form(like).shape[1:]) * jnp.dtype(self.dtype).itemsize + 1)
+        return samples * (math.prod(self._form(like, "like").shape[1:]) * jnp.dtype(self.dtype).itemsize + 1)
 
     def encode(
         self, h: Shaped[Array, "..."], state: MemoryState, slots: Shaped[Array, "..."], key: jax.Array | None = None
@@ -198,11 +202,11 @@ class FeatureMemory:
             raise ValueError(f"payload.sent must be uint8{list(wanted.shape)}, got {sent.dtype}{list(sent.shape)}")
         return jnp.asarray(sent)
 
-    def _form(self, like):
+    def _form(self, like, name="h"):
         like = form_of(like)
         check_array(like, FLOAT_DTYPES)
         if not like.shape:
-            raise ValueError("h must have a batch axis, got a scalar")
+            raise ValueError(f"{name} must have a batch axis, got a scalar")
         return like
 
     def _checked(self, like, state, slots):
@@ -277,15 +281,16 @@ def _update(memory, decoded, held, seen, sent, state, slots):
     features = jnp.where(_beside(sent | ~seen, held), features, _rounded(held, dtype))
     finite = jnp.all(jnp.isfinite(features), axis=tuple(range(1, features.ndim)))
     values = _rounded(jnp.where(_beside(finite, held), features, jnp.float32(0)), memory.dtype).astype(memory.dtype)
-    at = jnp.where(_is_last(slots), slots, state.seen.size)
+    at = jnp.where(_is_last(slots, state.seen.size), slots, state.seen.size)
     state = MemoryState(state.values.at[at].set(values, mode="drop"), state.seen.at[at].set(finite, mode="drop"))
     return features.astype(dtype), state
 
 
-def _is_last(slots):
-    """Whether no later sample has the same slot."""
+def _is_last(slots, samples):
+    """Whether no later sample has the same slot, of 0 … samples - 1; those outside of them do not matter."""
     position = jnp.arange(slots.size, dtype=jnp.int32)
-    return ~jnp.any((slots[:, None] == slots[None]) & (position[:, None] < position[None]), axis=1)
+    last = jnp.full(samples + 1, -1, jnp.int32).at[slots].max(position, mode="drop")
+    return last.at[slots].get(mode="fill", fill_value=-1) == position
 
 
 def _sum(a, b, dtype):

@@ -30,7 +30,7 @@ class Identity(Codec):
         return DensePayload(h)
 
     def _encode_numpy(self, h):
-        return DensePayload(h)
+        return DensePayload(h.copy())  # `h` may be changed before it is sent
 
     def _decode(self, payload, like):
         return payload.values.reshape(like.shape).astype(like.dtype)

@@ -38,7 +38,7 @@ def straight_through(
 
     Raises:
       TypeError: `h` is not of a supported dtype, or a codec is not a `Codec`.
-      ValueError: a codec is random and `key` is None.
+      ValueError: a codec is random and `key` is None, or `grad_codec` takes no values below 0.
 
     >>> import jax, jax.numpy as jnp
     >>> from msjax.compress import TopK
@@ -48,6 +48,8 @@ def straight_through(
     for name, value in (("codec", codec), ("grad_codec", grad_codec)):
         if not isinstance(value, Codec) and not (name == "grad_codec" and value is None):
             raise TypeError(f"{name} must be a Codec, got {value!r}")
+    if not getattr(grad_codec, "signed", True):
+        raise ValueError(f"grad_codec must have signed=True, as gradients are of both signs, got {grad_codec}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
     return _straight_through(codec, as_jax(codec._checked(h, key)), key, grad_codec, kept_only)

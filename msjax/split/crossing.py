@@ -18,6 +18,7 @@ def cross_cut(
     key: jax.Array,
     byte_slot: jax.Array,
     *,
+    counts: bool,
     kept_only: bool = False,
     bits: jax.Array | None = None,
     grad_bits: jax.Array | None = None,
@@ -28,13 +29,14 @@ def cross_cut(
       h: features, a tree of arrays of a batch.
       byte_slot: float32 (), a zero. A backward pass returns nothing but gradients, so the bytes of the gradients'
         messages are returned as the gradient of this argument.
+      counts: whether bytes are counted, as they have to be in a run of which any codec is entropy-coded.
       kept_only: gradients are sent only where the features were kept.
       bits: what features are aimed at, in place of their codecs' own targets.
       grad_bits: the same of the gradients, of which `grad_codecs` may need fewer.
 
     Returns:
       The features as they are behind the cut, whose gradient goes through `grad_codecs`; and about the bytes of their
-      message without arrays that are not floating, 0 where they follow from shapes.
+      message without arrays that are not floating, 0 where they are not counted.
     """
     spec = TreeSpec.of(h)
     crossed, up = [], jnp.float32(0)
@@ -44,7 +46,7 @@ def cross_cut(
             crossed.append(leaf)
             continue
         leaf_key_ = leaf_key(key, place)
-        if codecs.entropy_coded or grad_codecs.entropy_coded:
+        if counts:
             payload = encode_at_bits(codec, jax.lax.stop_gradient(leaf), leaf_key_, bits)
             up += wire.estimate_bytes(payload, codec, leaf)
             decoded = codec.decode(payload, leaf)

@@ -8,7 +8,7 @@ import numpy as np
 
 ADVICE = (
     "try a smaller learning rate or a longer warm-up, a codec with a smaller error, and inputs of one order of "
-    "magnitude; allow_nonfinite goes on all the same"
+    "magnitude, and labels that the task knows; allow_nonfinite goes on all the same"
 )
 
 

@@ -103,7 +103,7 @@ def contribute(
         grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
     compressed = spec.compresses_updates and not own_parts
 
-    kept_only = spec.grad_kept_only
+    options = {"kept_only": spec.grad_kept_only, "counts": spec.codec.entropy_coded or spec.grad_codec.entropy_coded}
 
     def trained(network):
         """The part of one client, or its tail, as it computes outputs and new statistics in training."""
@@ -112,12 +112,12 @@ def contribute(
     def cross(h, key, byte_slot, bits):
         """One client's features as the server gets them, and about their bytes."""
         codecs, aims = (spec.codec, spec.grad_codec), {"bits": bits, "grad_bits": grad_bits}
-        return cross_cut(*codecs, h, split_key(key).codec, byte_slot, kept_only=kept_only, **aims)
+        return cross_cut(*codecs, h, split_key(key).codec, byte_slot, **options, **aims)
 
     def cross_to_tail(h, key, byte_slot):
         """The server's outputs as one client's tail gets them, and about their bytes."""
         codecs = spec.tail_codec, Codecs(spec.grad_codec.default)
-        return cross_cut(*codecs, h, tail_key(split_key(key).codec), byte_slot, kept_only=kept_only)
+        return cross_cut(*codecs, h, tail_key(split_key(key).codec), byte_slot, **options)
 
     aims, constants = _aims(spec, state), spec.client_constants
     stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
@@ -166,7 +166,7 @@ def contribute(
         fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
         up_bits = budget.next_up_bits(spec, up_bits, sent, batch_size, None if grad_bits is None else (fixed, fixed))
     up, down = features_up + gradient_bytes[:, 1], features_down + gradient_bytes[:, 0]
-    if spec.codec.entropy_coded or spec.grad_codec.entropy_coded:
+    if options["counts"]:
         up += spec.feature_payload(batch_size).exact_bytes
         down += spec.tail_feature_payload(batch_size).exact_bytes if spec.u_shaped else 0
     return Contribution(totals, PerClient(losses, up, down, average_bytes), (part, error, up_bits))

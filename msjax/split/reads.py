@@ -4,14 +4,28 @@ A `data.Reader` goes over these; it sends them to worker processes, which comput
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from msjax import data
 from msjax.split.schedule import Exchange, Phase, Schedule
+
+
+class _Orders:
+    """The orders of the last two epochs: who reads ahead is in the next one already."""
+
+    def __init__(self):
+        self._found: dict[int, np.ndarray] = {}
+
+    def of(self, epoch: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns an epoch's order, which `make` makes where it is not there."""
+        if (found := self._found.get(epoch)) is None:
+            found = self._found[epoch] = make()
+            for other in list(self._found)[:-2]:
+                self._found.pop(other, None)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +43,7 @@ class RunReads:
     client_indices: Sequence[np.ndarray]
     seed: int
     rows: slice | None = None
+    _orders: _Orders = dataclasses.field(default_factory=_Orders, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.schedule.total_steps
@@ -39,9 +54,10 @@ class RunReads:
         at = self._order(position.epoch)[clients, position.start : position.stop]
         return data.Read(at, _entropy(self.schedule, self.seed, position))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
-        return data.epoch_indices(self.client_indices, self.schedule.samples, seed=self.seed, epoch=epoch)
+        return self._orders.of(
+            epoch, lambda: data.epoch_indices(self.client_indices, self.schedule.samples, seed=self.seed, epoch=epoch)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +77,7 @@ class ClientReads:
     held: int
     seed: int
     steps: Sequence[int] = ()
+    _orders: _Orders = dataclasses.field(default_factory=_Orders, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -74,10 +91,12 @@ class ClientReads:
         at = self._order(position.epoch)[position.start : position.stop]
         return data.Read(at, _entropy(self.schedule, self.seed, position))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
         own = np.arange(self.held, dtype=np.int32)
-        return data.epoch_order(own, self.schedule.samples, seed=self.seed, epoch=epoch, client=self.client_id)
+        return self._orders.of(
+            epoch,
+            lambda: data.epoch_order(own, self.schedule.samples, seed=self.seed, epoch=epoch, client=self.client_id),
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, check_outputs, mean_of
+from msjax.checks import number
+from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, check_outputs, mean_of, ratio
 
 
 def classification(*, label_smoothing: float = 0.0) -> Task:
@@ -22,8 +23,7 @@ def classification(*, label_smoothing: float = 0.0) -> Task:
     Raises:
       ValueError: `label_smoothing` is out of range.
     """
-    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be a number in [0, 1), got {label_smoothing!r}")
+    label_smoothing = number("label_smoothing", label_smoothing, "a number in [0, 1)", lambda value: 0 <= value < 1)
     metrics = (("top1_percent", _Top(1).metric()), ("top5_percent", _Top(5).metric()))
     plain = CrossEntropy()
     return Task("classification", CrossEntropy(label_smoothing), metrics, plain, _check_classes)
@@ -65,13 +65,14 @@ def count_correct(logits: Float[Array, "b c"], labels: Int[Array, "b"], top: int
     """Returns how many labels are among the `top` largest logits.
 
     A label's rank is the number of classes above it or beside it with a smaller number; a row with NaN or ±Inf counts
-    as wrong.
+    as wrong, and so does a label that is no class.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     classes = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     before = (logits == own) & (classes < labels[:, None].astype(jnp.int32))
     rank = jnp.sum((logits > own) | before, axis=1)
-    return jnp.sum(jnp.isfinite(logits).all(axis=1) & (rank < top))
+    is_class = (labels >= 0) & (labels < logits.shape[1])
+    return jnp.sum(jnp.isfinite(logits).all(axis=1) & is_class & (rank < top))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Top:
 
 
 def _percent(total):
-    return 100 * int(total[0]) / max(int(total[1]), 1)
+    return ratio(*total, 100)
 
 
 def _check_classes(labels, outputs):

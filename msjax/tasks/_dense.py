@@ -1,13 +1,14 @@
 """A class for every pixel, or for every token."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from msjax.checks import integer
-from msjax.tasks._task import Metric, Task, check_class_labels, check_outputs
+from msjax.tasks._task import Metric, Task, check_class_labels, check_outputs, ratio
 
 
 def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
@@ -71,6 +72,8 @@ def _nats(outputs, labels, ignore):
     weights = jnp.ones(labels.shape, jnp.float32) if ignore is None else (labels != ignore).astype(jnp.float32)
     safe = jnp.clip(labels, 0, outputs.shape[-1] - 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), safe)
+    # Labels of data that are read as they are needed have not been checked before: the loss is then no number.
+    losses = jnp.where((labels == safe) | (weights == 0), losses, jnp.nan)
     return losses.reshape(labels.shape[0], -1), weights.reshape(labels.shape[0], -1)
 
 
@@ -94,12 +97,12 @@ def _mean_iou(total):
     both, label, guess = np.asarray(total, np.float64).reshape(3, -1)
     union = label + guess - both
     present = union > 0
-    return 100 * float((both[present] / union[present]).mean()) if present.any() else 0.0
+    return 100 * float((both[present] / union[present]).mean()) if present.any() else math.nan
 
 
 def _right(total):
     both, label, _ = np.asarray(total, np.float64).reshape(3, -1)
-    return 100 * float(both.sum() / max(label.sum(), 1))
+    return ratio(both.sum(), label.sum(), 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +129,11 @@ class _Hits:
 
 
 def _perplexity(total):
-    return float(np.exp(float(total[0]) / max(float(total[1]), 1.0)))
+    return float(np.exp(ratio(*total)))
 
 
 def _share(total):
-    return 100 * float(total[0]) / max(float(total[1]), 1.0)
+    return ratio(*total, 100)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.tasks._task import Metric, Task, check_outputs, mean_of
+from msjax.tasks._task import Metric, Task, check_outputs, mean_of, ratio
 
 
 def regression() -> Task:
@@ -42,7 +42,7 @@ def _squares(outputs, labels):
 
 
 def _root(total):
-    return float(np.sqrt(float(total[0]) / max(float(total[1]), 1.0)))
+    return float(np.sqrt(ratio(*total)))
 
 
 def _check(labels, outputs):

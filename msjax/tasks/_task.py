@@ -56,7 +56,12 @@ class _Ratio:
     scale: float = 1.0
 
     def __call__(self, total):
-        return self.scale * float(total[0]) / max(float(total[1]), 1.0)
+        return ratio(*total, self.scale)
+
+
+def ratio(total: Any, count: Any, scale: float = 1.0) -> float:
+    """Returns total / count, times `scale`; NaN where nothing was counted."""
+    return scale * float(total) / float(count) if count else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,11 @@ class Task:
     check_labels: Callable[[Any, Any], None] | None = None
 
     def __post_init__(self):
-        if "loss" in dict(self.metrics):
+        object.__setattr__(self, "metrics", tuple(map(tuple, self.metrics)))  # so that the task can be hashed
+        names = [name for name, _ in self.metrics]
+        if len(set(names)) < len(names):
+            raise ValueError(f"metrics must have a name each, got {', '.join(names)}")
+        if "loss" in names:
             raise ValueError("metrics must have other names than 'loss', which is the loss itself, got 'loss'")
 
     def losses(self, outputs: Any, labels: Any, *, train: bool) -> jax.Array:
@@ -99,8 +108,8 @@ class Task:
         return losses.astype(jnp.float32)
 
     def sums(self, outputs: Any, labels: Any) -> dict[str, jax.Array]:
-        """Returns each metric's sums of a batch, by name."""
-        return {name: metric.sums(outputs, labels) for name, metric in self.metrics}
+        """Returns each metric's sums of a batch, by name; narrow floats as float32, as batches are added up."""
+        return {name: _to_add(metric.sums(outputs, labels)) for name, metric in self.metrics}
 
     def finish(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Returns each metric's number from its total."""
@@ -229,6 +238,11 @@ def custom(
             metric = mean_of(metric)
         found.append((metric_name, metric))
     return Task(str(name or getattr(loss, "__name__", type(loss).__name__)), loss, tuple(found), test_loss)
+
+
+def _to_add(sums):
+    narrow = jnp.issubdtype(sums.dtype, jnp.floating) and sums.dtype.itemsize < 4
+    return sums.astype(jnp.float32) if narrow else sums
 
 
 def _finished(metric, total):

@@ -1,5 +1,6 @@
 """`train`: a user's model, data and task, trained through a cut by simulated clients in one program."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import optax
 from msjax import data as data_lib
 from msjax import tasks
 from msjax.build import divide, pixel_maximum
-from msjax.checks import integer, quoted
+from msjax.checks import integer, number, quoted
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
 from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
@@ -198,8 +199,8 @@ def train(
     seed = integer("seed", seed, 0, MAX_SEED)
     if workers is not None:
         workers = integer("workers", workers, 0)
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-        raise TypeError(f"alpha must be a number or None, got {alpha!r}")
+    if alpha is not None:
+        alpha = number("alpha", alpha, "a number above 0, or None", lambda value: 0 < value < math.inf)
     for name, value in {
         "compress_test": compress_test,
         "grad_kept_only": grad_kept_only,

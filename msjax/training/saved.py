@@ -72,9 +72,10 @@ def restore(
     like = to_save(run.spec, state)
     try:
         (saved, sums), progress = folder.checkpoints.restore(step, (like, sums))
-    except ValueError:
+    except ValueError as error:
         if run.spec.task.name != "classification":
             raise
+        does_not_fit = error
     else:
         check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
         check_constants(digest_of_constants(run.spec, run.state), progress.pop(CONSTANTS, None))
@@ -82,7 +83,10 @@ def restore(
     zero = lambda dtype: replicate(jnp.zeros((), dtype), mesh)  # noqa: E731
     kinds = (jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.float32, jnp.float32)
     before = _SumsBefore(*map(zero, kinds))
-    (saved, before), progress = folder.checkpoints.restore(step, (like, before))
+    try:
+        (saved, before), progress = folder.checkpoints.restore(step, (like, before))
+    except ValueError:
+        raise does_not_fit from None
     check_tokenizer(run.dataset.tokenizer, progress.get("tokenizer"))
     tops = {f"{n}_percent": jnp.stack([getattr(before, n), before.samples]) for n in ("top1", "top5")}
     sums = MetricSums(before.loss, before.samples, tops, before.uplink_bytes, before.downlink_bytes)

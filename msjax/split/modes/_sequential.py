@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.checks import integer
 from msjax.split.modes._mode import Mode, decoded_part, encoded_part, handed_on
 from msjax.split.payloads import payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, StepPosition
@@ -28,8 +29,8 @@ class Sequential(Mode):
     one_at_a_time = True
 
     def __post_init__(self):
-        if self.turn_steps is not None and self.turn_steps < 1:
-            raise ValueError(f"turn_steps must be at least 1, got {self.turn_steps}")
+        if self.turn_steps is not None:
+            object.__setattr__(self, "turn_steps", integer("turn_steps", self.turn_steps, 1))
 
     def epoch_steps(self, schedule):
         return schedule.client_steps * schedule.clients

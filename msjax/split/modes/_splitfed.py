@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.checks import integer, number
 from msjax.split import averages, fused, programs
 from msjax.split.averages import Memory, no_error
 from msjax.split.modes._mode import AveragingMode, decoded_part, encoded_part, handed_on
@@ -44,10 +45,11 @@ class SplitFed(AveragingMode):
     own_parts = averages_parts = True
 
     def __post_init__(self):
-        if self.average_steps < 1:
-            raise ValueError(f"average_steps must be at least 1, got {self.average_steps}")
-        if not 0 < self.client_fraction <= 1:
-            raise ValueError(f"client_fraction must be above 0 and at most 1, got {self.client_fraction}")
+        object.__setattr__(self, "average_steps", integer("average_steps", self.average_steps, 1))
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0))
+        rule = "above 0 and at most 1"
+        fraction = number("client_fraction", self.client_fraction, rule, lambda value: 0 < value <= 1)
+        object.__setattr__(self, "client_fraction", fraction)
 
     # -- Who takes part. --------------------------------------------------------------------------------------------
 
