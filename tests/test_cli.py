@@ -484,6 +484,19 @@ def test_an_answer_that_makes_no_sense_makes_one_line(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.endswith(told)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_client_that_gets_a_signal_says_how_to_go_on(tmp_path, monkeypatch, capsys, number):
+    program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`").ClientProgram
+
+    def train(self):
+        signal.raise_signal(number)
+        time.sleep(60)
+
+    monkeypatch.setattr(program, "train", train)
+    assert cli.run("client", ["--client-id", "3", "--state", str(tmp_path)]) == 130
+    assert "msjax client 3: stopped by a signal; the same command goes on\n" in capsys.readouterr().out
+
+
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, caplog):
     pytest.importorskip("matplotlib")
     history = [{"epoch": 1, "train": {"loss": 1.0, "accuracy": 0.5}}]

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from msjax import config
 from msjax.distributed import messages
 from msjax.distributed.channel import Clock, ConnectionLost
+from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import ClientRun, Refused
+from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
 from msjax.split.modes import Parallel
@@ -16,6 +19,24 @@ from msjax.split.schedule import Phase, Schedule
 
 from .network import RUN
 from .setups import SMALL
+
+
+def test_a_folder_is_of_one_client(tmp_path):
+    """Whose checkpoints another client would else go on from, in silence."""
+
+    def open_store(client):
+        return ClientProgram(ClientOptions(client_id=client, state=str(tmp_path)))._open_store(RUN)
+
+    open_store(0).close()
+    store = open_store(1)  # where there is nothing yet
+    store.save(2, {"a": np.zeros(1)})
+    store.wait()
+    store.close()
+    open_store(1).close()
+    with pytest.raises(ValueError, match=r"state must be a client's own folder, got '.*' for client 0, where client 1"):
+        open_store(0)
+    (tmp_path / "checkpoints" / f"{RUN}.client").unlink()  # of a version that wrote none
+    open_store(0).close()
 
 
 class Spec:

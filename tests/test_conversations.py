@@ -55,7 +55,7 @@ def talk(it, *messages, client=0):
         ([pb.FromClient(goodbye=pb.Goodbye())], "Hello"),
         ([pb.FromClient()], "Hello"),
         ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 5, got 9"),
-        ([pb.FromClient(hello=pb.Hello(protocol=5, client=4))], r"client must be in 0..3, got 4"),
+        ([pb.FromClient(hello=pb.Hello(protocol=5, client=4))], "client_id must be in 0..3, as the run has it, got 4"),
         ([HELLO, pb.FromClient(goodbye=pb.Goodbye())], "before the end"),
         ([HELLO, HELLO], "unexpected hello"),
         ([HELLO, pb.FromClient(request=pb.Request())], "before the start"),

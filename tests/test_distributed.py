@@ -434,8 +434,8 @@ def test_a_client_that_never_gets_on_gives_up_though_its_connections_are_taken(t
         it.run(2, seconds=1000.0)
         told = str(it.failures[2])
         assert re.fullmatch(
-            r"the server takes this client's connections, but no new answer has come for 1\d\d s, all of "
-            r"retry_seconds: the connection is cut",
+            r"the connection is cut \(the server takes this client's connections, but no new answer has come for "
+            r"1\d\d s, all of retry_seconds\)",
             told,
         ), told
         assert 100.0 < it.clock() - began < 120.0
@@ -461,7 +461,7 @@ def test_a_client_says_every_minute_that_the_server_is_away(tmp_path, caplog):
         it.kill_server()
         it.start_client(0, retry_seconds=200.0)
         it.run(0, seconds=300.0)
-        says = r"the server has been away, or turned this client away, for 20\d s, all of retry_seconds: no server is"
+        says = r"no server is.* \(the server has been away, or turned this client away, for 20\d s, all of retry_"
         assert re.match(says, str(it.failures[0]))
         left = [int(s) for s in re.findall(r"no server is there; trying again for up to (\d+) s", caplog.text)]
         assert len(left) == 4 and left[0] == 200 and all(60 <= a - b < 71 for a, b in itertools.pairwise(left))
@@ -519,7 +519,7 @@ def test_requests_or_answers_that_are_lost_silently(tmp_path, way):
             it.start_client(client, answer_seconds=100.0, retry_seconds=90.0)
         it.run(1)
         told = "the server takes this client's connections, but no new answer has come for"
-        assert str(it.failures.pop(1)).startswith(told) and not it.failures
+        assert told in str(it.failures.pop(1)) and not it.failures
         assert it.clock() < 250  # two tries of 100 s
         began = it.clock()
         it.loop.run(lambda: it.clock() > began + 2000)

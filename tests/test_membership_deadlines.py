@@ -135,7 +135,7 @@ def test_a_process_that_has_compiled_is_late_as_before():
     run.go_to((2, FEATURES))
     run.send(0, 1)
     run.wait(10.0)
-    assert do.Warn("step 2 waits for clients [2]") in run.log
+    assert do.Warn("step 2 waits for clients [2], as policy.min_clients is 3") in run.log
 
 
 # -- Coming back. --------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from msjax.distributed.coordinator import Stopped
+from msjax.distributed.server_program import record_of_test
+from msjax.split.metrics import MetricSums
 from msjax.split.payloads import payload_vector
 from msjax.split.schedule import Phase
 from msjax.split.traffic import exchange_traffic, run_traffic
 
 from .network import net
-from .setups import MODES, SMALL
+from .setups import MODES, SMALL, built
 
 pytestmark = pytest.mark.usefixtures("built_once")
 
@@ -27,12 +29,15 @@ def test_straggler_stops_the_run(tmp_path):
         assert {str(it.failures[c]) for c in range(4)} == {told}
 
 
-def test_straggler_is_waited_for(tmp_path):
-    with net(tmp_path, SMALL, deadline_seconds=0.2, stragglers="wait") as it:
+@pytest.mark.parametrize("policy", [{"stragglers": "wait"}, {"stragglers": "drop", "min_clients": 4}], ids=str)
+def test_straggler_is_waited_for(tmp_path, policy, caplog):
+    with net(tmp_path, SMALL, deadline_seconds=0.2, **policy) as it:
         it.delay(2, 1.0, step=2)
         it.start_clients().run()
         it.assert_equal_to_program()
         assert it.counted("stragglers") == 4
+    why = ", as policy.min_clients is 4" if "min_clients" in policy else ""
+    assert f"step 2 waits for clients [2]{why}" in caplog.messages
 
 
 @pytest.mark.slow
@@ -259,3 +264,13 @@ def test_where_nobody_has_the_trained_part_the_server_says_so(tmp_path, caplog):
         it.kill(2)
         it.loop.run(lambda: it.loop.server is None)
     assert "nobody may have the trained part: clients [2] had it, and went away" in caplog.text
+
+
+def test_a_test_that_lacks_the_share_of_those_who_are_away_says_so(caplog):
+    spec = built(SMALL, 30, 40).spec
+    sums = MetricSums(6.0, 30, {name: np.int32([3, 30]) for name in spec.metric_sums_like})
+    record = record_of_test(sums, spec, 1)
+    assert record["test_samples"] == 30 and record["test"]["top1_percent"] == 10.0
+    assert "the test after epoch 2 is of 30 of 40 samples, as clients are away" in caplog.text
+    whole = record_of_test(sums._replace(samples=40), spec, 1)
+    assert "test_samples" not in whole and len(caplog.records) == 1

@@ -8,11 +8,16 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
+from msjax.runs.signals import stop_on_signal
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flags(ClientOptions, PresetFlag):
     """The client's, and its preset: of a model, data or task of one's own."""
+
+
+def _interrupt():
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +29,11 @@ def main(arguments: list[str]) -> int:
     log_to_stderr()
     print(f"msjax client {options.client_id}: connecting to {options.server}", flush=True)
     try:
-        part = program.train()
+        with stop_on_signal(_interrupt):
+            part = program.train()
+    except KeyboardInterrupt:
+        print(f"msjax client {options.client_id}: stopped by a signal; the same command goes on", flush=True)
+        return 130
     except Refused as refused:
         raise ValueError(str(refused)) from None
     except ProtocolError as fault:

@@ -15,6 +15,7 @@ from msjax.distributed.own_parts import CLIENT, OwnParts
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
+from msjax.logs import shorten
 from msjax.parts import save_trained
 from msjax.paths import expand
 from msjax.runs import write_atomically
@@ -86,7 +87,24 @@ class ClientProgram:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"state must be a folder where files can be made, got {folder.parent}: {error}") from None
-        return ClientStore(folder / run_id)
+        store = ClientStore(folder / run_id)
+        try:
+            self._check_whose(folder, run_id, bool(store.steps()))
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _check_whose(self, folder, run_id, has_checkpoints):
+        """Raises where the checkpoints of a run are another client's, and writes down whose they are."""
+        file, own = folder / f"{run_id}.client", str(self._options.client_id)
+        other = file.read_text("utf-8").strip() if has_checkpoints and file.exists() else own
+        if other != own:
+            raise ValueError(
+                f"state must be a client's own folder, got {str(folder.parent)!r} for client {own}, where client "
+                f"{shorten(other, 20)} has its checkpoints of this run"
+            )
+        write_atomically(file, f"{own}\n")
 
     def _load(self, cfg):
         options = self._options

@@ -199,7 +199,8 @@ class Coordinator:
         if hello.protocol != messages.PROTOCOL:
             raise messages.ProtocolError(f"protocol must be {messages.PROTOCOL}, got {hello.protocol}")
         if hello.client >= self.cfg.clients:
-            raise messages.ProtocolError(f"client must be in 0..{self.cfg.clients - 1}, got {hello.client}")
+            most = self.cfg.clients - 1
+            raise messages.ProtocolError(f"client_id must be in 0..{most}, as the run has it, got {hello.client}")
         self._clients[event.session] = hello.client
         self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0

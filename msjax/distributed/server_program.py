@@ -30,6 +30,7 @@ from msjax.split import parties
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
+from msjax.split.spec import RunSpec
 
 log = logging.getLogger("msjax.server")
 
@@ -196,7 +197,7 @@ class ServerProgram:
         if position.epoch_ends and exchange == list(schedule.step_exchanges(exchange.step))[-1]:
             record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
             if party.test.samples:
-                record["test"] = party.test.means(task)
+                record |= record_of_test(party.test, run.spec, position.epoch)
                 if not self.cfg.allow_nonfinite:
                     check_test_loss(record["test"]["loss"], position.epoch + 1)
             counts = self._so_far()
@@ -284,6 +285,17 @@ class ServerProgram:
             self._store.wait()
         except OSError as error:
             log.error("no checkpoint of the end: %s", error)
+
+
+def record_of_test(sums: MetricSums, spec: RunSpec, epoch: int) -> dict[str, Any]:
+    """Returns what a record says of the test after an epoch, counted from 0."""
+    samples, expected = int(sums.samples), spec.schedule.test_samples
+    record: dict[str, Any] = {"test": sums.means(spec.task)}
+    if samples < expected:
+        record["test_samples"] = samples
+        said = "the test after epoch %d is of %d of %d samples, as clients are away that had a share of it"
+        log.warning(said, epoch + 1, samples, expected)
+    return record
 
 
 def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:

@@ -233,7 +233,7 @@ class ClientSession:
                     what = "the server takes this client's connections, but no new answer has come for"
                 else:
                     what = "the server has been away, or turned this client away, for"
-                raise ConnectionError(f"{what} {away:.0f} s, all of retry_seconds: {lost}")
+                raise ConnectionError(f"{lost} ({what} {away:.0f} s, all of retry_seconds)")
             self._keep()
             self._leave(lost)
             return

@@ -363,7 +363,9 @@ class _Transition:
             self._advance(there)
         else:
             away = [c for c in self.state.exchange.clients if c not in there]
-            self._do(do.Warn(f"step {step} waits for {_listed(away)}"))
+            enough = policy.stragglers != "drop" or self._can_do_without(len(missing))
+            why = "" if enough else f", as policy.min_clients is {policy.min_clients}"
+            self._do(do.Warn(f"step {step} waits for {_listed(away)}{why}"))
             self._set(deadline=self._later(), late=True)
 
     def _can_do_without(self, count):
