@@ -115,7 +115,7 @@ def test_parties_with_copies_of_their_own_equal_one_program_also_killed(options,
 @pytest.mark.parametrize("tail_cut", [None, "last"])
 def test_a_client_is_told_that_its_labels_are_its_text(tail_cut, folder, tmp_path, caplog):
     cfg = build.resolved(language.config_of(folder, mode=config.ModeConfig(tail_cut=tail_cut)))
-    TextNet(tmp_path / "net", cfg, folder).load(0, cfg)
+    TextNet(tmp_path / "net", cfg, folder).load(0, config.without_paths(cfg))
     assert ("the labels of this run are the text itself" in caplog.text) == (tail_cut is None)
 
 

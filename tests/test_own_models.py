@@ -1,6 +1,7 @@
 """A model, data and task of one's own: trained through the cut in one program, and the same by parties apart."""
 
 import json
+import re
 
 import flax
 import jax
@@ -382,6 +383,23 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
 def test_what_does_not_fit_is_refused_before_the_first_step(unchecked, model, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         msjax.train(model, numbers(40), **{"task": "regression", "clients": 2, "batch_size": 8, **options})
+
+
+@pytest.mark.parametrize(
+    ("activation", "codec", "share"),
+    [
+        (jnp.tanh, compress.MaskEncoded(), 50),
+        (jnp.tanh, {"": compress.EntropyMask(signed=True)}, None),
+        (jnp.tanh, compress.Uniform(), None),
+        (nnx.relu, compress.MaskEncoded(), None),
+        (nnx.gelu, compress.EntropyMask(), None),
+    ],
+)
+def test_a_codec_that_loses_half_of_the_features_is_told(activation, codec, share, caplog):
+    client = (lambda p, x: activation(x @ p["w"]), {"w": jnp.eye(4)})
+    msjax.train((client, (affine, Dense(4, 1)())), numbers(40), task="regression", clients=2, epochs=1, codec=codec)
+    said = [int(found[1]) for m in caplog.messages if (found := re.search(r"as 0, and these are (\d+) % of the", m))]
+    assert len(said) == (share is not None) and all(abs(one - share) < 20 for one in said)
 
 
 def test_client_and_tail_drop_other_places():

@@ -2,7 +2,7 @@
 
 from msjax.build._data import batch_of_small_share, divide, load_data, make_preprocess, pixel_maximum
 from msjax.build._decoder import decoder_config, resolved
-from msjax.build._network import identity, make_model, make_parts, to_go_on
+from msjax.build._network import identity, make_model, make_parts, may_be_negative, to_go_on
 from msjax.build._run import Built, build, check_without_data, make_mode, make_task
 from msjax.build._summary import DataSummary, check_tokenizer
 
@@ -22,6 +22,7 @@ __all__ = [
     "make_parts",
     "make_preprocess",
     "make_task",
+    "may_be_negative",
     "pixel_maximum",
     "resolved",
     "to_go_on",

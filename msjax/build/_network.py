@@ -50,6 +50,13 @@ def make_parts(
         return models.split(model, cfg.cut, weights=whole, **options)
 
 
+def may_be_negative(cfg: config.Config) -> bool:
+    """Whether features below 0 cannot be ruled out, as they can where a network of msjax's is cut behind a ReLU."""
+    model = cfg.model
+    behind_relu = model.activation == "relu" and not model.cut_before_activation
+    return not behind_relu or model.name not in models.NAMES or model.name == "transformer"
+
+
 def _open_weights(weights, model):
     """The weights of a whole model; of a decoder they are read when they are used. What is trained is float32."""
     if model.name == models.DECODER:

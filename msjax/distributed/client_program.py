@@ -23,6 +23,7 @@ from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split import budget
 from msjax.split.parties import Client, ClientData
 from msjax.split.schedule import Phase
+from msjax.split.signs import warn_of_lost_signs
 from msjax.split.spec import RunSpec
 
 log = logging.getLogger("msjax.client")
@@ -155,6 +156,8 @@ class ClientProgram:
         self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
         state = self._parts.first_state(spec.optimizer)
+        if build.may_be_negative(self._cfg):
+            warn_of_lost_signs(spec, state, self._data.train)
         args = (self._options.client_id, spec, state, self._data, self._cfg.seed)
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 

@@ -23,6 +23,7 @@ from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Mode, Parallel
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
+from msjax.split.signs import warn_of_lost_signs
 from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import TrainState
 from msjax.split.traffic import Traffic
@@ -258,6 +259,7 @@ def train(
     options = (allow_nonfinite, workers, clients_per_group, shard_server)
     run = loaded.LoadedRun(spec, first, dataset, indices, seed, title, *options)
     loaded.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
+    warn_of_lost_signs(spec, first.client, dataset.train)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
