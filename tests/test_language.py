@@ -100,7 +100,7 @@ def test_specs_follow_from_shapes_alone(dtype, tail_cut):
             {"weights": None},
             "model.decoder or model.weights must say what model.name='decoder' is, got neither",
         ),
-        ("model", {"weights": "none"}, r"model\.weights: none must be a file that can be read"),
+        ("model", {"weights": "none"}, r"model\.weights: none must be a config\.json that can be read, or a"),
         (
             "model",
             {"decoder": '{"model_type": "gpt2"}'},
@@ -116,8 +116,16 @@ def test_specs_follow_from_shapes_alone(dtype, tail_cut):
         ("model", {"name": "convnet", "weights": None, "remat": True}, r"model\.remat must be False for .*, got True"),
         ("task", {"name": "classification"}, "task.name must be 'next_token' for model.name='decoder'"),
         ("data", {"text_length": 65}, r"data\.text_length must be in 1\.\.64 \(max_position_embeddings\), got 65"),
-        ("data", {"name": "digits"}, r"data\.name must be a \.txt, .* or \.csv file for .*'decoder', got 'digits'"),
-        ("data", {"test": "test.json"}, r"data\.test must be a \.txt, .* or \.csv file for .*, got 'test\.json'"),
+        (
+            "data",
+            {"name": "digits"},
+            r"data\.name must be the path of a text, a \.txt, .* or \.csv file, for .*'decoder', got 'digits'",
+        ),
+        (
+            "data",
+            {"test": "test.json"},
+            r"data\.test must be the path of a text, a \.txt, .* or \.csv file, for .*, got 'test\.json'",
+        ),
         ("data", {"tokenizer": "none"}, "tokenizer must be a tokenizer.json, or a folder that has one, got 'none'"),
     ],
 )

@@ -152,7 +152,11 @@ def test_the_command(tmp_path, capsys):
     assert sent["seconds"] == pytest.approx((sent["up_bytes"] + sent["down_bytes"]) / 1e6)
     assert cli.run("plan", ["--config", str(EXAMPLE)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("msjax plan: own_model_over_network.py:make_model cut") and str(EXAMPLE.parent) not in text
+    assert text.startswith("msjax plan: own_model_over_network.py:make_model, features float32[64]")
+    assert str(EXAMPLE.parent) not in text and "cut at" not in text
+    # Small numbers are not shown as 0.00.
+    row = next(line for line in text.splitlines() if line.startswith("│ client"))
+    assert "GB" not in text and "hours" not in text and row.count(" 0.00 ") <= 2, text
     for wrong, message in (
         (["--link-mbit", "0"], "--link-mbit must be a finite number above 0, got 0"),
         (["--samples", "0"], "samples must be an integer of at least 1, got 0"),

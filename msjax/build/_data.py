@@ -88,7 +88,8 @@ def _load_text(cfg, cache_dir):
         if value is not None and not value.lower().endswith((*data.TEXT_SUFFIXES, ".csv")):
             known = ", ".join(data.TEXT_SUFFIXES)
             raise ValueError(
-                f"data.{name} must be a {known} or .csv file for model.name={cfg.model.name!r}, got {value!r}"
+                f"data.{name} must be the path of a text, a {known} or .csv file, for "
+                f"model.name={cfg.model.name!r}, got {value!r}"
             )
     if cfg.data.tokenizer is None:
         raise ValueError(f"data.tokenizer must be given for the texts of {cfg.data.name!r}, got None")

@@ -20,7 +20,11 @@ def resolved(cfg: config.Config) -> config.Config:
         return cfg
     described, weights = cfg.model.decoder, cfg.model.weights
     if described is None and weights is None:
-        raise ValueError("model.decoder or model.weights must say what model.name='decoder' is, got neither")
+        raise ValueError(
+            "model.decoder or model.weights must say what model.name='decoder' is, got neither: give model.weights, a "
+            "folder of Hugging Face's with config.json, model.safetensors and tokenizer.json; or model.decoder, a "
+            "config.json, for weights that are drawn at random"
+        )
     if described is None or not described.lstrip().startswith("{"):
         name = "model.weights" if described is None else "model.decoder"
         try:

@@ -12,7 +12,8 @@ that PyTorch reads them (network.load_state_dict(safetensors.torch.load_file(FIL
 and eval, too; such a file does not say what inputs are normalised by, which is printed. A decoder becomes a folder that
 Hugging Face's transformers reads, with the run's tokenizer and with adapters merged into the weights. All others, and
 any with --names msjax, keep msjax's names, params/BLOCK/... and stats/BLOCK/..., with config and normalisation in the
-header; msjax.load_part(FILE) reads them as one part. Of a U-shaped run all three parts are merged, also the tail, which
+header; msjax.load_part(FILE) reads them as one part, and of a model of one's own load_part(FILE,
+preset=msjax.config.load_preset("mine.py")). Of a U-shaped run all three parts are merged, also the tail, which
 had stayed with the client. What a codec did to the features between the parts is not in the file."""
 
 

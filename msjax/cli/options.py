@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import re
 import sys
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from msjax import build, config
+from msjax import build, config, models
 from msjax.logs import shorten
 from msjax.split.finite import NonFiniteError
+
+log = logging.getLogger("msjax")
 
 T = TypeVar("T")
 
@@ -194,6 +197,8 @@ def as_typed(error: str, arguments: list[str]) -> str:
 def check_new_config(cfg: config.Config) -> config.Config:
     """As `check_early` of a run that is new; see `config.check_used`."""
     config.check_used(cfg)
+    if cfg.model.name == models.DECODER and cfg.model.weights is None:
+        log.warning("model.weights is not given: all weights of the decoder are drawn at random")
     return check_early(cfg)
 
 

@@ -82,9 +82,11 @@ def main(arguments: list[str]) -> int:
 
 def _headline(found):
     run, schedule = found.run, found.run.spec.schedule
-    words = [f"{_name(found.cfg.model)} cut at {found.cfg.model.cut}, features {run.spec.features} a sample"]
+    name = _name(found.cfg.model) + (f" cut at {found.cfg.model.cut}" if found.cfg.has_cut else "")
+    words = [f"{name}, features {run.spec.features} a sample"]
     at_once = "" if run.clients == schedule.clients else f", {run.clients} at a time"
-    words.append(f"{schedule.clients:,} clients{at_once}, {run.batch_size:,} samples each in a step")
+    clients = "1 client" if schedule.clients == 1 else f"{schedule.clients:,} clients"
+    words.append(f"{clients}{at_once}, {run.batch_size:,} samples each in a step")
     if found.counts is None:
         words.append("how many samples there are is not known (--samples)")
     else:
@@ -107,9 +109,13 @@ def _parties(found):
         sizes = [value for field, value in needs._asdict().items() if field.endswith("_bytes")]
         counts = (needs.trained_values, needs.frozen_values, *sizes, needs.bytes)
         operations = found.operations.get(name)
-        last = "with the first" if operations is None else f"{operations / 1e9:,.1f}"
-        table.add_row(PARTS[name], *(f"{count / 1e6:,.2f}" for count in counts), last)
+        last = "with the first" if operations is None else _short(operations / 1e9)
+        table.add_row(PARTS[name], *(_short(count / 1e6) for count in counts), last)
     return table
+
+
+def _short(number):
+    return f"{number:,.2f}" if number >= 0.1 or not number else f"{number:.2g}"
 
 
 def _codecs(found):
@@ -118,7 +124,14 @@ def _codecs(found):
     table = rich.table.Table(title=f"a step of one client, MB; on {link.client_mbit:g} Mbit/s{shared}")
     table.add_column("codec")
     names = ["features up", "down", "averages up", "averages down", "all up", "all down", "seconds"]
-    epochs = [] if found.epoch_steps is None else ["an epoch up, GB", "down, GB", "hours"]
+    epochs = []
+    if found.epoch_steps is not None:
+        per_epoch = found.epoch_steps * found.run.clients
+        most = max(max(row.sent.up_bytes, row.sent.down_bytes) for row in found.rows) * per_epoch
+        size, size_name = _unit(most, (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+        longest = max(row.sent.seconds for row in found.rows) * found.epoch_steps
+        time, time_name = _unit(longest, (3600, "hours"), (60, "minutes"), (1, "seconds"))
+        epochs = [f"epoch up, {size_name}", f"down, {size_name}", f"in {time_name}"]
     for name in (*names, *epochs):
         table.add_column(name, justify="right")
     for row in found.rows:
@@ -127,12 +140,15 @@ def _codecs(found):
         cells = [f"{size / 1e6:,.4g}" for size in (*sizes, sent.up_bytes, sent.down_bytes)]
         cells.append(f"{sent.seconds:,.3g}")
         if epochs:
-            steps = found.epoch_steps
-            all_clients = steps * found.run.clients
-            cells += [f"{size * all_clients / 1e9:,.4g}" for size in (sent.up_bytes, sent.down_bytes)]
-            cells.append(f"{sent.seconds * steps / 3600:,.3g}")
+            cells += [f"{nbytes * per_epoch / size:,.4g}" for nbytes in (sent.up_bytes, sent.down_bytes)]
+            cells.append(f"{sent.seconds * found.epoch_steps / time:,.3g}")
         table.add_row(row.name + ("" if sent.exact else " *"), *cells)
     return table
+
+
+def _unit(most, *units):
+    """The first of these units, from large to small, that `most` has one of, else the last; and its name."""
+    return next((unit for unit in units if most >= unit[0]), units[-1])
 
 
 def _notes(found):

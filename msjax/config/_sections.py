@@ -9,6 +9,7 @@ from msjax import compress, data
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config._checks import check
 from msjax.config._codecs import codec_from_text, codec_text
+from msjax.references import is_reference
 
 CodecFlag = Annotated[
     Codec,
@@ -271,6 +272,11 @@ class Config:
     def cut(self) -> int | str:
         """`model.cut` as `models.split` takes it."""
         return _cut(self.model.cut)
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether `model.cut` says where the network is cut; a function of a preset may return parts instead."""
+        return not is_reference(self.model.name) or isinstance(self.cut, int)
 
     @property
     def tail_cut(self) -> int | str | None:

@@ -170,7 +170,8 @@ class DecoderConfig:
         try:
             return cls.from_json(json.loads(path.read_text("utf-8")))
         except OSError as error:
-            raise ValueError(f"{path} must be a file that can be read: {error.strerror}") from None
+            wanted = "a config.json that can be read, or a folder of Hugging Face's that has one"
+            raise ValueError(f"{path} must be {wanted}: {error.strerror}") from None
         except ValueError as error:  # also what is no JSON, or no UTF-8
             raise ValueError(f"{path}: {error}") from None
 

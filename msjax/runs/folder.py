@@ -181,7 +181,8 @@ def _make_unique(out, config):
     """Makes a folder of a name that no other run has, also of those that start in the same second."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     plain = config_lib.without_paths(config)
-    words = [plain.model.name, plain.data.name, plain.model.cut, type(config.codec).__name__]
+    cut = [plain.model.cut] if plain.has_cut else []
+    words = [plain.model.name, plain.data.name, *cut, type(config.codec).__name__]
     words = ["".join(c if c.isalnum() or c in "._" else "_" for c in str(word)) for word in words]
     # A name may have 255 bytes, and letters may take four.
     name = "-".join([time, *(word.encode()[:48].decode(errors="ignore") for word in words)])
