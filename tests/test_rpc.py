@@ -86,9 +86,17 @@ class Net:
 
 
 @pytest.mark.slow
-def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
+def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monkeypatch):
     """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
     caplog.set_level("INFO", "msjax")
+    write, full = RunFolder.write_history, iter([OSError(28, "No space left on device")])
+
+    def write_history(folder, history):
+        for error in full:  # once; it is no reason to end
+            raise error
+        write(folder, history)
+
+    monkeypatch.setattr(RunFolder, "write_history", write_history)
     authority = Authority(tmp_path)
     (tmp_path / "tokens").write_text(TOKENS)
     for name in ("alice", "bob"):
@@ -105,7 +113,9 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog):
     for file, party in zip(files, (server, *clients), strict=True):
         part = load_part(file.with_suffix(".safetensors"))
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
+    assert "no record of epoch 1 yet: [Errno 28] No space left" in caplog.text
     summary = net.folder.read_summary()
+    assert len(net.folder.read_history()) == 1
     assert summary["test"] == server.test.means(server.spec.task)
     file = net.folder.path / "server.safetensors"
     part = load_part(file)

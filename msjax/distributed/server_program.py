@@ -205,10 +205,13 @@ class ServerProgram:
             record |= seconds | {"traffic": run.traffic.to_json() | run.coded_bytes() | counts}
             party.train = party.test = MetricSums()
             self.history.append(record)
-            self.folder.write_history(self.history)
+            for write in (lambda: self.folder.write_history(self.history), lambda: self._write_events(record)):
+                try:
+                    write()
+                except OSError as error:  # the clients need not end for it: the next one has this epoch, too
+                    log.error("no record of epoch %d yet: %s", record["epoch"], error)
             self._write_counts()
             self._pace.epoch()
-            self._write_events(record)
             self._on_epoch(record)
 
     def _tell_step(self, exchange, now):
@@ -270,6 +273,7 @@ class ServerProgram:
         summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
         self._save_end()
+        self.folder.write_history(self.history)
         self.folder.write_summary(summary)
         if plots.available():
             title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
