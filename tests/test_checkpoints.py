@@ -1,6 +1,7 @@
 """Checkpoints that are written while training goes on: what is complete, what fails, and what a kill leaves behind."""
 
 import asyncio
+import errno
 import functools
 import json
 import logging
@@ -147,10 +148,19 @@ def test_files_are_whole_and_others_are_left_alone(tmp_path, monkeypatch):
         for write, path in ((write_atomically, mine), (write_new, tmp_path / "newer")):
             with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
                 write(path, "new")
+    with monkeypatch.context() as patch:  # a file system that cannot say when it has written
+        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
+        write_atomically(mine, "old")
     monkeypatch.setattr(os, "link", lambda *_: full(0))  # a file system without links
     write_new(tmp_path / "newest", "x" * 1000)
     with pytest.raises(FileExistsError):
         write_new(tmp_path / "newest", "other")
+    left, new = (tmp_path / f"x.txt.{n:08x}.tmp" for n in (1, 2))  # of a process that was killed, and of one at work
+    left.touch()
+    os.utime(left, (0, 0))
+    new.touch()
+    write_atomically(mine, "old")
+    new.unlink()
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"x.txt": "old", "x.txt.tmp": "mine, too", "new": "old", "newest": "x" * 1000}
 

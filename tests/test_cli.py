@@ -1,8 +1,10 @@
 """The command line: what it does, and what it says of bad input."""
 
+import dataclasses
 import io
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from msjax import compress, config, data
 from msjax.cli import main as cli
-from msjax.cli.options import naming_the_way_on
+from msjax.cli.options import check_new_config, naming_the_way_on
 from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
@@ -133,6 +135,19 @@ def test_values_that_are_refused_make_one_line(capsys, command, arguments, messa
     assert cli.run(command, arguments) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"msjax {command}: {message}") and said.err.count("\n") == 1 and not said.out
+
+
+def test_what_a_preset_has_may_be_of_no_use(capsys):
+    """Where an option changes what it goes with; in the preset itself, and typed, it may not."""
+    preset = pathlib.Path(__file__).parent.parent / "configs" / "resnet18_cifar100.py"
+    with_preset = ["--config", str(preset), "--optim.schedule", "cosine"]
+    assert cli.run("plan", [*with_preset, "--json"]) == 0
+    capsys.readouterr()
+    assert cli.run("plan", [*with_preset, "--optim.milestones", "1"]) == 2
+    assert "--optim.milestones must be (), its default, with optim.schedule='cosine'" in capsys.readouterr().err
+    wrong = config.Config(mode=config.ModeConfig(turn_steps=5))
+    with pytest.raises(ValueError, match=r"mode\.turn_steps must be None"):
+        check_new_config(dataclasses.replace(wrong, epochs=2), wrong)
 
 
 def test_options_that_there_are_not_are_shown_as_before(capsys):

@@ -52,6 +52,18 @@ def test_dtypes_and_shapes_become_those_that_networks_take(caplog):
     assert "labels of arrays are from 1 to 4; they count from 0, so the classes below 1 have no samples" in caplog.text
 
 
+def test_numbers_that_are_no_classes_make_no_network(tmp_path):
+    """A network would have half a million outputs; to predict numbers they are what they are."""
+    labels = np.linspace(50_000, 500_000, len(TABLE)).astype(np.int64)
+    np.savez(tmp_path / "a.npz", x=TABLE, y=labels)
+    cfg = config.Config(data=config.DataConfig(name=str(tmp_path / "a.npz")))
+    wrong = r"labels of a.npz must be numbers of classes, .* got \d+ different ones up to 500,000: number them anew"
+    with pytest.raises(data.DataError, match=wrong):
+        build.load_data(cfg)
+    numbers = build.load_data(dataclasses.replace(cfg, task=config.TaskConfig("regression")))
+    assert len(numbers.train) + len(numbers.test) == len(TABLE)
+
+
 def test_labels_that_are_no_classes():
     numbers = data.from_arrays((TABLE, TABLE[:, 0]))
     assert numbers.num_classes is None and numbers.train_labels.dtype == np.float32

@@ -5,6 +5,7 @@ import os
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -106,6 +107,20 @@ def test_digits_are_texts_where_they_were_to_train_on(tmp_path, caplog):
     (tmp_path / "z.csv").write_text("code,y,size,even\nb,01,1,True\n")
     of_codes = data.from_csv(tmp_path / "y.csv", label="y", test=tmp_path / "z.csv")
     assert of_codes.classes == ("01", "x1") and of_codes.test_labels.tolist() == [0]
+    (tmp_path / "own.csv").write_text("code,y,size,even\na,01,2,False\nb,01,1,True\n")  # a client's own rows
+    for options in (
+        {"label": "y", "classes": of_codes.classes},
+        {"table_format": data.TableFormat("y", of_codes.classes, of_codes.columns)},
+    ):
+        assert data.from_csv(tmp_path / "own.csv", test_share=None, **options).train_labels.tolist() == [0, 0]
+
+
+def test_numbers_that_were_texts_are_found_however_they_are_written(tmp_path):
+    """A column with gaps has 1.0 for what was 1."""
+    columns = tuple(data.Column(name, texts, may_miss=True) for name, texts in (("a", ("1", "2")), ("b", ("1", "x"))))
+    (tmp_path / "x.csv").write_text("a,b\n1.0,1.0\n,x\n2.0,1\n")
+    found = data.read_inputs(tmp_path / "x.csv", like=jax.ShapeDtypeStruct((4,), np.float32), columns=columns)
+    np.testing.assert_array_equal(found.fetch(0, 3), [[1, 0, 1, 0], [0, 0, 0, 1], [0, 1, 1, 0]])
 
 
 def test_missing_values(people):

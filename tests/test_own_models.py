@@ -1,5 +1,6 @@
 """A model, data and task of one's own: trained through the cut in one program, and the same by parties apart."""
 
+import dataclasses
 import json
 import re
 
@@ -402,10 +403,25 @@ def test_a_codec_that_loses_half_of_the_features_is_told(activation, codec, shar
     assert len(said) == (share is not None) and all(abs(one - share) < 20 for one in said)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ByPlace:
+    """As `models.split` has them, for which a key is one of the whole network."""
+
+    draws_by_place = True
+
+    def __call__(self, params, stats, x, *, train, key=None):
+        return x * jax.random.bernoulli(key, 0.5, x.shape) if train else x, stats
+
+
 def test_client_and_tail_drop_other_places():
     """They have one key in a step, and modules alike would else draw the same mask."""
     x = jnp.ones((4, 100))
     drop = lambda p, x, train=False, key=None: x * jax.random.bernoulli(key, 0.5, x.shape) if train else x  # noqa: E731
+    placed = models.ModelPart(ByPlace(), {}, {})
+    client, _, tail = models.as_parts((placed, (affine, Dense(100, 100)()), placed), x)
+    found = [part.apply({part.apply.name: {}}, {}, x, train=True, key=jax.random.key(1))[0] for part in (client, tail)]
+    np.testing.assert_array_equal(*found)  # such as msjax cuts draw by themselves, as before they were cut
     for kind in ((drop, {}), nnx.Dropout(0.5, rngs=nnx.Rngs(0))):
         client, _, tail = models.as_parts((kind, (affine, Dense(100, 100)()), kind), x)
         masks = [

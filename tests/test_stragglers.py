@@ -274,3 +274,4 @@ def test_a_test_that_lacks_the_share_of_those_who_are_away_says_so(caplog):
     assert "the test after epoch 2 is of 30 of 40 samples, as clients are away" in caplog.text
     whole = record_of_test(sums._replace(samples=40), spec, 1)
     assert "test_samples" not in whole and len(caplog.records) == 1
+    assert record_of_test(MetricSums(), spec, 1) == {"test_samples": 0}

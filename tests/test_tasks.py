@@ -183,6 +183,12 @@ def test_a_list_of_metrics_makes_a_task_that_can_be_hashed(unchecked):
     assert as_list == tasks.Task("x", of, (("a", metric),)) and hash(as_list)
 
 
+def test_sums_may_be_numbers_of_python():
+    metric = tasks.Metric(lambda o, y: float(o.shape[0]), lambda total: float(total))
+    task = tasks.custom(lambda o, y: o[:, 0], {"n": metric})
+    assert task.finish(task.sums(jnp.zeros((5, 1)), jnp.zeros(5))) == {"n": 5.0}
+
+
 def test_sums_of_narrow_floats_are_added_up_in_float32():
     """In bfloat16 a sum of so many would stand still at 256 times what is added."""
     metric = tasks.Metric(lambda o, y: o.sum(0), lambda total: float(total[0]))

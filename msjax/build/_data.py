@@ -37,7 +37,9 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         options = _path_options(cfg.data)
         if cfg.data.name.lower().endswith(".csv") and cfg.task.name == "classification":
             options.setdefault("classes", "integers")
-        return data.as_dataset(pathlib.Path(cfg.data.name), **options)
+        found = data.as_dataset(pathlib.Path(cfg.data.name), **options)
+        _check_gaps(cfg, found)
+        return found
     if cfg.data.classes:
         raise ValueError(
             "data.name must be an .npz or CSV file or a folder of images that is there where data.classes names "
@@ -55,6 +57,22 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         raise ValueError(
             f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
         ) from None
+
+
+_MOST_GAPS = 10
+"""As many times the classes as there are different labels are a mistake, such as the numbers of users."""
+
+
+def _check_gaps(cfg, ds):
+    """Raises where labels are no numbers of classes: a network would be made with as many outputs."""
+    if cfg.task.name != "classification" or cfg.data.classes or ds.num_classes is None or not ds.train.in_memory:
+        return
+    different = len(np.unique(ds.train.labels()))
+    if ds.num_classes > max(_MOST_GAPS * different, 1000):
+        raise data.DataError(
+            f"labels of {ds.name} must be numbers of classes, from 0 on, got {different:,} different ones up to "
+            f"{ds.num_classes - 1:,}: number them anew, name the classes by data.classes, or set task.name=regression"
+        )
 
 
 def check_classes(cfg: config.Config) -> None:

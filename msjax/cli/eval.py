@@ -80,10 +80,11 @@ def main(arguments: list[str]) -> int:
 def _evaluate_config(arguments):
     """Tests what a config starts from."""
     where, rest = split_options(arguments, "--config")
-    default = preset_of(where) or DEFAULT
+    preset = preset_of(where)
+    default = preset or DEFAULT
     description = "Test what a run starts from, as published weights."
     flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax eval", description=description)
-    cfg = check_new_config(fields_of(config.Config, flags))
+    cfg = check_new_config(fields_of(config.Config, flags), preset)
     split_cpu(cfg.clients)
     run = load_run(cfg)
     state, mesh = loaded.placed(run)

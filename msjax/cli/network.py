@@ -97,6 +97,7 @@ class _GenerateOptions(GenerateOptions, LinkOptions, PresetFlag):
         if len(self.network) != 1 or not self.network[0].endswith(".safetensors"):
             raise ValueError(f"network must be CLIENT.safetensors with --server, got {' '.join(self.network)!r}")
         check_trained(self)
+        self.sampling()
 
 
 def generate(arguments: list[str]) -> int:

@@ -63,11 +63,12 @@ class _Flags(config.Config, PlanOptions, PresetFlag):
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     where, rest = split_options(arguments, "--config")
-    default = _Flags(**vars(preset_of(where) or DEFAULT))
+    preset = preset_of(where)
+    default = _Flags(**vars(preset or DEFAULT))
     flags = parse(_Flags, rest, default=default, prog="msjax plan", description=DESCRIPTION)
     options = fields_of(PlanOptions, flags)
     options.check()
-    cfg = check_new_config(fields_of(config.Config, flags))
+    cfg = check_new_config(fields_of(config.Config, flags), preset)
     counts = None if options.samples is None else plan.Counts(options.samples, options.test_samples)
     found = plan.plan(cfg, counts=counts, link=options.link(cfg))
     if options.json:

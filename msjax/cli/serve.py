@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         endpoint = listen(cfg, options)
         options.write(folder.path / OPTIONS)
     else:
-        folder, cfg, options, endpoint = _new_run(preset or DEFAULT, where.name, rest)
+        folder, cfg, options, endpoint = _new_run(preset, where.name, rest)
     log_to_stderr()
     try:
         program = ServerProgram(cfg, options, folder, endpoint=endpoint)
@@ -106,13 +106,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _new_run(default, name, arguments):
+def _new_run(preset, name, arguments):
     description = "Serve split training, or answer with a trained part (--part)."
-    default = _ServeFlags(**vars(dataclasses.replace(default, compare=False)))
+    default = _ServeFlags(**vars(dataclasses.replace(preset or DEFAULT, compare=False)))
     flags = parse(_ServeFlags, arguments, default=default, prog="msjax serve", description=description)
     cfg, options = fields_of(config.Config, flags), fields_of(ServeOptions, flags)
     # Before there is a folder, so that options that do not work leave none behind.
-    cfg = check_new_config(cfg)
+    cfg = check_new_config(cfg, preset)
     if cfg.compare:
         raise ValueError("compare must be False where clients are programs of their own, got True")
     if cfg.clients_per_group is not None:

@@ -21,6 +21,7 @@ from msjax.cli.options import (
 from msjax.runs import RunFolder
 from msjax.runs.folder import check_new
 from msjax.runs.tables import check_summary, print_summaries
+from msjax.split.signs import warn_of_lost_signs
 from msjax.training import processes
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import (
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> int:
         if moved != cfg:
             check_early(moved)
     else:
-        default = preset_of(where) or DEFAULT
+        preset = preset_of(where)
+        default = preset or DEFAULT
         description = (
             "Train a split network. With --resume RUN --epochs N a run goes on to N epochs, also where it is finished; "
             "the learning rate from there on is that of a run of N epochs. Beside --resume, where files of the run are "
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> int:
         )
         flags = parse(_Flags, rest, default=_Flags(**vars(default)), prog="msjax train", description=description)
         cfg = fields_of(config.Config, flags)
-        cfg = check_new_config(cfg)
+        cfg = check_new_config(cfg, preset)
         check_new(cfg, where.name)
     hosts.join(where)
     split_cpu(cfg.clients)
@@ -95,6 +97,8 @@ def _begin(cfg, name):
     small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
     if small and processes.is_first():
         print(f"msjax train: {small}", file=sys.stderr)
+    if build.may_be_negative(cfg) and processes.is_first():
+        warn_of_lost_signs(run.spec, run.state.client, run.dataset.train)
     return RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path))), run
 
 

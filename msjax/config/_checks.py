@@ -87,8 +87,11 @@ def check(config: Any) -> None:
         parse_codec(f"array_codecs of {name!r}", codec)
 
 
-def check_used(config: Any) -> None:
+def check_used(config: Any, preset: Any = None) -> None:
     """Checks that a new run uses what is set; a run that is there may have what it passed over.
+
+    Args:
+      preset: a config that `config` changes some fields of; what has the same value there need not be used.
 
     Raises:
       ValueError: a field has another value than by default, and another field makes it of no use.
@@ -107,7 +110,7 @@ def check_used(config: Any) -> None:
         section, _, own = field.partition(".")
         default = type(getattr(config, section)).__dataclass_fields__[own].default
         value = operator.attrgetter(field)(config)
-        if not is_used and value != default:
+        if not is_used and value != default and (preset is None or value != operator.attrgetter(field)(preset)):
             raise ValueError(
                 f"{field} must be {default!r}, its default, with {other}={operator.attrgetter(other)(config)!r}, which "
                 f"does not use it, got {value!r}"

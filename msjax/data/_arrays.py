@@ -22,7 +22,6 @@ from msjax.data._measure import measure_images, measure_last_axis
 
 _log = logging.getLogger("msjax")
 _SHARE = 4  # keeps this stream of random numbers apart from those of the other modules
-_MOST_GAPS = 10  # times as many classes as there are different labels are taken for a mistake, such as numbers of users
 _MEASURED = 1000  # examples that the mean and std of a split are measured on where it is not in memory
 
 TRAIN_AND_TEST = (
@@ -190,12 +189,6 @@ def finish(
         labels = [s.targets for s in (train, test) if len(s)]
         least, most = min(int(one.min()) for one in labels), max(int(one.max()) for one in labels)
         num_classes = max(most + 1, 1)  # a negative label is told of below
-        different = len(np.unique(np.concatenate(labels)))
-        if num_classes > max(_MOST_GAPS * different, 1000):
-            raise DataError(
-                f"labels of {name} must be numbered from 0 without such gaps, got {different:,} different ones up to "
-                f"{most:,}: number them anew or, where this is meant, give num_classes"
-            )
         if least > 0:
             _log.warning(
                 "labels of %s are from %d to %d; they count from 0, so the classes below %d have no samples. Where "

@@ -10,7 +10,16 @@ from msjax.data._arrays import finish, share_indices
 from msjax.data._columns import MOST_TEXTS, Column, Missing
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._table import Classes, TableFormat, are_classes, check_label, columns_of_texts, pandas
+from msjax.data._table import (
+    Classes,
+    TableFormat,
+    are_classes,
+    are_named,
+    check_label,
+    columns_of_texts,
+    is_no_value,
+    pandas,
+)
 
 
 def from_csv(
@@ -56,10 +65,14 @@ def from_csv(
     """
     path = Path(path).expanduser()
     options = {"label": label, "classes": classes, "missing": missing, "drop": drop, "most_texts": most_texts}
-    frame = read_frame(path, table_format.columns if table_format else ())
-    # As the rows to train on have it: 01 is a text where there is an x1, too, and the number 1 where there is not.
-    of_texts = table_format.columns if table_format else columns_of_texts(frame)
-    test_rows = None if test is None else read_frame(Path(test).expanduser(), of_texts)
+    if table_format:
+        label, classes = table_format.label, table_format.classes
+    known = [Column(label, tuple(classes))] if are_named(classes) else []
+    known += table_format.columns if table_format else ()
+    frame, test_rows = read_frame(path, known), None
+    if test is not None:
+        # As the rows to train on have it: 01 is a text where there is an x1, too, and the number 1 where there is not.
+        test_rows = read_frame(Path(test).expanduser(), known if table_format else [*known, *columns_of_texts(frame)])
     try:
         return _split_table(path.name, frame, test_rows, test_share, table_format, seed, options)
     except DataError as error:
@@ -98,9 +111,10 @@ def read_frame(path: Path, columns: Sequence[Column] = ()) -> Any:
     """The rows of a file, which have no more values than its first line has names, each another.
 
     Args:
-        columns: of texts among these the file's texts are taken as they are, also where all of them are digits.
+        columns: of texts among these, of which some are no numbers or bools, the file's texts are taken as they are,
+            also where all of them are digits.
     """
-    texts = {column.name: str for column in columns if column.texts and not {"True", "False"}.issuperset(column.texts)}
+    texts = {column.name: str for column in columns if any(map(is_no_value, column.texts))}
 
     def read(**options):
         return pandas().read_csv(path if piped is None else io.BytesIO(piped), low_memory=False, **options)

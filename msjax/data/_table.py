@@ -1,9 +1,10 @@
 """Tables: which columns there are, and how they become numbers."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -79,7 +80,8 @@ class TableFormat:
             if gone.any() and not column.may_miss:
                 raise _missing_error(series, gone)
             if column.texts:
-                texts = np.asarray([_text(v) for v in series], dtype=object)
+                known = frozenset(column.texts)
+                texts = np.asarray([_text_of(v, known) for v in series], dtype=object)
                 is_text = [(texts == text) & ~gone for text in column.texts]
                 _warn_of_others(series, ~np.any(is_text, axis=0) & ~gone)
                 parts += [one.astype(np.float32) for one in is_text]
@@ -96,7 +98,7 @@ class TableFormat:
         if self.classes is None:
             return _numbers(series).astype(np.float32)
         number = {text: i for i, text in enumerate(self.classes)}
-        found = np.asarray([number.get(_text(value), -1) for value in series], np.int32)
+        found = np.asarray([number.get(_text_of(value, number), -1) for value in series], np.int32)
         if (found < 0).any():
             at = _first(series, found < 0)
             raise DataError(
@@ -231,6 +233,23 @@ def _first(rows: Any, wrong: np.ndarray) -> int:
 def _row(rows: Any, at: int) -> str:
     """A row's number in its file, below the line of names, where the frame is as it was read."""
     return f"row {int(rows.index[at]) + 1}" if isinstance(rows.index[at], int | np.integer) else f"row {rows.index[at]}"
+
+
+def is_no_value(text: str) -> bool:
+    """Whether a text is not what pandas would make of it: a bool, or a number without zeros that say nothing."""
+    try:
+        return text not in ("True", "False") and _text(float(text)) != text
+    except ValueError:
+        return True
+
+
+def _text_of(value: Any, known: Container[str]) -> str:
+    """A value as one of the known texts, also 1.0 as 1; else as it is."""
+    text = _text(value)
+    if text not in known:
+        with contextlib.suppress(ValueError):
+            text = number if (number := _text(float(text))) in known else text
+    return text
 
 
 def _text(value: Any) -> str:

@@ -48,6 +48,7 @@ class ClientProgram:
         self._pace: Pace | None = None
         self._watch = LinkWatch()
         self._told_at = 0.0
+        self._is_new = True
         self.session = ClientSession(
             options.client_id,
             self._load,
@@ -90,16 +91,17 @@ class ClientProgram:
             raise ValueError(f"state must be a folder where files can be made, got {folder.parent}: {error}") from None
         store = ClientStore(folder / run_id)
         try:
-            self._check_whose(folder, run_id, bool(store.steps()))
+            self._is_new = not store.steps()
+            self._check_whose(folder, run_id)
         except BaseException:
             store.close()
             raise
         return store
 
-    def _check_whose(self, folder, run_id, has_checkpoints):
+    def _check_whose(self, folder, run_id):
         """Raises where the checkpoints of a run are another client's, and writes down whose they are."""
         file, own = folder / f"{run_id}.client", str(self._options.client_id)
-        other = file.read_text("utf-8").strip() if has_checkpoints and file.exists() else own
+        other = own if self._is_new or not file.exists() else file.read_text("utf-8").strip()
         if other != own:
             raise ValueError(
                 f"state must be a client's own folder, got {str(folder.parent)!r} for client {own}, where client "
@@ -156,7 +158,7 @@ class ClientProgram:
         self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"
         state = self._parts.first_state(spec.optimizer)
-        if build.may_be_negative(self._cfg):
+        if self._is_new and build.may_be_negative(self._cfg):
             warn_of_lost_signs(spec, state, self._data.train)
         args = (self._options.client_id, spec, state, self._data, self._cfg.seed)
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)

@@ -196,9 +196,9 @@ class ServerProgram:
         position = schedule.position(exchange.step)
         if position.epoch_ends and exchange == list(schedule.step_exchanges(exchange.step))[-1]:
             record = {"epoch": position.epoch + 1, "step": exchange.step + 1, "train": party.train.means(task)}
-            if party.test.samples:
+            if schedule.tests_after(position.epoch):
                 record |= record_of_test(party.test, run.spec, position.epoch)
-                if not self.cfg.allow_nonfinite:
+                if "test" in record and not self.cfg.allow_nonfinite:
                     check_test_loss(record["test"]["loss"], position.epoch + 1)
             counts = self._so_far()
             seconds = {name: round(counts.pop(name), 3) for name in ("seconds", "waited_seconds")}
@@ -270,7 +270,7 @@ class ServerProgram:
     def _write_summary(self):
         last, headline, cfg = self.history[-1], self.coordinator.run.spec.task.headline, self.cfg
         summary = {"headline": headline}
-        summary |= {name: last[name] for name in ("train", "test", "traffic") if name in last}
+        summary |= {name: last[name] for name in ("train", "test", "test_samples", "traffic") if name in last}
         summary |= {"config": config.to_json(self.cfg), "environment": environment()}
         self._save_end()
         self.folder.write_history(self.history)
@@ -294,7 +294,7 @@ class ServerProgram:
 def record_of_test(sums: MetricSums, spec: RunSpec, epoch: int) -> dict[str, Any]:
     """Returns what a record says of the test after an epoch, counted from 0."""
     samples, expected = int(sums.samples), spec.schedule.test_samples
-    record: dict[str, Any] = {"test": sums.means(spec.task)}
+    record: dict[str, Any] = {"test": sums.means(spec.task)} if samples else {}
     if samples < expected:
         record["test_samples"] = samples
         said = "the test after epoch %d is of %d of %d samples, as clients are away that had a share of it"

@@ -71,15 +71,15 @@ class RemoteApply:
 class ScopedApply:
     """A part's function whose arrays are under a name, beside others that it does not touch.
 
-    Client and tail are given the same key in a step. The tail draws from another that follows from it, as modules alike
-    would else drop the same places in both.
+    Client and tail are given the same key in a step. A tail of one's own draws from another that follows from it, as
+    modules alike would else drop the same places in both; what msjax cuts draws by a block's place in the network.
     """
 
     apply: Callable[..., tuple[Any, Any]]
     name: str
 
     def __call__(self, params, stats, x, *, train, key=None):
-        if key is not None and self.name == "tail":
+        if key is not None and self.name == "tail" and not getattr(self.apply, "draws_by_place", False):
             key = jax.random.fold_in(key, 1 << 30)
         y, new_stats = self.apply(params[self.name], stats.get(self.name, {}), x, train=train, key=key)
         return y, {self.name: new_stats} if self.name in stats else {}

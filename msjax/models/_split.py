@@ -31,6 +31,8 @@ class Apply:
     first: int = 0
     activation: str | None = None
 
+    draws_by_place = True
+
     @property
     def needs_key(self) -> bool:
         """Whether training draws random numbers (dropout)."""

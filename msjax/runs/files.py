@@ -1,10 +1,13 @@
 """Small files: JSON that any reader takes, written atomically."""
 
 import contextlib
+import errno
+import glob
 import json
 import math
 import os
 import pathlib
+import time
 import uuid
 from typing import Any
 
@@ -50,15 +53,31 @@ def write_new(path: str | os.PathLike, content: str | bytes) -> None:
                 file.write(temporary.read_bytes())
 
 
+_STALE_SECONDS = 86400.0
+
+
+def _sync(file):
+    """Waits until it is on the disk, where the file system can say so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
 @contextlib.contextmanager
 def _written(path, content):
     """A file beside `path` that has the content, on the disk; gone at the end."""
-    temporary = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")  # of nobody else
+    name = path.name[:40]
+    temporary = path.with_name(f"{name}.{uuid.uuid4().hex[:8]}.tmp")  # of nobody else
     try:
+        for left in path.parent.glob(f"{glob.escape(name)}.????????.tmp"):  # by a process that was killed
+            if left.stat().st_mtime < time.time() - _STALE_SECONDS:
+                left.unlink(missing_ok=True)
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         yield temporary
     except OSError as error:
         if error.errno is not None:  # one that comes from writing names no file, and others the temporary one

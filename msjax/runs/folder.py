@@ -36,7 +36,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config, name: str | None = None) -> "RunFolder":
-        """Makes a new folder under `config.out`, named `name`, or after time, model, data, cut and codec.
+        """Makes a new folder under `config.out`, named `name`, or after time, model, data, codec and a cut, if any.
 
         Raises:
           ValueError: there is a run of that name, or no folder can be made there.

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 ADVICE = (
-    "try a smaller learning rate or a longer warm-up, a codec with a smaller error, and inputs of one order of "
-    "magnitude, and labels that the task knows; allow_nonfinite goes on all the same"
+    "try a smaller learning rate or a longer warm-up, a codec with a smaller error, inputs of one order of "
+    "magnitude, and labels that are classes; allow_nonfinite goes on all the same"
 )
 
 

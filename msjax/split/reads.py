@@ -19,6 +19,9 @@ class _Orders:
     def __init__(self):
         self._found: dict[int, np.ndarray] = {}
 
+    def __reduce__(self):
+        return _Orders, ()  # workers make their own, rather than get them by pickle
+
     def of(self, epoch: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """Returns an epoch's order, which `make` makes where it is not there."""
         if (found := self._found.get(epoch)) is None:

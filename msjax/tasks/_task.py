@@ -241,6 +241,7 @@ def custom(
 
 
 def _to_add(sums):
+    sums = jnp.asarray(sums)
     narrow = jnp.issubdtype(sums.dtype, jnp.floating) and sums.dtype.itemsize < 4
     return sums.astype(jnp.float32) if narrow else sums
 

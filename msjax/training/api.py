@@ -259,8 +259,9 @@ def train(
     options = (allow_nonfinite, workers, clients_per_group, shard_server)
     run = loaded.LoadedRun(spec, first, dataset, indices, seed, title, *options)
     loaded.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
-    warn_of_lost_signs(spec, first.client, dataset.train)
     run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
+    if run_folder is None or run_folder.checkpoints.latest() is None:  # else it has been told
+        warn_of_lost_signs(spec, first.client, dataset.train)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
         trained, up_bits = _trained(parts, finished.state), mean_up_bits(finished.state.up_bits)

@@ -14,7 +14,6 @@ from msjax.data import split_digest
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.budget import check_known_link, mean_up_bits
-from msjax.split.signs import warn_of_lost_signs
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
 from msjax.training import loaded, loop, processes, saved
@@ -41,8 +40,6 @@ def load_run(cfg: config.Config) -> loaded.LoadedRun:
         raise ValueError("model.name must make all parts of the model in one program, got a RemotePart among them")
     check_known_link(built.spec)
     check_labels(built.spec, dataset)
-    if build.may_be_negative(cfg):
-        warn_of_lost_signs(built.spec, built.client, dataset.train)
     state = TrainState(built.client, built.server, jnp.int32(0))
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
     options = (cfg.allow_nonfinite, cfg.data.workers, cfg.clients_per_group, cfg.shard_server)
