@@ -1,5 +1,6 @@
 """The optimizers of the config: SGD as PyTorch has it, or AdamW, with a schedule of the learning rate."""
 
+import collections
 import functools
 from typing import NamedTuple
 
@@ -19,12 +20,17 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
     each party updates its own.
     """
     every = optim.accumulate_steps
-    total = max(1, epochs * steps_per_epoch // every)  # updates, as are all counts below
+    total = epochs * steps_per_epoch // every  # updates, as are all counts below
+    if not total:
+        raise ValueError(
+            f"optim.accumulate_steps must be at most the steps of the run, {epochs * steps_per_epoch}, got {every}"
+        )
     warmup = min(round(optim.warmup_epochs * steps_per_epoch / every), total // 2)
     if optim.schedule == "cosine":
         rate = optax.cosine_decay_schedule(optim.learning_rate, total - warmup)
     elif optim.schedule == "steps":
-        drops = {m * steps_per_epoch // every - warmup: optim.gamma for m in optim.milestones}
+        drops = collections.Counter(m * steps_per_epoch // every - warmup for m in optim.milestones)
+        drops = {at: optim.gamma**times for at, times in drops.items()}  # those that fall on one update
         rate = optax.piecewise_constant_schedule(optim.learning_rate, drops)
     else:
         rate = optax.constant_schedule(optim.learning_rate)

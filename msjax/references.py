@@ -76,10 +76,14 @@ def resolve_in(name: str, path: str, attribute: str) -> Any:
 def call(name: str, function: Any, *arguments: Any) -> Any:
     """Returns what a function makes of as many of the arguments as it takes; what is no function, as it is.
 
+    A class, and an object that can be called, such as a model or a task, are no functions; one that `functools.partial`
+    or a decorator such as `functools.cache` has made is.
+
     Raises:
       ValueError: it needs more than there are; `name` is what the error calls it.
     """
-    if not inspect.isfunction(function):
+    made = isinstance(function, functools.partial) or inspect.isfunction(getattr(function, "__wrapped__", None))
+    if not (inspect.isfunction(function) or made):
         return function
     parameters = inspect.signature(function).parameters.values()
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

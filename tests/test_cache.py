@@ -144,6 +144,9 @@ def test_tokens_come_as_often_as_they_are_probable():
         found = drawn(rule, logits)
         np.testing.assert_allclose(found, expected, atol=0.04, err_msg=str(rule))  # 3.6 standard errors
         assert ((found == 0) == (np.float32(expected) == 0)).all()
+    logits = jnp.float32([[0.0, 1.0, 2.0, 3.0]])
+    for temperature in (1e-40, 1e-30):  # as good as 0, and no infinities
+        assert models.Sampling(temperature).choose(logits, jax.random.key(0)).tolist() == [3]
     assert models.Sampling(1.0, top_k=2).candidates == 2 and models.Sampling(1.0).candidates is None
 
 

@@ -1,6 +1,7 @@
 """Configs: presets, text, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -162,6 +163,9 @@ def test_functions_get_as_many_arguments_as_they_take():
     assert references.call("f", lambda a, b=2: (a, b), "summary") == ("summary", 2)
     assert references.call("f", lambda *a: a, "summary", "more") == ("summary", "more")
     assert references.call("f", "no function", "summary") == "no function"
+    assert references.call("f", functools.cache(lambda a: (a,)), "summary") == ("summary",)
+    assert references.call("f", functools.partial(lambda a, b: (a, b), 1), "summary") == (1, "summary")
+    assert references.call("f", dict, "summary") is dict
     for function, needs in ((lambda a, b: 0, "a, b"), (lambda a, *, key: 0, "a, key")):
         rule = f"model.name 'x.py:f' must be a function that needs at most 1 argument, got one that needs {needs}"
         with pytest.raises(ValueError, match=rule):

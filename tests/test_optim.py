@@ -69,6 +69,25 @@ def test_where_nothing_is_promoted(kind, schedule):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_milestones_on_one_update_all_count():
+    optim = config.OptimConfig(learning_rate=1.0, momentum=0.0, weight_decay=0.0, schedule="steps", gamma=0.5)
+    optim = dataclasses.replace(optim, milestones=(1, 2, 3, 4), accumulate_steps=4)
+    optimizer = make_optimizer(optim, epochs=6, steps_per_epoch=2)
+    params, taken = jnp.zeros(()), []
+    state = optimizer.init(params)
+    for _ in range(12):
+        updates, state = optimizer.update(jnp.ones(()), state, params)
+        taken.append(-float(updates))
+    assert [one for one in taken if one] == [0.5, 0.125, 0.0625]  # before them: milestone 1; 2 and 3; and 4
+
+
+def test_updates_that_never_come_are_refused():
+    optim = config.OptimConfig(accumulate_steps=21)
+    with pytest.raises(ValueError, match=r"optim\.accumulate_steps must be at most the steps of the run, 20, got 21"):
+        make_optimizer(optim, epochs=2, steps_per_epoch=10)
+    make_optimizer(dataclasses.replace(optim, accumulate_steps=20), epochs=2, steps_per_epoch=10)
+
+
 def test_a_part_that_is_handed_on_counts_on_from_its_step():
     """All floats and the number of steps are enough to go on from, in the middle of an update, too."""
     optim = dataclasses.replace(OPTIM, kind="adamw", accumulate_steps=2, learning_rate=0.1)

@@ -31,6 +31,9 @@ _BESIDE = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 _NAMED = 3  # names of each kind in a message
 

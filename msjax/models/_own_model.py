@@ -12,7 +12,7 @@ from flax import linen, nnx
 
 from msjax.checks import quoted
 from msjax.models._modules import MODE_NAMES, NotAPart, as_part
-from msjax.models._part import ModelPart, RemoteApply, RemotePart
+from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
 
 
 def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) -> tuple[ModelPart, ...]:
@@ -59,7 +59,8 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         except Exception as error:
             raise ValueError(_why_it_failed(name, x, error)) from error
         parts.append(part)
-    if len(parts) == 3:  # the client's arrays and the tail's are kept together
+    # The client's arrays and the tail's are kept together; those of a model that msjax has cut have other names in each.
+    if len(parts) == 3 and not any(constants_of(part.apply) for part in parts[::2]):
         here = [not isinstance(part.apply, RemoteApply) for part in parts]
         parts[0] = parts[0].scoped("client") if here[0] else parts[0]
         parts[2] = parts[2].scoped("tail") if here[2] else parts[2]

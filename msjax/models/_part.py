@@ -33,6 +33,12 @@ class ModelPart(NamedTuple):
         stats = {name: self.stats} if self.stats else {}
         return ModelPart(ScopedApply(self.apply, name), {name: self.params}, stats)
 
+    def out_of(self, params: dict[str, Any], stats: dict[str, Any]) -> "ModelPart":
+        """Returns the part with its arrays out of those of a party, and no longer under the name that it may have."""
+        if isinstance(self.apply, ScopedApply):
+            return ModelPart(self.apply.apply, params[self.apply.name], stats.get(self.apply.name, {}))
+        return ModelPart(self.apply, {n: params[n] for n in self.params}, {n: stats[n] for n in self.stats})
+
 
 def shapes_of(tree: Any) -> Any:
     """Returns shapes and dtypes in place of arrays, as JAX has them: of doubles those of float32."""

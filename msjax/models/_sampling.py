@@ -64,7 +64,9 @@ class Sampling:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(rule, logits, key):
-    logits = logits / rule.temperature
+    # Less the largest, and by no smaller temperature than float32 has: else small ones would make infinities of all.
+    logits = logits - logits.max(-1, keepdims=True)
+    logits = logits / max(rule.temperature, float(jnp.finfo(jnp.float32).tiny))
     order = jnp.argsort(-logits, -1)  # stable: of equal ones the first
     falling = jnp.take_along_axis(logits, order, -1)
     if rule.top_k is not None:

@@ -203,8 +203,9 @@ class Checkpoints:
     def _try_to_make(self, step):
         """Raises OSError where no folder can be made: Orbax's threads would wait twenty minutes for theirs."""
         folder = self._path / f"{step}.orbax-checkpoint-tmp-{jax.process_index()}"
-        folder.mkdir(exist_ok=True)
-        folder.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # as Orbax clears what earlier processes have left, at its time
+            folder.rmdir()
 
     def _is_there(self, step):
         return (self._path / str(step)).exists()

@@ -346,5 +346,5 @@ def _trained(parts, state):
         if name == "server":
             found.append(part._replace(params=owner.params, stats=owner.stats))
         else:  # what the client has of both is kept together
-            found.append(ModelPart(part.apply.apply, owner.params[name], owner.stats.get(name, {})))
+            found.append(part.out_of(owner.params, owner.stats))
     return tuple(found)
