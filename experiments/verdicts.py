@@ -3,8 +3,9 @@
 A claim is taken apart into parts, such as one a cut. Of each part a margin says by how much the numbers speak for it:
 it holds where the margin is above the noise, it does not where the margin is below minus the noise, and otherwise the
 records cannot tell. Noise is twice the standard error of the difference of two means. The standard deviation between
-seeds that it needs is an arm's own, but no less than the typical one of the arms with several seeds on the same data:
-with two or three seeds an arm's own can be small by chance, and of a single seed it is unknown.
+seeds that it needs is an arm's own, but no less than the typical one of the arms with several seeds of the same
+network, data and epochs: with two or three seeds an arm's own can be small by chance, and of a single seed it is
+unknown. Arms are compared by the seeds that both have, as in the studies' own tables.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import scipy.stats
 
 from benchmarks import timing
 from experiments import study
+from msjax import config as config_lib
 from msjax.config import Config
 
 HOLDS, IN_PART, DOES_NOT = "holds", "in part", "does not"
@@ -107,6 +109,7 @@ class Results:
         # Of a trained network by the name of its file; each file is read once.
         self._record = functools.cache(lambda folder, key: self._read(results / folder / f"{key}.json"))
         self.arms = functools.cache(self._arms)
+        self._seeds = functools.cache(self._arms_of)
         self._deviation = functools.cache(self._deviation_of)
 
     @staticmethod
@@ -148,23 +151,30 @@ class Results:
                 return source, [found[arm] for arm in arms]
         return None
 
-    def typical_deviation(self, source: Source, data: str, value: Value = top1) -> float:
-        """Returns the standard deviation between seeds of a typical arm on these data."""
-        own = self._deviation(source.folder, data, value)
-        others = (self._deviation(other.folder, data, value) for other in SOURCES)
-        return own or next((found for found in others if found), DEVIATIONS[value])
+    def typical_deviation(self, source: Source, config: dict[str, Any], value: Value = top1) -> float:
+        """Returns the standard deviation between seeds of a typical arm of such runs, or else on the same data."""
+        folders = [source.folder, *(other.folder for other in SOURCES)]
+        kind = _kind(config)
+        found = (self._deviation(folder, like, value) for like in (kind, kind[:1]) for folder in folders)
+        return next(filter(None, found), DEVIATIONS[value])
 
-    def _deviation_of(self, folder, data, value):
+    def _arms_of(self, folder):
+        """[(kind, records)] of the arms whose records lie there."""
         arms = {}
         for file in sorted((self._results / folder).glob("*.json")):
             record = self._record(folder, file.stem)
-            if "rows" not in record and record["config"]["data"]["name"] == data:
-                same = json.dumps(record["config"] | {"seed": None}, sort_keys=True)
-                arms.setdefault(same, []).append(value(record))
+            if "rows" not in record:
+                # By the name of a record, which outlives new fields of the config.
+                arm = study.key(dataclasses.replace(config_lib.from_json(record["config"], own_code=True), seed=0))
+                arms.setdefault(arm, []).append(record)
+        return [(_kind(records[0]["config"]), records) for records in arms.values()]
+
+    def _deviation_of(self, folder, kind, value):
+        arms = [list(map(value, records)) for own, records in self._seeds(folder) if own[: len(kind)] == kind]
         # A variance of few has its median below its mean; the median, so that one arm far from all others counts once.
         variances = [
             statistics.variance(values) * (n - 1) / float(scipy.stats.chi2.median(n - 1))
-            for values in arms.values()
+            for values in arms
             if (n := len(values)) > 1
         ]
         return math.sqrt(statistics.median(variances)) if variances else None
@@ -172,12 +182,21 @@ class Results:
     def difference(
         self, source: Source, a: list[study.Record], b: list[study.Record], value: Value = top1
     ) -> Difference:
-        """Returns how much more arm `a` has than arm `b`, and the noise of that."""
-        typical = self.typical_deviation(source, a[0]["config"]["data"]["name"], value)
+        """Returns how much more arm `a` has than arm `b`, and the noise; of the seeds that both have, if any."""
+        common = {record["config"]["seed"] for record in a} & {record["config"]["seed"] for record in b}
+        if common:
+            a, b = ([record for record in arm if record["config"]["seed"] in common] for arm in (a, b))
+        typical = self.typical_deviation(source, a[0]["config"], value)
         values = [[value(record) for record in arm] for arm in (a, b)]
         squares = sum(max(statistics.stdev(v) if len(v) > 1 else 0.0, typical) ** 2 / len(v) for v in values)
         a_mean, b_mean = map(statistics.mean, values)
         return Difference(a_mean - b_mean, 2 * math.sqrt(squares), (len(a), len(b)))
+
+
+def _kind(config):
+    """What arms have in common whose seeds differ alike: the data first."""
+    model = config["model"]
+    return config["data"]["name"], model["name"], config["epochs"], model.get("weights") is not None
 
 
 def judged(margin: float, noise: float) -> str:

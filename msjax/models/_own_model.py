@@ -59,7 +59,7 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         except Exception as error:
             raise ValueError(_why_it_failed(name, x, error)) from error
         parts.append(part)
-    # The client's arrays and the tail's are kept together; those of a model that msjax has cut have other names in each.
+    # The client's arrays and the tail's are kept together; of a model that msjax has cut they have other names.
     if len(parts) == 3 and not any(constants_of(part.apply) for part in parts[::2]):
         here = [not isinstance(part.apply, RemoteApply) for part in parts]
         parts[0] = parts[0].scoped("client") if here[0] else parts[0]
