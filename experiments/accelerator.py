@@ -72,6 +72,9 @@ def main() -> int:
         return pack(options.pack, options.data_dir)
     if not options.table:
         run(options)
+    elif not options.out.with_suffix(".json").exists():
+        print("not run: there is no record")
+        return 0
     print(table(json.loads(options.out.with_suffix(".json").read_text())["rows"]))
     return 0
 

@@ -82,7 +82,8 @@ def report(scale, records):
                 continue
             mean = {name: np.mean([row[name] for row in own]) for name in ("nominal_bits", "bits", "error")}
             bounds = [row["bound"] for row in own if row["bound"] is not None]
-            cells = [NAMES[type(codec).__name__], cut, *(f"{mean[name]:.2f}" for name in ("nominal_bits", "bits"))]
+            nominal = "–" if codec.entropy_coded else f"{mean['nominal_bits']:.2f}"  # else that of its payload
+            cells = [NAMES[type(codec).__name__], cut, nominal, f"{mean['bits']:.2f}"]
             cells += [study.mean_and_deviation([row["error"] for row in own], digits=4)]
             within = all(row["error"] <= row["bound"] * 1.001 for row in own) if bounds else None
             cells += [f"{np.mean(bounds):.3g}" if bounds else "–", {True: "yes", False: "**no**", None: "–"}[within]]

@@ -15,7 +15,7 @@ import sys
 import matplotlib.figure
 
 from benchmarks import timing
-from experiments import both_directions, driver, study
+from experiments import both_directions, driver, published_cuts, study
 from experiments.published_weights import MEAN, STD
 from msjax import compress, config
 
@@ -65,7 +65,8 @@ def untrained():
     """{(block, codec as text): test accuracy in percent} of ResNet20, as `published_cuts` has recorded it."""
     file = study.RESULTS / "published_cuts.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    return {(row["block"], row["codec"]): row["top1_percent"] for row in rows if row["model"] == "resnet20"}
+    rows = published_cuts.by_images([row for row in rows if row["model"] == "resnet20"])
+    return {(row["block"], row["codec"]): row["top1_percent"] for row in rows}
 
 
 def report(scale, records):

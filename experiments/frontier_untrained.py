@@ -113,7 +113,7 @@ def table(rows: list[dict]) -> str:
     ]
     lines = []
     for codec, own in study.grouped(rows, "codec").items():
-        found, cells = {row["block"]: row for row in own}, []
+        found, cells = {row["block"]: row for row in published_cuts.by_images(own)}, []
         for block in blocks:
             row = found.get(block)
             cells += (

@@ -104,7 +104,7 @@ def fewer_real_bits(results: Results) -> Found | None:
 def _blocks(results):
     """{(network, block): {codec as text: row}} of networks that are cut without training."""
     found = {}
-    for row in results.rows("published_cuts"):
+    for row in published_cuts.by_images(results.rows("published_cuts")):
         found.setdefault((row["model"], row["block"]), {})[row["codec"]] = row
     return {at: rows for at, rows in found.items() if str(compress.Identity()) in rows}
 

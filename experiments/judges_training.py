@@ -140,16 +140,21 @@ def published_end(results: Results) -> Found | None:
                 parts.append(_as_published(codec, cut, place(source, records[0]), records, published[codec], within))
     if parts:
         return together(parts)
-    rows = {row["codec"]: row for row in results.rows("accelerator") if row["stage"] == "train" and row.get("history")}
-    if not published.keys() <= rows.keys():
+    by_epochs = {}  # trainings on all images: of one schedule none and MS are set beside each other
+    for row in results.rows("accelerator"):
+        if row["stage"] == "train" and row.get("history") and row["train_samples"] == 50_000:
+            by_epochs.setdefault(row["config"]["epochs"], {})[row["codec"]] = row
+    whole = max((epochs for epochs, rows in by_epochs.items() if published.keys() <= rows.keys()), default=None)
+    if whole is None:
         return None
+    rows = by_epochs[whole]
     ends = {
         codec: {e["epoch"]: e["test"]["top1_percent"] for e in rows[codec]["history"] if "test" in e} for codec in rows
     }
     common = ends["none"].keys() & ends["MS"].keys()
     if not common:
         return None
-    last, whole = max(common), rows["none"]["config"]["epochs"]
+    last = max(common)
     where = f"paper: VGG19, CIFAR-10, {last} of {whole} epochs"
     if last < whole or whole < 200:
         lost, noise = ends["none"][last] - ends["MS"][last], 1.0

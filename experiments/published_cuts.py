@@ -148,13 +148,18 @@ def _right(server, h, labels, key, *, codec):
     return (logits.argmax(-1) == labels).sum()
 
 
+def by_images(rows: list[dict]) -> list[dict]:
+    """Returns the rows so that of several of one codec and block the one of most images is the last."""
+    return sorted(rows, key=lambda row: row["images"])
+
+
 def table(rows: list[dict]) -> str:
     """Returns accuracies at every block as Markdown: at payloads of about 2.32 bits, and of about 1 bit."""
     header = ["network", "behind", "none"]
     header += [f"{name}, {_size(codec)}" for codecs in (EQUAL, ONE) for name, codec in codecs.items()]
     lines = []
     for (model, block), own in study.grouped([r | {"at": (r["model"], r["block"])} for r in rows], "at").items():
-        found = {row["codec"]: row for row in own}
+        found = {row["codec"]: row for row in by_images(own)}
         cells = [_cell(found.get(str(codec))) for codec in (compress.Identity(), *EQUAL.values(), *ONE.values())]
         lines.append([model, block, *cells])
     return timing.table(header, lines)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import claims, convergence, judges_own, judges_theory, judges_training, published_cuts, study
+from experiments import claims, convergence, judges_own, judges_theory, judges_training, published_cuts, study, verdicts
 from experiments.verdicts import (
     DOES_NOT,
     HOLDS,
@@ -64,6 +64,46 @@ def test_training_near_the_baseline(tmp_path, plain, ms, verdict):
     assert ("One seed" in found.numbers) == (len(ms) == 1 and verdict == WITHIN_NOISE)
 
 
+def test_arms_are_compared_by_the_seeds_that_both_have(tmp_path):
+    """As in the studies' own tables: what other seeds of one arm came to says nothing of the other."""
+    put(tmp_path, "none, medium", [82.0, 80.0, 80.0])
+    put(tmp_path, "MS, medium", [81.0])
+    found = judges_training.near_baseline(Results(tmp_path))
+    assert "1.00 ±" in found.numbers and found.scope.endswith("1 seed")
+
+
+def test_noise_is_of_runs_alike(tmp_path):
+    """Whatever field of the config a record of before lacks; seeds of another network or schedule do not count."""
+    results = Results(tmp_path)
+    put(tmp_path, "none, medium", [80.0, 81.0])
+    own = json.loads(next((tmp_path / "lite").glob("*seed1*.json")).read_text())
+    del own["config"]["optim"]["clip_norm"]
+    next((tmp_path / "lite").glob("*seed1*.json")).write_text(json.dumps(own))
+    for epochs, network in ((1, "resnet9"), (3, "resnet20")):
+        for seed in range(2):
+            run = dataclasses.replace(RUNS["none, medium, seed 0"], seed=seed, epochs=epochs)
+            run = dataclasses.replace(run, model=dataclasses.replace(run.model, name=network))
+            made = {"config": config.to_json(config.without_paths(run)), "test": {"top1_percent": 80.0 + 0.01 * seed}}
+            (tmp_path / "lite" / f"{study.key(run)}.json").write_text(json.dumps(made))
+    found = results.typical_deviation(verdicts.ORIGINAL, own["config"])
+    assert 0.5 < found < 1.5  # not 0.007, which is that of the others
+
+
+def test_trainings_of_unlike_schedules_are_not_set_beside_each_other(tmp_path):
+    def row(codec, epochs, top1, samples=50_000):
+        history = [{"epoch": 30, "test": {"top1_percent": top1}}]
+        of = {"stage": "train", "codec": codec, "train_samples": samples, "history": history}
+        return of | {"config": {"epochs": epochs, "model": {"name": "vgg19"}, "data": {"name": "cifar10"}}}
+
+    def judge(*rows):
+        (tmp_path / "accelerator.json").write_text(json.dumps({"rows": rows}))
+        return judges_training.published_end(Results(tmp_path))
+
+    assert judge(row("none", 200, 80.0), row("MS", 30, 89.9)) is None
+    assert judge(row("none", 30, 90.0, 20_000), row("MS", 30, 89.9, 20_000)) is None
+    assert "none 90.00, MS 89.90" in judge(row("none", 30, 90.0), row("MS", 30, 89.9), row("none", 200, 80.0)).numbers
+
+
 def test_original_pixels_come_before_the_lossy_copy(tmp_path):
     put(tmp_path, "none, medium", [80.0, 80.1, 79.9], study.LOSSY)
     put(tmp_path, "MS, medium", [70.0, 70.1, 69.9], study.LOSSY)
@@ -87,12 +127,11 @@ def test_reaching_the_baseline(tmp_path, ms, verdict):
 def test_published_networks_cut(tmp_path):
     """The order of codecs flips with their accuracies; a tie does not count against it."""
 
-    def verdict(tops):
+    def verdict(tops, trial=None):
         named = {"none": compress.Identity(), **published_cuts.EQUAL}
-        rows = [
-            {"model": "resnet20", "block": "stem", "codec": str(named[name]), "top1_percent": top, "bits": 2.0}
-            for name, top in tops.items()
-        ]
+        of = {"model": "resnet20", "block": "stem", "bits": 2.0}
+        rows = [of | {"codec": str(named[n]), "top1_percent": top, "images": 10_000} for n, top in tops.items()]
+        rows += [of | {"codec": str(named[n]), "top1_percent": top, "images": 250} for n, top in (trial or {}).items()]
         (tmp_path / "published_cuts.json").write_text(json.dumps({"rows": rows}))
         found = judges_own.untrained_at_equal_size(Results(tmp_path))
         return found and found.verdict
@@ -101,6 +140,8 @@ def test_published_networks_cut(tmp_path):
     assert verdict({"none": 92, "EntropyMask": 89.9, "MS": 90, "QU": 89, "SP": 60}) == HOLDS
     assert verdict({"none": 92, "EntropyMask": 88, "MS": 90, "QU": 89, "SP": 60}) == DOES_NOT
     assert verdict({"none": 92, "EntropyMask": 88, "MS": 90}) is None
+    # A later try of few images changes nothing.
+    assert verdict({"none": 92, "EntropyMask": 91.5, "MS": 90, "QU": 89, "SP": 60}, {"EntropyMask": 10}) == HOLDS
 
 
 def test_how_parts_combine():
