@@ -77,6 +77,40 @@ def record(options: argparse.Namespace, rows: list[dict[str, Any]], wall_seconds
     }
 
 
+class Continued:
+    """A record that a later call goes on with: its rows, and by which calls they were made.
+
+    Of the first call it has command, options, environment and wall time, and of each later one that adds rows, too,
+    under `further`.
+
+    Attributes:
+      rows: those that are there; what is measured is added to them.
+      earlier: the record as it was; {"rows": []} where there is none.
+    """
+
+    def __init__(self, out: pathlib.Path):
+        self._out, file = out, out.with_suffix(".json")
+        self.earlier = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        self.rows, self._start = list(self.earlier["rows"]), time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long this call has taken so far."""
+        return time.monotonic() - self._start
+
+    def save(self, options: argparse.Namespace, **own: Any) -> None:
+        """Writes all rows; `own` takes the place of what would be said of this call."""
+        result = record(options, self.rows, self.seconds) | own
+        if "command" in self.earlier:
+            del result["rows"]
+            result = self.earlier | {"rows": self.rows, "further": [*self.earlier.get("further", []), result]}
+        save(self._out, result)
+
+    def draw(self, figure: Any) -> None:
+        """Writes the picture of a record that is there."""
+        figure.savefig(self._out.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
 def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
     """Writes `out`.json and, of a matplotlib figure, `out`.png."""
     out.parent.mkdir(parents=True, exist_ok=True)

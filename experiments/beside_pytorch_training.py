@@ -18,7 +18,6 @@ as long otherwise. A run of a codec and a seed that is in the record is not repe
 """
 
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -58,8 +57,8 @@ def main() -> int:
     lacking = large_pages() | ({} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "PASSIVE"})
     if lacking and not options.table:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | lacking)
-    file = options.out.with_suffix(".json")
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {(row["codec"], row["seed"], row["steps"]) for row in rows}
     for seed in options.seeds if not options.table else ():
         for name in options.codecs:
@@ -71,7 +70,7 @@ def main() -> int:
                 continue
             rows.append({"codec": name, "seed": seed} | train(run, cfg, steps))
             print({k: v for k, v in rows[-1].items() if k not in ("config", "epochs")}, flush=True)
-            timing.save(options.out, timing.record(options, rows, sum(row["wall_seconds"] for row in rows)))
+            made.save(options)
     print(table(rows))
     return 0
 

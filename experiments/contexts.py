@@ -20,10 +20,8 @@ Huffman's code alone.
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -154,9 +152,8 @@ def main() -> int:
     parser = parser_of(__doc__, "contexts")
     parser.add_argument("--samples", type=int, nargs="+", default=[25, 250])
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    start, rows = time.monotonic(), earlier["rows"]
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {(row["source"], row["samples"], row["codec"]) for row in rows}
     maps = maps_of(options.weights, options.data_dir, max(options.samples))
     for samples in options.samples:
@@ -166,9 +163,8 @@ def main() -> int:
                     continue
                 row = {"source": source, "samples": samples, "codec": _short(codec), "values": h[:samples].size}
                 rows.append(row | measure(h[:samples], codec, options.repeats))
-                wall = earlier["wall_seconds"] + time.monotonic() - start
-                timing.save(options.out, timing.record(options, rows, wall))
-            print(f"{source}, {samples}: {time.monotonic() - start:.0f} s", flush=True)
+                made.save(options)
+            print(f"{source}, {samples}: {made.seconds:.0f} s", flush=True)
     print(table(rows))
     return 0
 

@@ -33,10 +33,8 @@ has 0.166 at 2.03 bits; divided by channel 0.093 at 2.03, by channel 0.080 at 2.
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +70,14 @@ def main() -> int:
     parser.add_argument("--data-dir", type=pathlib.Path, required=True, help="the folder of the texts")
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="the folder that has stories260k")
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {_name(row) for row in rows}
     # Where things lie on this machine says nothing of the run.
     said = argparse.Namespace(out=options.out)
     for found in measure(options.data_dir, options.weights / language.WEIGHTS, done):
         rows += found
-        result = timing.record(said, rows, earlier["wall_seconds"] + time.monotonic() - start)
-        timing.save(options.out, result | {"command": COMMAND})
+        made.save(said, command=COMMAND)
     print(table(rows))
     return 0
 

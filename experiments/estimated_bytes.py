@@ -13,9 +13,7 @@ again.
 import collections
 import dataclasses
 import functools
-import json
 import sys
-import time
 
 import jax
 
@@ -43,9 +41,8 @@ def main() -> int:
     parser.add_argument("--data-dir", help="where CIFAR-10 is, as --data.data-dir of msjax train")
     parser.add_argument("--scale", choices=("smoke", "lite"), default="lite", help="smoke: to see that it works")
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {(row["arm"], row["cut"]) for row in rows}
     for arm, cuts in ARMS.items():
         for cut in cuts:
@@ -53,7 +50,7 @@ def main() -> int:
                 continue
             rows += [{"arm": arm, "cut": cut, **row} for row in measure(config_of(options, arm, cut))]
             print(table(rows[-3:]), flush=True)
-            timing.save(options.out, timing.record(options, rows, earlier["wall_seconds"] + time.monotonic() - start))
+            made.save(options)
     print(table(rows))
     return 0
 

@@ -26,7 +26,6 @@ dropout, features change by 60 %; no memory was run there. Whether gradients go 
 were sent makes no difference beyond the noise at these rates.
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -123,9 +122,8 @@ def main() -> int:
     parser.add_argument("--data-dir", required=True, help="a TFDS data directory with adult and glue/sst2")
     parser.add_argument("--settings", nargs="+", help="beginnings of names of some settings; by default all")
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {_id(row) for row in rows}
     wanted = {n: s for n, s in settings(options).items() if n.startswith(tuple(options.settings or [""]))}
     for seed in range(max(setting.seeds for setting in wanted.values())):
@@ -135,10 +133,9 @@ def main() -> int:
             for arm in todo if run else []:
                 rows.append({"setting": name} | measure(setting, run, arm, seed))
                 print(_line(rows[-1]), flush=True)
-                wall = earlier["wall_seconds"] + time.monotonic() - start
-                timing.save(options.out, timing.record(options, rows, wall))
+                made.save(options)
     print(table(rows))
-    timing.save(options.out, json.loads(file.read_text()), plot(rows))
+    made.draw(plot(rows))
     return 0
 
 

@@ -11,7 +11,6 @@ What is done is kept, and not done again. `--bits` measures the bits of what is 
 """
 
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -51,17 +50,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.bits:
         return published_cuts.measure_bits_again(options, plot, CODECS)
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {(row["block"], row["codec"], row["images"]) for row in rows}
     for row in measure(options.weights / "resnet20.safetensors", options.data_dir, options.images, done):
         rows.append(row)
         print("{block} {codec}: {bits:.2f} bits, {top1_percent:.2f} %".format(**row), flush=True)
-        wall = earlier["wall_seconds"] + time.monotonic() - start
-        timing.save(options.out, timing.record(options, rows, wall))
+        made.save(options)
     print(table(rows))
-    timing.save(options.out, json.loads(file.read_text()), plot(rows))
+    made.draw(plot(rows))
     return 0
 
 

@@ -9,7 +9,6 @@ AdamW. What is done is kept, and not done again; the record was made beside othe
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -33,9 +32,8 @@ def main() -> int:
     parser.add_argument("--data-dir", required=True, help="the folder of the texts")
     parser.add_argument("--weights", required=True, help="the folder that has stories260k")
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     split_cpu(1)
     done = {(row["trained"], row["learning_rate"]) for row in rows}
     # Where things lie on this machine says nothing of the run.
@@ -43,8 +41,7 @@ def main() -> int:
     for row in measure(options.data_dir, options.weights, done):
         print(row, flush=True)
         rows.append(row)
-        result = timing.record(said, rows, earlier["wall_seconds"] + time.monotonic() - start)
-        timing.save(options.out, result | {"command": COMMAND})
+        made.save(said, command=COMMAND)
     print(table(rows))
     return 0
 

@@ -56,21 +56,19 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=10_000, help="so many of the test images, for a trial")
     parser.add_argument("--bits", action="store_true", help="only measure the bits of what is done anew")
     options = parser.parse_args()
-    file = options.out.with_suffix(".json")
     if options.bits:
         return measure_bits_again(options, plot, codecs("resnet20"))
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": [], "wall_seconds": 0.0}
-    rows, start = earlier["rows"], time.monotonic()
+    made = timing.Continued(options.out)
+    rows = made.rows
     done = {(row["model"], row["layer"], row["codec"], row["images"]) for row in rows}
     for name in options.models:
         weights = options.weights / f"{name}.safetensors"
         for row in measure(name, weights, options.data_dir, options.images, done, ends=options.ends):
             rows.append(row)
             print("{model} {block} {codec}: {bits:.2f} bits, {top1_percent:.2f} %".format(**row), flush=True)
-            wall = earlier["wall_seconds"] + time.monotonic() - start
-            timing.save(options.out, timing.record(options, rows, wall))
+            made.save(options)
     print(table(rows))
-    timing.save(options.out, json.loads(file.read_text()), plot(rows))
+    made.draw(plot(rows))
     return 0
 
 

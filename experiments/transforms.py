@@ -39,10 +39,8 @@ training images is near 100 % where anything would be used, and tells little.
 
 import argparse
 import functools
-import json
 import pathlib
 import sys
-import time
 
 import jax
 import jax.flatten_util
@@ -320,23 +318,22 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=250)
     options: argparse.Namespace = parser.parse_args()
     network, cuts = _network_of(options)
-    file = options.out.with_suffix(".json")
-    earlier = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    start, rows = time.monotonic(), earlier["rows"]
+    made = timing.Continued(options.out)
+    rows = made.rows
     given = timing.record(options, [], 0)["options"]
-    for call in (earlier, *earlier.get("further", ())):
+    for call in (made.earlier, *made.earlier.get("further", ())):
         for name in ("run", "weights", "samples"):
             before, now = call.get("options", {}).get(name), given[name]
             if None not in (before, now) and before != now:
-                parser.error(f"--out must be new where --{name} is another, got {now}: {file} has {before}")
+                parser.error(f"--out must be new where --{name} is another, got {now}: the record there has {before}")
     done = {(row["block"], row["kind"]) for row in rows}
     for block, layer in cuts.items():
         kinds = [kind for kind in ("features", "gradients") if (block, kind) not in done]
         cut = Cut(network, layer, options.samples) if kinds else None
         for kind in kinds:
             rows += measure(block, cut, kind)
-            print(f"{kind} behind {block}: {time.monotonic() - start:.0f} s", flush=True)
-            timing.save(options.out, _record(options, earlier, rows, time.monotonic() - start))
+            print(f"{kind} behind {block}: {made.seconds:.0f} s", flush=True)
+            made.save(options)
     print(table(rows))
     return 0
 
@@ -348,15 +345,6 @@ def _network_of(options):
         return network, {name: name for name in network.named_cuts()}
     network = published_weights.network("resnet20", options.weights / "resnet20.safetensors", options.data_dir)
     return network, {cut.block: cut.layer for cut in network.list_cuts() if cut.block in BLOCKS}
-
-
-def _record(options, earlier, rows, seconds):
-    """The record of this call, or the earlier one with this call as a further one."""
-    own = timing.record(options, rows, seconds)
-    if "command" not in earlier:
-        return own
-    own = {name: own[name] for name in ("command", "options", "environment", "wall_seconds")}
-    return earlier | {"further": [*earlier.get("further", []), own]}
 
 
 if __name__ == "__main__":

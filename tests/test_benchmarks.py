@@ -35,6 +35,24 @@ def test_record_says_what_it_depends_on(tmp_path):
     assert record["environment"]["packages"]["jax"] and record["environment"]["cpu_cores"]
 
 
+def test_a_record_that_goes_on_says_which_calls_made_it(tmp_path):
+    """A later call, with options of its own, does not take the place of the first."""
+    out = tmp_path / "x"
+    for call in range(3):
+        made = timing.Continued(out)
+        assert made.rows == [{"row": n} for n in range(2 * call)]
+        for _ in range(2):  # it may be stopped behind each row
+            made.rows.append({"row": len(made.rows)})
+            made.save(argparse.Namespace(out=out, ends=call > 0), command=f"call {call}")
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["command"] == "call 0" and record["options"] == {"ends": False} and len(record["rows"]) == 6
+    further = record["further"]
+    assert [(one["command"], one["options"]["ends"], "rows" in one) for one in further] == [
+        ("call 1", True, False),
+        ("call 2", True, False),
+    ]
+
+
 def test_codecs():
     pytest.importorskip("torch", reason="needs the extra `bench`")
     from benchmarks import codecs
