@@ -166,13 +166,14 @@ def test_the_command(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_command_of_a_decoder_whose_text_is_not_there(tmp_path, capsys):
+def test_the_command_of_a_decoder_whose_text_is_not_there(tmp_path, capsys, caplog):
     described = tmp_path / "config.json"
     described.write_text(json.dumps(decoders.CONFIGS["llama 3"]))
     options = ["--model.name", "decoder", "--model.decoder", str(described), "--model.cut", "1", "--clients", "2"]
     options += ["--task.name", "next_token", "--data.text-length", "12", "--batch-size", "4", "--json"]
     options += ["--codec", "MaskEncoded(signed=True)"]
     assert cli.run("plan", options) == 0
+    assert "model.weights is not given: all weights of the decoder are drawn at random" in caplog.messages
     found = json.loads(capsys.readouterr().out)
     assert found["epoch_steps"] is None and found["features"] == [["", "float32", [12, 16]]]
     assert found["codecs"][1]["sent"]["feature_bytes"] == 4 * 12 * 16 * 4
