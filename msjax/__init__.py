@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from msjax.pair import load_pair as load_pair
     from msjax.pair import predict as predict
     from msjax.parts import load_part as load_part
+    from msjax.parts import save_part as save_part
     from msjax.split import modes as modes
     from msjax.training import train as train
 

@@ -439,13 +439,11 @@ def test_a_user_without_a_home_folder_is_told_what_to_give(monkeypatch, tmp_path
     assert message in capsys.readouterr().err
 
 
-def test_help_is_quick_and_needs_no_jax():
+def test_help_needs_no_jax():
     code = "import sys; sys.argv = ['msjax', '--help']; from msjax.cli import main; main.main()"
-    code += "; assert 'jax' not in sys.modules"
-    start = time.monotonic()
+    code += "; assert 'jax' not in sys.modules"  # whose import would take a second
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "msjax train" in out and "--resume" in out
-    assert time.monotonic() - start < 5  # a second on an idle machine
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_strangers_are_turned_away(tmp_path, messages, says):
             "no exchange (step, phase, test round) = (5, 5, 0) of client 0",
         ),
         (pb.Request(position=pb.Position(step=99, phase=2)), "no exchange (step, phase, test round) = (99"),
-        (pb.Request(position=pb.Position(step=5, phase=2), payload=[b"no such thing"]), ""),
+        (pb.Request(position=pb.Position(step=5, phase=2), payload=[b"no such thing"]), "message must"),
         (pb.Request(position=pb.Position(step=5, phase=2)), "arrays in the payload of this exchange must be 1, got 0"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import threading
+import time
 
 import jax
 import numpy as np
@@ -93,10 +95,15 @@ def test_stream_errors(photos):
 
 
 def test_leaving_a_stream_early_stops_its_threads(photos):
-    source = data.stream("photos", **photos)
+    source, before = data.stream("photos", **photos), threading.active_count()
     loop = data.batches(source, np.zeros((1000, 4), int), threads=2)
     next(loop)
+    assert threading.active_count() > before
     loop.close()
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
 
 
 def test_batches_of_arrays():

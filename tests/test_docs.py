@@ -143,6 +143,19 @@ def test_commands_of_a_page_are_such_as_there_are(path, options):
                 assert importlib.util.find_spec(module), line
 
 
+def test_a_benchmark_is_told_with_the_command_of_its_record():
+    """As a page names it, the record beside it was made."""
+    told = r"`(?:[A-Z_]+=\S+ |taskset -c 0 )?(python -m benchmarks\.[^`]+)`[^`]*`(benchmarks/results/[a-z0-9_]+\.json)`"
+    found = [
+        (" ".join(command.split()), record) for path in TEXTS for command, record in re.findall(told, path.read_text())
+    ]
+    assert len(found) >= 10
+    for command, record in found:
+        made = json.loads((ROOT / record).read_text())["command"]
+        made = re.sub(r" --(out|cache-dir) \S+", "", made)  # where things lie
+        assert sorted(command.split(" --")) == sorted(made.split(" --")), record
+
+
 def test_files_that_pages_name_are_there():
     for path in [*TEXTS, ROOT / "CONTRIBUTING.md"]:
         for name in re.findall(

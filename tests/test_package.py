@@ -1,7 +1,9 @@
 """What a user imports: little at first, and one line that says what is missing."""
 
+import ast
 import dataclasses
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
 import typing
@@ -81,6 +83,43 @@ def test_a_command_says_what_to_install(command, missing, extra):
 
 
 @pytest.mark.slow
+def test_type_checkers_know_every_public_name():
+    """What is imported when it is asked for is imported for them by name."""
+    source = ast.parse(pathlib.Path(msjax.__file__).read_text("utf-8"))
+    (checking,) = [node for node in source.body if isinstance(node, ast.If)]
+    names = [alias.asname for node in checking.body for alias in node.names]
+    assert sorted(names) == sorted(msjax._WHERE) == sorted(set(msjax.__all__) - {"__version__"})
+
+
+ROOMS = {  # of each, what it must not know: rooms above it, and those beside it
+    "compress": ("split", "models", "training", "distributed", "cli", "config", "data", "tasks", "build", "runs"),
+    "wire": ("split", "models", "training", "distributed", "cli", "config", "data", "tasks", "build", "runs"),
+    "tasks": ("split", "models", "training", "distributed", "cli", "config", "data", "build", "runs"),
+    "models": ("split", "training", "distributed", "cli", "config", "tasks", "build", "runs"),
+    "data": ("split", "models", "training", "distributed", "cli", "config", "tasks", "build", "runs"),
+    "split": ("training", "distributed", "cli", "config", "build", "runs"),
+    "build": ("training", "distributed", "cli"),
+    "training": ("distributed", "cli"),
+    "distributed": ("training", "cli"),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down(room):
+    package = pathlib.Path(msjax.__file__).parent
+    files = [package / f"{room}.py"] if (package / f"{room}.py").exists() else sorted((package / room).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if found == ["msjax"]:
+                found = [f"msjax.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            above = [name for name in found for other in ROOMS[room] if f"{name}.".startswith(f"msjax.{other}.")]
+            assert not above, (file.name, above)
+
+
 def test_without_plots_a_run_has_no_curves(tmp_path):
     options = ["--epochs", "1", "--model.width", "0.125", "--clients", "1", "--no-compare", "--out", str(tmp_path)]
     code = f"from msjax.cli import main; sys.argv = ['msjax', 'train', '--name', 'a', *{options}]; main.main()"

@@ -190,7 +190,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
     for _ in range(1200):
         if lines.exists():
             break
+        assert process.poll() is None
         time.sleep(0.1)
+    assert lines.exists()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == driver.INTERRUPTED
     done = len(lines.read_text().splitlines())

@@ -414,11 +414,6 @@ def test_checkpoints_of_the_first_version_are_resumed(whole_run, tmp_path):
     assert numbers(summary) == numbers(whole_run[1])
 
 
-def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path):
-    cfg = dataclasses.replace(SMALL, out=str(tmp_path))
-    assert len({runs.RunFolder.create(cfg).path for _ in range(5)}) == 5
-
-
 @pytest.mark.slow
 def test_without_test_data_a_run_has_no_test(tmp_path, monkeypatch):
     x = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1)).astype(np.uint8)
