@@ -42,6 +42,13 @@ def assert_close(a, b, tolerance):
         assert np.linalg.norm(left - right) <= tolerance * max(1e-3, np.linalg.norm(right)), (left, right)
 
 
+def assert_same_change(a, b, before, tolerance):
+    """What two trainings have changed of the same parameters agrees: the parameters alone do after few steps anyway."""
+    changes = [jax.tree.map(np.subtract, after, before) for after in (a, b)]
+    assert all(np.linalg.norm(leaf) > 0 for leaf in jax.tree.leaves(changes))
+    assert_close(*changes, tolerance)
+
+
 def traced_peak(call):
     """Most bytes that Python, zlib and NumPy had at once in `call`, beyond what was there before."""
     tracemalloc.start()

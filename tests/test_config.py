@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from msjax import compress, config, models, references
+from msjax import build, compress, config, data, models, references
+from msjax.training import from_config
 
 PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -28,6 +29,19 @@ def test_presets_name_models_and_cuts_that_exist(path):
 
 def test_there_are_presets():
     assert {p.stem for p in PRESETS} >= {"vgg19_cifar10", "resnet18_cifar100", "resnet34_imagenet", "cifar10_lite"}
+
+
+def test_fields_reach_what_they_are_of(tmp_path):
+    """By themselves in no other test: each would be passed over in silence."""
+    ds = data.load("digits")
+    summary = build.DataSummary.of(ds)
+    cfg = config.Config(data=config.DataConfig(crop_padding=3), optim=config.OptimConfig(label_smoothing=0.2))
+    assert build.make_preprocess(cfg, summary).padding == 3
+    assert build.make_task(cfg, summary).loss.label_smoothing == 0.2
+    with pytest.raises(ValueError, match=r"optim\.label_smoothing must be 0 for task\.name='regression', got 0\.2"):
+        build.make_task(dataclasses.replace(cfg, task=config.TaskConfig("regression")), summary)
+    assert from_config.load_run(dataclasses.replace(cfg, shard_server=True)).shard_server
+    assert not from_config.load_run(cfg).shard_server
 
 
 def test_save_and_load(tmp_path):

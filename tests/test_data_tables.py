@@ -188,6 +188,26 @@ def test_a_config_says_what_becomes_of_missing_values(people, tmp_path):
         data.as_dataset(tmp_path / "folder", missing="median")
 
 
+def test_clients_with_own_data_use_all_of_it(people, tmp_path):
+    """Each its own file of the same name, of which none is a share of the other's."""
+    _, frame = people
+    cfg = config.Config(
+        model=config.ModelConfig("mlp"), data=config.DataConfig("people.csv", label="rich"), clients=2, batch_size=4
+    )
+    found = []
+    for client, rows in enumerate((frame.iloc[:15], frame.iloc[10:])):
+        (tmp_path / f"{client}").mkdir()
+        rows.to_csv(tmp_path / f"{client}" / "people.csv", index=False)
+        options = {"state": str(tmp_path / f"state{client}"), "data_dir": str(tmp_path / f"{client}")}
+        program = ClientProgram(ClientOptions(client_id=client, own_data=True, **options))
+        own = program._load(cfg)
+        ds = data.from_csv(tmp_path / f"{client}" / "people.csv", label="rich")
+        assert (own.samples, own.test_samples) == (len(ds.train), len(ds.test))
+        np.testing.assert_array_equal(program._data.train.inputs, ds.train_inputs)
+        found.append(agreement.parse(own.description))
+    assert not agreement.differences(*found)  # and they may train together
+
+
 def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
     path, frame = people
     table_format = data.TableFormat.measure(frame, label="rich")

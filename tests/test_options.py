@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import socket
+import urllib.request
 
 import pytest
 
@@ -87,6 +88,10 @@ def test_ports_of_ones_own_are_said():
         said = re.fullmatch(r"localhost:(\d+), metrics at http://127.0.0.1:(\d+)/metrics", str(endpoint))
         assert (endpoint.address.port, endpoint.metrics_port) == tuple(map(int, said.groups()))
         assert all(port != "0" for port in said.groups())
+        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.metrics_port}/metrics", timeout=30) as answer:
+            assert b"msjax_refused_clients_total" in answer.read()
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.2", endpoint.metrics_port), timeout=30):
+            pass  # it is bound to one address of this machine
     finally:
         endpoint.close()
     for port in (-1, 65536):
@@ -302,3 +307,36 @@ def test_the_files_of_a_server_that_goes_on_are_found_from_elsewhere(tmp_path, m
     ServeOptions(tokens="tokens", tls=TlsFiles(key="a/key.pem")).write(tmp_path / "serve.json")
     known = ServeOptions.read(tmp_path / "serve.json")
     assert (known.tokens, known.tls.key, known.certificates) == (f"{tmp_path}/tokens", f"{tmp_path}/a/key.pem", None)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give tls its certificate"),
+        (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
+        (("serve", "--max-megabytes", "65537"), "--max-megabytes must be in 1..65536, got 65537"),
+        (("serve", "--model.cut", "nosuch"), "model.cut must be one of"),
+        (("serve", "--tokens", "none"), "No such file"),
+        (("serve", "--listen", "localhost:port"), "listen must be host:port with a port in 0..65535"),
+        (("serve", "--metrics-port", "99999"), "--metrics-port must be in 0..65535, got 99999"),
+        (
+            ("client", "--client-id", "0", "--server", "localhost:99999"),
+            "server must be host:port with a port",
+        ),
+        (("serve", "--checkpoint-steps", "0"), "--checkpoint-steps must be at least 1, got 0"),
+        (("serve", "--policy.min-clients", "0"), "--policy.min-clients must be at least 1, got 0"),
+        (("client", "--client-id", "-1"), "--client-id must be at least 0, got -1"),
+        (("client", "--client-id", "0", "--tls.certificate", "none"), "a certificate and its key together"),
+        (("serve", "--part", "none"), "No such file"),
+        (("client", "--client-id", "0", "--server", "example.org:1"), "is not this machine: give tls its certificate"),
+        (("client", "--client-id", "0", "--token-file", "none"), "No such file"),
+        (("client",), "client-id"),
+        (("eval", "none", "--server", "localhost:1"), "No such file"),
+    ],
+)
+def test_bad_options(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments[0], list(arguments[1:])) == 2
+    said = capsys.readouterr()
+    assert message in said.err + said.out and "Traceback" not in said.err
+    assert not list(tmp_path.iterdir())

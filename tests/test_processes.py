@@ -172,36 +172,3 @@ def test_the_example_of_a_model_of_ones_own(tmp_path, shell, capsys, monkeypatch
     command = ["client0/client.safetensors", "--server", shell.address, "--config", "client0.py"]
     assert cli.run("eval", command) == 0
     assert json.loads(capsys.readouterr().out)["mae"] == pytest.approx(summary["test"]["mae"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("serve", "--listen", "0.0.0.0:0"), "is not this machine: give tls its certificate"),
-        (("serve", "--clients", "0"), "clients must be at least 1, got 0"),
-        (("serve", "--max-megabytes", "65537"), "--max-megabytes must be in 1..65536, got 65537"),
-        (("serve", "--model.cut", "nosuch"), "model.cut must be one of"),
-        (("serve", "--tokens", "none"), "No such file"),
-        (("serve", "--listen", "localhost:port"), "listen must be host:port with a port in 0..65535"),
-        (("serve", "--metrics-port", "99999"), "--metrics-port must be in 0..65535, got 99999"),
-        (
-            ("client", "--client-id", "0", "--server", "localhost:99999"),
-            "server must be host:port with a port",
-        ),
-        (("serve", "--checkpoint-steps", "0"), "--checkpoint-steps must be at least 1, got 0"),
-        (("serve", "--policy.min-clients", "0"), "--policy.min-clients must be at least 1, got 0"),
-        (("client", "--client-id", "-1"), "--client-id must be at least 0, got -1"),
-        (("client", "--client-id", "0", "--tls.certificate", "none"), "a certificate and its key together"),
-        (("serve", "--part", "none"), "No such file"),
-        (("client", "--client-id", "0", "--server", "example.org:1"), "is not this machine: give tls its certificate"),
-        (("client", "--client-id", "0", "--token-file", "none"), "No such file"),
-        (("client",), "client-id"),
-        (("eval", "none", "--server", "localhost:1"), "No such file"),
-    ],
-)
-def test_bad_options(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.run(arguments[0], list(arguments[1:])) == 2
-    said = capsys.readouterr()
-    assert message in said.err + said.out and "Traceback" not in said.err
-    assert not list(tmp_path.iterdir())
