@@ -95,22 +95,25 @@ def train(cfg, folder_, **options):
 
 
 def test_checkpoints_leave_out_what_is_frozen_and_find_it_again(folder, tmp_path):
-    """Trained for an epoch and gone on with, as for two at once; with other weights it does not go on."""
-    cfg = build.resolved(config_of(folder, epochs=2, optim=GATHERED, out=str(tmp_path / "runs")))
+    """Trained for two epochs and gone on with, as for three at once; with other weights it does not go on.
+
+    Two epochs have four steps, of which the last has begun to gather the second update.
+    """
+    cfg = build.resolved(config_of(folder, epochs=3, optim=GATHERED, out=str(tmp_path / "runs")))
     train(cfg, RunFolder.create(cfg, "once"))
-    short = dataclasses.replace(cfg, epochs=1)
+    short = dataclasses.replace(cfg, epochs=2)
     train(short, RunFolder.create(short, "twice"))
     twice, first = RunFolder.open(tmp_path / "runs" / "twice")
     run = from_config.load_run(short)
     kept = saved.to_save(run.spec, run.state)
     assert kept["client"].params and not kept["client"].stats and not kept["server"].stats
-    train(from_config.with_more_epochs(first, twice, 2), twice)
+    train(from_config.with_more_epochs(first, twice, 3), twice)
     parts = [(tmp_path / "runs" / name / "client.safetensors").read_bytes() for name in ("once", "twice")]
     assert parts[0][-1000:] == parts[1][-1000:]  # the arrays; the header names the run
     tensors = language.tensors(folder)
     language.write_tensors(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2})
     again, second = RunFolder.open(tmp_path / "runs" / "twice")
-    second = from_config.with_more_epochs(second, again, 3)
+    second = from_config.with_more_epochs(second, again, 4)
     with pytest.raises(ValueError, match=r"model\.weights must be those that the run began with, .* digest sha256:"):
         train(second, again)
 
