@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -159,7 +160,9 @@ def test_files_are_whole_and_others_are_left_alone(tmp_path, monkeypatch):
     left.touch()
     os.utime(left, (0, 0))
     new.touch()
-    write_atomically(mine, "old")
+    with monkeypatch.context() as patch:  # and of one that ends just now
+        patch.setattr(pathlib.Path, "glob", lambda path, pattern: [left, new, path / "x.txt.ended000.tmp"])
+        write_atomically(mine, "old")
     new.unlink()
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"x.txt": "old", "x.txt.tmp": "mine, too", "new": "old", "newest": "x" * 1000}

@@ -72,8 +72,9 @@ def _written(path, content):
     temporary = path.with_name(f"{name}.{uuid.uuid4().hex[:8]}.tmp")  # of nobody else
     try:
         for left in path.parent.glob(f"{glob.escape(name)}.????????.tmp"):  # by a process that was killed
-            if left.stat().st_mtime < time.time() - _STALE_SECONDS:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # of one at work, which has finished meanwhile
+                if left.stat().st_mtime < time.time() - _STALE_SECONDS:
+                    left.unlink()
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
