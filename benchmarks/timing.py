@@ -108,7 +108,7 @@ class Continued:
 
     def draw(self, figure: Any) -> None:
         """Writes the picture of a record that is there."""
-        figure.savefig(self._out.with_suffix(".png"), dpi=120, bbox_inches="tight")
+        _draw(self._out, figure)
 
 
 def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
@@ -117,7 +117,11 @@ def save(out: pathlib.Path, result: dict[str, Any], figure: Any = None) -> None:
     # Never half of it: some records are what a later call goes on from.
     runs.write_atomically(out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     if figure is not None:
-        figure.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
+        _draw(out, figure)
+
+
+def _draw(out, figure):
+    figure.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

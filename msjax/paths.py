@@ -3,8 +3,11 @@
 A shell expands `--out ~/runs` but leaves `--out=~/runs` as it is.
 """
 
+import contextlib
 import os
 import pathlib
+import time
+from collections.abc import Iterator
 
 
 def expand(name: str, path: str | os.PathLike) -> pathlib.Path:
@@ -40,6 +43,14 @@ def existing_file_or_folder(name: str, path: str | os.PathLike, *, within: str) 
     """
     found = expand(name, path)
     return found if (found / within).is_file() else existing_file(name, path)
+
+
+def left_behind(folder: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
+    """Yields what processes that were killed have left of files that they were writing: what is older than a day."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # of one at work, which has ended meanwhile
+            if path.stat().st_mtime < time.time() - 86400:
+                yield path
 
 
 def read_file(name: str, path: str | os.PathLike) -> bytes:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from msjax.data._error import DataError
+from msjax.paths import left_behind
 
 FORMAT = 2  # raise it when the layout or the meaning of an entry changes; older entries are then rebuilt
 
@@ -132,9 +132,8 @@ def writing(entry: Path) -> Iterator[Draft]:
     """Write an entry beside its place and move it there once complete; an exception leaves nothing behind."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        for left in entry.parent.glob(f".{entry.name}.*"):  # by a process that was killed
-            if left.stat().st_mtime < time.time() - 86400:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in left_behind(entry.parent, f".{entry.name}.*"):
+            shutil.rmtree(left, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
         raise DataError(

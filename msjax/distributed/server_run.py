@@ -179,7 +179,7 @@ class ServerRun:
             return {}
         found: dict[str, int] = {}
         for names, entropy_coded, kinds in (
-            (_CUT, spec.codec.entropy_coded or spec.grad_codec.entropy_coded, ("feature", "gradient")),
+            (_CUT, spec.cut_is_coded, ("feature", "gradient")),
             (_SYNCHRONIZATION, spec.update_codec.entropy_coded, ("synchronization",)),
         ):
             sent = {name: counts.get(name, 0) for name in names.values()}

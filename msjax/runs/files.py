@@ -7,9 +7,10 @@ import json
 import math
 import os
 import pathlib
-import time
 import uuid
 from typing import Any
+
+from msjax.paths import left_behind
 
 
 def to_json(record: Any, **options: Any) -> str:
@@ -53,9 +54,6 @@ def write_new(path: str | os.PathLike, content: str | bytes) -> None:
                 file.write(temporary.read_bytes())
 
 
-_STALE_SECONDS = 86400.0
-
-
 def _sync(file):
     """Waits until it is on the disk, where the file system can say so."""
     try:
@@ -71,10 +69,8 @@ def _written(path, content):
     name = path.name[:40]
     temporary = path.with_name(f"{name}.{uuid.uuid4().hex[:8]}.tmp")  # of nobody else
     try:
-        for left in path.parent.glob(f"{glob.escape(name)}.????????.tmp"):  # by a process that was killed
-            with contextlib.suppress(FileNotFoundError):  # of one at work, which has finished meanwhile
-                if left.stat().st_mtime < time.time() - _STALE_SECONDS:
-                    left.unlink()
+        for left in left_behind(path.parent, f"{glob.escape(name)}.????????.tmp"):
+            left.unlink(missing_ok=True)
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()

@@ -103,7 +103,7 @@ def contribute(
         grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
     compressed = spec.compresses_updates and not own_parts
 
-    options = {"kept_only": spec.grad_kept_only, "counts": spec.codec.entropy_coded or spec.grad_codec.entropy_coded}
+    options = {"kept_only": spec.grad_kept_only, "counts": spec.cut_is_coded}
 
     def trained(network):
         """The part of one client, or its tail, as it computes outputs and new statistics in training."""
@@ -166,7 +166,7 @@ def contribute(
         fixed = budget.budget_bits(spec, spec.link_bytes_per_second)
         up_bits = budget.next_up_bits(spec, up_bits, sent, batch_size, None if grad_bits is None else (fixed, fixed))
     up, down = features_up + gradient_bytes[:, 1], features_down + gradient_bytes[:, 0]
-    if options["counts"]:
+    if spec.cut_is_coded:
         up += spec.feature_payload(batch_size).exact_bytes
         down += spec.tail_feature_payload(batch_size).exact_bytes if spec.u_shaped else 0
     return Contribution(totals, PerClient(losses, up, down, average_bytes), (part, error, up_bits))

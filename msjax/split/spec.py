@@ -136,6 +136,11 @@ class RunSpec:
         """Whether the last layers and the labels stay with the clients."""
         return self.schedule.u_shaped
 
+    @property
+    def cut_is_coded(self) -> bool:
+        """Whether the bytes of what crosses the cuts depend on values: a codec of it is entropy-coded."""
+        return self.codec.entropy_coded or self.grad_codec.entropy_coded
+
     @functools.cached_property
     def client_constants(self) -> frozenset[str]:
         """The names of those of the clients' `stats` that never change, such as weights beside adapters."""

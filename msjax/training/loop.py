@@ -257,7 +257,7 @@ def _coded_bytes(spec, sums, history):
     earlier = history[-1]["traffic"] if history else {}
     up, down = (np.atleast_1d(sent) for sent in (sums.uplink_bytes, sums.downlink_bytes))
     found = {}
-    if spec.codec.entropy_coded or spec.grad_codec.entropy_coded:
+    if spec.cut_is_coded:
         found |= {"coded_uplink_bytes": up[0], "coded_downlink_bytes": down[0]}
     if spec.compresses_updates and spec.update_codec.entropy_coded:
         found |= {"coded_uplink_synchronization_bytes": up[1], "coded_downlink_synchronization_bytes": down[1]}
