@@ -192,3 +192,11 @@ def test_links_within_the_repository(path):
         other = path if not file else path.parent / file
         assert other.exists(), f"{path.name}: {target}"
         assert not anchor or anchor in anchors(other), f"{path.name}: {target}"
+
+
+def test_a_page_that_includes_a_file_of_elsewhere_keeps_its_links():
+    """Sphinx reads links of what a page includes as if the page had them; the whole build is a slow test."""
+    for path in PAGES:
+        for name, options in re.findall(r"^```\{include\} (\S+)\n(.*?)^```", path.read_text(), re.DOTALL | re.M):
+            if "](docs/" in (path.parent / name).read_text():
+                assert ":relative-docs: docs/" in options, path.name
