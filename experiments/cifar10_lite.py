@@ -1,6 +1,6 @@
 """As `everything`, with the preset `configs/cifar10_lite.py`: more epochs of a wider ResNet9.
 
-Three seeds are of the medium cut and of `SEEDED`, one is of all else.
+Three seeds are asked of the medium cut and of `SEEDED`, one of all else; the table says how many there are.
 
 python -m experiments.cifar10_lite --data-dir DIR       # half an hour a run on two CPU cores
 """

@@ -214,6 +214,10 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     if not options.table:
         wanted = {name: _placed(run, options) for name, run in wanted.items()}
         command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
+        # That they are needed belongs to how a record was made, where they lay does not.
+        command += "".join(
+            f" --{name} DIR" for name in ("data-dir", "weights") if getattr(options, name.replace("-", "_"))
+        )
         results = options.results.absolute()
         among = {name: getattr(options, name) for name in ("distributed", *_AMONG)} if options.distributed else None
         code = run_missing(options.scale, wanted, command=command, results=results, jobs=options.jobs, among=among)

@@ -10,9 +10,11 @@ from experiments import (
     activations,
     both_directions,
     clients,
+    convergence,
     cut_sensitivity,
     depth,
     distributions,
+    everything,
     mask_width,
     not_images,
     study,
@@ -143,14 +145,23 @@ def early_cuts(results: Results) -> Found | None:
             seeds = (len({row["seed"] for row in ms}),)
             parts.append(Part(judged(-rank, 2 / math.sqrt(len(cuts) - 1)), "", images, seeds))
             said.append(f"gradients' error {errors[0]:.2f} → {errors[-1]:.2f}")
-    for codec in cut_sensitivity.CODECS:
-        arms = [f"{codec}, {cut}" for cut in (cuts[0], cuts[-1])]
-        if found := results.first(cut_sensitivity, "none, medium", *arms):
+    network = next(iter(convergence.settings("lite")))
+    ends = (study.CUTS[0], study.CUTS[-1])
+    trained = [
+        *((cut_sensitivity, codec, (cuts[0], cuts[-1]), "none, medium", codec) for codec in cut_sensitivity.CODECS),
+        *(
+            (convergence, study.label(network, codec), ends, study.label(network, "none", study.PLAIN_CUT), codec)
+            for codec in ("MS", "QU", "SP", "RT")
+        ),
+        (everything, everything.FORTY_TIMES, ends, f"none, {study.PLAIN_CUT}", "everything compressed, 40 times,"),
+    ]
+    for module, arm, between, none, name in trained:
+        if found := results.first(module, none, *(f"{arm}, {cut}" for cut in between)):
             source, (plain, first, last) = found
             more = results.difference(source, last, first)
             lost = [results.difference(source, plain, arm).mean for arm in (first, last)]
             parts.append(Part(judged(more.mean, more.noise), "", place(source, first[0]), more.seeds, more.noise))
-            said.append(f"{codec} loses {lost[0]:.1f} → {lost[1]:.1f}")
+            said.append(f"{name} loses {lost[0]:.1f} → {lost[1]:.1f}")
     by_network = study.grouped(results.rows("published_cuts"), "model")
     for model, rows in by_network.items():
         ms = sorted((row["layer"], row["top1_percent"]) for row in rows if row["codec"] == str(compress.MaskEncoded()))

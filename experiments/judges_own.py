@@ -51,7 +51,7 @@ def twenty_times_everything(results: Results) -> Found | None:
 
 def forty_times_over_the_cut(results: Results) -> Found | None:
     """Forty times fewer bytes over the cut, for at most half a point."""
-    arms = dict.fromkeys(study.CUTS, "averages 2 bits, 1.6 bits both ways, gradient's noise 1")
+    arms = dict.fromkeys(study.CUTS, everything.FORTY_TIMES)
     return _fewer_bytes(results, everything, arms, times=40.0, at_most=POINT / 2)
 
 
@@ -126,18 +126,17 @@ def _ranked(results, codecs, better):
         for name, codec in codecs.items():
             losses[name].append(lost[name])
             bits[name].append(rows[str(codec)]["bits"])
-        verdicts = []
-        for a, b in better:
-            margin = lost[b] - lost[a]
-            # A tie is no evidence against an order.
-            verdicts.append(DOES_NOT if margin < -TIE else HOLDS)
-        parts.append(Part(DOES_NOT if DOES_NOT in verdicts else HOLDS, "", UNTRAINED))
+        margins = [lost[b] - lost[a] for a, b in better]
+        # A tie is no evidence against an order, nor are ties alone any for it.
+        verdict = DOES_NOT if min(margins) < -TIE else HOLDS if max(margins) > TIE else WITHIN_NOISE
+        parts.append(Part(verdict, "", UNTRAINED))
+    told = [part for part in parts if part.verdict != WITHIN_NOISE] or parts
     texts = [
         f"{name} {span(losses[name], '{:.1f}')} ({span(bits[name], '{:.1f}')} real bits)"
         for name in codecs
         if losses[name]
     ]
-    return parts, f"points lost behind {len(parts)} blocks: {'; '.join(texts)}"
+    return told, f"points lost behind {len(parts)} blocks: {'; '.join(texts)}"
 
 
 def untrained_at_equal_size(results: Results) -> Found | None:
@@ -238,9 +237,8 @@ def same_accuracy(results: Results) -> Found | None:
         noise = 2 * statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else POINT
         mean = statistics.mean(off)
         text = f"{codec} {mean:+.2f} ± {noise:.2f}"
-        # With one seed they are not shown to be the same, only not to be different.
-        verdict = DOES_NOT if abs(mean) > noise else WITHIN_NOISE if noise >= POINT else HOLDS
-        parts.append(Part(verdict, text, "lite: ResNet9, CIFAR-10", (len(own),), noise))
+        # That no difference was found shows nothing; that it is below a point has to be beyond the noise.
+        parts.append(Part(judged(POINT - abs(mean), noise), text, "lite: ResNet9, CIFAR-10", (len(own),), noise))
     return together(parts, f"msjax − PyTorch: {'; '.join(part.text for part in parts)} points") if parts else None
 
 

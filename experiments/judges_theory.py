@@ -109,7 +109,7 @@ def converges_worse(results: Results) -> Found | None:
     numbers = (
         f"of {len(pairs)} pairs {len(counts[HOLDS])} are in order, {against}, {len(counts[WITHIN_NOISE])} too close"
     )
-    verdict = HOLDS if counts[HOLDS] else WITHIN_NOISE
+    verdict = HOLDS if len(counts[HOLDS]) > len(counts[WITHIN_NOISE]) else WITHIN_NOISE
     if counts[DOES_NOT]:
         verdict = IN_PART if len(counts[HOLDS]) > len(counts[DOES_NOT]) else DOES_NOT
     part = Part(verdict, "", place(source, trained[0][2][0]), tuple(len(records) for _, _, records in trained))
