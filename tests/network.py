@@ -50,10 +50,13 @@ class MemoryStore:
     def latest(self):
         return max(self.saved, default=None)
 
-    def save(self, step, party):
+    def save(self, step, party, **more):
         if self.full:
             raise OSError(28, "No space left on device")
         self.wait()
+        if more:
+            progress = party[-1][0]
+            progress.update(more)
         if step not in self.saved:
             self.begun[step] = party if self._progress is not None else jax.tree.map(np.array, party)
         if not self.slow:

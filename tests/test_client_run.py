@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from msjax import config
+from msjax import compress, config
 from msjax.distributed import messages
 from msjax.distributed.channel import Clock, ConnectionLost
-from msjax.distributed.client_program import ClientProgram
+from msjax.distributed.client_program import ClientProgram, own_config
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
@@ -347,3 +347,15 @@ def test_a_server_that_was_started_anew_says_how_often_to_save(session):
     list(session.on_message(pb.FromServer(start=pb.Start(generation=2))))
     go_on = [session.run.take(answer(session.run, generation=2)) for _ in range(4)]
     assert go_on[-1].position == (1, Phase.AVERAGE, 0) and not session._store.steps()
+
+
+def test_of_a_clients_preset_only_model_data_and_task_count_and_it_is_told(caplog):
+    preset = config.Config(clients=5, codec=compress.TopK(0.5), data=config.DataConfig(name="breast_cancer"))
+    options = ClientOptions(client_id=0)
+    with caplog.at_level("INFO"):
+        cfg = own_config(config.Config(), preset, options)
+    assert (cfg.data.name, cfg.clients, cfg.codec) == ("breast_cancer", config.Config.clients, config.Config.codec)
+    assert "the run is the server's, which differs in codec, clients" in caplog.text
+    sets = config.Config(data=config.DataConfig(test_share=0.5))
+    with pytest.raises(ValueError, match=r"data\.test_share must be the same .* got 0\.5 there and 0\.2 in the preset"):
+        own_config(sets, preset, options)

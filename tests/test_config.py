@@ -309,3 +309,31 @@ def test_fields_that_were_renamed_are_read_under_their_first_names():
     tree = config.earlier_names(config.to_json(cfg))
     assert tree["mode"]["head_cut"] == "4" and "tail_cut" not in tree["mode"]
     assert config.from_json(tree) == cfg
+
+
+def test_what_a_run_sets_of_data_model_and_task_is_in_each_partys_own_preset():
+    """A preset's own counts, so what the server was given would be passed over in silence."""
+    own = config.Config(clients=5, batch_size=7, data=config.DataConfig(name="mine.csv", augment="FILE.py:mine"))
+    given = config.Config(data=config.DataConfig(name="theirs.csv", data_dir="there", augment="flip"))
+    for divided in (True, False):
+        config.check_own(given, own, divided=divided)
+    assert config.passed_over(given, own) == ["clients", "batch_size"]
+    assert config.passed_over(given, given) == []
+    sets_alpha = dataclasses.replace(given, data=dataclasses.replace(given.data, alpha=0.1))
+    for run, preset, divided in ((sets_alpha, given, False), (given, sets_alpha, True)):
+        with pytest.raises(
+            ValueError, match=r"data\.alpha must be the same .* got (0\.1 there and None|None there and 0)"
+        ):
+            config.check_own(run, preset, divided=divided)
+    # A client's own data are not divided, and the server need not say how it sets a test set aside.
+    config.check_own(given, sets_alpha, divided=False)
+    deeper = dataclasses.replace(given, model=dataclasses.replace(given.model, activation="gelu"))
+    with pytest.raises(ValueError, match=r"model\.activation must be .* got 'gelu' there and 'relu' in the preset"):
+        config.check_own(deeper, given, divided=False)
+
+
+def test_what_only_decoders_read_is_refused_elsewhere():
+    for name, value in (("text_column", "review"), ("tokenizer", "tokenizer.json"), ("test", "test.txt")):
+        cfg = config.Config(data=config.DataConfig(**{name: value}))
+        with pytest.raises(ValueError, match=rf"data\.{name} must be .* with model\.name='convnet'"):
+            config.check_used(cfg)

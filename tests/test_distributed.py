@@ -342,6 +342,18 @@ def test_a_checkpoint_that_a_client_could_not_save_is_missed(tmp_path):
         it.assert_equal_to_program()
 
 
+def test_a_checkpoint_does_not_wait_for_a_client_that_was_dropped(tmp_path):
+    """The others can go on from it; the dropped one comes back with the part of one of them."""
+    with net(tmp_path, SMALL, stragglers="drop", deadline_seconds=2.0) as it:
+        it.start_clients().run_to(1)
+        it.stores[1].slow = True
+        it.run_to(2)
+        it.kill(1)  # while its own of step 2 is being written
+        it.run_to(3)
+        assert it.stores["server"].latest() == 2 and it.counted("failed_saves") == 0
+        assert it.server.run.restore() == (2, (0, 2, 3))
+
+
 def test_old_copies_behind_the_new_request_change_nothing(tmp_path):
     """They come while it waits for another client's: its place is taken, its answer is that of the new one."""
     said = []

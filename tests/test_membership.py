@@ -36,7 +36,8 @@ def test_who_is_not_ready_is_said_after_every_deadline():
     run.come(1)
     for _ in range(2):
         assert not of(run.wait(9.0), do.Warn)
-        assert of(run.wait(1.0), do.Warn) == [do.Warn("training waits for clients [0, 2] to be ready")]
+        (said,) = of(run.wait(1.0), do.Warn)
+        assert said.text == "training waits for clients [0, 2] to be ready: start those that do not run"
     assert run.stage is Stage.GATHERING
 
 

@@ -23,7 +23,7 @@ from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
-from msjax.distributed.server_program import ServerProgram, write_missing_part
+from msjax.distributed.server_program import ServerProgram, finish
 from msjax.distributed.stores import Held
 from msjax.parts import load_part
 from msjax.runs import RunFolder, plots
@@ -119,9 +119,12 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
     assert summary["test"] == server.test.means(server.spec.task)
     file = net.folder.path / "server.safetensors"
     part = load_part(file)
-    assert not write_missing_part(net.cfg, net.folder)
-    file.unlink()
-    assert write_missing_part(net.cfg, net.folder)
+    assert finish(net.cfg, net.folder) == []
+    # As where the server ends after it has told all clients that training is over, who then have gone.
+    for name in ("server.safetensors", "summary.json", "metrics.jsonl"):
+        (net.folder.path / name).unlink()
+    assert finish(net.cfg, net.folder) == ["server.safetensors", "summary.json"]
+    assert net.folder.read_summary() == summary and len(net.folder.read_history()) == 1
     anew = load_part(file)
     assert (anew.run_id, anew.step) == (part.run_id, part.step)
     jax.tree.map(np.testing.assert_array_equal, anew[1:3], part[1:3])

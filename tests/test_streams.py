@@ -12,7 +12,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import training
 from msjax.distributed.rpc.event_loop import event_loop
-from msjax.distributed.rpc.security import Tokens
+from msjax.distributed.rpc.security import Rate, Tokens
 from msjax.distributed.rpc.training import TrainServicer
 
 HELLO = pb.FromClient(hello=pb.Hello(protocol=5, client=0))
@@ -197,3 +197,15 @@ def test_who_asks_and_does_not_read_is_closed(servicer):
     assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "answers must be read, but more than 16 wait"
     servicer.carry(Send(session, WELCOME))  # to nobody
     assert greet(servicer).closed.empty()
+
+
+@pytest.mark.parametrize("per_second", [0.05, 1.0, 4.0])
+def test_a_rate_takes_the_first_message_at_once_and_then_so_many_a_second(per_second):
+    now = [100.0]
+    rate = Rate(per_second, clock=lambda: now[0])
+    burst = max(1, int(per_second))
+    assert [rate.delay() for _ in range(burst)] == [0.0] * burst
+    for _ in range(3):
+        delay = rate.delay()
+        assert delay == pytest.approx(1 / per_second)
+        now[0] += delay

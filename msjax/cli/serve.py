@@ -27,7 +27,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import MOST_SESSIONS, PartOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.server_program import ServerProgram, listen, write_missing_part
+from msjax.distributed.server_program import ServerProgram, finish, listen
 from msjax.paths import existing_file
 from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
@@ -64,12 +64,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
             )
-        if folder.read_summary() is not None:
-            if write_missing_part(cfg, folder):
-                print(f"written anew from the last checkpoint: {folder.path}/server.safetensors")
-                return 0
-            raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         folder.checkpoints.lock()
+        if written := finish(cfg, folder):
+            folder.close()
+            print(f"written from the last checkpoint, in {folder.path}: {', '.join(written)}")
+            return 0
+        if folder.read_summary() is not None:
+            folder.close()
+            raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
         moved, rest = with_places(cfg, rest)
         description = f"Go on serving a run, by default with the options it had. Where its files are now: {PLACES}."
         had = ServeOptions.read(folder.path / OPTIONS)

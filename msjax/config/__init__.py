@@ -8,8 +8,10 @@ from msjax.config._codecs import named, parse_codec
 from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
 from msjax.config._references import (
     call_reference,
+    check_own,
     check_received,
     is_local_path,
+    passed_over,
     references,
     resolve,
     with_own,
@@ -41,6 +43,7 @@ __all__ = [
     "TaskConfig",
     "by_name",
     "call_reference",
+    "check_own",
     "check_received",
     "check_used",
     "earlier_names",
@@ -51,6 +54,7 @@ __all__ = [
     "load_preset",
     "named",
     "parse_codec",
+    "passed_over",
     "references",
     "resolve",
     "save",

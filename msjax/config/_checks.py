@@ -105,6 +105,10 @@ def check_used(config: Any, preset: Any = None) -> None:
         "data.image_size": ("data.name", not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer"),
         "data.normalize": ("data.name", name.endswith(".npz")),
         "data.label": ("data.name", name.endswith(".csv")),
+        **{
+            f"data.{own}": ("model.name", config.model.name == "decoder")
+            for own in ("text_column", "tokenizer", "test")
+        },
     }
     for field, (other, is_used) in uses.items():
         section, _, own = field.partition(".")

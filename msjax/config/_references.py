@@ -12,6 +12,16 @@ from msjax.config._checks import REFERENCES
 from msjax.config._sections import Config
 from msjax.references import call, is_reference, resolve_in
 
+_OWN_SECTIONS = ("model", "lora", "data", "task")
+_PLACES = (
+    *(f"data.{name}" for name in ("name", "data_dir", "cache_dir", "streamed", "workers", "tokenizer", "test")),
+    "model.weights",
+    "model.decoder",
+)
+"""What each party may have elsewhere, or read in another way."""
+_DIVISION = ("data.alpha", "data.test_share")
+"""What says which samples are whose, where all parties have the same data."""
+
 
 def without_paths(config: Config) -> Config:
     """Returns the config without where data, presets and runs lie on one machine, and how many workers read them.
@@ -105,7 +115,46 @@ def references(config: Config) -> dict[str, str]:
 
 def with_own(config: Config, own: Config) -> Config:
     """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
-    return dataclasses.replace(config, model=own.model, lora=own.lora, data=own.data, task=own.task)
+    return dataclasses.replace(config, **{section: getattr(own, section) for section in _OWN_SECTIONS})
+
+
+def check_own(config: Config, own: Config, *, divided: bool) -> None:
+    """Checks that a party's own preset says of model, data and task what the run's config says, see `with_own`.
+
+    Only what the config sets away from its default has to be the same: the party whose config this is need not have
+    data. Files, folders and functions of presets are each party's own.
+
+    Args:
+      divided: whether the party takes its share of data that all have; then all must divide them alike.
+
+    Raises:
+      ValueError: a field differs.
+    """
+    for section in _OWN_SECTIONS:
+        run, mine = getattr(config, section), getattr(own, section)
+        for field in dataclasses.fields(run):
+            name, value, other = f"{section}.{field.name}", getattr(run, field.name), getattr(mine, field.name)
+            needed = value != field.default or (divided and name in _DIVISION)
+            if value == other or not needed or name in _PLACES:
+                continue
+            if not any(isinstance(one, str) and is_reference(one) for one in (value, other)):
+                raise ValueError(
+                    f"{name} must be the same in the run's config and in this party's own preset, which counts here: "
+                    f"got {value!r} there and {other!r} in the preset"
+                )
+
+
+def passed_over(config: Config, own: Config) -> list[str]:
+    """Returns the names of fields of a party's own preset that the run's config has otherwise: those of the run count.
+
+    Without those of `with_own` and `out`; a field that has its default in the preset says nothing.
+    """
+    found = []
+    for field in dataclasses.fields(own):
+        value = getattr(own, field.name)
+        if field.name not in (*_OWN_SECTIONS, "out") and value not in (getattr(config, field.name), field.default):
+            found.append(field.name)
+    return found
 
 
 def resolve(name: str, reference: str) -> Any:

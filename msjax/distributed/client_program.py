@@ -221,10 +221,15 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
     """Returns the server's config with model, data and task of this client's preset, or with its copies of files.
 
     Raises:
-      ValueError: the server's config names functions of a preset, weights or a tokenizer, and there are none here; or
-        it says where on this machine something is to be read or written.
+      ValueError: the server's config sets another model, data or task than the preset has; or, without a preset, it
+        names functions of one, weights or a tokenizer, and there are none here, or it says where on this machine
+        something is to be read or written.
     """
     if preset is not None:
+        config.check_own(cfg, preset, divided=not options.own_data)
+        if unused := config.passed_over(cfg, preset):
+            said = "of this client's preset model, data and task count; the run is the server's, which differs in %s"
+            log.info(said, ", ".join(unused))
         return build.resolved(config.with_own(cfg, preset))
     if named := config.references(cfg):
         field, value = next(iter(named.items()))

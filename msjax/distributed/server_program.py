@@ -152,7 +152,8 @@ class ServerProgram:
             drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
         finally:
             self._close_events()
-        return self._write_summary()
+        self._save_end()
+        return _write_results(self.cfg, self.folder, self.coordinator.run.spec, self.history)
 
     def stop(self, reason: str) -> None:
         """Ends training at the next opportunity; from any thread, or a signal's handler."""
@@ -267,21 +268,8 @@ class ServerProgram:
         except OSError as error:
             log.error("no counts of bytes: %s", error)
 
-    def _write_summary(self):
-        last, headline, cfg = self.history[-1], self.coordinator.run.spec.task.headline, self.cfg
-        summary = {"headline": headline}
-        summary |= {name: last[name] for name in ("train", "test", "test_samples", "traffic") if name in last}
-        summary |= {"config": config.to_json(self.cfg), "environment": environment()}
-        self._save_end()
-        self.folder.write_history(self.history)
-        self.folder.write_summary(summary)
-        if plots.available():
-            title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
-            plots.draw_curves(self.history, headline, title, self.folder.path / "curves.png")
-        return summary
-
     def _save_end(self):
-        """Keeps what `write_missing_part` needs: all clients have ended, so that nobody goes back any more."""
+        """Keeps what `finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
         try:
             write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
@@ -302,15 +290,31 @@ def record_of_test(sums: MetricSums, spec: RunSpec, epoch: int) -> dict[str, Any
     return record
 
 
-def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
-    """Writes the part of a finished run anew where its file is gone, from the last checkpoint.
+def _write_results(cfg, folder, spec, history):
+    """Writes what a finished run leaves in its folder beside the server's part; returns the summary."""
+    last, headline = history[-1], spec.task.headline
+    summary = {"headline": headline}
+    summary |= {name: last[name] for name in ("train", "test", "test_samples", "traffic") if name in last}
+    summary |= {"config": config.to_json(cfg), "environment": environment()}
+    folder.write_history(history)
+    if plots.available():
+        title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
+        plots.draw_curves(history, headline, title, folder.path / "curves.png")
+    folder.write_summary(summary)  # last: a run that has one is finished
+    return summary
+
+
+def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
+    """Writes what a run lacks that is trained to the end, without its clients, which may have gone.
 
     Returns:
-      Whether it did; not where the file is there, or the checkpoint of the end is not.
+      The names of the files: server.safetensors where it is gone, and summary.json where the server ended before it was
+      written. None where nothing is missing, or there is no checkpoint of the end.
     """
     path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
-    if path.exists() or not described.exists():
-        return False
+    lacks_part, lacks_summary = not path.exists(), folder.read_summary() is None
+    if not (lacks_part or lacks_summary) or not described.exists():
+        return []
     try:
         samples, test_samples, description = json.loads(described.read_text("utf-8"))
         summary = agreement.summary_of(description)
@@ -319,16 +323,20 @@ def write_missing_part(cfg: config.Config, folder: RunFolder) -> bool:
     parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
     spec = _describe(cfg, parts, samples, test_samples, description)
     party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
-    store = ServerStore(folder.path / "checkpoints", {})
+    progress: dict[str, Any] = {}
+    store = ServerStore(folder.path / "checkpoints", progress)
     try:
         step = store.latest()
         if step != spec.schedule.total_steps:
-            return False
+            return []
         store.restore(step, party)
     finally:
         store.close()
-    save_trained(path, "server", party.state, cfg, summary, run_id=_run_id(folder), step=step)
-    return True
+    if lacks_part:
+        save_trained(path, "server", party.state, cfg, summary, run_id=_run_id(folder), step=step)
+    if lacks_summary:
+        _write_results(cfg, folder, spec, progress["history"])
+    return lacks_part * ["server.safetensors"] + lacks_summary * ["summary.json"]
 
 
 def _describe(cfg, parts, samples, test_samples, description):

@@ -42,6 +42,8 @@ class _Held(NamedTuple):
 
     step: int
     content: Any
+    clients: set[int]
+    """That can go on from it."""
     waits_for: set[int]
 
 
@@ -50,7 +52,7 @@ class ServerRun:
 
     Args:
       make_state: makes the server's part as it is before the first step.
-      store: of checkpoints: `latest()`, `hold(server)`, `save(step, held)`, `check()`, `wait()`,
+      store: of checkpoints: `latest()`, `hold(server)`, `save(step, held, **more)`, `check()`, `wait()`,
         `restore(step, server)`, `forget(server)`.
       progress: what the store saves with each checkpoint and brings back.
       failed_save: called where a checkpoint could not be written.
@@ -228,8 +230,7 @@ class ServerRun:
         if not relayed and (failed := [c for c, it in came.items() if not it.request.saved]):
             self._missed(exchange.step, f"{_names(failed)} could not save")
             return
-        self._progress[_CLIENTS] = sorted(came)
-        self._held = _Held(exchange.step, self._store.hold(self.party), set() if relayed else set(came))
+        self._held = _Held(exchange.step, self._store.hold(self.party), set(came), set() if relayed else set(came))
 
     def _write_held(self, came):
         """Begins to write what is held, once every client has said that its own of this step is complete.
@@ -238,14 +239,17 @@ class ServerRun:
         """
         if (held := self._held) is None:
             return
-        held.waits_for.difference_update({c for c, it in came.items() if it.request.saved_step == held.step})
+        # Who should have come, and has not, was dropped, and comes back with the part of another.
+        dropped = held.waits_for.intersection(self.exchange.clients) - came.keys()
+        held.clients.difference_update(dropped)
+        held.waits_for.difference_update(dropped, (c for c, it in came.items() if it.request.saved_step == held.step))
         if not held.waits_for:
             self._held = None
-            self._checked(self._store.save, held.step, held.content)
+            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: sorted(held.clients)})
 
-    def _checked(self, save, *args):
+    def _checked(self, save, *args, **options):
         try:
-            save(*args)
+            save(*args, **options)
         except OSError as error:
             # Training goes on; what is lost, should the server die, is the time since the last checkpoint.
             log.error("no checkpoint: %s", error)

@@ -105,10 +105,14 @@ class ServerStore(ClientStore):
         constants = {} if digest_ is None else {_CONSTANTS: digest_}
         return Held(tree, copy.deepcopy(sums | constants | self._progress))
 
-    def save(self, step: int, held: Held) -> None:
-        """Begins to save the server's state before a step, in place of older ones; raises OSError as of a client."""
+    def save(self, step: int, held: Held, **more: Any) -> None:
+        """Begins to save the server's state before a step, in place of older ones; raises OSError as of a client.
+
+        Args:
+          more: JSON-ready values by name, remembered beside `progress` and put back with it.
+        """
         self._before_save()
-        self._checkpoints.save(step, *held)
+        self._checkpoints.save(step, held.tree, held.progress | more)
 
     def restore(self, step: int, party: Server) -> None:
         """Puts the server's state before a step into `party`.

@@ -256,7 +256,8 @@ class _Transition:
                 self._set_client(c, active=False)
             self._restore(again=False)
         elif self._passed(self.state.deadline):
-            self._do(do.Warn(f"training waits for {awaited} to be ready"))
+            fewer = ", or give policy.start_clients" if self.state.policy.stragglers == "drop" else ""
+            self._do(do.Warn(f"training waits for {awaited} to be ready: start those that do not run{fewer}"))
             self._set(deadline=self._later())
 
     def _awaited(self, missing):

@@ -116,9 +116,9 @@ def _write_results(cfg, folder, run, finished, digests):
         "config": config.to_json(cfg),
         "environment": environment(),
     }
-    folder.write_summary(summary)
     if plots.available():
         plots.draw_curves(finished.history, headline, f"{run.title}: {cfg.codec}", folder.path / "curves.png")
+    folder.write_summary(summary)  # last: a run that has one is finished
     return summary
 
 

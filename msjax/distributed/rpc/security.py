@@ -69,18 +69,19 @@ def check_plaintext(address: Address, tls: TlsFiles, insecure: bool) -> None:
 
 
 class Rate:
-    """Holds a sender to `per_second` messages a second, after as many at once: who is too fast has to wait.
+    """Holds a sender to `per_second` messages a second, after as many at once, or one: who is too fast has to wait.
 
     Who is not read from is held back by gRPC's flow control, so nothing piles up.
     """
 
-    def __init__(self, per_second: float):
-        self._per_second, self._left, self._last = per_second, per_second, time.monotonic()
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic):
+        self._per_second, self._most, self._clock = per_second, max(1.0, per_second), clock
+        self._left, self._last = self._most, clock()
 
     def delay(self) -> float:
         """Returns for how many seconds the message that has come must wait; to be asked once a message."""
-        now = time.monotonic()
-        self._left = min(self._per_second, self._left + (now - self._last) * self._per_second) - 1
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._last) * self._per_second) - 1
         self._last = now
         return max(0.0, -self._left / self._per_second)
 
