@@ -47,7 +47,7 @@ class TrainedPart(NamedTuple):
       apply: the part's function; None of a user's model that was not given.
       part: "client" or "server"; of a model of one's own also "tail"; or "network", all of them merged.
       config: of the run that trained it, without the paths of its machine; None where it was started from Python.
-      summary: of the data set: one input, classes, what inputs are normalised by; None likewise.
+      summary: of the data set: one input, classes, what inputs are normalised by; None where nobody told it.
       run_id: names the run that trained it: parts of one run have the same.
       step: how many steps it was trained for.
       tail: U-shaped: the function of the client's layers behind the server's.
@@ -104,6 +104,7 @@ def save_part(
     trained: Any,
     *,
     description: dict[str, Any] | None = None,
+    summary: build.DataSummary | None = None,
     step: int = 0,
     up_bits: float | None = None,
 ) -> None:
@@ -112,7 +113,7 @@ def save_part(
     Args:
       part: one of `models.PARTS`.
       description: of the run that trained it, JSON-ready.
-      up_bits: see `TrainedPart`.
+      summary, up_bits: see `TrainedPart`.
 
     Raises:
       ValueError: `part` is none of `models.PARTS`, or `up_bits` not what `load_part` takes.
@@ -123,7 +124,8 @@ def save_part(
     if not _may_aim(part, None, up_bits):
         raise ValueError(f"up_bits must be above 0 and at most 64, and only of a client, got {up_bits} of {part!r}")
     header = {"format": _OWN_FORMAT, "part": part, "step": str(step), "description": json.dumps(description or {})}
-    _write(path, trained, header | _aim(up_bits))
+    info = {} if summary is None else {"info": json.dumps(summary.to_json())}
+    _write(path, trained, header | info | _aim(up_bits))
 
 
 def _may_aim(part, cfg, up_bits):
@@ -188,7 +190,8 @@ def load_part(
     try:
         own = header["format"] == _OWN_FORMAT
         cfg = None if own else config.from_json(json.loads(header["config"]), preset=preset)
-        summary = None if own else build.DataSummary.from_json(json.loads(header["info"]))
+        told = not own or "info" in header  # earlier versions did not tell it of a model of one's own
+        summary = build.DataSummary.from_json(json.loads(header["info"])) if told else None
         part, run_id, step = header["part"], header.get("run", ""), int(header["step"])
         up_bits = float(header["up_bits"]) if "up_bits" in header else None
         description = json.loads(header.get("description", "{}")) if own else None

@@ -180,6 +180,12 @@ def test_as_dataset_errors():
         ((IMAGES, CLASSES, CLASSES), "two such pairs or four arrays, got a tuple of 3"),
         ({"a": IMAGES}, "the dict must have arrays named x_train"),
         (7, "or have __len__ and __getitem__, got int"),
+        (types.SimpleNamespace(dataset=[(IMAGES[0], 0)]), "got SimpleNamespace: batches .* so give its .dataset"),
+        (iter([]), "got list_iterator: samples are drawn anew in each epoch, so they must be found by number"),
+        (
+            ((IMAGES, IMAGES), (CLASSES, CLASSES)),
+            r"\(a tuple of two pairs is taken for what to train and what to test on",
+        ),
     ):
         with pytest.raises(data.DataError, match=message):
             data.as_dataset(value)

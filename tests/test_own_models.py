@@ -503,3 +503,70 @@ def test_a_linen_module_that_cannot_be_hashed_is_named():
         TypeError, match=r"client must have fields that can be hashed, tuples rather than lists; Listed"
     ):
         models.as_parts((Listed([3]), LinenHead()), jax.ShapeDtypeStruct((2, 4), jnp.float32))
+
+
+QUICK = {"clients": 2, "batch_size": 6, "epochs": 1}
+
+
+def test_a_trained_part_says_how_its_inputs_are_made(unchecked, tmp_path):
+    """Whoever uses it elsewhere has the images as they are; taken so, the outputs would be wrong in silence."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 6, 6, 3)).astype(np.uint8), np.arange(24) % 3
+    client = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
+    server = nnx.Sequential(lambda h: h.mean((1, 2)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    result = msjax.train((client, server), (images, labels), folder=str(tmp_path), **QUICK)
+    part = msjax.load_part(tmp_path / "client.safetensors", client)
+    assert part.summary.classes == result.summary.classes and part.summary.mean == result.summary.mean is not None
+    x = data.normalize(images[:3], part.summary.mean, part.summary.std)
+    h, _ = part.apply(part.params, part.stats, x, train=False)
+    outputs, _ = result.server.apply(result.server.params, result.server.stats, h, train=False)
+    np.testing.assert_allclose(outputs, result.predict(images[:3]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(data.DataError, match="inputs must be given as they are stored, as the data set has not stand"):
+        result.predict(images[:3], raw=True)
+
+
+def test_predictions_of_rows_as_they_were(unchecked):
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    rows = (1000 + 50 * rng.normal(size=(24, 5))).astype(np.float32)
+    ds = data.from_arrays((rows, rows[:, 0] / 50 - 20), normalize=True)
+    model = nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 1, rngs=nnx.Rngs(1)))
+    result = msjax.train(model, ds, cut=2, task="regression", **QUICK)
+    stored = result.predict(ds.train.fetch(np.arange(3))[0])
+    np.testing.assert_allclose(result.predict(rows[:3], raw=True), stored, rtol=1e-5)
+    frame = pandas.DataFrame(rows[:3], columns=[column.name for column in result.summary.columns])
+    np.testing.assert_allclose(result.predict(frame, raw=True), stored, rtol=1e-5)
+    with pytest.raises(data.DataError, match=r"inputs must have 5 columns, got the shape \[3, 4\]"):
+        result.predict(rows[:3, :4], raw=True)
+
+
+def test_clients_have_the_samples_that_they_are_given(unchecked, tmp_path):
+    x = np.arange(20, dtype=np.float32)[:, None]
+    model = lambda: nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1)))  # noqa: E731
+    plain = {"cut": 1, "task": "regression", "codec": compress.Identity(), "epochs": 1, "batch_size": 10}
+    shares = [np.arange(4), np.arange(4, 20)]
+    seen = {}
+
+    def of(*shares, **options):
+        options = plain | {"clients": len(shares)} | options
+        return msjax.train(model(), (x, x[:, 0]), division=shares, **options)
+
+    seen["both"] = of(*shares, folder=str(tmp_path))
+    # Each draws 10 of the 20: the first goes through its own more than once.
+    assert seen["both"].spec.schedule.samples == 10
+    # Ten samples of one client are those of two that hold half of them each, where nothing is random but their order.
+    whole, halves = of(np.arange(10), epochs=3), of(np.arange(5), np.arange(5, 10), epochs=3, batch_size=5)
+    for a, b in zip(jax.tree.leaves(whole.client.params), jax.tree.leaves(halves.client.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"folder must be new or that of the same run, .* differs in division"):
+        of(*shares[::-1], folder=str(tmp_path))
+    for wrong, message in (
+        ([shares[0]], "division must have the samples of each of 2 clients, got those of 1"),
+        ([shares[0], shares[1] + 1], r"division must have indices in 0\.\.19, got 5 to 20 of client 1"),
+        ([shares[0], shares[1] - 1], "division must have each sample once, got the index 3 twice"),
+        ([shares[0], []], r"division must have integers \(n,\) of each client, one at least, got float64 \(0,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of(*wrong, clients=2)
+    with pytest.raises(ValueError, match=r"alpha must be None with a division, got 0\.1"):
+        of(*shares, alpha=0.1)

@@ -170,7 +170,7 @@ def test_numbers_of_a_regression(tmp_path, capsys):
     found = run(capsys, *given, tmp_path / "x.npz")
     np.testing.assert_allclose([[float(v) for v in line.split("\t")[1:]] for line in found], expected, rtol=1e-3)
     np.savez(tmp_path / "x.npz", x[:, :3])
-    assert "must have 4 columns, got 3" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
+    assert "must have 4 columns, got the shape [6, 3]" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
     np.savez(tmp_path / "x.npz", x[0])
     assert "along its first axis, got the shape [4] of one" in run(capsys, *given, tmp_path / "x.npz", expect=2)[0]
     np.savez(tmp_path / "x.npz", x[:0])

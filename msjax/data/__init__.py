@@ -25,7 +25,7 @@ from msjax.data._csv import from_csv
 from msjax.data._dataset import Arrays, Dataset, Split, split_digest
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
-from msjax.data._inputs import Inputs, read_inputs
+from msjax.data._inputs import Inputs, read_inputs, standardized_inputs
 from msjax.data._load import load
 from msjax.data._reader import Read, Reader
 from msjax.data._records import TEXT_LENGTH, VOCABULARY
@@ -85,6 +85,7 @@ __all__ = [
     "read_inputs",
     "read_texts",
     "split_digest",
+    "standardized_inputs",
     "stream",
     "table_inputs",
     "tokens_of",

@@ -60,16 +60,32 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
         raise DataError(f"data must be (inputs, labels), got one {type(value).__name__}{hint}")
     raise DataError(
         "data must be a Dataset, arrays (inputs, labels), a path of an .npz, .csv, .txt or .jsonl file or a folder of "
-        f"images, the name of a set, or have __len__ and __getitem__, got {type(value).__name__}"
-        + (": give (inputs, labels) as a tuple" if isinstance(value, list) and len(value) == 2 else "")
+        f"images, the name of a set, or have __len__ and __getitem__, got {type(value).__name__}" + _hint(value)
     )
+
+
+def _hint(value: Any) -> str:
+    """What to give in place of a value that cannot be data."""
+    if isinstance(value, list) and len(value) == 2:
+        return ": give (inputs, labels) as a tuple"
+    if _is_sequence(getattr(value, "dataset", None)):
+        return ": batches and their order are msjax's own, so give its .dataset"
+    if hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
+        return ": samples are drawn anew in each epoch, so they must be found by number, not only one after the other"
+    return ""
 
 
 def _from_tuple(value: tuple, options: dict[str, Any]) -> Dataset:
     if len(value) == 4:
         return from_arrays(value[:2], value[2:], **options)
     if len(value) == 2 and all(isinstance(part, tuple) and len(part) == 2 for part in value):
-        return from_arrays(*value, **options)
+        try:
+            return from_arrays(*value, **options)
+        except DataError as error:
+            raise DataError(
+                f"{error} (a tuple of two pairs is taken for what to train and what to test on; inputs or labels that "
+                "are several arrays can be dicts)"
+            ) from error
     if len(value) == 2 and all(_is_sequence(part) for part in value):
         return from_sequence(*value, **options)
     if len(value) == 2:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped, UInt8
 
@@ -69,7 +70,7 @@ def augment(
 
 
 def normalize(
-    inputs: Shaped[Array, "..."],
+    inputs: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
     mean: Any,
     std: Any,
     dtype: DTypeLike = jnp.float32,
@@ -95,6 +96,7 @@ def normalize(
         ValueError: tokens are to become floats, or the other way round: model and data set do not go together; or
             `maximum` is not positive, or is missing where only it can say what the inputs are.
     """
+    inputs = jnp.asarray(inputs)
     tokens, dtype = inputs.dtype == jnp.int32 and maximum is None, jnp.dtype(dtype)
     if tokens != (dtype == jnp.int32):
         kind, other = ("tokens", "numbers") if tokens else ("numbers", "tokens")

@@ -101,8 +101,13 @@ def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where
     return tuple(found)
 
 
-def table_inputs(columns: Sequence[Column], table: np.ndarray, where: str) -> np.ndarray:
+def table_inputs(columns: Sequence[Column], table: np.ndarray, where: str = "the table") -> np.ndarray:
     """float32 (N, one a name): the rows of a table as `measure_table` takes it.
+
+    Args:
+        columns: as `Dataset.columns` has them.
+        table: float64 (N, a column each), a text as its number among the column's `texts`.
+        where: what an error calls the table.
 
     Raises:
         DataError: a value is missing that must not be; its row and column are named.

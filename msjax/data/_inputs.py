@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,20 +134,42 @@ def _from_npz(path: Path, like: jax.ShapeDtypeStruct, columns: Sequence[Column] 
     if found.shape == like.shape or found.ndim < len(like.shape) + 1 - is_grey:
         raise DataError(f"{role} must have inputs along its first axis, got the shape {list(found.shape)} of one")
     array = convert_inputs(found, role, wide=columns is not None)
-    if columns is None:
-        pass
-    elif any(column.texts for column in columns):
-        raise DataError(f"{path} must be a .csv file, as the network was trained on a table with columns of texts")
-    elif array.ndim == 2:
-        if array.shape[1] != len(columns):
-            raise DataError(f"{role} must have {len(columns)} columns, got {array.shape[1]}")
-        array = table_inputs(columns, array, str(path))
-    else:
-        array = standardized(array, columns)
+    if columns is not None:
+        if any(column.texts for column in columns):
+            raise DataError(f"{path} must be a .csv file, as the network was trained on a table with columns of texts")
+        array = _standardized(array, columns, role)
     if (array.shape[1:], array.dtype) != (like.shape, like.dtype):
         got = f"{array.dtype}{list(array.shape[1:])}"
         raise DataError(f"{role} must have inputs such as the network takes, {_shown(like)}, got {got}")
     return array
+
+
+def standardized_inputs(values: Any, columns: Sequence[Column] | None) -> np.ndarray:
+    """Inputs as a `Dataset` stores them, of values as they were before it standardised them.
+
+    Args:
+        values: a pandas.DataFrame, of which other columns are passed over, or numbers, (N, columns) or (N, ..., C).
+        columns: `Dataset.columns`.
+
+    Raises:
+        DataError: there are no columns, or the values do not fit them.
+    """
+    if columns is None:
+        raise DataError("inputs must be given as they are stored, as the data set has not standardised them")
+    if hasattr(values, "columns"):
+        return TableFormat("", None, columns).inputs(values)
+    if any(column.texts for column in columns):
+        raise DataError(
+            f"inputs must be a pandas.DataFrame, as there are columns of texts, got {type(values).__name__}"
+        )
+    return _standardized(convert_inputs(np.asarray(values), "inputs", wide=True), columns, "inputs")
+
+
+def _standardized(array: np.ndarray, columns: Sequence[Column], role: str) -> np.ndarray:
+    """Of numbers alone: the rows of a table, or the last axis of what has more axes."""
+    if array.shape[-1:] != (len(columns),):
+        raise DataError(f"{role} must have {len(columns)} columns, got the shape {list(array.shape)}")
+    return table_inputs(columns, array, role) if array.ndim == 2 else standardized(array, columns)
 
 
 _USUAL = tuple(

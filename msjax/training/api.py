@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import optax
 
 from msjax import data as data_lib
 from msjax import tasks
-from msjax.build import divide, pixel_maximum
+from msjax.build import DataSummary, divide, pixel_maximum
 from msjax.checks import integer, number, quoted
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig
@@ -43,6 +43,7 @@ class TrainResult(NamedTuple):
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction.
       spec: the description of the run.
+      summary: of the data set: one input, classes, what inputs are normalised by.
       up_bits: with `cut_bits`, the bits that features were aimed at in the end: what to give the codec, as
         `EntropyMask(bits=…)`, with which features cross the cut after training; else None.
     """
@@ -52,6 +53,7 @@ class TrainResult(NamedTuple):
     test: dict[str, float]
     traffic: Traffic
     spec: RunSpec
+    summary: DataSummary
     up_bits: float | None = None
 
     @property
@@ -64,12 +66,19 @@ class TrainResult(NamedTuple):
         """The server's part."""
         return self.parts[1]
 
-    def predict(self, inputs: Any) -> Any:
-        """Returns the outputs of a batch, from inputs as the data set stores them, with nothing compressed.
+    def predict(self, inputs: Any, *, raw: bool = False) -> Any:
+        """Returns the outputs of a batch, with nothing compressed.
+
+        Args:
+          inputs: a batch as the data set stores it: images as they are, rows of a table standardised.
+          raw: of a table, or of other numbers that the data set has standardised: take them as they were before, rows
+            of numbers (N, columns) or a pandas.DataFrame.
 
         Raises:
-          ValueError: the inputs are not such as the network takes.
+          ValueError, data.DataError: the inputs are not such as the network takes, or `raw` of what is stored as it is.
         """
+        if raw:
+            inputs = data_lib.standardized_inputs(inputs, self.summary.columns)
         batch = jax.tree.map(jnp.asarray, inputs)
         try:
             x = self.spec.preprocess(batch)
@@ -102,6 +111,7 @@ def train(
     clients_per_group: int | None = None,
     shard_server: bool = False,
     alpha: float | None = None,
+    division: Sequence[Any] | None = None,
     batch_size: int = 32,
     epochs: int = 10,
     optimizer: optax.GradientTransformation | OptimConfig | None = None,
@@ -156,6 +166,9 @@ def train(
         step, so that a larger part fits; by default each device has all of it. The numbers are the same up to the order
         of sums. With one device it changes nothing.
       alpha: Dirichlet concentration of a label-skewed division; by default an even one.
+      division: in place of `alpha`, of each client the indices of its training samples, as where clients are hospitals
+        or users. However the data are divided, each client draws as many samples in an epoch, N // K of the N that
+        are anyone's: it takes a small share more than once, and of a large one others in each epoch.
       batch_size: samples that each client sends in a step.
       epochs: of the run.
       optimizer: an optax transformation, or an `OptimConfig`; by default SGD as in the paper with a rate of 0.05.
@@ -216,12 +229,17 @@ def train(
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
-    indices, samples = divide(dataset, clients, alpha=alpha, seed=seed)
-    inputs, labels = TreeSpec.of(dataset.input_like), TreeSpec.of(dataset.label_like)
+    indices, samples = (
+        divide(dataset, clients, alpha=alpha, seed=seed)
+        if division is None
+        else _own_division(division, len(dataset.train), clients, alpha)
+    )
+    summary = DataSummary.of(dataset)
+    inputs, labels = summary.inputs, summary.labels
     preprocess = Preprocess(
         dataset.augment if augment is None else augment,
-        None if dataset.mean is None else tuple(map(float, dataset.mean)),
-        None if dataset.std is None else tuple(map(float, dataset.std)),
+        summary.mean,
+        summary.std,
         maximum=pixel_maximum(inputs),
     )
     x = jax.eval_shape(lambda x: preprocess(x), inputs.batch(2))
@@ -259,7 +277,9 @@ def train(
     options = (allow_nonfinite, workers, clients_per_group, shard_server)
     run = loaded.LoadedRun(spec, first, dataset, indices, seed, title, *options)
     loaded.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
-    run_folder = None if folder is None else open_folder(folder, run, optimizer, alpha)
+    run_folder = (
+        None if folder is None else open_folder(folder, run, optimizer, alpha, own_division=division is not None)
+    )
     if run_folder is None or run_folder.checkpoints.latest() is None:  # else it has been told
         warn_of_lost_signs(spec, first.client, dataset.train)
     try:
@@ -267,12 +287,36 @@ def train(
         trained, up_bits = _trained(parts, finished.state), mean_up_bits(finished.state.up_bits)
         if run_folder is not None:
             step = int(finished.state.step)
-            processes.from_first(lambda: write_parts(run_folder, trained, spec, step=step, up_bits=up_bits))
+            processes.from_first(lambda: write_parts(run_folder, trained, spec, summary, step=step, up_bits=up_bits))
     finally:
         if run_folder is not None:
             run_folder.close()
     test = finished.history[-1].get("test", {})
-    return TrainResult(trained, finished.history, test, finished.traffic, spec, up_bits)
+    return TrainResult(trained, finished.history, test, finished.traffic, spec, summary, up_bits)
+
+
+def _own_division(division, count, clients, alpha):
+    """(int32 indices of each client, how many each draws in an epoch), of what a user has given."""
+    if alpha is not None:
+        raise ValueError(f"alpha must be None with a division, got {alpha}")
+    shares = [np.asarray(own) for own in division]
+    if len(shares) != clients:
+        raise ValueError(f"division must have the samples of each of {clients} clients, got those of {len(shares)}")
+    for client, own in enumerate(shares):
+        if own.ndim != 1 or own.dtype.kind not in "iu" or not own.size:
+            raise ValueError(
+                f"division must have integers (n,) of each client, one at least, got {own.dtype} {own.shape} of client "
+                f"{client}"
+            )
+        if own.min() < 0 or own.max() >= count:
+            raise ValueError(
+                f"division must have indices in 0..{count - 1}, got {own.min()} to {own.max()} of client {client}"
+            )
+    everyone = np.concatenate(shares)
+    numbers, times = np.unique(everyone, return_counts=True)
+    if times.max() > 1:
+        raise ValueError(f"division must have each sample once, got the index {numbers[times.argmax()]} twice")
+    return [own.astype(np.int32) for own in shares], everyone.size // clients
 
 
 def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from msjax.build import DataSummary
 from msjax.config import OptimConfig
 from msjax.data import split_digest
 from msjax.models import ModelPart
@@ -11,11 +12,14 @@ from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
 from msjax.runs.folder import json_object
 from msjax.split.spec import RunSpec
+from msjax.split.state import digest
 from msjax.training import processes
 from msjax.training.loaded import LoadedRun
 
 
-def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) -> RunFolder:
+def open_folder(
+    path: str, run: LoadedRun, optimizer: Any, alpha: float | None, *, own_division: bool = False
+) -> RunFolder:
     """Opens or makes the folder of a run, whose optimizer is told from others if it is an `OptimConfig`.
 
     Where there are several processes, the first one looks at it and makes it.
@@ -23,11 +27,11 @@ def open_folder(path: str, run: LoadedRun, optimizer: Any, alpha: float | None) 
     Raises:
       ValueError: it holds another run's checkpoints, or the path is empty or that of a file.
     """
-    processes.from_first(lambda: _make(path, run, optimizer, alpha))
+    processes.from_first(lambda: _make(path, run, optimizer, alpha, own_division))
     return RunFolder(path)
 
 
-def _make(path, run, optimizer, alpha):
+def _make(path, run, optimizer, alpha, own_division):
     folder = pathlib.Path(path)
     if not str(path) or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"folder must be the path of a folder, got {path!r}")
@@ -43,19 +47,23 @@ def _make(path, run, optimizer, alpha):
         "std": preprocess.std,
         "data": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
     }
-    digest = json.loads(json.dumps(described))
+    if own_division:
+        described["division"] = digest(run.client_indices)
+    described = json.loads(json.dumps(described))
     file = folder / "spec.json"
     if file.exists():
-        found = {"loss": digest["loss"]} | json_object(str(file), file.read_text())  # older folders do not say it
-        if found != digest:
-            differing = sorted(n for n in found.keys() | digest.keys() if found.get(n) != digest.get(n))
+        found = {"loss": described["loss"]} | json_object(str(file), file.read_text())  # older folders do not say it
+        if found != described:
+            differing = sorted(n for n in found.keys() | described.keys() if found.get(n) != described.get(n))
+            longer = ". To train it further, give its parts, see load_part, to a run in another folder"
             raise ValueError(
                 f"folder must be new or that of the same run, got {path!r}, whose run differs in {', '.join(differing)}"
+                + (longer if differing == ["epochs"] else "")
             )
     elif (folder / "config.json").exists():
         raise ValueError(f"folder must not be that of a run of the command line, got {path!r}")
     else:
-        write_atomically(file, json.dumps(digest, indent=2) + "\n")
+        write_atomically(file, json.dumps(described, indent=2) + "\n")
 
 
 def describe_optimizer(optimizer: Any) -> str:
@@ -69,9 +77,17 @@ def _describe_loss(loss):
 
 
 def write_parts(
-    folder: RunFolder, parts: tuple[ModelPart, ...], spec: RunSpec, *, step: int, up_bits: float | None
+    folder: RunFolder,
+    parts: tuple[ModelPart, ...],
+    spec: RunSpec,
+    summary: DataSummary,
+    *,
+    step: int,
+    up_bits: float | None,
 ) -> None:
     """Writes the trained parts: client.safetensors, server.safetensors, and where there is one tail.safetensors."""
+    more = {"description": spec.describe(), "summary": summary, "step": step}
     for name, part in zip(("client", "server", "tail"), parts, strict=False):
-        names = {"description": spec.describe(), "step": step, "up_bits": up_bits if name == "client" else None}
-        save_part(folder.path / f"{name}.safetensors", name, part, **names)
+        save_part(
+            folder.path / f"{name}.safetensors", name, part, up_bits=up_bits if name == "client" else None, **more
+        )
