@@ -15,6 +15,7 @@ _SAMPLE = 1 << 14  # values that the step is chosen from
 _PER_OCTAVE = 64  # steps are powers of 2^(1/64), so that programs which round otherwise still choose the same
 _FINEST, _COARSEST = -15 * _PER_OCTAVE, 3 * _PER_OCTAVE  # against the largest value, which float16 is to hold in steps
 _FINEST_WHOLE = -11 * _PER_OCTAVE  # and here as a whole number
+_BLOCK = 128  # values that are added up in order
 _TELLING = 64  # values of the sample that are not zero: fewer say little of the others
 _UNREACHED = 1e6  # errors and bits: more is the same
 
@@ -168,10 +169,35 @@ class _Sample(NamedTuple):
         # As integers, whose order is the same: XLA's CPU takes four to ten times as long to sort floats. −0 becomes 0.
         bits = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
         values = lax.bitcast_convert_type(jnp.sort(bits), jnp.float32)
-        # On a CPU `jnp.cumsum` takes twice as long.
-        sums = (lax.associative_scan(jnp.add, terms) for terms in (values, values**2))
-        sums = (jnp.concatenate([terms[:1] * 0, terms]) for terms in sums)
-        return cls(values, *sums)
+        sums = _running_sums(jnp.stack([values, values**2]))
+        return cls(values, *jnp.concatenate([sums[:, :1] * 0, sums], axis=1))
+
+
+def _running_sums(terms):
+    """Sums of the first 1 … n of each row, (rows, n)."""
+    if any(axis is not None for axis in jax.typeof(terms).sharding.spec):
+        return _sums_as_tree(terms)  # others reshape across the sharded axis
+    return lax.platform_dependent(terms, cpu=_sums_by_blocks, default=_sums_as_tree)
+
+
+def _sums_as_tree(terms):
+    return lax.associative_scan(jnp.add, terms, axis=1)
+
+
+def _sums_by_blocks(terms):
+    """In order within blocks, and over these: on a CPU in half of the time of others, and compiled in a quarter."""
+
+    def add(total, values):
+        total += values
+        return total, total
+
+    rows, n = terms.shape
+    blocks = jnp.pad(terms, ((0, 0), (0, -n % _BLOCK))).reshape(rows, -1, _BLOCK)
+    zero = blocks[:, :, 0] * 0  # made of data, so that it varies over a mesh as the data does
+    totals, within = lax.scan(add, zero, jnp.moveaxis(blocks, 2, 0))
+    _, until = lax.scan(add, zero[:, 0], totals.T)
+    before = jnp.concatenate([zero[:, :1], until.T[:, :-1]], axis=1)
+    return jnp.moveaxis(within + before[None], 0, 2).reshape(rows, -1)[:, :n]
 
 
 def _step(at):
