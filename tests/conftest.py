@@ -54,12 +54,15 @@ STRICT_MODULES = (
     "test_claims",
     "test_codecs",
     "test_entropy_mask",
+    "test_exact",
     "test_feature_memory",
     "test_random",
     "test_select",
     "test_straight_through",
     "test_wire",
     "test_wire_classes",
+    "test_wire_damage",
+    "test_wire_hostile",
 )
 """Tests of `msjax.compress` and `msjax.wire`, which promote nothing implicitly. Flax and optax do, here and there, so
 other tests stay out."""

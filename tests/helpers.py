@@ -36,9 +36,12 @@ def assert_same(a, b):
 
 
 def assert_close(a, b, tolerance):
-    """Every leaf of two trees agrees to `tolerance` of its norm."""
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    """Every leaf of two trees, which have some, agrees to `tolerance` of its norm."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert pairs
+    for left, right in pairs:
         left, right = np.float64(left), np.float64(right)
+        assert left.shape == right.shape
         assert np.linalg.norm(left - right) <= tolerance * max(1e-3, np.linalg.norm(right)), (left, right)
 
 

@@ -69,9 +69,14 @@ def make_parties(cfg, counts=(COUNT, TEST_COUNT), **options):
     return parties.Server(run.spec, run.server, cfg.seed), clients
 
 
-def load_program(cfg, monkeypatch, *, spread):
-    """The run in one program on uneven data: over several devices where `spread`, else on one."""
-    monkeypatch.setattr(data, "load", lambda *args, **options: dataset(*UNEVEN))
+def even(clients):
+    """Counts with two batches of ten for each client, and test rounds that are alike: of each program one is made."""
+    return 20 * clients, 10 * clients
+
+
+def load_program(cfg, monkeypatch, *, spread, counts=UNEVEN):
+    """The run in one program, by default on uneven data: over several devices where `spread`, else on one."""
+    monkeypatch.setattr(data, "load", lambda *args, **options: dataset(*counts))
     if not spread:
         monkeypatch.setattr(loaded, "make_mesh", lambda clients: None)
     run = from_config.load_run(cfg)

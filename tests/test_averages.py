@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import msjax
-from msjax import build, compress, config, data, models, wire
+from msjax import build, compress, data, models, wire
 from msjax.runs import RunFolder
 from msjax.runs.progress import Progress
 from msjax.split import averages, modes, parties
@@ -134,15 +134,9 @@ def test_a_client_that_comes_back_goes_on_with_the_others_part(tmp_path, mode):
 
 @pytest.mark.slow
 def test_a_run_that_is_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    cfg = config.Config(
-        model=config.ModelConfig(width=0.125),
-        clients=3,
-        batch_size=240,
-        epochs=2,
-        update_codec=CODED,
-        out=str(tmp_path),
-        **BUDGET,
-    )
+    monkeypatch.setattr(data, "load", lambda *args, **options: dataset(60, 30))
+    changes = {"clients": 3, "batch_size": 20, "epochs": 2, "update_codec": CODED, "out": str(tmp_path)}
+    cfg = dataclasses.replace(SMALL, **changes, **BUDGET)
     folder = RunFolder.create(cfg, "whole")
     whole = from_config.train_config(cfg, folder, quiet=True)
     folder.close()

@@ -17,7 +17,7 @@ from msjax.split.schedule import Phase
 from msjax.training import evaluator, from_config, loaded, loop, program
 
 from .helpers import assert_same_change
-from .setups import MODES, SMALL, built, load_program, make_parties
+from .setups import MODES, SMALL, UNEVEN, built, even, load_program, make_parties
 
 BUDGET = {
     "codec": compress.EntropyMask(bits=3.0),
@@ -59,9 +59,10 @@ def test_the_aim_meets_the_budget():
 def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     """With a budget that each client keeps for itself, or begins anew in each turn, and gradients of what was kept."""
     cfg = dataclasses.replace(CFG, mode=mode, grad_kept_only=True, epochs=1, out=str(tmp_path))
-    run = load_program(cfg, monkeypatch, spread=spread)
+    counts = UNEVEN if mode == MODES[0] else even(cfg.clients)
+    run = load_program(cfg, monkeypatch, spread=spread, counts=counts)
     state, (*_, last), *_ = loop.train(run, quiet=True)
-    server, clients = make_parties(cfg, (100, 42))
+    server, clients = make_parties(cfg, counts)
     before = server.state.params
     for exchange in parties.run(server, clients):
         if exchange.phase in (Phase.FEATURES, Phase.GRADIENT):

@@ -1,5 +1,6 @@
 """Over lines in memory: the same bits as in one program, in every mode, and whatever goes wrong on the way."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -121,27 +122,29 @@ def test_everyone_died(tmp_path):
 def test_lost_doubled_and_late_messages(tmp_path, mode):
     """Requests are lost, doubled and slow, copies come out of order over later connections, answers are lost."""
     cfg = dataclasses.replace(SMALL, mode=mode)
-    rng, said = np.random.default_rng(0), []
+    rng, said, happened = np.random.default_rng(0), [], collections.Counter()
     with net(tmp_path, cfg) as it:
 
         def rule(direction, client, message):
             draw = rng.random()
             if message.WhichOneof("kind") == "answer":
+                happened["lost answer"] += draw < 0.05
                 return () if draw < 0.05 else (draw,)
             if message.WhichOneof("kind") != "request":
                 return None
             said.append((client, message))
-            if draw < 0.1:
-                return ()
-            if draw < 0.3:
+            kind = "lost" if draw < 0.1 else "old copy" if draw < 0.3 else "doubled" if draw > 0.8 else "late"
+            happened[kind] += 1
+            if kind == "old copy":
                 it.network.inject(*said[rng.integers(len(said))])
-            return (draw, 2 * draw) if draw > 0.8 else (draw,)
+            return {"lost": (), "doubled": (draw, 2 * draw)}.get(kind, (draw,))
 
         it.disturb(rule)
         it.start_clients()
         it.run()
         it.assert_equal_to_program()
         assert it.counted("restarts") == 0
+    assert len(happened) == 5 and min(happened.values()) > 0, happened
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from msjax.split.metrics import zero_sums
 from msjax.split.state import TrainState, train_key
 from msjax.training import loop, program
 
-from .helpers import assert_close
-from .setups import MODES, SMOOTH, built, load_program
+from .helpers import assert_close, assert_same_change
+from .setups import MODES, SMOOTH, UNEVEN, built, even, load_program
 from .test_budget import BUDGET
 
 SP = compress.TopK(ratio=0.8)
@@ -44,8 +44,10 @@ def test_groups_give_the_numbers_of_all_clients_at_once(case, spread, monkeypatc
     """
     cfg = dataclasses.replace(SMOOTH, **{"clients": 6 if spread else 5, **CASES[case]})
     monkeypatch.setattr(jax, "devices", functools.partial(lambda of, *args: of(*args)[:2], jax.devices))
-    run = load_program(cfg, monkeypatch, spread=spread)
+    counts = UNEVEN if case in (FAST, "parallel") else even(cfg.clients)
+    run = load_program(cfg, monkeypatch, spread=spread, counts=counts)
     states = run.state, jax.tree.map(jnp.array, run.state)  # a run gives its state away
+    before = jax.tree.map(np.asarray, run.state.server.params)
     whole, grouped = (
         loop.train(run._replace(state=state, clients_per_group=size), quiet=True)
         for state, size in zip(states, (None, 2), strict=True)
@@ -53,6 +55,7 @@ def test_groups_give_the_numbers_of_all_clients_at_once(case, spread, monkeypatc
     edges = {SP: 1e-3, CODED: 0.1}.get(cfg.update_codec, 1e-5)
     tolerance = 0.1 if case == "parallel, budget" else edges
     assert_close(grouped.state, whole.state, tolerance)
+    assert_same_change(grouped.state.server.params, whole.state.server.params, before, max(tolerance, 1e-3))
     for mine, other in zip(grouped.history, whole.history, strict=True):
         assert mine["test"] == pytest.approx(other["test"], rel=tolerance)
         assert mine["train"] == pytest.approx(other["train"], rel=tolerance)

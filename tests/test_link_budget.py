@@ -15,7 +15,7 @@ from msjax.training import loop
 
 from .helpers import assert_same_change
 from .network import net
-from .setups import MODES, built, dataset, load_program, make_parties
+from .setups import MODES, UNEVEN, built, dataset, even, load_program, make_parties
 from .test_budget import CFG
 
 SPEED = 2e5
@@ -191,9 +191,10 @@ def test_a_repeated_request_measures_nothing(tmp_path):
 def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     """With a simulated link, whose budget is less than it might be."""
     cfg = dataclasses.replace(KNOWN, mode=mode, grad_kept_only=True, out=str(tmp_path))
-    run = load_program(cfg, monkeypatch, spread=spread)
+    counts = UNEVEN if mode == MODES[0] and not spread else even(cfg.clients)
+    run = load_program(cfg, monkeypatch, spread=spread, counts=counts)
     state = loop.train(run, quiet=True).state
-    server, clients = make_parties(cfg, (100, 42))
+    server, clients = make_parties(cfg, counts)
     before = server.state.params
     for _ in parties.run(server, clients):
         pass
@@ -242,10 +243,17 @@ def test_one_program_must_be_told_its_link(monkeypatch):
         msjax.train(_layers(), dataset(), cut=1, clients=2, **codecs)
 
 
-@pytest.mark.slow
-def test_one_program_says_that_its_link_is_too_slow(caplog):
+def test_one_program_says_that_its_link_is_too_slow(caplog, monkeypatch):
+    class Begun(Exception):
+        """In place of the training."""
+
+    def run(self):
+        raise Begun
+
+    monkeypatch.setattr(loop._Loop, "run", run)
     codecs = {"codec": LINK.codec, "grad_codec": LINK.grad_codec, "cut_bits": 6.0, "cut_seconds": 1.0}
-    msjax.train(_layers(), dataset(), cut=1, clients=2, epochs=1, link_bytes_per_second=100.0, **codecs)
+    with pytest.raises(Begun):
+        msjax.train(_layers(), dataset(), cut=1, clients=2, epochs=1, link_bytes_per_second=100.0, **codecs)
     assert caplog.text.count("cut_seconds=1 cannot be kept on this link") == 1
 
 

@@ -82,7 +82,6 @@ def test_a_command_says_what_to_install(command, missing, extra):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_type_checkers_know_every_public_name():
     """What is imported when it is asked for is imported for them by name."""
     source = ast.parse(pathlib.Path(msjax.__file__).read_text("utf-8"))

@@ -141,7 +141,6 @@ def test_stochastic_uniform_is_unbiased_over_a_long_array(bits):
         assert abs(steps.mean() - fraction) <= error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, sharded",
     [

@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import shards as benchmark
@@ -16,8 +17,8 @@ from msjax.split import parties, shards
 from msjax.training import loop, program, saved
 
 from . import decoders
-from .helpers import assert_close, assert_same
-from .setups import MODES, SMOOTH, UNEVEN, load_program, make_parties
+from .helpers import assert_close, assert_same, assert_same_change
+from .setups import MODES, SMOOTH, UNEVEN, even, load_program, make_parties
 from .test_budget import BUDGET
 
 SP = compress.TopK(ratio=0.8)
@@ -69,14 +70,17 @@ CASES = {
 def test_a_run_gives_the_numbers_of_one_device(case, monkeypatch):
     """Up to the order of sums: every array to 1e-5 of its norm; see `tolerance` of `setups` for codecs with edges."""
     cfg = dataclasses.replace(SMOOTH, **CASES[case])
-    run = load_program(cfg, monkeypatch, spread=False)
+    counts = UNEVEN if case == "parallel" else even(cfg.clients)
+    run = load_program(cfg, monkeypatch, spread=False, counts=counts)
     states = run.state, jax.tree.map(jnp.array, run.state)  # a run gives its state away
+    before = jax.tree.map(np.asarray, run.state.server.params)
     one, many = (
         loop.train(run._replace(state=state, shard_server=shard), quiet=True)
         for state, shard in zip(states, (False, True), strict=True)
     )
     tolerance = 0.1 if case == "budget" else 1e-3 if "compressed" in case else 1e-5
     assert_close(many.state, one.state, tolerance)
+    assert_same_change(many.state.server.params, one.state.server.params, before, max(tolerance, 1e-3))
     for mine, other in zip(many.history, one.history, strict=True):
         assert mine["test"] == pytest.approx(other["test"], rel=tolerance)
         assert mine["train"] == pytest.approx(other["train"], rel=tolerance)
@@ -89,7 +93,8 @@ APART = ["parallel", *(pytest.param(case, marks=pytest.mark.slow) for case in ("
 def test_a_server_apart_gives_the_numbers_of_one_device(case):
     """As `msjax serve` has it; three clients are not spread over the four devices, but their samples are."""
     cfg = dataclasses.replace(SMOOTH, clients=3, epochs=1, **CASES[case])
-    (one, of_one), (server, of_many) = (make_parties(cfg, UNEVEN) for _ in range(2))
+    counts = UNEVEN if case == "parallel" else even(cfg.clients)
+    (one, of_one), (server, of_many) = (make_parties(cfg, counts) for _ in range(2))
     many = parties.Server(server.spec, server.state, cfg.seed, mesh=shards.mesh_of(jax.devices()[:4]))
     for party, clients in ((one, of_one), (many, of_many)):
         for _ in parties.run(party, clients):

@@ -58,8 +58,8 @@ class Stream:
 
 
 def loaded(cfg, *, streamed=False):
-    """The run of a config on uneven random data."""
-    dataset = setups.dataset(*setups.UNEVEN)
+    """The run of a config on random data, uneven in parallel mode."""
+    dataset = setups.dataset(*setups.UNEVEN if cfg.mode == setups.MODES[0] else setups.even(cfg.clients))
     if streamed:
         dataset = dataclasses.replace(dataset, train=Stream(dataset.train), test=Stream(dataset.test))
     data.load = lambda *args, **options: dataset
@@ -87,11 +87,11 @@ def own_model():
     return (client, server), data.from_arrays((x[:40], np.arange(40) % 3), (x[40:], np.arange(8) % 3))
 
 
-def train_own(folder):
+def train_own(folder, learning_rate=0.05):
     """`msjax.train` as a user calls it."""
     model, dataset = own_model()
-    codec = compress.RandK(ratio=0.5)
-    return msjax.train(model, dataset, clients=4, batch_size=5, epochs=2, codec=codec, folder=folder)
+    options = {"codec": compress.RandK(ratio=0.5), "optimizer": config.OptimConfig(learning_rate=learning_rate)}
+    return msjax.train(model, dataset, clients=4, batch_size=5, epochs=2, folder=folder, **options)
 
 
 def error_of(function):
@@ -121,7 +121,6 @@ def main(port: str, number: str, folder: str) -> None:
     arrays |= {"own: client": trained.client.params["w"], "own: server": trained.server.params["w"]}
 
     other = dataclasses.replace(setups.SMOOTH, optim=config.OptimConfig(learning_rate=0.25))
-    diverging = dataclasses.replace(setups.SMOOTH, optim=config.OptimConfig(learning_rate=1e30))
 
     def fails_in(process):
         if number == process:
@@ -134,7 +133,7 @@ def main(port: str, number: str, folder: str) -> None:
         "together": error_of(lambda: processes.together(lambda: fails_in(1))),
         "first": error_of(lambda: processes.from_first(lambda: fails_in(0))),
         "second": error_of(lambda: processes.from_first(lambda: fails_in(1))),
-        "NaN": error_of(lambda: loop.train(loaded(diverging), quiet=True)),
+        "NaN": error_of(lambda: train_own(None, learning_rate=1e30)),
     }
     assert found["errors"]["NaN"].startswith(NonFiniteError.__name__), found
     np.savez(folder / f"{number}.npz", **arrays)
