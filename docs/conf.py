@@ -16,13 +16,13 @@ copyright = "2026, the msjax maintainers"
 release = version = msjax.__version__
 
 extensions = [
+    "command_help",
     "markdown_docstrings",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
-    "sphinxcontrib.programoutput",
 ]
 exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache", "**.ipynb_checkpoints"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

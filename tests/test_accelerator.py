@@ -133,13 +133,19 @@ def test_records_of_two_kinds_of_device_are_not_mixed(tmp_path):
         accelerator.Record(options_for(tmp_path))
 
 
-def test_what_was_not_run_is_said(tmp_path):
+@pytest.fixture
+def no_claims(monkeypatch):
+    """Their table takes long, and other tests hold it."""
+    monkeypatch.setattr(report.claims, "page", lambda results: "")
+
+
+def test_what_was_not_run_is_said(tmp_path, no_claims):
     text, _ = report.page(tmp_path, scales=["smoke"])
     assert "## On a GPU" in text and "There is no record: not run." in text
 
 
 @pytest.mark.slow
-def test_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_second_call_goes_on(tmp_path, monkeypatch, capsys, no_claims):
     """The first is stopped in the middle of a training; the second measures nothing twice and ends it."""
     parts = [tmp_path / "1.npz", tmp_path / "2.npz"]
     packed_images.save(parts[0], train=split(24), test=split(16))
