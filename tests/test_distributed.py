@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize("mode", SLOW_BUT_FIRST, ids=str)
 def test_network_equals_one_program(tmp_path, mode):
     cfg = dataclasses.replace(SMALL, mode=mode, grad_codec=compress.StochasticUniform(bits=8))
+    if mode in MODES[1:3]:  # and what only some runs have
+        cfg = dataclasses.replace(cfg, codec=compress.TopK(ratio=0.9), grad_kept_only=True, eval_compressed=False)
     with net(tmp_path, cfg) as it:
         it.start_clients().run()
         it.assert_equal_to_program()
