@@ -1,6 +1,9 @@
 """What several files of tests use."""
 
+import contextlib
 import functools
+import random
+import socket
 import struct
 import tracemalloc
 import zlib
@@ -50,6 +53,17 @@ def assert_same_change(a, b, before, tolerance):
     changes = [jax.tree.map(np.subtract, after, before) for after in (a, b)]
     assert all(np.linalg.norm(leaf) > 0 for leaf in jax.tree.leaves(changes))
     assert_close(*changes, tolerance)
+
+
+def free_port():
+    """A port for a server that another process starts later.
+
+    It is below those that the system gives to whoever asks for any, so that nobody gets it in between.
+    """
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("localhost", random.SystemRandom().randrange(20_000, 30_000)))
+            return s.getsockname()[1]
 
 
 def traced_peak(call):

@@ -15,6 +15,8 @@ from benchmarks import link, proxy
 from msjax import config
 from msjax.split import parties
 
+from .helpers import free_port
+
 SECONDS = 60  # after which a test gives up
 
 
@@ -127,10 +129,8 @@ def test_reset_is_passed_on(side):
 
 
 def test_nobody_behind_it():
-    with socket.create_server(("localhost", 0)) as listener:
-        port = listener.getsockname()[1]
     with (
-        proxy.Proxy(f"localhost:{port}") as link,
+        proxy.Proxy(f"localhost:{free_port()}") as link,
         socket.create_connection(("localhost", link.port), SECONDS) as end,
         pytest.raises(ConnectionResetError),
     ):

@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from msjax.parts import load_part
 from msjax.split import parties
 from msjax.split.metrics import MetricSums
 
+from .helpers import free_port
+
 MSJAX = (sys.executable, "-c", "from msjax.cli import main; main.main()")
 SECONDS = 240
 pytestmark = pytest.mark.slow
@@ -33,9 +34,7 @@ class Shell:
 
     def __init__(self, path):
         self._path, self._started = path, []
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            self.address = f"localhost:{s.getsockname()[1]}"
+        self.address = f"localhost:{free_port()}"
 
     def start(self, name, *arguments):
         with (self._path / f"{name}.log").open("ab") as log:

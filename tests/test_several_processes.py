@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,14 +21,9 @@ from msjax.split.finite import NonFiniteError
 from msjax.training import Interrupted, loop, processes
 
 from . import setups, two_processes
+from .helpers import free_port
 
 SECONDS = 600
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 class Pair:
