@@ -337,3 +337,5 @@ def test_what_only_decoders_read_is_refused_elsewhere():
         cfg = config.Config(data=config.DataConfig(**{name: value}))
         with pytest.raises(ValueError, match=rf"data\.{name} must be .* with model\.name='convnet'"):
             config.check_used(cfg)
+        # Of a model of one's own that is trained on a text, too.
+        config.check_used(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="corpus.txt")))

@@ -359,6 +359,25 @@ def test_a_checkpoint_does_not_wait_for_a_client_that_was_dropped(tmp_path):
         assert it.server.run.restore() == (2, (0, 2, 3))
 
 
+def test_a_checkpoint_from_which_nobody_could_go_on_is_not_written(tmp_path, caplog):
+    """The last that waits is dropped while another, which came back behind it, goes on: the one before counts."""
+    cfg = dataclasses.replace(SMALL, epochs=4)
+    with net(tmp_path, cfg, checkpoint_steps=4, stragglers="drop", deadline_seconds=2.0) as it:
+        it.start_clients().run_to(2)
+        for client in (1, 2, 3):
+            it.kill(client)
+        it.run_to(3)
+        it.stores[0].slow = True
+        it.run_to(4)  # of which client 0 alone has a checkpoint, or will have
+        it.start_client(1)
+        it.loop.run(lambda: 1 in it.server.membership.active)
+        it.kill(0)
+        it.run_to(it.step + 2)
+        assert it.stores["server"].latest() is None
+        assert it.server.run.restore() == (0, None)
+    assert "no checkpoint at step 4: client 0 could not save before being dropped" in caplog.text
+
+
 def test_old_copies_behind_the_new_request_change_nothing(tmp_path):
     """They come while it waits for another client's: its place is taken, its answer is that of the new one."""
     said = []

@@ -99,8 +99,7 @@ def test_one_program_equals_the_parties(case, mode):
     for _ in parties.run(server, clients):
         pass
     trained, last = clients[-1].state, result.parts
-    assert_close(server.state.params, last[1].params, 1e-5)
-    assert_close(server.state.stats, last[1].stats, 1e-5)
+    assert_close(server.state[:2], (last[1].params, last[1].stats), 1e-5)
     params = last[0].params if len(last) == 2 else {"client": last[0].params, "tail": last[2].params}
     assert_close(trained.params, params, 1e-5)
     losses = [record["train"]["loss"] for record in result.history]
@@ -517,12 +516,21 @@ def test_a_trained_part_says_how_its_inputs_are_made(unchecked, tmp_path):
     result = msjax.train((client, server), (images, labels), folder=str(tmp_path), **QUICK)
     part = msjax.load_part(tmp_path / "client.safetensors", client)
     assert part.summary.classes == result.summary.classes and part.summary.mean == result.summary.mean is not None
-    x = data.normalize(images[:3], part.summary.mean, part.summary.std)
+    x = part.summary.normalize(images[:3])
+    np.testing.assert_array_equal(x, data.normalize(images[:3], part.summary.mean, part.summary.std))
     h, _ = part.apply(part.params, part.stats, x, train=False)
     outputs, _ = result.server.apply(result.server.params, result.server.stats, h, train=False)
     np.testing.assert_allclose(outputs, result.predict(images[:3]), rtol=1e-5, atol=1e-6)
     with pytest.raises(data.DataError, match="inputs must be given as they are stored, as the data set has not stand"):
         result.predict(images[:3], raw=True)
+
+
+def test_a_number_of_classes_of_numpy_is_written_with_the_parts(unchecked, tmp_path):
+    x, y = np.arange(24, dtype=np.float32).reshape(12, 2), np.arange(12) % 3
+    ds = data.from_arrays((x, y), num_classes=y.max() + 1)
+    model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    msjax.train(model, ds, cut=1, codec=compress.Identity(), folder=str(tmp_path), **QUICK)
+    assert msjax.load_part(tmp_path / "server.safetensors").summary.num_classes == 3
 
 
 def test_predictions_of_rows_as_they_were(unchecked):
@@ -534,8 +542,9 @@ def test_predictions_of_rows_as_they_were(unchecked):
     result = msjax.train(model, ds, cut=2, task="regression", **QUICK)
     stored = result.predict(ds.train.fetch(np.arange(3))[0])
     np.testing.assert_allclose(result.predict(rows[:3], raw=True), stored, rtol=1e-5)
-    frame = pandas.DataFrame(rows[:3], columns=[column.name for column in result.summary.columns])
-    np.testing.assert_allclose(result.predict(frame, raw=True), stored, rtol=1e-5)
+    for names in (None, list("abcde")):
+        frame = pandas.DataFrame(rows[:3], columns=names)
+        np.testing.assert_allclose(result.predict(frame, raw=True), stored, rtol=1e-5)
     with pytest.raises(data.DataError, match=r"inputs must have 5 columns, got the shape \[3, 4\]"):
         result.predict(rows[:3, :4], raw=True)
 

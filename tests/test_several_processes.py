@@ -85,7 +85,8 @@ def of_run(arrays, name):
 def test_two_processes_train_as_one(name, trained, monkeypatch):
     """On as many devices in all. Only the order of the sums over devices differs; without such sums nothing does."""
     cfg = two_processes.config_of(name)
-    run = setups.load_program(cfg, monkeypatch, spread=cfg.mode.kind != "sequential")
+    counts = two_processes.counts_of(cfg)
+    run = setups.load_program(cfg, monkeypatch, spread=cfg.mode.kind != "sequential", counts=counts)
     expected = two_processes.result(loop.train(run, quiet=True))
     found = of_run(trained[0][0], name)
     assert found.keys() == expected.keys()

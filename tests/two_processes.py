@@ -57,9 +57,14 @@ class Stream:
         return self._split.fetch(indices)
 
 
+def counts_of(cfg):
+    """How many samples a config's run has, to train and to test on: uneven in parallel mode."""
+    return setups.UNEVEN if cfg.mode == setups.MODES[0] else setups.even(cfg.clients)
+
+
 def loaded(cfg, *, streamed=False):
-    """The run of a config on random data, uneven in parallel mode."""
-    dataset = setups.dataset(*setups.UNEVEN if cfg.mode == setups.MODES[0] else setups.even(cfg.clients))
+    """The run of a config on random data."""
+    dataset = setups.dataset(*counts_of(cfg))
     if streamed:
         dataset = dataclasses.replace(dataset, train=Stream(dataset.train), test=Stream(dataset.test))
     data.load = lambda *args, **options: dataset

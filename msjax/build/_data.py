@@ -6,9 +6,8 @@ import numpy as np
 
 from msjax import config, data, models
 from msjax.build._decoder import decoder_config, takes_tokens
-from msjax.build._summary import DataSummary
+from msjax.build._summary import DataSummary, pixel_maximum
 from msjax.split.spec import Preprocess
-from msjax.split.trees import TreeSpec
 
 
 def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:
@@ -146,15 +145,6 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     dtype = "int32" if takes_tokens(cfg) else cfg.dtype
     maximum = pixel_maximum(summary.inputs)
     return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
-
-
-def pixel_maximum(inputs: TreeSpec) -> float | None:
-    """Returns what `data.normalize` divides by: a data set's mean and std are of pixels / 255, or of floats.
-
-    None of all others: tokens are not divided, and whatever else there might be is refused.
-    """
-    dtypes = [leaf.dtype for leaf in inputs.leaves]
-    return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
 def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:

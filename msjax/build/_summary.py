@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from msjax import config, data
+from msjax.split.spec import Preprocess
 from msjax.split.trees import TreeSpec
 
 
@@ -37,7 +38,8 @@ class DataSummary(NamedTuple):
         """Returns the summary of a data set."""
         mean, std = (None if v is None else tuple(map(float, v)) for v in (ds.mean, ds.std))
         inputs, labels = TreeSpec.of(ds.input_like), TreeSpec.of(ds.label_like)
-        return cls(inputs, labels, ds.num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns, ds.classes)
+        num_classes = None if ds.num_classes is None else int(ds.num_classes)  # NumPy's are no JSON
+        return cls(inputs, labels, num_classes, mean, std, ds.augment, ds.tokenizer, ds.columns, ds.classes)
 
     def normalized_as(self, cfg: config.DataConfig) -> "DataSummary":
         """Returns it with the config's `mean` and `std`, where it has them.
@@ -56,6 +58,13 @@ class DataSummary(NamedTuple):
         own_mean, own_std = map(np.asarray, data.column_statistics(self.columns))
         mean, std = (np.asarray(cfg.mean) - own_mean) / own_std, np.asarray(cfg.std) / own_std
         return self._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def normalize(self, inputs: Any) -> Any:
+        """Returns a batch of inputs, as the data set stores them, as a network takes them: in float32 where they are.
+
+        Images and other numbers with `mean` and `std` are normalised by them; all else stays as it is.
+        """
+        return Preprocess("none", self.mean, self.std, maximum=pixel_maximum(self.inputs))(inputs)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -96,6 +105,15 @@ class DataSummary(NamedTuple):
         classes = None if tree.get("classes") is None else tuple(map(str, tree["classes"]))
         rest = {"tokenizer": tree.get("tokenizer"), "columns": columns, "classes": classes}
         return cls(inputs, labels, tree["num_classes"], mean, std, **rest)
+
+
+def pixel_maximum(inputs: TreeSpec) -> float | None:
+    """Returns what `data.normalize` divides by: a data set's mean and std are of pixels / 255, or of floats.
+
+    None of all others: tokens are not divided, and whatever else there might be is refused.
+    """
+    dtypes = [leaf.dtype for leaf in inputs.leaves]
+    return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
 def _from_names(arrays):

@@ -105,11 +105,9 @@ def check_used(config: Any, preset: Any = None) -> None:
         "data.image_size": ("data.name", not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer"),
         "data.normalize": ("data.name", name.endswith(".npz")),
         "data.label": ("data.name", name.endswith(".csv")),
-        **{
-            f"data.{own}": ("model.name", config.model.name == "decoder")
-            for own in ("text_column", "tokenizer", "test")
-        },
     }
+    has_texts = config.model.name == "decoder" or name.endswith(data.TEXT_SUFFIXES)
+    uses |= {f"data.{own}": ("model.name", has_texts) for own in ("text_column", "tokenizer", "test")}
     for field, (other, is_used) in uses.items():
         section, _, own = field.partition(".")
         default = type(getattr(config, section)).__dataclass_fields__[own].default

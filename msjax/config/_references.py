@@ -15,10 +15,11 @@ from msjax.references import call, is_reference, resolve_in
 _OWN_SECTIONS = ("model", "lora", "data", "task")
 _PLACES = (
     *(f"data.{name}" for name in ("name", "data_dir", "cache_dir", "streamed", "workers", "tokenizer", "test")),
+    *(f"data.{name}" for name in ("label", "drop", "text_column", "image_size", "normalize")),
     "model.weights",
     "model.decoder",
 )
-"""What each party may have elsewhere, or read in another way."""
+"""What each party may have elsewhere, or read in another way; shapes are compared when they meet."""
 _DIVISION = ("data.alpha", "data.test_share")
 """What says which samples are whose, where all parties have the same data."""
 

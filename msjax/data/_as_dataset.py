@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from msjax.data import _tfds
 from msjax.data._arrays import find_names, from_arrays, from_npz
 from msjax.data._check import check
@@ -82,6 +84,9 @@ def _from_tuple(value: tuple, options: dict[str, Any]) -> Dataset:
         try:
             return from_arrays(*value, **options)
         except DataError as error:
+            (inputs, _), (others, _) = value
+            if np.shape(inputs)[1:] == np.shape(others)[1:]:
+                raise
             raise DataError(
                 f"{error} (a tuple of two pairs is taken for what to train and what to test on; inputs or labels that "
                 "are several arrays can be dicts)"

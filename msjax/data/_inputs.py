@@ -148,7 +148,8 @@ def standardized_inputs(values: Any, columns: Sequence[Column] | None) -> np.nda
     """Inputs as a `Dataset` stores them, of values as they were before it standardised them.
 
     Args:
-        values: a pandas.DataFrame, of which other columns are passed over, or numbers, (N, columns) or (N, ..., C).
+        values: numbers, (N, columns) or (N, ..., C); or a pandas.DataFrame, of which other columns than the data set
+            had are passed over. Where that came of arrays its columns had no names, and they go by their order.
         columns: `Dataset.columns`.
 
     Raises:
@@ -156,7 +157,8 @@ def standardized_inputs(values: Any, columns: Sequence[Column] | None) -> np.nda
     """
     if columns is None:
         raise DataError("inputs must be given as they are stored, as the data set has not standardised them")
-    if hasattr(values, "columns"):
+    # Columns that came of an array have numbers for names, whatever a table with as many calls them.
+    if hasattr(values, "columns") and [column.name for column in columns] != list(map(str, range(len(columns)))):
         return TableFormat("", None, columns).inputs(values)
     if any(column.texts for column in columns):
         raise DataError(

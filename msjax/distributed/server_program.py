@@ -309,7 +309,7 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
 
     Returns:
       The names of the files: server.safetensors where it is gone, and summary.json where the server ended before it was
-      written. None where nothing is missing, or there is no checkpoint of the end.
+      written. An empty list where nothing is missing, or there is no checkpoint of the end.
     """
     path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
     lacks_part, lacks_summary = not path.exists(), folder.read_summary() is None

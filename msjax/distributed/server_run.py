@@ -242,6 +242,10 @@ class ServerRun:
         # Who should have come, and has not, was dropped, and comes back with the part of another.
         dropped = held.waits_for.intersection(self.exchange.clients) - came.keys()
         held.clients.difference_update(dropped)
+        if not held.clients:
+            self._missed(held.step, f"{_names(dropped)} could not save before being dropped")
+            self._held = None
+            return
         held.waits_for.difference_update(dropped, (c for c, it in came.items() if it.request.saved_step == held.step))
         if not held.waits_for:
             self._held = None
