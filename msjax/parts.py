@@ -3,9 +3,9 @@
     trained = msjax.load_part("server.safetensors")
     y, _ = trained.apply(trained.params, trained.stats, h, train=False)
 
-A client's part takes inputs as its data set gives them, normalised: `data.normalize(x, summary.mean, summary.std)` of
-its `summary`; a server's takes features. Of a table, `summary.columns` says how rows become such inputs, see
-`data.table_inputs`, or `data.TableFormat("", None, summary.columns).inputs(frame)` for a pandas.DataFrame.
+A client's part takes inputs as its data set gives them, normalised: `summary.normalize(x)` of its `summary`; a server's
+takes features. Of a table, `data.standardized_inputs(rows, summary.columns)` makes such inputs of rows, numbers or a
+pandas.DataFrame.
 
 The file of a whole network, which `pair.save_network` writes, is read likewise: its `apply` takes inputs.
 
