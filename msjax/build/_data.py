@@ -1,6 +1,8 @@
 """From a config to its data, and to what a client does to them."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -147,17 +149,50 @@ def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:
     return Preprocess(augment, summary.mean, summary.std, dtype, cfg.data.crop_padding, maximum)
 
 
-def divide(ds: data.Dataset, clients: int, *, alpha: float | None, seed: int) -> tuple[list[np.ndarray], int]:
-    """Returns which training samples each client holds, and how many each draws in an epoch.
+def divide(
+    ds: data.Dataset, clients: int, *, alpha: float | None, seed: int, division: Sequence[Any] | None = None
+) -> tuple[list[np.ndarray], int]:
+    """Returns which training samples each client holds, int32, and how many each draws in an epoch.
+
+    Args:
+      alpha: Dirichlet concentration of a label-skewed division; None for an even one.
+      seed: chooses who holds what.
+      division: in place of both, the indices that each client holds.
 
     Raises:
-      ValueError: there are more clients than samples, or `alpha` does not fit.
+      ValueError: there are more clients than samples, or `alpha` or `division` does not fit.
     """
+    if division is not None:
+        return _checked_division(division, len(ds.train), clients, alpha)
     if clients > len(ds.train):
         raise ValueError(f"clients must be in 1..{len(ds.train)} (the number of examples), got {clients}")
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients
+
+
+def _checked_division(division, count, clients, alpha):
+    """What `divide` returns, of a user's own division of so many samples."""
+    if alpha is not None:
+        raise ValueError(f"alpha must be None with a division, got {alpha}")
+    shares = [np.asarray(own) for own in division]
+    if len(shares) != clients:
+        raise ValueError(f"division must have the samples of each of {clients} clients, got those of {len(shares)}")
+    for client, own in enumerate(shares):
+        if own.ndim != 1 or own.dtype.kind not in "iu" or not own.size:
+            raise ValueError(
+                f"division must have integers (n,) of each client, one at least, got {own.dtype} {own.shape} of client "
+                f"{client}"
+            )
+        if own.min() < 0 or own.max() >= count:
+            raise ValueError(
+                f"division must have indices in 0..{count - 1}, got {own.min()} to {own.max()} of client {client}"
+            )
+    everyone = np.concatenate(shares)
+    numbers, times = np.unique(everyone, return_counts=True)
+    if times.max() > 1:
+        raise ValueError(f"division must have each sample once, got the index {numbers[times.argmax()]} twice")
+    return [own.astype(np.int32) for own in shares], everyone.size // clients
 
 
 def batch_of_small_share(cfg: config.Config, samples: int) -> str | None:

@@ -229,11 +229,7 @@ def train(
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
-    indices, samples = (
-        divide(dataset, clients, alpha=alpha, seed=seed)
-        if division is None
-        else _own_division(division, len(dataset.train), clients, alpha)
-    )
+    indices, samples = divide(dataset, clients, alpha=alpha, seed=seed, division=division)
     summary = DataSummary.of(dataset)
     inputs, labels = summary.inputs, summary.labels
     preprocess = Preprocess(
@@ -293,30 +289,6 @@ def train(
             run_folder.close()
     test = finished.history[-1].get("test", {})
     return TrainResult(trained, finished.history, test, finished.traffic, spec, summary, up_bits)
-
-
-def _own_division(division, count, clients, alpha):
-    """(int32 indices of each client, how many each draws in an epoch), of what a user has given."""
-    if alpha is not None:
-        raise ValueError(f"alpha must be None with a division, got {alpha}")
-    shares = [np.asarray(own) for own in division]
-    if len(shares) != clients:
-        raise ValueError(f"division must have the samples of each of {clients} clients, got those of {len(shares)}")
-    for client, own in enumerate(shares):
-        if own.ndim != 1 or own.dtype.kind not in "iu" or not own.size:
-            raise ValueError(
-                f"division must have integers (n,) of each client, one at least, got {own.dtype} {own.shape} of client "
-                f"{client}"
-            )
-        if own.min() < 0 or own.max() >= count:
-            raise ValueError(
-                f"division must have indices in 0..{count - 1}, got {own.min()} to {own.max()} of client {client}"
-            )
-    everyone = np.concatenate(shares)
-    numbers, times = np.unique(everyone, return_counts=True)
-    if times.max() > 1:
-        raise ValueError(f"division must have each sample once, got the index {numbers[times.argmax()]} twice")
-    return [own.astype(np.int32) for own in shares], everyone.size // clients
 
 
 def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
