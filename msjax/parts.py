@@ -4,8 +4,7 @@
     y, _ = trained.apply(trained.params, trained.stats, h, train=False)
 
 A client's part takes inputs as its data set gives them, normalised: `summary.normalize(x)` of its `summary`; a server's
-takes features. Of a table, `data.standardized_inputs(rows, summary.columns)` makes such inputs of rows, numbers or a
-pandas.DataFrame.
+takes features. Of a table, `data.standardized_inputs(rows, summary.columns)` makes such inputs of them.
 
 The file of a whole network, which `pair.save_network` writes, is read likewise: its `apply` takes inputs.
 

@@ -1,11 +1,14 @@
 """What a codec is given: arrays of any library, their shapes and dtypes, and payloads."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -64,6 +67,19 @@ def payload_arrays(payload: Any) -> list:
     leaves = jax.tree.leaves(payload)
     arrays = [as_array(leaf, "payload") if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
     return [a if isinstance(a, jax.Array) else a.astype(native(a.dtype), copy=False) for a in arrays]
+
+
+def by_platform(x: jax.Array, *, default: Callable, cpu: Any = None, tpu: Any = None, **options: Any) -> jax.Array:
+    """What the function of its platform makes of `x`, with these options.
+
+    All are traced. Those of a platform may reshape across an axis that is sharded explicitly, which cannot be traced:
+    of such an array it is the default, which may not.
+    """
+    default = functools.partial(default, **options)
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        return default(x)
+    others = {name: functools.partial(by, **options) for name, by in (("cpu", cpu), ("tpu", tpu)) if by is not None}
+    return lax.platform_dependent(x, default=default, **others)
 
 
 def native(dtype):

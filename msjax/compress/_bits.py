@@ -1,15 +1,14 @@
 """Packing of small codes into bytes, least significant bit first: by way of 32-bit words, on a TPU by `_bits_tpu`."""
 
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
 from msjax.compress import _bits_tpu
+from msjax.compress._arrays import by_platform
 
 
 def packed_bytes(d: int, bits: int) -> int:
@@ -21,7 +20,7 @@ def pack(codes: UInt8[Array, "d"], bits: int) -> UInt8[Array, "b"]:
     """Packs d codes < 2^bits into ⌈d·bits/8⌉ bytes; code i fills bits i·bits … (i+1)·bits − 1; spare bits are zero."""
     if bits == 8:
         return codes
-    return _by_platform(codes, tpu=_bits_tpu.pack, default=_pack_by_words, bits=bits)
+    return by_platform(codes, tpu=_bits_tpu.pack, default=_pack_by_words, bits=bits)
 
 
 def _pack_by_words(codes, bits):
@@ -44,7 +43,7 @@ def unpack(packed: UInt8[Array, "b"], bits: int, d: int) -> UInt8[Array, "d"]:
     """The inverse of `pack`."""
     if bits == 8:
         return packed
-    return _by_platform(packed, tpu=_bits_tpu.unpack, default=_unpack_by_words, bits=bits, d=d)
+    return by_platform(packed, tpu=_bits_tpu.unpack, default=_unpack_by_words, bits=bits, d=d)
 
 
 def _unpack_by_words(packed, bits, d):
@@ -60,7 +59,7 @@ def _unpack_by_words(packed, bits, d):
 
 def pack_words(mask: Bool[Array, "d"]) -> UInt32[Array, "w"]:
     """⌈d/32⌉ words of 32 entries each, the first in the lowest bit."""
-    return _by_platform(mask, tpu=_bits_tpu.pack_words, default=_pack_words_by_sums)
+    return by_platform(mask, tpu=_bits_tpu.pack_words, default=_pack_words_by_sums)
 
 
 def _pack_words_by_sums(mask):
@@ -70,7 +69,7 @@ def _pack_words_by_sums(mask):
 
 def unpack_words(words: UInt32[Array, "w"], d: int) -> Bool[Array, "d"]:
     """The inverse of `pack_words`."""
-    return _by_platform(words, tpu=_bits_tpu.unpack_words, default=_unpack_words_by_shifts, d=d)
+    return by_platform(words, tpu=_bits_tpu.unpack_words, default=_unpack_words_by_shifts, d=d)
 
 
 def _unpack_words_by_shifts(words, d):
@@ -90,12 +89,12 @@ def as_bytes(words: UInt32[Array, "w"], d: int) -> UInt8[Array, "b"]:
 
 def to_bytes(words: UInt32[Array, "w"]) -> UInt8[Array, "b"]:
     """The four bytes of each word, the lowest first."""
-    return _by_platform(words, tpu=_bits_tpu.to_bytes, default=_bitcast_to_bytes)
+    return by_platform(words, tpu=_bits_tpu.to_bytes, default=_bitcast_to_bytes)
 
 
 def to_words(packed: UInt8[Array, "b"]) -> UInt32[Array, "w"]:
     """The inverse of `to_bytes`; what is missing of the last word is zero."""
-    return _by_platform(packed, tpu=_bits_tpu.to_words, default=_bitcast_to_words)
+    return by_platform(packed, tpu=_bits_tpu.to_words, default=_bitcast_to_words)
 
 
 def nth_set(words: UInt32[Array, "n"], n: Int32[Array, "n"]) -> Int32[Array, "n"]:
@@ -106,13 +105,6 @@ def nth_set(words: UInt32[Array, "n"], n: Int32[Array, "n"]) -> Int32[Array, "n"
         below = lax.population_count(low).astype(jnp.int32)
         place, n = jnp.where(n >= below, place + width, place), jnp.where(n >= below, n - below, n)
     return place
-
-
-def _by_platform(x, *, tpu, default, **options):
-    """Both are traced; one that reshapes across an explicitly sharded axis, as the TPU's do, cannot be."""
-    tpu, default = (functools.partial(by, **options) for by in (tpu, default))
-    sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    return default(x) if sharded else lax.platform_dependent(x, tpu=tpu, default=default)
 
 
 def _layout(bits):

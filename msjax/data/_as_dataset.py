@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from msjax.data import _tfds
 from msjax.data._arrays import find_names, from_arrays, from_npz
 from msjax.data._check import check
@@ -84,8 +82,8 @@ def _from_tuple(value: tuple, options: dict[str, Any]) -> Dataset:
         try:
             return from_arrays(*value, **options)
         except DataError as error:
-            (inputs, _), (others, _) = value
-            if np.shape(inputs)[1:] == np.shape(others)[1:]:
+            one, other = (getattr(inputs, "shape", ())[1:] for inputs, _ in value)
+            if one == other:
                 raise
             raise DataError(
                 f"{error} (a tuple of two pairs is taken for what to train and what to test on; inputs or labels that "

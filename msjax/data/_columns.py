@@ -101,7 +101,7 @@ def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where
     return tuple(found)
 
 
-def table_inputs(columns: Sequence[Column], table: np.ndarray, where: str = "the table") -> np.ndarray:
+def table_inputs(columns: Sequence[Column], table: np.ndarray, where: str) -> np.ndarray:
     """float32 (N, one a name): the rows of a table as `measure_table` takes it.
 
     Args:
