@@ -79,13 +79,19 @@ ARMS = {
     "averages SP 1 %": arm(update_codec=compress.TopK(ratio=0.99)),
 }
 PAPER = ("none", "MS, features alone", "QU, features alone")
-# With three seeds: what they are compared with, 40 times fewer bytes, and 20 times fewer of everything.
-SEEDED = (
-    *PAPER,
-    FORTY_TIMES,
-    "averages 1.5 bits, 2.4 bits both ways",
-    "averages 2 bits, 2.4 bits both ways",
-)
+# At these cuts with three seeds: what the others are compared with, 40 times fewer bytes, and 20 times fewer of
+# everything, where the averages of the larger part before the deep cut have fewer bits.
+SEEDED = {
+    **dict.fromkeys((*PAPER, FORTY_TIMES), study.CUTS),
+    "averages 1.5 bits, 2.4 bits both ways": ("deep",),
+    "averages 2 bits, 2.4 bits both ways": ("shallow", "medium"),
+}
+# All else has one seed, at the medium cut and here at more.
+MORE_CUTS = {
+    "the cut alone": ("shallow", "deep"),
+    "averages 1 bit": ("shallow", "deep"),
+    "averages 2 bits, 1.6 bits both ways": ("deep",),
+}
 DRAWN = (*PAPER, "the cut alone", *(name for name in ARMS if "both ways" in name))
 SPLITFED = config.ModeConfig(kind="splitfed", average_steps=10)
 
@@ -100,18 +106,26 @@ def runs(scale):
     if scale == "smoke":
         kept = "averages 1 bit, kept gradient's noise 0.3"
         arms = {name: arms[name] for name in ("none", "averages 1 bit", kept, "SplitFed, averages 1 bit")}
-    seeded = {name: arms[name] for name in SEEDED if name in arms}
-    more = study.with_seeds(study.at_cuts(seeded, study.cuts(scale)), study.seeds(scale, lite=3))
-    return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale)) | more
+        return study.with_seeds(study.at_cuts(arms, study.cuts(scale)), study.seeds(scale))
+    once = {name: (study.PLAIN_CUT, *MORE_CUTS.get(name, ())) for name in arms if name not in SEEDED}
+    return placed(arms, SEEDED, study.seeds(scale, lite=3)) | placed(arms, once, study.seeds(scale))
 
 
-def report(scale, records, figure="everything"):
+def placed(arms, cuts, seeds):
+    """The runs of the arms that `cuts` names, {arm: its cuts}."""
+    found = {}
+    for name, at in cuts.items():
+        found |= study.at_cuts({name: arms[name]}, at)
+    return study.with_seeds(found, seeds)
+
+
+def report(scale, records, *, arms=ARMS, figure="everything"):
     groups = study.by_arm(records)
     rows = []
     for cut in study.CUTS:
         for mode in ("", "SplitFed"):
             plain = study.at_cut(groups, study.label(mode, "none"), cut)
-            for name in ARMS:
+            for name in arms:
                 found = study.at_cut(groups, study.label(mode, name), cut)
                 # What nothing was compressed of is the same at every cut, but for its bytes.
                 if not found or (name == "none" and cut != study.PLAIN_CUT):
