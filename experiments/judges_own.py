@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from experiments import both_directions, everything, fine_tuning, published_cuts, rate_distortion, study
+from experiments import beside_pytorch, both_directions, everything, fine_tuning, published_cuts, rate_distortion, study
 from experiments.judges_open import TIE
 from experiments.judges_training import NEAR
 from experiments.verdicts import (
@@ -221,9 +221,10 @@ def same_steps(results: Results) -> Found | None:
     for row in results.rows("beside_pytorch"):
         own = [row[name] / row[f"{name}_again"] for name in ("losses", f"weights_{row['steps']}")]
         factors += own
-        where = f"ResNet18 of a quarter of the width, CIFAR-10, {row['steps']} steps"
+        network = beside_pytorch.network_of(row)
+        where = f"{beside_pytorch.NETWORKS[network].title}, CIFAR-10, {row['steps']} steps"
         parts.append(Part(judged(2.0 - max(own), 0.0), row["codec"], where, (1,)))
-    names = ", ".join(part.text for part in parts)
+    names = ", ".join(dict.fromkeys(part.text for part in parts))
     return together(parts, f"{names}: {span(factors, '{:.1f}')} times as far as PyTorch from itself") if parts else None
 
 

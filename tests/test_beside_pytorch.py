@@ -15,16 +15,21 @@ from msjax.training import loaded, loop
 EPOCH_STEPS = 4
 
 
+def random_images():
+    """80 images to train on and 20 to test on, of ten classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, 100).astype(np.int32)
+    train, test = (data.Arrays(images[part], labels[part]) for part in (slice(80), slice(80, None)))
+    return data.Dataset("random", train, test, 10, np.float32([0.5] * 3), np.float32([0.25] * 3), "crop_flip")
+
+
 def run_of(name, **optim):
     """Two clients of 40 images, ten a step, on a narrow ResNet9 at its medium cut."""
     cfg = beside_pytorch_training.config_of(name, 0, None)
     model = dataclasses.replace(cfg.model, width=1 / 16)
     cfg = dataclasses.replace(cfg, model=model, clients=2, batch_size=10, optim=dataclasses.replace(cfg.optim, **optim))
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 10, 100).astype(np.int32)
-    train, test = (data.Arrays(images[part], labels[part]) for part in (slice(80), slice(80, None)))
-    dataset = data.Dataset("random", train, test, 10, np.float32([0.5] * 3), np.float32([0.25] * 3), "crop_flip")
+    dataset = random_images()
     indices, samples = build.divide(dataset, cfg.clients, alpha=None, seed=0)
     built = build.build(cfg, build.DataSummary.of(dataset), samples=samples, test_samples=len(test))
     state = TrainState(built.client, built.server, jax.numpy.int32(0))
@@ -48,6 +53,21 @@ def test_both_take_the_same_steps():
     for name, want in beside_pytorch_training.by_torch_names(ours.state).items():
         moved = (want - first[name]).norm()
         assert moved > 0 and (found[name] - want).norm() < 0.01 * moved, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", beside_pytorch.NETWORKS)
+def test_both_take_the_same_steps_with_each_network(network, monkeypatch):
+    pytest.importorskip("torch", reason="needs the extra `bench`")
+    narrow = beside_pytorch.NETWORKS[network]._replace(width=1 / 16)
+    monkeypatch.setitem(beside_pytorch.NETWORKS, network, narrow)
+    monkeypatch.setattr(beside_pytorch, "CLIENTS", 2)
+    found = beside_pytorch.compare(network, "none", random_images(), 2)
+    assert found["losses"] < 1e-3 and found["weights_1"] < 0.02
+    earlier = {name: value for name, value in found.items() if name not in ("network", "msjax_step_seconds")}
+    lines = beside_pytorch.table([found, earlier]).splitlines()
+    assert lines[2].startswith(f"| {narrow.title} | none | 2 | ") and " – |" in lines[2]
+    assert lines[3].startswith("| ResNet18 ")
 
 
 @pytest.mark.slow
