@@ -311,6 +311,36 @@ def test_contract_vmap(codec):
         assert same(got, want)
 
 
+@pytest.mark.parametrize("codec", [Cast(), Quantile(), MaskEncoded()], ids=case_id)
+def test_what_has_16_bits_is_rounded_within_one_program(codec):
+    """Without a barrier XLA may keep more bits on a GPU or TPU; a CPU, where tests run, does not show it."""
+    h = jax.ShapeDtypeStruct((4, 6), jnp.float32 if isinstance(codec, Cast) else jnp.bfloat16)
+    traced = str(jax.make_jaxpr(lambda h: codec.decode(codec.encode(h), h))(h))
+    is_narrow = any(leaf.dtype in (jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(codec.payload_like(h)))
+    assert ("optimization_barrier" in traced) == is_narrow
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    marked((RandTopK(0.7), Quantile(8), EntropyMask(bits=2.0, signed=True)), slow=lambda codec: codec.entropy_coded),
+    ids=case_id,
+)
+def test_some_axes_of_a_mesh_are_manual(codec, kind):
+    """As on pods: `shard_map` divides the batch, XLA or the types the rest. Traced alone, as nothing else can fail."""
+    mesh = jax.make_mesh((2, 2), ("client", "model"), axis_types=(kind, kind))
+
+    def one(h, key):
+        payload = codec.encode(h, key)
+        gradient = jax.grad(lambda h: compress.straight_through(codec, h, key).sum())(h)
+        return gradient, codec.decode(payload, h), wire.estimate_bytes(payload, codec, h)[None]
+
+    own = jax.sharding.PartitionSpec("client")
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(one, in_specs=(own, None), out_specs=own, axis_names={"client"})
+        assert jax.eval_shape(mapped, jnp.zeros((2, 3, 64)), KEY)[0].shape == (2, 3, 64)
+
+
 @pytest.mark.slow
 def test_one_key_for_all_devices():
     """A key that does not vary over the mesh, for values that do."""

@@ -91,6 +91,14 @@ def test_normalize(dtype, bound):
     )
 
 
+def test_numbers_far_from_zero_keep_their_digits():
+    """As those of a sensor in Pa: float32 has them to 0.06."""
+    x = np.float32(1e6) + np.random.default_rng(0).normal(size=(100, 5, 2)).astype(np.float32)
+    mean, std = x.mean((0, 1), np.float64), x.std((0, 1), dtype=np.float64)
+    found = np.asarray(data.normalize(x, np.float32(mean), np.float32(std), maximum=1), np.float64)
+    np.testing.assert_allclose(found, (x - np.float32(mean).astype(np.float64)) / std, atol=1e-5)
+
+
 def test_pixels_are_divided_by_a_declared_range():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1))
     expected = data.normalize(jnp.asarray(pixels, jnp.uint8), [0.5], [0.25])

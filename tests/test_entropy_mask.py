@@ -264,6 +264,13 @@ def test_bad_options(options, message, unchecked):
         EntropyMask(**options)
 
 
+def test_no_constant_is_as_large_as_what_is_counted():
+    from msjax.compress import _huffman
+
+    lowered = jax.jit(_huffman.coded_bytes).lower(jax.ShapeDtypeStruct((1 << 22,), np.uint8))
+    assert len(lowered.as_text()) < 100_000
+
+
 def test_huffman_bits():
     """Against the textbook's tree, built with a heap."""
     import heapq

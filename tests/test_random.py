@@ -172,3 +172,10 @@ def test_samples_draw_differently(codec):
     h = jnp.tile(jnp.linspace(1, 2, 64), (8, 1))
     decoded = np.asarray(roundtrip(dataclasses.replace(codec, granularity="sample"), h, KEY))
     assert len(np.unique(decoded, axis=0)) == 8
+
+
+@pytest.mark.parametrize("codec", [RandK(), RandTopK()], ids=repr)
+def test_as_many_values_as_int32_counts(codec):
+    """Traced alone."""
+    h = jax.ShapeDtypeStruct((2**31 - 1,), jnp.bfloat16)
+    assert jax.eval_shape(codec.roundtrip, h, KEY).shape == h.shape

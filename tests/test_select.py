@@ -22,6 +22,16 @@ D = 33  # one length, so that hypothesis compiles one program for each k
 TINY = np.float32(2.0**-149)  # the smallest subnormal
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
+def test_count_below(size):
+    rng = np.random.default_rng(size)
+    values = np.sort(rng.integers(0, 40, size)).astype(np.float32)
+    x = np.concatenate([values, values + np.float32(0.5), np.float32([-1, 1e9, np.inf, -np.inf])])
+    for unroll in (False, True):
+        found = jax.jit(functools.partial(_select.count_below, unroll=unroll))(values, x)
+        np.testing.assert_array_equal(found, np.searchsorted(values, x))
+
+
 @functools.partial(jax.jit, static_argnames=("k", "by_magnitude"))
 def select(x, k, by_magnitude):
     """(by sorting, by threshold, positions from the latter's mask)."""

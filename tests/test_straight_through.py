@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from msjax import compress
 from msjax.compress import EntropyMask, Identity, MaskEncoded, RandK, RandTopK, TopK, Uniform, straight_through
@@ -182,6 +184,11 @@ def test_reverse_mode_only():
             "grad_codec must have signed=True, as gradients are of both signs, got MaskEncoded",
         ),
         (
+            lambda: straight_through(TopK(), H, None, MaskEncoded(signed=True, granularity="sample"), kept_only=True),
+            ValueError,
+            'grad_codec must have granularity="tensor" where kept_only leaves one vector of a batch',
+        ),
+        (
             lambda: straight_through(TopK(), jnp.arange(3)),
             TypeError,
             "h must be one of float32, bfloat16, float16, got int32",
@@ -227,6 +234,23 @@ def test_in_linen():
         ("client", "server"), expected_gradients(params["client"]["kernel"], params["server"]["kernel"], x), strict=True
     ):
         np.testing.assert_allclose(grads[name]["kernel"], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_key_of_each_device_for_features_of_all(kind):
+    """The gradient of what all devices share is the sum of theirs."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    h = jax.device_put(H, NamedSharding(mesh, P()))
+    keys = jax.device_put(jax.random.split(KEY), NamedSharding(mesh, P("d")))
+    mine = jax.grad(lambda h, key: straight_through(RandK(0.5), h, key).sum())
+    with jax.set_mesh(mesh):
+        all_of_them = jax.shard_map(lambda h, keys: mine(h, keys[0]), in_specs=(P(), P("d")), out_specs=P())
+        assert (jax.jit(all_of_them)(h, keys) == 2).all()
+
+
+def test_a_variable_of_nnx_is_an_array(unchecked):
+    found = nnx.jit(lambda h: straight_through(CODEC, h))(nnx.Param(H))
+    np.testing.assert_array_equal(found, CODEC.roundtrip(H))
 
 
 def test_in_nnx():

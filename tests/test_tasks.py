@@ -94,6 +94,22 @@ def test_segmentation_counts_the_whole_set_and_not_what_is_ignored():
     assert found["pixel_accuracy_percent"] == pytest.approx(100 * (guess == y)[valid].mean())
 
 
+def test_labels_of_narrow_dtypes():
+    """uint8 holds neither −100, which is not 156, nor the number of 300 classes."""
+    logits = RNG.normal(size=(2, 4, 300)).astype(np.float32)
+    for label, task in (
+        (156, tasks.next_token()),
+        (100, tasks.next_token()),
+        (255, tasks.segmentation(300, ignore=-1)),
+    ):
+        narrow, wide = (np.full((2, 4), label, dtype) for dtype in (np.uint8, np.int32))
+        np.testing.assert_array_equal(losses(task, logits, narrow), losses(task, logits, wide))
+        jax.tree.map(np.testing.assert_array_equal, task.sums(logits, narrow), task.sums(logits, wide))
+    narrow, first = jnp.uint8([100, 250]), jnp.asarray(logits[:, 0])
+    np.testing.assert_array_equal(tasks.cross_entropy(first, narrow), tasks.cross_entropy(first, narrow.astype(int)))
+    assert tasks.count_correct(first, narrow, top=300) == 2
+
+
 def test_next_token():
     logits, y = RNG.normal(size=(5, 6, 11)).astype(np.float32), RNG.integers(0, 11, (5, 6)).astype(np.int32)
     y[2, 3:] = -100

@@ -34,6 +34,8 @@ def as_array(x: Any, name: str = "h") -> Any:
     """`x`, of whatever library, as an array of JAX or NumPy; TypeError, with the argument's `name`, if it is none."""
     if isinstance(x, jax.Array):
         return x
+    if hasattr(x, "__jax_array__"):  # such as a variable of Flax, which may hold a tracer
+        return x.__jax_array__()
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must have no mask: fill it first, as with {name}.filled(0), got a masked array")
     if not hasattr(x, "dtype"):

@@ -60,7 +60,8 @@ class FeatureMemory:
     Payload: that of the base, of the whole batch, and a bit a sample. Shapes are static, so a sample that is not sent
     is zeros to the base: it saves bytes where these are coded, as of an `entropy_coded` base by `msjax.wire`. There
     `bits` is a mean over the batch, so that others get what one does not take; `error` is relative to the changes.
-    Memory: N·(d·itemsize + 1) bytes at either end, for d values a sample.
+    Memory: N·(d·itemsize + 1) bytes at either end, for d values a sample; twice as much while a step is computed,
+    unless the state is donated: `jax.jit(lambda h, state, slots: memory.encode(h, state, slots), donate_argnums=1)`.
 
     Corners:
       - A sample whose change would decode to something no closer to h than m is not sent either; so no base, not even a

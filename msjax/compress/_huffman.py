@@ -47,14 +47,15 @@ def coded_bytes(buffer: UInt8[Array, "b"]) -> Float32[Array, ""]:
         return jnp.float32(0)
     blocks = -(-size // BLOCK)
     if blocks <= _COUNTED_BLOCKS:
-        number, symbols, scale = np.arange(size, dtype=np.int32), buffer, 1.0
+        number, symbols, scale = lax.iota(jnp.int32, size), buffer, 1.0
     else:
         pieces = size // _PIECE // 4
-        start = np.arange(pieces, dtype=np.int32) * np.int32(4 * _PIECE)
-        number = (start[:, None] + np.arange(_PIECE, dtype=np.int32)[None]).reshape(-1)
+        # Counted in the program, of which a constant would be as large as the buffer.
+        start = lax.iota(jnp.int32, pieces) * jnp.int32(4 * _PIECE)
+        number = (start[:, None] + lax.iota(jnp.int32, _PIECE)[None]).reshape(-1)
         symbols = buffer[: 4 * pieces * _PIECE].reshape(pieces, 4 * _PIECE)[:, :_PIECE].reshape(-1)
         scale = size / symbols.size
-    counts = histogram(jnp.asarray(number // np.int32(BLOCK) * _BYTE) + symbols.astype(jnp.int32), blocks * _BYTE)
+    counts = histogram(number // jnp.int32(BLOCK) * _BYTE + symbols.astype(jnp.int32), blocks * _BYTE)
     return jnp.ceil(jnp.sum(jax.vmap(lambda c: sampled_bits(c, scale))(counts.reshape(blocks, _BYTE))) / 8)
 
 

@@ -7,6 +7,7 @@ import statistics
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.compress import _select
 from msjax.compress._options import check_integer
 from msjax.compress._scaled import ScaledCodec
 
@@ -66,7 +67,7 @@ class Quantile(ScaledCodec):
         thresholds = jnp.asarray(self._middles) * scale
         if self.bits <= _COMPARED:
             return sum(((x > threshold).astype(jnp.uint8) for threshold in thresholds), jnp.zeros(x.shape, jnp.uint8))
-        return jnp.searchsorted(thresholds, x, method="scan_unrolled").astype(jnp.uint8)
+        return _select.count_below(thresholds, x, unroll=True).astype(jnp.uint8)
 
     def _quantize_numpy(self, x, scale):
         return np.searchsorted(self._middles * scale, x)

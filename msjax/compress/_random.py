@@ -81,7 +81,7 @@ def subset(key: jax.Array, among: UInt32[Array, "w"], k: Int32[Array, ""]) -> UI
     if not few:
         return chosen
     wanted = jnp.where(s.wanted == s.left, 0, s.wanted)
-    listed = _select.packed_positions(s.undecided, few, n * 32)
+    listed = _select.packed_positions(s.undecided, few, min(n * 32, 2**31 - 1))
     first = lax.iota(jnp.int32, few) < s.left
     taken = _bits.unpack_words(subset(listed_key, _bits.pack_words(first), wanted), few)
     bit = jnp.where(taken, jnp.uint32(1) << (listed % 32).astype(jnp.uint32), jnp.uint32(0))

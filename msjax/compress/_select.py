@@ -126,6 +126,24 @@ def spread(n: int, d: int) -> Int32[Array, "n"]:
     return (upper * d_upper + (middle >> 16) + carry).astype(jnp.int32)
 
 
+def count_below(values: Float32[Array, "n"], x: Float32[Array, "..."], *, unroll: bool = False) -> Int32[Array, "..."]:
+    """How many of n ≥ 1 ascending values, at most 2^30, are below each of `x`.
+
+    As `jnp.searchsorted`, which JAX does not trace where some axes of a mesh are manual and others are not.
+    """
+    n = values.size
+
+    def halve(_, state):
+        found, half = state
+        more = found + half
+        return jnp.where((more <= n) & (values[jnp.minimum(more, n) - 1] < x), more, found), half >> 1
+
+    # Made of both, so that it varies over a mesh as they do.
+    none = ((x < x) | (values[0] < values[0])).astype(jnp.int32)
+    start = none, jnp.int32(1 << n.bit_length() - 1)
+    return lax.fori_loop(0, n.bit_length(), halve, start, unroll=unroll)[0]
+
+
 def smallest(scores: Float32[Array, "k"]) -> Float32[Array, ""]:
     """The smallest of k ≥ 1 scores, any of which may be NaN: that ranks above +Inf."""
     return _score(jnp.min(_order(scores)))

@@ -95,7 +95,7 @@ def _bins(codec, sample, step):
     if not codec.needs_key:
         edges -= np.float32(0.5)
         edges[0] += np.float32(codec.dead_zone)
-    at = jnp.searchsorted(sample.sorted, edges * step)
+    at = _select.count_below(sample.sorted, edges * step)
     at = jnp.concatenate([at[:1] * 0, at, at[:1] * 0 + sample.sorted.size])
     counts = jnp.diff(at).astype(jnp.float32)
     return counts, jnp.diff(sample.sums[at]), jnp.diff(sample.squares[at])

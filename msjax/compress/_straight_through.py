@@ -1,8 +1,10 @@
 """The codec as a layer of a network: the only custom derivative of the package."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msjax.compress._arrays import as_jax
@@ -38,7 +40,8 @@ def straight_through(
 
     Raises:
       TypeError: `h` is not of a supported dtype, or a codec is not a `Codec`.
-      ValueError: a codec is random and `key` is None, or `grad_codec` takes no values below 0.
+      ValueError: a codec is random and `key` is None; `grad_codec` takes no values below 0; or it has a granularity
+        below the tensor where `kept_only` leaves one vector.
 
     >>> import jax, jax.numpy as jnp
     >>> from msjax.compress import TopK
@@ -52,7 +55,34 @@ def straight_through(
         raise ValueError(f"grad_codec must have signed=True, as gradients are of both signs, got {grad_codec}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
-    return _straight_through(codec, as_jax(codec._checked(h, key)), key, grad_codec, kept_only)
+    h = as_jax(codec._checked(h, key))
+    if kept_only and grad_codec is not None:
+        check_granularity_of_kept(grad_codec, h, codec.kept_like(h), "kept_only")
+    return _straight_through(codec, _varying_as(key, h), key, grad_codec, kept_only)
+
+
+def _varying_as(key, h):
+    """`h`; where the key varies over the devices of a `shard_map`, so does this from here on, as the result will.
+
+    Of one that does not vary the gradient is then the sum of all devices', as JAX wants it. Elsewhere XLA removes this.
+    """
+    if key is None:
+        return h
+    none = jax.random.key_data(key).reshape(-1)[0] & jnp.uint32(0)
+    return jnp.where(none == 0, h, jnp.zeros((), h.dtype))
+
+
+def check_granularity_of_kept(grad_codec: Codec, like: Any, kept: Any, option: str) -> None:
+    """Raises ValueError for a codec of samples where what is `kept` of features like `like` has none.
+
+    A sparsifier of whole batches leaves one vector; `option` is what the error calls the choice of these alone.
+    """
+    own = getattr(grad_codec, "granularity", "tensor") != "tensor"
+    if own and kept.shape != like.shape and len(kept.shape) == 1:
+        raise ValueError(
+            f'grad_codec must have granularity="tensor" where {option} leaves one vector of a batch, as a sparsifier '
+            f"of whole batches does, got {grad_codec}"
+        )
 
 
 def downlink_key(key: jax.Array | None) -> jax.Array | None:

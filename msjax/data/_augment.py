@@ -82,8 +82,9 @@ def normalize(
     Where `mean` is None, numbers are only cast.
 
     Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
-    float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32, as one multiply and add, so the last bit
-    may differ from the formula; cast to `dtype`. Tokens, int32 without `maximum`, need `dtype` int32.
+    float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32 and cast to `dtype`; of images as one
+    multiply and add, so that the last bit may differ from the formula. Tokens, int32 without `maximum`, need `dtype`
+    int32.
 
     Args:
         inputs: as a `Dataset` has them, or as an augmentation made them.
@@ -108,7 +109,10 @@ def normalize(
         return inputs.astype(dtype)
     shape = (1,) * (inputs.ndim - 1) + inputs.shape[-1:]
     mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
-    return (inputs.astype(jnp.float32) * (1 / (_divisor(inputs, maximum) * std)) - mean / std).astype(dtype)
+    x, most = inputs.astype(jnp.float32), _divisor(inputs, maximum)
+    if most == 1:  # numbers as they are, whose mean may be far above their std
+        return ((x - mean) / std).astype(dtype)
+    return (x * (1 / (most * std)) - mean / std).astype(dtype)
 
 
 def _divisor(inputs: Shaped[Array, "..."], maximum: float | None) -> float:

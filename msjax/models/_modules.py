@@ -155,6 +155,9 @@ class NnxApply:
 
 
 def _nnx_part(module):
+    if jax.tree.leaves(nnx.state(module, nnx.Intermediate)):  # of an earlier call; they are no state
+        module = nnx.clone(module)
+        nnx.pop(module, nnx.Intermediate)
     graphdef, params, random, stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
     found = []
     for path, variable in nnx.to_flat_state(random):

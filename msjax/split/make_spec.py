@@ -11,6 +11,7 @@ import optax
 
 from msjax.checks import quoted
 from msjax.compress import Cast, Codec, EntropyMask, Identity
+from msjax.compress._straight_through import check_granularity_of_kept
 from msjax.models import ModelPart, RemoteApply, constants_of
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
@@ -116,7 +117,8 @@ def make_spec(
     grad_codec.for_tree(features, "grad_codec")
     payloads = [spec.gradient_payload(batch), *([spec.tail_gradient_payload(batch)] if spec.u_shaped else [])]
     for payload in payloads:
-        _check_granularity(payload)
+        for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
+            check_granularity_of_kept(codec, whole, like, "grad_kept_only")
     _ = spec.metric_sums_like
     task.check_sums(found[-1].batch(3), labels.batch(3))
     return spec
@@ -162,16 +164,6 @@ def _check_link(cut_bits, cut_seconds, link_bytes_per_second):
             raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
         if given is None:
             raise ValueError(f"{name} must be None without {needed}, got {value!r}")
-
-
-def _check_granularity(payload):
-    """What a sparsifier keeps of a batch is one vector, without samples."""
-    for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
-        if like.shape != whole.shape and len(like.shape) == 1 and getattr(codec, "granularity", "tensor") != "tensor":
-            raise ValueError(
-                'grad_codec must have granularity="tensor" where grad_kept_only leaves one vector of a batch, as a '
-                f"sparsifier of whole batches does, got {codec}"
-            )
 
 
 def _check_update_codec(codec, schedule, optimizer, parts):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from msjax.checks import number
 from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, check_outputs, mean_of, ratio
@@ -47,29 +47,30 @@ class CrossEntropy:
 
 
 def cross_entropy(
-    logits: Float[Array, "b c"], labels: Int[Array, "b"], label_smoothing: float = 0.0
+    logits: Float[Array, "b c"], labels: Integer[Array, "b"], label_smoothing: float = 0.0
 ) -> Float[Array, "b"]:
     """Returns the softmax cross-entropy of each sample in nats, computed in float32.
 
     With `label_smoothing` s the target is 1 − s at the label plus s/c everywhere (arXiv 1512.00567, section 7).
     """
     logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
     if label_smoothing:
         uniform = jax.nn.logsumexp(logits, axis=1) - logits.mean(axis=1)
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     return losses
 
 
-def count_correct(logits: Float[Array, "b c"], labels: Int[Array, "b"], top: int = 1) -> Int[Array, ""]:
+def count_correct(logits: Float[Array, "b c"], labels: Integer[Array, "b"], top: int = 1) -> Int[Array, ""]:
     """Returns how many labels are among the `top` largest logits.
 
     A label's rank is the number of classes above it or beside it with a smaller number; a row with NaN or ±Inf counts
     as wrong, and so does a label that is no class.
     """
+    labels = labels.astype(jnp.int32)  # narrow dtypes do not hold the number of classes
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     classes = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    before = (logits == own) & (classes < labels[:, None].astype(jnp.int32))
+    before = (logits == own) & (classes < labels[:, None])
     rank = jnp.sum((logits > own) | before, axis=1)
     is_class = (labels >= 0) & (labels < logits.shape[1])
     return jnp.sum(jnp.isfinite(logits).all(axis=1) & is_class & (rank < top))

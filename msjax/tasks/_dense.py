@@ -69,6 +69,7 @@ def _nats(outputs, labels, ignore):
     places = outputs.shape[:-1]
     if labels.shape != places:
         raise ValueError(f"labels must have the outputs' shape without its last axis, {places}, got {labels.shape}")
+    labels = labels.astype(jnp.int32)  # narrow dtypes hold neither every class nor `ignore`
     weights = jnp.ones(labels.shape, jnp.float32) if ignore is None else (labels != ignore).astype(jnp.float32)
     safe = jnp.clip(labels, 0, outputs.shape[-1] - 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), safe)
@@ -85,7 +86,7 @@ class _Confusion:
     ignore: int | None
 
     def __call__(self, outputs, labels):
-        classes = jnp.arange(self.num_classes)
+        classes, labels = jnp.arange(self.num_classes), labels.astype(jnp.int32)
         valid = jnp.ones(labels.shape, bool) if self.ignore is None else labels != self.ignore
         is_label = (labels[..., None] == classes) & valid[..., None]
         is_guess = (outputs.argmax(-1)[..., None] == classes) & valid[..., None]
@@ -123,6 +124,7 @@ class _Hits:
     ignore: int | None
 
     def __call__(self, outputs, labels):
+        labels = labels.astype(jnp.int32)
         valid = jnp.ones(labels.shape, bool) if self.ignore is None else labels != self.ignore
         hits = (outputs.argmax(-1) == labels) & valid
         return jnp.stack([hits.sum(dtype=jnp.float32), valid.sum(dtype=jnp.float32)])
