@@ -7,12 +7,13 @@ import io
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from experiments import report
+from experiments import everything, report
 from msjax import build, compress, config
 from msjax.cli import main as cli
 from msjax.distributed import messages
@@ -98,6 +99,19 @@ def test_the_codec_table_names_every_codec_and_its_defaults():
     rows = re.findall(r"^\| \[`(\w+\(.*?\))`\]\((\w+)\.md\) \|", text, re.MULTILINE)
     assert {compress.from_string(row) for row, _ in rows} == {cls() for cls in compress.CODECS}
     assert all((ROOT / "docs" / "codecs" / f"{page}.md").exists() for _, page in rows)
+
+
+def test_the_budget_of_a_page_is_the_one_of_the_results():
+    """In Python and on the command line, what the records of the first table of results have."""
+    page, found = ROOT / "docs" / "choosing.md", {}
+    measured = everything.ARMS["averages 2 bits, 2.4 bits both ways"]
+    exec(next(block for block in fences(page, "python") if "budget" in block), found)
+    assert found["budget"] == measured
+    words = shlex.split(next(block for block in fences(page, "console") if "--cut-bits" in block))
+    assert "--grad-kept-only" in words and float(words[words.index("--cut-bits") + 1]) == measured["cut_bits"]
+    for name in ("codec", "grad_codec", "update_codec"):
+        value = words[words.index(f"--{name.replace('_', '-')}") + 1]
+        assert compress.from_string(value) == measured[name], name
 
 
 def test_the_page_on_repeating_the_paper_names_every_study():
