@@ -81,3 +81,14 @@ def test_chunks_that_belong_to_nothing(sent):
 
 def test_a_frame_is_below_what_grpc_counts():
     assert frames.FRAME_BYTES + frames.BESIDE_BYTES < (1 << 31) - 1
+
+
+def test_what_is_too_long_is_not_parsed():
+    """Parsed, a frame of empty elements takes many times its bytes."""
+
+    class Kind:
+        def FromString(self, frame):
+            raise AssertionError("it was parsed")
+
+    with pytest.raises(FrameError, match="at most 1,000 bytes"):
+        Joiner(Kind(), 1000).add(bytes(1001))

@@ -89,13 +89,13 @@ class Joiner:
         Raises:
           FrameError: it is none, or the message is too large.
         """
+        self._nbytes += len(frame)
+        if 0 <= self.max_bytes < self._nbytes:  # before it is parsed, which can take many times its bytes
+            raise FrameError(f"a message must have at most {self.max_bytes:,} bytes in all its frames")
         try:
             message = self._kind.FromString(frame)
         except DecodeError:
             raise FrameError("a frame must be a message of this protocol") from None
-        self._nbytes += len(frame)
-        if 0 <= self.max_bytes < self._nbytes:
-            raise FrameError(f"a message must have at most {self.max_bytes:,} bytes in all its frames")
         kind = message.WhichOneof("kind")
         if kind == "chunk":
             self._pieces.append(message.chunk.data)
