@@ -1,5 +1,6 @@
 """Over gRPC on loopback: what the lines in memory (`test_distributed`) do not show."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
+from msjax.distributed import messages
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
@@ -23,6 +25,7 @@ from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles
+from msjax.distributed.rpc.server import most_calls
 from msjax.distributed.server_program import ServerProgram, finish
 from msjax.distributed.stores import Held
 from msjax.parts import load_part
@@ -366,6 +369,39 @@ def test_who_watches_a_servers_health_holds_no_call(tmp_path):
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         assert_nobody_watches(channel)
+
+
+HELLO = pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, client=0, instance="one"))
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "most"),
+    [("msjax.v2.Split/Train", HELLO.SerializeToString(), 2), ("grpc.health.v1.Health/Check", b"", 8)],
+)
+def test_who_does_not_read_keeps_nobody_out(tmp_path, method, said, most):
+    """Whatever a server does, gRPC ends no call whose client takes nothing of the answer."""
+    options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    leave = threading.Event()
+
+    def says():
+        yield said
+        leave.wait(60)
+
+    with Net(tmp_path) as net, contextlib.ExitStack() as stack:
+        held = []
+        for number in range(most_calls(net.cfg.clients) + 4):
+            if number % 8 == 0:
+                channel = stack.enter_context(grpc.insecure_channel(net.address, options))
+            held.append(channel.stream_stream(f"/{method}")(says()))
+        stack.callback(leave.set)
+        deadline = time.monotonic() + 30
+        while sum(call.is_active() for call in held) > most:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        connection = Connection(net.address, TlsFiles(), None)
+        connection.send(pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, client=1)))
+        assert connection.receive(20).WhichOneof("kind") == "welcome"
+        connection.close()
 
 
 def test_an_address_that_is_taken(tmp_path):

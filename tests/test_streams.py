@@ -2,12 +2,13 @@
 
 import asyncio
 import queue
+import threading
 import time
 
 import grpc
 import pytest
 
-from msjax.distributed.channel import Lost, Received, Send
+from msjax.distributed.channel import Close, Handled, Lost, Received, Send
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import training
@@ -15,7 +16,12 @@ from msjax.distributed.rpc.event_loop import event_loop
 from msjax.distributed.rpc.security import Rate, Tokens
 from msjax.distributed.rpc.training import TrainServicer
 
-HELLO = pb.FromClient(hello=pb.Hello(protocol=5, client=0))
+
+def hello(client):
+    return pb.FromClient(hello=pb.Hello(protocol=5, client=client))
+
+
+HELLO = hello(0)
 WELCOME = pb.FromServer(welcome=pb.Welcome(protocol=5))
 
 
@@ -28,6 +34,7 @@ class Stream:
 
     def __init__(self, servicer):
         self.answers, self.closed, self._requests = queue.Queue(), queue.Queue(), asyncio.Queue()
+        self._when_done = []
         asyncio.run_coroutine_threadsafe(self._run(servicer), event_loop())
 
     async def _run(self, servicer):
@@ -36,11 +43,22 @@ class Stream:
             self.closed.put((None, ""))
         except Aborted as error:
             self.closed.put(error.args)
+        finally:
+            for call in self._when_done:
+                call(self)
+
+    def add_done_callback(self, call):
+        self._when_done.append(call)
 
     def say(self, frame):
         """What the client sends, as bytes or a message."""
         frame = frame if isinstance(frame, bytes) else frame.SerializeToString()
         event_loop().call_soon_threadsafe(lambda: self._requests.put_nowait(frame))
+
+    def leave(self):
+        """The client ends it; returns once it has ended."""
+        event_loop().call_soon_threadsafe(lambda: self._requests.put_nowait(grpc.aio.EOF))
+        assert self.closed.get(timeout=30) == (None, "")
 
     async def read(self):
         return await self._requests.get()
@@ -72,10 +90,10 @@ def heard(servicer):
     return event
 
 
-def greet(servicer):
+def greet(servicer, client=0, kind=Stream):
     """A stream that has said Hello and was answered."""
-    stream = Stream(servicer)
-    stream.say(HELLO)
+    stream = kind(servicer)
+    stream.say(hello(client))
     received = heard(servicer)
     servicer.carry(Send(received.session, WELCOME))
     assert stream.answers.get(timeout=30) == WELCOME
@@ -132,8 +150,8 @@ def test_the_loop_goes_on_while_the_coordinator_computes():
     """Nobody takes what is said: streams are opened, read and answered all the same."""
     servicer = TrainServicer(Tokens(None), Metrics(), most_silent=50)  # as many as come at once after a restart
     streams = [Stream(servicer) for _ in range(50)]
-    for stream in streams:
-        stream.say(HELLO)
+    for client, stream in enumerate(streams):
+        stream.say(hello(client))
     received = [heard(servicer) for _ in streams]
     assert len({event.session for event in received}) == 50
     for event in received:
@@ -176,27 +194,111 @@ def test_hello_is_said_once_and_first(servicer, client):
 
 
 class Unread(Stream):
-    """A stream whose client reads nothing after the first answer."""
+    """A stream whose client reads nothing after the first answer, until it `reads`: nor does an end get through."""
+
+    def __init__(self, servicer):
+        self._reads, self._written, self.waits = asyncio.Event(), 0, threading.Event()
+        super().__init__(servicer)
+
+    def reads(self):
+        event_loop().call_soon_threadsafe(self._reads.set)
 
     async def write(self, frame):
+        self._written += 1
+        if self._written > 1:
+            self.waits.set()
+            await self._reads.wait()
         await super().write(frame)
-        if self.answers.qsize() > 1:
-            await asyncio.Event().wait()
+
+
+def ended(servicer):
+    """The session of the next stream that has ended."""
+    while not isinstance(event := servicer.inbox.get(timeout=30), Lost):
+        pass
+    return event.session
 
 
 def test_who_asks_and_does_not_read_is_closed(servicer):
     stream = Unread(servicer)
     stream.say(HELLO)
     session = heard(servicer).session
+    for _ in range(2):
+        servicer.carry(Send(session, WELCOME))
+    assert stream.waits.wait(30)
     for _ in range(80):
         servicer.carry(Send(session, WELCOME))
-    while not isinstance(event := servicer.inbox.get(timeout=30), Lost):
-        pass
-    assert event.session == session and not servicer._outboxes
-    code, said = stream.closed.get(timeout=30)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "answers must be read, but more than 16 wait"
+    assert ended(servicer) == session and not servicer._streams
     servicer.carry(Send(session, WELCOME))  # to nobody
     assert greet(servicer).closed.empty()
+    # gRPC ends no call beside a write that waits.
+    assert stream.closed.empty()
+    stream.reads()
+    code, said = stream.closed.get(timeout=30)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and said == "answers must be read, but more than 16 wait"
+    assert stream.answers.qsize() == 2  # what waited is gone
+
+
+def test_streams_that_do_not_end_are_counted_for_their_client(servicer):
+    """One that comes again and again and reads nothing is not to hold all calls that there are."""
+    stuck = []
+    for _ in range(2):
+        stuck.append(greet(servicer, kind=Unread))
+        session = max(servicer._streams)
+        servicer.carry(Send(session, WELCOME))
+        servicer.carry(Close(session))  # as another stream takes its place
+        assert ended(servicer) == session
+    assert not servicer._streams and all(it.closed.empty() for it in stuck)
+    third = Stream(servicer)
+    third.say(HELLO)
+    code, said = third.closed.get(timeout=30)
+    assert code is grpc.StatusCode.UNAVAILABLE and said == "a client must have at most 2 streams that have not ended"
+    assert greet(servicer, client=1).closed.empty()
+    for it in stuck:
+        it.reads()
+        assert it.closed.get(timeout=30) == (None, "")
+    assert greet(servicer).closed.empty()
+
+
+def test_no_more_is_read_than_the_coordinator_handles(servicer):
+    stream = Stream(servicer)
+    for message in (HELLO, *(pb.FromClient(ready=pb.Ready(samples=n)) for n in range(1, 5))):
+        stream.say(message)
+    session = heard(servicer).session
+    assert heard(servicer).message.ready.samples == 1
+    assert greet(servicer, client=1).closed.empty()  # others are read meanwhile
+    assert servicer.inbox.empty() and stream._requests.qsize() == 3
+    for left in (2, 1):
+        servicer.carry(Handled(session))
+        assert heard(servicer).message.ready.samples == 4 - left
+    assert servicer.inbox.empty() and stream._requests.qsize() == 1
+    servicer.carry(Close(session))  # ends it all the same
+    assert stream.closed.get(timeout=30) == (None, "") and ended(servicer) == session
+
+
+def test_a_clients_rate_goes_on_over_its_streams(monkeypatch):
+    delays = []
+
+    async def hold(rate):
+        delays.append(rate.delay())
+
+    monkeypatch.setattr(training, "_hold", hold)
+    servicer = TrainServicer(Tokens(None), Metrics(), 1e-3)  # one message, and the next 1000 s later
+    greet(servicer).leave()
+    assert delays == [0.0, 0.0]  # as a stranger, and as this client
+    greet(servicer).leave()
+    assert delays[2] == 0.0 and delays[3] == pytest.approx(1000, rel=0.1)
+    greet(servicer, client=1).leave()
+    assert delays[4:] == [0.0, 0.0] and servicer._clients.keys() == {0, 1}
+    servicer.close()
+
+
+def test_clients_that_say_little_are_forgotten_once_they_are_gone():
+    servicer = TrainServicer(Tokens(None), Metrics(), 1e9)
+    stays = greet(servicer, client=100)
+    for client in range(20):
+        greet(servicer, client).leave()
+    assert len(servicer._clients) <= 2 and stays.closed.empty()
+    servicer.close()
 
 
 @pytest.mark.parametrize("per_second", [0.05, 1.0, 4.0])
@@ -209,3 +311,13 @@ def test_a_rate_takes_the_first_message_at_once_and_then_so_many_a_second(per_se
         delay = rate.delay()
         assert delay == pytest.approx(1 / per_second)
         now[0] += delay
+
+
+def test_a_rate_is_full_when_its_burst_is_there_again():
+    now = [100.0]
+    rate = Rate(4.0, clock=lambda: now[0])
+    assert rate.is_full
+    rate.delay()
+    assert not rate.is_full
+    now[0] += 0.25
+    assert rate.is_full

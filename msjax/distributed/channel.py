@@ -99,6 +99,13 @@ class Close:
     final: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Handled:
+    """Out: a message of a connection is dealt with, so that another one may be read."""
+
+    session: int
+
+
 Direction = Literal["up", "down"]
 """To the server, or to the client."""
 

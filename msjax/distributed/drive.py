@@ -5,7 +5,7 @@ import queue
 import time
 from collections.abc import Callable
 
-from msjax.distributed.channel import Channel, Close, ConnectionLost, Lost, Received, Send, Stop, Tick
+from msjax.distributed.channel import Channel, Close, ConnectionLost, Handled, Lost, Received, Send, Stop, Tick
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.session import ClientSession
 
@@ -13,7 +13,7 @@ from msjax.distributed.session import ClientSession
 def serve(
     coordinator: Coordinator,
     inbox: "queue.Queue[Received | Lost | Stop]",
-    carry: Callable[[Send | Close], None],
+    carry: Callable[[Send | Close | Handled], None],
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -21,7 +21,8 @@ def serve(
 
     Args:
       inbox: what happens; other threads put it there, for each connection in order.
-      carry: hands a message to whoever sends it, without waiting; called in this thread alone.
+      carry: hands a message to whoever sends it, without waiting, and says which of `inbox` are handled; called in this
+        thread alone.
       clock: the coordinator's.
 
     Raises:
@@ -39,6 +40,8 @@ def serve(
         for event in events:
             for out in coordinator.handle(event):
                 carry(out)
+            if isinstance(event, Received):
+                carry(Handled(event.session))
 
 
 def take_part(

@@ -85,6 +85,11 @@ class Rate:
         self._last = now
         return max(0.0, -self._left / self._per_second)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is as a new one."""
+        return self._left + (self._clock() - self._last) * self._per_second >= self._most
+
     def wait(self) -> None:
         """Waits until the next message may be taken."""
         if seconds := self.delay():

@@ -31,9 +31,16 @@ def limits(options: ListenOptions, streams: int, max_bytes: int) -> list[tuple[s
     return [*channel_options(max_bytes), ("grpc.max_concurrent_streams", streams + 8), ("grpc.so_reuseport", 0)]
 
 
+MOST_STREAMS = 2
+"""Of a client that have not ended: it may come again before its last stream has."""
+
+MOST_CHECKS = 8
+"""Health checks at a time: a stranger who does not read the answers would hold all calls that there are."""
+
+
 def most_calls(streams: int) -> int:
-    """Returns how many calls there may be at once: two a client, which may come again, and `most_silent` others."""
-    return 2 * streams + most_silent(streams) + 2
+    """Returns how many calls there may be at once: those of clients, of strangers, and checks."""
+    return MOST_STREAMS * streams + most_silent(streams) + MOST_CHECKS
 
 
 def most_silent(streams: int) -> int:

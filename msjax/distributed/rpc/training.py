@@ -6,6 +6,7 @@ thread, so there can be thousands.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import queue
@@ -15,7 +16,7 @@ from collections import deque
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from msjax.distributed.channel import Close, Lost, Received, Send, Stop
+from msjax.distributed.channel import Close, Handled, Lost, Received, Send, Stop
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
@@ -23,7 +24,16 @@ from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import BESIDE_BYTES, FRAME_BYTES, FrameError, Joiner, to_frames
 from msjax.distributed.rpc.security import Rate, Tokens
-from msjax.distributed.rpc.server import NO_WATCH, Listening, limits, most_calls, open_port, say_refused
+from msjax.distributed.rpc.server import (
+    MOST_CHECKS,
+    MOST_STREAMS,
+    NO_WATCH,
+    Listening,
+    limits,
+    most_calls,
+    open_port,
+    say_refused,
+)
 from msjax.logs import Seldom
 
 log = logging.getLogger("msjax.server")
@@ -32,19 +42,45 @@ _HELLO_BYTES = BESIDE_BYTES
 """That the first message of a stream may have, with its chunks: a stranger is not to fill the memory."""
 _MOST_UNREAD = 16
 """Messages that may wait for a client to read them. It asks for one at a time, so an honest one has a few."""
+_MOST_UNHANDLED = 2
+"""Messages of a stream that may wait for the coordinator before more is read: a client says one and waits."""
 
 
 class _NotAdmitted(Close):
     """Its token or certificate is not that of the client that it says it is."""
 
 
+@dataclasses.dataclass
+class _Client:
+    """What the streams of a client share."""
+
+    rate: Rate
+    streams: int = 0
+    """How many have not ended."""
+
+
+class _Stream:
+    """A stream that is read, and to which the coordinator speaks."""
+
+    def __init__(self, peer: str):
+        self.peer = peer
+        self.outbox: asyncio.Queue[list[bytes] | Close | None] = asyncio.Queue()
+        self.unhandled = asyncio.Semaphore(_MOST_UNHANDLED - 1)  # taken after each message, before the next is read
+        self.reader: asyncio.Task[None] | None = None
+
+
 class TrainServicer:
     """The RPC of training: checks who calls, and puts what is said into `inbox`, where the coordinator's loop takes it.
 
     Clients say Hello at once: a stream that does not in `hello_seconds` is closed, and of more than `most_silent` that
-    have not yet, the oldest. All but `inbox`, `carry` and `close` is for the event loop alone.
+    have not yet, the oldest. A stream is read on once the coordinator has handled what it said, so `inbox` stays small.
+    All but `inbox`, `carry` and `close` is for the event loop alone.
+
+    gRPC has no way to end a call whose client takes nothing: aborted or cancelled, it counts until that client reads,
+    cancels, or loses its connection. So a client has no more than `MOST_STREAMS` of these.
 
     Args:
+      max_messages_per_second: of each client, over all its streams.
       max_bytes: of a message, over all its frames; -1 for any.
     """
 
@@ -64,21 +100,21 @@ class TrainServicer:
         self._metrics, self._max_messages_per_second = metrics, max_messages_per_second
         self._max_bytes = max_bytes
         self._hello_seconds, self._most_silent = hello_seconds, most_silent
-        self._silent: dict[int, asyncio.Queue] = {}  # the outboxes of streams without a Hello, oldest first
+        self._silent: dict[int, None] = {}  # the streams without a Hello, oldest first
         self.inbox: queue.SimpleQueue[Received | Lost | Stop] = queue.SimpleQueue()
         self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
-        self._outboxes: dict[int, asyncio.Queue[list[bytes] | Close | None]] = {}
-        self._writers: dict[int, asyncio.Task[Close | None]] = {}
-        self._carried: deque[tuple[int, list[bytes] | Close]] = deque()
+        self._streams: dict[int, _Stream] = {}
+        self._clients: dict[int, _Client] = {}
+        self._carried: deque[tuple[int, list[bytes] | Close | Handled]] = deque()
         self._will_deliver = False
 
     # -- From the coordinator's thread. ----------------------------------------------------------------------------
 
-    def carry(self, out: Send | Close) -> None:
+    def carry(self, out: Send | Close | Handled) -> None:
         """Hands what the coordinator says to the stream that it is for; nothing where that has ended."""
-        frames = list(to_frames(out.message)) if isinstance(out, Send) else out
-        self._carried.append((out.session, frames))
+        said = list(to_frames(out.message)) if isinstance(out, Send) else out
+        self._carried.append((out.session, said))
         # The loop is woken once for all that is said until it comes to it.
         if not self._will_deliver:
             self._will_deliver = True
@@ -94,18 +130,39 @@ class TrainServicer:
         self._will_deliver = False  # first: what is carried from now on asks for another call
         while self._carried:
             session, said = self._carried.popleft()
-            if (outbox := self._outboxes.get(session)) is None:
+            if (stream := self._streams.get(session)) is None:
                 continue
-            outbox.put_nowait(said)
-            if outbox.qsize() > _MOST_UNREAD:
-                # It asks again and again, and reads nothing: its answers would fill the memory.
-                del self._outboxes[session]
-                self._writers[session].cancel()
+            if isinstance(said, Handled):
+                stream.unhandled.release()
+            elif isinstance(said, Close):
+                self._end(session, said)
+            else:
+                stream.outbox.put_nowait(said)
+                if stream.outbox.qsize() > _MOST_UNREAD:
+                    self._end_unread(session, stream)
 
     def _close_all(self):
         self._deliver()
-        for session, outbox in self._outboxes.items():
-            outbox.put_nowait(Close(session))
+        for session in list(self._streams):
+            self._end(session, Close(session))
+
+    def _end(self, session, close=None):
+        """Ends a stream after what was sent: nothing of it is read any more, and `close` says why."""
+        if (stream := self._streams.pop(session, None)) is None:
+            return
+        self._silent.pop(session, None)
+        stream.reader.cancel()
+        stream.outbox.put_nowait(close)
+        self.inbox.put(Lost(session))
+
+    def _end_unread(self, session, stream):
+        """Ends a stream whose client asks again and again, and reads nothing: its answers would fill the memory."""
+        while not stream.outbox.empty():
+            stream.outbox.get_nowait()
+        self._metrics.refused.inc()
+        self._refused(f"{stream.peer}: it does not read what it is sent")
+        why = f"answers must be read, but more than {_MOST_UNREAD} wait"
+        self._end(session, Close(session, why, final=True))
 
     async def Train(self, _, context: grpc.aio.ServicerContext) -> None:
         """Carries one client's messages, to the end of its stream."""
@@ -115,66 +172,44 @@ class TrainServicer:
             if not refusal.is_told:
                 self._refused(f"{peer_of(context)}: {refusal.reason}")
             await context.abort(refusal.code, refusal.reason)
-        session, outbox = next(self._sessions), asyncio.Queue()
-        self._outboxes[session], self._writers[session] = outbox, asyncio.create_task(self._write(context, outbox))
-        self._wait_for_hello(session, outbox)
+        session, stream = next(self._sessions), _Stream(peer_of(context))
+        self._streams[session] = stream
+        stream.reader = asyncio.create_task(self._read(context, session, stream))
+        self._wait_for_hello(session)
         too_late = asyncio.get_running_loop().call_later(self._hello_seconds, self._end_silent, session)
-        reader = asyncio.create_task(self._read(context, session, outbox))
         try:
-            said = await self._writers[session]
-        except asyncio.CancelledError:
-            if session in self._outboxes:  # it is this stream that ends, and not its writer alone
-                raise
-            self._metrics.refused.inc()
-            self._refused(f"{peer_of(context)}: it does not read what it is sent")
-            said = Close(session, f"answers must be read, but more than {_MOST_UNREAD} wait", final=True)
+            # A write is not cancelled: `abort` fails beside one, and the stream would count as ended, which it is not.
+            while isinstance(said := await stream.outbox.get(), list):
+                for frame in said:
+                    await context.write(frame)
         finally:
-            self._writers.pop(session).cancel()
             too_late.cancel()
-            reader.cancel()
-            self._heard(session)
-            self._outboxes.pop(session, None)
-            self.inbox.put(Lost(session))
+            self._end(session)
         if isinstance(said, Close) and said.reason:
             code = grpc.StatusCode.INVALID_ARGUMENT if said.final else grpc.StatusCode.UNAVAILABLE
             if isinstance(said, _NotAdmitted):
                 code = grpc.StatusCode.UNAUTHENTICATED
             await context.abort(code, said.reason)
 
-    async def _write(self, context, outbox):
-        """Writes what comes to a stream's outbox; returns what ends it."""
-        while isinstance(said := await outbox.get(), list):
-            for frame in said:
-                await context.write(frame)
-        return said
-
-    def _wait_for_hello(self, session, outbox):
+    def _wait_for_hello(self, session):
         """Makes room for one that says it: a stranger with one valid token is not to hold all streams."""
         if len(self._silent) >= self._most_silent:
             oldest = next(iter(self._silent))
             self._metrics.refused.inc()
-            self._silent.pop(oldest).put_nowait(
-                Close(oldest, "Hello must come before so many other streams are opened")
-            )
-        self._silent[session] = outbox
+            self._end(oldest, Close(oldest, "Hello must come before so many other streams are opened"))
+        self._silent[session] = None
 
     def _end_silent(self, session):
-        if (outbox := self._silent.get(session)) is not None and self._heard(session):
-            outbox.put_nowait(Close(session, f"Hello must come within {self._hello_seconds:g} s"))
+        if session in self._silent:
+            self._end(session, Close(session, f"Hello must come within {self._hello_seconds:g} s"))
 
-    def _heard(self, session):
-        """Whether a stream had been silent, which it no longer is."""
-        return self._silent.pop(session, None) is not None
-
-    async def _read(self, context, session, outbox):
+    async def _read(self, context, session, stream):
         first_bytes = _HELLO_BYTES if self._max_bytes < 0 else min(_HELLO_BYTES, self._max_bytes)
         rate, joiner, first = Rate(self._max_messages_per_second), Joiner(pb.FromClient, first_bytes), True
-        peer = peer_of(context)
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
                 at = time.monotonic()
-                if seconds := rate.delay():
-                    await asyncio.sleep(seconds)
+                await _hold(rate)
                 message = joiner.add(frame)
                 if message is None:
                     continue
@@ -183,27 +218,68 @@ class TrainServicer:
                     raise FrameError("the first message must be Hello, and no other may")
                 if first:
                     client = message.hello.client
-                    if refusal := self._admission.refusal(context, client):
-                        self._refused(f"{peer} as client {client}: {refusal.reason}")
+                    if close := self._refuse(context, session, client):
+                        self._refused(f"{stream.peer} as client {client}: {close.reason}")
                         self._metrics.refused.inc()
-                        outbox.put_nowait(_NotAdmitted(session, refusal.reason, final=True))
-                        return
-                    self._heard(session)
-                    joiner.max_bytes = self._max_bytes
+                        return self._end(session, close)
+                    del self._silent[session]
+                    joiner.max_bytes, rate = self._max_bytes, self._admit(context, client)
+                    await _hold(rate)
                 first = False
-                self.inbox.put(Received(session, message, peer, at, joiner.nbytes))
+                self.inbox.put(Received(session, message, stream.peer, at, joiner.nbytes))
+                await stream.unhandled.acquire()
         except FrameError as error:
             self._metrics.refused.inc()
-            outbox.put_nowait(Close(session, str(error), final=True))
-            return
+            return self._end(session, Close(session, str(error), final=True))
         except Exception as error:
             if not isinstance(error, grpc.RpcError | grpc.aio.UsageError):  # else the client is gone
-                log.exception("reading from %s", peer)
-        outbox.put_nowait(None)
+                log.exception("reading from %s", stream.peer)
+        self._end(session)
+
+    def _refuse(self, context, session, client):
+        """What ends the stream of who says that it is this client, if it is not let in."""
+        if refusal := self._admission.refusal(context, client):
+            return _NotAdmitted(session, refusal.reason, final=True)
+        if client in self._clients and self._clients[client].streams >= MOST_STREAMS:
+            return Close(session, f"a client must have at most {MOST_STREAMS} streams that have not ended")
+        return None
+
+    def _admit(self, context, client):
+        """Counts a stream of a client until it has ended; returns the rate of them all."""
+        # One that comes again later than its bucket is full is as one that has never come.
+        for other in [c for c, it in self._clients.items() if not it.streams and it.rate.is_full]:
+            del self._clients[other]
+        mine = self._clients.setdefault(client, _Client(Rate(self._max_messages_per_second)))
+        mine.streams += 1
+
+        def ended(_):
+            mine.streams -= 1
+
+        context.add_done_callback(ended)
+        return mine.rate
+
+
+async def _hold(rate):
+    if seconds := rate.delay():
+        await asyncio.sleep(seconds)
 
 
 class _Health(health.aio.HealthServicer):
     """See `rpc.server`."""
+
+    def __init__(self):
+        super().__init__()
+        self._checks = 0
+
+    async def Check(self, request, context):
+        if self._checks >= MOST_CHECKS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many checks at a time")
+        self._checks += 1
+        context.add_done_callback(self._ended)
+        return await super().Check(request, context)
+
+    def _ended(self, _):
+        self._checks -= 1
 
     async def Watch(self, request, context):
         await context.abort(*NO_WATCH)
