@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from msjax.distributed import messages
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.server_program import record_of_test
 from msjax.split.metrics import MetricSums
@@ -61,6 +62,42 @@ def test_dropped_straggler_comes_back(tmp_path, mode):
         assert it.counted("stragglers") == 1
         if not turns:
             jax.tree.map(np.testing.assert_array_equal, *(it.finals[c].state[:2] for c in (0, 2)))
+
+
+def with_nan(part, spec):
+    """The bytes of a part whose numbers are NaN."""
+    spoilt = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), messages.decode_part(part, spec))
+    return messages.encode_part(spoilt, spec, None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(lambda part, spec: part[:-1], "message"), (with_nan, "what a client sends must be finite, got nan")],
+    ids=["cut", "NaN"],
+)
+def test_a_part_that_is_none_meets_its_sender_alone(tmp_path, spoil, says):
+    """Who comes back gets that of another client. A part that nobody has asked for is no part."""
+    asked = []
+
+    def rule(direction, client, message):
+        if direction == "up" and message.WhichOneof("kind") == "request":
+            if message.request.part and not asked:
+                asked.append(client)
+                message.request.part = spoil(message.request.part, it.server.run.spec)
+            elif client == 3 and client != it.server.membership.donor:
+                message.request.part = b"unasked"
+        return None
+
+    with net(tmp_path, SMALL, latency=0.5, checkpoint_steps=1000, deadline_seconds=2.0, stragglers="drop") as it:
+        it.disturb(rule)
+        it.start_clients()
+        it.run_to(1)
+        it.kill(2)
+        it.run_to(2)
+        it.start_client(2)
+        it.run()
+        assert asked == [0] and says in str(it.failures.pop(0)) and not it.failures
+        assert 2 in it.finals and it.counted("refused") == 1
 
 
 def test_bytes_are_those_of_the_clients_that_took_part(tmp_path):

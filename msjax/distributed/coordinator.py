@@ -244,13 +244,18 @@ class Coordinator:
 
     def _request(self, client, session, request, at):
         position = (request.position.step, request.position.phase, request.position.test_round)
-        event = ev.Requested(client, session, request.generation, position, bool(request.part))
+        brings_part = bool(request.part) and client == self.membership.donor
+        event = ev.Requested(client, session, request.generation, position, brings_part)
         if self.membership.verdict(event) is Verdict.NEW:
             exchange = self.run.exchange_of(client, position)
             if exchange is None:  # whose turn is later sends early
                 exchange = messages.from_position(self.run.schedule, request.position, client)
             message = messages.from_request(request, self.run.spec, exchange)
             messages.check(message, self.run.spec, exchange, allow_nonfinite=self.cfg.allow_nonfinite)
+            if brings_part:  # it goes to another client as it is
+                messages.check_part(request.part, self.run.spec, allow_nonfinite=self.cfg.allow_nonfinite)
+            else:
+                request.ClearField("part")
             self._came[client] = Came(exchange, request, message)
             self._arrived[client] = self._clock() if at is None else at
         return event

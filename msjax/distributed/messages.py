@@ -136,14 +136,7 @@ def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinit
     """
     where = f"in step {exchange.step} (counted from 0), phase {exchange.phase.name}"
     if message.payload is not None and not allow_nonfinite:
-        spec_up = spec.up(exchange)
-        for payload, like in zip(message.payload, spec_up.likes, strict=True):
-            for leaf in jax.tree.leaves(payload):
-                wrong = _nonfinite(leaf)
-                if wrong is not None:
-                    raise ProtocolError(
-                        f"what a client sends must be finite, got {wrong} among {like.dtype}{list(like.shape)} {where}"
-                    )
+        _check_finite(message.payload, spec.up(exchange), where)
     # Where the loss is not finite either, training diverges, and the server's own check ends the run.
     if message.metrics is not None and not allow_nonfinite and math.isfinite(message.metrics.loss):
         for name, sums in (message.metrics.sums or {}).items():
@@ -155,6 +148,26 @@ def check(message: Message, spec: RunSpec, exchange: Exchange, *, allow_nonfinit
             spec.task.check_labels(message.labels, outputs)
         except ValueError as error:
             raise ProtocolError(f"{error}, {where}") from None
+
+
+def check_part(data: bytes, spec: RunSpec, *, allow_nonfinite: bool = False) -> None:
+    """Checks what a client sends as its part, from which another one is to go on.
+
+    Raises:
+      ProtocolError: the bytes are none of such a part, or a number in it is not finite.
+    """
+    part = decode_part(data, spec)
+    if not allow_nonfinite:
+        _check_finite(part, spec.part_payload(), "in its part")
+
+
+def _check_finite(payload, spec, where):
+    for one, like in zip(payload, spec.likes, strict=True):
+        for leaf in jax.tree.leaves(one):
+            if (wrong := _nonfinite(leaf)) is not None:
+                raise ProtocolError(
+                    f"what a client sends must be finite, got {wrong} among {like.dtype}{list(like.shape)} {where}"
+                )
 
 
 def _nonfinite(array):
