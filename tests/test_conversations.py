@@ -435,6 +435,16 @@ def test_threads_equal_one_program(tmp_path):
         it.assert_equal_to_program()
 
 
+def test_a_description_is_not_parsed_where_it_is_too_long(tmp_path, monkeypatch):
+    """Parsed, JSON takes many times its bytes."""
+    monkeypatch.setattr(agreement, "parse", lambda description: pytest.fail("it was parsed"))
+    long = pb.FromClient(ready=pb.Ready(samples=30, description="[" + "{}," * (1 << 19)))
+    with net(tmp_path, SMALL) as it:
+        _, said, lost = talk(it, HELLO, long)
+    assert said == ["welcome"] and lost.final
+    assert str(lost) == "description must have at most 1,048,576 bytes, got 1,572,865"
+
+
 def test_a_fault_as_long_as_what_was_sent_is_told_in_short(tmp_path, caplog):
     good = json.loads(ready().ready.description)
     good["data"]["inputs"] = [["", "uint8", [1] * 100_000]]

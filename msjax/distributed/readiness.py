@@ -8,6 +8,7 @@ from msjax import config
 from msjax.build import identity
 from msjax.distributed import agreement, messages, sizes
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.distributed.rpc.frames import DESCRIPTION_BYTES
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
 
@@ -45,6 +46,8 @@ class Readies:
             raise messages.ProtocolError(
                 f"a client must have fewer than 2^31 samples, got {ready.samples} and {ready.test_samples} to test on"
             )
+        if (nbytes := len(ready.description.encode())) > DESCRIPTION_BYTES:
+            raise messages.ProtocolError(f"description must have at most {DESCRIPTION_BYTES:,} bytes, got {nbytes:,}")
         try:
             description = agreement.parse(ready.description)
             other = next((number for number in others if number in self._by_client), None)

@@ -17,6 +17,9 @@ FRAME_BYTES = 64 << 20
 BESIDE_BYTES = 1 << 20
 """What a frame may have beside the payload: the config, a description, metrics, and the fields' own headers."""
 
+DESCRIPTION_BYTES = 1 << 20
+"""Of what a client says of its data and run: parsed, JSON can take twenty times its bytes."""
+
 _LARGE_FIELDS = {"request": ("payload", "labels", "part"), "answer": ("payload",), "start": ("part",)}
 
 
