@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ import pytest
 
 from msjax import build, compress, config, models, pair, parts, wire
 from msjax.cli import main as command_line
-from msjax.distributed import inference
+from msjax.distributed import generation, inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.generation import Limits, RemoteSession, Sessions
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, PartOptions
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.security import Tokens
+from msjax.distributed.rpc.security import Rate, Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.generation import Generator
 from msjax.session import Piece, Terms
@@ -119,6 +120,31 @@ def test_who_is_idle_makes_room_and_is_told(tmp_path):
         list(first), list(third)
         assert first.tokens == third.tokens and len(first.tokens[0]) == NEW
         assert value(metrics, "evicted_sessions_total") == 1
+
+
+def test_who_does_not_read_keeps_no_cache(tmp_path, monkeypatch):
+    """Its stream waits where the answer is handed over, and does not hear of its end."""
+    made, kept = generation.ServerSession, []
+
+    def make_session(*args, **options):
+        session = made(*args, **options)
+        kept.append(weakref.ref(session))
+        return session
+
+    make_session.cache_bytes = made.cache_bytes
+    monkeypatch.setattr(generation, "ServerSession", make_session)
+    make(tmp_path)
+    texts = generation.Texts(parts.load_part(tmp_path / "server.safetensors"), Metrics(), Limits(sessions=1))
+    h = jnp.ones((1, 2, 16))
+    features = wire.encode_bare(CODEC.encode(h), CODEC, h)
+    request = pb.NextTokens(begin=pb.Begin(capacity=16, codec=repr(CODEC), candidates=1), count=2, features=features)
+    unread, other = (texts.answers(iter([request, request]), Rate(1000.0)) for _ in range(2))
+    next(unread)
+    assert kept[0]() is not None
+    next(other)
+    assert kept[0]() is None and kept[1]() is not None
+    with pytest.raises(generation.Evicted):
+        next(unread)
 
 
 def test_what_is_kept_is_bounded():

@@ -32,6 +32,9 @@ class Limits(NamedTuple):
 class Evicted(Exception):
     """A text was ended, since another one needed its room."""
 
+    def __init__(self):
+        super().__init__("the text was ended, as others needed its room on the server: begin it again")
+
 
 class _Session(NamedTuple):
     cache_bytes: int
@@ -102,6 +105,34 @@ class Sessions:
         return self._open.pop(found)
 
 
+class _Text:
+    """A text under way, whose cache is given back when it is evicted: also of a client that does not read its answer.
+
+    Its stream and the thread of that remain until the client reads, or goes.
+    """
+
+    def __init__(self, inbox):
+        self._inbox, self._session, self._is_evicted = inbox, None, False
+
+    def begin(self, session: ServerSession) -> None:
+        """Has a session to answer with, unless it was evicted already."""
+        self._session = session
+        if self._is_evicted:
+            self._session = None
+
+    def answer(self, piece: Piece) -> list[bytes]:
+        """Returns what the session answers; raises Evicted where it has none any more."""
+        if (session := self._session) is None:
+            raise Evicted
+        return session.answer([piece])
+
+    def evict(self) -> None:
+        """Ends it, from any thread."""
+        self._is_evicted = True  # first: `begin` may be under way
+        self._session = None
+        self._inbox.put(Evicted)
+
+
 class Texts:
     """Answers texts under way with a trained server part of a decoder.
 
@@ -133,20 +164,19 @@ class Texts:
         inbox: queue.Queue[pb.NextTokens | type[Evicted] | None] = queue.Queue()
         turn = threading.Semaphore(1)
         threading.Thread(target=_read, args=(requests, inbox, turn), daemon=True).start()
-        session = own = None
+        text, own, terms = _Text(inbox), None, None
         try:
             while (request := inbox.get()) is not None:
                 if request is Evicted:
-                    raise Evicted("the text was ended, as others needed its room on the server: begin it again")
+                    raise Evicted
                 rate.wait()
                 self._metrics.received(ANYONE, request)
                 began = time.perf_counter()
-                if session is None:
-                    session, own = self._begin(request, inbox, caller)
+                if terms is None:
+                    terms, own = self._begin(request, text, caller)
                 self._sessions.use(own)
-                terms = session.terms
                 self._programs.use((terms.codec, terms.candidates, terms.capacity, request.count))
-                outputs = pb.Outputs(payload=session.answer([Piece(request.count, request.features)]))
+                outputs = pb.Outputs(payload=text.answer(Piece(request.count, request.features)))
                 self._metrics.answered(1, time.perf_counter() - began)
                 self._metrics.sent(ANYONE, outputs)
                 yield outputs
@@ -156,7 +186,7 @@ class Texts:
             self._sessions.close(own)
             self._metrics.sessions.set(len(self._sessions))
 
-    def _begin(self, request, inbox, caller):
+    def _begin(self, request, text, caller):
         begin, config = request.begin, models.part_config(self._part)
         if not request.HasField("begin"):
             raise wire.WireError("begin must be in the first message of a text, got one without it")
@@ -169,12 +199,13 @@ class Texts:
         candidates = min(begin.candidates, config.vocab_size) or None
         terms = Terms(1, padded(begin.capacity, most), codec, candidates, begin.compression or None)
         cache_bytes = ServerSession.cache_bytes(self._part, terms)
-        own, evicted = self._sessions.open(cache_bytes, lambda: inbox.put(Evicted), caller)
+        own, evicted = self._sessions.open(cache_bytes, text.evict, caller)
         self._metrics.evicted.inc(evicted)
         self._metrics.sessions.set(len(self._sessions))
         with self._lock:
             self._key, key = jax.random.split(self._key)
-        return ServerSession(self._part, terms, tail=self._tail, key=key), own
+        text.begin(ServerSession(self._part, terms, tail=self._tail, key=key))
+        return terms, own
 
 
 def _read(requests, inbox, turn):
