@@ -111,6 +111,33 @@ def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
         assert [client.ready for client in it.server.membership.clients] == [True, True, False, False]
 
 
+def hello(client):
+    return pb.FromClient(hello=pb.Hello(protocol=5, client=client))
+
+
+def test_what_one_said_that_left_before_the_start_binds_nobody(tmp_path):
+    """Client 0 had other classes, and is gone: those who have begun are let in again, and client 0 once it is right."""
+
+    def with_classes(names):
+        message = ready()
+        description = json.loads(message.ready.description)
+        description["data"]["hash of class names"] = names
+        message.ready.description = json.dumps(description)
+        return message
+
+    wrong, right = with_classes("0" * 16), with_classes("1" * 16)
+    with net(tmp_path, SMALL, stragglers="drop", start_clients=3) as it:
+        talk(it, hello(0), wrong)
+        it.cut(0)
+        it.loop.run_until_idle()
+        for client in (1, 2, 3, 1, 0):
+            _, _, lost = talk(it, hello(client), right, client=client)
+            assert not lost.final, lost
+        assert it.server.run is not None
+        _, _, lost = talk(it, hello(2), wrong, client=2)
+        assert lost.final and 'where client 0, which came before, is "here"' in str(lost)
+
+
 @pytest.mark.parametrize(
     ("change", "differs"),
     [

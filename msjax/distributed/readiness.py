@@ -79,7 +79,8 @@ class Readies:
 
     def built(self, clients: Iterable[int]) -> tuple[RunSpec, Callable[[], PartState]]:
         """Returns what `build` makes of what these clients have said: all draw as many samples as the least has."""
-        readies = {client: self._by_client[client] for client in clients}
+        # Others may have left before the start: what they said binds nobody.
+        self._by_client = readies = {client: self._by_client[client] for client in clients}
         counts = [(ready.samples, client) for client, ready in readies.items()]
         (samples, least), (most_samples, most) = min(counts), max(counts)
         if 2 * samples <= most_samples:
