@@ -25,15 +25,19 @@ from .setups import MODES, SMALL, TEST_COUNT, built, dataset, make_parties
 pytestmark = pytest.mark.usefixtures("built_once")
 
 
-HELLO = pb.FromClient(hello=pb.Hello(protocol=5, client=0))
+def hello(client):
+    return pb.FromClient(hello=pb.Hello(protocol=5, client=client))
 
 
-def ready(cfg=SMALL, ds=None, samples=30):
+HELLO = hello(0)
+
+
+def ready(cfg=SMALL, ds=None, samples=30, test_samples=TEST_COUNT):
     """What a client says that has built this run for this data."""
     summary = build.DataSummary.of(ds or dataset())
-    run = build.build(cfg, summary, samples=samples, test_samples=TEST_COUNT)
+    run = build.build(cfg, summary, samples=samples, test_samples=test_samples)
     description = agreement.describe(run.spec, summary)
-    return pb.FromClient(ready=pb.Ready(samples=samples, test_samples=TEST_COUNT, description=description))
+    return pb.FromClient(ready=pb.Ready(samples=samples, test_samples=test_samples, description=description))
 
 
 def talk(it, *messages, client=0):
@@ -102,17 +106,24 @@ def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
         talk(it, HELLO, ready())
         ds = dataset()
         wide = data.Arrays(np.pad(ds.train_inputs, ((0, 0), (0, 0), (0, 2), (0, 0))), ds.train_labels)
-        hello = pb.FromClient(hello=pb.Hello(protocol=5, client=1))
         other = ready(ds=dataclasses.replace(ds, train=wide))
-        _, said, lost = talk(it, hello, other, client=1)
+        _, said, lost = talk(it, hello(1), other, client=1)
         assert said == ["welcome"] and "all clients must have the same run" in str(lost) and lost.final
         assert "input_shape is [8, 8, 1] here and [8, 10, 1] there" in str(lost)
-        talk(it, hello, ready(), client=1)
+        talk(it, hello(1), ready(), client=1)
         assert [client.ready for client in it.server.membership.clients] == [True, True, False, False]
 
 
-def hello(client):
-    return pb.FromClient(hello=pb.Hello(protocol=5, client=client))
+def test_one_that_comes_late_has_enough_to_test_on(tmp_path):
+    """Each client tests on its share of the same positions; fewer samples to train on are repeated."""
+    with net(tmp_path, SMALL, stragglers="drop", start_clients=3) as it:
+        for client, tests in ((0, 40), (1, 35), (2, 40)):
+            talk(it, hello(client), ready(test_samples=tests), client=client)
+        assert it.server.run.schedule.test_samples == 35
+        _, _, lost = talk(it, hello(3), ready(samples=7, test_samples=34), client=3)
+        assert lost.final and "at least 35 test samples, as many as the run tests on, got 34" in str(lost)
+        _, _, lost = talk(it, hello(3), ready(samples=7, test_samples=35), client=3)
+        assert not lost.final and it.server.membership.clients[3].ready
 
 
 def test_what_one_said_that_left_before_the_start_binds_nobody(tmp_path):

@@ -31,13 +31,14 @@ class Readies:
     def __init__(self, cfg: config.Config, build: Build, *, max_message_bytes: int, brings_part: bool):
         self._cfg, self._build, self._max_bytes, self._brings_part = cfg, build, max_message_bytes, brings_part
         self._by_client: dict[int, pb.Ready] = {}
+        self._test_samples = 0  # of the run, once it is built
         self._agreed: set[str] = set()  # descriptions that are as this server's
 
     def check(self, ready: pb.Ready, others: Iterable[int]) -> None:
         """Checks what a client says against the server's run and against what one of these others has said, if any has.
 
         Raises:
-          ProtocolError: it has no samples, or has built another run.
+          ProtocolError: it has no samples, fewer to test on than a run has that is built, or has built another run.
           MessageTooLargeError: a message of this run can be larger than the server takes.
         """
         if not ready.samples:
@@ -48,6 +49,11 @@ class Readies:
             )
         if (nbytes := len(ready.description.encode())) > DESCRIPTION_BYTES:
             raise messages.ProtocolError(f"description must have at most {DESCRIPTION_BYTES:,} bytes, got {nbytes:,}")
+        if ready.test_samples < self._test_samples:
+            raise messages.ProtocolError(
+                f"a client that comes once training has begun must have at least {self._test_samples} test samples, as "
+                f"many as the run tests on, got {ready.test_samples}"
+            )
         try:
             description = agreement.parse(ready.description)
             other = next((number for number in others if number in self._by_client), None)
@@ -86,5 +92,5 @@ class Readies:
         if 2 * samples <= most_samples:
             said = "each client uses only %d samples an epoch, as many as client %d has; client %d has %d"
             log.warning(said, samples, least, most, most_samples)
-        tests = min(ready.test_samples for ready in readies.values())
-        return self._build(samples, tests, agreement.parse(next(iter(readies.values())).description))
+        self._test_samples = min(ready.test_samples for ready in readies.values())
+        return self._build(samples, self._test_samples, agreement.parse(next(iter(readies.values())).description))
