@@ -288,6 +288,31 @@ def test_what_a_client_waits_for_and_how_long(session):
     assert not list(session.on_message(pb.FromServer(finished=pb.Finished(over=True)))) and session.done
 
 
+def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_takes(session):
+    """As where a server was started again, or has dropped it, and others have to come first."""
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    for _ in range(3):
+        session._clock.now += 10.0
+        session.on_lost(ConnectionLost("the server is gone"))
+        list(session.on_connected())
+        list(session.on_message(welcome()))
+        assert session.next_deadline is None
+        session._clock.now += 3000.0
+    (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=2)))
+    assert request.WhichOneof("kind") == "request" and session.next_deadline == session._clock.now + 20.0
+
+
+def test_a_client_that_has_asked_in_vain_gives_up(session):
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    with pytest.raises(ConnectionError, match="but no new answer has come for"):
+        for _ in range(100):
+            session._clock.now = session.next_deadline
+            session.on_lost(ConnectionLost("no answer within 20 s"))
+            list(session.on_connected())
+            list(session.on_message(welcome()))
+            list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+
+
 def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session):
     kept = []
     session._on_end = lambda party: kept.append(session.run.generation)

@@ -67,8 +67,8 @@ class ClientSession:
       compression: of the requests' bytes, as `msjax.wire` takes it.
       answer_seconds: after which an answer counts as lost, and the request is repeated over a new connection.
       retry_seconds: for how long a lost connection is tried again without getting on, which is: a new answer, or a
-        connection that stands, over which the server says that it has the request and waits for others. That the server
-        takes the connection, and says where the run is, does not count.
+        connection that stands, over which the server says that it has the request and waits for others, or does not yet
+        let this client ask. That the server takes the connection, and says where the run is, does not count.
       on_exchange: called after each exchange of this client.
       on_end: called at the end of training with the client as it then is; again where all had to go back from there.
       preset: this client's own, whose codecs' classes the run's config may name; see `config.from_json`.
@@ -115,6 +115,7 @@ class ClientSession:
         self._got_on_at = self._connected_at = clock()
         self._heard = False  # anything over this connection
         self._heard_since = False  # anything since this client got on
+        self._asked = False  # for an answer, over this connection
         self._received = False  # that a request has come, since the last answer and over this connection
         self._in_vain = False  # whether the last connection stood until the answer was late, and nothing was said of it
         self._wait, self._told, self._told_at = 0.1, "", 0.0
@@ -153,7 +154,7 @@ class ClientSession:
             yield message
 
     def _greet(self):
-        self._connected, self._heard, self._received = True, False, False
+        self._connected, self._heard, self._asked, self._received = True, False, False, False
         self._connected_at = self._clock()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
@@ -221,10 +222,10 @@ class ClientSession:
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
         if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
-            asks = self.run is not None and self.run.request is not None
-            if self._received or not (asks and self._in_vain):
+            unheard = self._asked and not self._received
+            if not (unheard and self._in_vain):
                 self._get_on()
-            self._in_vain = asks and not self._received
+            self._in_vain = unheard
         self._heard = False
         away = now - self._got_on_at
         if away > self._retry_seconds:
@@ -247,9 +248,9 @@ class ClientSession:
         self._got_on_at, self._heard_since = self._clock(), False
 
     def _wait_for_more(self):
-        if self.run is not None and self.run.request is not None:
+        if self._asked:
             self._next_deadline = self._clock() + self._answer_seconds
-        else:  # before training and after it the server waits for the other clients, however long they take
+        else:  # before a client may ask, and after training, the server waits for others, however long they take
             self._next_deadline = None
 
     def _welcome(self, welcome):
@@ -284,7 +285,8 @@ class ClientSession:
 
     def _requests(self):
         """The request that it is at, if any; what is behind it is prepared once this is sent."""
-        if self.run.request is not None:
+        self._asked = self.run.request is not None
+        if self._asked:
             # What follows a request without an answer may be behind that on the line, or be answered for it.
             self._said_at = self._clock() if self._said is None else None
             self._said = self.run.request
