@@ -35,6 +35,23 @@ def test_the_clock_runs_for_those_who_wait_for_a_later_exchange():
     assert [(a.exchange.key, a.clients) for a in of(said, do.Advance)] == [((1, TEST), ()), ((2, FEATURES), (2,))]
 
 
+@pytest.mark.parametrize("kind", ["parallel", "turns"])
+def test_the_clock_runs_where_all_that_are_waited_for_are_away(kind):
+    """Nobody else may have anything to say; while one of them is there it may be at work for long."""
+    run = Run(kind, stragglers="stop").begin()
+    if kind == "parallel":
+        run.leave(0), run.leave(1)
+        assert run.state.wake_at is None
+        run.leave(2)
+        assert run.state.wake_at == 10.0
+        run.reconnect(1)
+        assert run.state.wake_at is None
+        run.leave(1)
+    else:
+        run.leave(0)
+    assert of(run.wait(10.0), do.StopRun)
+
+
 def test_what_waited_while_the_server_was_at_work_did_not_come_late():
     """Deadlines are judged when the caller says that time has passed, which it does once it has handed all in."""
     run = Run(stragglers="drop").begin()
@@ -203,6 +220,45 @@ def test_a_message_that_the_lost_client_alone_held_up_advances():
     run.send(0, 1, 2)
     run.send(0, 1)
     assert of(run.crash(2), do.Advance)[0].clients == (0, 1)
+
+
+def test_all_go_back_where_enough_wait_to_be_let_in_and_those_who_could_are_away():
+    """All lost power; each that came back was dropped while another might still come, and the last one does not."""
+    run = Run(stragglers="drop").begin().go_to((2, FEATURES))
+    run.checkpoint = (1, None)
+    run.send(0, 1)
+    for client in run.everyone:
+        run.leave(client)
+    for client in (0, 1):
+        assert not of(run.come(client, instance=f"another of {client}"), do.StartClient, do.RestoreCheckpoint)
+    assert run.state.active == (2,)
+    said = run.wait(10.0)
+    assert do.Warn("step 2 cannot go on without clients [2], but others could: all go back") in said
+    assert [(a.client, a.step) for a in of(said, do.StartClient)] == [(0, 1), (1, 1)]
+    assert run.state.exchange.step == 1 and run.state.generation == 8
+    run.send(0, 1)
+    assert of(run.wait(10.0), do.Advance)[0].clients == (0, 1) and run.state.active == (0, 1)
+
+
+def test_nobody_goes_back_while_too_few_are_there_or_one_that_is_needed_is():
+    run = Run(stragglers="drop", min_clients=2, clients=4).begin().go_to((1, FEATURES))
+    run.send(0, 1, 2, 3)
+    for client in run.everyone:
+        run.leave(client)
+    run.come(0, instance="another of 0")
+    assert run.state.active == (1, 2, 3)
+    assert not of(run.wait(10.0), do.RestoreCheckpoint)
+    run.reconnect(1)
+    assert run.wait(10.0) == [] and run.state.wake_at is None
+
+
+def test_nobody_goes_back_to_a_checkpoint_that_only_one_who_is_away_has():
+    run = Run(stragglers="drop", checkpoint=(2, (0,))).begin()
+    run.leave(0)
+    assert run.wait(10.0) == [
+        do.CountStragglers(1),
+        do.Warn("step 2 waits for clients [0, 1, 2], as policy.min_clients is 1"),
+    ]
 
 
 def test_the_donor_dies_and_another_is_asked():

@@ -58,8 +58,9 @@ class Random(RuleBasedStateMachine):
         kind=st.sampled_from(["parallel", "turns"]),
         stragglers=st.sampled_from(["drop", "drop", "wait", "stop"]),
         min_clients=st.integers(1, 3),
+        gone=st.sampled_from([None, 0, 1, 2]),
     )
-    def begin(self, kind, stragglers, min_clients):
+    def begin(self, kind, stragglers, min_clients, gone):
         self.run = Run(kind, 3, STEPS, works=False, stragglers=stragglers, min_clients=min_clients)
         own = [[e for e in self.run.exchanges if c in e.clients] for c in range(3)]
         self.processes = [Process(own[c]) for c in range(3)]
@@ -70,6 +71,8 @@ class Random(RuleBasedStateMachine):
         self.behind: set[int] = set()  # who was left behind and not let in since
         self.next = 0  # the exchange that must be advanced next
         self.asked = None
+        self.gone = gone if stragglers == "stop" or (stragglers == "drop" and min_clients < 3) else None
+        """Who stays away at the end."""
 
     # -- What follows from an event. -------------------------------------------------------------------------------
 
@@ -304,8 +307,9 @@ class Random(RuleBasedStateMachine):
         """A while in which nothing goes wrong: the run gets on."""
         self.fair_round()
 
-    def fair_round(self):
-        for client in self.everyone:
+    def fair_round(self, gone=None):
+        present = [client for client in self.everyone if client != gone]
+        for client in present:
             it = self.processes[client]
             if it.line is None or self.run.session_is_not(client, it.line):
                 self.notice(client)
@@ -313,7 +317,7 @@ class Random(RuleBasedStateMachine):
             self.get_ready(client)
         if self.run.todo:
             self.work()
-        for client in self.everyone:
+        for client in present:
             self.hear(client, 100)
             self.send(client)
             self.say_goodbye(client)
@@ -343,19 +347,29 @@ class Random(RuleBasedStateMachine):
         missing = [c for c in state.exchange.clients if state.clients[c].active]
         missing = [c for c in missing if state.clients[c].message != state.exchange.key]
         assert missing  # else the exchange had been advanced
-        if waiting or len(state.exchange.clients) == 1:
+        away = not any(state.clients[c].ready for c in missing)
+        if waiting or away or len(state.exchange.clients) == 1:
             assert state.deadline is not None and state.deadline > self.run.now
 
     def teardown(self):
-        """Once nothing goes wrong any more, the run ends."""
+        """Once nothing more goes wrong, the run ends; it does so without one that stays away, where the policy says so.
+
+        But not where too few others can go on from the checkpoint, or training has not begun.
+        """
         if not hasattr(self, "run"):
             return
+        others = set(self.run.checkpoint[1] or self.everyone) - {self.gone}
+        needed = len(others) < self.run.policy.min_clients or self.run.stage is Stage.GATHERING
+        gone = None if needed else self.gone
+        if gone is not None:
+            self.cut(gone, noticed=False)
+            self.notice(gone)
         for _ in range(100):
             if self.run.stage is Stage.OVER:
                 assert len(of(self.run.log, do.Finish, do.StopRun)) == 1 and not self.live
                 return
             before = self.run.state
-            self.fair_round()
+            self.fair_round(gone)
             if self.run.state == before and before.wake_at is not None:
                 self.pass_time(max(0.0, before.wake_at - self.run.now))
         raise AssertionError(f"the run does not end: {self.run.state}")

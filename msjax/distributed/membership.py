@@ -27,7 +27,12 @@ that exchange took when it was first waited for. A server that is started again 
 of that, since its clients may have compiled before it came.
 
 What nobody can do anything about is waited for, with a warning after every deadline: clients that have not come yet,
-and more absent ones than `min_clients` allows. Only while all active clients are silent is there no deadline at all.
+and more absent ones than `min_clients` allows. There is no deadline at all while nobody waits and at least one of those
+that are waited for is there, and silent: it computes.
+
+A client whose process died is dropped where enough others are left, since it may come back with their part. Should
+these not come back themselves, while enough others are there that wait to be let in, all go back to the last
+checkpoint.
 """
 
 import dataclasses
@@ -43,9 +48,9 @@ class Policy:
     """What the server does about clients that are late."""
 
     deadline_seconds: float = 300.0
-    """How long an exchange waits for a client, from when the first of the others has come; the end for all to hear of
-    it; and a new session for its client to be ready. A process that does what it has not done before is given longer,
-    by what that took at first."""
+    """How long an exchange waits for a client, from when the first of the others has come, or from when all that it
+    waits for are away; the end for all to hear of it; and a new session for its client to be ready. A process that does
+    what it has not done before is given longer, by what that took at first."""
     stragglers: Literal["wait", "drop", "stop"] = "wait"
     """After that: wait on, and say so; drop those that have not come, until they come back; or stop the run."""
     min_clients: int = 1
@@ -137,6 +142,8 @@ class Client:
     alive: bool = False
     """Of one that is not active: whether it has said something since it was dropped."""
     memory: Memory = Memory.OF_CHECKPOINT
+    able: bool = True
+    """Whether it could go on by itself from where the generation began."""
     message: Key | None = None
     """Of which exchange its message is that waits for an answer."""
     brings_part: bool = False
@@ -177,19 +184,26 @@ class Tally(NamedTuple):
     unready: int = 0
     """Those with a session in which they have not yet said that they are ready."""
     returning: int = 0
+    waiting: int = 0
+    """Those with a message that is not answered."""
     waited_for: int = 0
     """Those whose messages the open exchange still lacks."""
+    at_work: int = 0
+    """Those of them that are there."""
 
     @classmethod
     def of(cls, number: int, client: Client, exchange: ExchangeInfo | None) -> "Tally":
         """Returns what one client counts for."""
         connected = client.session is not None
         waited_for = exchange is not None and client.active and client.message != exchange.key
+        waited_for = waited_for and number in exchange.members
         return cls(
             connected,
             connected and not client.session.ready,
             client.returning,
-            waited_for and number in exchange.members,
+            client.message is not None,
+            waited_for,
+            waited_for and client.ready,
         )
 
     @classmethod

@@ -191,10 +191,11 @@ class _Transition:
         clients = []
         for c, client in enumerate(self.state.clients):
             # One that had not come when training began comes in later.
-            active = (able is None or c in able) and (client.active or self.state.begun)
+            is_able = able is None or c in able
+            active = is_able and (client.active or self.state.begun)
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
-            known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
+            known = {"able": is_able, "process": client.process, "last_kind": client.last_kind, "done": client.done}
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
         self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False, begun=True)
         self._count_anew()
@@ -216,9 +217,7 @@ class _Transition:
         last = self.state.exchange
         if self.state.collected or (last is not None and exchange.key <= last.key):
             raise ValueError(f"key must be above that of the last exchange, answered, got {exchange.key}")
-        # The clock runs from the first message on: while none has come, it is not one that is late.
-        deadline = self._later() if len(exchange.clients) == 1 else None
-        self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=deadline, opened_at=self.now)
+        self._set(stage=Stage.COLLECTING, exchange=exchange, deadline=None, opened_at=self.now)
         self._set(extended=False, late=False, compiling=False)
         self._count_anew()
 
@@ -307,9 +306,9 @@ class _Transition:
     def _collect(self):
         state, exchange = self.state, self.state.exchange
         waits = self._tally.waited_for > 0 or (exchange.entrance is ev.Entrance.FREE and self._lacks_quorum())
-        if waits and state.deadline is None and any(client.message is not None for client in state.clients):
-            # Those whose turn is later wait as well.
-            self._set(deadline=self._later())
+        runs = self._clock_runs()
+        if waits and (state.deadline is None or not runs):
+            self._set(deadline=self._later() if runs else None)
             return
         if waits and not self._passed(state.deadline):
             return
@@ -322,6 +321,11 @@ class _Transition:
         missing = [c for c in exchange.clients if state.clients[c].active and c not in here]
         if not self._let_compile(missing):
             self._late(missing, there)
+
+    def _clock_runs(self):
+        """Whether the deadline does: not while one of those that are waited for is at work, and nobody waits for it."""
+        # Those whose turn is later wait as well.
+        return len(self.state.exchange.clients) == 1 or self._tally.waiting > 0 or self._tally.at_work == 0
 
     def _lacks_quorum(self):
         """Whether too few of a round's clients are active; at its beginning they may still come."""
@@ -362,12 +366,23 @@ class _Transition:
             for c in missing:
                 self._drop(c, alive=False)
             self._advance(there)
+        elif missing and self._enough_wait_to_be_let_in():
+            self._do(do.Warn(f"step {step} cannot go on without {_listed(missing)}, but others could: all go back"))
+            self._restore(again=True)
         else:
             away = [c for c in self.state.exchange.clients if c not in there]
             enough = policy.stragglers != "drop" or self._can_do_without(len(missing))
             why = "" if enough else f", as policy.min_clients is {policy.min_clients}"
             self._do(do.Warn(f"step {step} waits for {_listed(away)}{why}"))
             self._set(deadline=self._later(), late=True)
+
+    def _enough_wait_to_be_let_in(self):
+        """Whether all that are waited for are away, and those who are here would be enough if all of them took part."""
+        policy, exchange = self.state.policy, self.state.exchange
+        if policy.stragglers != "drop" or self._tally.at_work or not self._tally.returning:
+            return False
+        here = {c for c, it in enumerate(self.state.clients) if (it.active and it.ready) or _could_go_back(it)}
+        return len(here) >= policy.min_clients and len(here & exchange.members) >= self._quorum()
 
     def _can_do_without(self, count):
         policy = self.state.policy
@@ -456,6 +471,12 @@ class _Transition:
         self._set(stage=Stage.OVER, clients=clients, deadline=None)
         self._count_anew()
         self._do(last)
+
+
+def _could_go_back(client: Client) -> bool:
+    """Whether one that waits to be let in could take part once all went back to the last checkpoint."""
+    # One that was not able to when all last went back is so only if it has taken part since.
+    return client.returning and (client.able or client.memory is not Memory.OF_CHECKPOINT)
 
 
 def _listed(clients: Sequence[int]) -> str:
