@@ -358,18 +358,18 @@ class Random(RuleBasedStateMachine):
         """
         if not hasattr(self, "run"):
             return
-        others = set(self.run.checkpoint[1] or self.everyone) - {self.gone}
-        needed = len(others) < self.run.policy.min_clients or self.run.stage is Stage.GATHERING
-        gone = None if needed else self.gone
-        if gone is not None:
-            self.cut(gone, noticed=False)
-            self.notice(gone)
+        if self.gone is not None:
+            self.cut(self.gone, noticed=False)
+            self.notice(self.gone)
         for _ in range(100):
             if self.run.stage is Stage.OVER:
                 assert len(of(self.run.log, do.Finish, do.StopRun)) == 1 and not self.live
                 return
+            others = set(self.run.checkpoint[1] or self.everyone) - {self.gone}
+            if len(others) < self.run.policy.min_clients or self.run.stage is Stage.GATHERING:
+                self.gone = None
             before = self.run.state
-            self.fair_round(gone)
+            self.fair_round(self.gone)
             if self.run.state == before and before.wake_at is not None:
                 self.pass_time(max(0.0, before.wake_at - self.run.now))
         raise AssertionError(f"the run does not end: {self.run.state}")

@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 
+from msjax import config
 from msjax.distributed import actions as do
 from msjax.distributed.events import Entrance, ExchangeInfo
 from msjax.distributed.membership import Policy, Stage
+from msjax.distributed.server_run import _info
+from msjax.split.schedule import Phase
 
 from .membership_run import AVERAGE, FEATURES, TAKE, Run
+from .setups import SMALL, built
 
 
 def rounds_of(*drawn):
@@ -61,6 +65,34 @@ def test_a_round_that_lacks_its_quorum_waits_for_those_who_come_back():
     assert "step 1 waits for clients [2]" in of(said, do.Warn)[0].text
     assert of(run.come(2), do.StartClient)[-1].step == 1
     assert of(run.send(2), do.Advance)[0].clients == (1, 2)
+
+
+def test_a_round_is_not_left_below_its_quorum_by_those_that_lost_their_memory():
+    run = run_of((0, 1, 2), (1, 2, 3), min_clients=2).begin().go_to((0, AVERAGE))
+    assert not of(run.crash(0), do.RestoreCheckpoint) and run.state.active == (1, 2, 3)
+    said = run.crash(1)
+    assert of(said, do.RestoreCheckpoint) and run.state.exchange.key == (0, TAKE)
+    assert [start.client for start in of(said, do.StartClient)] == [0, 1, 2, 3]
+    for _ in range(3):
+        assert of(run.send(0, 1, 2), do.Advance)[0].clients == (0, 1, 2)
+
+
+@pytest.mark.parametrize("stragglers", ["drop", "wait"])
+def test_who_dies_before_it_is_handed_the_part_is_handed_it_again(stragglers):
+    run = run_of((0, 1), (1, 2), min_clients=2, stragglers=stragglers).begin().go_to((1, TAKE))
+    run.send(1)
+    said = run.crash(1)
+    assert not of(said, do.RestoreCheckpoint) and [(a.client, a.step) for a in of(said, do.StartClient)] == [(1, 1)]
+    assert not of(run.send(2), do.Advance)  # it asks once more
+    assert of(run.send(1), do.Advance)[0].clients == (1, 2)
+
+
+def test_the_quorum_counts_in_all_exchanges_of_a_round_but_not_in_tests():
+    mode = config.ModeConfig(kind="splitfed", average_steps=2, client_fraction=0.5, tail_cut="last")
+    schedule = built(dataclasses.replace(SMALL, mode=mode), 20).spec.schedule
+    rounds = {exchange.phase: _info(schedule, exchange).rounds for exchange in schedule.exchanges()}
+    trains = [Phase.FETCH_PART, Phase.FEATURES, Phase.GRADIENT, Phase.AVERAGE]
+    assert rounds == {phase: phase in trains for phase in [*trains, Phase.TEST, Phase.RESULT]}
 
 
 @pytest.mark.parametrize("kind", ["parallel", "turns"])

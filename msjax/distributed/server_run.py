@@ -281,4 +281,4 @@ def _info(schedule, exchange):
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
     rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
     args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
-    return ExchangeInfo(*args, rounds and exchange.phase in (Phase.FETCH_PART, Phase.FEATURES, Phase.AVERAGE))
+    return ExchangeInfo(*args, rounds and exchange.phase not in (Phase.TEST, Phase.RESULT))

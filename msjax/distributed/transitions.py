@@ -149,9 +149,9 @@ class _Transition:
         ):
             # In the second case it stays where it is, and repeats its last message, if it had sent one.
             self._start(client, state.step)
-        elif it.memory is Memory.OF_NOTHING and self._can_enter(client):
+        elif self._can_enter(client) and (it.memory is Memory.OF_NOTHING or self._is_handed_all()):
             self._enter(client)
-        elif self._can_do_without(1):
+        elif self._can_do_without([client]):
             self._drop(client, alive=True)
         else:
             # It was in the run and does not know where: all go back to the last checkpoint.
@@ -288,6 +288,10 @@ class _Transition:
                 if not self.state.extended:  # it has as long as the others; but a client that flaps, not for ever
                     self._set(extended=True, deadline=self._later())
 
+    def _is_handed_all(self):
+        """Whether who takes part in the open exchange needs nothing from before it."""
+        return self.state.exchange.entrance is ev.Entrance.FREE
+
     def _can_enter(self, client):
         state, exchange = self.state, self.state.exchange
         if state.stage is not Stage.COLLECTING or client not in exchange.members:
@@ -295,17 +299,17 @@ class _Transition:
         if exchange.entrance is ev.Entrance.WITH_PART and state.donor is not None:
             donor = state.clients[state.donor]
             return donor.message == exchange.key and donor.brings_part
-        return exchange.entrance is ev.Entrance.FREE
+        return self._is_handed_all()
 
     def _enter(self, client):
         exchange = self.state.exchange
         part_from = self.state.donor if exchange.entrance is ev.Entrance.WITH_PART else None
-        self._set_client(client, memory=Memory.OF_NOTHING)
+        self._set_client(client, memory=Memory.OF_NOTHING, message=None)
         self._start(client, exchange.step, part_from)
 
     def _collect(self):
         state, exchange = self.state, self.state.exchange
-        waits = self._tally.waited_for > 0 or (exchange.entrance is ev.Entrance.FREE and self._lacks_quorum())
+        waits = self._tally.waited_for > 0 or (self._is_handed_all() and self._lacks_quorum())
         runs = self._clock_runs()
         if waits and (state.deadline is None or not runs):
             self._set(deadline=self._later() if runs else None)
@@ -327,10 +331,10 @@ class _Transition:
         # Those whose turn is later wait as well.
         return len(self.state.exchange.clients) == 1 or self._tally.waiting > 0 or self._tally.at_work == 0
 
-    def _lacks_quorum(self):
-        """Whether too few of a round's clients are active; at its beginning they may still come."""
+    def _lacks_quorum(self, without=()):
+        """Whether too few of a round's clients are active, less these; at its beginning they may still come."""
         quorum, clients = self._quorum(), self.state.clients
-        return quorum > 0 and sum(clients[c].active for c in self.state.exchange.clients) < quorum
+        return quorum > 0 and sum(clients[c].active and c not in without for c in self.state.exchange.clients) < quorum
 
     def _learn(self, there):
         """Notes how long an exchange took that was new to those who took part."""
@@ -361,7 +365,7 @@ class _Transition:
         if missing and policy.stragglers == "stop":
             why = f"did not answer within {policy.deadline_seconds} s"
             self._stop(f"{_listed(missing)} {why}, and policy.stragglers is stop")
-        elif missing and self._can_do_without(len(missing)) and len(there) >= self._quorum():
+        elif missing and self._can_do_without(missing):
             self._do(do.Warn(f"step {step} goes on without {_listed(missing)}"))
             for c in missing:
                 self._drop(c, alive=False)
@@ -370,9 +374,8 @@ class _Transition:
             self._do(do.Warn(f"step {step} cannot go on without {_listed(missing)}, but others could: all go back"))
             self._restore(again=True)
         else:
-            away = [c for c in self.state.exchange.clients if c not in there]
-            enough = policy.stragglers != "drop" or self._can_do_without(len(missing))
-            why = "" if enough else f", as policy.min_clients is {policy.min_clients}"
+            away = missing or [c for c in self.state.exchange.clients if c not in there]
+            why = f", as policy.min_clients is {policy.min_clients}" if policy.stragglers == "drop" else ""
             self._do(do.Warn(f"step {step} waits for {_listed(away)}{why}"))
             self._set(deadline=self._later(), late=True)
 
@@ -384,9 +387,12 @@ class _Transition:
         here = {c for c, it in enumerate(self.state.clients) if (it.active and it.ready) or _could_go_back(it)}
         return len(here) >= policy.min_clients and len(here & exchange.members) >= self._quorum()
 
-    def _can_do_without(self, count):
+    def _can_do_without(self, clients):
+        """Whether enough others are left: of all, and of those of a round that is under way."""
         policy = self.state.policy
-        return policy.stragglers == "drop" and len(self.state.active) - count >= policy.min_clients
+        if policy.stragglers != "drop" or len(self.state.active) - len(clients) < policy.min_clients:
+            return False
+        return self.state.stage is Stage.ENDING or not self._lacks_quorum(clients)
 
     def _drop(self, client, *, alive):
         self._set_client(client, active=False, alive=alive, message=None, brings_part=False, answered=None)
@@ -436,7 +442,7 @@ class _Transition:
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
         it = self.state.clients[client]
         if self._lacks_part(client):
-            if not self._can_do_without(1):
+            if not self._can_do_without([client]):
                 return  # until all are there that have to go back with it
             self._drop(client, alive=True)
             self._do(do.Warn(f"client {client} died before it had kept its part, and is done without"))
