@@ -14,9 +14,9 @@ def script(kind, clients, steps):
     everyone, out = tuple(range(clients)), []
     for step in range(steps):
         if kind == "turns":
-            turn = (step % clients,)
-            out.append(ExchangeInfo((step, TAKE), step, turn, Entrance.FREE))
-            out += [ExchangeInfo((step, phase), step, turn) for phase in (FEATURES, GIVE)]
+            now, last = (step % clients,), ((step - 1) % clients,) if step else ()
+            out.append(ExchangeInfo((step, TAKE), step, now, Entrance.FREE, turn=now + last))
+            out += [ExchangeInfo((step, phase), step, now, turn=now + last) for phase in (FEATURES, GIVE)]
             continue
         tests = step % 2 == 1
         donors = () if step == steps - 1 else everyone

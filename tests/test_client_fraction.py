@@ -97,13 +97,17 @@ def test_half_precision_halves_the_bytes():
 @pytest.mark.slow
 @pytest.mark.parametrize("update_codec", [NONE, HALF], ids=str)
 def test_over_a_network_with_faults(tmp_path, update_codec):
-    """A client and then the server die, and lose what they had since the last round began."""
+    """A client and then the server die, and lose what they had since the last round began; two others lose nothing."""
     cfg = dataclasses.replace(SMALL, mode=MODE, update_codec=update_codec)
     with net(tmp_path, cfg) as it:
         it.start_clients()
         it.run_to(1)
         it.restart(it.server.run.exchange.clients[0])
+        it.run_to(3)
+        for client in set(range(4)) - set(it.server.run.exchange.clients):
+            it.restart(client)
         it.run_to(4)
+        assert it.counted("restarts") == 1
         it.kill_server()
         it.start_server()
         it.run()

@@ -55,6 +55,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
     """A client dies and starts anew from its checkpoints: all go back to them, and the result is the same.
 
     So they do where it could be dropped, but too few would be left; and, where there is no checkpoint, to the start.
+    But not where it waits for its turn, as in sequential mode in step 9.
     """
     cfg = dataclasses.replace(SMALL, mode=mode, epochs=3)
     policy = {"stragglers": "drop", "min_clients": cfg.clients}
@@ -66,7 +67,7 @@ def test_client_that_lost_its_memory(tmp_path, mode):
             it.restart(1)
         it.run()
         it.assert_equal_to_program()
-        assert it.counted("restarts") == 2 and it.epochs == [1, 2, 3]
+        assert it.counted("restarts") == (1 if turns else 2) and it.epochs == [1, 2, 3]
     if turns:
         return
     # Another run of clients that have checkpoints of the first one is none the wiser.

@@ -19,8 +19,9 @@ def rounds_of(*drawn):
     """One step a round: each fetches the part, trains and averages."""
     found = []
     for step, clients in enumerate(drawn):
-        found.append(ExchangeInfo((step, TAKE), step, clients, Entrance.FREE, rounds=True))
-        found += [ExchangeInfo((step, phase), step, clients, rounds=True) for phase in (FEATURES, AVERAGE)]
+        drawn_for = {"rounds": True, "turn": clients}
+        found.append(ExchangeInfo((step, TAKE), step, clients, Entrance.FREE, **drawn_for))
+        found += [ExchangeInfo((step, phase), step, clients, **drawn_for) for phase in (FEATURES, AVERAGE)]
     return found
 
 
@@ -85,6 +86,33 @@ def test_who_dies_before_it_is_handed_the_part_is_handed_it_again(stragglers):
     assert not of(said, do.RestoreCheckpoint) and [(a.client, a.step) for a in of(said, do.StartClient)] == [(1, 1)]
     assert not of(run.send(2), do.Advance)  # it asks once more
     assert of(run.send(1), do.Advance)[0].clients == (1, 2)
+
+
+@pytest.mark.parametrize("stragglers", ["drop", "wait"])
+def test_nobody_goes_back_for_one_that_waits_for_its_round(stragglers):
+    """It keeps nothing between rounds, also where it has asked early for the part of its next."""
+    run = run_of((0, 3), (0, 1), (2, 3), stragglers=stragglers, min_clients=4).begin().go_to((1, FEATURES))
+    run.send(3, key=(2, TAKE))
+    for client, step in ((2, 0), (3, 1), (3, 1)):  # client 2 has not been in a round yet
+        assert [(a.client, a.step) for a in of(run.crash(client), do.StartClient)] == [(client, step)]
+    assert run.state.active == (0, 1, 2, 3)
+    run.go_to((2, TAKE))
+    assert [(a.client, a.step) for a in of(run.crash(3), do.StartClient)] == [(3, 2)]
+    run.go_to((2, FEATURES))
+    assert len(of(run.log, do.RestoreCheckpoint)) == 1
+    assert of(run.crash(3), do.RestoreCheckpoint)  # now it had something
+
+
+def test_whose_part_counts():
+    fraction = config.ModeConfig(kind="splitfed", average_steps=2, client_fraction=0.5)
+    for mode in (fraction, config.ModeConfig(kind="sequential"), config.ModeConfig()):
+        schedule = built(dataclasses.replace(SMALL, mode=mode), 20).spec.schedule
+        for exchange in schedule.exchanges():
+            turn, last = _info(schedule, exchange).turn, _info(schedule, exchange, 3).turn
+            if mode.kind == "parallel":
+                assert turn is None and last is None
+            else:
+                assert set(exchange.clients) <= set(turn) < set(range(4)) and last == (*turn, 3)
 
 
 def test_the_quorum_counts_in_all_exchanges_of_a_round_but_not_in_tests():

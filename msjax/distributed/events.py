@@ -38,6 +38,10 @@ class ExchangeInfo:
     rounds: bool = False
     """Whether `clients` are a share that was drawn for a round: the policy's `min_clients` then counts among them."""
 
+    turn: tuple[int, ...] | None = None
+    """Where parts are handed on: those in whose turn or round it is, or who had the last. Nobody else has anything that
+    counts. None: all have."""
+
     @functools.cached_property
     def members(self) -> frozenset[int]:
         """`clients` as a set: there may be a thousand."""

@@ -94,7 +94,7 @@ class Memory(enum.Enum):
     OF_CHECKPOINT = "of checkpoint"
     """It has sent nothing yet: what it has on its disk will do."""
     OF_NOTHING = "of nothing"
-    """It was let in at the open exchange and has sent nothing yet: it can be let in again."""
+    """It was let in at the open exchange, or waits for its turn, and has sent nothing yet: it can be let in again."""
     OF_ALL = "of all"
     """It has sent something, and what follows from that is known to itself alone."""
 

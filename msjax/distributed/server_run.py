@@ -128,7 +128,8 @@ class ServerRun:
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
-        self._info = None if self.exchange is None else _info(self.schedule, self.exchange)
+        last = self._progress.get(_LAST_TURN)
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last)
         return self._info
 
     def exchange_of(self, client: int, position: Key) -> Exchange | None:
@@ -268,8 +269,8 @@ def _names(clients):
     return ("client " if len(clients) == 1 else "clients ") + ", ".join(map(str, sorted(clients)))
 
 
-def _info(schedule, exchange):
-    """What membership has to know of an exchange."""
+def _info(schedule, exchange, last_turn=None):
+    """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any."""
     passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
     entrance, donors = Entrance.CLOSED, ()
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
@@ -280,5 +281,9 @@ def _info(schedule, exchange):
         donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
     rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
+    rounds = rounds and exchange.phase not in (Phase.TEST, Phase.RESULT)
+    turn = None
+    if passed_on:  # whoever handed the last part on has the result, should the others be dropped
+        turn = schedule.position(exchange.step).clients + (() if last_turn is None else (last_turn,))
     args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
-    return ExchangeInfo(*args, rounds and exchange.phase not in (Phase.TEST, Phase.RESULT))
+    return ExchangeInfo(*args, rounds, turn)

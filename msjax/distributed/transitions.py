@@ -151,6 +151,10 @@ class _Transition:
             self._start(client, state.step)
         elif self._can_enter(client) and (it.memory is Memory.OF_NOTHING or self._is_handed_all()):
             self._enter(client)
+        elif state.exchange.turn is not None and client not in state.exchange.turn:
+            # It has lost nothing: what it goes on with it is handed when its turn begins.
+            self._set_client(client, memory=Memory.OF_NOTHING, message=None)
+            self._start(client, state.exchange.step)
         elif self._can_do_without([client]):
             self._drop(client, alive=True)
         else:
