@@ -10,13 +10,21 @@ TAKE, FEATURES, AVERAGE, GIVE, TEST = range(1, 6)
 
 
 def script(kind, clients, steps):
-    """The exchanges of a run: `parallel` with a test by the first two clients after odd steps, or in `turns`."""
+    """The exchanges of a run: `parallel` with a test by the first two clients after odd steps; in `turns`; or in
+    `rounds` of all clients but one.
+    """
     everyone, out = tuple(range(clients)), []
     for step in range(steps):
         if kind == "turns":
             now, last = (step % clients,), ((step - 1) % clients,) if step else ()
             out.append(ExchangeInfo((step, TAKE), step, now, Entrance.FREE, turn=now + last))
             out += [ExchangeInfo((step, phase), step, now, turn=now + last) for phase in (FEATURES, GIVE)]
+            continue
+        if kind == "rounds":
+            now = tuple(c for c in everyone if c != step % clients)
+            fields = {"rounds": True, "turn": now}
+            out.append(ExchangeInfo((step, TAKE), step, now, Entrance.FREE, **fields))
+            out += [ExchangeInfo((step, phase), step, now, **fields) for phase in (FEATURES, AVERAGE)]
             continue
         tests = step % 2 == 1
         donors = () if step == steps - 1 else everyone
@@ -37,7 +45,7 @@ class Run:
 
     def __init__(self, kind="parallel", clients=3, steps=4, *, works=True, checkpoint=(0, None), **policy):
         self.exchanges, self.steps = script(kind, clients, steps), steps
-        self.keepers = ((steps - 1) % clients,) if kind == "turns" else tuple(range(clients))
+        self.keepers = tuple(range(clients)) if kind == "parallel" else self.exchanges[-1].clients
         self.policy = Policy(**{"deadline_seconds": 10.0, **policy})
         self.now, self.works, self.checkpoint = 0.0, works, checkpoint
         self.state = Membership.begin(self.policy, clients=clients, generation=7, now=self.now)

@@ -55,7 +55,7 @@ class Random(RuleBasedStateMachine):
     """Three clients, whose processes die and whose lines are cut, slow, and full of old copies."""
 
     @initialize(
-        kind=st.sampled_from(["parallel", "turns"]),
+        kind=st.sampled_from(["parallel", "turns", "rounds"]),
         stragglers=st.sampled_from(["drop", "drop", "wait", "stop"]),
         min_clients=st.integers(1, 3),
         gone=st.sampled_from([None, 0, 1, 2]),
@@ -134,6 +134,9 @@ class Random(RuleBasedStateMachine):
         for client in advance.clients:
             assert client not in self.behind  # the messages of dropped clients never count
             assert (client, state.generation, exchange.key) in self.sent
+        if exchange.rounds:
+            least = min(self.run.policy.min_clients, 2) if self.run.policy.stragglers == "drop" else 2
+            assert len(advance.clients) >= least
         self.behind |= set(exchange.clients) - set(advance.clients)
         self.answering, self.asked = exchange.key, advance.asks_part_of
         if self.asked is not None:
@@ -346,7 +349,9 @@ class Random(RuleBasedStateMachine):
         waiting = [c for c in state.clients if c.message is not None]
         missing = [c for c in state.exchange.clients if state.clients[c].active]
         missing = [c for c in missing if state.clients[c].message != state.exchange.key]
-        assert missing  # else the exchange had been advanced
+        there = len([c for c in state.exchange.clients if state.clients[c].active]) - len(missing)
+        lacks_quorum = state.exchange.rounds and there < min(self.run.policy.min_clients, 2)
+        assert missing or lacks_quorum  # else the exchange had been advanced
         away = not any(state.clients[c].ready for c in missing)
         if waiting or away or len(state.exchange.clients) == 1:
             assert state.deadline is not None and state.deadline > self.run.now
@@ -366,7 +371,8 @@ class Random(RuleBasedStateMachine):
                 assert len(of(self.run.log, do.Finish, do.StopRun)) == 1 and not self.live
                 return
             others = set(self.run.checkpoint[1] or self.everyone) - {self.gone}
-            if len(others) < self.run.policy.min_clients or self.run.stage is Stage.GATHERING:
+            fewest = len(others) - self.run.exchanges[0].rounds  # of a round
+            if fewest < self.run.policy.min_clients or self.run.stage is Stage.GATHERING:
                 self.gone = None
             before = self.run.state
             self.fair_round(self.gone)
