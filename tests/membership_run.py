@@ -1,5 +1,7 @@
 """A run as its membership sees it, for tests: a script of exchanges, and a caller that does the server's work."""
 
+import dataclasses
+
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
 from msjax.distributed.events import Entrance, ExchangeInfo
@@ -83,13 +85,17 @@ class Run:
                 said += self._open(next((e for e in self.exchanges if e.step == step), None))
             case do.Advance(exchange):
                 said = self.say(ev.Computed())
-                at = self.exchanges.index(exchange) + 1
+                at = [e.key for e in self.exchanges].index(exchange.key) + 1
                 said += self._open(self.exchanges[at] if at < len(self.exchanges) else None)
         self.works = works
         return said
 
     def _open(self, exchange):
-        return self.say(ev.Ended(self.steps, self.keepers, self.back_to) if exchange is None else ev.Opened(exchange))
+        if exchange is None:
+            return self.say(ev.Ended(self.steps, self.keepers, self.back_to))
+        step, clients = self.checkpoint
+        able = None if clients is None or not step else frozenset(clients)
+        return self.say(ev.Opened(dataclasses.replace(exchange, able=able)))
 
     def session(self, client):
         return self.state.clients[client].session

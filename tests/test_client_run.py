@@ -302,6 +302,16 @@ def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_ta
     assert request.WhichOneof("kind") == "request" and session.next_deadline == session._clock.now + 20.0
 
 
+def test_a_client_that_hears_nothing_at_all_gives_up(session):
+    """The line stands, and nobody is behind it."""
+    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    with pytest.raises(ConnectionError, match="the server has been away, or turned this client away, for"):
+        for _ in range(100):
+            session._clock.now = session.next_deadline
+            session.on_lost(ConnectionLost("no answer within 20 s"))
+            list(session.on_connected())
+
+
 def test_a_client_that_has_asked_in_vain_gives_up(session):
     list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
     with pytest.raises(ConnectionError, match="but no new answer has come for"):

@@ -249,7 +249,56 @@ def test_nobody_goes_back_while_too_few_are_there_or_one_that_is_needed_is():
     assert run.state.active == (1, 2, 3)
     assert not of(run.wait(10.0), do.RestoreCheckpoint)
     run.reconnect(1)
-    assert run.wait(10.0) == [] and run.state.wake_at is None
+    assert run.wait(10.0) == [
+        do.CountStragglers(3),
+        do.Warn("step 1 waits for clients [1, 2, 3], as policy.min_clients is 2"),
+    ]
+
+
+def test_nobody_goes_back_to_a_checkpoint_that_those_who_wait_do_not_have():
+    """The line of the others is cut, and they have lost nothing."""
+    run = Run(stragglers="drop").begin()
+    run.send(0, 2), run.wait(10.0)
+    run.checkpoint = (1, (0, 2))
+    run.go_to((2, FEATURES))
+    run.come(1, instance="another of 1")
+    run.leave(0), run.leave(2)
+    for _ in range(2):
+        assert do.Warn("step 2 waits for clients [0, 2], as policy.min_clients is 1") in run.wait(10.0)
+    run.reconnect(0), run.reconnect(2)
+    assert of(run.send(0, 2), do.Advance)[0].exchange.key == (2, FEATURES)
+
+
+def test_nobody_goes_back_where_those_who_have_the_checkpoint_are_fewer_than_min_clients():
+    """Client 1 is here with the latest part, and came in after the checkpoint."""
+    run = Run(stragglers="drop", min_clients=2, checkpoint=(0, None)).begin().go_to((2, FEATURES))
+    run.checkpoint = (2, (0, 2))
+    run.go_to((2, AVERAGE))
+    run.send(1)
+    run.leave(2), run.crash(0)
+    assert not of(run.wait(10.0), do.RestoreCheckpoint) and 1 in run.state.active
+
+
+def test_the_clock_runs_on_where_the_one_who_waits_loses_its_memory():
+    """The other is there and says nothing: there is a warning after every deadline."""
+    run = Run(clients=2, stragglers="drop").begin()
+    run.send(0)
+    run.crash(0)
+    for _ in range(2):
+        assert do.Warn("step 0 waits for clients [1], as policy.min_clients is 1") in run.wait(10.0)
+
+
+def test_what_all_were_away_for_is_not_taken_for_lateness():
+    """How long the first exchange takes is learned all the same."""
+    run = Run(stragglers="drop").begin()
+    for client in run.everyone:
+        run.leave(client)
+    run.wait(10.0)
+    for client in run.everyone:
+        run.reconnect(client)
+    run.now += 30.0
+    run.send(*run.everyone)
+    assert run.state.first_seconds
 
 
 def test_nobody_goes_back_to_a_checkpoint_that_only_one_who_is_away_has():

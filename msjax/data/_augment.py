@@ -82,9 +82,9 @@ def normalize(
     Where `mean` is None, numbers are only cast.
 
     Images, uint8 (..., C), become `(images / 255 - mean) / std` with `mean` and `std` (C,) of pixels / 255; tables,
-    float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32 and cast to `dtype`; of images as one
-    multiply and add, so that the last bit may differ from the formula. Tokens, int32 without `maximum`, need `dtype`
-    int32.
+    float32 (B, F), `(columns - mean) / std` with (F,). Computed in float32 and cast to `dtype`; where the maximum
+    is not 1 as one multiply and add, so that the last bit may differ from the formula. Tokens, int32 without `maximum`,
+    need `dtype` int32.
 
     Args:
         inputs: as a `Dataset` has them, or as an augmentation made them.

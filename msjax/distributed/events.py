@@ -42,6 +42,9 @@ class ExchangeInfo:
     """Where parts are handed on: those in whose turn or round it is, or who had the last. Nobody else has anything that
     counts. None: all have."""
 
+    able: frozenset[int] | None = None
+    """Those who could go on from the last checkpoint by themselves; None for all."""
+
     @functools.cached_property
     def members(self) -> frozenset[int]:
         """`clients` as a set: there may be a thousand."""

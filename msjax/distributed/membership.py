@@ -31,8 +31,7 @@ and more absent ones than `min_clients` allows. There is no deadline at all whil
 that are waited for is there, and silent: it computes.
 
 A client whose process died is dropped where enough others are left, since it may come back with their part. Should
-these not come back themselves, while enough others are there that wait to be let in, all go back to the last
-checkpoint.
+these not come back themselves, while enough others are there that have the last checkpoint, all go back to it.
 """
 
 import dataclasses
@@ -142,8 +141,6 @@ class Client:
     alive: bool = False
     """Of one that is not active: whether it has said something since it was dropped."""
     memory: Memory = Memory.OF_CHECKPOINT
-    able: bool = True
-    """Whether it could go on by itself from where the generation began."""
     message: Key | None = None
     """Of which exchange its message is that waits for an answer."""
     brings_part: bool = False

@@ -80,6 +80,7 @@ class ServerRun:
         self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
         self._held: _Held | None = None
+        self._saved_clients: list[int] | None = None  # who has the last checkpoint, too; None for all
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
@@ -107,8 +108,13 @@ class ServerRun:
             self._progress[_MESSAGES] = None if step else {}
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
-        clients = self._progress.get(_CLIENTS)
-        return self._start_step, None if clients is None or self._alone(self._start_step) else tuple(clients)
+        self._saved_clients = self._progress.get(_CLIENTS)
+        able = self._able(self._start_step)
+        return self._start_step, able and tuple(sorted(able))
+
+    def _able(self, step):
+        """Who can go on by themselves from the last checkpoint, of this step; None for all."""
+        return None if self._saved_clients is None or self._alone(step) else frozenset(self._saved_clients)
 
     @property
     def keepers(self) -> tuple[int, ...]:
@@ -129,7 +135,8 @@ class ServerRun:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
         last = self._progress.get(_LAST_TURN)
-        self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last)
+        able = self._able(self.saved_step)
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last, able)
         return self._info
 
     def exchange_of(self, client: int, position: Key) -> Exchange | None:
@@ -250,7 +257,8 @@ class ServerRun:
         held.waits_for.difference_update(dropped, (c for c, it in came.items() if it.request.saved_step == held.step))
         if not held.waits_for:
             self._held = None
-            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: sorted(held.clients)})
+            self._saved_clients = sorted(held.clients)
+            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: self._saved_clients})
 
     def _checked(self, save, *args, **options):
         try:
@@ -269,8 +277,11 @@ def _names(clients):
     return ("client " if len(clients) == 1 else "clients ") + ", ".join(map(str, sorted(clients)))
 
 
-def _info(schedule, exchange, last_turn=None):
-    """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any."""
+def _info(schedule, exchange, last_turn=None, able=None):
+    """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any.
+
+    `able` are those who could go on from the last checkpoint.
+    """
     passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
     entrance, donors = Entrance.CLOSED, ()
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
@@ -286,4 +297,4 @@ def _info(schedule, exchange, last_turn=None):
     if passed_on:  # whoever handed the last part on has the result, should the others be dropped
         turn = schedule.position(exchange.step).clients + (() if last_turn is None else (last_turn,))
     args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
-    return ExchangeInfo(*args, rounds, turn)
+    return ExchangeInfo(*args, rounds, turn, able)

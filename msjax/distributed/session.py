@@ -248,7 +248,8 @@ class ClientSession:
         self._got_on_at, self._heard_since = self._clock(), False
 
     def _wait_for_more(self):
-        if self._asked:
+        asks = self.run is not None and self.run.request is not None
+        if self._asked or (asks and not self._heard):
             self._next_deadline = self._clock() + self._answer_seconds
         else:  # before a client may ask, and after training, the server waits for others, however long they take
             self._next_deadline = None

@@ -195,11 +195,10 @@ class _Transition:
         clients = []
         for c, client in enumerate(self.state.clients):
             # One that had not come when training began comes in later.
-            is_able = able is None or c in able
-            active = is_able and (client.active or self.state.begun)
+            active = (able is None or c in able) and (client.active or self.state.begun)
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
-            known = {"able": is_able, "process": client.process, "last_kind": client.last_kind, "done": client.done}
+            known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
         self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False, begun=True)
         self._count_anew()
@@ -315,8 +314,11 @@ class _Transition:
         state, exchange = self.state, self.state.exchange
         waits = self._tally.waited_for > 0 or (self._is_handed_all() and self._lacks_quorum())
         runs = self._clock_runs()
-        if waits and (state.deadline is None or not runs):
-            self._set(deadline=self._later() if runs else None)
+        if waits and not runs:
+            self._set(deadline=None, late=False)
+            return
+        if waits and state.deadline is None:
+            self._set(deadline=self._later())
             return
         if waits and not self._passed(state.deadline):
             return
@@ -332,8 +334,10 @@ class _Transition:
 
     def _clock_runs(self):
         """Whether the deadline does: not while one of those that are waited for is at work, and nobody waits for it."""
-        # Those whose turn is later wait as well.
-        return len(self.state.exchange.clients) == 1 or self._tally.waiting > 0 or self._tally.at_work == 0
+        state, tally = self.state, self._tally
+        # Those whose turn is later wait as well, and so does one that has lost its memory meanwhile, and was dropped.
+        dropped = state.policy.stragglers == "drop" and state.deadline is not None and tally.returning > 0
+        return len(state.exchange.clients) == 1 or tally.waiting > 0 or dropped or tally.at_work == 0
 
     def _lacks_quorum(self, without=()):
         """Whether too few of a round's clients are active, less these; at its beginning they may still come."""
@@ -384,11 +388,12 @@ class _Transition:
             self._set(deadline=self._later(), late=True)
 
     def _enough_wait_to_be_let_in(self):
-        """Whether all that are waited for are away, and those who are here would be enough if all of them took part."""
+        """Whether all that are waited for are away, and enough are here that could go on from the last checkpoint."""
         policy, exchange = self.state.policy, self.state.exchange
         if policy.stragglers != "drop" or self._tally.at_work or not self._tally.returning:
             return False
-        here = {c for c, it in enumerate(self.state.clients) if (it.active and it.ready) or _could_go_back(it)}
+        here = {c for c, it in enumerate(self.state.clients) if (it.active and it.ready) or it.returning}
+        here = here if exchange.able is None else here & exchange.able
         return len(here) >= policy.min_clients and len(here & exchange.members) >= self._quorum()
 
     def _can_do_without(self, clients):
@@ -481,12 +486,6 @@ class _Transition:
         self._set(stage=Stage.OVER, clients=clients, deadline=None)
         self._count_anew()
         self._do(last)
-
-
-def _could_go_back(client: Client) -> bool:
-    """Whether one that waits to be let in could take part once all went back to the last checkpoint."""
-    # One that was not able to when all last went back is so only if it has taken part since.
-    return client.returning and (client.able or client.memory is not Memory.OF_CHECKPOINT)
 
 
 def _listed(clients: Sequence[int]) -> str:
