@@ -31,7 +31,7 @@ def run_of(name, **optim):
     cfg = dataclasses.replace(cfg, model=model, clients=2, batch_size=10, optim=dataclasses.replace(cfg.optim, **optim))
     dataset = random_images()
     indices, samples = build.divide(dataset, cfg.clients, alpha=None, seed=0)
-    built = build.build(cfg, build.DataSummary.of(dataset), samples=samples, test_samples=len(test))
+    built = build.build(cfg, build.DataSummary.of(dataset), samples=samples, test_samples=len(dataset.test))
     state = TrainState(built.client, built.server, jax.numpy.int32(0))
     return loaded.LoadedRun(built.spec, state, dataset, indices, 0, "test"), cfg
 
