@@ -202,7 +202,11 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
     assert len(found) == len(calm) == 30 and found[-1]["traffic"] == calm[-1]["traffic"]
     for one, other in zip(found, calm, strict=True):
         for group in ("train", "test") if "test" in other else ("train",):
-            assert one[group] == pytest.approx(other[group], rel=1e-3, abs=1e-3)
+            # One process adds in another order than two: of 1,436 samples a few may be judged otherwise.
+            off = {name: 0.3 if name.endswith("percent") else 1e-3 for name in other[group]}
+            assert one[group].keys() == off.keys()
+            for name, most in off.items():
+                assert one[group][name] == pytest.approx(other[group][name], rel=1e-3, abs=most), name
     parts = [load_part(tmp_path / "runs" / name / "client.safetensors") for name in ("run", "calm")]
     # 120 steps make more of a rounding error, in weights that matter little more than in losses.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3), *(part.params for part in parts))
