@@ -1,7 +1,7 @@
 """The paper's method in plain PyTorch beside msjax: one network, the same first weights and batches, step by step.
 
     python -m experiments.beside_pytorch --data-dir DIR                                  # needs PyTorch; ten minutes
-    python -m experiments.beside_pytorch --data-dir DIR --network vgg19 --steps 5        # eight minutes a codec
+    python -m experiments.beside_pytorch --data-dir DIR --network vgg19 --steps 5        # three minutes a codec
 
 ResNet18 of a quarter of the width, or the paper's VGG19 at full width without its dropout, whose random numbers differ.
 Each is cut at its medium cut, ten clients of 25 of CIFAR-10's original training images, not augmented; SGD with

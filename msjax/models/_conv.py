@@ -1,4 +1,4 @@
-"""Convolutions of 3×3 and 1×1 pixels with weight gradients that XLA runs well on a CPU."""
+"""Convolutions of 3×3 and 1×1 pixels, and their gradients, as XLA runs them well on a CPU."""
 
 import functools
 
@@ -10,9 +10,10 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv_general_dilated(x, kernel, strides, padding, **options):
-    """`lax.conv_general_dilated` for `nnx.Conv`; those of 3×3 and 1×1 take the weight gradients below on a CPU.
+    """`lax.conv_general_dilated` for `nnx.Conv`; those of 3×3 and 1×1 are computed as below on a CPU.
 
-    XLA's own took most of a narrow network's step there. The derivative is then reverse-mode only (`custom_vjp`). For
+    XLA's own weight gradients took most of a narrow network's step there, and its convolutions to maps of two pixels
+    two thirds of the step of VGG19 at full width. The derivative is then reverse-mode only (`custom_vjp`). For
     `ConvNorm`, which has no dilation, groups or precision.
     """
     size, stride = kernel.shape[:2], strides[0]
@@ -26,7 +27,18 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
 
 
 def _plain(x, kernel, stride):
+    h, w = (-(-side // stride) for side in x.shape[1:3])
+    if min(h, w) < 3:  # XLA takes up to 70 times as long as for as many operations on larger maps
+        pixels = jnp.concatenate([tap for row in _taps(x, h, w, stride) for tap in row], axis=-1)
+        return pixels @ kernel.reshape(-1, kernel.shape[-1])
     return lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
+
+
+def _taps(x, h, w, stride):
+    """The pixels of x that the kernel's (u, v) meets, each (n, h, w, i): a list for each u."""
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows, columns = stride * (h - 1) + 1, stride * (w - 1) + 1
+    return [[x[:, u : u + rows : stride, v : v + columns : stride] for v in range(3)] for u in range(3)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -62,14 +74,9 @@ def _kernel_gradient(x, g):
 def _strided_kernel_gradient(x, g, stride):
     """Σ x[stride·row + u, stride·column + v]·g[row, column], a product for each u."""
     _, h, w, o = g.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     g = g.reshape(-1, o)
-
-    def taps(u, v):
-        return x[:, u : u + stride * h - 1 : stride, v : v + stride * w - 1 : stride]
-
-    sides = (_beside([taps(u, v) for v in range(3)]) for u in range(3))
-    return jnp.stack([_product(side.reshape(len(g), -1), g).reshape(3, -1, o) for side in sides])
+    sides = (_beside(row).reshape(len(g), -1) for row in _taps(x, h, w, stride))
+    return jnp.stack([_product(side, g).reshape(3, -1, o) for side in sides])
 
 
 def _product(a, b):
