@@ -199,7 +199,8 @@ def run_torch(network, name, first, batches, wanted, threads):
     whole, modules = _torch_network(network, first)
     whole.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in first.items()}, strict=False)
     optimizer = torch.optim.SGD(whole.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    client, server = (torch.nn.Sequential(*part) for part in _cut(modules, NETWORKS[network].cut))
+    cut = NETWORKS[network].cut
+    client, server = (torch.nn.Sequential(*part) for part in (modules[:cut], modules[cut:]))
     method = pytorch_method.Method(whole, client, server, pytorch_method.codec(CODECS[name]), optimizer)
     losses, weights, seconds = [], {}, []
     for number, (images, labels) in enumerate(zip(*batches, strict=True), 1):
@@ -224,10 +225,6 @@ def _torch_network(name, first):
     whole = torch_networks.ResNet(name, len(first["fc.bias"]), len(first["conv1.weight"]))
     stages = whole.layer1, whole.layer2, whole.layer3, whole.layer4
     return whole, [whole.conv1, whole.bn1, nn.ReLU(), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), whole.fc]
-
-
-def _cut(modules, place):
-    return modules[:place], modules[place:]
 
 
 def table(rows: list[dict]) -> str:

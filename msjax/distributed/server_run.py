@@ -110,7 +110,7 @@ class ServerRun:
         self._exchanges = self.schedule.exchanges(self._start_step)
         self._saved_clients = self._progress.get(_CLIENTS)
         able = self._able(self._start_step)
-        return self._start_step, able and tuple(sorted(able))
+        return self._start_step, None if able is None else tuple(sorted(able))
 
     def _able(self, step):
         """Who can go on by themselves from the last checkpoint, of this step; None for all."""

@@ -26,7 +26,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
-def _plain(x, kernel, stride):
+def _convolve(x, kernel, stride):
     h, w = (-(-side // stride) for side in x.shape[1:3])
     if min(h, w) < 3:  # XLA takes up to 70 times as long as for as many operations on larger maps
         pixels = jnp.concatenate([tap for row in _taps(x, h, w, stride) for tap in row], axis=-1)
@@ -44,18 +44,18 @@ def _taps(x, h, w, stride):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv3x3(x, kernel, stride):
     """(n, h, w, i) and (3, 3, i, o) to (n, ⌈h / stride⌉, ⌈w / stride⌉, o), padded by one."""
-    return _plain(x, kernel, stride)
+    return _convolve(x, kernel, stride)
 
 
 def _forward(x, kernel, stride):
-    return _plain(x, kernel, stride), (x, kernel)
+    return _convolve(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, saved, g):
     x, kernel = saved
     # Else XLA computes them again for each of the copies below, all the way from the last convolution's output.
     x, g = lax.optimization_barrier((x, g))
-    (dx,) = jax.linear_transpose(lambda x: _plain(x, kernel, stride), x)(g)
+    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g)
     gradient = _kernel_gradient(x, g) if stride == 1 else _strided_kernel_gradient(x, g, stride)
     return dx, gradient.astype(kernel.dtype)
 
