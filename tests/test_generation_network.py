@@ -15,7 +15,8 @@ from msjax import build, compress, config, models, pair, parts, wire
 from msjax.cli import main as command_line
 from msjax.distributed import generation, inference
 from msjax.distributed.client_run import Refused
-from msjax.distributed.generation import Limits, RemoteSession, Sessions
+from msjax.distributed.fair_share import FairShare
+from msjax.distributed.generation import Limits, RemoteSession
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, PartOptions
 from msjax.distributed.rpc import split_pb2 as pb
@@ -149,29 +150,27 @@ def test_who_does_not_read_keeps_no_cache(tmp_path, monkeypatch):
 
 def test_what_is_kept_is_bounded():
     ended = []
-    sessions = Sessions(Limits(sessions=3, cache_bytes=100))
+    share = FairShare(3, most_bytes=100)
     opened = {}
     for name, size in (("a", 40), ("b", 40), ("c", 20)):
-        opened[name], count = sessions.open(size, lambda name=name: ended.append(name))
+        opened[name], count = share.open(lambda name=name: ended.append(name), nbytes=size)
         assert count == 0
-    sessions.use(opened["a"])
-    assert sessions.open(50, lambda: None)[1] == 2 and ended == ["b", "c"]
-    sessions.use(opened["b"])  # is no more
-    sessions.close(opened["b"])
-    assert len(sessions) == 2
-    sessions.close(opened["a"])
-    assert len(sessions) == 1
-    with pytest.raises(wire.WireError, match="capacity must need at most 100 bytes of cache, got 101"):
-        sessions.open(101, lambda: None)
+    share.use(opened["a"])
+    assert share.open(lambda: None, nbytes=50)[1] == 2 and ended == ["b", "c"]
+    share.use(opened["b"])  # is no more
+    share.close(opened["b"])
+    assert len(share) == 2
+    share.close(opened["a"])
+    assert len(share) == 1
 
 
 def test_who_has_most_makes_room():
     """A caller with many texts loses its own, first in their number and then in their bytes, never another's one."""
     ended = []
-    sessions = Sessions(Limits(sessions=3, cache_bytes=100))
+    share = FairShare(3, most_bytes=100)
 
     def begin(caller, name, size):
-        sessions.open(size, lambda: ended.append(name), caller)
+        share.open(lambda: ended.append(name), caller, size)
 
     begin("few", "only", 10)
     for name in ("first", "second", "third", "fourth"):
@@ -180,7 +179,7 @@ def test_who_has_most_makes_room():
     begin("large", "huge", 90)  # of two callers "many" has more texts, then more bytes
     assert ended == ["first", "second", "third", "fourth"]
     begin("large", "another", 20)
-    assert ended[4:] == ["huge"] and len(sessions) == 2
+    assert ended[4:] == ["huge"] and len(share) == 2
 
 
 def test_messages_that_do_not_fit(tmp_path):

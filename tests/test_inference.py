@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from msjax import build, compress, config, models, parts
-from msjax.distributed import inference
+from msjax.distributed import inference, messages
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
@@ -18,15 +18,16 @@ from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens
-from msjax.distributed.rpc.server import Endpoint
+from msjax.distributed.rpc.server import Endpoint, most_calls
 from msjax.split.payloads import PayloadSpec
 
 from .authority import Authority
 from .setups import dataset
-from .test_rpc import assert_nobody_watches
+from .test_rpc import assert_nobody_watches, unread
 
 SUMMARY = build.DataSummary.of(dataset())
 CODEC = compress.MaskEncoded(ratio=0.9)
+STREAMS = 4
 
 
 def make(path, **mode):
@@ -48,9 +49,9 @@ def served(path, metrics=None, **options):
     limits = {"max_bytes": options.max_megabytes << 20, "max_messages_per_second": options.max_messages_per_second}
     metrics = metrics or Metrics()
     servicer = inference.InferenceServicer(
-        trained, Tokens(options.tokens), metrics, compression=options.compression, **limits
+        trained, Tokens(options.tokens), metrics, compression=options.compression, **limits, most_streams=STREAMS
     )
-    endpoint = Endpoint(options, metrics, streams=4)
+    endpoint = Endpoint(options, metrics, STREAMS)
     endpoint.start(servicer)
     try:
         yield str(endpoint.address)
@@ -234,6 +235,36 @@ def test_tokens(tmp_path, monkeypatch):
                 sent = ask(there, CODEC, h)
                 assert there.receive()[0].like.shape == (2, 10)
         assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
+
+
+def test_who_does_not_read_keeps_nobody_out(tmp_path):
+    """Of who has most streams, one is ended for another's."""
+    client, _ = make(tmp_path)
+    h, metrics = features(client, 2), Metrics()
+    spec = PayloadSpec(jax.tree.structure(0), (CODEC,), (like(h),), (0,))
+    request = pb.Features(payload=messages.encode(spec.encode(h), spec, None)).SerializeToString()
+    (tmp_path / "tokens").write_text("0 alice\n1 bob\n")
+    count = most_calls(STREAMS) + 4
+    with (
+        served(tmp_path, metrics, tokens=str(tmp_path / "tokens")) as address,
+        remote(address, token="bob") as there,
+        contextlib.ExitStack() as stack,
+    ):
+        ask(there, CODEC, h)
+        there.receive()
+        held = unread(stack, address, "msjax.v2.Split/Infer", request, count, token="alice")
+        for call in held:
+            call.initial_metadata()  # it has come to the server
+        ask(there, CODEC, h)
+        there.receive()
+        streams = [stack.enter_context(remote(address, token="bob")) for _ in range(STREAMS)]
+        for other in streams:
+            ask(other, CODEC, h)
+            other.receive()
+        ask(there, CODEC, h)
+        with pytest.raises(ConnectionError, match="the server has ended the stream, as others needed its room"):
+            there.receive()
+    assert f"msjax_evicted_sessions_total {count + 1}.0" in metrics.text()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from msjax.distributed.inference import RemoteServer
 from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.connection import Connection, metadata_of
 from msjax.distributed.rpc.security import TlsFiles
 from msjax.distributed.rpc.server import most_calls
 from msjax.distributed.server_program import ServerProgram, finish
@@ -371,6 +371,23 @@ def test_who_watches_a_servers_health_holds_no_call(tmp_path):
         assert_nobody_watches(channel)
 
 
+def unread(stack, address, method, said, count, token=None):
+    """Returns as many calls that say one thing and take five bytes of the answer; they last until `stack` ends."""
+    options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    leave, held = threading.Event(), []
+
+    def says():
+        yield said
+        leave.wait(60)
+
+    for number in range(count):
+        if number % 8 == 0:
+            channel = stack.enter_context(grpc.insecure_channel(address, options))
+        held.append(channel.stream_stream(f"/{method}")(says(), metadata=metadata_of(token)))
+    stack.callback(leave.set)
+    return held
+
+
 HELLO = pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, client=0, instance="one"))
 
 
@@ -380,20 +397,8 @@ HELLO = pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, client=0, insta
 )
 def test_who_does_not_read_keeps_nobody_out(tmp_path, method, said, most):
     """Whatever a server does, gRPC ends no call whose client takes nothing of the answer."""
-    options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
-    leave = threading.Event()
-
-    def says():
-        yield said
-        leave.wait(60)
-
     with Net(tmp_path) as net, contextlib.ExitStack() as stack:
-        held = []
-        for number in range(most_calls(net.cfg.clients) + 4):
-            if number % 8 == 0:
-                channel = stack.enter_context(grpc.insecure_channel(net.address, options))
-            held.append(channel.stream_stream(f"/{method}")(says()))
-        stack.callback(leave.set)
+        held = unread(stack, net.address, method, said, most_calls(net.cfg.clients) + 4)
         deadline = time.monotonic() + 30
         while sum(call.is_active() for call in held) > most:
             assert time.monotonic() < deadline

@@ -1,6 +1,5 @@
 """Texts from a decoder whose server part is behind gRPC: the server's caches, and the client's end of a session."""
 
-import collections
 import queue
 import threading
 import time
@@ -12,6 +11,7 @@ import jax
 
 from msjax import build, models, wire
 from msjax.distributed.compiled import CompiledPrograms
+from msjax.distributed.fair_share import FairShare
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Rate
@@ -34,75 +34,6 @@ class Evicted(Exception):
 
     def __init__(self):
         super().__init__("the text was ended, as others needed its room on the server: begin it again")
-
-
-class _Session(NamedTuple):
-    cache_bytes: int
-    evict: Callable[[], None]
-    caller: str
-
-
-class Sessions:
-    """Which texts are under way, within limits.
-
-    Who has most makes room for a new one: of the caller with the most texts, or the most bytes where these are short,
-    the text that was idle for longest is ended. So nobody who has few loses them to somebody with many.
-    """
-
-    def __init__(self, limits: Limits):
-        self._limits, self._lock = limits, threading.Lock()
-        self._open: collections.OrderedDict[object, _Session] = collections.OrderedDict()
-
-    def open(self, cache_bytes: int, evict: Callable[[], None], caller: str = "") -> tuple[object, int]:
-        """Returns a new session, and how many others were evicted for it: `evict` was called of each.
-
-        Args:
-          caller: whose it is.
-
-        Raises:
-          WireError: its cache alone is larger than the limit.
-        """
-        limits = self._limits
-        if cache_bytes > limits.cache_bytes:
-            raise wire.WireError(f"capacity must need at most {limits.cache_bytes} bytes of cache, got {cache_bytes}")
-        session, evicted = object(), []
-        with self._lock:
-            while len(self._open) >= limits.sessions:
-                evicted.append(self._pop(caller, lambda _: 1, 1))
-            while self._held(lambda one: one.cache_bytes) + cache_bytes > limits.cache_bytes:
-                evicted.append(self._pop(caller, lambda one: one.cache_bytes, cache_bytes))
-            self._open[session] = _Session(cache_bytes, evict, caller)
-        for one in evicted:
-            one.evict()
-        return session, len(evicted)
-
-    def use(self, session: object) -> None:
-        """Notes that a session is not idle."""
-        with self._lock:
-            if session in self._open:
-                self._open.move_to_end(session)
-
-    def close(self, session: object) -> None:
-        """Forgets a session; one that was evicted is forgotten already."""
-        with self._lock:
-            self._open.pop(session, None)
-
-    def __len__(self):
-        return len(self._open)
-
-    def _held(self, size):
-        return sum(map(size, self._open.values()))
-
-    def _pop(self, caller, size, more):
-        """Takes away the text that was idle for longest of who holds most, with what `caller` asks for."""
-        held = collections.Counter()
-        for one in self._open.values():
-            held[one.caller] += size(one)
-        if caller in held:  # who has nothing yet cannot make room
-            held[caller] += more
-        most = max(held.values())
-        found = next(session for session, one in self._open.items() if held[one.caller] == most)
-        return self._open.pop(found)
 
 
 class _Text:
@@ -140,7 +71,8 @@ class Texts:
     """
 
     def __init__(self, trained: TrainedPart, metrics: Metrics, limits: Limits):
-        self._metrics, self._sessions = metrics, Sessions(limits)
+        self._metrics, self._limits = metrics, limits
+        self._sessions = FairShare(limits.sessions, limits.cache_bytes)
         self._name = trained.config.model.name
         self._part = self._tail = None
         if self._name == models.DECODER:
@@ -199,7 +131,9 @@ class Texts:
         candidates = min(begin.candidates, config.vocab_size) or None
         terms = Terms(1, padded(begin.capacity, most), codec, candidates, begin.compression or None)
         cache_bytes = ServerSession.cache_bytes(self._part, terms)
-        own, evicted = self._sessions.open(cache_bytes, text.evict, caller)
+        if cache_bytes > (room := self._limits.cache_bytes):
+            raise wire.WireError(f"capacity must need at most {room} bytes of cache, got {cache_bytes}")
+        own, evicted = self._sessions.open(text.evict, caller, cache_bytes)
         self._metrics.evicted.inc(evicted)
         self._metrics.sessions.set(len(self._sessions))
         with self._lock:

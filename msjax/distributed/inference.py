@@ -16,8 +16,10 @@ from msjax.compress import Exact, Identity
 from msjax.distributed import messages
 from msjax.distributed.client_run import Refused
 from msjax.distributed.compiled import CompiledPrograms
+from msjax.distributed.fair_share import FairShare
 from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
 from msjax.distributed.metrics import ANYONE, Metrics
+from msjax.distributed.options import MOST_SESSIONS
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of, peer_of
@@ -58,6 +60,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     Args:
       texts: of a decoder, what the texts under way may take; see `generation.Texts`.
+      most_streams: how many there may be at once. One that comes beyond them ends one of the caller that has most: a
+        stream lasts until its answers are read, and holds a thread.
 
     Raises:
       ValueError: `trained` is not a server's part, or its model is not here.
@@ -75,6 +79,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         certificates: Certificates | None = None,
         wrong_tokens: WrongTokens | None = None,
         texts: Limits | None = None,
+        most_streams: int = MOST_SESSIONS,
     ):
         if trained.part != "server":
             raise ValueError(f"part must be that of a server, got that of a {trained.part}")
@@ -91,6 +96,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
         self._texts = Texts(trained, metrics, texts or Limits())
+        self._streams = FairShare(most_streams)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """Answers what part this is."""
@@ -103,7 +109,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         """Answers each message of features, in order."""
         self._authenticate(context)
         rate = Rate(self._max_messages_per_second)
-        for number, request in enumerate(requests):
+        for number, request in enumerate(self._held(requests, context)):
             rate.wait()
             self._metrics.received(ANYONE, request)
             began = time.perf_counter()
@@ -120,8 +126,9 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Generate(self, requests: Iterator[pb.NextTokens], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers what comes next in one text, as often as it is asked."""
         self._authenticate(context)
+        requests, rate = self._held(requests, context), Rate(self._max_messages_per_second)
         try:
-            yield from self._texts.answers(requests, Rate(self._max_messages_per_second), caller_of(context))
+            yield from self._texts.answers(requests, rate, caller_of(context))
         except Evicted as error:
             context.abort(grpc.StatusCode.ABORTED, str(error))
         except wire.WireError as error:
@@ -134,6 +141,20 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             if not refusal.is_told:
                 self._refused(f"{peer_of(context)}: {refusal.reason}")
             context.abort(refusal.code, refusal.reason)
+
+    def _held(self, requests, context):
+        """Returns the requests of a stream, which is open from now on; another is ended where there are too many."""
+        stream, ended = self._streams.open(context.cancel, caller_of(context))
+        self._metrics.evicted.inc(ended)
+        if not context.add_callback(lambda: self._streams.close(stream)):
+            self._streams.close(stream)  # it has ended already
+
+        def noted():
+            for request in requests:
+                self._streams.use(stream)
+                yield request
+
+        return noted()
 
     def _read(self, request):
         if len(request.payload) != len(self._features.leaves):
@@ -247,6 +268,9 @@ class RemoteServer:
                 if fault := self._tls.fault_with(self._address):
                     raise Refused(f"{self._address}: {fault}") from None
                 raise ConnectionError(f"{self._address}: {reason_of(error)}") from None
+            if error.code() is grpc.StatusCode.CANCELLED:
+                reason = "the server has ended the stream, as others needed its room"
+                raise ConnectionError(f"{self._address}: {reason}") from None
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise Refused(f"{self._address}: {OTHER_SERVER}") from None
             raise Refused(error.details()) from None

@@ -32,7 +32,7 @@ class Metrics:
         self.requests = Counter("requests", "Requests to a trained part that were answered", **labels)
         self.samples = Counter("samples", "Samples in them", **labels)
         self.sessions = Gauge("sessions", "Texts under way, whose caches a trained part keeps", **labels)
-        self.evicted = Counter("evicted_sessions", "Texts that were ended for want of room", **labels)
+        self.evicted = Counter("evicted_sessions", "Texts and other streams that were ended for want of room", **labels)
         self.answer_seconds = Histogram("answer_seconds", "From a request to its answer", buckets=_SECONDS, **labels)
         self.refused = Counter("refused_clients", "Streams turned away, or ended for what they sent", **labels)
 
