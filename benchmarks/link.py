@@ -4,7 +4,7 @@ r"""What compression buys on a slow link: training steps over gRPC through a lin
     python -m benchmarks.link --cuts medium --codecs none MS --clients 3 --out /tmp/link
     python -m benchmarks.link --model.width 1 --batch 256 --out benchmarks/results/link_paper    # its feature maps
     python -m benchmarks.link --model.name resnet9t --model.width 0.25 --codecs none MS --accuracy 85 \
-        --out benchmarks/results/link_lite --steps-to-accuracy experiments/results/lite_jpeg/resnet9t-*.json
+        --out benchmarks/results/link_lite --steps-to-accuracy experiments/results/lite/resnet9t-*.json
 
 Server and clients are what `msjax serve` and `msjax client` run, in one program with random images; all share their
 compiled functions. In turn one step goes through the link as it is and one through the same link slowed down

@@ -1,7 +1,7 @@
 """Lossless coders on packed codes: bits an element and speed; and the whole way from features to message and back.
 
     taskset -c 0 python -m benchmarks.wire                   # 4 M values of relu(N(0, 1)): about a minute
-    python -m benchmarks.wire --maps maps.npz                # and the feature maps that experiments.feature_maps saved
+    python -m benchmarks.wire --maps maps.npz                # and maps that experiments.feature_maps or .contexts saved
     python -m benchmarks.wire --maps maps.npz --choice       # only how a message's coding is chosen
 
 The coders are to choose from what `msjax.wire` offers; "classes" is its coding by neighbours, of codes that have some.
@@ -62,7 +62,7 @@ CODERS = {
 def main() -> int:
     parser = timing.parser(__doc__)
     parser.set_defaults(repeats=5)
-    parser.add_argument("--maps", type=pathlib.Path, help="a file of experiments.feature_maps")
+    parser.add_argument("--maps", type=pathlib.Path, help="a file of experiments.feature_maps or experiments.contexts")
     parser.add_argument("--choice", action="store_true", help="only how a message's coding is chosen")
     parser.add_argument("--samples", type=int, help="the first so many samples of each map; by default all")
     options = parser.parse_args()

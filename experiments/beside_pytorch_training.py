@@ -226,10 +226,13 @@ def table(rows: list[dict]) -> str:
         tops = {which: [row[f"{which}_top1_percent"] for row in own] for which in ("torch", "msjax")}
         differences = [ours - theirs for ours, theirs in zip(tops["msjax"], tops["torch"], strict=True)]
         cells = [*map(study.mean_and_deviation, (tops["torch"], tops["msjax"], differences))]
-        medians = [statistics.median(row[f"{which}_step_seconds"] for row in own) for which in ("torch", "msjax")]
-        lines.append([name, str(len(own)), *cells, *(f"{value:.3f}" for value in medians)])
+        seconds = [[row[f"{which}_step_seconds"] for row in own] for which in ("torch", "msjax")]
+        ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
+        medians = [f"{statistics.median(values):.3f}" for values in seconds]
+        lines.append([name, str(len(own)), *cells, *medians, f"{statistics.median(ratios):.2f}"])
     header = ["codec", "seeds", "PyTorch, top-1 %", "msjax, top-1 %", "msjax − PyTorch, in pairs"]
-    return timing.table([*header, "seconds a step, PyTorch", "seconds a step, msjax"], lines)
+    header += ["seconds a step, PyTorch", "seconds a step, msjax", "times as long, in pairs"]
+    return timing.table(header, lines)
 
 
 if __name__ == "__main__":

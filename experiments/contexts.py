@@ -1,6 +1,7 @@
 """What neighbours save: real bytes of codes of real maps, by the codings of `msjax.wire` and by what else was tried.
 
     python -m experiments.contexts --weights resnet20.safetensors --data-dir DIR      # half an hour on two busy cores
+    python -m experiments.contexts --weights resnet20.safetensors --data-dir DIR --save-maps maps.npz
 
 Features and gradients of the mean loss behind four blocks of the published ResNet20 (see `published_weights`), of
 CIFAR-10's first training images, not augmented, as in training. "Today" is what version 2 had: the shorter of zlib's
@@ -46,7 +47,7 @@ def maps_of(weights: str, data_dir: str, samples: int) -> dict[str, np.ndarray]:
     x, labels = network.batch(samples)
     for cut in network.list_cuts():
         if cut.block in BLOCKS:
-            h, g = feature_maps._at_cut(*network.cuts(cut.layer), x, labels, label_smoothing=0.0)
+            h, g = feature_maps.at_cut(*network.cuts(cut.layer), x, labels, label_smoothing=0.0)
             found[f"{cut.block}/features"], found[f"{cut.block}/gradients"] = np.asarray(h), np.asarray(g)
     return found
 
@@ -151,11 +152,15 @@ def parser_of(description: str, name: str) -> argparse.ArgumentParser:
 def main() -> int:
     parser = parser_of(__doc__, "contexts")
     parser.add_argument("--samples", type=int, nargs="+", default=[25, 250])
+    parser.add_argument("--save-maps", type=pathlib.Path, help="saves the maps for benchmarks.wire, and ends")
     options = parser.parse_args()
+    maps = maps_of(options.weights, options.data_dir, max(options.samples))
+    if options.save_maps:
+        np.savez(options.save_maps, **maps)
+        return 0
     made = timing.Continued(options.out)
     rows = made.rows
     done = {(row["source"], row["samples"], row["codec"]) for row in rows}
-    maps = maps_of(options.weights, options.data_dir, max(options.samples))
     for samples in options.samples:
         for source, h in maps.items():
             for codec in FEATURES if source.endswith("features") else GRADIENTS:

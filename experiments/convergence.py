@@ -80,7 +80,7 @@ def runs(scale):
     once, seeded = {}, {}
     for setting, (base, _, cuts) in settings(scale).items():
         arms = arms_of(scale, setting, base)
-        once |= study.at_cuts(arms, cuts)
+        once |= study.at_cuts(arms, cuts, study.with_published_cut if scale == "paper" else study.with_cut)
         if not setting:
             seeded |= study.at_cuts({name: arm for name, arm in arms.items() if name in CLOSE}, cuts)
             if scale == "lite":

@@ -110,7 +110,7 @@ def collect(
     x, labels = network.batch(samples)
     maps = {}
     for name in cuts or network.named_cuts():
-        h, g = _at_cut(*network.cuts(name), x, labels, label_smoothing=network.cfg.optim.label_smoothing)
+        h, g = at_cut(*network.cuts(name), x, labels, label_smoothing=network.cfg.optim.label_smoothing)
         maps[f"{name}/features"], maps[f"{name}/gradients"] = np.asarray(h), np.asarray(g)
     return maps
 
@@ -122,7 +122,7 @@ def _trained(part: models.ModelPart, params, stats) -> models.ModelPart:
 
 
 @functools.partial(jax.jit, static_argnames="label_smoothing")
-def _at_cut(client, server, x, labels, *, label_smoothing):
+def at_cut(client, server, x, labels, *, label_smoothing):
     """(features, gradients) of a batch, as in training."""
 
     def loss(h):

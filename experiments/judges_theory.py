@@ -28,6 +28,8 @@ from msjax import compress
 SIZES = (2.32, 3.0, 4.0, 5.0, 6.0)
 """Bits a value at which all codecs of Figure 2 have errors, measured or interpolated."""
 KINDS = {"RandTopK": "RT", "TopK": "SP", "Uniform": "QU", "MaskEncoded": "MS"}
+UNBIASED = 0.05
+"""Up to this bias, relative to the features, a codec counts as unbiased."""
 MUCH = 2.0
 """By this factor an error is much larger than another: our reading of “≫”."""
 
@@ -54,8 +56,8 @@ def biased(results: Results) -> Found | None:
                 bias, error = (statistics.mean(row[f"{party}_{n}"] for row in draws) for n in ("bias", "error"))
                 chance = error / math.sqrt(sum(row["draws"] for row in draws))
                 biases[party].append(bias)
-                # The features' own has to be no more than chance, or the codec is not what the theorem is about.
-                verdicts.append(judged(chance - bias if party == "features" else bias - chance, 0.0))
+                # Biases have chance taken off. The features' own has to be none, or the theorem is not of the codec.
+                verdicts.append(judged(UNBIASED - bias if party == "features" else bias - chance, 0.0))
         parts.append(Part(combined(verdicts), "", where, seeds))
     numbers = "; ".join(f"{party} {span(values)}" for party, values in biases.items())
     return together(parts, f"bias, relative: {numbers}")
@@ -99,16 +101,17 @@ def converges_worse(results: Results) -> Found | None:
     trained.sort(key=lambda one: one[0])
     pairs = []
     for n, (_, better, before) in enumerate(trained):
-        for _, worse, after in trained[n + 1 :]:
+        for error, worse, after in trained[n + 1 :]:
             lost = results.difference(source, after, before, train_loss)
-            pairs.append((judged(lost.mean, lost.noise), f"{better} before {worse}"))
+            pairs.append((judged(lost.mean, lost.noise), f"{better} before {worse}", error))
     if not pairs:
         return None
-    counts = {verdict: [name for v, name in pairs if v == verdict] for verdict in (HOLDS, DOES_NOT, WITHIN_NOISE)}
+    counts = {verdict: [name for v, name, _ in pairs if v == verdict] for verdict in (HOLDS, DOES_NOT, WITHIN_NOISE)}
     against = f"{len(counts[DOES_NOT])} against" + (f" ({', '.join(counts[DOES_NOT])})" if counts[DOES_NOT] else "")
-    numbers = (
-        f"of {len(pairs)} pairs {len(counts[HOLDS])} are in order, {against}, {len(counts[WITHIN_NOISE])} too close"
-    )
+    close = [error for verdict, _, error in pairs if verdict == WITHIN_NOISE]
+    numbers = f"of {len(pairs)} pairs {len(counts[HOLDS])} are in order, {against}, {len(close)} too close"
+    if close:
+        numbers += f", of errors up to {max(close):.2f}"
     verdict = HOLDS if len(counts[HOLDS]) > len(counts[WITHIN_NOISE]) else WITHIN_NOISE
     if counts[DOES_NOT]:
         verdict = IN_PART if len(counts[HOLDS]) > len(counts[DOES_NOT]) else DOES_NOT

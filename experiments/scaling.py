@@ -105,9 +105,8 @@ def network(cut: str) -> Network:
 
 def described(cut: str, clients: int) -> plan.Run:
     """Returns the paper's run with so many clients."""
-    cfg = study.with_cut(study.preset("resnet34_imagenet"), CUTS[cut])
-    first_block = "paper" if cut == "shallow" else cfg.model.first_block
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, first_block=first_block), clients=clients)
+    cfg = study.with_published_cut(study.preset("resnet34_imagenet"), cut)
+    cfg = dataclasses.replace(cfg, clients=clients)
     return plan.describe_run(cfg, *plan.describe_data(cfg))
 
 

@@ -100,6 +100,14 @@ def with_cut(cfg: Config, cut: str) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=cut))
 
 
+def with_published_cut(cfg: Config, cut: str) -> Config:
+    """As `with_cut`; a ResNet's shallow cut is the paper's, which its published figures are of."""
+    cfg = with_cut(cfg, cut)
+    if cut != "shallow" or not cfg.model.name.startswith("resnet"):
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, first_block="paper"))
+
+
 def key(run: Run) -> str:
     """The name of a run's record and folder: what it is, and a hash of all in which its config differs from `Config()`.
 
@@ -145,7 +153,7 @@ def label(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def at_cuts(arms: dict[str, Config], cuts: Iterable[str]) -> dict[str, Config]:
+def at_cuts(arms: dict[str, Config], cuts: Iterable[str], with_cut: Any = with_cut) -> dict[str, Config]:
     """Each of the arms at each cut, “arm, cut”; at `PLAIN_CUT` alone where nothing is compressed.
 
     There the cut changes nothing but the bytes, and these are known.

@@ -216,7 +216,7 @@ class Cut:
         self.features, self.gradients, self.is_kept = {}, {}, {}
         for name, part in (("own", slice(samples)), ("known", slice(samples, None))):
             self.features[name] = np.asarray(published_cuts.features_of(client, x[part]))
-            h, g = feature_maps._at_cut(client, server, x[part], labels[part], label_smoothing=0.0)
+            h, g = feature_maps.at_cut(client, server, x[part], labels[part], label_smoothing=0.0)
             self.gradients[name], self.is_kept[name] = np.asarray(g), np.asarray(h > 0)
         self._logits = functools.partial(_logits, server)
         self._plain = np.asarray(jax.nn.log_softmax(self._logits(self.features["own"])))

@@ -101,7 +101,22 @@ def test_trainings_of_unlike_schedules_are_not_set_beside_each_other(tmp_path):
 
     assert judge(row("none", 200, 80.0), row("MS", 30, 89.9)) is None
     assert judge(row("none", 30, 90.0, 20_000), row("MS", 30, 89.9, 20_000)) is None
-    assert "none 90.00, MS 89.90" in judge(row("none", 30, 90.0), row("MS", 30, 89.9), row("none", 200, 80.0)).numbers
+    found = judge(row("none", 30, 90.0), row("MS", 30, 92.0), row("none", 200, 80.0))
+    assert "none 90.00, MS 92.00" in found.numbers and found.verdict == NOT_TESTED  # the claim is of the whole schedule
+
+
+@pytest.mark.parametrize(("first", "last", "verdict"), [(0.015, 0.8, HOLDS), (0.03, 0.8, DOES_NOT)])
+def test_steps_are_judged_before_all_trainings_are_as_far_apart(tmp_path, first, last, verdict):
+    row = {"codec": "MS", "steps": 50, "losses": 0.2, "losses_again": 0.2, "weights_1": first, "weights_1_again": 0.01}
+    row |= {"weights_50": last, "weights_50_again": 0.7}
+    (tmp_path / "beside_pytorch.json").write_text(json.dumps({"rows": [row]}))
+    assert judges_own.same_steps(Results(tmp_path)).verdict == verdict
+
+
+def test_the_published_shallow_cut_of_a_resnet_is_the_papers():
+    for name, run in convergence.runs("paper").items():
+        own = run.model.cut == "shallow" and run.model.name.startswith("resnet")
+        assert (run.model.first_block == "paper") == own, name
 
 
 def test_original_pixels_come_before_the_lossy_copy(tmp_path):
