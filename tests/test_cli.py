@@ -63,6 +63,41 @@ def test_command_line_trains_evaluates_and_compares(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_what_is_refused_changes_nothing_in_a_finished_run(tmp_path, capsys):
+    """Nor are its data taken for others: what classes and inputs mean came from those that it began with."""
+    file, run = tmp_path / "d.npz", tmp_path / "runs" / "one"
+    x, y = np.random.default_rng(0).normal(size=(48, 3)).astype(np.float32), np.arange(48) % 3
+
+    def save(file, labels=y, last=48):
+        np.savez(file, x_train=x, y_train=labels, x_test=x[:last], y_test=y[:last])
+
+    save(file)
+    options = ["--data.name", str(file), "--model.name", "mlp", "--model.width=0.1", "--clients=2", "--batch-size=4"]
+    options += ["--model.cut=shallow", "--epochs=1", "--codec", "Uniform(bits=8)"]
+    assert cli.run("train", [*options, "--out", str(run.parent), "--name", run.name]) == 0
+    files = [run / "summary.json", run / "config.json", run / "uncompressed" / "config.json"]
+    whole = [file.read_text() for file in files]
+
+    def refused(command, *arguments):
+        assert cli.run(command, list(arguments)) == 2
+        assert [file.read_text() for file in files] == whole
+        return capsys.readouterr().err
+
+    others = "data must be those that the run began with, got others to train"
+    save(file, labels=y[::-1])
+    assert others in refused("train", "--resume", str(run), "--epochs=2") and others in refused("eval", str(run))
+    (tmp_path / "other").mkdir()
+    file.rename(tmp_path / "other" / file.name)
+    assert "d.npz" in refused("train", "--resume", str(run), "--epochs=2")
+    assert others in refused("train", "--resume", str(run), "--data.name", str(tmp_path / "other" / file.name))
+    save(file, last=47)
+    assert cli.run("eval", [str(run)]) == 0 and "data to test are not those" in capsys.readouterr().err
+    save(file)
+    assert cli.run("train", ["--resume", str(run), "--epochs=2"]) == 0
+    assert [json.loads(file.read_text())["epochs"] for file in files[1:]] == [2, 2]
+
+
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
     original = Progress.epoch
 

@@ -107,7 +107,9 @@ def test_checkpoints_leave_out_what_is_frozen_and_find_it_again(folder, tmp_path
     run = from_config.load_run(short)
     kept = saved.to_save(run.spec, run.state)
     assert kept["client"].params and not kept["client"].stats and not kept["server"].stats
-    train(from_config.with_more_epochs(first, twice, 3), twice)
+    more = from_config.with_more_epochs(first, twice, 3)
+    twice.set_config(more)
+    train(more, twice)
     parts = [(tmp_path / "runs" / name / "client.safetensors").read_bytes() for name in ("once", "twice")]
     assert parts[0][-1000:] == parts[1][-1000:]  # the arrays; the header names the run
     tensors = language.tensors(folder)

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import sys
 
 from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_new_config, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
+from msjax.data import split_digest
 from msjax.runs import RunFolder, to_json
 from msjax.split.budget import mean_up_bits
 from msjax.split.spec import RunSpec
@@ -69,12 +71,23 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
+    _check_data(folder, run, own_test=options.test is None)
     state, mesh = loaded.placed(run)
     found = saved.restore(folder, run, state, mesh)
     folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
     return _print_result({"run": str(folder.path)}, run, found[0], mesh)
+
+
+def _check_data(folder, run, *, own_test):
+    """Refuses other data to train, from which classes and standardization are, and says so of others to test."""
+    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
+    others = folder.other_data(digests)
+    if "train" in others:
+        folder.check_data(digests)
+    if others and own_test:
+        print("msjax eval: the data to test are not those that the run was tested on", file=sys.stderr)
 
 
 def _evaluate_config(arguments):

@@ -26,6 +26,7 @@ from msjax.training import processes
 from msjax.training.devices import split_cpu
 from msjax.training.from_config import (
     load_run_everywhere,
+    load_run_to_go_on,
     open_or_create,
     train_config,
     uncompressed,
@@ -76,18 +77,38 @@ def main(arguments: list[str]) -> int:
         folder, run = _begin(cfg, where.name) if where.resume is None else (folder, None)
         processes.from_first(folder.checkpoints.lock)
         if where.resume is not None:
-            if moved != cfg and processes.is_first():
-                _keep_places(folder, moved, rest)
-            cfg = _with_epochs(folder, moved, more.epochs)
+            cfg, run = _go_on(folder, cfg, rest, more.epochs)
         return _train(folder, cfg, run)
 
 
-def _keep_places(folder, cfg, arguments):
-    """Writes down where the files of a run are now, and of the one beside it."""
-    folder.set_places(cfg)
+def _go_on(folder, cfg, places, epochs):
+    """The config of a run that goes on, and its data where they were looked at.
+
+    Files that have moved and other epochs are written down, also of the run beside it, once nothing is left to refuse.
+    """
+    folders = [(folder, cfg)]
     if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
-        beside, base = RunFolder.open(folder.path / "uncompressed")
-        beside.set_places(with_places(base, arguments)[0])
+        folders.append(RunFolder.open(folder.path / "uncompressed"))
+    changes, run = [], None
+    for one, own in folders:
+        moved = with_places(own, places)[0]
+        new = moved if epochs is None else with_more_epochs(moved, one, _number_of(epochs))
+        if new != own:
+            changes.append((one.set_places if new.epochs == own.epochs else one.set_config, new))
+        if one is folder:
+            cfg = new
+    if changes:
+        run = load_run_to_go_on(cfg, folder)  # of all processes: all have read what is changed below
+        processes.from_first(lambda: [write(new) for write, new in changes])
+    for one, _ in folders[1:]:
+        one.close()
+    return cfg, run
+
+
+def _number_of(epochs):
+    if not epochs.isdecimal():
+        raise ValueError(f"epochs must be an integer of at least 1, got {epochs!r}")
+    return int(epochs)
 
 
 def _begin(cfg, name):
@@ -121,22 +142,6 @@ def _train(folder, cfg, run):
     if processes.is_first():
         print_summaries(summaries)
     return 0
-
-
-def _with_epochs(folder, cfg, text):
-    """The config of a run that goes on to another number of epochs, as the one beside it does; None leaves it."""
-    if text is None:
-        return cfg
-    if not text.isdecimal():
-        raise ValueError(f"epochs must be an integer of at least 1, got {text!r}")
-    new = with_more_epochs(cfg, folder, int(text))
-    if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
-        beside, base = RunFolder.open(folder.path / "uncompressed")
-        try:
-            with_more_epochs(base, beside, int(text))
-        finally:
-            beside.close()
-    return new
 
 
 def _finish(folder, cfg, run=None):

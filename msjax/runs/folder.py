@@ -26,6 +26,8 @@ from msjax.paths import cannot_write, check_folder_name, expand, folder_to_be
 from msjax.runs.checkpoints import Checkpoints
 from msjax.runs.files import to_json, write_atomically, write_new
 
+_SPLITS = ("train", "test")
+
 
 class RunFolder:
     """The folder of one run, at `path`, with its `checkpoints`."""
@@ -96,19 +98,27 @@ class RunFolder:
         """Gives a run a config that says where its files are now, and nothing else anew; a finished run stays so."""
         write_atomically(self.path / "config.json", config_lib.to_text(config))
 
-    def check_data(self, digests: list[str | int]) -> None:
-        """Keeps what a run's training and test data are, as `data.split_digest` says; later, tells others from them.
+    def other_data(self, digests: list[str | int]) -> list[str]:
+        """Returns which of a run's data, "train" and "test", are not those that it began with, as far as is known.
 
-        Raises:
-          ValueError: the run began with other data.
+        Args:
+          digests: of both, by `data.split_digest`.
         """
-        file, names = self.path / "data.json", ("train", "test")
-        given = dict(zip(names, digests, strict=True))
-        if not file.exists():
-            write_atomically(file, to_json(given, indent=2) + "\n")
-        elif (known := json_object(str(file), file.read_text("utf-8"))) != given:
-            differing = " and ".join(name for name in names if known.get(name) != given[name])
-            raise ValueError(f"data must be those that the run began with, got others to {differing} ({file})")
+        file, given = self.path / "data.json", dict(zip(_SPLITS, digests, strict=True))
+        known = json_object(str(file), file.read_text("utf-8")) if file.exists() else given
+        return [name for name in _SPLITS if known.get(name) != given[name]]
+
+    def check_data(self, digests: list[str | int]) -> None:
+        """Raises ValueError where a run began with other data; `digests` as of `other_data`."""
+        if names := " and ".join(self.other_data(digests)):
+            file = self.path / "data.json"
+            raise ValueError(f"data must be those that the run began with, got others to {names} ({file})")
+
+    def keep_data(self, digests: list[str | int]) -> None:
+        """As `check_data`, and keeps what the data of a new run are."""
+        self.check_data(digests)
+        if not (file := self.path / "data.json").exists():
+            write_atomically(file, to_json(dict(zip(_SPLITS, digests, strict=True)), indent=2) + "\n")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl from the records of the finished epochs."""

@@ -66,6 +66,18 @@ def _fields(tree, prefix=""):
     return found
 
 
+def load_run_to_go_on(cfg: config.Config, folder: RunFolder) -> loaded.LoadedRun:
+    """Returns `load_run_everywhere` of a config for the run in `folder`, in which nothing is changed.
+
+    Raises:
+      ValueError, data.DataError: see `load_run_everywhere`; or the data are not those with which the run began.
+    """
+    run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
+    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
+    processes.from_first(lambda: folder.check_data(digests))
+    return run
+
+
 def open_or_create(cfg: config.Config, name: str) -> tuple[RunFolder, config.Config]:
     """Opens the run `name` under `cfg.out`, or makes it; of several processes the first does."""
     return RunFolder.open(processes.from_first(lambda: str(RunFolder.open_or_create(cfg, name)[0].path)))
@@ -77,7 +89,7 @@ def train_config(
     """Trains, or goes on training, in `folder`; returns the summary, which is also in summary.json.
 
     Args:
-      run: `load_run_everywhere(cfg)`, if it was called already.
+      run: `load_run_everywhere(cfg)` or `load_run_to_go_on(cfg, folder)`, if it was called already.
 
     Raises:
       loop.Interrupted: SIGINT or SIGTERM came; the state was saved.
@@ -88,10 +100,10 @@ def train_config(
     """
     cfg = build.resolved(cfg)
     if run is None:
-        run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
+        run = load_run_to_go_on(cfg, folder)
     digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
     processes.check_same({"the data (their hashes)": digests})
-    processes.from_first(lambda: folder.check_data(digests))
+    processes.from_first(lambda: folder.keep_data(digests))
     finished = loop.train(run, folder, quiet=quiet)
     return processes.from_first(lambda: _write_results(cfg, folder, run, finished, digests))
 
@@ -123,7 +135,7 @@ def _write_results(cfg, folder, run, finished, digests):
 
 
 def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> config.Config:
-    """Returns the config of a run that is to have so many epochs, and gives it to the folder.
+    """Returns the config of a run that is to have so many epochs; with `RunFolder.set_config` the folder has it.
 
     The run then goes on from its last checkpoint with all of its state. The learning rate is from there on that of the
     new config: a cosine that had come to 0 is again where one of `epochs` epochs is at that step.
@@ -141,10 +153,7 @@ def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> conf
     done = -(-(step or 0) // history[0]["step"]) if history else int(step is not None)  # also one that it is in
     if epochs <= done:
         raise ValueError(f"epochs must be above {done}, which the run has done or is in, got {epochs}")
-    cfg = dataclasses.replace(cfg, epochs=epochs)
-    processes.check_same({"epochs": epochs})  # and all have read what is changed here
-    processes.from_first(lambda: folder.set_config(cfg))
-    return cfg
+    return dataclasses.replace(cfg, epochs=epochs)
 
 
 def write_missing_parts(cfg: config.Config, folder: RunFolder) -> list[str]:
