@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Returns an option that is an integer.
 
     Raises:
       ValueError: it is none, below `least` or above `most`.
     """
-    ok = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not ok or (least is not None and value < least) or (most is not None and value > most):
+    if not is_integer(value) or (least is not None and value < least) or (most is not None and value > most):
         rule = "" if least is None else f" of at least {least}" if most is None else f" in {least}..{most}"
         raise ValueError(f"{name} must be an integer{rule}, got {value!r}")
     return int(value)

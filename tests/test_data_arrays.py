@@ -216,11 +216,14 @@ def test_names_of_classes(tmp_path, unchecked):
     np.savez(tmp_path / "own.npz", x=TABLE, y=CLASSES)
     found = build.load_data(config.Config(data=config.DataConfig(str(tmp_path / "own.npz"), classes=names)))
     assert found.classes == names and found.num_classes == 5 > CLASSES.max() + 1
-    for wrong in ("cat", (), ("a", "a"), ("a", ""), (1, 2)):
+    for wrong in ("cat", (), ("a", "a"), ("a", ""), (1, 2), {"a", "b"}):
         with pytest.raises(data.DataError, match="classes must be the different names of all classes, in order, got "):
             data.from_arrays((TABLE, CLASSES), classes=wrong)
     with pytest.raises(data.DataError, match="classes of arrays must be as many as num_classes, 3, got 5"):
         data.from_arrays((TABLE, CLASSES), classes=names, num_classes=3)
+    for wrong in ("4", 4.0, True):
+        with pytest.raises(data.DataError, match="num_classes of arrays must be an integer of at least 1, got "):
+            data.from_arrays((TABLE, CLASSES), num_classes=wrong)
     for cfg in (
         config.Config(data=config.DataConfig("own.npz", classes=names), task=config.TaskConfig("regression")),
         config.Config(data=config.DataConfig(classes=names)),

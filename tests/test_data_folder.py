@@ -208,13 +208,30 @@ def test_streamed(animals):
     np.testing.assert_array_equal(y.reshape(16), whole.train_labels)
 
 
+@pytest.mark.parametrize("names", [("training", "test"), ("Train", "test"), ("train", "dev"), ("train", "Test")])
+def test_folders_that_look_like_splits_are_no_classes(tmp_path, names):
+    for split in names:
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / split / name / "1.png")
+    wrong = names if "train" not in names else names[1:]
+    told = rf"splits in folders named train and test \(or val, .* got '({'|'.join(wrong)})'"
+    with pytest.raises(data.DataError, match=told):
+        data.from_image_folder(tmp_path, image_size=None)
+    if "train" not in names:  # they may be meant
+        ds = data.from_image_folder(tmp_path, image_size=None, classes=sorted(names), test_share=None)
+        assert ds.classes == tuple(sorted(names))
+
+
 def test_errors(animals, tmp_path):
     with pytest.raises(
         data.DataError, match=r"images must have one size where image_size is None: .*PNG has \(12, 9\)"
     ):
         data.from_image_folder(animals, image_size=None)
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
         data.from_image_folder(animals, image_size=0)
+    with pytest.raises(ValueError, match=r"image_size must be an integer of at least 1, got 8\.5"):
+        data.from_image_folder(animals, image_size=8.5)
     with pytest.raises(data.DataError, match="channels must be 1 or 3, got 4"):
         data.from_image_folder(animals, image_size=8, channels=4)
     with pytest.raises(data.DataError, match="nowhere must be a folder of images"):

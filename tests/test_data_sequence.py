@@ -179,6 +179,14 @@ def test_as_dataset_errors():
         (IMAGES, r"data must be \(inputs, labels\), got one ndarray"),
         ((IMAGES, CLASSES, CLASSES), "two such pairs or four arrays, got a tuple of 3"),
         ({"a": IMAGES}, "the dict must have arrays named x_train"),
+        (
+            {"train": (IMAGES, CLASSES), "tst": (IMAGES, CLASSES)},
+            r"splits as train and test \(or .* got .tst.,",
+        ),
+        (
+            {"train": {"x": IMAGES, "y": CLASSES}, "test": {"x": IMAGES, "label": CLASSES}},
+            "test must have the arrays of train, x, y, got none named 'y'",
+        ),
         (7, "or have __len__ and __getitem__, got int"),
         (types.SimpleNamespace(dataset=[(IMAGES[0], 0)]), "got SimpleNamespace: batches .* so give its .dataset"),
         (iter([]), "got list_iterator: samples are drawn anew in each epoch, so they must be found by number"),

@@ -79,7 +79,7 @@ def test_image_size_is_a_cache_key(tiny):
     assert data.load("tiny", data_dir=directory, image_size=6).train_inputs.shape == (40, 6, 6, 3)
     assert data.load("tiny", data_dir=directory).train_inputs.shape == (40, 12, 10, 3)
     assert len(list((directory.parent / "cache").iterdir())) == 2
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
         data.load("tiny", data_dir=directory, image_size=0)
 
 

@@ -260,6 +260,44 @@ def test_classes_that_not_every_client_has(people, tmp_path):
         described(["good", "bad"], classes=("good", "fair"))
 
 
+@pytest.mark.parametrize("mark", ["1.7976931348623157e308", "3.4e38", "-1e30"])
+@pytest.mark.parametrize("missing", ["refuse", "median"])
+def test_a_mark_for_what_is_missing_leaves_nothing_of_the_others(people, mark, missing):
+    path, _ = people
+    change(path, 3, "age", mark)
+    told = r"people.csv: column 'age' must have numbers that float32 tells apart .* got -?[1-3].*e\+.* beside [2-6]"
+    with pytest.raises(data.DataError, match=told):
+        data.from_csv(path, label="rich", missing=missing, test_share=None)
+    inputs = np.float64([[n] for n in range(39)] + [[float(mark)]])
+    with pytest.raises(data.DataError, match="column '0' must have numbers that float32 tells apart"):
+        data.from_arrays((inputs, np.arange(40) % 2), normalize=True)
+    if "e308" in mark:
+        with pytest.raises(data.DataError, match=r"inputs must have a finite mean and std, got numbers up to 1\.797"):
+            data.from_arrays((inputs[:, :, None], np.arange(40) % 2), normalize=True)
+
+
+def test_a_text_among_numbers_is_told(people, caplog):
+    """All of the column are texts then."""
+    path, _ = people
+    change(path, 8, "age", "?")
+    ds = data.from_csv(path, label="rich", test_share=None)
+    assert any(column.name == "age" and "?" in column.texts for column in ds.columns)
+    said = "column 'age': most of its values are numbers, but all are taken for texts because of '?' in row 8"
+    assert caplog.messages == [said]
+
+
+def test_what_is_wrong_in_the_test_file_is_told_of_it(people, tmp_path):
+    path, frame = people
+    test = tmp_path / "test.csv"
+    for wrong, told in (
+        (frame.assign(age=["x", *frame.age[1:]]), "column 'age' must be numbers: got 'x' in row 1"),
+        (frame.drop(columns="age"), "the table has no column 'age'"),
+    ):
+        wrong.to_csv(test, index=False)
+        with pytest.raises(data.DataError, match=f"^{test}: {told}"):
+            data.from_csv(path, label="rich", test=test)
+
+
 def test_errors(people, tmp_path, monkeypatch, unchecked):
     path, _ = people
     with pytest.raises(data.DataError, match="the table has no column 'label'; it has 'second', 'age', "):
@@ -273,6 +311,10 @@ def test_errors(people, tmp_path, monkeypatch, unchecked):
         data.from_csv(path, label="rich", most_texts=2, test_share=None)
     with pytest.raises(data.DataError, match='missing must be "refuse" or "median"'):
         data.from_csv(path, label="rich", missing="mean")
+    with pytest.raises(data.DataError, match=r"label must be the name of a column, got \['rich'\]"):
+        data.from_csv(path, label=["rich"])
+    with pytest.raises(data.DataError, match=r"test_share must be between 0 and 1, .*, got '0\.2'"):
+        data.from_csv(path, label="rich", test_share="0.2")
     path.write_text("a,b\n")
     with pytest.raises(data.DataError, match="must have rows below the line of names"):
         data.from_csv(path, label="a")

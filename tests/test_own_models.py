@@ -13,7 +13,7 @@ import pytest
 from flax import linen, nnx
 
 import msjax
-from msjax import compress, config, data, models, modes, tasks
+from msjax import build, compress, config, data, models, modes, tasks
 from msjax.parts import save_part
 from msjax.split import parties
 from msjax.split.make_spec import init_part
@@ -576,9 +576,11 @@ def test_clients_have_the_samples_that_they_are_given(unchecked, tmp_path):
         ([shares[0]], "division must have the samples of each of 2 clients, got those of 1"),
         ([shares[0], shares[1] + 1], r"division must have indices in 0\.\.19, got 5 to 20 of client 1"),
         ([shares[0], shares[1] - 1], "division must have each sample once, got the index 3 twice"),
-        ([shares[0], []], r"division must have integers \(n,\) of each client, one at least, got float64 \(0,\)"),
+        ([shares[0], []], r"division must have integers \(n,\) of each client, one at least, got none of client 1"),
     ):
         with pytest.raises(ValueError, match=message):
             of(*wrong, clients=2)
+    with pytest.raises(ValueError, match="division must have the samples of each of 2 clients, got 5"):
+        build.divide(data.from_arrays((x, x[:, 0])), 2, division=5)
     with pytest.raises(ValueError, match=r"alpha must be None with a division, got 0\.1"):
         of(*shares, alpha=0.1)

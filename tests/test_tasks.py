@@ -135,6 +135,8 @@ def test_a_task_of_ones_own():
     found = metrics_in_batches(task, np.asarray(o), np.asarray(y), [2])
     assert found == {"bias": pytest.approx(0.5), "worst": 3.0}
     assert tasks.custom(huber).headline == "loss"
+    with pytest.raises(TypeError, match=r"metrics must be functions by name, as \{'error': function\}, got "):
+        tasks.custom(huber, [huber])
     assert hash(tasks.custom(huber)) == hash(tasks.custom(huber)) and tasks.custom(huber) == tasks.custom(huber)
 
 

@@ -1,7 +1,7 @@
 """From a config to its data, and to what a client does to them."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,14 +175,16 @@ def _checked_division(division, count, clients, alpha):
     """What `divide` returns, of a user's own division of so many samples."""
     if alpha is not None:
         raise ValueError(f"alpha must be None with a division, got {alpha}")
+    if not isinstance(division, Iterable):
+        raise ValueError(f"division must have the samples of each of {clients} clients, got {division!r}")
     shares = [np.asarray(own) for own in division]
     if len(shares) != clients:
         raise ValueError(f"division must have the samples of each of {clients} clients, got those of {len(shares)}")
     for client, own in enumerate(shares):
         if own.ndim != 1 or own.dtype.kind not in "iu" or not own.size:
+            found = f"{own.dtype} {own.shape}" if own.size else "none"
             raise ValueError(
-                f"division must have integers (n,) of each client, one at least, got {own.dtype} {own.shape} of client "
-                f"{client}"
+                f"division must have integers (n,) of each client, one at least, got {found} of client {client}"
             )
         if own.min() < 0 or own.max() >= count:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import numbers
 import os
 import re
 import zipfile
@@ -141,8 +142,8 @@ def share_out(split: Arrays, test_share: float | None, seed: int) -> tuple[Array
 
 def share_indices(labels: np.ndarray | int, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train and to test on, each in order; `labels` are classes, or only the number of examples."""
-    if not 0 < test_share < 1:
-        raise DataError(f"test_share must be between 0 and 1, or None for no test set, got {test_share}")
+    if not isinstance(test_share, numbers.Real) or not 0 < test_share < 1:
+        raise DataError(f"test_share must be between 0 and 1, or None for no test set, got {test_share!r}")
     count = labels if isinstance(labels, int) else len(labels)
     classes = np.zeros(count, np.int32) if isinstance(labels, int) else labels
     rng = np.random.default_rng([_SHARE, seed])
@@ -236,7 +237,7 @@ def _standardized(
     inputs = _some(train)
     columns = tuple(Column(str(i)) for i in range(inputs.shape[-1]))
     if kind == "table":
-        columns = measure_table(columns, inputs, missing, "train inputs")
+        columns = measure_table(columns, inputs, missing, "train inputs", are_scaled=normalize)
     else:
         check_inputs(inputs, "train inputs")
         statistics = zip(*measure_last_axis(inputs), strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from msjax.data import _tfds
 from msjax.data._arrays import find_names, from_arrays, from_npz
-from msjax.data._check import check
+from msjax.data._check import SPLIT_NAMES, TEST_NAMES, check
 from msjax.data._csv import from_csv
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
@@ -17,7 +17,8 @@ from msjax.data._text_sources import TEXT_SUFFIXES
 
 FILE_SUFFIXES = (".npz", ".csv", *TEXT_SUFFIXES)
 """Of files that are data sets by themselves."""
-_SPLITS = ("test", "validation", "val", "valid")
+_UNUSED = ("unsupervised",)
+"""Splits of published sets that are neither trained nor tested on."""
 
 
 def as_dataset(value: Any, **options: Any) -> Dataset:
@@ -48,7 +49,9 @@ def as_dataset(value: Any, **options: Any) -> Dataset:
     if isinstance(value, tuple):
         return _from_tuple(value, options)
     if isinstance(value, dict) and "train" in value:
-        test = next((value[name] for name in _SPLITS if name in value), None)
+        if unknown := [name for name in value if name not in ("train", *TEST_NAMES, *_UNUSED)]:
+            raise DataError(f"data must have its splits as {SPLIT_NAMES}, got {unknown[0]!r}, which would not be used")
+        test = next((value[name] for name in TEST_NAMES if name in value), None)
         return _from_parts(value["train"], test, options)
     if isinstance(value, dict):
         found = [value[name] for name in find_names(list(value), "the dict")]
@@ -101,6 +104,8 @@ def _from_parts(train: Any, test: Any, options: dict[str, Any]) -> Dataset:
         return from_arrays(train, test, **options)
     if isinstance(train, dict):
         names = find_names(list(train), "train")
+        if isinstance(test, dict) and (lacking := [name for name in names if name not in test]):
+            raise DataError(f"test must have the arrays of train, {', '.join(names)}, got none named {lacking[0]!r}")
         pairs = [part and tuple(part[name] for name in names) for part in (train, test)]
         return from_arrays(*pairs, **options)
     return from_sequence(train, test, **options)

@@ -1,14 +1,20 @@
 """What every data set must keep to, checked when it is loaded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import jax
 import numpy as np
 
+from msjax.checks import is_integer
 from msjax.data._dataset import Dataset, Tree, named_arrays
 from msjax.data._error import DataError
 
 _CHUNK = 1 << 22  # numbers looked at at a time
+
+TEST_NAMES = ("test", "val", "valid", "validation")
+"""Of what is tested on, beside "train"; the first that is there is used."""
+SPLIT_NAMES = f"train and {TEST_NAMES[0]} (or {', '.join(TEST_NAMES[1:])})"
+"""As errors say it."""
 
 
 def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
@@ -23,8 +29,8 @@ def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
     """
     if len(ds.train) == 0:
         raise DataError(f"{ds.name} must have examples to train on, got none")
-    if ds.num_classes is not None and ds.num_classes < 1:
-        raise DataError(f"num_classes of {ds.name} must be at least 1, got {ds.num_classes}")
+    if ds.num_classes is not None and not (is_integer(ds.num_classes) and ds.num_classes >= 1):
+        raise DataError(f"num_classes of {ds.name} must be an integer of at least 1, got {ds.num_classes!r}")
     if ds.classes is not None and len(ds.classes) != ds.num_classes:
         raise DataError(f"classes of {ds.name} must be as many as num_classes, {ds.num_classes}, got {len(ds.classes)}")
     if len(ds.test):
@@ -39,7 +45,7 @@ def check(ds: Dataset, columns: Sequence[str] | None = None) -> Dataset:
 
 def check_classes(classes: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of all classes, in order; DataError if they are not different texts."""
-    names = () if isinstance(classes, str) else tuple(classes)
+    names = () if isinstance(classes, str | Set) else tuple(classes)  # a set has no order
     texts = all(isinstance(name, str) and name for name in names)
     if not names or not texts or len(set(names)) < len(names):
         raise DataError(f"classes must be the different names of all classes, in order, got {classes!r}")

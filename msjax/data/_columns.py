@@ -46,18 +46,38 @@ class Column(NamedTuple):
         return [*found, f"{self.name} missing"] if self.has_indicator else found
 
     @classmethod
-    def of_numbers(cls, name: str, values: np.ndarray, gone: np.ndarray, missing: str) -> "Column":
+    def of_numbers(
+        cls, name: str, values: np.ndarray, gone: np.ndarray, missing: str, *, are_scaled: bool = True
+    ) -> "Column":
         """Returns the column by its values in the training rows, float64; those that are gone count for nothing."""
         check_values(name, gone)
         median = float(np.median(values[~gone]))
         values = np.where(gone, median, values)
-        mean, std = float(values.mean()), float(values.std())
-        return cls(name, (), mean, std if std > 0 else 1.0, median, missing == "median", bool(gone.any()))
+        with np.errstate(over="ignore", invalid="ignore"):  # told of below
+            mean, std = float(values.mean()), float(values.std())
+        column = cls(name, (), mean, std if std > 0 else 1.0, median, missing == "median", bool(gone.any()))
+        if are_scaled:
+            _check_scale(column, values)
+        return column
 
     def numbers(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
         """Returns float32 of float64: missing ones filled in, centred, scaled; only then rounded."""
         with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
             return ((np.where(gone, self.median, values) - self.mean) / self.std).astype(np.float32)
+
+
+def _check_scale(column: Column, values: np.ndarray) -> None:
+    """Numbers are told apart once they are scaled: not beside one that is far larger, such as a mark for no value."""
+    middle = np.quantile(values, [0.25, 0.75], method="nearest")
+    finite = np.isfinite([column.mean, column.std]).all()
+    with np.errstate(invalid="ignore"):
+        low, high = column.numbers(middle, np.zeros(2, bool))
+    if not finite or (low == high and middle[0] < middle[1]):
+        raise DataError(
+            f"column {column.name!r} must have numbers that float32 tells apart once they are scaled by mean and std, "
+            f"got {values[np.abs(values).argmax()]:.9g} beside {middle[0]:.9g} to {middle[1]:.9g}: is it a mark for a "
+            "missing value?"
+        )
 
 
 def check_values(name: Any, gone: np.ndarray) -> None:
@@ -70,7 +90,7 @@ def missing_error(what: Any, place: str, name: Any) -> DataError:
     """A value is not there, or not finite, where it must be."""
     return DataError(
         f"every value must be there and finite, got {what} {place}, column {name!r}: "
-        'training with missing="median" fills such values in'
+        'training with missing="median" fills such values in (NA, None, null and the like are missing, too)'
     )
 
 
@@ -81,7 +101,9 @@ def too_many_texts(name: Any, count: int, example: str, most: int, advice: str) 
     )
 
 
-def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where: str) -> tuple[Column, ...]:
+def measure_table(
+    like: Sequence[Column], table: np.ndarray, missing: str, where: str, *, are_scaled: bool = True
+) -> tuple[Column, ...]:
     """The columns of a table as `table_inputs` takes them, by the training rows.
 
     Args:
@@ -89,6 +111,7 @@ def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where
         table: float64 (N, F): numbers, and the number of a class; what is no class is out of range.
         missing: see `Missing`; classes are never missing.
         where: for messages.
+        are_scaled: whether inputs are centred and scaled by what is measured.
     """
     check_missing(missing)
     found = []
@@ -96,7 +119,7 @@ def measure_table(like: Sequence[Column], table: np.ndarray, missing: str, where
         if not column.texts:
             gone = ~np.isfinite(values)
             _refuse(gone, missing != "refuse", values, column.name, where)
-            column = Column.of_numbers(column.name, np.asarray(values), gone, missing)
+            column = Column.of_numbers(column.name, np.asarray(values), gone, missing, are_scaled=are_scaled)
         found.append(column)
     return tuple(found)
 

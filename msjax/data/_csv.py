@@ -1,8 +1,9 @@
 """CSV files as data sets."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def from_csv(
     Numbers are centred and scaled by mean and std of the training rows, in float64, then float32 (so `mean` and `std`
     of the data set are None, and its `columns` say what they were); a column of texts becomes a column of 0 and 1 for
     each text of the training rows. Labels are classes, numbered in order, where they are texts or bools; numbers are
-    predicted as float32.
+    predicted as float32, and not scaled.
 
     Args:
         path: the file.
@@ -52,7 +53,8 @@ def from_csv(
             names without zeros that say nothing: 7 and 1.5, also where the file has 007 and 1.50.
         missing: "refuse"; or "median": a missing or infinite number becomes the median of the training rows, a missing
             text none of the texts; where training rows miss values a further column says which. A column that only
-            test rows miss values of gets no further one, since the network would not learn what it means.
+            test rows miss values of gets no further one, since the network would not learn what it means. Nothing, NA,
+            NaN, None, null and the like are missing, as pandas reads them.
         drop: columns that are not used, such as a row's number.
         most_texts: a column of more different texts is refused.
         table_format: as another party measured it (`TableFormat.measure`), in place of all options above but `test` and
@@ -73,38 +75,46 @@ def from_csv(
     if test is not None:
         # As the rows to train on have it: 01 is a text where there is an x1, too, and the number 1 where there is not.
         test_rows = read_frame(Path(test).expanduser(), known if table_format else [*known, *columns_of_texts(frame)])
+    with _naming(path):
+        train_rows = frame
+        if test is None:
+            train_rows, test_rows = _shared_out(frame, test_share, table_format, seed, options)
+        table_format = table_format or TableFormat.measure(train_rows, **options)
+        train_split = _arrays(table_format, train_rows)
+    with _naming(path if test is None else test):
+        test_split = _arrays(table_format, test_rows)
+    with _naming(path):
+        return finish(path.name, train_split, test_split, columns=table_format.columns, classes=table_format.classes)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Has errors begin with the file that they are of."""
     try:
-        return _split_table(path.name, frame, test_rows, test_share, table_format, seed, options)
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _split_table(
-    name: str,
-    frame: Any,
-    test_rows: Any,
-    test_share: float | None,
-    table_format: TableFormat | None,
-    seed: int,
-    options: dict[str, Any],
-) -> Dataset:
-    """Rows to train and to test on, in the format of the former."""
-    if test_rows is not None:
-        train_rows = frame
-    elif test_share is None:
-        train_rows, test_rows = frame, frame.iloc[:0]
+def _arrays(table_format: TableFormat, rows: Any) -> Arrays:
+    return Arrays(table_format.inputs(rows), table_format.labels(rows))
+
+
+def _shared_out(
+    frame: Any, test_share: float | None, table_format: TableFormat | None, seed: int, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Rows to train and to test on."""
+    if test_share is None:
+        return frame, frame.iloc[:0]
+    label = table_format.label if table_format else options["label"]
+    check_label(frame, label)
+    if table_format:
+        classes = bool(table_format.classes)
     else:
-        label = table_format.label if table_format else options["label"]
-        check_label(frame, label)
-        if table_format:
-            classes = bool(table_format.classes)
-        else:
-            classes = are_classes(frame[label], options["classes"], options["most_texts"])
-        of_class = frame[label].factorize()[0] if classes else len(frame)
-        train_rows, test_rows = (frame.iloc[rows] for rows in share_indices(of_class, test_share, seed))
-    table_format = table_format or TableFormat.measure(train_rows, **options)
-    splits = [Arrays(table_format.inputs(rows), table_format.labels(rows)) for rows in (train_rows, test_rows)]
-    return finish(name, *splits, columns=table_format.columns, classes=table_format.classes)
+        classes = are_classes(frame[label], options["classes"], options["most_texts"])
+    of_class = frame[label].factorize()[0] if classes else len(frame)
+    train, test = share_indices(of_class, test_share, seed)
+    return frame.iloc[train], frame.iloc[test]
 
 
 def read_frame(path: Path, columns: Sequence[Column] = ()) -> Any:

@@ -8,14 +8,15 @@ import numpy as np
 
 from msjax.data import _images, _sets
 from msjax.data._arrays import finish
-from msjax.data._check import check_classes
+from msjax.data._check import SPLIT_NAMES, TEST_NAMES, check_classes
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._sequence import SequenceSplit, are_large, share_split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with other names are passed over."""
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_SPLITS = (*TEST_NAMES, "train", "training", "testing", "dev", "eval", "evaluation")
+"""Names of folders, in any case, that are splits rather than classes."""
 
 
 def from_image_folder(
@@ -28,8 +29,9 @@ def from_image_folder(
     streamed: bool | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or of PATH/CLASS/*, with Pillow.
+    """Make a data set of PATH/train/CLASS/* and PATH/test/CLASS/*, or of PATH/CLASS/*, with Pillow.
 
+    In place of test the folder may be called val, valid or validation; the first of these that is there is used.
     Classes are numbered by their folders' names in order, which `classes` of the data set has; images may lie deeper
     inside. An image is turned as its EXIF orientation says; transparent pixels are laid over black; of more than 8 bits
     a channel the upper 8 are left, and where nothing says how many there are, as in floats, the image is refused. Then
@@ -48,7 +50,8 @@ def from_image_folder(
         seed: chooses what is set aside.
 
     Raises:
-        DataError: there is no such folder, class or image; an image cannot be decoded (its path is named); the images
+        DataError: there is no such folder, class or image; a folder looks like a split that would not be used; an image
+            cannot be decoded (its path is named); the images
             differ in size without `image_size`; Pillow is missing.
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
@@ -60,7 +63,8 @@ def from_image_folder(
     _images.pillow()
     has_splits = (path / "train").is_dir()
     root = path / "train" if has_splits else path
-    test_root = next((path / n for n in _TEST_FOLDERS if (path / n).is_dir()), None) if has_splits else None
+    test_root = next((path / n for n in TEST_NAMES if (path / n).is_dir()), None) if has_splits else None
+    _check_splits(path, has_splits, classes or ())
     classes, files, labels = _find(root, None if classes is None else check_classes(classes))
     if channels is None:
         channels = _channels(files)
@@ -78,6 +82,22 @@ def from_image_folder(
     if not test_root:
         splits = share_split(splits[0], test_share, seed, labels)
     return finish(path.name, *splits, classes=tuple(classes))
+
+
+def _check_splits(path: Path, has_splits: bool, classes: Sequence[str]) -> None:
+    """A folder that looks like a split is one, and no class, unless it is named as one or has images itself."""
+    used = ("train", *TEST_NAMES) if has_splits else classes
+    for folder in sorted(path.iterdir()):
+        if folder.name.lower() in _SPLITS and folder.name not in used and _holds_classes(folder):
+            raise DataError(
+                f"{path} must have its splits in folders named {SPLIT_NAMES}, or one folder for each class, got "
+                f"{folder.name!r}: rename it, or give classes"
+            )
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder has folders, and no images beside them."""
+    return folder.is_dir() and any(p.is_dir() for p in folder.iterdir()) and not any(map(is_image, folder.iterdir()))
 
 
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:

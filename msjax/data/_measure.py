@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from msjax.data._error import DataError
+
 
 def measure_images(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Per-channel mean and std of pixels / 255, exactly, from a histogram a channel."""
@@ -42,6 +44,9 @@ def measure_last_axis(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sums = [function(piece.reshape(-1, width).astype(np.float64)) for piece in pieces]
         return np.sum(sums, axis=0) / (inputs.size // width)
 
-    mean = total(lambda x: x.sum(0))
-    std = np.sqrt(total(lambda x: ((x - mean) ** 2).sum(0)))
+    with np.errstate(over="ignore", invalid="ignore"):  # told of below
+        mean = total(lambda x: x.sum(0))
+        std = np.sqrt(total(lambda x: ((x - mean) ** 2).sum(0)))
+    if not np.isfinite([mean, std]).all():
+        raise DataError(f"inputs must have a finite mean and std, got numbers up to {np.abs(inputs).max():.9g}")
     return mean, np.where(std > 0, std, 1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msjax.checks import integer
 from msjax.data import _cache, _images, _official, _records, _registry, _tfds, _words
 from msjax.data._columns import MOST_TEXTS
 from msjax.data._error import DataError
@@ -20,8 +21,8 @@ _log = logging.getLogger("msjax")
 
 def check_image_size(image_size: int | None) -> None:
     """None (as they are) or a positive number of pixels."""
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None:
+        integer("image_size", image_size, 1)
 
 
 class _Part(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from msjax.data._error import DataError
 
 _log = logging.getLogger("msjax")
 
+_FEW_CODES = 10
+"""Of so many different numbers among texts, none is warned of: they may be codes."""
 Classes = bool | Literal["integers"] | Sequence[str] | None
 """Which labels of a table are classes beside texts and bools, or what all classes are; see `from_csv`."""
 
@@ -153,11 +155,16 @@ def _measure_column(series: Any, missing: str, most_texts: int) -> Column:
         return Column.of_numbers(series.name, _numbers(series), gone, missing)
     check_values(series.name, gone)
     texts = sorted({_text(v) for v in series[~gone]})
+    stray = _no_numbers(series) & ~gone
+    are_few = 0 < stray.sum() < 0.5 * len(series)
+    at = _first(series, stray) if are_few and series[~gone & ~stray].nunique() > _FEW_CODES else None
     if len(texts) > most_texts:
-        numbers = pandas().to_numeric(series, errors="coerce").isna().to_numpy()
-        stray = f"; or is {_text(series[numbers].iloc[0])!r} a mistake among numbers?" if numbers.mean() < 0.5 else ""
-        advice = f"leave it out by drop, or raise most_texts{stray}"
+        mistake = "" if at is None else f"; or is {_text(series.iloc[at])!r} a mistake among numbers?"
+        advice = f"leave it out by drop, or raise most_texts{mistake}"
         raise too_many_texts(series.name, len(texts), texts[0], most_texts, advice)
+    if at is not None:
+        said = "column %r: most of its values are numbers, but all are taken for texts because of %r in %s"
+        _log.warning(said, series.name, _text(series.iloc[at]), _row(series, at))
     return Column(series.name, tuple(texts), may_miss=missing == "median", has_indicator=bool(gone.any()))
 
 
@@ -166,7 +173,15 @@ def _numbers(series: Any) -> np.ndarray:
     try:
         return series.to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
-        raise DataError(f"column {series.name!r} must be numbers: {error}") from error
+        wrong = _no_numbers(series)
+        at = _first(series, wrong) if wrong.any() else None
+        told = error if at is None else f"got {_text(series.iloc[at])!r} in {_row(series, at)}"
+        raise DataError(f"column {series.name!r} must be numbers: {told}") from error
+
+
+def _no_numbers(series: Any) -> np.ndarray:
+    """Which values are there and no numbers."""
+    return (pandas().to_numeric(series, errors="coerce").isna() & series.notna()).to_numpy(dtype=bool)
 
 
 def _is_missing(series: Any) -> np.ndarray:
@@ -215,12 +230,17 @@ def are_named(classes: Classes) -> bool:
 
 def check_label(frame: Any, label: str) -> None:
     """The label's column is there, and every row has a value."""
+    if not isinstance(label, Hashable):
+        raise DataError(f"label must be the name of a column, got {label!r}")
     _check_column(frame, label)
     gone = _is_missing(frame[label])
     if gone.any():
         at = _first(frame, gone)
         what = "none" if frame[label].isna().iloc[at] else frame[label].iloc[at]
-        raise DataError(f"every row must have a finite label, got {what} in {_row(frame, at)}, column {label!r}")
+        raise DataError(
+            f"every row must have a finite label, got {what} in {_row(frame, at)}, column {label!r} (NA, None, null "
+            "and the like are none)"
+        )
 
 
 def _first(rows: Any, wrong: np.ndarray) -> int:

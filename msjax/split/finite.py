@@ -8,7 +8,8 @@ import numpy as np
 
 ADVICE = (
     "try a smaller learning rate or a longer warm-up, a codec with a smaller error, inputs of one order of "
-    "magnitude, and labels that are classes; allow_nonfinite goes on all the same"
+    "magnitude, and labels that are classes or, where numbers are predicted, about as large as 1; allow_nonfinite goes "
+    "on all the same"
 )
 
 

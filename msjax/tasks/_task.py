@@ -225,11 +225,13 @@ def custom(
       test_loss: the loss on test data, if it is another.
 
     Raises:
-      TypeError: the loss or a metric is no function.
+      TypeError: the loss or a metric is no function, or metrics have no names.
       ValueError: a metric is called "loss".
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of outputs and labels, got {loss!r}")
+    if not isinstance(metrics, Mapping | None):
+        raise TypeError(f"metrics must be functions by name, as {{'error': function}}, got {metrics!r}")
     found = []
     for metric_name, metric in (metrics or {}).items():
         if not isinstance(metric, Metric):
