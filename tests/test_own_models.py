@@ -581,6 +581,6 @@ def test_clients_have_the_samples_that_they_are_given(unchecked, tmp_path):
         with pytest.raises(ValueError, match=message):
             of(*wrong, clients=2)
     with pytest.raises(ValueError, match="division must have the samples of each of 2 clients, got 5"):
-        build.divide(data.from_arrays((x, x[:, 0])), 2, division=5)
+        build.divide(data.from_arrays((x, x[:, 0])), 2, alpha=None, seed=0, division=5)
     with pytest.raises(ValueError, match=r"alpha must be None with a division, got 0\.1"):
         of(*shares, alpha=0.1)

@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> int:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)
     run = load_run(build.to_go_on(cfg))
-    _check_data(folder, run, own_test=options.test is None)
+    if options.test is None:  # with it the data are divided otherwise
+        _check_data(folder, run)
     state, mesh = loaded.placed(run)
     found = saved.restore(folder, run, state, mesh)
     folder.close()
@@ -80,13 +81,13 @@ def main(arguments: list[str]) -> int:
     return _print_result({"run": str(folder.path)}, run, found[0], mesh)
 
 
-def _check_data(folder, run, *, own_test):
+def _check_data(folder, run):
     """Refuses other data to train, from which classes and standardization are, and says so of others to test."""
     digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
     others = folder.other_data(digests)
     if "train" in others:
         folder.check_data(digests)
-    if others and own_test:
+    if others:
         print("msjax eval: the data to test are not those that the run was tested on", file=sys.stderr)
 
 
