@@ -7,7 +7,7 @@ import sys
 from msjax import build, config
 from msjax.cli.options import DEFAULT, PresetFlag, check_new_config, fields_of, parse, preset_of, split_options
 from msjax.compress import Identity
-from msjax.data import split_digest
+from msjax.data import digests
 from msjax.runs import RunFolder, to_json
 from msjax.split.budget import mean_up_bits
 from msjax.split.spec import RunSpec
@@ -83,10 +83,9 @@ def main(arguments: list[str]) -> int:
 
 def _check_data(folder, run):
     """Refuses other data to train, from which classes and standardization are, and says so of others to test."""
-    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
-    others = folder.other_data(digests)
+    others = folder.other_data(found := digests(run.dataset))
     if "train" in others:
-        folder.check_data(digests)
+        folder.check_data(found)
     if others:
         print("msjax eval: the data to test are not those that the run was tested on", file=sys.stderr)
 

@@ -22,7 +22,7 @@ from msjax.data._batches import batches
 from msjax.data._clients import epoch_indices, epoch_order, partition
 from msjax.data._columns import Column, Missing, column_statistics, table_inputs
 from msjax.data._csv import from_csv
-from msjax.data._dataset import Arrays, Dataset, Split, split_digest
+from msjax.data._dataset import Arrays, Dataset, Split, digests
 from msjax.data._error import DataError
 from msjax.data._folder import from_image_folder
 from msjax.data._inputs import Inputs, read_inputs, standardized_inputs
@@ -64,6 +64,7 @@ __all__ = [
     "column_statistics",
     "crop_flip",
     "default_augmentation",
+    "digests",
     "epoch_indices",
     "epoch_order",
     "from_arrays",
@@ -84,7 +85,6 @@ __all__ = [
     "published",
     "read_inputs",
     "read_texts",
-    "split_digest",
     "standardized_inputs",
     "stream",
     "table_inputs",

@@ -188,14 +188,21 @@ class Dataset:
         return found
 
 
-def split_digest(split: Split) -> str | int:
-    """Returns a SHA-256 of the bytes of a split in memory, inputs and then labels; of a streamed one, its length."""
+def _digest(split: Split) -> str | int:
     if not split.in_memory:
         return len(split)
     found = hashlib.sha256()
     for leaf in jax.tree.leaves((split.inputs, split.targets)):  # type: ignore[attr-defined]  # it is in memory
         found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return found.hexdigest()
+
+
+def digests(ds: Dataset) -> list[str | int]:
+    """Returns what tells the data to train and those to test on from others.
+
+    Of each, a SHA-256 of its bytes in memory, inputs and then labels; of what is streamed, its length.
+    """
+    return [_digest(split) for split in (ds.train, ds.test)]
 
 
 def as_array(value: Any) -> np.ndarray:

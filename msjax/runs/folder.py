@@ -102,7 +102,7 @@ class RunFolder:
         """Returns which of a run's data, "train" and "test", are not those that it began with, as far as is known.
 
         Args:
-          digests: of both, by `data.split_digest`.
+          digests: of both, by `data.digests`.
         """
         file, given = self.path / "data.json", dict(zip(_SPLITS, digests, strict=True))
         known = json_object(str(file), file.read_text("utf-8")) if file.exists() else given

@@ -6,7 +6,7 @@ from typing import Any
 
 from msjax.build import DataSummary
 from msjax.config import OptimConfig
-from msjax.data import split_digest
+from msjax.data import digests
 from msjax.models import ModelPart
 from msjax.parts import save_part
 from msjax.runs import RunFolder, write_atomically
@@ -45,7 +45,7 @@ def _make(path, run, optimizer, alpha, own_division):
         "augment": preprocess.augment if isinstance(preprocess.augment, str) else "a function",
         "mean": preprocess.mean,
         "std": preprocess.std,
-        "data": [split_digest(split) for split in (run.dataset.train, run.dataset.test)],
+        "data": digests(run.dataset),
     }
     if own_division:
         described["division"] = digest(run.client_indices)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from msjax import build, config
 from msjax.checks import integer
 from msjax.compress import Identity
-from msjax.data import split_digest
+from msjax.data import digests
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.budget import check_known_link, mean_up_bits
@@ -72,10 +72,13 @@ def load_run_to_go_on(cfg: config.Config, folder: RunFolder) -> loaded.LoadedRun
     Raises:
       ValueError, data.DataError: see `load_run_everywhere`; or the data are not those with which the run began.
     """
-    run = load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
-    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
-    processes.from_first(lambda: folder.check_data(digests))
+    run = _load_for(cfg, folder)
+    processes.from_first(lambda: folder.check_data(digests(run.dataset)))
     return run
+
+
+def _load_for(cfg, folder):
+    return load_run_everywhere(cfg if folder.checkpoints.latest() is None else build.to_go_on(cfg))
 
 
 def open_or_create(cfg: config.Config, name: str) -> tuple[RunFolder, config.Config]:
@@ -100,15 +103,15 @@ def train_config(
     """
     cfg = build.resolved(cfg)
     if run is None:
-        run = load_run_to_go_on(cfg, folder)
-    digests = [split_digest(split) for split in (run.dataset.train, run.dataset.test)]
-    processes.check_same({"the data (their hashes)": digests})
-    processes.from_first(lambda: folder.keep_data(digests))
+        run = _load_for(cfg, folder)
+    found = digests(run.dataset)
+    processes.check_same({"the data (their hashes)": found})
+    processes.from_first(lambda: folder.keep_data(found))
     finished = loop.train(run, folder, quiet=quiet)
-    return processes.from_first(lambda: _write_results(cfg, folder, run, finished, digests))
+    return processes.from_first(lambda: _write_results(cfg, folder, run, finished, found))
 
 
-def _write_results(cfg, folder, run, finished, digests):
+def _write_results(cfg, folder, run, finished, data_digests):
     """Writes what a finished run leaves in its folder; returns the summary."""
     spec, schedule = run.spec, run.spec.schedule
     last, headline = finished.history[-1], spec.task.headline
@@ -121,7 +124,7 @@ def _write_results(cfg, folder, run, finished, digests):
         **{name: last[name] for name in ("test", "train", "traffic") if name in last},
         "uncompressed_feature_bytes": samples * dense.nbytes,
         "uncompressed_synchronization_bytes": plain.uplink_synchronization_bytes + plain.downlink_synchronization_bytes,
-        "data_sha256": digests,
+        "data_sha256": data_digests,
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),
         "command": " ".join(sys.argv),
