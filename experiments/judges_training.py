@@ -40,12 +40,15 @@ def _short(setting):
 def _pairs(results, arm, to):
     """(name, source, records of `to`, of `arm`) at each cut of `convergence`; published settings alone if any is there.
 
-    Where nothing is compressed, the cut makes no difference.
+    Where nothing is compressed, the cut makes no difference, unless the network there is another one.
     """
     found = {PAPER.scale: [], ORIGINAL.scale: []}
     for sources, setting, cuts in _settings():
+        wanted = convergence.runs(sources[0].scale)
         for cut in cuts:
-            at = [study.label(setting, n, study.PLAIN_CUT if n == "none" else cut) for n in (to, arm)]
+            at = [study.label(setting, n, cut) for n in (to, arm)]
+            if f"{at[0]}, seed 0" not in wanted:
+                at[0] = study.label(setting, to, study.PLAIN_CUT)
             if one := results.first(convergence, *at, sources=sources):
                 source, (before, after) = one
                 found[source.scale].append((f"{_short(setting)} {cut}".strip(), source, before, after))

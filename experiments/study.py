@@ -154,21 +154,30 @@ def label(*parts: str) -> str:
 
 
 def at_cuts(arms: dict[str, Config], cuts: Iterable[str], with_cut: Any = with_cut) -> dict[str, Config]:
-    """Each of the arms at each cut, “arm, cut”; at `PLAIN_CUT` alone where nothing is compressed.
+    """Each of the arms at each cut, “arm, cut”; where nothing is compressed, at `PLAIN_CUT` in place of those like it.
 
-    There the cut changes nothing but the bytes, and these are known.
+    There the cut changes nothing but the bytes, and these are known. Unlike it is a cut with which `with_cut` changes
+    the network, too.
     """
-    plain = (Identity(), Identity())
-    return {
-        f"{arm}, {cut}": with_cut(cfg, cut)
-        for arm, cfg in arms.items()
-        for cut in (cuts if (cfg.codec, cfg.grad_codec) != plain else (PLAIN_CUT,))
-    }
+    cuts, found = tuple(cuts), {}
+    for arm, cfg in arms.items():
+        own = {cut: with_cut(cfg, cut) for cut in (*cuts, PLAIN_CUT)}
+        at = dict.fromkeys(cuts)
+        if (cfg.codec, cfg.grad_codec) == (Identity(), Identity()):
+            at = dict.fromkeys(cut if _network(own[cut]) != _network(own[PLAIN_CUT]) else PLAIN_CUT for cut in cuts)
+        found |= {f"{arm}, {cut}": own[cut] for cut in at}
+    return found
+
+
+def _network(cfg):
+    """What a run trains, wherever it is cut."""
+    return dataclasses.replace(cfg.model, cut=PLAIN_CUT)
 
 
 def at_cut(groups: dict[str, list[Record]], arm: str, cut: str) -> list[Record]:
-    """The records of an arm at a cut, as `at_cuts` and `by_arm` name them; of “none”, those of the one cut it has."""
-    return groups.get(f"{arm}, {PLAIN_CUT if arm.endswith('none') else cut}", [])
+    """The records of an arm at a cut, as `at_cuts` and `by_arm` name them; of “none” those of its network."""
+    own = groups.get(f"{arm}, {cut}", [])
+    return groups.get(f"{arm}, {PLAIN_CUT}", []) if arm.endswith("none") and not own else own
 
 
 def measured(scale: str, by: str) -> dict[str, Measured]:

@@ -71,9 +71,9 @@ def table(groups, published, way):
     """One row a codec and cut; of each target what was saved, counted in this way, a field of `Saving`."""
     header = ["codec", "cut", "seeds", *(f"baseline − {margin:g}" if margin else "baseline" for margin in MARGINS)]
     rows = []
-    plain = groups.get(("none", study.PLAIN_CUT), {})
     for codec in ARMS:
         for n, cut in enumerate(study.CUTS):
+            plain = groups.get(("none", cut), {})
             seeds = [seed for seed in groups.get((codec, cut), {}) if seed in plain]
             if codec == "none" or not seeds:
                 continue

@@ -14,7 +14,17 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import arithmetic_coder, both_directions, contexts, driver, entropy_variants, report, study, traffic
+from experiments import (
+    arithmetic_coder,
+    both_directions,
+    contexts,
+    convergence,
+    driver,
+    entropy_variants,
+    report,
+    study,
+    traffic,
+)
 from msjax import compress, config
 from msjax.training.from_config import load_run
 
@@ -39,6 +49,18 @@ def test_the_key_of_a_run():
     assert study.key(dataclasses.replace(cfg, seed=1)) != study.key(cfg)
     assert study._differing({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}}) == {"b": {"d": 3}}
     assert study._differing({"a": {"b": 1}}, {"a": {"b": 1}}) == {}
+
+
+def test_each_network_has_a_run_without_compression():
+    """One for all cuts, and where the paper's cut makes another network of a ResNet one of its own."""
+    found = {name for name in convergence.runs("paper") if "none" in name}
+    plain = {f"{setting}, none, medium, seed 0" for setting in convergence.settings("paper")}
+    assert found == plain | {
+        f"{setting}, none, shallow, seed 0" for setting in convergence.settings("paper") if "ResNet" in setting
+    }
+    records = {"none, shallow": ["shallow"], "none, medium": ["medium"], "MS, deep": ["ms"]}
+    assert [study.at_cut(records, "none", cut) for cut in study.CUTS] == [["shallow"], ["medium"], ["medium"]]
+    assert [study.at_cut(records, "MS", cut) for cut in study.CUTS] == [[], [], ["ms"]]
 
 
 def test_every_record_is_found_by_its_config():

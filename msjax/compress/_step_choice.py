@@ -1,5 +1,6 @@
 """The step of `EntropyMask`: the one that meets its target in bits or in error, found on a sample of the input."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ def choose_step(codec: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Arr
         return _shares(codec, sample, _step(at))[-1] > room
 
     at = jnp.int32(_FINEST)
+    spread = _first(lambda at: _step(at) * codec._most >= largest * scale, sample.sorted)
     if codec.error is not None or bits is None:
         # Of all values: where tails are heavy a sample does not know it. Unless it is beyond float32.
         in_range = jnp.maximum(jnp.abs(low), jnp.abs(high)) < 2.0**48
@@ -74,10 +76,14 @@ def choose_step(codec: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Arr
         coarse = _first(lambda at: _entropy(codec, sample, _step(at)) <= bits, sample.sorted)
         # The sample's bytes tell what single codes do not: what neighbours share, and what Huffman's code wastes.
         bits *= _entropy(codec, sample, _step(coarse)) / _sampled_bits(codec, values, _step(coarse), bytes_)
-        at = jnp.maximum(at, _first(lambda at: _entropy(codec, sample, _step(at)) <= bits, sample.sorted))
+        rate = _first(lambda at: _entropy(codec, sample, _step(at)) <= bits, sample.sorted)
+        if not codec.needs_key:
+            # At the step `spread` all but fills the levels: so many larger ones leave the largest value its code.
+            room_above = math.floor(_PER_OCTAVE * math.log2(codec._most / (0.5 + codec.dead_zone))) - 1
+            rate = jnp.minimum(rate, spread + jnp.int32(room_above))
+        at = jnp.maximum(at, rate)
     # Where the sample has met few values, the rest is spread over all levels.
     few = jnp.sum(sample.sorted > 0, dtype=jnp.int32) < _TELLING
-    spread = _first(lambda at: _step(at) * codec._most >= largest * scale, sample.sorted)
     at = jnp.where(few & (n < bytes_), jnp.minimum(at, spread), at)
     at = jnp.maximum(at, _first(lambda at: ~crowded(at), sample.sorted))
     if codec.needs_key:
