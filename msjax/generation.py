@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax import models
-from msjax.checks import integer
+from msjax.checks import integer, is_integer
 from msjax.compress import Codec, Exact, Identity
 from msjax.models import ModelPart, Sampling
 from msjax.session import (
@@ -78,7 +78,8 @@ class Generator:
       connect: opens a session with a server elsewhere; by default `server` is computed here.
 
     Raises:
-      ValueError: a part is not of a decoder, or the parts are not those of one cut.
+      TypeError: `codec` is none.
+      ValueError: a part is not of a decoder, or the parts are not those of one cut; `compression` is none of these.
     """
 
     def __init__(
@@ -93,6 +94,10 @@ class Generator:
     ):
         if server is None and codec is not None:
             raise ValueError(f"codec must be None without a cut, got {codec}")
+        if not isinstance(codec, Codec | None):
+            raise TypeError(f"codec must be a codec or None, got {codec!r}")
+        if compression not in (None, "huffman", "all"):
+            raise ValueError(f'compression must be None, "huffman" or "all", got {compression!r}')
         parts = [part for part in (client, server, tail) if part is not None]
         names = [block.layer for part in parts for block in models.decoder_blocks(part)]
         config = models.part_config(client)
@@ -128,19 +133,27 @@ class Generator:
           end: tokens that end a text; by default the config's `eos_token_id`.
 
         Raises:
-          ValueError: a prompt is empty, has numbers that are no tokens, or does not fit the context with `max_tokens`.
+          TypeError: `prompts` are no lists of integers, `sampling` is none.
+          ValueError: a prompt is empty, has numbers that are no tokens, or does not fit the context with `max_tokens`;
+            `end` has numbers that are no tokens.
         """
+        if not isinstance(sampling, Sampling | None):
+            raise TypeError(f"sampling must be a Sampling or None, got {sampling!r}")
         prompts = self._checked(prompts)
         longest, context = max(map(len, prompts)), self.config.max_position_embeddings
-        if type(max_tokens) is not int or not 1 <= max_tokens <= context - longest:
+        if not is_integer(max_tokens) or not 1 <= max_tokens <= context - longest:
             raise ValueError(
                 f"max_tokens must be in 1..{context - longest}, since of a context of {context} tokens "
                 f"(max_position_embeddings) the prompt takes {longest}, got {max_tokens!r}"
             )
         if end is None:
             end = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+        (end,) = _as_tokens("end must be a sequence of integers", [end])
+        for token in end:
+            integer("end's tokens", token, 0, self.config.vocab_size - 1)
         sampling = Sampling() if sampling is None else sampling
         # The last token that is chosen is not computed any more.
+        max_tokens = int(max_tokens)
         capacity = padded(longest + max_tokens - 1, context)
         terms = Terms(len(prompts), capacity, self.codec, sampling.candidates, self.compression)
         return Generation(self, prompts, max_tokens, terms, sampling, seed, frozenset(end))
@@ -151,7 +164,8 @@ class Generator:
 
     def _checked(self, prompts):
         context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
-        if not len(prompts):
+        prompts = _as_tokens("prompts must be a sequence of integers for each text", prompts)
+        if not prompts:
             raise ValueError("prompts must have a prompt, got none")
         for prompt in prompts:
             if not 1 <= len(prompt) < context:
@@ -162,6 +176,14 @@ class Generator:
             for token in prompt:
                 integer("prompt's tokens", token, 0, vocabulary - 1)
         return [[int(token) for token in prompt] for prompt in prompts]
+
+
+def _as_tokens(rule, rows):
+    """Lists of numbers, of Python's or of arrays of any library."""
+    try:
+        return [[each.item() if hasattr(each, "item") else each for each in row] for row in rows]
+    except TypeError:
+        raise TypeError(f"{rule}, got {rows!r}") from None
 
 
 class Generation(Iterator[list[int | None]]):
@@ -181,7 +203,7 @@ class Generation(Iterator[list[int | None]]):
         self.traffic = Traffic(prompt_tokens=sum(map(len, prompts)))
         self._max_tokens, self._terms, self._sampling, self._end = max_tokens, terms, sampling, end
         self._generator, self._next = generator, [np.int32([prompt]) for prompt in prompts]
-        self._count, self._key = 0, jax.random.key(seed)
+        self._count, self._key, self._closed = 0, jax.random.key(seed), False
         parts = [part for part in (generator.client, generator.server, generator.tail) if part is not None]
         attends = [models.attends(part) for part in parts]
         self._client = Stage(generator.client, terms, returns_all=any(attends[1:]))
@@ -191,7 +213,7 @@ class Generation(Iterator[list[int | None]]):
 
     def __next__(self) -> list[int | None]:
         """Chooses a token of each text that has not ended."""
-        if self._count == self._max_tokens or all(self._has_ended(own) for own in self.tokens):
+        if self._closed or self._count == self._max_tokens or all(self._has_ended(own) for own in self.tokens):
             self.close()
             raise StopIteration
         number = self._count
@@ -246,7 +268,8 @@ class Generation(Iterator[list[int | None]]):
         return read_array(answer[1], Identity(), jax.ShapeDtypeStruct(shape, np.float32)), tokens
 
     def close(self) -> None:
-        """Gives the caches back."""
+        """Gives the caches back; nothing comes after it."""
+        self._closed = True
         if self.session is not None:
             self.session.close()
 

@@ -316,6 +316,8 @@ def _header(codec, like, codings):
 def _form(codec, like):
     """Codec, dtype and shape as bytes."""
     text = repr(codec).encode()
+    if len(text) > _MAX_CODEC_TEXT:
+        raise ValueError(f"codec must have a repr of at most {_MAX_CODEC_TEXT} bytes, got {len(text)}")
     shape = struct.pack(f"<BB{len(like.shape)}I", _DTYPES.index(_dtype(like.dtype)), len(like.shape), *like.shape)
     return struct.pack("<H", len(text)) + text + shape
 
@@ -335,9 +337,8 @@ def _read_form(reader, expect, max_bytes):
     if expect is not None:
         codec, like = expect[0], form_of(expect[1])
         if (text, shape, dtype) != (repr(codec).encode(), tuple(like.shape), _dtype(like.dtype)):
-            raise WireError(
-                f"expected {codec} of {like.dtype}{list(like.shape)}, got {text[:80]!r} of {dtype}{list(shape)}"
-            )
+            got = f"{text.decode(errors='replace')} of {dtype}{list(shape)}"
+            raise WireError(f"expected {codec} of {like.dtype}{list(like.shape)}, got {got}")
         return codec, jax.ShapeDtypeStruct(shape, dtype)
     # Without its zeros: NumPy refuses an empty array whose other axes overflow.
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > max_bytes:

@@ -52,6 +52,10 @@ def test_the_order_of_exchanges():
     ]
     assert schedule.test_clients_after(0) == second and schedule.test_clients == schedule.position(5).clients
     assert [step for step in range(7) if schedule.may_checkpoint(step, 1)] == [2, 3, 5, 6]
+    schedule = dataclasses.replace(schedule, test_samples=0)
+    sent = (e for e in schedule.exchanges() if e.phase == Phase.FEATURES)
+    by_exchange = sum(len(e.clients) * schedule.batch_size_of(e) for e in sent)
+    assert schedule.samples_before(schedule.total_steps) == by_exchange == 2 * schedule.samples * schedule.epochs
     # All clients: the run is what it was.
     whole = built(dataclasses.replace(PART, mode=dataclasses.replace(MODE, client_fraction=1.0)), 25).spec.schedule
     assert whole.mode == SplitFed(2) and not any(e.phase == Phase.FETCH_PART for e in whole.exchanges())

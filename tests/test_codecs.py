@@ -521,6 +521,29 @@ class Lies(compress.Codec):
         return payload[0].reshape(like.shape).astype(jnp.float16)
 
 
+def test_a_codec_whose_options_nobody_sees_is_refused():
+    """Two of unlike options would be equal, and share a compiled program and a text in messages."""
+
+    class Scaled(compress.Identity):
+        def __init__(self, scale):
+            self.scale = scale
+
+    with pytest.raises(TypeError, match=r"Scaled must be decorated with @dataclasses\.dataclass\(frozen=True\), as a"):
+        Scaled(2.0)
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Alike(compress.Identity):
+        scale: float
+
+    with pytest.raises(TypeError, match="Alike must be decorated"):
+        Alike(2.0)
+
+    class Renamed(compress.TopK):
+        """Without options of its own."""
+
+    assert Renamed(0.9) == Renamed(0.9) != Renamed(0.8)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -192,6 +192,17 @@ def test_what_a_cut_has_untied_is_written_untied(tmp_path):
     assert_trees_equal(again.params, params)
 
 
+@pytest.mark.parametrize("name", ["qwen 3", "transformer"])
+def test_what_is_no_token_is_not_taken_for_one(name):
+    network = (
+        models.build(name, input_shape=(4,), num_classes=2, vocabulary=19) if name == "transformer" else model(name)
+    )
+    part = models.split(network, network.named_cuts[0][1])[0]
+    x = jnp.full((3, *network.input_shape), 3, jnp.int32).at[:, 0].set(jnp.array([-1, -19, 19]))
+    h, _ = part.apply(part.params, part.stats, x, train=False)
+    assert np.isnan(h[:, 0]).all()
+
+
 def test_a_token_sees_nothing_behind_it():
     network = model("qwen 3")
     whole = models.whole(network, seed=0)

@@ -179,6 +179,36 @@ def test_a_text_ends_with_its_token(weights):
     assert eos == [own[: own.index(2) + 1] if 2 in own else own for own in expected]
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_other_types(weights):
+    """NumPy's and JAX's numbers are numbers; all else is named."""
+    generator = Generator(*parts_of(weights, "llama 3", 1))
+    expected = tokens_of(generator, [[3, 1]], max_tokens=2)[0]
+    for prompts in ([jnp.array([3, 1])], np.array([[3, 1]])):
+        assert tokens_of(generator, prompts, max_tokens=np.int64(2))[0] == expected
+    for options, message in [
+        ({"prompts": [1, 2]}, r"prompts must be a sequence of integers for each text, got \[1, 2\]"),
+        ({"end": 5}, "end must be a sequence of integers, got"),
+        ({"sampling": 0.8}, "sampling must be a Sampling or None, got 0.8"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            generator.start(**{"prompts": PROMPTS, "max_tokens": 2} | options)
+    with pytest.raises(ValueError, match=r"end's tokens must be an integer in 0\.\.18, got 19"):
+        generator.start(PROMPTS, max_tokens=2, end=[19])
+    parts = parts_of(weights, "llama 3", 1)
+    with pytest.raises(TypeError, match=r"codec must be a codec or None, got 'TopK\(0.9\)'"):
+        Generator(*parts, codec="TopK(0.9)")
+    with pytest.raises(ValueError, match=r'compression must be None, "huffman" or "all", got \'zip\''):
+        Generator(*parts, compression="zip")
+
+
+def test_nothing_comes_after_a_generation_is_closed(weights):
+    generation = Generator(*parts_of(weights, "llama 3", 1)).start(PROMPTS[:1], max_tokens=3)
+    next(generation)
+    generation.close()
+    assert list(generation) == [] and len(generation.tokens[0]) == 1
+
+
 def test_prompts_that_cannot_be_are_refused(weights):
     generator = Generator(*parts_of(weights, "llama 3", 1))
     for prompts, message in [

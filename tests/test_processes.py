@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
 from msjax.split import parties
 from msjax.split.metrics import MetricSums
+from msjax.training import processes
 
 from .helpers import free_port
 
@@ -97,6 +99,17 @@ def expected(path):
         if exchange.step == schedule.total_steps - 1 - schedule.epoch_steps:
             server.train = server.test = MetricSums()
     return server, clients
+
+
+def test_a_port_that_has_been_taken_is_named(monkeypatch):
+    """JAX would crash."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: pytest.fail("it is called"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=rf"coordinator_address must have a free port .* got '{address}'"):
+            processes.join(address, 2, 0)
+    with pytest.raises(ValueError, match=r"coordinator_address must have a free port .* got 'localhost:70000'"):
+        processes.join("localhost:70000", 2, 0)
 
 
 def test_killed_processes_end_like_others(tmp_path, shell):

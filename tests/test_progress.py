@@ -12,7 +12,7 @@ import rich.console
 
 from msjax.distributed.channel import Clock
 from msjax.runs import plots
-from msjax.runs.progress import Pace, Progress
+from msjax.runs.progress import Console, Pace, Progress
 
 RECORD = {"epoch": 1, "train": {"loss": 1.0, "top1_percent": 50.0}}
 
@@ -33,6 +33,25 @@ def test_the_first_step_of_a_shape_is_not_in_the_speed():
         clock.now += seconds
         pace.step(1, shape)
     assert pace.status(120) == "8 samples/s, 2.0 min left"
+
+
+def test_lines_that_nobody_reads_do_not_end_a_training(caplog):
+    """As behind `head`, which ends when it has read enough."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    clock = Clock()
+    options = {"headline": "top1_percent", "total_steps": 20, "done_steps": 0, "samples_per_step": 8.0}
+    with Progress("net", clock=clock, console=Console(file=Closed()), **options) as bar:
+        for _ in range(2):
+            clock.now += 61.0
+            bar.step(1, None)
+            bar.epoch(RECORD, 2, 0)
+    assert [record.message for record in caplog.records] == [
+        "nobody reads the standard output any more; training goes on"
+    ]
 
 
 def test_events_are_written_until_they_cannot_be(tmp_path, caplog, monkeypatch):

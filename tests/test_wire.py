@@ -3,6 +3,7 @@
 If a change was meant: raise `wire.VERSION`, then UPDATE_GOLDEN=1 python -m pytest tests/test_wire.py -k golden
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -271,6 +272,9 @@ def test_encode_refuses(unchecked):
             wire.encode((np.zeros(0, np.float32),), Identity(), jax.ShapeDtypeStruct(shape, np.float32))
     with pytest.raises(ValueError, match="float64"):
         wire.encode((np.zeros(2),), Identity(), np.zeros(2))
+    long = dataclasses.make_dataclass("L" * 1025, [], bases=(Identity,), frozen=True)()
+    with pytest.raises(ValueError, match="codec must have a repr of at most 1024 bytes, got 1027"):
+        wire.encode((np.zeros(2, np.float32),), long, np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="batch axis"):
         wire.encode(payload, MaskEncoded(granularity="sample"), jax.ShapeDtypeStruct((), np.float32))
 

@@ -40,6 +40,10 @@ class Codec(abc.ABC):
     entropy_coded: ClassVar[bool] = False
     """Whether the payload is made for lossless coding, so that `msjax.wire` always codes it."""
 
+    def __new__(cls, *args: Any, **options: Any):
+        _check_class(cls)
+        return super().__new__(cls)
+
     def __repr__(self):
         # A subclass's own fields before the inherited options; dataclasses would print those first. A field that came
         # later hides its default, so that the codecs of before keep the text that messages and records have.
@@ -195,6 +199,18 @@ class Codec(abc.ABC):
             raise ValueError(f"key must be a JAX random key for {type(self).__name__}, got None")
         if self.needs_key and key is not ... and not hasattr(key, "dtype"):
             raise TypeError(f"key must be a JAX random key, got {type(key).__name__}")
+
+
+@functools.cache
+def _check_class(cls):
+    """Raises TypeError where codecs of a class with unlike options would be equal, and so share a compiled program."""
+    for one in cls.__mro__[: cls.__mro__.index(Codec)]:
+        made = one.__dict__.get("__dataclass_params__")
+        if "__init__" in one.__dict__ if made is None else not (made.frozen and made.eq):
+            raise TypeError(
+                f"{one.__name__} must be decorated with @dataclasses.dataclass(frozen=True), as a codec's fields are "
+                "all that tells it from others"
+            )
 
 
 # Traced once for a codec and a shape, however many programs use it; called outside of one, each is a program.

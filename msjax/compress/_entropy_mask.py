@@ -40,7 +40,8 @@ class EntropyMask(VectorCodec):
     payload is made to be entropy-coded, as `msjax.wire` always does with it: nominal `payload_bytes` are four or eight
     bits an element, real bytes what `bits` or `error` ask for. `wire.estimate_bytes` predicts them within `jit`. Where
     most codes are zero, the wire codes runs of them, and a message is shorter than `bits` says; gradients, whose energy
-    is in few samples, are such where `error` allows much noise: 0.2 to 0.5 bits an element.
+    is in few samples, are such where `error` allows much noise: 0.2 to 0.5 bits an element. A vector of some hundred
+    values or fewer takes more than `bits`: 33 bytes or more go with it, and its code has to be described.
 
     Attributes:
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from msjax.checks import is_integer
 from msjax.models._decoder_config import DecoderConfig
+from msjax.models._layers import embedded
 from msjax.models._lora import LoRA, Projection
 from msjax.models._model import Block, Model, Tie, compute_dtype
 from msjax.models._rope import frequencies, rotate
@@ -113,7 +115,7 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, x, *, train, key=None):
-        return self.embed_tokens(x)
+        return embedded(self.embed_tokens, x)
 
 
 class DecoderBlock(nnx.Module):
@@ -181,7 +183,7 @@ def decoder(
       TypeError: `dtype` is neither.
       ValueError: `length` is not in 1..max_position_embeddings.
     """
-    if type(length) is not int or not 1 <= length <= config.max_position_embeddings:
+    if not is_integer(length) or not 1 <= length <= config.max_position_embeddings:
         raise ValueError(
             f"length must be in 1..{config.max_position_embeddings} (max_position_embeddings), got {length!r}"
         )

@@ -120,6 +120,11 @@ def keep_unbiased_variance(module):
             layer.unbiased = True
 
 
+def embedded(embedding, tokens):
+    """Features of integer tokens (n, length); NaN of what is no token, also of negative ones, which JAX counts back."""
+    return embedding(jnp.where(tokens < 0, embedding.num_embeddings, tokens))
+
+
 class DenseBlock(nnx.Module):
     """Flatten, dense layer, activation, dropout: (n, ...) -> (n, features)."""
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from msjax.models._layers import ACTIVATIONS, Head
+from msjax.models._layers import ACTIVATIONS, Head, embedded
 from msjax.models._model import Block
 
 _INIT = nnx.initializers.normal(0.02)  # BERT's (arXiv 1810.04805)
@@ -20,7 +20,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x, *, train, key=None):
-        h = self.tokens(x) + self.positions[...].astype(self.dtype)
+        h = embedded(self.tokens, x) + self.positions[...].astype(self.dtype)
         return self.dropout(h, deterministic=not train, rngs=key)
 
 

@@ -1,5 +1,6 @@
 """What a person sees of a run while it trains."""
 
+import logging
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -96,7 +97,7 @@ class Progress:
                 self._title.split()[-1], total=self._total, completed=self._done, status="compiling …"
             )
         else:
-            self._console.print(f"{self._title}: {self._total - self._done} steps to go, the first compiles")
+            self._say(f"{self._title}: {self._total - self._done} steps to go, the first compiles")
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -127,7 +128,15 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line above the live one."""
         self._last_line = self._clock()
-        (self._live.console if self._live else self._console).print(text, highlight=False, markup=False, soft_wrap=True)
+        self._say(text)
+
+    def _say(self, text):
+        """Prints a line; where nobody reads it any more, as behind `head`, training goes on without."""
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except BrokenPipeError:
+            self._console.quiet = True
+            logging.getLogger("msjax").warning("nobody reads the standard output any more; training goes on")
 
     def _status(self, sent_bytes):
         return f"{self._speed(sent_bytes)}{self._tested}"

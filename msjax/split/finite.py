@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 ADVICE = (
-    "try a smaller learning rate or a longer warm-up, a codec with a smaller error, inputs of one order of "
-    "magnitude, and labels that are classes or, where numbers are predicted, about as large as 1; allow_nonfinite goes "
-    "on all the same"
+    "try a smaller learning rate or a longer warm-up, a codec with a smaller error, inputs of one order of magnitude "
+    "or, where they are tokens, such as the model has, and labels that are classes or, where numbers are predicted, "
+    "about as large as 1; allow_nonfinite goes on all the same"
 )
 
 

@@ -127,6 +127,11 @@ class Schedule:
         """Returns where step `step` is."""
         return self.mode.position(self, step)
 
+    def samples_before(self, step: int) -> int:
+        """Returns how many samples all clients together send in the steps before step `step`."""
+        positions = map(self.position, range(step))
+        return sum(len(at.clients) * (at.stop - at.start) for at in positions)
+
     def tests_after(self, epoch: int) -> bool:
         """Whether the test set goes through after epoch `epoch`, counted from 0."""
         return self.test_samples > 0 and ((epoch + 1) % self.test_every == 0 or epoch == self.epochs - 1)

@@ -116,7 +116,7 @@ def _write_results(cfg, folder, run, finished, data_digests):
     spec, schedule = run.spec, run.spec.schedule
     last, headline = finished.history[-1], spec.task.headline
     _save_parts(_PARTS, cfg, folder, run, finished.state, uuid.uuid4().hex)
-    samples = cfg.epochs * cfg.clients * schedule.samples
+    samples = schedule.samples_before(schedule.total_steps)
     dense = spec.feature_payload(1).dense()
     plain = run_traffic(dataclasses.replace(spec, update_codec=Identity()), cfg.epochs)
     summary = {

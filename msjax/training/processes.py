@@ -7,6 +7,7 @@ what it says at once.
 
 import functools
 import json
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -47,9 +48,12 @@ def join(
       heartbeat_seconds: see `HEARTBEAT_SECONDS`.
 
     Raises:
-      ValueError: what was not given cannot be found, or does not fit.
+      ValueError: what was not given cannot be found, or does not fit; or the port of the first process, which this
+        is, has been taken.
     """
     given = (coordinator_address, num_processes, process_id)
+    if process_id == 0 and coordinator_address is not None:
+        _check_free(coordinator_address)
     # Its handler of SIGTERM would come before that of the training loop, in which all agree to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -61,6 +65,20 @@ def join(
             "the address of the first process, the number of processes and the id of this one must be given where they "
             f"are not found by SLURM, Kubernetes, a TPU pod or Open MPI, got {given}: {_first_line(error)}"
         ) from error
+
+
+def _check_free(address):
+    """Raises ValueError where the port of an address of this host has been taken, at which JAX would crash."""
+    port = address.rpartition(":")[2]
+    if not port.isdecimal():
+        return  # JAX says what is wrong
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"coordinator_address must have a free port of this host, got {address!r}: {why}") from None
 
 
 def count() -> int:
