@@ -17,12 +17,13 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
-from msjax.distributed.rpc.security import TlsFiles, Tokens
+from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import Endpoint, most_calls
 from msjax.split.payloads import PayloadSpec
 
 from .authority import Authority
 from .setups import dataset
+from .test_admission import Call
 from .test_rpc import assert_nobody_watches, unread
 
 SUMMARY = build.DataSummary.of(dataset())
@@ -191,6 +192,39 @@ def test_who_is_too_fast_is_held_back(tmp_path):
         for _ in range(19):
             there.receive()
         assert time.monotonic() - began > 0.7  # ten at once, then ten a second
+
+
+class _Call(Call):
+    """A call that ends where it is told to."""
+
+    def add_callback(self, call):
+        self.end = call
+        return True
+
+    def cancel(self):
+        self.end()
+
+
+def test_a_callers_rate_is_one_over_all_its_streams(tmp_path, monkeypatch):
+    delays = []
+    monkeypatch.setattr(Rate, "wait", lambda rate: delays.append(rate.delay()))
+    make(tmp_path)
+    part = parts.load_part(tmp_path / "server.safetensors")
+    servicer = inference.InferenceServicer(part, Tokens(None), Metrics(), max_messages_per_second=1e-3)
+
+    def ask(token):  # one message at once, and the next 1000 s later
+        call = _Call(token=token)
+        assert next(servicer._held(iter([pb.Features()]), call)) == pb.Features()
+        return call
+
+    calls = [ask("alice") for _ in range(3)]
+    assert delays == [0.0, pytest.approx(1000, rel=0.1), pytest.approx(2000, rel=0.1)]
+    for call in calls:
+        call.end()
+    ask("alice")  # who comes again is no new one
+    assert delays[3] == pytest.approx(3000, rel=0.1)
+    ask("bob")
+    assert delays[4] == 0.0
 
 
 def test_a_clients_part_does_not_serve(tmp_path):
