@@ -159,6 +159,15 @@ def _crc(arrays):
     return str(crc)
 
 
+def run_of(path: str | os.PathLike) -> str | None:
+    """Returns the name of the run that trained the part in a file; None where the file does not say."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("run")
+    except safetensors.SafetensorError:
+        return None
+
+
 def load_part(
     path: str | os.PathLike, model: Any = None, inputs: Any = None, *, preset: config.Config | None = None
 ) -> TrainedPart:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from msjax import compress, config
+from msjax.build import DataSummary
 from msjax.distributed import messages
 from msjax.distributed.channel import Clock, ConnectionLost
 from msjax.distributed.client_program import ClientProgram, own_config
@@ -13,12 +14,14 @@ from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
+from msjax.parts import save_trained
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
+from msjax.split.state import PartState
 
 from .network import RUN
-from .setups import SMALL
+from .setups import SMALL, dataset
 
 
 def test_a_folder_is_of_one_client(tmp_path):
@@ -37,6 +40,22 @@ def test_a_folder_is_of_one_client(tmp_path):
         open_store(0)
     (tmp_path / "checkpoints" / f"{RUN}.client").unlink()  # of a version that wrote none
     open_store(0).close()
+
+
+def test_a_part_of_another_run_is_not_replaced(tmp_path):
+    program = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path)))
+    file, other = tmp_path / "client.safetensors", "0" * 31 + "2"
+    summary = DataSummary.of(dataset())
+    save_trained(file, "client", PartState({"a": np.zeros(1)}, {}, ()), SMALL, summary, run_id=RUN, step=1)
+    program._open_store(RUN).close()  # the same command again
+    says = rf"got '.*' with {file}, which this run would replace: move this file away, or name another folder as state"
+    with pytest.raises(ValueError, match=says):
+        program._open_store(other)
+    file.write_text("not a part")
+    with pytest.raises(ValueError, match=says):
+        program._open_store(RUN)
+    file.unlink()
+    program._open_store(other).close()
 
 
 class Spec:

@@ -16,7 +16,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
-from msjax.parts import save_trained
+from msjax.parts import run_of, save_trained
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
@@ -89,6 +89,11 @@ class ClientProgram:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"state must be a folder where files can be made, got {folder.parent}: {error}") from None
+        if self._part_file.exists() and run_of(self._part_file) != run_id:
+            raise ValueError(
+                f"state must be a folder without a part of another run, got {str(folder.parent)!r} with "
+                f"{self._part_file}, which this run would replace: move this file away, or name another folder as state"
+            )
         store = ClientStore(folder / run_id)
         try:
             self._is_new = not store.steps()
@@ -97,6 +102,10 @@ class ClientProgram:
             store.close()
             raise
         return store
+
+    @property
+    def _part_file(self):
+        return self._options.folder() / "client.safetensors"
 
     def _check_whose(self, folder, run_id):
         """Raises where the checkpoints of a run are another client's, and writes down whose they are."""
@@ -165,7 +174,7 @@ class ClientProgram:
 
     def _save_part(self, party):
         if party.keeps_result:
-            self._path = self._options.folder() / "client.safetensors"
+            self._path = self._part_file
             names = {"run_id": self.session.name, "step": self._schedule.total_steps}
             names["up_bits"] = budget.mean_up_bits(party.up_bits)
             save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)

@@ -197,7 +197,8 @@ class ClientOptions(ConnectOptions):
     client_id: int = tyro.MISSING
     """Number of this client, from 0."""
     state: str | None = None
-    """Folder for this client's checkpoints and its part at the end; by default clientNUMBER."""
+    """Folder for this client's checkpoints and its part at the end, where no part of another run may lie; by default
+    clientNUMBER."""
     own_data: bool = False
     """Train on all of the data set that is here; by default on this client's share, as a simulation does."""
     weights: str | None = None
