@@ -1,20 +1,21 @@
 """A client's way through its exchanges, with a party that computes nothing: what it takes, repeats, saves and drops."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from msjax import compress, config
 from msjax.build import DataSummary
-from msjax.distributed import messages
+from msjax.distributed import client_program, messages
 from msjax.distributed.channel import Clock, ConnectionLost
 from msjax.distributed.client_program import ClientProgram, own_config
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
-from msjax.parts import save_trained
+from msjax.parts import run_of, save_trained
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
@@ -56,6 +57,24 @@ def test_a_part_of_another_run_is_not_replaced(tmp_path):
         program._open_store(RUN)
     file.unlink()
     program._open_store(other).close()
+
+
+def test_a_client_whose_disk_is_full_tries_until_it_has_kept_its_part(tmp_path, monkeypatch, caplog):
+    pauses, full = [], iter(2 * [OSError(28, "No space left on device")])
+    program = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path)), sleep=pauses.append)
+    program._schedule, program._cfg, program._summary = Party.schedule, SMALL, DataSummary.of(dataset())
+
+    def save(path, *args, **names):
+        for error in full:
+            raise error
+        save_trained(path, *args, **names)
+
+    monkeypatch.setattr(client_program, "save_trained", save)
+    program.session.name = RUN
+    party = SimpleNamespace(keeps_result=True, up_bits=None, state=PartState({"a": np.zeros(1)}, {}, ()))
+    program._save_part(party)
+    assert pauses == [30.0, 30.0] and run_of(tmp_path / "client.safetensors") == RUN
+    assert caplog.text.count("client.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 
 class Spec:

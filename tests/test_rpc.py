@@ -5,6 +5,7 @@ import dataclasses
 import json
 import threading
 import time
+from unittest import mock
 
 import grpc
 import jax
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
-from msjax.distributed import messages
+from msjax.distributed import messages, server_program
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
@@ -326,6 +327,31 @@ def test_a_server_that_stops_says_so(tmp_path):
         net.join()
         assert isinstance(net.failures["server"], Stopped)
         assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Refused)
+
+
+def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_path, monkeypatch, caplog):
+    pauses, full = [], iter(2 * [OSError(28, "No space left on device")])
+    cfg = dataclasses.replace(CFG, out=str(tmp_path))
+    folder = RunFolder.create(cfg, "run")
+    program = ServerProgram(cfg, ServeOptions(listen="localhost:0"), folder)
+
+    def save(*args, **names):
+        for error in full:
+            raise error
+
+    monkeypatch.setattr(server_program, "save_trained", save)
+    monkeypatch.setattr(server_program.drive, "serve", lambda *ends: program._save_part())  # all that counts of a run
+    monkeypatch.setattr(server_program.drive, "linger", lambda *args: pauses.append(args[-1]))
+    monkeypatch.setattr(server_program, "_write_results", lambda *args: "written")
+    program._save_end = lambda: None
+    program._parts = program.coordinator.run = mock.Mock()
+    try:
+        assert program.train() == "written" and pauses == [30.0, 30.0]
+    finally:
+        program.coordinator.run = None
+        program.close()
+        folder.close()
+    assert caplog.text.count("server.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 
 def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):

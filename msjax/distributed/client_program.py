@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from msjax import build, config, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
-from msjax.distributed.own_parts import CLIENT, OwnParts
+from msjax.distributed.own_parts import CLIENT, SECONDS_BETWEEN_TRIES, OwnParts
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
@@ -36,14 +37,21 @@ class ClientProgram:
       options: where the server is, and what this client has.
       preset: this client's own config, of which model, data and task are used rather than the server's: functions do
         not travel.
+      sleep: waits so many seconds.
 
     Raises:
       ValueError: an option cannot work.
     """
 
-    def __init__(self, options: ClientOptions, preset: config.Config | None = None):
+    def __init__(
+        self,
+        options: ClientOptions,
+        preset: config.Config | None = None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         options.check()
-        self._options, self._preset, self._token = options, preset, options.token()
+        self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
         self._epoch, self._path = None, None
         self._pace: Pace | None = None
         self._watch = LinkWatch()
@@ -173,11 +181,21 @@ class ClientProgram:
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):
-        if party.keeps_result:
-            self._path = self._part_file
-            names = {"run_id": self.session.name, "step": self._schedule.total_steps}
-            names["up_bits"] = budget.mean_up_bits(party.up_bits)
-            save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)
+        """Tries until it can: the server may be gone meanwhile, and nobody else has this part."""
+        if not party.keeps_result:
+            return
+        names = {"run_id": self.session.name, "step": self._schedule.total_steps}
+        names["up_bits"] = budget.mean_up_bits(party.up_bits)
+        while True:
+            try:
+                save_trained(self._part_file, "client", party.state, self._cfg, self._summary, **names)
+            except OSError as error:
+                said = "%s cannot be written: %s; trying again every %.0f s"
+                log.warning(said, self._part_file, error, SECONDS_BETWEEN_TRIES)
+                self._sleep(SECONDS_BETWEEN_TRIES)
+            else:
+                self._path = self._part_file
+                return
 
     def _tell(self, exchange):
         schedule = self._schedule

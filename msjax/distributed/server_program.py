@@ -16,7 +16,7 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
-from msjax.distributed.own_parts import SERVER, OwnParts
+from msjax.distributed.own_parts import SECONDS_BETWEEN_TRIES, SERVER, OwnParts
 from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import most_silent
@@ -93,6 +93,7 @@ class ServerProgram:
         self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._write_counts)
         self._parts: OwnParts | None = None
         self._told = self._built_from = None
+        self._lacks_part = False  # at the end, where it could not be written yet
         self.coordinator = Coordinator(
             cfg,
             self._build,
@@ -149,9 +150,12 @@ class ServerProgram:
         """
         self._on_epoch = on_epoch
         try:
-            drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+            drive.serve(*self._ends)
         finally:
             self._close_events()
+        while self._lacks_part:
+            drive.linger(*self._ends, SECONDS_BETWEEN_TRIES)
+            self._save_part()
         self._save_end()
         return _write_results(self.cfg, self.folder, self.coordinator.run.spec, self.history)
 
@@ -175,11 +179,23 @@ class ServerProgram:
         """The epochs' records."""
         return self.progress.setdefault("history", [])
 
+    @property
+    def _ends(self):
+        return self.coordinator, self._servicer.inbox, self._servicer.carry
+
     def _save_part(self):
+        """Where it cannot be written, the clients can keep theirs all the same, and `train` tries again."""
         run = self.coordinator.run
         steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
         names = {"run_id": self.coordinator.name, "step": steps}
-        save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
+        try:
+            save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
+        except OSError as error:
+            said = "%s cannot be written: %s; once all clients have ended, it is tried again every %.0f s"
+            log.warning(said, path, error, SECONDS_BETWEEN_TRIES)
+            self._lacks_part = True
+        else:
+            self._lacks_part = False
 
     def _count(self, exchange: Exchange):
         """After each exchange: the metrics, and an epoch's record at its end."""
