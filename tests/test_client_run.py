@@ -284,6 +284,18 @@ def test_the_end_is_saved_though_no_step_follows(run):
     assert run.done
 
 
+def test_a_clients_pace_begins_anew_where_it_goes_back():
+    program = ClientProgram(ClientOptions(client_id=0))
+    run, party = SimpleNamespace(generation=1), SimpleNamespace(spec=Spec(), bytes_per_second=None)
+    program._schedule, program.session = Spec.schedule, SimpleNamespace(run=run, party=party)
+    first, *_ = Spec.schedule.exchanges(0)
+    paces = []
+    for run.generation in (1, 1, 2):
+        program._tell(first)
+        paces.append(program._pace)
+    assert paces[0] is paces[1] is not paces[2]
+
+
 # -- The session around it. ----------------------------------------------------------------------------------------
 
 

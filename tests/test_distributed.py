@@ -354,8 +354,10 @@ def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tm
         it.stores[1].slow = True
         it.run_to(4)
         assert it.stores["server"].latest() == 2 and it.counted("failed_saves") == 0
+        began = it.clock()
         it.restart(1)
         it.run()
+        assert it.server.ready_at < began < it.server.restored_at
         assert [position for _, position in it.order].count((1, Phase.FEATURES, 0)) == 1
         it.assert_equal_to_program()
 

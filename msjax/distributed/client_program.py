@@ -53,7 +53,7 @@ class ClientProgram:
         options.check()
         self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
         self._epoch, self._path = None, None
-        self._pace: Pace | None = None
+        self._pace, self._generation = Pace(), 0
         self._watch = LinkWatch()
         self._told_at = 0.0
         self._is_new = True
@@ -205,9 +205,10 @@ class ClientProgram:
             log.info("epoch %d of %d", position.epoch + 1, schedule.epochs)
         if exchange.phase != Phase.FEATURES:
             return
-        if self._pace is None:
-            self._pace = Pace(position.stop - position.start)
-        self._pace.step(1, position.stop - position.start)
+        if self._generation != self.session.run.generation:  # what passed before may have been a wait
+            self._generation, self._pace = self.session.run.generation, Pace()
+        batch_size = position.stop - position.start
+        self._pace.step(1, batch_size, batch_size)
         party = self.session.party
         if warning := self._watch(party.spec, party.bytes_per_second):
             log.warning("%s", warning)

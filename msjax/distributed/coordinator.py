@@ -88,6 +88,8 @@ class Coordinator:
         """Once all clients were ready."""
         self.ready_at: float | None = None
         """When they first were, on the clock: training begins."""
+        self.restored_at: float | None = None
+        """When training last began or went on from a checkpoint, on the clock."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._closed: set[int] = set()  # sessions that are over, whose stream may still bring something
         self._heard: set[int] = set()  # sessions of which a request has come
@@ -284,6 +286,7 @@ class Coordinator:
             self.metrics.restarts.inc()
         self._answers.clear()
         self._came.clear()
+        self.restored_at = self._clock()
         return ev.Restored(step, clients)
 
     def _open_next(self):

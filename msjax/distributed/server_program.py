@@ -120,11 +120,11 @@ class ServerProgram:
         )
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
-        self._step_began = self._began = time.monotonic()
+        self._began, self._step_began = time.monotonic(), 0.0
         self._earlier = _read_counts(folder)
         self._counts_written = 0.0
-        self._pace: Pace | None = None
-        self._told_at = 0.0
+        self._pace = Pace()
+        self._told_at: float | None = None
         self._events: tuple[contextlib.ExitStack, Callable, int] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
@@ -205,8 +205,11 @@ class ServerProgram:
         if time.monotonic() - self._counts_written >= _COUNTS_EVERY_SECONDS:
             self._write_counts()
         if exchange.phase == Phase.FEATURES:
-            now = time.monotonic()
+            now, restored_at = time.monotonic(), self.coordinator.restored_at
             self.metrics.step.set(exchange.step)
+            if self._step_began < restored_at:  # what passed before was a wait for clients
+                self._step_began = restored_at
+                self._pace.begin(restored_at)
             self.metrics.step_seconds.observe(now - self._step_began)
             self._step_began = now
             self._tell_step(exchange, now)
@@ -234,11 +237,12 @@ class ServerProgram:
     def _tell_step(self, exchange, now):
         schedule, position = self.coordinator.run.schedule, self.coordinator.run.schedule.position(exchange.step)
         batch_size, left = position.stop - position.start, schedule.total_steps - exchange.step - 1
-        if self._pace is None:
-            self._told_at, self._pace = now, Pace(batch_size * len(exchange.clients))
+        if self._told_at is None:
+            self._told_at = now
             seconds = now - self.coordinator.ready_at
             log.info("step %d of %d, %.0f s after training began", exchange.step + 1, schedule.total_steps, seconds)
-        self._pace.step(1, batch_size)
+        here = set(exchange.clients).intersection(self.coordinator.membership.active)
+        self._pace.step(1, batch_size * len(here), batch_size)
         if now - self._told_at >= SECONDS_BETWEEN_LINES:
             self._told_at = now
             log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
