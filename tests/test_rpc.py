@@ -394,6 +394,7 @@ def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
         program.close()
         counts = json.loads(file.read_text())
         assert counts["received_bytes"] == 100 + request.ByteSize() and counts["sent_bytes"] == 50
+        assert type(counts["received_bytes"]) is type(counts["sent_bytes"]) is int
         assert counts["seconds"] == 7.0 and 63 <= counts["waited_seconds"] < 120
         program.coordinator.membership = dataclasses.replace(
             program.coordinator.membership, first_seconds=(((None, (0, 10)), 9.0), (((0, 10), (1, 10)), 3.5))

@@ -274,11 +274,13 @@ class ServerProgram:
         """
         now, ready_at = time.monotonic(), self.coordinator.ready_at
         waited = (now if ready_at is None else ready_at) - self._began
-        counts = self.metrics.totals() | {"seconds": now - self._began - waited, "waited_seconds": waited}
+        totals = self.metrics.totals()
+        counts = totals | {"seconds": now - self._began - waited, "waited_seconds": waited}
         if self._earlier is None:  # there are none, or they are of a version that wrote no file of them
             last = self.history[-1] if self.history else {}
             self._earlier = last.get("traffic", {}) | last
-        return {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+        sums = {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+        return sums | {name: int(sums[name]) for name in totals}
 
     def _write_counts(self):
         self._counts_written = time.monotonic()
