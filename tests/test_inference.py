@@ -58,6 +58,7 @@ def served(path, metrics=None, **options):
         yield str(endpoint.address)
     finally:
         endpoint.close()
+        servicer.close()
 
 
 @contextlib.contextmanager
@@ -233,7 +234,7 @@ def test_a_clients_part_does_not_serve(tmp_path):
         inference.InferenceServicer(parts.load_part(tmp_path / "client.safetensors"), Tokens(None), Metrics())
 
 
-def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path):
+def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path, caplog):
     make(tmp_path)
     with served(tmp_path) as address:
         connection = Connection(address, TlsFiles(), None)
@@ -243,10 +244,10 @@ def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path):
                 connection.receive(20)
         finally:
             connection.close()
-    assert caught.value.final
+    assert caught.value.final and not caplog.records
 
 
-def test_tokens(tmp_path, monkeypatch):
+def test_tokens(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("http_proxy", "http://localhost:1")  # what is sent in the open goes to no proxy
     metrics = Metrics()
     client, _ = make(tmp_path)
@@ -255,12 +256,12 @@ def test_tokens(tmp_path, monkeypatch):
     bob = "81b637d8fcd2c6da6359e6963113a1170de795e4b725b84d1e0b4cfd9ec58ce9"
     (tmp_path / "tokens").write_text(f"# of two clients\n0 alice\n1 sha256:{bob}\n")
     with served(tmp_path, metrics, tokens=str(tmp_path / "tokens")) as address:
-        for token in (None, "mallory", bob):
+        for token, says in ((None, "--token-file gives one"), ("mallory", "no such token"), (bob, "no such token")):
             with remote(address, token=token) as there:
-                with pytest.raises(Refused, match="no such token"):
+                with pytest.raises(Refused, match=says):
                     there.describe()
                 ask(there, CODEC, h)
-                with pytest.raises(Refused, match="no such token"):
+                with pytest.raises(Refused, match=says):
                     there.receive()
         assert metrics.refused._value.get() == 6 and metrics.totals() == {"received_bytes": 0, "sent_bytes": 0}
         for token in ("alice", "bob"):
@@ -269,6 +270,7 @@ def test_tokens(tmp_path, monkeypatch):
                 sent = ask(there, CODEC, h)
                 assert there.receive()[0].like.shape == (2, 10)
         assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
+    assert caplog.text.count("refused: ") == 2 and "refused: 5 calls, the last from ipv" in caplog.text
 
 
 def test_who_does_not_read_keeps_nobody_out(tmp_path):

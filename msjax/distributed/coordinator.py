@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msjax
 from msjax import config
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
@@ -199,7 +200,10 @@ class Coordinator:
             raise messages.ProtocolError("the first message must be Hello")
         hello = event.message.hello
         if hello.protocol != messages.PROTOCOL:
-            raise messages.ProtocolError(f"protocol must be {messages.PROTOCOL}, got {hello.protocol}")
+            raise messages.ProtocolError(
+                f"protocol must be {messages.PROTOCOL}, that of msjax {msjax.__version__} on the server, got "
+                f"{hello.protocol}: server and clients need versions of msjax with the same protocol"
+            )
         if hello.client >= self.cfg.clients:
             most = self.cfg.clients - 1
             raise messages.ProtocolError(f"client_id must be in 0..{most}, as the run has it, got {hello.client}")

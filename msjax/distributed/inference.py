@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import jax
@@ -131,6 +131,15 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         except wire.WireError as error:
             self._metrics.refused.inc()
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> NoReturn:
+        """Refuses a client of a training run."""
+        self._authenticate(context)
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, OTHER_SERVER)
+
+    def close(self) -> None:
+        """Logs who was refused and is not in the log yet."""
+        self._refused.flush()
 
     def _authenticate(self, context):
         if refusal := self._admission.refusal(context):

@@ -111,8 +111,9 @@ class TrainServicer:
             event_loop().call_soon_threadsafe(self._deliver)
 
     def close(self) -> None:
-        """Ends all streams after what was sent."""
+        """Ends all streams after what was sent, and logs who was refused and is not in the log yet."""
         event_loop().call_soon_threadsafe(self._close_all)
+        self._refused.flush()
 
     # -- In the event loop. ----------------------------------------------------------------------------------------
 
