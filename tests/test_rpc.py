@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
-from msjax.distributed import messages, server_program
+from msjax.distributed import client_program, messages, server_program
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
@@ -91,6 +91,18 @@ class Net:
         self.folder.close()
 
 
+def fails_first(save):
+    failed = set()
+
+    def save_trained(path, *args, **names):
+        if path not in failed:
+            failed.add(path)
+            raise OSError(28, "No space left on device")
+        save(path, *args, **names)
+
+    return save_trained
+
+
 @pytest.mark.slow
 def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monkeypatch):
     """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
@@ -103,6 +115,9 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
         write(folder, history)
 
     monkeypatch.setattr(RunFolder, "write_history", write_history)
+    for program in (server_program, client_program):  # and each party once more, when it writes its part
+        monkeypatch.setattr(program, "SECONDS_BETWEEN_TRIES", 0.01)
+        monkeypatch.setattr(program, "save_trained", fails_first(program.save_trained))
     authority = Authority(tmp_path)
     (tmp_path / "tokens").write_text(TOKENS)
     for name in ("alice", "bob"):
@@ -120,6 +135,7 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
         part = load_part(file.with_suffix(".safetensors"))
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
     assert "no record of epoch 1 yet: [Errno 28] No space left" in caplog.text
+    assert caplog.text.count("safetensors cannot be written: [Errno 28] No space left") == 3
     summary = net.folder.read_summary()
     assert len(net.folder.read_history()) == 1
     assert summary["test"] == server.test.means(server.spec.task)
