@@ -35,13 +35,20 @@ class Seldom:
         self, say: Callable[[int, str], None], seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ):
         self._say, self._seconds, self._clock = say, seconds, clock
-        self._count, self._next, self._lock = 0, clock(), threading.Lock()
+        self._count, self._next, self._last, self._lock = 0, clock(), "", threading.Lock()
 
     def __call__(self, what: str) -> None:
         """It has happened; from any thread."""
         with self._lock:
-            self._count += 1
-            if self._clock() < self._next:
-                return
+            self._count, self._last = self._count + 1, what
+            is_early = self._clock() < self._next
+        if not is_early:
+            self.flush()
+
+    def flush(self) -> None:
+        """Says what is not said yet, as at the end of a program."""
+        with self._lock:
             count, self._count, self._next = self._count, 0, self._clock() + self._seconds
-        self._say(count, what)
+            what = self._last
+        if count:
+            self._say(count, what)

@@ -1,24 +1,28 @@
 """A client's way through its exchanges, with a party that computes nothing: what it takes, repeats, saves and drops."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from msjax import compress, config
-from msjax.distributed import messages
+from msjax.build import DataSummary
+from msjax.distributed import client_program, messages
 from msjax.distributed.channel import Clock, ConnectionLost
-from msjax.distributed.client_program import ClientProgram, own_config
+from msjax.distributed.client_program import ClientProgram, keep_part_of_another_run, own_config
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
+from msjax.parts import run_of, save_trained
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
+from msjax.split.state import PartState
 
 from .network import RUN
-from .setups import SMALL
+from .setups import SMALL, dataset
 
 
 def test_a_folder_is_of_one_client(tmp_path):
@@ -37,6 +41,39 @@ def test_a_folder_is_of_one_client(tmp_path):
         open_store(0)
     (tmp_path / "checkpoints" / f"{RUN}.client").unlink()  # of a version that wrote none
     open_store(0).close()
+
+
+def test_a_part_of_another_run_is_not_replaced(tmp_path):
+    file, other = tmp_path / "client.safetensors", "0" * 31 + "2"
+    keep_part_of_another_run(file, RUN)  # nothing is there
+    summary = DataSummary.of(dataset())
+    save_trained(file, "client", PartState({"a": np.zeros(1)}, {}, ()), SMALL, summary, run_id=RUN, step=1)
+    written = file.read_bytes()
+    keep_part_of_another_run(file, RUN)  # the same run again
+    assert file.read_bytes() == written
+    keep_part_of_another_run(file, other)
+    file.write_text("not a part")
+    keep_part_of_another_run(file, other)
+    found = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    assert found == {f"client-{RUN}.safetensors": written, "client-unknown.safetensors": b"not a part"}
+
+
+def test_a_client_whose_disk_is_full_tries_until_it_has_kept_its_part(tmp_path, monkeypatch, caplog):
+    pauses, full = [], iter(2 * [OSError(28, "No space left on device")])
+    program = ClientProgram(ClientOptions(client_id=0, state=str(tmp_path)), sleep=pauses.append)
+    program._schedule, program._cfg, program._summary = Party.schedule, SMALL, DataSummary.of(dataset())
+
+    def save(path, *args, **names):
+        for error in full:
+            raise error
+        save_trained(path, *args, **names)
+
+    monkeypatch.setattr(client_program, "save_trained", save)
+    program.session.name = RUN
+    party = SimpleNamespace(keeps_result=True, up_bits=None, state=PartState({"a": np.zeros(1)}, {}, ()))
+    program._save_part(party)
+    assert pauses == [30.0, 30.0] and run_of(tmp_path / "client.safetensors") == RUN
+    assert caplog.text.count("client.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 
 class Spec:
@@ -244,6 +281,18 @@ def test_the_end_is_saved_though_no_step_follows(run):
     assert run._store.steps()[-1] == 4 and run.request is None
     run.start(pb.Start(generation=1, step=4))
     assert run.done
+
+
+def test_a_clients_pace_begins_anew_where_it_goes_back():
+    program = ClientProgram(ClientOptions(client_id=0))
+    run, party = SimpleNamespace(generation=1), SimpleNamespace(spec=Spec(), bytes_per_second=None)
+    program._schedule, program.session = Spec.schedule, SimpleNamespace(run=run, party=party)
+    first, *_ = Spec.schedule.exchanges(0)
+    paces = []
+    for run.generation in (1, 1, 2):
+        program._tell(first)
+        paces.append(program._pace)
+    assert paces[0] is paces[1] is not paces[2]
 
 
 # -- The session around it. ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from msjax import build, compress, data, tasks
+from msjax import __version__, build, compress, data, tasks
 from msjax.distributed import agreement, drive, messages, sizes
 from msjax.distributed.channel import Close, ConnectionLost, Lost, Received, Send
 from msjax.distributed.coordinator import Stopped
@@ -58,7 +58,10 @@ def talk(it, *messages, client=0):
     [
         ([pb.FromClient(goodbye=pb.Goodbye())], "Hello"),
         ([pb.FromClient()], "Hello"),
-        ([pb.FromClient(hello=pb.Hello(protocol=9))], "protocol must be 5, got 9"),
+        (
+            [pb.FromClient(hello=pb.Hello(protocol=9))],
+            f"protocol must be 5, that of msjax {__version__} on the server, got 9: server and clients need versions",
+        ),
         ([pb.FromClient(hello=pb.Hello(protocol=5, client=4))], "client_id must be in 0..3, as the run has it, got 4"),
         ([HELLO, pb.FromClient(goodbye=pb.Goodbye())], "before the end"),
         ([HELLO, HELLO], "unexpected hello"),
@@ -361,7 +364,10 @@ def test_where_a_client_was_counts_in_its_own_run_alone(tmp_path, run, counts):
 @pytest.mark.parametrize(
     ("welcome", "says"),
     [
-        ({"protocol": 9}, "the server's protocol is 9, this client's 5"),
+        (
+            {"protocol": 9},
+            f"the server's protocol is 9, this client's 5, that of msjax {__version__}: server and clients",
+        ),
         ({"run": "../elsewhere"}, "the run's name must be 32 hexadecimal digits, got '../elsewhere'"),
         ({"run": RUN + "\n"}, "the run's name must be 32 hexadecimal digits"),
     ],

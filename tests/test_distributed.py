@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import queue
 import re
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from msjax import compress
 from msjax.distributed import messages
-from msjax.distributed.channel import Close, Lost, Received
+from msjax.distributed.channel import Clock, Close, Handled, Lost, Received, Stop
+from msjax.distributed.coordinator import Stopped
+from msjax.distributed.drive import linger
 from msjax.distributed.membership import Stage
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.schedule import Phase
 
-from .network import net
+from .network import RUN, net
 from .setups import MODES, SLOW_BUT_FIRST, SMALL
 
 pytestmark = pytest.mark.usefixtures("built_once")
@@ -269,6 +272,26 @@ def test_full_disks(tmp_path, monkeypatch):
         assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
 
 
+def test_a_server_that_lingers_tells_who_comes_that_the_run_is_over(tmp_path):
+    inbox, said, clock = queue.SimpleQueue(), [], Clock()
+    hello = pb.Hello(protocol=messages.PROTOCOL, run=RUN, instance="a")
+    with net(tmp_path, SMALL) as it:
+        coordinator = it.server
+        coordinator.membership = dataclasses.replace(coordinator.membership, stage=Stage.OVER)
+        hello.generation = coordinator.membership.generation
+        inbox.put(Received(1, pb.FromClient(hello=hello)))
+
+        def carry(out):
+            said.append(out)
+            clock.now = 31.0
+
+        linger(coordinator, inbox, carry, 30.0, clock=clock)
+        assert said[0].message.finished.over and [type(out) for out in said[1:]] == [Close, Handled]
+        inbox.put(Stop("by a signal"))
+        with pytest.raises(Stopped, match="by a signal"):
+            linger(coordinator, inbox, carry, 30.0, clock=clock)
+
+
 @contextlib.contextmanager
 def with_stores(tmp_path):
     """Parties that have begun, whose stores can be made slow or full."""
@@ -331,8 +354,10 @@ def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tm
         it.stores[1].slow = True
         it.run_to(4)
         assert it.stores["server"].latest() == 2 and it.counted("failed_saves") == 0
+        began = it.clock()
         it.restart(1)
         it.run()
+        assert it.server.ready_at < began < it.server.restored_at
         assert [position for _, position in it.order].count((1, Phase.FEATURES, 0)) == 1
         it.assert_equal_to_program()
 

@@ -20,7 +20,7 @@ from msjax.distributed.generation import Limits, RemoteSession
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, PartOptions
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.security import Rate, Tokens
+from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
 from msjax.generation import Generator
 from msjax.session import Piece, Terms
@@ -139,7 +139,7 @@ def test_who_does_not_read_keeps_no_cache(tmp_path, monkeypatch):
     h = jnp.ones((1, 2, 16))
     features = wire.encode_bare(CODEC.encode(h), CODEC, h)
     request = pb.NextTokens(begin=pb.Begin(capacity=16, codec=repr(CODEC), candidates=1), count=2, features=features)
-    unread, other = (texts.answers(iter([request, request]), Rate(1000.0)) for _ in range(2))
+    unread, other = (texts.answers(iter([request, request])) for _ in range(2))
     next(unread)
     assert kept[0]() is not None
     next(other)

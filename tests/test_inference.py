@@ -17,12 +17,13 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
-from msjax.distributed.rpc.security import TlsFiles, Tokens
+from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
 from msjax.distributed.rpc.server import Endpoint, most_calls
 from msjax.split.payloads import PayloadSpec
 
 from .authority import Authority
 from .setups import dataset
+from .test_admission import Call
 from .test_rpc import assert_nobody_watches, unread
 
 SUMMARY = build.DataSummary.of(dataset())
@@ -57,6 +58,7 @@ def served(path, metrics=None, **options):
         yield str(endpoint.address)
     finally:
         endpoint.close()
+        servicer.close()
 
 
 @contextlib.contextmanager
@@ -193,13 +195,46 @@ def test_who_is_too_fast_is_held_back(tmp_path):
         assert time.monotonic() - began > 0.7  # ten at once, then ten a second
 
 
+class _Call(Call):
+    """A call that ends where it is told to."""
+
+    def add_callback(self, call):
+        self.end = call
+        return True
+
+    def cancel(self):
+        self.end()
+
+
+def test_a_callers_rate_is_one_over_all_its_streams(tmp_path, monkeypatch):
+    delays = []
+    monkeypatch.setattr(Rate, "wait", lambda rate: delays.append(rate.delay()))
+    make(tmp_path)
+    part = parts.load_part(tmp_path / "server.safetensors")
+    servicer = inference.InferenceServicer(part, Tokens(None), Metrics(), max_messages_per_second=1e-3)
+
+    def ask(token):  # one message at once, and the next 1000 s later
+        call = _Call(token=token)
+        assert next(servicer._held(iter([pb.Features()]), call)) == pb.Features()
+        return call
+
+    calls = [ask("alice") for _ in range(3)]
+    assert delays == [0.0, pytest.approx(1000, rel=0.1), pytest.approx(2000, rel=0.1)]
+    for call in calls:
+        call.end()
+    ask("alice")  # who comes again is no new one
+    assert delays[3] == pytest.approx(3000, rel=0.1)
+    ask("bob")
+    assert delays[4] == 0.0
+
+
 def test_a_clients_part_does_not_serve(tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match="part must be that of a server, got that of a client"):
         inference.InferenceServicer(parts.load_part(tmp_path / "client.safetensors"), Tokens(None), Metrics())
 
 
-def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path):
+def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path, caplog):
     make(tmp_path)
     with served(tmp_path) as address:
         connection = Connection(address, TlsFiles(), None)
@@ -209,10 +244,10 @@ def test_a_client_that_would_train_is_told_what_it_has_met(tmp_path):
                 connection.receive(20)
         finally:
             connection.close()
-    assert caught.value.final
+    assert caught.value.final and not caplog.records
 
 
-def test_tokens(tmp_path, monkeypatch):
+def test_tokens(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("http_proxy", "http://localhost:1")  # what is sent in the open goes to no proxy
     metrics = Metrics()
     client, _ = make(tmp_path)
@@ -221,12 +256,12 @@ def test_tokens(tmp_path, monkeypatch):
     bob = "81b637d8fcd2c6da6359e6963113a1170de795e4b725b84d1e0b4cfd9ec58ce9"
     (tmp_path / "tokens").write_text(f"# of two clients\n0 alice\n1 sha256:{bob}\n")
     with served(tmp_path, metrics, tokens=str(tmp_path / "tokens")) as address:
-        for token in (None, "mallory", bob):
+        for token, says in ((None, "--token-file gives one"), ("mallory", "no such token"), (bob, "no such token")):
             with remote(address, token=token) as there:
-                with pytest.raises(Refused, match="no such token"):
+                with pytest.raises(Refused, match=says):
                     there.describe()
                 ask(there, CODEC, h)
-                with pytest.raises(Refused, match="no such token"):
+                with pytest.raises(Refused, match=says):
                     there.receive()
         assert metrics.refused._value.get() == 6 and metrics.totals() == {"received_bytes": 0, "sent_bytes": 0}
         for token in ("alice", "bob"):
@@ -235,6 +270,7 @@ def test_tokens(tmp_path, monkeypatch):
                 sent = ask(there, CODEC, h)
                 assert there.receive()[0].like.shape == (2, 10)
         assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
+    assert caplog.text.count("refused: ") == 2 and "refused: 5 calls, the last from ipv" in caplog.text
 
 
 def test_who_does_not_read_keeps_nobody_out(tmp_path):

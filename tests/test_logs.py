@@ -33,3 +33,7 @@ def test_what_happens_often_is_said_seldom():
         seldom(f"peer {second}")
         seldom(f"peer {second} again")
     assert said == [(0.0, 1, "peer 0"), (60.0, 120, "peer 60"), (120.0, 120, "peer 120")]
+    seldom.flush()
+    assert said[3:] == [(120.0, 1, "peer 120 again")]
+    seldom.flush()
+    assert len(said) == 4

@@ -27,11 +27,11 @@ def shown(clock, total=20, done=0):
 def test_the_first_step_of_a_shape_is_not_in_the_speed():
     """Each compiles for a minute; the others take a second, of eight samples each."""
     clock = Clock()
-    pace = Pace(8.0, clock)
+    pace = Pace(clock)
     assert pace.status(100) == "compiling …"
     for shape, seconds in ((10, 60.0), (10, 1.0), (10, 1.0), (5, 60.0), (5, 1.0)):
         clock.now += seconds
-        pace.step(1, shape)
+        pace.step(1, 8, shape)
     assert pace.status(120) == "8 samples/s, 2.0 min left"
 
 
@@ -52,6 +52,17 @@ def test_lines_that_nobody_reads_do_not_end_a_training(caplog):
     assert [record.message for record in caplog.records] == [
         "nobody reads the standard output any more; training goes on"
     ]
+
+
+def test_steps_have_samples_of_their_own_and_waits_are_not_in_the_speed():
+    clock = Clock()
+    pace = Pace(clock)
+    for samples in (20, 20, 20, 10):  # as where a client is away in the last
+        clock.now += 1000.0
+        pace.begin(clock.now)
+        clock.now += 1.0
+        pace.step(1, samples, 10)
+    assert pace.status(60) == "17 samples/s, 1.0 min left"
 
 
 def test_events_are_written_until_they_cannot_be(tmp_path, caplog, monkeypatch):
@@ -79,11 +90,11 @@ def test_events_are_written_until_they_cannot_be(tmp_path, caplog, monkeypatch):
 
 def test_time_left_counts_the_ends_of_epochs_but_the_first_which_compiles():
     clock = Clock()
-    pace = Pace(8.0, clock)
-    pace.step(1, 10)
+    pace = Pace(clock)
+    pace.step(1, 8, 10)
     for seconds in (100.0, 3.0):
         clock.now += 3.0
-        pace.step(3, 10)
+        pace.step(3, 24, 10)
         clock.now += seconds
         pace.epoch()
     assert pace.status(60) == "8 samples/s, 1.5 min left"

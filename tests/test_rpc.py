@@ -5,6 +5,7 @@ import dataclasses
 import json
 import threading
 import time
+from unittest import mock
 
 import grpc
 import jax
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
-from msjax.distributed import messages
+from msjax.distributed import client_program, messages, server_program
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
@@ -31,6 +32,8 @@ from msjax.distributed.stores import Held
 from msjax.parts import load_part
 from msjax.runs import RunFolder, plots
 from msjax.split import parties
+from msjax.split.modes import Parallel
+from msjax.split.schedule import Schedule
 from msjax.split.traffic import run_traffic
 
 from .authority import Authority
@@ -88,6 +91,18 @@ class Net:
         self.folder.close()
 
 
+def fails_first(save):
+    failed = set()
+
+    def save_trained(path, *args, **names):
+        if path not in failed:
+            failed.add(path)
+            raise OSError(28, "No space left on device")
+        save(path, *args, **names)
+
+    return save_trained
+
+
 @pytest.mark.slow
 def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monkeypatch):
     """U-shaped; the parts are in files at the end, and the bytes of all messages were counted."""
@@ -100,6 +115,9 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
         write(folder, history)
 
     monkeypatch.setattr(RunFolder, "write_history", write_history)
+    for program in (server_program, client_program):  # and each party once more, when it writes its part
+        monkeypatch.setattr(program, "SECONDS_BETWEEN_TRIES", 0.01)
+        monkeypatch.setattr(program, "save_trained", fails_first(program.save_trained))
     authority = Authority(tmp_path)
     (tmp_path / "tokens").write_text(TOKENS)
     for name in ("alice", "bob"):
@@ -117,6 +135,7 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
         part = load_part(file.with_suffix(".safetensors"))
         jax.tree.map(np.testing.assert_array_equal, (part.params, part.stats), party.state[:2])
     assert "no record of epoch 1 yet: [Errno 28] No space left" in caplog.text
+    assert caplog.text.count("safetensors cannot be written: [Errno 28] No space left") == 3
     summary = net.folder.read_summary()
     assert len(net.folder.read_history()) == 1
     assert summary["test"] == server.test.means(server.spec.task)
@@ -203,15 +222,19 @@ def answer_to(address, *messages, token=None):
 def test_a_training_server_checks_whose_token_it_is(tmp_path, caplog):
     (tmp_path / "tokens").write_text(TOKENS)
     with Net(tmp_path, tokens=str(tmp_path / "tokens")) as net:
-        for token in (None, "", "mallory"):
+        none = "the server wants a token, and none has come: --token-file gives one"
+        for token, says in ((None, none), ("", none), ("mallory", "no such token")):
             lost = answer_to(net.address, hello(), token=token)
-            assert str(lost) == "no such token" and lost.final
+            assert str(lost) == says and lost.final
         lost = answer_to(net.address, hello(0), token="bob")
         assert str(lost) == "no such token for client 0" and lost.final
         assert answer_to(net.address, hello(0), token="alice") == "welcome"
         assert answer_to(net.address, hello(1), token="bob") == "welcome"
         assert net.program.metrics.refused._value.get() == 4
-    assert caplog.text.count("refused: 1 call, the last from ") == 1  # of four, within a minute
+        assert (
+            caplog.text.count("refused: ") == caplog.text.count("refused: 1 call, the last from ") == 1
+        )  # in a minute
+    assert caplog.text.count("refused: ") == 2 and "refused: 3 calls, the last from" in caplog.text  # at the end
 
 
 def test_a_message_that_is_too_long_is_not_repeated(tmp_path):
@@ -328,6 +351,56 @@ def test_a_server_that_stops_says_so(tmp_path):
         assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Refused)
 
 
+def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_path, monkeypatch, caplog):
+    pauses, full = [], iter(2 * [OSError(28, "No space left on device")])
+    cfg = dataclasses.replace(CFG, out=str(tmp_path))
+    folder = RunFolder.create(cfg, "run")
+    program = ServerProgram(cfg, ServeOptions(listen="localhost:0"), folder)
+
+    def save(*args, **names):
+        for error in full:
+            raise error
+
+    monkeypatch.setattr(server_program, "save_trained", save)
+    monkeypatch.setattr(server_program.drive, "serve", lambda *ends: program._save_part())  # all that counts of a run
+    monkeypatch.setattr(server_program.drive, "linger", lambda *args: pauses.append(args[-1]))
+    monkeypatch.setattr(server_program, "_write_results", lambda *args: "written")
+    program._save_end = lambda: None
+    program._parts = program.coordinator.run = mock.Mock()
+    try:
+        assert program.train() == "written" and pauses == [30.0, 30.0]
+    finally:
+        program.coordinator.run = None
+        program.close()
+        folder.close()
+    assert caplog.text.count("server.safetensors cannot be written: [Errno 28] No space left on device") == 2
+
+
+def test_a_steps_seconds_begin_when_training_does_or_goes_on(tmp_path):
+    cfg = dataclasses.replace(CFG, out=str(tmp_path))
+    folder = RunFolder.create(cfg, "run")
+    program = ServerProgram(cfg, ServeOptions(listen="localhost:0"), folder)
+    coordinator = program.coordinator
+    schedule, seconds = Schedule(Parallel(), 2, 4, 12, 2, 2), program.metrics.step_seconds._sum.get
+    coordinator.run = mock.Mock(schedule=schedule)
+    first = next(schedule.exchanges(0))
+    try:
+        coordinator.ready_at = coordinator.restored_at = time.monotonic() - 5.0
+        program._count(first)
+        assert seconds() == pytest.approx(5, abs=2)
+        program._count(first)
+        assert seconds() == pytest.approx(5, abs=2)
+        program._step_began -= 100.0
+        coordinator.restored_at = time.monotonic() - 10.0  # after a wait of 90 seconds
+        program._count(first)
+        assert seconds() == pytest.approx(15, abs=4)
+        assert program._pace.status(0).startswith(f"{2 * 2 * len(first.clients) / 10:.0f} samples/s")
+    finally:
+        coordinator.run = None
+        program.close()
+        folder.close()
+
+
 def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
     """Also those since the last record of an epoch; the wait for the clients is apart."""
     with Net(tmp_path) as net:
@@ -341,6 +414,7 @@ def test_counts_go_on_where_an_earlier_process_left_them(tmp_path):
         program.close()
         counts = json.loads(file.read_text())
         assert counts["received_bytes"] == 100 + request.ByteSize() and counts["sent_bytes"] == 50
+        assert type(counts["received_bytes"]) is type(counts["sent_bytes"]) is int
         assert counts["seconds"] == 7.0 and 63 <= counts["waited_seconds"] < 120
         program.coordinator.membership = dataclasses.replace(
             program.coordinator.membership, first_seconds=(((None, (0, 10)), 9.0), (((0, 10), (1, 10)), 3.5))

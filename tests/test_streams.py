@@ -13,7 +13,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import training
 from msjax.distributed.rpc.event_loop import event_loop
-from msjax.distributed.rpc.security import Rate, Tokens
+from msjax.distributed.rpc.security import Rate, Rates, Tokens
 from msjax.distributed.rpc.training import TrainServicer
 
 
@@ -288,7 +288,7 @@ def test_a_clients_rate_goes_on_over_its_streams(monkeypatch):
     greet(servicer).leave()
     assert delays[2] == 0.0 and delays[3] == pytest.approx(1000, rel=0.1)
     greet(servicer, client=1).leave()
-    assert delays[4:] == [0.0, 0.0] and servicer._clients.keys() == {0, 1}
+    assert delays[4:] == [0.0, 0.0] and len(servicer._rates) == 2
     servicer.close()
 
 
@@ -297,7 +297,7 @@ def test_clients_that_say_little_are_forgotten_once_they_are_gone():
     stays = greet(servicer, client=100)
     for client in range(20):
         greet(servicer, client).leave()
-    assert len(servicer._clients) <= 2 and stays.closed.empty()
+    assert len(servicer._rates) <= 2 and stays.closed.empty()
     servicer.close()
 
 
@@ -311,6 +311,22 @@ def test_a_rate_takes_the_first_message_at_once_and_then_so_many_a_second(per_se
         delay = rate.delay()
         assert delay == pytest.approx(1 / per_second)
         now[0] += delay
+
+
+def test_callers_without_streams_are_forgotten_once_their_rate_is_as_a_new_one():
+    now = [100.0]
+    rates = Rates(4.0, clock=lambda: now[0])
+    first = rates.open("a")
+    assert rates.open("a") is first and rates.streams("a") == 2
+    first.delay()
+    for _ in range(2):
+        rates.close("a")
+    rates.open("b")
+    assert len(rates) == 2 and rates.open("a") is first
+    rates.close("a")
+    now[0] += 0.25
+    rates.open("b")
+    assert len(rates) == 1 and rates.streams("a") == 0
 
 
 def test_a_rate_is_full_when_its_burst_is_there_again():

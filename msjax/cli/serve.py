@@ -148,6 +148,7 @@ def _serve_part(path, options, preset):
     with stopping(done.set):
         done.wait()
     endpoint.close()
+    servicer.close()
     print(f"msjax serve: {metrics.summary()}")
     return 0
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,12 +12,12 @@ from msjax import build, config, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
-from msjax.distributed.own_parts import CLIENT, OwnParts
+from msjax.distributed.own_parts import CLIENT, SECONDS_BETWEEN_TRIES, OwnParts
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
-from msjax.parts import save_trained
+from msjax.parts import run_of, save_trained
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
@@ -36,16 +37,23 @@ class ClientProgram:
       options: where the server is, and what this client has.
       preset: this client's own config, of which model, data and task are used rather than the server's: functions do
         not travel.
+      sleep: waits so many seconds.
 
     Raises:
       ValueError: an option cannot work.
     """
 
-    def __init__(self, options: ClientOptions, preset: config.Config | None = None):
+    def __init__(
+        self,
+        options: ClientOptions,
+        preset: config.Config | None = None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         options.check()
-        self._options, self._preset, self._token = options, preset, options.token()
+        self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
         self._epoch, self._path = None, None
-        self._pace: Pace | None = None
+        self._pace, self._generation = Pace(), 0
         self._watch = LinkWatch()
         self._told_at = 0.0
         self._is_new = True
@@ -164,11 +172,23 @@ class ClientProgram:
         return Client(*args, numpy_encoder=numpy_encoder, workers=self._options.workers)
 
     def _save_part(self, party):
-        if party.keeps_result:
-            self._path = self._options.folder() / "client.safetensors"
-            names = {"run_id": self.session.name, "step": self._schedule.total_steps}
-            names["up_bits"] = budget.mean_up_bits(party.up_bits)
-            save_trained(self._path, "client", party.state, self._cfg, self._summary, **names)
+        """Tries until it can: the server may be gone meanwhile, and nobody else has this part."""
+        if not party.keeps_result:
+            return
+        names = {"run_id": self.session.name, "step": self._schedule.total_steps}
+        names["up_bits"] = budget.mean_up_bits(party.up_bits)
+        file = self._options.folder() / "client.safetensors"
+        while True:
+            try:
+                keep_part_of_another_run(file, self.session.name)
+                save_trained(file, "client", party.state, self._cfg, self._summary, **names)
+            except OSError as error:
+                said = "%s cannot be written: %s; trying again every %.0f s"
+                log.warning(said, file, error, SECONDS_BETWEEN_TRIES)
+                self._sleep(SECONDS_BETWEEN_TRIES)
+            else:
+                self._path = file
+                return
 
     def _tell(self, exchange):
         schedule = self._schedule
@@ -178,9 +198,10 @@ class ClientProgram:
             log.info("epoch %d of %d", position.epoch + 1, schedule.epochs)
         if exchange.phase != Phase.FEATURES:
             return
-        if self._pace is None:
-            self._pace = Pace(position.stop - position.start)
-        self._pace.step(1, position.stop - position.start)
+        if self._generation != self.session.run.generation:  # what passed before may have been a wait
+            self._generation, self._pace = self.session.run.generation, Pace()
+        batch_size = position.stop - position.start
+        self._pace.step(1, batch_size, batch_size)
         party = self.session.party
         if warning := self._watch(party.spec, party.bytes_per_second):
             log.warning("%s", warning)
@@ -215,6 +236,15 @@ def _link_status(party):
         return ""
     bits = budget.budget_bits(party.spec, party.bytes_per_second)
     return f", link {party.bytes_per_second / 1e6:.3g} MB/s, {bits:.2f} bits both ways"
+
+
+def keep_part_of_another_run(file: pathlib.Path, run_id: str) -> None:
+    """Gives a part that another run has left under this name one of its own, so that it is not replaced."""
+    if not file.exists() or (other := run_of(file)) == run_id:
+        return
+    kept = file.with_name(f"{file.stem}-{other}{file.suffix}")
+    file.replace(kept)
+    log.info("%s was of another run, and is %s now", file, kept.name)
 
 
 def own_config(cfg: config.Config, preset: config.Config | None, options: ClientOptions) -> config.Config:

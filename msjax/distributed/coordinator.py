@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msjax
 from msjax import config
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
@@ -88,6 +89,8 @@ class Coordinator:
         """Once all clients were ready."""
         self.ready_at: float | None = None
         """When they first were, on the clock: training begins."""
+        self.restored_at: float | None = None
+        """When training last began or went on from a checkpoint, on the clock."""
         self._clients: dict[int, int] = {}  # whose a session is
         self._closed: set[int] = set()  # sessions that are over, whose stream may still bring something
         self._heard: set[int] = set()  # sessions of which a request has come
@@ -197,7 +200,10 @@ class Coordinator:
             raise messages.ProtocolError("the first message must be Hello")
         hello = event.message.hello
         if hello.protocol != messages.PROTOCOL:
-            raise messages.ProtocolError(f"protocol must be {messages.PROTOCOL}, got {hello.protocol}")
+            raise messages.ProtocolError(
+                f"protocol must be {messages.PROTOCOL}, that of msjax {msjax.__version__} on the server, got "
+                f"{hello.protocol}: server and clients need versions of msjax with the same protocol"
+            )
         if hello.client >= self.cfg.clients:
             most = self.cfg.clients - 1
             raise messages.ProtocolError(f"client_id must be in 0..{most}, as the run has it, got {hello.client}")
@@ -284,6 +290,7 @@ class Coordinator:
             self.metrics.restarts.inc()
         self._answers.clear()
         self._came.clear()
+        self.restored_at = self._clock()
         return ev.Restored(step, clients)
 
     def _open_next(self):

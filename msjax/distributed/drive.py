@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from msjax.distributed.channel import Channel, Close, ConnectionLost, Handled, Lost, Received, Send, Stop, Tick
-from msjax.distributed.coordinator import Coordinator
+from msjax.distributed.coordinator import Coordinator, Stopped
 from msjax.distributed.session import ClientSession
 
 
@@ -38,10 +38,36 @@ def serve(
             with contextlib.suppress(queue.Empty):
                 events = [inbox.get(timeout=1.0 if wake_at is None else min(1.0, max(0.0, wake_at - clock())))]
         for event in events:
-            for out in coordinator.handle(event):
-                carry(out)
-            if isinstance(event, Received):
-                carry(Handled(event.session))
+            _hand(coordinator, event, carry)
+
+
+def linger(
+    coordinator: Coordinator,
+    inbox: "queue.Queue[Received | Lost | Stop]",
+    carry: Callable[[Send | Close | Handled], None],
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Tells whoever comes after the end of a run that it is over, for so many seconds; see `serve`.
+
+    Raises:
+      Stopped: the server is asked to stop.
+    """
+    until = clock() + seconds
+    while (left := until - clock()) > 0:
+        with contextlib.suppress(queue.Empty):
+            event = inbox.get(timeout=min(1.0, left))
+            if isinstance(event, Stop):
+                raise Stopped(event.reason)
+            _hand(coordinator, event, carry)
+
+
+def _hand(coordinator, event, carry):
+    for out in coordinator.handle(event):
+        carry(out)
+    if isinstance(event, Received):
+        carry(Handled(event.session))
 
 
 def take_part(

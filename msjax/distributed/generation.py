@@ -14,7 +14,6 @@ from msjax.distributed.compiled import CompiledPrograms
 from msjax.distributed.fair_share import FairShare
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
-from msjax.distributed.rpc.security import Rate
 from msjax.parts import TrainedPart
 from msjax.session import Piece, ServerSession, Terms, padded
 
@@ -83,7 +82,7 @@ class Texts:
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
 
-    def answers(self, requests: Iterator[pb.NextTokens], rate: Rate, caller: str = "") -> Iterator[pb.Outputs]:
+    def answers(self, requests: Iterator[pb.NextTokens], caller: str = "") -> Iterator[pb.Outputs]:
         """Answers each message of one text, of one caller, in order.
 
         Raises:
@@ -101,7 +100,6 @@ class Texts:
             while (request := inbox.get()) is not None:
                 if request is Evicted:
                     raise Evicted
-                rate.wait()
                 self._metrics.received(ANYONE, request)
                 began = time.perf_counter()
                 if terms is None:

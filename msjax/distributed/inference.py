@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import jax
@@ -24,7 +24,7 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of, peer_of
 from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
-from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
+from msjax.distributed.rpc.security import Rates, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart
@@ -88,7 +88,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._admission = Admission(tokens, certificates, wrong_tokens)
         self._trained, self._metrics, self._max_bytes = trained, metrics, max_bytes
         self._state = PartState(trained.params, trained.stats, ())
-        self._compression, self._max_messages_per_second = compression, max_messages_per_second
+        self._compression, self._rates = compression, Rates(max_messages_per_second)
         spec = spec_of(trained)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._key = jax.random.key(trained.config.seed)
@@ -108,9 +108,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers each message of features, in order."""
         self._authenticate(context)
-        rate = Rate(self._max_messages_per_second)
         for number, request in enumerate(self._held(requests, context)):
-            rate.wait()
             self._metrics.received(ANYONE, request)
             began = time.perf_counter()
             try:
@@ -126,14 +124,22 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Generate(self, requests: Iterator[pb.NextTokens], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers what comes next in one text, as often as it is asked."""
         self._authenticate(context)
-        requests, rate = self._held(requests, context), Rate(self._max_messages_per_second)
         try:
-            yield from self._texts.answers(requests, rate, caller_of(context))
+            yield from self._texts.answers(self._held(requests, context), caller_of(context))
         except Evicted as error:
             context.abort(grpc.StatusCode.ABORTED, str(error))
         except wire.WireError as error:
             self._metrics.refused.inc()
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    def Train(self, requests: Iterator[pb.FromClient], context: grpc.ServicerContext) -> NoReturn:
+        """Refuses a client of a training run."""
+        self._authenticate(context)
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, OTHER_SERVER)
+
+    def close(self) -> None:
+        """Logs who was refused and is not in the log yet."""
+        self._refused.flush()
 
     def _authenticate(self, context):
         if refusal := self._admission.refusal(context):
@@ -143,14 +149,25 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             context.abort(refusal.code, refusal.reason)
 
     def _held(self, requests, context):
-        """Returns the requests of a stream, which is open from now on; another is ended where there are too many."""
-        stream, ended = self._streams.open(context.cancel, caller_of(context))
+        """Returns the requests of a stream, which is open from now on; another is ended where there are too many.
+
+        They come as fast as the caller may ask, over all its streams.
+        """
+        caller = caller_of(context)
+        stream, ended = self._streams.open(context.cancel, caller)
+        rate = self._rates.open(caller)
         self._metrics.evicted.inc(ended)
-        if not context.add_callback(lambda: self._streams.close(stream)):
-            self._streams.close(stream)  # it has ended already
+
+        def close():
+            self._streams.close(stream)
+            self._rates.close(caller)
+
+        if not context.add_callback(close):
+            close()  # it has ended already
 
         def noted():
             for request in requests:
+                rate.wait()
                 self._streams.use(stream)
                 yield request
 

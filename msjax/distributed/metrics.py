@@ -69,10 +69,12 @@ class Metrics:
         """Counts how long an exchange waited for its clients."""
         self.wait_seconds.observe(seconds)
 
-    def totals(self) -> dict[str, float]:
+    def totals(self) -> dict[str, int]:
         """Returns the bytes both ways over all clients."""
         return {
-            f"{name}_bytes": sum(s.value for m in counter.collect() for s in m.samples if s.name.endswith("_total"))
+            f"{name}_bytes": sum(
+                int(s.value) for m in counter.collect() for s in m.samples if s.name.endswith("_total")
+            )
             for name, counter in (("received", self._received), ("sent", self._sent))
         }
 

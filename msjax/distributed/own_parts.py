@@ -8,6 +8,8 @@ from msjax.split.state import PartState
 
 CLIENT = ("client", "tail")
 SERVER = ("server",)
+SECONDS_BETWEEN_TRIES = 30.0
+"""Of a trained part that cannot be written, as where the disk is full."""
 
 
 class OwnParts:

@@ -16,7 +16,7 @@ from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ServeOptions
-from msjax.distributed.own_parts import SERVER, OwnParts
+from msjax.distributed.own_parts import SECONDS_BETWEEN_TRIES, SERVER, OwnParts
 from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import most_silent
@@ -93,6 +93,7 @@ class ServerProgram:
         self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._write_counts)
         self._parts: OwnParts | None = None
         self._told = self._built_from = None
+        self._lacks_part = False  # at the end, where it could not be written yet
         self.coordinator = Coordinator(
             cfg,
             self._build,
@@ -119,11 +120,11 @@ class ServerProgram:
         )
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
-        self._step_began = self._began = time.monotonic()
+        self._began, self._step_began = time.monotonic(), 0.0
         self._earlier = _read_counts(folder)
         self._counts_written = 0.0
-        self._pace: Pace | None = None
-        self._told_at = 0.0
+        self._pace = Pace()
+        self._told_at: float | None = None
         self._events: tuple[contextlib.ExitStack, Callable, int] | None = None
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
@@ -149,9 +150,12 @@ class ServerProgram:
         """
         self._on_epoch = on_epoch
         try:
-            drive.serve(self.coordinator, self._servicer.inbox, self._servicer.carry)
+            drive.serve(*self._ends)
         finally:
             self._close_events()
+        while self._lacks_part:
+            drive.linger(*self._ends, SECONDS_BETWEEN_TRIES)
+            self._save_part()
         self._save_end()
         return _write_results(self.cfg, self.folder, self.coordinator.run.spec, self.history)
 
@@ -175,11 +179,23 @@ class ServerProgram:
         """The epochs' records."""
         return self.progress.setdefault("history", [])
 
+    @property
+    def _ends(self):
+        return self.coordinator, self._servicer.inbox, self._servicer.carry
+
     def _save_part(self):
+        """Where it cannot be written, the clients can keep theirs all the same, and `train` tries again."""
         run = self.coordinator.run
         steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
         names = {"run_id": self.coordinator.name, "step": steps}
-        save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
+        try:
+            save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
+        except OSError as error:
+            said = "%s cannot be written: %s; once all clients have ended, it is tried again every %.0f s"
+            log.warning(said, path, error, SECONDS_BETWEEN_TRIES)
+            self._lacks_part = True
+        else:
+            self._lacks_part = False
 
     def _count(self, exchange: Exchange):
         """After each exchange: the metrics, and an epoch's record at its end."""
@@ -189,8 +205,11 @@ class ServerProgram:
         if time.monotonic() - self._counts_written >= _COUNTS_EVERY_SECONDS:
             self._write_counts()
         if exchange.phase == Phase.FEATURES:
-            now = time.monotonic()
+            now, restored_at = time.monotonic(), self.coordinator.restored_at
             self.metrics.step.set(exchange.step)
+            if self._step_began < restored_at:  # what passed before was a wait for clients
+                self._step_began = restored_at
+                self._pace.begin(restored_at)
             self.metrics.step_seconds.observe(now - self._step_began)
             self._step_began = now
             self._tell_step(exchange, now)
@@ -218,11 +237,12 @@ class ServerProgram:
     def _tell_step(self, exchange, now):
         schedule, position = self.coordinator.run.schedule, self.coordinator.run.schedule.position(exchange.step)
         batch_size, left = position.stop - position.start, schedule.total_steps - exchange.step - 1
-        if self._pace is None:
-            self._told_at, self._pace = now, Pace(batch_size * len(exchange.clients))
+        if self._told_at is None:
+            self._told_at = now
             seconds = now - self.coordinator.ready_at
             log.info("step %d of %d, %.0f s after training began", exchange.step + 1, schedule.total_steps, seconds)
-        self._pace.step(1, batch_size)
+        here = set(exchange.clients).intersection(self.coordinator.membership.active)
+        self._pace.step(1, batch_size * len(here), batch_size)
         if now - self._told_at >= SECONDS_BETWEEN_LINES:
             self._told_at = now
             log.info("step %d of %d: %s", exchange.step + 1, schedule.total_steps, self._pace.status(left))
@@ -254,11 +274,13 @@ class ServerProgram:
         """
         now, ready_at = time.monotonic(), self.coordinator.ready_at
         waited = (now if ready_at is None else ready_at) - self._began
-        counts = self.metrics.totals() | {"seconds": now - self._began - waited, "waited_seconds": waited}
+        totals = self.metrics.totals()
+        counts = totals | {"seconds": now - self._began - waited, "waited_seconds": waited}
         if self._earlier is None:  # there are none, or they are of a version that wrote no file of them
             last = self.history[-1] if self.history else {}
             self._earlier = last.get("traffic", {}) | last
-        return {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+        sums = {name: value + self._earlier.get(name, 0) for name, value in counts.items()}
+        return sums | {name: int(sums[name]) for name in totals}
 
     def _write_counts(self):
         self._counts_written = time.monotonic()

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import msjax
 from msjax import config
 from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
@@ -256,7 +257,10 @@ class ClientSession:
 
     def _welcome(self, welcome):
         if welcome.protocol != messages.PROTOCOL:
-            raise Refused(f"the server's protocol is {welcome.protocol}, this client's {messages.PROTOCOL}")
+            raise Refused(
+                f"the server's protocol is {welcome.protocol}, this client's {messages.PROTOCOL}, that of msjax "
+                f"{msjax.__version__}: server and clients need versions of msjax with the same protocol"
+            )
         if self.name and welcome.run != self.name and self._has_kept:
             self._leave("the server now serves another run")
             return pb.FromClient(goodbye=pb.Goodbye(error="it was in another run, which has ended"))

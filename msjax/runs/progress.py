@@ -18,17 +18,22 @@ class Pace:
     The first step of a shape compiles, and says nothing about the others; nor does the first end of an epoch.
     """
 
-    def __init__(self, samples_per_step: float, clock: Callable[[], float] = time.monotonic):
-        self._samples_per_step, self._clock, self._last = samples_per_step, clock, clock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._last = clock, clock()
         self._shapes: set[Hashable] = set()
-        self._steps, self._step_seconds, self._other_seconds = 0, 0.0, 0.0
+        self._steps, self._samples, self._step_seconds, self._other_seconds = 0, 0.0, 0.0, 0.0
         self._epoch_ended = False
 
-    def step(self, steps: int, shape: Hashable) -> None:
-        """Notes that `steps` more steps are done, in arrays of this shape."""
+    def begin(self, at: float) -> None:
+        """Notes that the next step has begun at this time of the clock: what passed before was a wait."""
+        self._last = at
+
+    def step(self, steps: int, samples: float, shape: Hashable) -> None:
+        """Notes that `steps` more steps are done, of so many samples in all, in arrays of this shape."""
         seconds = self._lap()
         if shape in self._shapes:
             self._steps, self._step_seconds = self._steps + steps, self._step_seconds + seconds
+            self._samples += samples
         self._shapes.add(shape)
 
     def epoch(self) -> None:
@@ -43,7 +48,7 @@ class Pace:
             return "0.0 min left"
         if not self._steps:
             return "compiling …"
-        speed = self._steps * self._samples_per_step / max(self._step_seconds, 1e-9)
+        speed = self._samples / max(self._step_seconds, 1e-9)
         left = steps_left * (self._step_seconds + self._other_seconds) / self._steps
         return f"{speed:,.0f} samples/s, {left / 60:.1f} min left"
 
@@ -82,7 +87,8 @@ class Progress:
         self._console = _console(quiet) if console is None else console
         self._title, self._headline = title, headline
         self._total, self._done = total_steps, done_steps
-        self._pace, self._clock, self._last_line = Pace(samples_per_step, clock), clock, clock()
+        self._pace, self._clock, self._last_line = Pace(clock), clock, clock()
+        self._samples_per_step = samples_per_step
         self._tested = ""
         self._live = None
         if self._console.is_terminal and not quiet:
@@ -107,7 +113,7 @@ class Progress:
     def step(self, steps: int, sent_bytes: int | None, shape: Hashable = None) -> None:
         """Notes that `steps` more steps are done, in arrays of this shape, and the bytes sent so far, if known."""
         self._done += steps
-        self._pace.step(steps, shape)
+        self._pace.step(steps, steps * self._samples_per_step, shape)
         if self._live:
             self._live.update(self._task, completed=self._done, status=self._status(sent_bytes))
         elif self._clock() - self._last_line > SECONDS_BETWEEN_LINES:

@@ -182,6 +182,8 @@ class Admission:
         if not good:
             self._wrong.count(address)
             reason = "no such token" + ("" if client is None else f" for client {client}")
+            if not token:
+                reason = "the server wants a token, and none has come: --token-file gives one"
             return Refusal(reason, grpc.StatusCode.UNAUTHENTICATED, False)
         if not self._certificates:
             return None

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import hmac
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import grpc
 
@@ -71,19 +72,20 @@ def check_plaintext(address: Address, tls: TlsFiles, insecure: bool) -> None:
 class Rate:
     """Holds a sender to `per_second` messages a second, after as many at once, or one: who is too fast has to wait.
 
-    Who is not read from is held back by gRPC's flow control, so nothing piles up.
+    Who is not read from is held back by gRPC's flow control, so nothing piles up. From any thread.
     """
 
     def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic):
         self._per_second, self._most, self._clock = per_second, max(1.0, per_second), clock
-        self._left, self._last = self._most, clock()
+        self._left, self._last, self._lock = self._most, clock(), threading.Lock()
 
     def delay(self) -> float:
         """Returns for how many seconds the message that has come must wait; to be asked once a message."""
-        now = self._clock()
-        self._left = min(self._most, self._left + (now - self._last) * self._per_second) - 1
-        self._last = now
-        return max(0.0, -self._left / self._per_second)
+        with self._lock:
+            now = self._clock()
+            self._left = min(self._most, self._left + (now - self._last) * self._per_second) - 1
+            self._last = now
+            return max(0.0, -self._left / self._per_second)
 
     @property
     def is_full(self) -> bool:
@@ -94,6 +96,44 @@ class Rate:
         """Waits until the next message may be taken."""
         if seconds := self.delay():
             time.sleep(seconds)
+
+
+@dataclasses.dataclass
+class _Caller:
+    rate: Rate
+    streams: int = 0
+
+
+class Rates:
+    """The `Rate` of each caller, which all its streams share; from any thread.
+
+    A caller without streams is forgotten once its rate is as a new one.
+    """
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic):
+        self._per_second, self._clock, self._lock = per_second, clock, threading.Lock()
+        self._callers: dict[Hashable, _Caller] = {}
+
+    def open(self, caller: Hashable) -> Rate:
+        """Counts a stream of a caller, until `close`; returns the rate of them all."""
+        with self._lock:
+            for other in [c for c, it in self._callers.items() if not it.streams and it.rate.is_full]:
+                del self._callers[other]
+            mine = self._callers.setdefault(caller, _Caller(Rate(self._per_second, self._clock)))
+            mine.streams += 1
+            return mine.rate
+
+    def close(self, caller: Hashable) -> None:
+        """A stream of a caller has ended."""
+        with self._lock:
+            self._callers[caller].streams -= 1
+
+    def streams(self, caller: Hashable) -> int:
+        """Returns how many streams of a caller have not ended."""
+        return self._callers[caller].streams if caller in self._callers else 0
+
+    def __len__(self):
+        return len(self._callers)
 
 
 def check_token(what: str, token: str) -> None:

@@ -6,7 +6,6 @@ thread, so there can be thousands.
 """
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import queue
@@ -23,7 +22,7 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
 from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import BESIDE_BYTES, FRAME_BYTES, FrameError, Joiner, to_frames
-from msjax.distributed.rpc.security import Rate, Tokens
+from msjax.distributed.rpc.security import Rate, Rates, Tokens
 from msjax.distributed.rpc.server import (
     MOST_CHECKS,
     MOST_STREAMS,
@@ -48,15 +47,6 @@ _MOST_UNHANDLED = 2
 
 class _NotAdmitted(Close):
     """Its token or certificate is not that of the client that it says it is."""
-
-
-@dataclasses.dataclass
-class _Client:
-    """What the streams of a client share."""
-
-    rate: Rate
-    streams: int = 0
-    """How many have not ended."""
 
 
 class _Stream:
@@ -105,7 +95,7 @@ class TrainServicer:
         self._refused = Seldom(say_refused)
         self._sessions = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
-        self._clients: dict[int, _Client] = {}
+        self._rates = Rates(max_messages_per_second)
         self._carried: deque[tuple[int, list[bytes] | Close | Handled]] = deque()
         self._will_deliver = False
 
@@ -121,8 +111,9 @@ class TrainServicer:
             event_loop().call_soon_threadsafe(self._deliver)
 
     def close(self) -> None:
-        """Ends all streams after what was sent."""
+        """Ends all streams after what was sent, and logs who was refused and is not in the log yet."""
         event_loop().call_soon_threadsafe(self._close_all)
+        self._refused.flush()
 
     # -- In the event loop. ----------------------------------------------------------------------------------------
 
@@ -240,23 +231,15 @@ class TrainServicer:
         """What ends the stream of who says that it is this client, if it is not let in."""
         if refusal := self._admission.refusal(context, client):
             return _NotAdmitted(session, refusal.reason, final=True)
-        if client in self._clients and self._clients[client].streams >= MOST_STREAMS:
+        if self._rates.streams(client) >= MOST_STREAMS:
             return Close(session, f"a client must have at most {MOST_STREAMS} streams that have not ended")
         return None
 
     def _admit(self, context, client):
         """Counts a stream of a client until it has ended; returns the rate of them all."""
-        # One that comes again later than its bucket is full is as one that has never come.
-        for other in [c for c, it in self._clients.items() if not it.streams and it.rate.is_full]:
-            del self._clients[other]
-        mine = self._clients.setdefault(client, _Client(Rate(self._max_messages_per_second)))
-        mine.streams += 1
-
-        def ended(_):
-            mine.streams -= 1
-
-        context.add_done_callback(ended)
-        return mine.rate
+        rate = self._rates.open(client)
+        context.add_done_callback(lambda _: self._rates.close(client))
+        return rate
 
 
 async def _hold(rate):
