@@ -115,7 +115,10 @@ def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | 
       ValueError: `inputs` are not such as the network takes, or `batch_size` is below 1.
     """
     inputs = jax.tree.map(np.asarray, inputs)  # also of a pandas.DataFrame
-    lengths = {len(leaf) for leaf in jax.tree.leaves(inputs)}
+    leaves = jax.tree.leaves(inputs)
+    if not all(np.ndim(leaf) for leaf in leaves):
+        raise ValueError("inputs must be arrays (N, …), or a dict or tuple of such, got single numbers")
+    lengths = {len(leaf) for leaf in leaves}
     if len(lengths) != 1:
         raise ValueError(f"inputs must have one length, got {sorted(lengths)}")
     fetch = lambda lo, hi: jax.tree.map(lambda leaf: leaf[lo:hi], inputs)  # noqa: E731

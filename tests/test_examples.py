@@ -39,6 +39,13 @@ def test_regression_csv():
 
 
 @pytest.mark.slow
+def test_own_loop(capsys):
+    losses = load("own_loop").main(steps=40)
+    assert sum(losses[-5:]) < sum(losses[:5]) / 3
+    assert 30 < float(capsys.readouterr().out.partition("; ")[2].partition(" ")[0]) < 50
+
+
+@pytest.mark.slow
 def test_unet_segmentation():
     result = load("unet_segmentation").main(["--epochs", "1", "--images", "80"])
     assert set(result.spec.features.names) == {"h", "skip"}

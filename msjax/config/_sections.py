@@ -247,7 +247,7 @@ class Config:
     alone, and msjax serve has one device. The numbers are the same up to the order of sums. Of one process alone: with
     several, see msjax train --distributed, it must be False."""
     batch_size: int = 256
-    """Samples that each client sends in a step."""
+    """Samples that each client sends in a step; all that it has, where these are fewer."""
     epochs: int = 10
     seed: int = 0
     """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""

@@ -169,7 +169,7 @@ def train(
       division: in place of `alpha`, of each client the indices of its training samples, as where clients are hospitals
         or users. However the data are divided, each client draws as many samples in an epoch, N // K of the N that
         are anyone's: it takes a small share more than once, and of a large one others in each epoch.
-      batch_size: samples that each client sends in a step.
+      batch_size: samples that each client sends in a step; all that it has, where these are fewer.
       epochs: of the run.
       optimizer: an optax transformation, or an `OptimConfig`; by default SGD as in the paper with a rate of 0.05.
       augment: for training inputs: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs; by default
