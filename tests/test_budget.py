@@ -133,10 +133,14 @@ def first_test_message(part):
 def test_a_part_of_ones_own_says_its_bits(tmp_path):
     from flax import nnx
 
-    client, server = (nnx.Linear(6, width, rngs=nnx.Rngs(0)) for width in (6, 3))
+    client, server = (nnx.Linear(*widths, rngs=nnx.Rngs(0)) for widths in ((6, 300), (300, 3)))
     x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     options = {"clients": 2, "batch_size": 5, "epochs": 1, "folder": str(tmp_path / "run")}
     codecs = {"codec": compress.EntropyMask(bits=3.0, signed=True), "grad_codec": BUDGET["grad_codec"]}
+    with pytest.raises(
+        ValueError, match=r"cut_bits must leave room for codes, got 2.0: .* of 1500 v"
+    ):
+        msjax.train((client, server), (x, np.arange(40) % 3), cut_bits=2.0, **codecs, **options)
     result = msjax.train((client, server), (x, np.arange(40) % 3), cut_bits=32.0, **codecs, **options)
     saved = [msjax.load_part(tmp_path / "run" / f"{part}.safetensors").up_bits for part in ("client", "server")]
     assert 8 <= result.up_bits <= 64 and saved == [pytest.approx(result.up_bits, rel=1e-5), None]
@@ -219,7 +223,7 @@ def test_a_run_without_it_is_described_as_before():
 
 
 def _with_integers(count):
-    """Parts whose features are 8 values and so many integers of a sample, the second of no use to the server."""
+    """Parts whose features are 16 values and so many integers of a sample, the second of no use to the server."""
 
     def first(params, stats, x, train, key):
         return {"h": x @ params["w"], "ids": jnp.zeros((x.shape[0], count), jnp.int32)}, stats
@@ -227,14 +231,14 @@ def _with_integers(count):
     def last(params, stats, h, train, key):
         return h["h"] @ params["w"] + h["ids"].sum(), stats
 
-    return models.ModelPart(first, {"w": jnp.ones((4, 8))}, {}), models.ModelPart(last, {"w": jnp.ones((8, 2))}, {})
+    return models.ModelPart(first, {"w": jnp.ones((4, 16))}, {}), models.ModelPart(last, {"w": jnp.ones((16, 2))}, {})
 
 
-@pytest.mark.parametrize("cut_bits", [None, 8.0], ids=["codecs", "budget"])
+@pytest.mark.parametrize("cut_bits", [None, 32.0], ids=["codecs", "budget"])
 def test_arrays_that_are_not_floating_are_counted_and_are_not_the_budgets(cut_bits):
     samples = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32), np.arange(40, dtype=np.int32) % 2
     codecs = BUDGET | {"codec": compress.EntropyMask(bits=4.0, signed=True), "cut_bits": cut_bits}
     runs = [msjax.train(_with_integers(n), samples, **codecs, clients=2, batch_size=10, epochs=1) for n in (2, 500)]
     up, down = ([run.history[-1]["traffic"][f"coded_{name}_bytes"] for run in runs] for name in ("uplink", "downlink"))
     assert up[1] - up[0] == 2 * 2 * 10 * 498 * 4 and down[0] == down[1]
-    assert runs[0].spec.feature_payload(10).float_values == runs[1].spec.feature_payload(10).float_values == 80
+    assert runs[0].spec.feature_payload(10).float_values == runs[1].spec.feature_payload(10).float_values == 160

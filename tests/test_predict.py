@@ -95,7 +95,7 @@ def test_outputs_are_those_of_the_parts(photos):
         pair.predict(loaded, np.asarray(x))
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         pair.predict(loaded, ds.train_inputs, batch_size=0)
-    with pytest.raises(ValueError, match="inputs must be arrays .*, got single numbers"):
+    with pytest.raises(ValueError, match=r"inputs must be arrays .*, got single numbers"):
         pair.predict(loaded, [1.0, 2.0])
 
 

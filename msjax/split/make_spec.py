@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from msjax import wire
 from msjax.checks import quoted
 from msjax.compress import Cast, Codec, EntropyMask, Identity
 from msjax.compress._straight_through import check_granularity_of_kept
@@ -119,9 +120,30 @@ def make_spec(
     for payload in payloads:
         for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
             check_granularity_of_kept(codec, whole, like, "grad_kept_only")
+    _check_room_for_codes(spec)
     _ = spec.metric_sums_like
     task.check_sums(found[-1].batch(3), labels.batch(3))
     return spec
+
+
+def _check_room_for_codes(spec):
+    """Raises ValueError where messages of a full batch take the whole budget without a single code."""
+    if spec.cut_bits is None:
+        return
+    batch_size = spec.schedule.full_batch_size
+    payloads = (spec.feature_payload(batch_size), spec.gradient_payload(batch_size))
+    fixed = sum(
+        wire.most_bytes(codec, like) - codec.payload_bytes(like) + codec.payload_like(like).means.size * 2
+        for payload in payloads
+        for codec, like in zip(payload.codecs, payload.likes, strict=True)
+        if isinstance(codec, EntropyMask)
+    )
+    values = payloads[0].float_values
+    if 8 * fixed >= spec.cut_bits * values:
+        raise ValueError(
+            f"cut_bits must leave room for codes, got {spec.cut_bits}: a step's messages of {values} values take "
+            f"{8 * fixed / values:.2g} bits a value for their headers alone. Take larger batches, or no budget"
+        )
 
 
 def _check_signed(name, codec):
