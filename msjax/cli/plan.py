@@ -164,7 +164,8 @@ def _notes(found):
     lines += [f"Not counted: {name}, {why}." for name, why in found.not_counted.items()]
     if not all(row.sent.exact for row in found.rows):
         lines.append(
-            "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding."
+            "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding, "
+            "with headers."
         )
     if found.cut_bits is not None:
         lines.append(

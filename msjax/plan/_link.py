@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msjax import compress, config, models
+from msjax import compress, config, models, wire
 from msjax.split import budget
-from msjax.split.payloads import Codecs
+from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.spec import RunSpec
 from msjax.split.traffic import Measure, Traffic, epoch_traffic
 
@@ -44,8 +44,8 @@ class Sent(NamedTuple):
       gradient_bytes: the gradients down (U-shaped, what the server sends).
       average_up_bytes, average_down_bytes: what keeps the clients equal.
       exact: whether these are what is sent. Of entropy-coded codecs with a number of bits it is what they aim at, of
-        others the bytes before coding, which is the most. Of a budget (`cut_bits`) it is all of it, which features and
-        gradients share as in the first step.
+        others the bytes before coding, which is the most, with headers. Of a budget (`cut_bits`) it is all of it, which
+        features and gradients share as in the first step.
       seconds: of a step's messages on the link.
     """
 
@@ -73,7 +73,7 @@ def sent(spec: RunSpec, link: Link) -> Sent:
     schedule = spec.schedule
     at_once = len(schedule.position(0).clients)
     client_steps = schedule.total_steps * at_once
-    traffic = _with_budget(spec, link, _of_run(spec, lambda payload: payload.aimed_bytes))
+    traffic = _with_budget(spec, link, _of_run(spec, _about_bytes))
     codecs = [spec.codec, spec.grad_codec, *([Codecs(spec.update_codec)] if spec.compresses_updates else [])]
     mean = {field.name: getattr(traffic, field.name) / client_steps for field in dataclasses.fields(Traffic)}
     up, down = traffic.uplink_bytes / client_steps, traffic.downlink_bytes / client_steps
@@ -87,6 +87,15 @@ def sent(spec: RunSpec, link: Link) -> Sent:
         not any(codec.entropy_coded for codec in codecs),
         link.seconds(up, at_once) + link.seconds(down, at_once),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _about_bytes(payload: PayloadSpec) -> int:
+    """About the bytes of a message; where any codec is entropy-coded with headers, as a run then counts it."""
+    if not any(codec.entropy_coded for codec in payload.codecs):
+        return payload.aimed_bytes
+    pairs = zip(payload.codecs, payload.likes, strict=True)
+    return payload.aimed_bytes + sum(wire.most_bytes(*pair) - pair[0].payload_bytes(pair[1]) for pair in pairs)
 
 
 def _of_run(spec: RunSpec, measure: Measure) -> Traffic:
