@@ -185,9 +185,7 @@ def over_network(cut: str, clients: int, codec: str) -> OverNetwork:
         clients * both / assumed("the server's link"),
         run.batch_size * found.operations["client"] / assumed("a client's processor"),
         compute_seconds(clients * run.batch_size * found.operations["server"]),
-        server.weight_bytes
-        + server.optimizer_bytes
-        + clients * (server.gradient_bytes + run.batch_size * server.activation_bytes),
+        server.bytes + (clients * run.batch_size - 1) * server.activation_bytes,
         spec.schedule.epoch_steps,
     )
 

@@ -137,9 +137,7 @@ def test_a_part_of_ones_own_says_its_bits(tmp_path):
     x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     options = {"clients": 2, "batch_size": 5, "epochs": 1, "folder": str(tmp_path / "run")}
     codecs = {"codec": compress.EntropyMask(bits=3.0, signed=True), "grad_codec": BUDGET["grad_codec"]}
-    with pytest.raises(
-        ValueError, match=r"cut_bits must leave room for codes, got 2.0: .* of 1500 v"
-    ):
+    with pytest.raises(ValueError, match=r"cut_bits must leave room for codes, got 2.0: .* of 1500 v"):
         msjax.train((client, server), (x, np.arange(40) % 3), cut_bits=2.0, **codecs, **options)
     result = msjax.train((client, server), (x, np.arange(40) % 3), cut_bits=32.0, **codecs, **options)
     saved = [msjax.load_part(tmp_path / "run" / f"{part}.safetensors").up_bits for part in ("client", "server")]

@@ -156,12 +156,16 @@ def _notes(found):
     lines = [
         f"As configured: features {found.rows[0].codec}, gradients {found.rows[0].grad_codec}.",
         "Activations are what a step's forward pass leaves for its backward pass, before XLA fuses any of it;",
-        "the server has those of all clients of a step, and a set of gradients for each of them.",
+        "the server has those of all clients of a step.",
         "Seconds are of the messages alone, up and then down. Epochs are of all clients, without tests.",
     ]
+    if found.run.spec.mode.hands_parts_on(found.run.spec.schedule):
+        lines.append("Steps and epochs are the mean over the run; in its first epoch fewer parts are handed on.")
+    lines += [f"Not counted: {name}, {why}." for name, why in found.not_counted.items()]
     if not all(row.sent.exact for row in found.rows):
         lines.append(
-            "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding."
+            "*: entropy-coded: the bits that it aims at, or without such the most that it can be before coding, "
+            "with headers."
         )
     if found.cut_bits is not None:
         lines.append(

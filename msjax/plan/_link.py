@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msjax import compress, config, models
+from msjax import compress, config, models, wire
 from msjax.split import budget
-from msjax.split.payloads import Codecs
+from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.spec import RunSpec
-from msjax.split.traffic import Traffic, epoch_traffic
+from msjax.split.traffic import Measure, Traffic, epoch_traffic
 
 
 class Link(NamedTuple):
@@ -39,13 +39,13 @@ class Sent(NamedTuple):
     """What a codec makes of a run's messages, of one client.
 
     Attributes:
-      up_bytes, down_bytes: of a step: the mean over an epoch, labels and averages with it.
+      up_bytes, down_bytes: of a step: the mean over the run, labels and averages with it.
       feature_bytes: of those, the features up.
       gradient_bytes: the gradients down (U-shaped, what the server sends).
       average_up_bytes, average_down_bytes: what keeps the clients equal.
       exact: whether these are what is sent. Of entropy-coded codecs with a number of bits it is what they aim at, of
-        others the bytes before coding, which is the most. Of a budget (`cut_bits`) it is all of it, which features and
-        gradients share as in the first step.
+        others the bytes before coding, which is the most, with headers. Of a budget (`cut_bits`) it is all of it, which
+        features and gradients share as in the first step.
       seconds: of a step's messages on the link.
     """
 
@@ -69,11 +69,11 @@ class Row(NamedTuple):
 
 
 def sent(spec: RunSpec, link: Link) -> Sent:
-    """Returns what a client sends and gets in a step, the mean over an epoch, and how long that takes on a link."""
+    """Returns what a client sends and gets in a step, the mean over the run, and how long that takes on a link."""
     schedule = spec.schedule
     at_once = len(schedule.position(0).clients)
-    client_steps = schedule.epoch_steps * at_once
-    traffic = _with_budget(spec, link, epoch_traffic(spec, 0, lambda payload: payload.aimed_bytes))
+    client_steps = schedule.total_steps * at_once
+    traffic = _with_budget(spec, link, _of_run(spec, _about_bytes))
     codecs = [spec.codec, spec.grad_codec, *([Codecs(spec.update_codec)] if spec.compresses_updates else [])]
     mean = {field.name: getattr(traffic, field.name) / client_steps for field in dataclasses.fields(Traffic)}
     up, down = traffic.uplink_bytes / client_steps, traffic.downlink_bytes / client_steps
@@ -89,13 +89,28 @@ def sent(spec: RunSpec, link: Link) -> Sent:
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _about_bytes(payload: PayloadSpec) -> int:
+    """About the bytes of a message; where any codec is entropy-coded with headers, as a run then counts it."""
+    if not any(codec.entropy_coded for codec in payload.codecs):
+        return payload.aimed_bytes
+    pairs = zip(payload.codecs, payload.likes, strict=True)
+    return payload.aimed_bytes + sum(wire.most_bytes(*pair) - pair[0].payload_bytes(pair[1]) for pair in pairs)
+
+
+def _of_run(spec: RunSpec, measure: Measure) -> Traffic:
+    """The traffic of a run. In the first epoch less is handed on, and all later ones are alike, but for their tests."""
+    first, later = epoch_traffic(spec, 0, measure), spec.schedule.epochs - 1
+    return first + epoch_traffic(spec, 1, measure) * later if later else first
+
+
 def _with_budget(spec, link, traffic):
-    """The traffic of an epoch where features and gradients of the first cut have one budget: shared as at first."""
+    """The traffic of a run where features and gradients of the first cut have one budget: shared as at first."""
     if spec.cut_bits is None:
         return traffic
     bits = float(budget.budget_bits(spec, link.bytes_per_second(len(spec.schedule.position(0).clients))))
-    values = epoch_traffic(spec, 0, lambda payload: payload.float_values)
-    exact = epoch_traffic(spec, 0, lambda payload: payload.exact_bytes)
+    values = _of_run(spec, lambda payload: payload.float_values)
+    exact = _of_run(spec, lambda payload: payload.exact_bytes)
     shares = {"uplink_feature_bytes": budget.FIRST, "downlink_gradient_bytes": 1 - budget.FIRST}
     sizes = {n: getattr(exact, n) + round(bits * share * getattr(values, n) / 8) for n, share in shares.items()}
     return dataclasses.replace(traffic, **sizes)

@@ -19,7 +19,7 @@ class Needs(NamedTuple):
     Attributes:
       trained_values, frozen_values: parameters; and what gets no gradient: statistics, and weights beside adapters.
       weight_bytes: of both.
-      gradient_bytes: of one step: on the server one set for each client of the step, whose mean is taken.
+      gradient_bytes: of one step: one set, on the server, too, which differentiates the sum of its clients' losses.
       optimizer_bytes: of the optimizer's state.
       average_bytes: of what is remembered of compressed averages; see `split.averages`.
       activation_bytes: of what the forward pass of a step leaves for the backward pass; on the server for all clients
@@ -51,7 +51,7 @@ def nbytes(tree: Any) -> int:
 
 
 def state_needs(part: PartState) -> Needs:
-    """Returns what a part takes by itself, without activations, with one set of gradients."""
+    """Returns what a part takes by itself, without activations."""
     return Needs(
         values(part.params),
         values(part.stats),
@@ -71,7 +71,6 @@ def needs(run: Run, name: str) -> Needs:
     elif name == "client" and spec.compresses_updates:
         remembered = jax.eval_shape(functools.partial(spec.mode.client_memory, spec), run.client)
     return found._replace(
-        gradient_bytes=found.gradient_bytes * clients,
         average_bytes=nbytes(remembered),
         activation_bytes=run.batch_size * clients * sample_activation_bytes(run, name),
     )
@@ -112,10 +111,18 @@ def operations(run: Run) -> dict[str, float]:
 
     As XLA counts them of the parties' own programs, codecs and optimizer with them, lowered from shapes.
     """
+    found = _operations(run, 1)
+    if run.clients > 1:  # each one more adds the same; the server's update is one for all
+        found["server"] += (run.clients - 1) * (_operations(run, 2)["server"] - found["server"])
+    return found
+
+
+def _operations(run, clients):
+    """The operations of a step by party, of one client and of the server for so many."""
     found = {"client": 0.0, "server": 0.0}
-    for party, traced in traced_programs(run):
+    for party, traced in traced_programs(run, clients):
         found[party] += float(traced.lower().cost_analysis().get("flops", 0.0))
-    return {"client": found["client"], "server": run.clients * found["server"]}
+    return found
 
 
 def lowered_bytes(run: Run, platform: str) -> dict[str, int]:
@@ -138,16 +145,20 @@ def lowered_bytes(run: Run, platform: str) -> dict[str, int]:
     return found
 
 
-def traced_programs(run: Run) -> list[tuple[str, Any]]:
-    """Returns what the parties compute in a step, of one client: a party's name and a `jax.stages.Traced` each."""
+def traced_programs(run: Run, clients: int = 1) -> list[tuple[str, Any]]:
+    """Returns what the parties compute in a step: a party's name and a `jax.stages.Traced` each.
+
+    Args:
+      clients: of the server's programs; of a client's there is one of each.
+    """
     spec, batch_size = run.spec, run.batch_size
     client, server = run.client, run.parts["server"]
     size = {"batch_size": batch_size}
     x, y = jax.eval_shape(spec.preprocess, run.inputs.batch(batch_size)), spec.labels.batch(batch_size)
-    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(1)))
+    keys = jax.eval_shape(lambda: client_keys(jax.random.key(0), jnp.int32(0), jnp.arange(clients)))
     key = jax.eval_shape(lambda keys: keys[0], keys)
     bits = () if spec.cut_bits is None else (jax.ShapeDtypeStruct((), np.float32),)
-    grad_bits = () if spec.cut_seconds is None else (jax.ShapeDtypeStruct((1,), np.float32),)
+    grad_bits = () if spec.cut_seconds is None else (jax.ShapeDtypeStruct((clients,), np.float32),)
     found = []
 
     def trace(party, program, *args, **options):
@@ -157,22 +168,22 @@ def traced_programs(run: Run) -> list[tuple[str, Any]]:
 
     payload, pending = trace("client", programs.client_forward, client, x, key, *bits)
     if spec.u_shaped:
-        present = jax.ShapeDtypeStruct((1,), bool)
-        outputs, held = trace("server", programs.server_forward, server, _stacked(payload), keys, **size)
+        present = jax.ShapeDtypeStruct((clients,), bool)
+        outputs, held = trace("server", programs.server_forward, server, _stacked(payload, clients), keys, **size)
         answer, tail, _ = trace("client", programs.client_tail, client, _first(outputs), y, key, **size)
-        args = server, held, _stacked(answer), keys, present, *grad_bits
+        args = server, held, _stacked(answer, clients), keys, present, *grad_bits
         _, replies = trace("server", programs.server_backward, *args, **size)
         update = trace("client", programs.client_backward, pending, _first(replies), tail, **size)
     else:
-        args = server, _stacked(payload), _stacked(y), keys, *grad_bits
+        args = server, _stacked(payload, clients), _stacked(y, clients), keys, *grad_bits
         _, replies, _ = trace("server", programs.server_step, *args, **size)
         update = trace("client", programs.client_backward, pending, _first(replies), **size)
     trace("client", programs.update_part, client, update)
     return found
 
 
-def _stacked(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), tree)
+def _stacked(tree, clients):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((clients, *leaf.shape), leaf.dtype), tree)
 
 
 def _first(tree):

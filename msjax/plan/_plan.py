@@ -49,6 +49,17 @@ class Plan(NamedTuple):
             return None
         return budget.why_too_slow(self.run.spec, self.link.bytes_per_second(self.run.clients))
 
+    @property
+    def not_counted(self) -> dict[str, str]:
+        """By name those options of the config that change memory in a way that is not counted, and how they do."""
+        found = {}
+        if self.cfg.shard_server:
+            found["shard_server"] = "which divides most of the server's memory among all devices"
+        if self.cfg.clients_per_group is not None:
+            group = f"{self.cfg.clients_per_group} clients at a time"
+            found["clients_per_group"] = f"with which a device of msjax train has the activations of {group}"
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON-ready values."""
         schedule, features = self.run.spec.schedule, self.run.spec.features
@@ -64,6 +75,7 @@ class Plan(NamedTuple):
             "link": self.link._asdict(),
             "cut_bits": self.cut_bits,
             "too_slow": self.too_slow,
+            "not_counted": self.not_counted,
             "codecs": [row._asdict() | {"sent": row.sent._asdict()} for row in self.rows],
             "config": config.to_json(self.cfg),
         }
