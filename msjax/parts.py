@@ -109,15 +109,20 @@ def save_part(
 ) -> None:
     """Writes a part of a user's model, atomically; `trained` is anything with `params` and `stats`.
 
+    A loop of your own that is to go on from there keeps the optimizer's state beside it, for example with Orbax.
+
     Args:
       part: one of `models.PARTS`.
       description: of the run that trained it, JSON-ready.
       summary, up_bits: see `TrainedPart`.
 
     Raises:
+      TypeError: `trained` has no `params` or `stats`, as a module has none.
       ValueError: `part` is none of `models.PARTS`, or `up_bits` not what `load_part` takes.
       OSError: it cannot be written.
     """
+    if not (hasattr(trained, "params") and hasattr(trained, "stats")):
+        raise TypeError(f"trained must have params and stats, as what as_part returns, got {type(trained).__name__}")
     if part not in models.PARTS:
         raise ValueError(f"part must be one of {', '.join(models.PARTS)}, got {part!r}")
     if not _may_aim(part, None, up_bits):
@@ -186,6 +191,8 @@ def load_part(
       OSError: it cannot be read.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file of a part, got the folder {str(path)!r}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}

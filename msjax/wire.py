@@ -153,11 +153,13 @@ def decode(
       max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded.
 
     Raises:
-      TypeError: `data` is no bytes.
+      TypeError: `data` is no bytes, or `expect` no pair.
       WireError: anything about these bytes is wrong; and no more than `max_bytes` is allocated,
         but for classes, which take up to eight bytes for each byte of codes while they are put in order, and planes,
         which take half as much again.
     """
+    if expect is not None and not (isinstance(expect, tuple) and len(expect) == 2):
+        raise TypeError(f"expect must be a pair of codec and features or their shape and dtype, got {expect!r}")
     data = memoryview(data).cast("B")
     reader = _Reader(data)
     magic, version, checksum = reader.unpack(_PREFIX.format)

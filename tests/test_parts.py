@@ -92,6 +92,10 @@ def test_what_a_part_of_ones_own_is_saved_with_comes_back(tmp_path):
     for name, up_bits in (("server", 2.0), ("client", 0.0), ("client", 65.0), ("client", float("nan"))):
         with pytest.raises(ValueError, match="up_bits must be above 0 and at most 64, and only of a client, got "):
             parts.save_part(path, name, part, up_bits=up_bits)
+    with pytest.raises(TypeError, match="trained must have params and stats, as what as_part returns, got dict"):
+        parts.save_part(path, "client", {})
+    with pytest.raises(IsADirectoryError, match="path must be a file of a part, got the folder"):
+        parts.load_part(tmp_path)
     assert parts.load_part(path).step == 3
 
 

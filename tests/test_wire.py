@@ -250,6 +250,12 @@ def test_estimates_refuse_what_encode_refuses(unchecked):
         wire.estimate_bytes(payload, codec, h[:2])
 
 
+def test_what_is_expected_is_a_pair(unchecked):
+    message = wire.encode((np.zeros(2, np.float32),), Identity(), np.zeros(2, np.float32))
+    with pytest.raises(TypeError, match=r"expect must be a pair of codec and features .*, got Identity\(\)"):
+        wire.decode(message, expect=Identity())
+
+
 def test_encode_refuses(unchecked):
     like, payload = jax.ShapeDtypeStruct((2, 3), np.float32), payload_of(MaskEncoded(), (2, 3), np.float32)
     for compression in ("zlib", "", "Huffman", 0, True):
