@@ -21,6 +21,7 @@ from msjax.training.devices import spread_blocks
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 60
 """After how long without a sign of life a process is taken for dead."""
+_LAST_PORT = 65535
 
 
 class ProcessLostError(ConnectionError):
@@ -69,16 +70,20 @@ def join(
 
 def _check_free(address):
     """Raises ValueError where the port of an address of this host has been taken, at which JAX would crash."""
-    port = address.rpartition(":")[2]
+    port, why = address.rpartition(":")[2], None
     if not port.isdecimal():
         return  # JAX says what is wrong
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"coordinator_address must have a free port of this host, got {address!r}: {why}") from None
+    if int(port) > _LAST_PORT:
+        why = f"ports are at most {_LAST_PORT}"
+    else:
+        try:
+            socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
+        except OSError as error:
+            why = error.strerror
+    if why is not None:
+        raise ValueError(f"coordinator_address must have a free port of this host, got {address!r}: {why}")
 
 
 def count() -> int:
