@@ -164,16 +164,6 @@ def _crc(arrays):
     return str(crc)
 
 
-def run_of(path: str | os.PathLike) -> str:
-    """Returns the name of the run that trained the part in a file; "unknown" where the file does not say."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            found = (file.metadata() or {}).get("run", "")
-    except safetensors.SafetensorError:
-        found = ""
-    return found if found.isalnum() else "unknown"
-
-
 def load_part(
     path: str | os.PathLike, model: Any = None, inputs: Any = None, *, preset: config.Config | None = None
 ) -> TrainedPart:

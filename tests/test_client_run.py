@@ -15,7 +15,7 @@ from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
-from msjax.parts import run_of, save_trained
+from msjax.parts import part_run_id, save_trained
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
@@ -72,7 +72,7 @@ def test_a_client_whose_disk_is_full_tries_until_it_has_kept_its_part(tmp_path, 
     program.session.name = RUN
     party = SimpleNamespace(keeps_result=True, up_bits=None, state=PartState({"a": np.zeros(1)}, {}, ()))
     program._save_part(party)
-    assert pauses == [30.0, 30.0] and run_of(tmp_path / "client.safetensors") == RUN
+    assert pauses == [30.0, 30.0] and part_run_id(tmp_path / "client.safetensors") == RUN
     assert caplog.text.count("client.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 

@@ -31,7 +31,7 @@ from msjax.distributed.server_program import ServerProgram, finish, listen
 from msjax.paths import existing_file
 from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
-from msjax.runs.progress import format_metric
+from msjax.runs.progress import NOBODY_READS, format_metric
 
 OPTIONS = "serve.json"
 """The file in a run folder with those of its last server."""
@@ -159,7 +159,7 @@ def _print_epoch(record, program):
         _print_line(record, program)
     except BrokenPipeError:
         silence_output()
-        logging.getLogger("msjax").warning("nobody reads the standard output any more; training goes on")
+        logging.getLogger("msjax").warning(NOBODY_READS)
 
 
 def _print_line(record, program):

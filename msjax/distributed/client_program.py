@@ -17,7 +17,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
-from msjax.parts import run_of, save_trained
+from msjax.parts import part_run_id, save_trained
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
@@ -240,9 +240,10 @@ def _link_status(party):
 
 def keep_part_of_another_run(file: pathlib.Path, run_id: str) -> None:
     """Gives a part that another run has left under this name one of its own, so that it is not replaced."""
-    if not file.exists() or (other := run_of(file)) == run_id:
+    if not file.exists() or (other := part_run_id(file)) == run_id:
         return
-    kept = file.with_name(f"{file.stem}-{other}{file.suffix}")
+    name = other if other.isalnum() else "unknown"
+    kept = file.with_name(f"{file.stem}-{name}{file.suffix}")
     file.replace(kept)
     log.info("%s was of another run, and is %s now", file, kept.name)
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msjax import compress, config, models, wire
+from msjax import compress, config, models
 from msjax.split import budget
-from msjax.split.payloads import Codecs, PayloadSpec
+from msjax.split.payloads import Codecs, PayloadSpec, header_bytes
 from msjax.split.spec import RunSpec
 from msjax.split.traffic import Measure, Traffic, epoch_traffic
 
@@ -94,8 +94,7 @@ def _about_bytes(payload: PayloadSpec) -> int:
     """About the bytes of a message; where any codec is entropy-coded with headers, as a run then counts it."""
     if not any(codec.entropy_coded for codec in payload.codecs):
         return payload.aimed_bytes
-    pairs = zip(payload.codecs, payload.likes, strict=True)
-    return payload.aimed_bytes + sum(wire.most_bytes(*pair) - pair[0].payload_bytes(pair[1]) for pair in pairs)
+    return payload.aimed_bytes + sum(map(header_bytes, payload.codecs, payload.likes))
 
 
 def _of_run(spec: RunSpec, measure: Measure) -> Traffic:

@@ -8,6 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+NOBODY_READS = "nobody reads the standard output any more; training goes on"
 SECONDS_BETWEEN_LINES = 60
 """Where there is no terminal and an epoch is long."""
 
@@ -142,7 +143,7 @@ class Progress:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         except BrokenPipeError:
             self._console.quiet = True
-            logging.getLogger("msjax").warning("nobody reads the standard output any more; training goes on")
+            logging.getLogger("msjax").warning(NOBODY_READS)
 
     def _status(self, sent_bytes):
         return f"{self._speed(sent_bytes)}{self._tested}"

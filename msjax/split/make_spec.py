@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msjax import wire
 from msjax.checks import quoted
 from msjax.compress import Cast, Codec, EntropyMask, Identity
 from msjax.compress._straight_through import check_granularity_of_kept
 from msjax.models import ModelPart, RemoteApply, constants_of
-from msjax.split.payloads import Codecs
+from msjax.split.payloads import Codecs, header_bytes
 from msjax.split.schedule import Schedule
 from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import PartState, without_constants
@@ -133,7 +132,7 @@ def _check_room_for_codes(spec):
     batch_size = spec.schedule.full_batch_size
     payloads = (spec.feature_payload(batch_size), spec.gradient_payload(batch_size))
     fixed = sum(
-        wire.most_bytes(codec, like) - codec.payload_bytes(like) + codec.payload_like(like).means.size * 2
+        header_bytes(codec, like) + codec.payload_like(like).means.size * 2
         for payload in payloads
         for codec, like in zip(payload.codecs, payload.likes, strict=True)
         if isinstance(codec, EntropyMask)

@@ -218,6 +218,11 @@ class PayloadSpec:
         return dataclasses.replace(self, codecs=codecs)
 
 
+def header_bytes(codec: Codec, like: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an array's message beside its payload."""
+    return wire.most_bytes(codec, like) - codec.payload_bytes(like)
+
+
 def aimed_bytes(codec: Codec, like: jax.ShapeDtypeStruct) -> int:
     """Returns the bytes of an array's payload; of an entropy-coded codec that aims at a number of bits, those bits'."""
     nominal, bits = codec.payload_bytes(like), getattr(codec, "bits", None)
