@@ -130,7 +130,8 @@ class Generator:
           max_tokens: how many are chosen at most.
           sampling: how; greedily by default.
           seed: of what is drawn, in sampling and by random codecs.
-          end: tokens that end a text; by default the config's `eos_token_id`.
+          end: tokens that end a text; by default the config's `end_tokens`. A folder may name more of them:
+            `models.end_tokens`.
 
         Raises:
           TypeError: `prompts` are no lists of integers, `sampling` is none.
@@ -147,7 +148,7 @@ class Generator:
                 f"(max_position_embeddings) the prompt takes {longest}, got {max_tokens!r}"
             )
         if end is None:
-            end = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+            end = self.config.end_tokens
         (end,) = _as_tokens("end must be a sequence of integers", [end])
         for token in end:
             integer("end's tokens", token, 0, self.config.vocab_size - 1)

@@ -149,6 +149,12 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
         # What would be passed over in silence.
         ("train", ["--mode.turn-steps", "5"], "--mode.turn-steps must be None, its default, with mode.kind='parallel'"),
         ("serve", ["--mode.average-steps", "5"], "--mode.average-steps must be 10, its default, with mode.kind='paral"),
+        (
+            "plan",
+            ["--optim.momentum", "0", "--optim.nesterov"],
+            "--optim.nesterov must be False, its default, with optim.momentum=0.0, which",
+        ),
+        ("plan", ["--lora.alpha", "32"], "--lora.alpha must be 16.0, its default, with lora.rank=None, which does"),
         ("plan", ["--optim.milestones", "2"], "--optim.milestones must be (), its default, with optim.schedule='cosi"),
         ("train", ["--task.ignore", "2"], "--task.ignore must be None, its default, with task.name='classification'"),
         ("train", ["--data.name", "a.npz", "--data.image-size=8"], "--data.image-size must be None, its default, wi"),

@@ -305,6 +305,9 @@ def test_objects_that_are_numbers_are_taken_as_such():
     assert found.num_classes == 2
     bools = data.from_arrays((np.array([[True], [False]], object), [0, 1]))
     assert bools.train_inputs.dtype == np.float32
+    mask = np.array([[True], [False]])
+    with_mask = data.from_arrays(({"x": mask.astype(int), "mask": mask}, [0, 1]))
+    assert with_mask.train_inputs["mask"].dtype == bool and with_mask.train_inputs["x"].dtype == np.int32
     with pytest.raises(data.DataError, match=r"train inputs must be in .* \(int32\), got 1180591620717411303424"):
         data.from_arrays((np.array([[2**70], [1]], object), [0, 1]))
     mixed[1, 0] = None

@@ -370,6 +370,17 @@ def test_what_is_written_of_a_config_is_read_as_the_same(case):
     assert models.DecoderConfig.from_json(json.loads(json.dumps(config(case).to_json()))) == config(case)
 
 
+def test_several_tokens_may_end_a_text():
+    """All are kept and written; in a list or a tuple, and one in a list is one."""
+    tree = decoders.CONFIGS["llama 3"] | {"bos_token_id": 1, "eos_token_id": [2, 7]}
+    found = models.DecoderConfig.from_json(tree)
+    assert found.eos_token_id == (2, 7) and found.end_tokens == (2, 7, 1)
+    assert json.loads(json.dumps(found.to_json()))["eos_token_id"] == [2, 7]
+    assert models.DecoderConfig.from_json(tree | {"eos_token_id": [2]}).eos_token_id == 2
+    bare = models.DecoderConfig.from_json(tree | {"bos_token_id": None, "eos_token_id": []})
+    assert bare.eos_token_id is None and bare.end_tokens == ()
+
+
 def test_newer_files_keep_what_is_said_of_rotary_positions_together():
     tree = decoders.CONFIGS["llama 3"]
     together = {"rope_theta": tree["rope_theta"], **tree["rope_scaling"]}
@@ -396,13 +407,15 @@ def test_defaults_are_those_of_the_families():
         ({"use_sliding_window": True}, r"use_sliding_window must be false, got true"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config must be null, got"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types must be .*, got 'sliding_attention'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, r'rope_type "default" or "llama3", got \'yarn\''),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, r'rope_type "default" or "llama3", got "yarn"'),
+        ({"rope_scaling": {"factor": 8.0}}, r'rope_scaling must have rope_type "default" or "llama3", got null'),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, r"got it without low_freq_factor"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads must divide num_attention_heads, 4, got 3"),
         ({"head_dim": 5}, r"head_dim must be even, as rotary positions turn pairs, got 5"),
         ({"rms_norm_eps": 0}, r"rms_norm_eps must be a number above 0, got 0"),
         ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings must be true or false, got 'yes'"),
         ({"bos_token_id": 19}, r"bos_token_id must be a token in 0\.\.18, got 19"),
+        ({"eos_token_id": [2, 19]}, r"eos_token_id must be a token in 0\.\.18, got 19"),
     ],
 )
 def test_what_is_not_supported_is_one_error(changes, message, tmp_path):
@@ -412,6 +425,11 @@ def test_what_is_not_supported_is_one_error(changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=r"config\.json: .*" + message):
         models.DecoderConfig.load(tmp_path)
+
+
+def test_a_dict_is_no_scaling_of_rotary_positions():
+    with pytest.raises(ValueError, match=r"rope_scaling must be a RopeScaling or None, got \{'factor': 8\.0\}"):
+        dataclasses.replace(config("llama 3"), rope_scaling={"factor": 8.0})
 
 
 @pytest.mark.parametrize("length", [0, 65, 8.0])

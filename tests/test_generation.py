@@ -176,7 +176,8 @@ def test_a_text_ends_with_its_token(weights):
     assert tokens_of(generator, end=(end,))[0] == cut_short
     assert tokens_of(generator, PROMPTS[:1], end=(end,))[0] == cut_short[:1]
     eos = tokens_of(generator, end=None)[0]
-    assert eos == [own[: own.index(2) + 1] if 2 in own else own for own in expected]
+    first = [next((at for at, token in enumerate(own) if token in (1, 2)), NEW) for own in expected]
+    assert eos == [own[: at + 1] for own, at in zip(expected, first, strict=True)]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -103,6 +103,11 @@ def test_specs_follow_from_shapes_alone(dtype, tail_cut):
         ("model", {"weights": "none"}, r"model\.weights: none must be a config\.json that can be read, or a"),
         (
             "model",
+            {"decoder": json.dumps(decoders.CONFIGS["llama 3"] | {"rms_norm_eps": 0.5})},
+            r"model.decoder must describe the network of model.weights, whose .* rms_norm_eps=1e-0., got 0\.5: give",
+        ),
+        (
+            "model",
             {"decoder": '{"model_type": "gpt2"}'},
             "model.decoder must be the text of a config.json, but: model_t",
         ),

@@ -133,17 +133,12 @@ def test_clients_average_the_adapters_alone(tail_cut, folder):
     tokens = np.tile(np.arange(3, 19, dtype=np.int32), 20)[: 13 * 12 + 1]
     blocks = tuple(tokens[at : at + 13 * 12].reshape(13, 12) for at in (0, 1))
     train, test = data.Arrays(*(b[:8] for b in blocks)), data.Arrays(*(b[8:] for b in blocks))
-    result = train_model(
-        parts,
-        data.Dataset("text", train, test, None, None, None),
-        task=tasks.next_token(),
-        codec=Identity(),
-        clients=2,
-        batch_size=4,
-        epochs=3,
-        optimizer=optax.adam(0.02),
-        quiet=True,
-    )
+    options = {"task": tasks.next_token(), "codec": Identity(), "clients": 2, "batch_size": 4, "epochs": 3}
+    options |= {"optimizer": optax.adam(0.02), "quiet": True}
+    copied = (blocks[0][:8], np.where(np.arange(12) < 9, blocks[0][:8], -100))
+    with pytest.raises(ValueError, match="labels must be the tokens behind those of the inputs .*, got the inputs"):
+        train_model(parts, copied, **options)
+    result = train_model(parts, data.Dataset("text", train, test, None, None, None), **options)
     assert jax.tree.structure(result.parts) == jax.tree.structure(parts)
     adapters = sum(leaf.size for part in parts[::2] for leaf in jax.tree.leaves(part.params))
     assert result.spec.client_update_values == adapters and result.spec.client_statistic_values == 0
@@ -159,11 +154,17 @@ def test_clients_average_the_adapters_alone(tail_cut, folder):
     [
         ({"rank": 0}, "rank must be a positive integer, got 0"),
         ({"alpha": 0.0}, r"alpha must be above 0 and finite, got 0\.0"),
-        ({"targets": ("lm_head",)}, r"targets must be some of q_proj, .*, got \('lm_head',\)"),
-        ({"targets": ()}, r"targets must be some of q_proj, .*, got \(\)"),
+        ({"targets": ("lm_head",)}, r"targets must be a tuple of some of q_proj, .*, got \('lm_head',\)"),
+        ({"targets": ()}, r"targets must be a tuple of some of q_proj, .*, got \(\)"),
+        ({"targets": "q_proj"}, "targets must be a tuple of some of q_proj, .*, got 'q_proj'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1\.0"),
     ],
 )
 def test_what_is_no_adapter_is_one_error(options, message):
     with pytest.raises(ValueError, match=message):
         models.LoRA(**options)
+
+
+def test_targets_may_come_in_a_list():
+    assert models.LoRA(targets=["q_proj"]) == models.LoRA(targets=("q_proj",))
+    hash(models.LoRA(targets=["q_proj"]))

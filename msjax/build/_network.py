@@ -154,8 +154,28 @@ def check_weights(cfg: config.Config) -> None:
         return
     if cfg.model.name == models.DECODER:
         _open_weights(cfg.model.weights, _model(cfg, (cfg.data.text_length,), 2))
+        _check_beside_weights(decoder_config(cfg), expand("model.weights", cfg.model.weights) / "config.json")
     else:
         existing_file("model.weights", cfg.model.weights)
+
+
+def _check_beside_weights(described, path):
+    """Raises ValueError where the weights' own config.json says that something else is computed."""
+    try:
+        found = models.DecoderConfig.load(path)
+    except ValueError:
+        return  # the weights are without one, or with one of a kind that `model.decoder` takes the place of
+    for field in dataclasses.fields(found):
+        mine, theirs = (getattr(each, field.name) for each in (described, found))
+        if mine != theirs and field.name not in _NOT_COMPUTED:
+            raise ValueError(
+                f"model.decoder must describe the network of model.weights, whose {path} has {field.name}={theirs!r}, "
+                f"got {mine!r}: give the one that is right in both, or no model.decoder"
+            )
+
+
+_NOT_COMPUTED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+"""Fields of a decoder that say nothing of what is computed, or that the names of the weights are checked by."""
 
 
 def identity(cfg: config.Config) -> dict[str, str]:

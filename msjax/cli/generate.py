@@ -166,18 +166,20 @@ def continue_text(generator: Generator, options: GenerateOptions, tokenizer: str
         raise ValueError("tokenizer must be given, as the network does not say where it is: a tokenizer.json")
     described = generator.config
     try:
-        found = data.load_tokenizer(tokenizer, start=described.bos_token_id, vocabulary=described.vocab_size)
+        start = data.start_token(tokenizer) if described.bos_token_id is None else described.bos_token_id
+        found = data.load_tokenizer(tokenizer, start=start, vocabulary=described.vocab_size)
     except data.DataError as error:
         more = "" if options.tokenizer else ": give --tokenizer"
         raise ValueError(f"{error}{more}") from None
     if not options.prompt:
         raise ValueError("prompt must be a text, got ''")
-    prompt = data.tokens_of(found, options.prompt, start=described.bos_token_id)
+    prompt = data.tokens_of(found, options.prompt, start=start)
     most = options.max_tokens
     if most is None:
         most = min(_MOST_TOKENS, generator.room([prompt]))
     folder = expand("tokenizer", tokenizer)
-    end = models.end_tokens(folder if folder.is_dir() else folder.parent) or None
+    end = models.end_tokens(folder if folder.is_dir() else folder.parent) or described.end_tokens
+    end = tuple({*end, *(() if start is None else (start,))})
     rule = {"sampling": options.sampling(), "seed": options.seed, "end": end}
     began = time.perf_counter()
     with generator.start([prompt], max_tokens=most, **rule) as generation:

@@ -33,7 +33,7 @@ from msjax.data._registry import Published, default_augmentation, is_embedded, i
 from msjax.data._sequence import from_sequence
 from msjax.data._stream import ImageStream, stream
 from msjax.data._table import TableFormat
-from msjax.data._text import Texts, from_text, load_tokenizer, read_texts, tokens_of
+from msjax.data._text import Texts, from_text, load_tokenizer, read_texts, start_token, tokens_of
 from msjax.data._text_sources import TEXT_SUFFIXES
 from msjax.data._words import TOKENIZER
 
@@ -86,6 +86,7 @@ __all__ = [
     "read_inputs",
     "read_texts",
     "standardized_inputs",
+    "start_token",
     "stream",
     "table_inputs",
     "tokens_of",

@@ -49,10 +49,11 @@ def from_arrays(
     """Make a data set of arrays.
 
     Inputs are an array (N, ...), or a dict or tuple of arrays; NumPy's, JAX's, PyTorch's or what else `np.asarray`
-    takes. uint8 stays, other integers (tokens) become int32, floats and bools float32. uint8 (N, H, W, C), or
-    (N, H, W), which gets a channel, are images: their mean and std are measured on the training images and applied by
-    `data.normalize`. Other integers of such a shape, (N, H, W, 1) or (N, H, W, 3), are refused: as tokens they would
-    not be divided by 255. Everything else is taken as it is, unless `normalize`.
+    takes. uint8 stays, other integers (tokens) become int32, floats float32. Bools become float32 where they are the
+    only array, and stay what they are, such as masks, beside others. uint8 (N, H, W, C), or (N, H, W), which gets a
+    channel, are images: their mean and std are measured on the training images and applied by `data.normalize`. Other
+    integers of such a shape, (N, H, W, 1) or (N, H, W, 3), are refused: as tokens they would not be divided by 255.
+    Everything else is taken as it is, unless `normalize`.
 
     Labels are of any shape. Integers (N,) or (N, 1) are classes. Other labels (floats to predict, integers for each
     pixel or token) become float32 or int32, and `num_classes` is what it is given as.

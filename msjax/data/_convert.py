@@ -13,12 +13,18 @@ _INT32 = np.iinfo(np.int32)
 
 
 def convert_inputs(tree: Tree, role: str, *, wide: bool = False) -> Tree:
-    """Inputs (N, ...): uint8 as they are, other integers int32, floats and bools float32; grey images get a channel.
+    """Inputs (N, ...): uint8 as they are, other integers int32, floats float32; grey images get a channel.
 
-    Images are uint8 (N, H, W, C), or (N, H, W), which becomes (N, H, W, 1). `wide`: see `cast`.
+    Bools become float32 where they are the only array, and stay what they are, such as masks, beside others. Images are
+    uint8 (N, H, W, C), or (N, H, W), which becomes (N, H, W, 1). `wide`: see `cast`.
     """
-    found = map_arrays(lambda name, array: _images(cast(array, name, wide=wide), name), *_with_names(tree, role))
-    return found
+    options = {"wide": wide, "masks": has_masks(tree)}
+    return map_arrays(lambda name, array: _images(cast(array, name, **options), name), *_with_names(tree, role))
+
+
+def has_masks(inputs: Tree) -> bool:
+    """Whether bools among the inputs stay bools: where they are not all that there is."""
+    return isinstance(inputs, dict | tuple) and len(named_arrays(inputs, "")) > 1
 
 
 def convert_labels(tree: Tree, role: str) -> Tree:
@@ -35,8 +41,10 @@ def _with_names(tree: Tree, role: str) -> tuple[Tree, Tree]:
     return map_arrays(lambda _: next(names), tree), tree
 
 
-def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axes: int = 1) -> np.ndarray:
-    """An array of one of the dtypes that are taken: uint8 (inputs only), int32 or float32.
+def cast(
+    value: Any, name: str, *, labels: bool = False, wide: bool = False, axes: int = 1, masks: bool = False
+) -> np.ndarray:
+    """An array of one of the dtypes that are taken: uint8 (inputs only), int32, float32 or, with `masks`, bool.
 
     `wide`: of numbers that are centred before float32 holds them: float64 stays, and integers become it but for images,
     which have two axes or more behind the `axes` of the examples.
@@ -54,6 +62,8 @@ def cast(value: Any, name: str, *, labels: bool = False, wide: bool = False, axe
         raise DataError(f"{name} must make one array: {error}") from error
     if array.dtype == object:
         array = _of_objects(array, value, name, labels)
+    if array.dtype == bool and masks:
+        return array
     if array.dtype == bool:
         return array.astype(np.int32 if labels else np.float32)
     if wide and (array.dtype == np.float64 or (array.dtype.kind in "iu" and not _is_image(array, axes))):

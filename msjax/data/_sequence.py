@@ -12,7 +12,7 @@ from msjax.data import _images, _sets
 from msjax.data._arrays import are_classes, finish, share_indices
 from msjax.data._check import check_inputs, check_labels
 from msjax.data._columns import Column, standardized
-from msjax.data._convert import cast
+from msjax.data._convert import cast, has_masks
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, map_arrays, named_arrays
 from msjax.data._error import DataError
 
@@ -246,11 +246,10 @@ class SequenceSplit:
     def _example(self, index: int, item: Any) -> tuple[Tree, Tree]:
         """Input and label of an item as arrays."""
         values = _choose(item, self._keys, f"item {index} of {self.name} ({self.split})")
-        named = ((f"{self.name}: {self.split} {what} of item {index}") for what in ("inputs", "labels"))
-        inputs, labels = (
-            map_arrays(lambda value, n=name, w=what: _array(value, n, w, self._wide and not w), value)
-            for name, what, value in zip(named, (False, True), values, strict=True)
-        )
+        split, (inputs, labels) = f"{self.name}: {self.split}", values
+        options = {"wide": self._wide, "masks": has_masks(inputs)}
+        inputs = map_arrays(lambda one: _array(one, f"{split} inputs of item {index}", **options), inputs)
+        labels = map_arrays(lambda one: _array(one, f"{split} labels of item {index}", label=True), labels)
         if isinstance(labels, np.ndarray) and labels.shape == (1,) and labels.dtype == np.int32:
             labels = labels[0:1].reshape(())
         return inputs, labels
@@ -273,14 +272,14 @@ def _lock(threads: int | None) -> Any:
     return threading.Lock() if threads == 1 else contextlib.nullcontext()
 
 
-def _array(value: Any, name: str, label: bool, wide: bool) -> np.ndarray:
+def _array(value: Any, name: str, *, label: bool = False, **options: bool) -> np.ndarray:
     """One value of an item."""
     if hasattr(value, "getbands"):  # a PIL image: of palettes and the like only this gives pixels
         with _images.decoding(name):  # Pillow reads a file's pixels only now
             value = np.asarray(_images.upright(value)) if label else _images.to_array(_images.flatten(value))
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = np.stack([np.asarray(v.detach().cpu()) for v in value])
-    array = cast(value, name, labels=label, wide=wide, axes=0)
+    array = cast(value, name, labels=label, axes=0, **options)
     return array[..., None] if array.dtype == np.uint8 and array.ndim == 2 else array
 
 

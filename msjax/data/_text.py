@@ -63,7 +63,7 @@ def from_text(
     if test_share is not None and not 0 < test_share < 1:
         raise DataError(f"test_share must be above 0 and below 1, or None, got {test_share}")
     path = _tokenizer_path(tokenizer)
-    start = _start(path) if start is None else start
+    start = start_token(path) if start is None else start
     found = load_tokenizer(path, start=start, vocabulary=vocabulary)
     if name is None:
         name = Path(train).name if isinstance(train, str | os.PathLike) else "text"
@@ -113,7 +113,7 @@ def read_texts(
         DataError: also where there is no text.
     """
     file = _tokenizer_path(tokenizer)
-    start = _start(file) if start is None else start
+    start = start_token(file) if start is None else start
     found = load_tokenizer(file, start=start, vocabulary=vocabulary)
     texts = texts_of("inputs", path, column)
     rows, lines = texts.rows if isinstance(texts, Items) else None, list(each(texts))
@@ -180,9 +180,16 @@ def _digest(path: Path, start: int | None) -> str:
     return "sha256:" + hashlib.sha256(json.dumps([tree, start], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _start(path: Path) -> int | None:
-    """The token with which texts begin, as the config.json beside a tokenizer says it."""
-    beside = path.parent / "config.json"
+def start_token(tokenizer: str | os.PathLike) -> int | None:
+    """Return the token with which texts begin, as the config.json beside a tokenizer says it, if there is one.
+
+    Args:
+        tokenizer: a tokenizer.json, or a folder that has one.
+
+    Raises:
+        DataError: there is no tokenizer, or the config.json cannot be read.
+    """
+    beside = _tokenizer_path(tokenizer).parent / "config.json"
     if not beside.is_file():
         return None
     try:

@@ -45,7 +45,10 @@ def decoder_blocks(part: ModelPart) -> tuple[Block, ...]:
     """
     blocks = getattr(part.apply, "blocks", ())
     if not blocks or any(block.module not in (Embedding, DecoderBlock, LanguageHead) for block in blocks):
-        raise ValueError("part must be of a decoder, as models.split or models.whole makes it, got another model's")
+        raise ValueError(
+            "part must be of a decoder, as models.split, models.whole or, of a trained run, msjax.pair.model_parts "
+            "makes it, got another one"
+        )
     return blocks
 
 

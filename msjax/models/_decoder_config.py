@@ -48,8 +48,8 @@ class DecoderConfig:
       rope_theta, rope_scaling: of the rotary positions.
       tie_word_embeddings: whether the output layer's weights are the embedding's.
       attention_bias, mlp_bias: biases of Llama's (and Qwen 3's) attention and feed-forward network.
-      bos_token_id, eos_token_id: the tokens with which a text begins and ends, where there are such. Of several that
-        may end one, the first.
+      bos_token_id: the token with which a text begins, if there is one.
+      eos_token_id: that with which one ends, or several that may end one.
 
     Raises:
       ValueError: a field has a value that is not allowed.
@@ -71,7 +71,7 @@ class DecoderConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.model_type not in FAMILIES:
@@ -101,10 +101,21 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.mlp_bias and self.model_type != "llama":
             raise ValueError(f"mlp_bias must be false for model_type {self.model_type!r}, got true")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(f"rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
+        if isinstance(ends := self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", tuple(ends) if len(ends) > 1 else ends[0] if ends else None)
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and not (type(value) is int and 0 <= value < self.vocab_size):
-                raise ValueError(f"{name} must be a token in 0..{self.vocab_size - 1}, got {value!r}")
+            for token in value if isinstance(value, tuple) else (value,):
+                if token is not None and not (type(token) is int and 0 <= token < self.vocab_size):
+                    raise ValueError(f"{name} must be a token in 0..{self.vocab_size - 1}, got {token!r}")
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens behind which a text goes on no more: those that end it, and the one with which the next begins."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        return tuple(token for token in (*ends, self.bos_token_id) if token is not None)
 
     @property
     def qkv_bias(self) -> bool:
@@ -143,8 +154,6 @@ class DecoderConfig:
                 raise ValueError(f'layer_types must be "full_attention" throughout, got {kind!r}')
         fields = {f.name for f in dataclasses.fields(cls)} & {name for name in tree if tree[name] is not None}
         values = {name: tree[name] for name in fields - {"rope_scaling", "rope_theta"}}
-        if isinstance(values.get("eos_token_id"), list):  # any of them ends a text; the first is written
-            values["eos_token_id"] = values["eos_token_id"][0] if values["eos_token_id"] else None
         return cls(**values, **_rope(tree))
 
     def to_json(self) -> dict[str, Any]:
@@ -182,14 +191,14 @@ def _rope(tree):
     scaling = together or tree.get("rope_scaling") or {}
     theta = together.get("rope_theta", tree.get("rope_theta"))
     found = {} if theta is None else {"rope_theta": theta}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", scaling.get("type", None if "factor" in scaling else "default"))
     if kind == "llama3":
         names = [f.name for f in dataclasses.fields(RopeScaling)]
         if missing := [name for name in names if name not in scaling]:
             raise ValueError(f"rope_scaling must have {', '.join(names)}, got it without {missing[0]}")
         found["rope_scaling"] = RopeScaling(**{name: scaling[name] for name in names})
     elif kind != "default":
-        raise ValueError(f'rope_scaling must have rope_type "default" or "llama3", got {kind!r}')
+        raise ValueError(f'rope_scaling must have rope_type "default" or "llama3", got {json.dumps(kind)}')
     if scaling.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor must be 1, got {scaling['partial_rotary_factor']}")
     return found

@@ -57,7 +57,7 @@ def is_decoder(folder: str | os.PathLike) -> bool:
 def end_tokens(folder: str | os.PathLike) -> tuple[int, ...]:
     """The tokens that end a text, as generation_config.json or config.json of a folder say them; empty for none.
 
-    Models that were tuned for chats have several, of which a `DecoderConfig` keeps the first.
+    Models that were tuned for chats have several, and some only in their generation_config.json.
 
     Raises:
       ValueError: a file is no JSON, or what it says are no tokens.

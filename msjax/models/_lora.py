@@ -42,8 +42,9 @@ class LoRA:
             raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0 and finite, got {self.alpha}")
-        if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
+        if isinstance(self.targets, str) or not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(f"targets must be a tuple of some of {', '.join(TARGETS)}, got {self.targets!r}")
+        object.__setattr__(self, "targets", tuple(self.targets))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 

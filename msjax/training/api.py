@@ -1,5 +1,6 @@
 """`train`: a user's model, data and task, trained through a cut by simulated clients in one program."""
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from msjax.split.traffic import Traffic
 from msjax.split.trees import TreeSpec
 from msjax.training import loaded, loop, processes
 from msjax.training.folders import describe_optimizer, open_folder, write_parts
+
+log = logging.getLogger("msjax")
 
 
 class TrainResult(NamedTuple):
@@ -266,6 +269,7 @@ def train(
     )
     check_known_link(spec)
     check_labels(spec, dataset)
+    _warn_of_narrow(parts)
     # A run gives its state away, but the user's arrays are not its own.
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
@@ -292,7 +296,9 @@ def train(
 
 
 def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
-    """Raises ValueError where labels in memory are not such as the task takes."""
+    """Raises ValueError where labels in memory are not such as the task takes, or tokens to predict the inputs."""
+    if spec.task.name == "next_token" and len(dataset.train):
+        _check_shifted(*dataset.train.fetch(np.arange(min(_SAMPLES, len(dataset.train)))), dataset.name)
     if spec.task.check_labels is None:
         return
     outputs = spec.outputs if spec.tail_outputs is None else spec.tail_outputs
@@ -308,6 +314,36 @@ def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
                 spec.task.check_labels(np.asarray([dataset.num_classes - 1], np.int32), like)
             except ValueError as error:
                 raise ValueError(f"num_classes of {dataset.name!r} is {dataset.num_classes}, but {error}") from None
+
+
+_SAMPLES = 8
+
+
+def _check_shifted(inputs, labels, name):
+    """Raises ValueError where the tokens to predict are those of the inputs, as transformers' own models take them."""
+    labels = np.asarray(labels)
+    counts = labels >= 0
+    for tokens in jax.tree.leaves(inputs):
+        if np.shape(tokens) != labels.shape or labels.ndim != 2 or not counts.any():
+            continue
+        copied = (tokens == labels)[counts].all()
+        if copied and not (tokens[:, 1:] == labels[:, :-1])[counts[:, :-1]].all():  # not one token over and over
+            raise ValueError(
+                f"training data of {name!r}: labels must be the tokens behind those of the inputs for the task "
+                "next_token, got the inputs themselves: labels[:, :-1] = inputs[:, 1:] and labels[:, -1] = -100"
+            )
+
+
+def _warn_of_narrow(parts):
+    """Logs a warning where what is trained has fewer bits than float32: small updates are then rounded away."""
+    for name, part in zip(PARTS, parts, strict=False):
+        dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(part.params)}
+        if narrow := sorted(dtype.name for dtype in dtypes if dtype.itemsize < 4):
+            log.warning(
+                "the parameters of the %s's part are %s, in which small updates are lost: give them as float32 "
+                "(models.load_decoder(folder, model, jnp.float32)), and the model a dtype to compute in",
+                *(name, narrow[0]),
+            )
 
 
 def _task(task):
