@@ -97,6 +97,8 @@ _MAGIC = b"MSJX"
 _PREFIX = struct.Struct("<4sBI")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), *map(np.dtype, EXACT_DTYPES))
 _VERSIONS = {_buffers.RUNS: 2, _buffers.CLASSES: 3, _buffers.PLANES: 4}  # others have been there from the first
+_MOST_OF_STRANGERS = 1 << 31
+"""Bytes that a message may make its reader allocate, where that does not know what it will be."""
 _MAX_AXES = 32
 _MAX_CODEC_TEXT = 1024
 # What else could be written there, Python's parser would answer with warnings and deep recursion.
@@ -143,14 +145,18 @@ def encode(payload: Any, codec: compress.Codec, like: Any, *, compression: str |
 
 
 def decode(
-    data: bytes | bytearray | memoryview, *, expect: tuple[compress.Codec, Any] | None = None, max_bytes: int = 1 << 31
+    data: bytes | bytearray | memoryview,
+    *,
+    expect: tuple[compress.Codec, Any] | None = None,
+    max_bytes: int | None = None,
 ) -> Message:
     """Returns the message in `data`.
 
     Args:
       expect: codec and shape and dtype that the message must have. Without it the message's own are taken, whatever
         they are.
-      max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded.
+      max_bytes: most bytes that the payload's arrays may take and, without `expect`, the features, decoded. By default
+        2^31, or with `expect`, which says how many there are, any number.
 
     Raises:
       TypeError: `data` is no bytes, or `expect` no pair.
@@ -169,10 +175,12 @@ def decode(
         raise WireError(f"version must be 1 to {VERSION}, got {version}")
     if zlib.crc32(reader.rest()) != checksum:
         raise WireError("checksum is wrong: the message was damaged or cut short")
+    if max_bytes is None and expect is None:
+        max_bytes = _MOST_OF_STRANGERS
     codec, like = _read_form(reader, expect, max_bytes)
     layout = _layout(codec, like)
     nominal = sum(math.prod(form.shape) * form.dtype.itemsize for form in layout)
-    if nominal > max_bytes:
+    if max_bytes is not None and nominal > max_bytes:
         raise WireError(f"the payload must have at most {max_bytes} bytes, got {nominal}")
     (count,) = reader.unpack("<B")
     if count != len(layout):
@@ -196,7 +204,7 @@ def encode_bare(payload: Any, codec: compress.Codec, like: Any, *, compression: 
 
 
 def decode_bare(
-    data: bytes | bytearray | memoryview, codec: compress.Codec, like: Any, *, max_bytes: int = 1 << 31
+    data: bytes | bytearray | memoryview, codec: compress.Codec, like: Any, *, max_bytes: int | None = None
 ) -> Message:
     """Returns the message that `encode_bare` made of features like `like` by this codec.
 
@@ -211,7 +219,7 @@ def decode_bare(
         raise WireError(f"checksum is wrong: the message was damaged, or is not {codec} of {form}")
     layout = _layout(codec, like)
     nominal = sum(math.prod(form.shape) * form.dtype.itemsize for form in layout)
-    if nominal > max_bytes:
+    if max_bytes is not None and nominal > max_bytes:
         raise WireError(f"the payload must have at most {max_bytes} bytes, got {nominal}")
     codings = []
     for form in layout:

@@ -136,7 +136,7 @@ def test_clients_average_the_adapters_alone(tail_cut, folder):
     options = {"task": tasks.next_token(), "codec": Identity(), "clients": 2, "batch_size": 4, "epochs": 3}
     options |= {"optimizer": optax.adam(0.02), "quiet": True}
     copied = (blocks[0][:8], np.where(np.arange(12) < 9, blocks[0][:8], -100))
-    with pytest.raises(ValueError, match="labels must be the tokens behind those of the inputs .*, got the inputs"):
+    with pytest.raises(ValueError, match=r"labels must be the tokens behind those of the inputs .*, got the inputs"):
         train_model(parts, copied, **options)
     result = train_model(parts, data.Dataset("text", train, test, None, None, None), **options)
     assert jax.tree.structure(result.parts) == jax.tree.structure(parts)

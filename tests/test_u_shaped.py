@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from msjax import compress, models, tasks
+from msjax import compress, data, models, tasks
 from msjax.distributed.messages import encode
 from msjax.split import fused, step
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Parallel
 from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
+from msjax.split.signs import warn_of_lost_signs
 from msjax.split.spec import Preprocess
 from msjax.split.state import TrainState, client_keys
 from msjax.split.trees import TreeSpec, mean
@@ -133,6 +134,17 @@ def test_the_parties_take_the_fused_step_and_every_message_draws_its_own_positio
     kept = [tuple(np.flatnonzero(of_client)) for message in messages for of_client in np.asarray(message)]
     assert {len(positions) for positions in kept} == {BATCH * WIDTH // 2}
     assert len(set(kept)) == len(kept) == 4 * CLIENTS
+
+
+def test_what_a_codec_loses_at_the_second_cut_is_told(caplog):
+    spec, state, x, y, _ = make(Codecs(compress.MaskEncoded(0.5)), grad_codecs=ALL)
+    train = data.Arrays(np.asarray(x).reshape(-1, WIDTH), np.asarray(y).reshape(-1))
+    below = state.server._replace(params={"server": -state.server.params["server"]})
+    for server in (None, state.server):
+        warn_of_lost_signs(spec, state.client, train, server=server)
+    assert not caplog.records
+    warn_of_lost_signs(spec, state.client, train, server=below)
+    assert "100 % of the energy of the features at the second cut: give it signed=True" in caplog.text
 
 
 def test_messages_of_both_cuts_are_counted_where_one_has_a_coder():

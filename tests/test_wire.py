@@ -316,6 +316,16 @@ def test_runs(size, share):
         assert estimate == pytest.approx(len(data), rel=0.1, abs=30)
 
 
+@pytest.mark.parametrize("size", (524_296, 524_297, 524_400, 524_525, 1_048_700))
+def test_runs_that_end_anywhere_behind_a_piece_are_read(size):
+    """All of a stream can be read before all of its last run is written."""
+    for raw in (np.zeros(size, np.uint8), np.where(np.arange(size) < size // 100, 255, 0).astype(np.uint8)):
+        coded = _deflate.runs(raw)
+        found, used = _deflate.inflated(memoryview(coded), size)
+        assert used == len(coded)
+        np.testing.assert_array_equal(found, raw)
+
+
 def test_arrays_that_are_not_contiguous_are_sent_in_order():
     values = np.arange(12, dtype=np.float32).reshape(3, 4).T[::-1]
     data = wire.encode((values,), Identity(), values)

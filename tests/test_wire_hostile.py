@@ -279,6 +279,15 @@ def test_bombs_do_not_go_off(values, coding):
     assert traced_peak(lambda: refused(data, max_bytes=4 * values - 1)) < 2 * MIB
 
 
+def test_a_reader_that_knows_what_comes_takes_any_size(monkeypatch):
+    """Averages of large models have more than the 2 GiB that a stranger's message may take."""
+    values = jnp.arange(4, dtype=jnp.float32)
+    data = wire.encode((values,), Identity(), values)
+    monkeypatch.setattr(wire, "_MOST_OF_STRANGERS", 15)
+    refused(data, "at most 15 bytes")
+    np.testing.assert_array_equal(wire.decode(data, expect=(Identity(), values)).payload.values, values)
+
+
 def test_max_bytes():
     data = message()
     assert wire.decode(data, max_bytes=8).nominal_bytes == 8

@@ -119,7 +119,7 @@ def _begin(cfg, name):
     if small and processes.is_first():
         print(f"msjax train: {small}", file=sys.stderr)
     if build.may_be_negative(cfg) and processes.is_first():
-        warn_of_lost_signs(run.spec, run.state.client, run.dataset.train)
+        warn_of_lost_signs(run.spec, run.state.client, run.dataset.train, server=run.state.server)
     return RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path))), run
 
 

@@ -38,7 +38,8 @@ class Codec(abc.ABC):
     what is encoded, so it is not to be added to what is encoded next (error feedback)."""
 
     entropy_coded: ClassVar[bool] = False
-    """Whether the payload is made for lossless coding, so that `msjax.wire` always codes it."""
+    """Whether the payload is made for lossless coding: `msjax.wire` then always codes its arrays of uint8, and leaves
+    out zeros at the end of others."""
 
     def __new__(cls, *args: Any, **options: Any):
         _check_class(cls)

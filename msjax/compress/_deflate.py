@@ -9,6 +9,8 @@ MOST_WITHOUT_RUNS, MOST = 8, 1032
 BLOCK = (1 << 15) - 1
 """Bytes that zlib collects before it ends a block, at its largest memory level."""
 _CHUNK = 1 << 16
+_PIECE = 8 * _CHUNK + 8
+"""Bytes that are read of a stream at a time, in and out."""
 
 
 def huffman(raw: bytes | memoryview | np.ndarray) -> bytes:
@@ -40,13 +42,14 @@ def inflated(coded: memoryview, raw_bytes: int, most: int = MOST) -> tuple[np.nd
     try:
         for start in range(0, len(coded), _CHUNK):
             left: bytes | memoryview = coded[start : start + _CHUNK]
-            used = start + len(left)
-            while left and not decoder.eof:
-                piece = decoder.decompress(left, 8 * _CHUNK + 8)
+            used, more = start + len(left), True
+            while more and not decoder.eof:
+                piece = decoder.decompress(left, _PIECE)
                 if at + len(piece) > raw_bytes:
                     raise ValueError(f"a compressed buffer must end after {raw_bytes} bytes, and does not")
                 out[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                 at, left = at + len(piece), decoder.unconsumed_tail
+                more = bool(left) or len(piece) == _PIECE  # all of it is read, and not yet all of a run written
             if decoder.eof:
                 break
     except zlib.error as error:

@@ -10,7 +10,9 @@ would grow. All clients decode the same answer, so their parts stay equal to the
 Statistics, such as means and variances of batch normalization, have no feedback and a codec of their own
 (`RunSpec.statistics_codec`). In parallel mode their change in the step is sent, with a relative error. As a running
 average moves by a share of its distance from the data, what a change lost is in the next one anyway; added once more,
-it would overshoot, and variances could become negative. In SplitFed they are sent as they are.
+it would overshoot, and variances could become negative. (They still could where a running average moves by more than
+three quarters of its distance in a step, as with a momentum of 0.1 where 0.9 is meant.) In SplitFed they are sent as
+they are.
 
 With `Identity` nothing of this happens: one vector travels as it is, and nothing is remembered.
 """

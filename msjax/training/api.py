@@ -281,7 +281,7 @@ def train(
         None if folder is None else open_folder(folder, run, optimizer, alpha, own_division=division is not None)
     )
     if run_folder is None or run_folder.checkpoints.latest() is None:  # else it has been told
-        warn_of_lost_signs(spec, first.client, dataset.train)
+        warn_of_lost_signs(spec, first.client, dataset.train, server=first.server)
     try:
         finished = loop.train(run, run_folder, quiet=quiet)
         trained, up_bits = _trained(parts, finished.state), mean_up_bits(finished.state.up_bits)
