@@ -234,6 +234,13 @@ def test_addresses_that_are_remembered_are_few(monkeypatch):
     assert it.refuses("99") and it.refuses("95") and not it.refuses("94")
 
 
+def test_a_token_that_nobody_checks_makes_no_caller_of_its_own(path):
+    calls = [Call(token=token) for token in ("alice", "made up", "")]
+    unchecked, checked = (Admission(Tokens(file)) for file in (None, str(path / "tokens")))
+    assert [unchecked.caller_of(call) for call in calls] == ["192.0.2.1"] * 3
+    assert [checked.caller_of(call) for call in calls[::2]] == ["token alice", "192.0.2.1"]
+
+
 @pytest.mark.parametrize(
     ("peer", "address"),
     [

@@ -235,6 +235,28 @@ def test_what_was_saved_on_a_way_that_was_left_is_saved_anew(run):
     assert run._store.steps() == [1, 2] and run._store.saved[2] != "what was left"
 
 
+def test_what_was_saved_of_a_step_is_saved_anew_where_anothers_part_comes_at_it(run):
+    """As one that was dropped and is let in: its own part of this step is of another way."""
+    go_to(run, 3, Phase.FEATURES, 0)
+    run._store.saved[3] = "of another way"
+    run.party.adopt = lambda part, step: setattr(run.party, "state", "another's")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "decode_part", lambda data, spec: data)
+        run.start(pb.Start(generation=2, step=3, part=b"part"))
+    assert run._store.saved[3] == "another's" and run.request.request.saved
+
+
+def test_older_checkpoints_that_cannot_be_deleted_are_told_of_once(run, monkeypatch, caplog):
+    def prune(step):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(run._store, "prune", prune, raising=False)
+    go_to(run, 1, Phase.FEATURES, 0)
+    for _ in range(2):
+        assert run.take(answer(run, saved_step=1)) is not None
+    assert caplog.text.count("checkpoints before step 1 cannot be deleted: [Errno 39] Directory not empty") == 1
+
+
 def test_without_the_checkpoint_a_client_goes_on_only_where_its_part_does_not_count(run):
     with pytest.raises(Refused, match="the run is at step 3, of which this client has no checkpoint"):
         run.start(pb.Start(generation=2, step=3))
@@ -298,6 +320,9 @@ def test_a_clients_pace_begins_anew_where_it_goes_back():
 # -- The session around it. ----------------------------------------------------------------------------------------
 
 
+COUNTS = {"samples": 4, "test_samples": 12}
+
+
 def welcome(checkpoint_steps=1):
     text = json.dumps(config.to_json(config.without_paths(SMALL)))
     fields = {"protocol": 5, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
@@ -324,7 +349,7 @@ def session():
 def test_what_a_client_waits_for_and_how_long(session):
     """For the start however long it takes, for an answer for its time, for the end again."""
     assert session.next_deadline is None
-    (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=1)))
+    (request,) = session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1)))
     assert request.WhichOneof("kind") == "request" and session.next_deadline == 120.0
     while session.run.request is not None:
         session._clock.now += 1.0
@@ -337,9 +362,16 @@ def test_what_a_client_waits_for_and_how_long(session):
     assert not list(session.on_message(pb.FromServer(finished=pb.Finished(over=True)))) and session.done
 
 
+def test_a_client_of_a_run_that_the_server_has_begun_with_other_samples_must_be_started_again(session):
+    """It has built its schedule already."""
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
+    with pytest.raises(Refused, match="anew with 16 samples to train and 12 to test on, and this client with 4 and 12"):
+        list(session.on_message(pb.FromServer(start=pb.Start(samples=16, test_samples=12, generation=2))))
+
+
 def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_takes(session):
     """As where a server was started again, or has dropped it, and others have to come first."""
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     for _ in range(3):
         session._clock.now += 10.0
         session.on_lost(ConnectionLost("the server is gone"))
@@ -347,7 +379,7 @@ def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_ta
         list(session.on_message(welcome()))
         assert session.next_deadline is None
         session._clock.now += 3000.0
-    (request,) = session.on_message(pb.FromServer(start=pb.Start(generation=2)))
+    (request,) = session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=2)))
     assert request.WhichOneof("kind") == "request" and session.next_deadline == session._clock.now + 20.0
 
 
@@ -359,7 +391,7 @@ def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_ta
     ],
 )
 def test_a_client_that_has_asked_in_vain_gives_up(session, is_heard, why):
-    start = pb.FromServer(start=pb.Start(generation=1))
+    start = pb.FromServer(start=pb.Start(**COUNTS, generation=1))
     list(session.on_message(start))
     with pytest.raises(ConnectionError, match=why):
         for _ in range(100):
@@ -374,7 +406,7 @@ def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session
     kept = []
     session._on_end = lambda party: kept.append(session.run.generation)
     for generation in (1, 2):
-        list(session.on_message(pb.FromServer(start=pb.Start(generation=generation))))
+        list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=generation))))
         while session.run.request is not None:
             list(session.on_message(pb.FromServer(answer=answer(session.run, generation=generation))))
         for _ in range(2):
@@ -384,7 +416,7 @@ def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session
 
 @pytest.mark.parametrize("how", ["refused", "another run"])
 def test_a_client_that_has_kept_its_part_has_not_failed(session, caplog, how):
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     while session.run.request is not None:
         list(session.on_message(pb.FromServer(answer=answer(session.run))))
     list(session.on_message(pb.FromServer(finished=pb.Finished())))
@@ -405,7 +437,7 @@ def test_a_client_that_cannot_keep_its_part_says_so(session):
         raise OSError(28, "No space left on device")
 
     session._on_end = full
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     while session.run.request is not None:
         list(session.on_message(pb.FromServer(answer=answer(session.run))))
     answers = session.on_message(pb.FromServer(finished=pb.Finished()))
@@ -415,18 +447,18 @@ def test_a_client_that_cannot_keep_its_part_says_so(session):
 
 
 def test_a_client_that_still_waits_for_an_answer_asks_again_where_it_hears_of_the_end(session):
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     (again,) = session.on_message(pb.FromServer(finished=pb.Finished()))
     assert again == session.run.request and not session.done
 
 
 def test_a_server_that_was_started_anew_says_how_often_to_save(session):
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=1))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     session.on_lost(ConnectionLost("the server is gone"))
     (hello,) = session.on_connected()
     assert (hello.hello.run, hello.hello.generation) == (RUN, 1)
     list(session.on_message(welcome(checkpoint_steps=3)))
-    list(session.on_message(pb.FromServer(start=pb.Start(generation=2))))
+    list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=2))))
     go_on = [session.run.take(answer(session.run, generation=2)) for _ in range(4)]
     assert go_on[-1].position == (1, Phase.AVERAGE, 0) and not session._store.steps()
 

@@ -129,6 +129,19 @@ def test_one_that_comes_late_has_enough_to_test_on(tmp_path):
         assert not lost.final and it.server.membership.clients[3].ready
 
 
+def test_a_run_that_goes_on_keeps_the_samples_that_it_was_built_from(tmp_path):
+    """Its steps and epochs follow from them, and whoever had fewer may be gone for good."""
+    with net(tmp_path, SMALL, stragglers="drop", start_clients=2) as it:
+        it.kill_server()
+        it.start_server(samples=(20, 35))
+        _, _, lost = talk(it, hello(2), ready(test_samples=34), client=2)
+        assert lost.final and "at least 35 test samples" in str(lost)
+        for client in (0, 1):
+            talk(it, hello(client), ready(), client=client)
+        schedule = it.server.run.schedule
+        assert (schedule.samples, schedule.test_samples) == (20, 35)
+
+
 def test_what_one_said_that_left_before_the_start_binds_nobody(tmp_path):
     """Client 0 had other classes, and is gone: those who have begun are let in again, and client 0 once it is right."""
 
@@ -231,6 +244,21 @@ def test_a_run_whose_messages_can_become_too_large_ends_at_the_first_ready(tmp_p
         assert str(error).startswith(told) and str(error).endswith(helps) and "(it carries float32[10, " in str(error)
         assert ("a larger --max-megabytes (up to 65536)" in str(error)) == (limit is not None)
         assert str(it.failures[0]) == f"the server stopped: {error}"
+
+
+@pytest.mark.parametrize(("policy", "refused"), [({}, False), ({"start_clients": 3}, True)], ids=str)
+def test_a_part_has_to_fit_where_a_client_may_come_late(tmp_path, policy, refused):
+    """It travels with the features of another, whatever becomes of stragglers."""
+    spec = built(SMALL, 30).spec
+    sent = [sizes.most_bytes(spec, exchange)[0] for exchange in spec.schedule.step_exchanges(0)]
+    with_part = sent[0] + spec.part_payload().nbytes
+    assert max(sent) < with_part
+    with net(tmp_path, SMALL, **policy) as it:
+        it.kill_server()
+        it.start_server(max_message_bytes=with_part - 1)
+        it.start_client(0)
+        it.loop.run(lambda: "server" in it.failures or it.server.membership.clients[0].ready)
+        assert isinstance(it.failures.pop("server", None), sizes.MessageTooLargeError) == refused
 
 
 def test_a_client_refuses_a_run_that_its_server_did_not(tmp_path, monkeypatch):

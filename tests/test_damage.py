@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from msjax import models, parts
+from msjax.distributed.stores import ClientStore
 from msjax.runs.checkpoints import Checkpoints, DamagedError
 
 TREE = {"w": np.arange(3000, dtype=np.float32), "n": np.arange(7)}
@@ -43,6 +44,16 @@ def test_a_flipped_bit_is_found_and_the_intact_checkpoint_named(saved):
     flip(largest(folder / "10"))
     with pytest.raises(DamagedError, match=r"step 10 is damaged .*: there is no intact one before it"):
         checkpoints.restore(10, TREE)
+
+
+def test_a_client_is_not_told_that_an_older_checkpoint_would_help(tmp_path):
+    store = ClientStore(tmp_path / "checkpoints")
+    store.save(10, TREE)
+    store.wait()
+    flip(largest(tmp_path / "checkpoints" / "10"))
+    with pytest.raises(DamagedError, match=r"step 10 is damaged .*: put .*/10 back from a backup; or give msjax serve"):
+        store.restore(10, TREE)
+    store.close()
 
 
 def test_a_file_that_is_gone_or_of_no_use(saved):

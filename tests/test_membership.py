@@ -76,6 +76,25 @@ def test_those_who_cannot_go_on_from_the_checkpoint_are_let_in_like_dropped_ones
     assert do.StartClient(2, 3, 3, part_from=0) in run.send(0, part=True)
 
 
+def test_those_who_have_the_checkpoint_are_waited_for_where_too_few_of_them_are_here():
+    """A server that was started again, and those come first who cannot go on from the checkpoint."""
+    run = Run(checkpoint=(2, (0,)), stragglers="drop", start_clients=1)
+    (said,) = of(run.come(1), do.Warn)
+    assert said.text == "of those who have the checkpoint too few are here: training waits for clients [0]"
+    assert run.state.active == (0,) and run.stage is Stage.COLLECTING
+    assert of(run.come(0), do.StartClient) == [do.StartClient(0, 2, 2)]
+    run.go_to((2, AVERAGE))
+    assert of(run.log, do.Advance)[-1].clients == (0,)
+
+
+def test_one_that_has_not_come_yet_is_not_waited_for_where_all_go_back():
+    run = Run(start_clients=2)
+    run.come(0), run.come(1)
+    run.go_to((1, FEATURES)).crash(1)
+    assert run.state.active == (0, 1)
+    assert of(run.send(0, 1), do.Advance)[0].clients == (0, 1)
+
+
 # -- Exchanges. ----------------------------------------------------------------------------------------------------
 
 

@@ -137,6 +137,9 @@ def test_training_over_tls_with_tokens_equals_one_program(tmp_path, caplog, monk
     assert "no record of epoch 1 yet: [Errno 28] No space left" in caplog.text
     assert caplog.text.count("safetensors cannot be written: [Errno 28] No space left") == 3
     summary = net.folder.read_summary()
+    again = ServerProgram(net.cfg, ServeOptions(listen="localhost:0"), net.folder)
+    assert again.coordinator._readies._samples == (server.spec.schedule.samples, server.spec.schedule.test_samples)
+    again.close()
     assert len(net.folder.read_history()) == 1
     assert summary["test"] == server.test.means(server.spec.task)
     file = net.folder.path / "server.safetensors"

@@ -204,6 +204,8 @@ def test_first_in_turn_is_dropped_before_it_gives_a_part(tmp_path):
         it.run_to(4)
         assert it.counted("stragglers") == 1 and it.server.membership.active == (1, 2, 3)
         assert {0, 1} <= {step for _, (step, *_) in it.order} and not it.failures
+        # A checkpoint has the part that goes round, or there is none.
+        assert all(part is not None for _, _, part, _ in it.saved["server"].values())
         it.loop.stop("enough")
         it.run()
         assert str(it.failures["server"]) == "enough"

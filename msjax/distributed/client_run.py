@@ -30,7 +30,7 @@ class ClientRun:
         self.party, self._store, self._compression = party, store, compression
         self._initial: Any = party.checkpoint()  # until the server has a checkpoint
         self.generation = 0
-        self.checkpoint_steps = 0
+        self.checkpoint_steps = self._pruned = 0
         self._due, self._due_before = 0, 0  # the steps of the last two checkpoints of this generation
         self.exchange: Exchange | None = None
         """Where it is; None at the end."""
@@ -68,8 +68,9 @@ class ClientRun:
         elif start.step == 0 or party.needs_state(start.step):
             at = "has ended" if start.step == party.schedule.total_steps else f"is at step {start.step}"
             raise Refused(f"the run {at}, of which this client has no checkpoint")
-        # What follows may go another way than it went before, as where a client was dropped.
-        self._without_failing(self._store.drop_after, start.step)
+        # What follows may go another way than it went before, as where a client was dropped; and another's part is not
+        # what this client has kept of the same step.
+        self._without_failing(self._store.drop_after, start.step - bool(start.part))
         self._exchanges = party.exchanges(start.step)
         self._following = next(self._exchanges, None)
         self._brings_part, self._early = False, None
@@ -89,7 +90,7 @@ class ClientRun:
         # No part is handed on before one was returned: not even later, if those whose turn it was were dropped.
         payload = messages.decode(list(answer.payload), spec, optional=exchange.phase == Phase.FETCH_PART)
         self.party.receive(exchange, Message(payload), bytes_per_second=bytes_per_second)
-        self._store.prune(answer.saved_step)
+        self._prune(answer.saved_step)
         if answer.saved_step:  # nobody goes back to the beginning any more
             self._initial = None
         self._brings_part = answer.send_part
@@ -148,6 +149,15 @@ class ClientRun:
         """
         saved = self._store.steps()
         return next((step for step in (self._due, self._due_before) if step in saved), 0)
+
+    def _prune(self, step):
+        if step == self._pruned:
+            return
+        self._pruned = step
+        try:
+            self._store.prune(step)
+        except OSError as error:
+            log.error("checkpoints before step %d cannot be deleted: %s", step, error)
 
     def _without_failing(self, save, *args):
         """Whether the store did it; training goes on without."""

@@ -53,6 +53,8 @@ class Coordinator:
       on_exchange: called after each exchange, once its answers are sent.
       on_end: called after the last, before the clients hear of the end; again where they had to go back from there.
       generation: the first, where it is not drawn.
+      samples: those to train and to test on, as an earlier process of this run has built it; by default they follow
+        from the clients that are ready when training begins.
       first_seconds: that of the membership of an earlier process that served this run: how long compiling takes.
     """
 
@@ -73,13 +75,16 @@ class Coordinator:
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         generation: int | None = None,
+        samples: tuple[int, int] | None = None,
         first_seconds: tuple[tuple[Kinds, float], ...] = (),
     ):
         self.cfg, self.metrics, self.name = cfg, metrics, run
         self._store, self._progress = store, progress
         self._checkpoint_steps, self._compression = checkpoint_steps, compression
-        brings_part = policy.stragglers == "drop"
-        self._readies = Readies(cfg, build, max_message_bytes=max_message_bytes, brings_part=brings_part)
+        # Of a client that comes while the others train.
+        brings_part = policy.stragglers == "drop" or (policy.start_clients or cfg.clients) < cfg.clients
+        sizes_of = {"max_message_bytes": max_message_bytes, "brings_part": brings_part}
+        self._readies = Readies(cfg, build, samples=samples, **sizes_of)
         self._on_exchange, self._on_end, self._clock = on_exchange, on_end, clock
         # Unlike those of another process that served this run.
         generation = secrets.randbits(48) + 1 if generation is None else generation

@@ -22,7 +22,7 @@ from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.options import MOST_SESSIONS
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, caller_of, peer_of
+from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
 from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rates, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
@@ -125,7 +125,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         """Answers what comes next in one text, as often as it is asked."""
         self._authenticate(context)
         try:
-            yield from self._texts.answers(self._held(requests, context), caller_of(context))
+            yield from self._texts.answers(self._held(requests, context), self._admission.caller_of(context))
         except Evicted as error:
             context.abort(grpc.StatusCode.ABORTED, str(error))
         except wire.WireError as error:
@@ -153,7 +153,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
         They come as fast as the caller may ask, over all its streams.
         """
-        caller = caller_of(context)
+        caller = self._admission.caller_of(context)
         stream, ended = self._streams.open(context.cancel, caller)
         rate = self._rates.open(caller)
         self._metrics.evicted.inc(ended)

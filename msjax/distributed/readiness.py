@@ -26,12 +26,22 @@ class Readies:
       build: called for each description that clients give, see `agreement.parse`, and again by `built`.
       max_message_bytes: that the server takes of a message.
       brings_part: whether a client may be asked for its part, which then has to fit into a message, too.
+      samples: those to train and to test on, where the run was built before.
     """
 
-    def __init__(self, cfg: config.Config, build: Build, *, max_message_bytes: int, brings_part: bool):
+    def __init__(
+        self,
+        cfg: config.Config,
+        build: Build,
+        *,
+        max_message_bytes: int,
+        brings_part: bool,
+        samples: tuple[int, int] | None = None,
+    ):
         self._cfg, self._build, self._max_bytes, self._brings_part = cfg, build, max_message_bytes, brings_part
         self._by_client: dict[int, pb.Ready] = {}
-        self._test_samples = 0  # of the run, once it is built
+        self._samples = samples
+        self._test_samples = 0 if samples is None else samples[1]  # of the run, once it is built
         self._agreed: set[str] = set()  # descriptions that are as this server's
 
     def check(self, ready: pb.Ready, others: Iterable[int]) -> None:
@@ -84,13 +94,18 @@ class Readies:
         self._by_client[client] = ready
 
     def built(self, clients: Iterable[int]) -> tuple[RunSpec, Callable[[], PartState]]:
-        """Returns what `build` makes of what these clients have said: all draw as many samples as the least has."""
+        """Returns what `build` makes of what these clients have said: all draw as many samples as the least has.
+
+        A run that was built before keeps its samples, whoever is here now: its steps and epochs follow from them.
+        """
         # Others may have left before the start: what they said binds nobody.
         self._by_client = readies = {client: self._by_client[client] for client in clients}
-        counts = [(ready.samples, client) for client, ready in readies.items()]
-        (samples, least), (most_samples, most) = min(counts), max(counts)
-        if 2 * samples <= most_samples:
-            said = "each client uses only %d samples an epoch, as many as client %d has; client %d has %d"
-            log.warning(said, samples, least, most, most_samples)
-        self._test_samples = min(ready.test_samples for ready in readies.values())
+        if self._samples is None:
+            counts = [(ready.samples, client) for client, ready in readies.items()]
+            (samples, least), (most_samples, most) = min(counts), max(counts)
+            if 2 * samples <= most_samples:
+                said = "each client uses only %d samples an epoch, as many as client %d has; client %d has %d"
+                log.warning(said, samples, least, most, most_samples)
+            self._samples = samples, min(ready.test_samples for ready in readies.values())
+        samples, self._test_samples = self._samples
         return self._build(samples, self._test_samples, agreement.parse(next(iter(readies.values())).description))

@@ -90,9 +90,10 @@ class ServerProgram:
         self.cfg, self.folder = cfg, folder
         self.progress: dict[str, Any] = {}
         self.metrics = self._endpoint.metrics
-        self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._write_counts)
+        self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._before_save)
         self._parts: OwnParts | None = None
-        self._told = self._built_from = None
+        self._built_from = _read_built_from(folder)
+        self._told, self._wrote_built_from = None, False
         self._lacks_part = False  # at the end, where it could not be written yet
         self.coordinator = Coordinator(
             cfg,
@@ -107,6 +108,7 @@ class ServerProgram:
             max_message_bytes=options.max_megabytes << 20,
             on_exchange=self._count,
             on_end=self._save_part,
+            samples=None if self._built_from is None or self._store.latest() is None else self._built_from[:2],
             first_seconds=_read_first_seconds(folder),
         )
         tokens = Tokens(options.tokens)
@@ -129,11 +131,12 @@ class ServerProgram:
         self._on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
     def _build(self, samples, test_samples, description):
-        summary, self._built_from = agreement.summary_of(description), (samples, test_samples, description)
-        parts = self._parts
+        summary, parts = agreement.summary_of(description), self._parts
+        # Once training has begun, a client of other data is to be told so, and changes nothing.
+        began = self.coordinator.run is not None
+        if not began:
+            self._built_from = samples, test_samples, description
         if parts is None or parts.summary != summary:
-            # Once training has begun, a client of other data is to be told so, and changes nothing.
-            began = self.coordinator.run is not None
             parts = OwnParts(self.cfg, summary, () if began else SERVER)
             self._parts = self._parts if began else parts
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
@@ -290,11 +293,17 @@ class ServerProgram:
         except OSError as error:
             log.error("no counts of bytes: %s", error)
 
+    def _before_save(self):
+        """What a later process that goes on from a checkpoint needs beside it."""
+        self._write_counts()
+        if self._built_from is not None and not self._wrote_built_from:
+            write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
+            self._wrote_built_from = True
+
     def _save_end(self):
         """Keeps what `finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
         try:
-            write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
             self._store.save(run.schedule.total_steps, self._store.hold(run.party))
             self._store.wait()
         except OSError as error:
@@ -333,24 +342,21 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
       The names of the files: server.safetensors where it is gone, and summary.json where the server ended before it was
       written. An empty list where nothing is missing, or there is no checkpoint of the end.
     """
-    path, described = folder.path / "server.safetensors", folder.path / _BUILT_FROM
+    path = folder.path / "server.safetensors"
     lacks_part, lacks_summary = not path.exists(), folder.read_summary() is None
-    if not (lacks_part or lacks_summary) or not described.exists():
+    if not (lacks_part or lacks_summary) or (found := _read_built_from(folder)) is None:
         return []
-    try:
-        samples, test_samples, description = json.loads(described.read_text("utf-8"))
-        summary = agreement.summary_of(description)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{described} must be a description of clients, but it is damaged: {error}") from None
-    parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
-    spec = _describe(cfg, parts, samples, test_samples, description)
-    party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
+    samples, test_samples, description = found
+    summary, without_weights = agreement.summary_of(description), build.to_go_on(cfg)
     progress: dict[str, Any] = {}
+    spec = _describe(cfg, OwnParts(without_weights, summary), samples, test_samples, description)
     store = ServerStore(folder.path / "checkpoints", progress)
     try:
         step = store.latest()
         if step != spec.schedule.total_steps:
             return []
+        parts = OwnParts(without_weights, summary, SERVER)
+        party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
         store.restore(step, party)
     finally:
         store.close()
@@ -368,6 +374,23 @@ def _describe(cfg, parts, samples, test_samples, description):
     remote = any(isinstance(part.apply, RemoteApply) for part in parts.shapes[::2])
     options = {"parts": parts.shapes, "client_values": values if remote else None}
     return build.build(cfg, parts.summary, samples=samples, test_samples=test_samples, **options).spec
+
+
+def _read_built_from(folder):
+    """(samples, test samples, description) that an earlier process has built the run from; None where it wrote none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    file = folder.path / _BUILT_FROM
+    if not file.exists():
+        return None
+    try:
+        samples, test_samples, description = json.loads(file.read_text("utf-8"))
+        agreement.summary_of(description)
+        return int(samples), int(test_samples), description
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} must be a description of clients, but it is damaged: {error}") from None
 
 
 def _read_counts(folder):

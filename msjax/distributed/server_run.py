@@ -231,6 +231,8 @@ class ServerRun:
             return
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
+        if relayed and self.party.part_in_transit is None:  # all whose turn it was were dropped: nothing has changed
+            return
         if self._held is not None:
             late = _names(self._held.waits_for)
             self._missed(self._held.step, f"{late} could not save, or not before the next was due")

@@ -286,6 +286,12 @@ class ClientSession:
             sizes.check_sizes(party.spec)  # the server does, too, before it lets anyone start
             self.run = ClientRun(party, self._store, self._compression)
             self.run.checkpoint_steps = self._checkpoint_steps
+        schedule = self.party.schedule
+        if (built := (schedule.samples, schedule.test_samples)) != (start.samples, start.test_samples):
+            raise Refused(
+                f"the server has begun the run anew with {start.samples} samples to train and {start.test_samples} to "
+                f"test on, and this client with {built[0]} and {built[1]}: start it again"
+            )
         self.run.start(start)
 
     def _requests(self):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msjax.runs.checkpoints import Checkpoints
+from msjax.runs.checkpoints import Checkpoints, DamagedError
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Server
 from msjax.split.state import check_constants, digest
@@ -43,8 +43,15 @@ class ClientStore:
         self._checkpoints.wait()
 
     def restore(self, step: int, like: Any) -> Any:
-        """Returns what was saved before a step."""
-        return self._checkpoints.restore(step, like)[0]
+        """Returns what was saved before a step; raises as `Checkpoints.restore` does."""
+        try:
+            return self._checkpoints.restore(step, like)[0]
+        except DamagedError as error:  # an older one does not help: the others go on from this step
+            advice = (
+                f"put {error.path} back from a backup; or give msjax serve --resume the options --policy.stragglers "
+                "drop and --policy.start-clients, so that this client is let in with another's part"
+            )
+            raise DamagedError(error.damage, error.path, advice) from None
 
     def prune(self, saved_step: int) -> None:
         """Deletes what is older than the server's last checkpoint."""

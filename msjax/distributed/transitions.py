@@ -192,10 +192,15 @@ class _Transition:
     def _restored(self, step, able):
         if able is not None and not able:
             raise ValueError("clients must be at least one, got none: nobody has the checkpoint")
-        clients = []
+        clients, can = [], set(range(len(self.state.clients)) if able is None else able)
+        # One that is away and was not waited for, as where it has not come yet, is let in when it comes.
+        goes_on = {c for c in can if (it := self.state.clients[c]).active or (self.state.begun and it.ready)}
+        if able is not None and len(goes_on) < min(self.state.policy.min_clients, len(can)):
+            away = sorted(can - goes_on)
+            self._do(do.Warn(f"of those who have the checkpoint too few are here: training waits for {_listed(away)}"))
+            goes_on = can
         for c, client in enumerate(self.state.clients):
-            # One that had not come when training began comes in later.
-            active = (able is None or c in able) and (client.active or self.state.begun)
+            active = c in goes_on
             # A client that was let in after the checkpoint has to be let in again.
             alive = client.ready and (client.active or client.alive)
             known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}

@@ -70,7 +70,16 @@ def _pass_over_late_reports() -> None:
 
 
 class DamagedError(OSError):
-    """A checkpoint's files are not what was written."""
+    """A checkpoint's files are not what was written.
+
+    Attributes:
+      damage: what is not as it was.
+      path: the checkpoint's folder.
+    """
+
+    def __init__(self, damage: str, path: pathlib.Path, advice: str):
+        super().__init__(f"{damage}: {advice}")
+        self.damage, self.path = damage, path
 
 
 class NotSavedError(OSError):
@@ -233,10 +242,8 @@ class Checkpoints:
             intact = max((s for s in self.steps() if s < step and self._damaged(s) is None), default=None)
             hint = "there is no intact one before it" if intact is None else f"that of step {intact} is intact"
             where = "the beginning" if intact is None else "there"
-            raise DamagedError(
-                f"the checkpoint of step {step} is damaged ({damaged}): {hint}; "
-                f"delete {self._path / str(step)} to go on from {where}"
-            )
+            path, damage = self._path / str(step), f"the checkpoint of step {step} is damaged ({damaged})"
+            raise DamagedError(damage, path, f"{hint}; delete {path} to go on from {where}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         try:

@@ -167,6 +167,14 @@ class Admission:
         self._certificates = Certificates(None) if certificates is None else certificates
         self._wrong = WrongTokens() if wrong_tokens is None else wrong_tokens
 
+    def caller_of(self, context: grpc.ServicerContext) -> str:
+        """Returns what tells one caller from others: its certificate, else its token, else its address.
+
+        Only a token that is checked is one: what a stranger writes in its place would make many callers of one.
+        """
+        token = token_of(context) if self._tokens else ""
+        return Identity.of(context).fingerprint or (f"token {token}" if token else address_of(context.peer()))
+
     def refusal(self, context: grpc.ServicerContext, client: int | None = None) -> Refusal | None:
         """Returns why a call is refused, None where it is let in.
 
@@ -195,12 +203,6 @@ class Admission:
 def token_of(context: grpc.ServicerContext) -> str:
     """Returns the token that a call came with, or an empty one."""
     return dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ")
-
-
-def caller_of(context: grpc.ServicerContext) -> str:
-    """Returns what tells one caller from others: its certificate, else its token, else its address."""
-    token = token_of(context)
-    return Identity.of(context).fingerprint or (f"token {token}" if token else address_of(context.peer()))
 
 
 def peer_of(context: grpc.ServicerContext) -> str:

@@ -227,6 +227,9 @@ class Tokens:
     def __init__(self, path: str | None, clients: int | None = None):
         self._hashes = None if path is None else client_lines("tokens", path, "its token", _hashed, clients)
 
+    def __bool__(self):
+        return self._hashes is not None
+
     def accept(self, client: int, token: str | None) -> bool:
         """Returns whether `token` is that of a client."""
         return self._hashes is None or hmac.compare_digest(self._hashes.get(client, ""), _digest(token))
