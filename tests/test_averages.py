@@ -14,11 +14,11 @@ import msjax
 from msjax import build, compress, data, models, wire
 from msjax.runs import RunFolder
 from msjax.runs.progress import Progress
-from msjax.split import averages, modes, parties
+from msjax.split import averages, fused, modes, parties
 from msjax.split import spec as spec_
 from msjax.split.make_spec import init_part
 from msjax.split.schedule import Phase
-from msjax.split.state import PartState, TrainState
+from msjax.split.state import PartState, TrainState, eval_key, train_key
 from msjax.split.step import PartUpdate
 from msjax.split.traffic import run_traffic
 from msjax.training import from_config, loop, saved
@@ -256,6 +256,24 @@ def test_what_does_not_fit_is_refused():
             built(dataclasses.replace(CFG, **changes), 30)
     with pytest.raises(TypeError, match="update_codec must be a codec"):
         msjax.train(_model(), dataset(), update_codec="TopK")
+
+
+def test_means_over_devices_of_half_precision_are_rounded_once():
+    """Of six clients on three devices; rounded on each device as well, the mean would be 1."""
+    ulp = 2.0**-7
+    weights = jnp.asarray([[1, 1 + ulp], [1, 1 + ulp], [1 + ulp, 1 + ulp]], jnp.bfloat16)
+    parts = PartState({"w": weights}, {}, ())
+    found = jax.vmap(lambda part: fused.average_parts(part, axis_name="device"), axis_name="device")(parts)
+    np.testing.assert_array_equal(found.params["w"], np.full((3, 2), 1 + ulp, jnp.bfloat16))
+    assert found.params["w"].dtype == jnp.bfloat16
+
+
+def test_keys_do_not_depend_on_jaxs_default():
+    """With others what is drawn under `vmap` would depend on how clients are grouped."""
+    expected = [jax.random.key_data(make(3)) for make in (train_key, eval_key)]
+    with jax.default_prng_impl("unsafe_rbg"):
+        found = [jax.random.key_data(make(3)) for make in (train_key, eval_key)]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_client_part_without_arrays():

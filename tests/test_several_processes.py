@@ -125,6 +125,10 @@ def test_errors_are_raised_in_all_processes(trained):
     first, second = (found["errors"] for found in trained[1])
     message = "optim.learning_rate must be the same in all processes, got 0.05 in process 0 and 0.25 in process 1"
     assert first["config"] == second["config"] == f"ValueError: {message}"
+    assert first["data"] == second["data"]
+    assert first["data"].startswith(
+        "ValueError: the data (their hashes; of what is streamed its length) must be the same"
+    )
     message = "clients must be a multiple of 2, the number of processes, got 3"
     assert first["clients"] == second["clients"] == f"ValueError: {message}"
     assert first["together"] == "ValueError: process 1: no data here" and second["together"] == first["first"]

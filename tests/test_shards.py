@@ -15,6 +15,7 @@ from msjax import compress, config, models
 from msjax.runs import RunFolder
 from msjax.split import parties, shards
 from msjax.training import loop, program, saved
+from msjax.training.devices import share_of_process
 
 from . import decoders
 from .helpers import assert_close, assert_same, assert_same_change
@@ -43,6 +44,15 @@ def test_arrays_are_cut_along_their_largest_axis_that_the_devices_divide():
 def test_batches_are_spread_over_clients_then_samples(shape, share):
     """As far as eight devices divide them."""
     assert shards.batch_sharding(shards.mesh_of(), shape).shard_shape((*shape, 5)) == (*share, 5)
+
+
+def test_one_process_reads_the_samples_of_all_clients():
+    """Also where these are fewer than the devices that its server's part is sharded over, or do not divide them."""
+    assert [share_of_process(clients, shards.mesh_of()) for clients in (1, 8, 10)] == [
+        slice(0, 1),
+        slice(0, 8),
+        slice(0, 10),
+    ]
 
 
 CASES = {

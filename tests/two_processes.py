@@ -82,19 +82,19 @@ def result(finished):
     return {name: np.asarray(leaf) for name, leaf in found.items()}
 
 
-def own_model():
+def own_model(shift):
     """A model of functions and arrays, and data for it."""
     rng = np.random.default_rng(3)
     weights = [rng.normal(size=shape).astype(np.float32) / 2 for shape in ((6, 8), (8, 3))]
     client = (lambda params, x: jax.nn.relu(x @ params["w"]), {"w": weights[0]})
     server = (lambda params, h: h @ params["w"], {"w": weights[1]})
-    x = rng.normal(size=(48, 6)).astype(np.float32)
+    x = shift + rng.normal(size=(48, 6)).astype(np.float32)
     return (client, server), data.from_arrays((x[:40], np.arange(40) % 3), (x[40:], np.arange(8) % 3))
 
 
-def train_own(folder, learning_rate=0.05):
+def train_own(folder, learning_rate=0.05, shift=0.0):
     """`msjax.train` as a user calls it."""
-    model, dataset = own_model()
+    model, dataset = own_model(shift)
     options = {"codec": compress.RandK(ratio=0.5), "optimizer": config.OptimConfig(learning_rate=learning_rate)}
     return msjax.train(model, dataset, clients=4, batch_size=5, epochs=2, folder=folder, **options)
 
@@ -134,6 +134,7 @@ def main(port: str, number: str, folder: str) -> None:
 
     found["errors"] = {
         "config": error_of(lambda: loaded(other if number else setups.SMOOTH)),
+        "data": error_of(lambda: train_own(None, shift=float(number))),
         "clients": error_of(lambda: loaded(dataclasses.replace(setups.SMOOTH, clients=3))),
         "together": error_of(lambda: processes.together(lambda: fails_in(1))),
         "first": error_of(lambda: processes.from_first(lambda: fails_in(0))),

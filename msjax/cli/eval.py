@@ -78,6 +78,12 @@ def main(arguments: list[str]) -> int:
     folder.close()
     if found is None:
         raise ValueError(f"the run must have a checkpoint, got {options.run!r} without one")
+    schedule, step = run.spec.schedule, int(found[0].step)
+    if run.spec.mode.own_parts and step and not schedule.mode.averages_after(schedule, step - 1) and cfg.clients > 1:
+        raise ValueError(
+            f"the run must have been stopped where its clients' parts are equal, got {options.run!r}, stopped at step "
+            f"{step} between two averages: msjax train --resume {options.run} first"
+        )
     return _print_result({"run": str(folder.path)}, run, found[0], mesh)
 
 

@@ -120,7 +120,9 @@ def _begin(cfg, name):
         print(f"msjax train: {small}", file=sys.stderr)
     if build.may_be_negative(cfg) and processes.is_first():
         warn_of_lost_signs(run.spec, run.state.client, run.dataset.train, server=run.state.server)
-    return RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path))), run
+    folder = RunFolder(processes.from_first(lambda: str(RunFolder.create(cfg, name).path)))
+    processes.check_shared("out", folder.path, "config.json")
+    return folder, run
 
 
 def _train(folder, cfg, run):

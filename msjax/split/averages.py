@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 from msjax.split import shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
-from msjax.split.state import PartState, changing, split_key
+from msjax.split.state import KEY_IMPL, PartState, changing, split_key
 from msjax.split.step import PartUpdate
 from msjax.split.trees import from_vector, is_float, to_vector
 
@@ -191,7 +191,7 @@ def first_of_all(key: jax.Array, axis_name: str | None) -> jax.Array:
     """Returns the key of the run's first client, given that of the first client of each device."""
     if axis_name is None:
         return key
-    return jax.random.wrap_key_data(jax.lax.all_gather(jax.random.key_data(key), axis_name)[0])
+    return jax.random.wrap_key_data(jax.lax.all_gather(jax.random.key_data(key), axis_name)[0], impl=KEY_IMPL)
 
 
 def answer(spec: RunSpec, means: Vectors, error: Vectors, first_key: jax.Array) -> tuple[Vectors, Vectors, jax.Array]:

@@ -245,7 +245,8 @@ def finish(
         return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name) if is_float(leaf) else leaf, tree)
 
     def mean(total, like):
-        return over_devices(jax.tree.map(lambda leaf, old: _mean(leaf, clients, old.dtype), total, like))
+        wide = over_devices(jax.tree.map(lambda leaf: leaf / clients if is_float(leaf) else leaf, total))
+        return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype) if is_float(leaf) else leaf, wide, like)
 
     def mean_update(total, part, constants):
         return PartUpdate(mean(total.grads, part.params), mean(total.stats, without_constants(part.stats, constants)))
@@ -271,11 +272,6 @@ def finish(
         sent = found.average_bytes.sum(), answer_bytes * clients
         metrics = with_average_bytes(metrics, sent, axis_name)
     return TrainState(client, server, state.step + 1, memory, state.up_bits), metrics
-
-
-def _mean(total, clients, dtype):
-    """A total over clients as their mean; what is not floating is equal at all of them."""
-    return (total / clients).astype(dtype) if is_float(total) else total
 
 
 def _wide(tree):
@@ -308,9 +304,9 @@ def average_parts(client: PartState, *, axis_name: str | None = None, momenta: b
     def average(leaf):
         if not is_float(leaf):
             return leaf
-        value = leaf.mean(0)
+        value = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).mean(0)
         value = value if axis_name is None else jax.lax.pmean(value, axis_name)
-        return jnp.broadcast_to(value, leaf.shape)
+        return jnp.broadcast_to(value.astype(leaf.dtype), leaf.shape)
 
     averaged = jax.tree.map(average, client)
     return averaged if momenta else averaged._replace(opt_state=client.opt_state)

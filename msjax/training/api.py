@@ -276,7 +276,14 @@ def train(
     title = f"{dataset.name} {spec.task.name} {type(codecs.default).__name__}"
     options = (allow_nonfinite, workers, clients_per_group, shard_server)
     run = loaded.LoadedRun(spec, first, dataset, indices, seed, title, *options)
-    loaded.check_processes(run, optimizer=describe_optimizer(optimizer), alpha=alpha)
+    loaded.check_processes(
+        run,
+        optimizer=describe_optimizer(optimizer),
+        alpha=alpha,
+        allow_nonfinite=allow_nonfinite,
+        clients_per_group=clients_per_group,
+        folder=None if folder is None else str(folder),
+    )
     run_folder = (
         None if folder is None else open_folder(folder, run, optimizer, alpha, own_division=division is not None)
     )

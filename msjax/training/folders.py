@@ -22,13 +22,17 @@ def open_folder(
 ) -> RunFolder:
     """Opens or makes the folder of a run, whose optimizer is told from others if it is an `OptimConfig`.
 
-    Where there are several processes, the first one looks at it and makes it.
+    Where there are several processes, the first one looks at it, makes it and locks its checkpoints.
 
     Raises:
-      ValueError: it holds another run's checkpoints, or the path is empty or that of a file.
+      ValueError: it holds another run's checkpoints, which another program may be using, the path is empty or that of
+        a file, or not all processes see the folder.
     """
     processes.from_first(lambda: _make(path, run, optimizer, alpha, own_division))
-    return RunFolder(path)
+    folder = RunFolder(path)
+    processes.check_shared("folder", folder.path, "spec.json")
+    processes.from_first(folder.checkpoints.lock)
+    return folder
 
 
 def _make(path, run, optimizer, alpha, own_division):

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 import msjax
 from msjax import data
+from msjax.data import digests
 from msjax.split import shards
 from msjax.split.spec import RunSpec
 from msjax.split.state import TrainState, digest
@@ -80,6 +81,7 @@ def check_processes(run: LoadedRun, **more: Any) -> None:
     versions = {f"the version of {module.__name__}": module.__version__ for module in (jax, msjax)}
     counts = {"training samples": len(run.dataset.train), "test samples": len(run.dataset.test), "seed": run.seed}
     hashes = {
+        "the data (their hashes; of what is streamed its length)": digests(run.dataset),
         "the division of the data (its hash)": digest(run.client_indices),
         "the first parameters (their hash)": digest(jax.device_get((run.state.client[:2], run.state.server[:2]))),
     }

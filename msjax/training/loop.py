@@ -55,6 +55,10 @@ class Finished(NamedTuple):
     wall_seconds: float
 
 
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""What JAX's errors begin with that are not for another process's end: out of memory, for one."""
+
+
 def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = False) -> Finished:
     """Trains, or goes on training where `folder` has a checkpoint.
 
@@ -72,7 +76,7 @@ def train(run: LoadedRun, folder: RunFolder | None = None, *, quiet: bool = Fals
     try:
         return _Loop(run, folder, quiet or not processes.is_first()).run()
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or str(error).startswith(_OWN_FAULTS):
             raise
         raise processes.lost(error) from error
 

@@ -7,6 +7,7 @@ what it says at once.
 
 import functools
 import json
+import pathlib
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -141,6 +142,20 @@ def together(function: Callable[[], T]) -> T:
         if message:
             raise ValueError(f"process {number}: {message}")
     return found
+
+
+def check_shared(name: str, folder: pathlib.Path, file: str) -> None:
+    """Raises ValueError, in all processes, where one does not see a file that the first has written.
+
+    Args:
+      name: what the folder is called in the error.
+    """
+
+    def see():
+        if not (folder / file).is_file():
+            raise ValueError(f"{name} must be in a folder that all processes share, got {str(folder)!r}, not seen here")
+
+    together(see)
 
 
 def check_same(described: dict[str, Any]) -> None:
