@@ -210,7 +210,7 @@ def load_part(
             f"{path} must have up_bits above 0, at most 64, and only of a client trained with cut_bits, got {up_bits:g}"
         )
     if cfg is not None and preset is not None:
-        cfg = config.with_own(cfg, preset)
+        cfg = config.with_places_of(cfg, preset)
     rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}
     rest["description"] = description
     if model is not None:

@@ -234,7 +234,12 @@ def test_a_preset_names_functions_of_its_own(tmp_path):
     assert config.call_reference("model.name", cfg.model.name, 5) == ("the model for", 5)
     assert config.call_reference("task.name", cfg.task.name, 5).name == "regression"
     assert config.from_json(json.loads(json.dumps(config.to_json(cfg)))) == cfg
-    assert config.without_paths(cfg).model.name == "whole.py:make_model"
+    plain = config.without_paths(cfg)
+    assert plain.model.name == "whole.py:make_model"
+    # Of a run that was changed on the command line the preset says where its functions are, and nothing else.
+    changed = dataclasses.replace(plain, model=dataclasses.replace(plain.model, activation="silu"))
+    assert config.with_places_of(plain, cfg) == dataclasses.replace(cfg, out=plain.out)
+    assert config.with_places_of(changed, cfg).model == dataclasses.replace(cfg.model, activation="silu")
     with pytest.raises(ValueError, match=r"model.name must be a Python file, got 'whole.py', which does not exist"):
         config.resolve("model.name", "whole.py:make_model")
 

@@ -1,5 +1,6 @@
 """Folders of images as data sets."""
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from msjax import build, config, data
+from msjax.cli.options import with_places
 from msjax.data import _images
 
 from .data_helpers import Image, prepare_tiny
@@ -24,6 +26,8 @@ def animals(tmp_path):
             Image.fromarray(rng.integers(0, 256, (8 + i, 12), dtype=np.uint8)).save(folder / f"{i}.PNG")
         (folder / "notes.txt").touch()
         (folder / "._0.png").touch()
+        (folder / ".thumbnails").mkdir()
+        Image.fromarray(rng.integers(0, 256, (8, 12), dtype=np.uint8)).save(folder / ".thumbnails" / "0.png")
     return tmp_path / "animals"
 
 
@@ -77,6 +81,22 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     animals.rename(there / "cifar10")
     assert config.with_own_paths(of("cifar10"), data_dir=str(there), tokenizer=None) == of("cifar10")
     assert not config.is_local_path("cifar10") and config.is_local_path("./cifar10")
+    # One's own folder stays one, whatever it is called.
+    received = config.without_paths(of("/not/here/cifar10"))
+    config.check_received(received)
+    own = config.with_own_paths(received, data_dir=str(there), tokenizer=None)
+    assert build.load_data(own).classes == ("ant", "cat", "dog") and config.without_paths(own) == received
+
+
+def test_a_folder_may_be_where_it_was_or_elsewhere(animals):
+    cfg = config.Config(data=config.DataConfig(str(animals.parent / "." / "animals"), image_size=8))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="./animals"))  # no longer there
+    moved, rest = with_places(cfg, ["--data.name", str(animals), "--epochs", "2"])
+    assert moved.data.name == str(animals) and rest == ["--epochs", "2"]
+    for other in (str(animals / "cat"), "digits"):
+        with pytest.raises(ValueError, match=r"--data.name must be where the file or folder of its data is now, under"):
+            with_places(cfg, ["--data.name", other])
+    assert not config.is_same_name("./digits", "digits") and not config.is_same_name("a.py:f", "b/a.py:f")
 
 
 def test_images_are_turned_and_flattened(tmp_path):

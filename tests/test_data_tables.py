@@ -15,6 +15,7 @@ from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions
 
 from .data_helpers import forbid
+from .network import RUN
 
 pandas = pytest.importorskip("pandas")
 
@@ -68,7 +69,7 @@ def test_labels_of_each_kind(people):
     assert ds.num_classes is None and ds.train_labels.dtype == np.float32 and (len(ds.train), len(ds.test)) == (32, 8)
     grades = data.from_csv(path, label="grade", classes=True, drop="one")
     assert grades.num_classes == 5 and sorted(np.bincount(grades.test_labels)) == [1, 1, 2, 2, 2]  # 8 of 40
-    with pytest.raises(data.DataError, match="column 'rich' must be numbers where classes is False, got 'yes'"):
+    with pytest.raises(data.DataError, match="'rich' must be numbers where classes is False, as for regression, got 'yes'"):
         data.from_csv(path, label="rich", classes=False)
 
 
@@ -206,6 +207,13 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path):
         np.testing.assert_array_equal(program._data.train.inputs, ds.train_inputs)
         found.append(agreement.parse(own.description))
     assert not agreement.differences(*found)  # and they may train together
+    program.session.name = RUN
+    program._load(cfg)
+    (tmp_path / "state1" / "checkpoints" / RUN / "7").mkdir(parents=True)
+    program._load(cfg)
+    frame.iloc[9:].to_csv(tmp_path / "1" / "people.csv", index=False)
+    with pytest.raises(ValueError, match="the data must be those with which this client began the run, as its checkp"):
+        program._load(cfg)
 
 
 def test_parties_with_rows_of_one_table_share_its_format(people, tmp_path):
@@ -332,6 +340,10 @@ def test_errors(people, tmp_path, monkeypatch, unchecked):
         path.write_text(f"a,b\n{rows}\n")
         with pytest.raises(data.DataError, match=f"people.csv cannot be .* 2 fields in line {line}, saw [34]"):
             data.from_csv(path, label="a")
+    path.write_text(",a,b\n0,1,2\n1,2,3\n")  # as pandas writes a frame
+    with pytest.raises(data.DataError, match="every column must have a name, got one without, 'Unnamed: 0'"):
+        data.from_csv(path, label="a", test_share=None)
+    assert data.from_csv(path, label="a", test_share=None, drop=["Unnamed: 0"]).train_inputs.shape == (2, 1)
     path.write_text("a,b,a\n1,2,3\n")
     with pytest.raises(data.DataError, match=r"people.csv must have another name for each column, got 'a' twice"):
         data.from_csv(path, label="a")
@@ -369,6 +381,10 @@ def test_integers_are_classes_where_a_command_classifies(tmp_path):
     found = build_("classification")
     assert found.num_classes == 3 and found.classes == ("1", "2", "3") and set(found.train.labels()) == {0, 1, 2}
     assert build_("regression").num_classes is None
+    path.write_text(path.read_text() + "1.5,?\n2.5,2\n")
+    with pytest.raises(data.DataError, match=r"column 'y' must be numbers .*, as for regression, got '\?' in row 31"):
+        build_("regression")
+    path.write_text("a,y\n" + "".join(f"{n}.5,{n % 3 + 1}\n" for n in range(30)))
     path = path.rename(tmp_path / "T.CSV")
     assert build.load_data(config.Config(data=config.DataConfig(str(path), label="y"))).classes == ("1", "2", "3")
     named = config.DataConfig(str(path), label="y", classes=("0", "1", "2", "3"))

@@ -193,7 +193,8 @@ def test_one_input_without_an_axis_of_inputs(tmp_path):
 
 
 def test_texts_become_the_words_that_were_trained_on(tmp_path):
-    (tmp_path / "x.txt").write_text("\ufeffGood  movie\na good one\n")  # with the mark that some editors write
+    # With the mark that some editors write, and what is a line's end to Unicode alone.
+    (tmp_path / "x.txt").write_text("\ufeffGood \u2028 movie\na good one\n")
     like = jax.ShapeDtypeStruct((4,), np.dtype("int32"))
     found = data.read_inputs(tmp_path / "x.txt", like=like, is_text=True, vocabulary=100)
     words = found.fetch(0, 2)

@@ -36,8 +36,8 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         )
     if config.is_local_path(cfg.data.name):
         options = _path_options(cfg.data)
-        if cfg.data.name.lower().endswith(".csv") and cfg.task.name == "classification":
-            options.setdefault("classes", "integers")
+        if cfg.data.name.lower().endswith(".csv") and cfg.task.name in _CLASSES_OF_TABLES:
+            options.setdefault("classes", _CLASSES_OF_TABLES[cfg.task.name])
         found = data.as_dataset(pathlib.Path(cfg.data.name), **options)
         _check_gaps(cfg, found)
         return found
@@ -60,6 +60,8 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         ) from None
 
 
+_CLASSES_OF_TABLES = {"classification": "integers", "regression": False}
+"""By task, which labels of a table are numbered as classes; see `data.from_csv`."""
 _MOST_GAPS = 10
 """As many times the classes as there are different labels are a mistake, such as the numbers of users."""
 

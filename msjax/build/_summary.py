@@ -59,6 +59,17 @@ class DataSummary(NamedTuple):
         mean, std = (np.asarray(cfg.mean) - own_mean) / own_std, np.asarray(cfg.std) / own_std
         return self._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
+    def check_trained(self, trained: "DataSummary") -> None:
+        """Raises ValueError where data to test on are read otherwise than those that a part was trained on."""
+        for name in ("inputs", "num_classes", "classes", "columns"):
+            mine, theirs = getattr(self, name), getattr(trained, name)
+            if mine != theirs and (name != "classes" or None not in (mine, theirs)):
+                shown = ("", "") if name == "columns" else (f" {theirs}", f", got {mine}")
+                raise ValueError(
+                    f"the data must have the {name.replace('_', ' ')} of those that the part was trained on{shown[0]}, "
+                    f"which say what its inputs and outputs mean{shown[1]}: give the same data to train on"
+                )
+
     def normalize(self, inputs: Any) -> Any:
         """Returns a batch of inputs, as the data set stores them, as a network takes them: in float32 where they are.
 

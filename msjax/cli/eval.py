@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import pathlib
 import sys
 
 from msjax import build, config
@@ -62,6 +63,11 @@ def main(arguments: list[str]) -> int:
             f"the run must be one of msjax train, got {options.run!r} of msjax serve, whose clients have their parts: "
             f"serve its own with msjax serve --part {folder.path / 'server.safetensors'}, and test a client's with "
             "msjax eval CLIENT.safetensors --server HOST:PORT"
+        )
+    if options.data_dir and (config.is_local_path(cfg.data.name) or pathlib.Path(cfg.data.name).is_absolute()):
+        raise ValueError(
+            f"data_dir must not be given for a file or folder of one's own, {cfg.data.name!r}: if it has moved, say so "
+            f"with msjax train --resume {options.run} --data.name PATH"
         )
     if options.data_dir:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))

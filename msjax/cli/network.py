@@ -159,6 +159,7 @@ def _evaluate(trained, remote, options):
     cfg = config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer)
     ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
     build.check_tokenizer(ds.tokenizer, trained.summary.tokenizer)
+    build.DataSummary.of(ds).normalized_as(cfg.data).check_trained(trained.summary)
     spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)

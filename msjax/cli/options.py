@@ -93,8 +93,9 @@ def with_places(cfg: config.Config, arguments: list[str]) -> tuple[config.Config
         section, field = option.removeprefix("--").replace("-", "_").split(".")
         old = getattr(cfg, section)
         new = dataclasses.replace(cfg, **{section: dataclasses.replace(old, **{field: value})})
-        if config.without_paths(new) != config.without_paths(cfg):
-            before = getattr(old, field)
+        before = getattr(old, field)
+        moved = option == "--data.name" and config.is_same_name(before, value)
+        if not moved and config.without_paths(new) != config.without_paths(cfg):
             raise ValueError(
                 f"{option} must be where {_PLACES[option]} is now, under the name of {before!r}, got {value!r}"
             )

@@ -128,6 +128,7 @@ def _read(pair: Pair, path: str) -> data.Inputs:
         is_text=isinstance(summary.tokenizer, int),
         vocabulary=cfg.data.vocabulary,
         set_name=cfg.data.name,
+        streamed=cfg.data.streamed,
     )
 
 

@@ -83,7 +83,7 @@ class EntropyMask(VectorCodec):
     Corners: all zeros decode to zeros. NaN and Inf are outliers, but unsigned −Inf is a negative value; where more than
     k values are outliers and any value is not finite, everything decodes to NaN. The step is at least the largest value
     / 32768, stochastic / 2048: values that are so much smaller than that all decode to zero, or at random to a step,
-    whatever the target.
+    whatever the target. Values above 2¹²⁵, 4·10³⁷, may be cut down to less, as their step cannot be larger.
 
     Bias: "nearest" is biased, though by its conditional means not in the sum. "stochastic" is unbiased while there are
     no more than k outliers; its variance is at most step²/4 a value. A target beyond what `levels` and `ratio` allow is

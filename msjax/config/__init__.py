@@ -11,11 +11,13 @@ from msjax.config._references import (
     check_own,
     check_received,
     is_local_path,
+    is_same_name,
     passed_over,
     references,
     resolve,
     with_own,
     with_own_paths,
+    with_places_of,
     without_paths,
 )
 from msjax.config._sections import (
@@ -50,6 +52,7 @@ __all__ = [
     "from_json",
     "is_local_path",
     "is_reference",
+    "is_same_name",
     "load",
     "load_preset",
     "named",
@@ -62,5 +65,6 @@ __all__ = [
     "to_text",
     "with_own",
     "with_own_paths",
+    "with_places_of",
     "without_paths",
 ]

@@ -105,7 +105,12 @@ def check_used(config: Any, preset: Any = None) -> None:
         "optim.nesterov": ("optim.momentum", config.optim.momentum > 0),
         **{f"lora.{own}": ("lora.rank", config.lora.rank is not None) for own in ("alpha", "targets", "dropout")},
         "task.ignore": ("task.name", config.task.name not in ("classification", "multi_label", "regression")),
-        "data.image_size": ("data.name", not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer"),
+        "data.image_size": (
+            "data.name",
+            not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer" and not is_reference(config.data.name),
+        ),
+        "data.drop": ("data.name", not is_reference(config.data.name)),
+        "data.test_share": ("data.name", not is_reference(config.data.name)),
         "data.normalize": ("data.name", name.endswith(".npz")),
         "data.label": ("data.name", name.endswith(".csv")),
     }

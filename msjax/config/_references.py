@@ -20,6 +20,8 @@ _PLACES = (
     "model.decoder",
 )
 """What each party may have elsewhere, or read in another way; shapes are compared when they meet."""
+_FILES = ("data.name", "data.test", "data.tokenizer", "model.weights")
+"""What is called by its last name where a config comes `without_paths`."""
 _DIVISION = ("data.alpha", "data.test_share")
 """What says which samples are whose, where all parties have the same data."""
 
@@ -31,7 +33,7 @@ def without_paths(config: Config) -> Config:
     part of what a run is.
     """
     name = config.data.name
-    name = _last(name) if _leads_out(name) or is_local_path(name) else name  # this machine need not have it
+    name = _named(name) if _leads_out(name) or is_local_path(name) else name  # this machine need not have it
     files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
     plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, workers=None, name=name, **files)
     weights = _last(config.model.weights)
@@ -65,6 +67,18 @@ def _leads_out(path):
 
 def _last(path):
     return path and os.path.basename(os.path.normpath(path))
+
+
+def _named(path):
+    """The last name of a file or folder of data; with ./ where it would be taken for a set that is known."""
+    last = _last(path)
+    return f"./{last}" if data.is_known(last) else last
+
+
+def is_same_name(path: str, other: str) -> bool:
+    """Whether two paths of data have one last name, and so may be of one file or folder that was moved."""
+    names = (path, other)
+    return not any(is_reference(name) or data.is_known(name) for name in names) and _last(path) == _last(other)
 
 
 def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | None) -> Config:
@@ -117,6 +131,23 @@ def references(config: Config) -> dict[str, str]:
 def with_own(config: Config, own: Config) -> Config:
     """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
     return dataclasses.replace(config, **{section: getattr(own, section) for section in _OWN_SECTIONS})
+
+
+def with_places_of(config: Config, own: Config) -> Config:
+    """Returns a config that came `without_paths` with where files and functions of presets are, as another has it.
+
+    All else stays as it is: the other may be a preset, of which the run had changed some fields.
+    """
+    for name in (*REFERENCES, *_FILES):
+        section, _, field = name.partition(".")
+        value, other = (operator.attrgetter(name)(each) for each in (config, own))
+        if value is None or other is None or is_reference(value) != is_reference(other):
+            continue
+        if is_reference(value) or _last(value) == _last(other):
+            changed = dataclasses.replace(getattr(config, section), **{field: other})
+            config = dataclasses.replace(config, **{section: changed})
+    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
 
 
 def check_own(config: Config, own: Config, *, divided: bool) -> None:

@@ -103,7 +103,7 @@ def _holds_classes(folder: Path) -> bool:
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: sorted(f for f in p.rglob("*") if is_image(f)) for p in folders}
+    found = {p.name: images_in(p) for p in folders}
     found = {name: files for name, files in found.items() if files}
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
@@ -115,6 +115,12 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
     files = [file for name in classes for file in found.get(name, ())]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found.get(name, ())) for name in classes])
     return classes, files, labels
+
+
+def images_in(folder: Path) -> list[Path]:
+    """All images in a folder, however deep, in order; what lies in hidden folders, as thumbnails do, is passed over."""
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)  # noqa: E731
+    return sorted(file for file in folder.rglob("*") if is_image(file) and not hidden(file))
 
 
 def is_image(file: Path) -> bool:

@@ -16,10 +16,11 @@ from msjax.data._convert import convert_inputs
 from msjax.data._csv import read_frame
 from msjax.data._dataset import Tree
 from msjax.data._error import DataError
-from msjax.data._folder import SUFFIXES, is_image
+from msjax.data._folder import SUFFIXES, images_in
 from msjax.data._registry import is_streamed
 from msjax.data._stream import test_resize
 from msjax.data._table import TableFormat
+from msjax.data._text_sources import lines_of
 
 
 class Inputs(NamedTuple):
@@ -42,6 +43,7 @@ def read_inputs(
     is_text: bool = False,
     vocabulary: int = _records.VOCABULARY,
     set_name: str = "",
+    streamed: bool | None = None,
 ) -> Inputs:
     """Find inputs in a file or folder, and make of them what a data set would that they came with.
 
@@ -56,7 +58,8 @@ def read_inputs(
         columns: of a table, how its columns became inputs.
         is_text: whether inputs are texts that `load` split into words.
         vocabulary: of texts, as of `load`.
-        set_name: of the data set, by which a streamed one's images are cropped otherwise.
+        set_name: of the data set, by which it is known whether its images were streamed, and so cropped otherwise.
+        streamed: whether they were, where that was chosen.
 
     Raises:
         DataError: there is no such file, or nothing in it that is such an input.
@@ -70,11 +73,11 @@ def read_inputs(
     if path.is_dir() or kind in SUFFIXES:
         if not is_pixels:
             raise DataError(f"{path} must hold inputs such as the network takes, {_shown(like)}, got images")
-        return _from_images(path, like, set_name)
+        return _from_images(path, like, is_streamed(set_name) if streamed is None else streamed)
     if kind == ".npz":
         return _of_array(path, _from_npz(path, like, columns))
     if is_text and kind == ".txt":
-        lines = path.read_text("utf-8-sig", errors="replace").splitlines()
+        lines = lines_of(path.read_text("utf-8-sig", errors="replace"))
         return _of_array(path, _records.tokens(_words.word_hashes(lines), like.shape[0], vocabulary))
     if kind == ".csv" and not is_text and not is_pixels:
         if columns is None:
@@ -101,13 +104,12 @@ def _of_array(path: Path, array: np.ndarray) -> Inputs:
     return Inputs([f"{path}:{row}" for row in range(1, len(array) + 1)], lambda lo, hi: array[lo:hi])
 
 
-def _from_images(path: Path, like: jax.ShapeDtypeStruct, set_name: str) -> Inputs:
+def _from_images(path: Path, like: jax.ShapeDtypeStruct, streamed: bool) -> Inputs:
     """One image, or all in a folder."""
     height, width, channels = like.shape
-    files = sorted(file for file in path.rglob("*") if is_image(file)) if path.is_dir() else [path]
+    files = images_in(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} must hold images ({', '.join(SUFFIXES)}), and has none")
-    streamed = is_streamed(set_name)
 
     def read(file: Path) -> np.ndarray:
         with _images.decoding(f"image {file}"):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from msjax.data._error import DataError
 
 _log = logging.getLogger("msjax")
 
+_NAMELESS = re.compile(r"Unnamed: \d+")  # as pandas calls them
 _FEW_CODES = 10
 """Of so many different numbers among texts, none is warned of: they may be codes."""
 Classes = bool | Literal["integers"] | Sequence[str] | None
@@ -65,6 +67,11 @@ class TableFormat:
         if are_classes(frame[label], classes, most_texts):
             found = check_classes(classes) if are_named(classes) else _found_classes(frame[label])
         columns = [name for name in frame if name != label and name not in drop]
+        if nameless := [name for name in columns if not str(name).strip() or _NAMELESS.fullmatch(str(name))]:
+            raise DataError(
+                f"every column must have a name, got one without, {nameless[0]!r}, such as the numbers of rows that "
+                f"pandas writes: leave it out by drop, or name it"
+            )
         if not columns:
             raise DataError(f"the table must have columns beside {label!r}, got none")
         return cls(label, found, tuple(_measure_column(frame[name], missing, most_texts) for name in columns))
@@ -219,7 +226,12 @@ def are_classes(labels: Any, classes: Classes, most: int = MOST_TEXTS) -> bool:
     if classes == "integers":
         return not numeric or (types.is_integer_dtype(labels) and labels.nunique() <= most)
     if classes is False and not numeric:
-        raise DataError(f"column {labels.name!r} must be numbers where classes is False, got {labels.iloc[0]!r}")
+        wrong = np.array([isinstance(value, bool) or is_no_value(str(value)) for value in labels])
+        at = _first(labels, wrong) if wrong.any() else 0
+        raise DataError(
+            f"column {labels.name!r} must be numbers where classes is False, as for regression, got "
+            f"{labels.iloc[at]!r} in {_row(labels, at)}"
+        )
     return not numeric if classes is None else classes
 
 

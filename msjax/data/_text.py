@@ -14,7 +14,7 @@ from msjax.data import _cache
 from msjax.data._check import check
 from msjax.data._dataset import Arrays, Dataset
 from msjax.data._error import DataError
-from msjax.data._text_sources import Items, described, each, texts_of
+from msjax.data._text_sources import Items, described, each, lines_of, texts_of
 
 _TOGETHER = 1 << 20  # characters that are tokenized at a time, or one text that is longer
 
@@ -118,7 +118,7 @@ def read_texts(
     texts = texts_of("inputs", path, column)
     rows, lines = texts.rows if isinstance(texts, Items) else None, list(each(texts))
     if Path(path).suffix.lower() == ".txt":
-        lines = lines[0].splitlines()
+        lines = lines_of(lines[0])
     numbered = zip(rows or range(1, len(lines) + 1), lines, strict=True)
     kept = [(f"{path}:{row}", line) for row, line in numbered if line.strip()]
     if not kept:

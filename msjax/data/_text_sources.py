@@ -99,6 +99,12 @@ class Items(Sequence[str]):
         return item
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that `read_text` has read; other separators than line feeds are part of them."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def each(texts: Sequence[str]) -> Iterator[str]:
     """In order; some that have a length do not say where they end."""
     return (texts[i] for i in range(len(texts)))

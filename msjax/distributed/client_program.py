@@ -1,6 +1,7 @@
 """A client of a run as a program: its data, its part of the model, and its files in a folder of its own."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 import time
@@ -8,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from msjax import build, config, models
+from msjax import build, config, data, models
 from msjax.distributed import agreement, drive
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
@@ -128,6 +129,7 @@ class ClientProgram:
             )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         self._check_tokenizer(ds.tokenizer)
+        self._check_data(data.digests(ds))
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
@@ -155,6 +157,22 @@ class ClientProgram:
         if tokenizer is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, f"{tokenizer}\n")
+
+    def _check_data(self, digests):
+        """Raises where this client's checkpoints are of other data, and writes down which these are.
+
+        What inputs and classes mean follows from the data, and which of them are set aside to test on.
+        """
+        folder = self._options.folder() / "checkpoints"
+        file, found = folder / f"{self.session.name}.data", json.dumps(digests)
+        goes_on = file.exists() and any((folder / self.session.name).glob("[0-9]*"))
+        if goes_on and file.read_text("utf-8").strip() != found:
+            raise ValueError(
+                f"the data must be those with which this client began the run, as its checkpoints in {folder} are of "
+                "these: the files were changed, or are others"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, f"{found}\n")
 
     def _describe(self, samples, test_samples):
         counts = {"samples": samples, "test_samples": test_samples}
