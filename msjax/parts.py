@@ -248,6 +248,16 @@ class _NamedApply:
     apply: Callable[..., Any]
     takes: Callable[[], Any] = dataclasses.field(compare=False)
 
+    @property
+    def constants(self) -> frozenset[str]:
+        """See `models.constants_of`."""
+        return models.constants_of(self.apply)
+
+    @property
+    def draws_by_place(self) -> bool:
+        """See `models.ModelPart`."""
+        return getattr(self.apply, "draws_by_place", False)
+
     def __call__(self, params, stats, x, *, train, key=None):
         try:
             return self.apply(params, stats, x, train=train, key=key)

@@ -45,6 +45,14 @@ def test_the_aim_meets_the_budget():
     assert spec.grad_codec.default.bits == 1.5 and spec.grad_codec.default.error == 0.3
 
 
+def test_a_short_batch_moves_the_aim_by_its_share():
+    """The last of an epoch, just before the test: its headers would be most of it."""
+    spec = built(dataclasses.replace(CFG, cut_bits=3.0), 30).spec
+    aim, values = jnp.full(1, 1.5), spec.feature_payload(1).float_values
+    moved = [float((budget.next_up_bits(spec, aim, aim * 0 + 4.0 * n * values / 8, n) - aim)[0]) for n in (10, 1)]
+    np.testing.assert_allclose(moved, [-0.2, -0.02], rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "spread"),

@@ -315,6 +315,8 @@ def test_a_clients_pace_begins_anew_where_it_goes_back():
         program._tell(first)
         paces.append(program._pace)
     assert paces[0] is paces[1] is not paces[2]
+    program._tell(first._replace(step=4))  # the steps between were others', as in turns
+    assert program._pace._steps == 4
 
 
 # -- The session around it. ----------------------------------------------------------------------------------------

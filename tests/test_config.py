@@ -5,9 +5,11 @@ import functools
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from msjax import build, compress, config, data, models, references
+from msjax.build._data import check_classes
 from msjax.training import from_config
 
 PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -40,6 +42,15 @@ def test_fields_reach_what_they_are_of(tmp_path):
     assert build.make_task(cfg, summary).loss.label_smoothing == 0.2
     with pytest.raises(ValueError, match=r"optim\.label_smoothing must be 0 for task\.name='regression', got 0\.2"):
         build.make_task(dataclasses.replace(cfg, task=config.TaskConfig("regression")), summary)
+    (tmp_path / "task.py").write_text("")
+    with pytest.raises(
+        ValueError, match=r"optim\.label_smoothing must be 0 for task\.name='.*task\.py:make', got 0\.2"
+    ):
+        build.make_task(dataclasses.replace(cfg, task=config.TaskConfig(f"{tmp_path}/task.py:make")), summary)
+    pixels = config.Config(task=config.TaskConfig("segmentation"))
+    with pytest.raises(ValueError, match=r"data\.classes must name the classes for task\.name='segmentation'"):
+        build.make_task(pixels, summary._replace(num_classes=None))
+    check_classes(dataclasses.replace(pixels, data=config.DataConfig("masks.npz", classes=("road", "sky"))))
     assert from_config.load_run(dataclasses.replace(cfg, shard_server=True)).shard_server
     assert not from_config.load_run(cfg).shard_server
 
@@ -335,6 +346,57 @@ def test_what_a_run_sets_of_data_model_and_task_is_in_each_partys_own_preset():
     deeper = dataclasses.replace(given, model=dataclasses.replace(given.model, activation="gelu"))
     with pytest.raises(ValueError, match=r"model\.activation must be .* got 'gelu' there and 'relu' in the preset"):
         config.check_own(deeper, given, divided=False)
+
+
+def test_what_a_preset_sets_may_be_used_with_what_is_typed():
+    """And what it uses need not be used with that; what neither uses is refused."""
+    preset = config.Config(lora=config.LoraConfig(alpha=32.0))
+    config.check_used(dataclasses.replace(preset, lora=config.LoraConfig(rank=8, alpha=32.0)), preset)
+    with pytest.raises(ValueError, match=r"lora\.alpha must be 16\.0, its default, with lora\.rank=None"):
+        config.check_used(preset, preset)
+    steps = config.Config(optim=config.OptimConfig(schedule="steps", milestones=(3,), gamma=0.5))
+    cosine = dataclasses.replace(steps, optim=dataclasses.replace(steps.optim, schedule="cosine"))
+    config.check_used(cosine, steps)
+    with pytest.raises(ValueError, match=r"optim\.milestones must be \(\), its default"):
+        config.check_used(cosine)
+
+
+OWN_MODEL = """
+import jax.numpy as jnp
+
+
+def apply(params, x):
+    return x @ params["w"]
+
+
+def make_model():
+    return (apply, {"w": jnp.eye(4)}), (apply, {"w": jnp.eye(4)})
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("model", {"activation": "gelu"}, r"model\.activation must be 'relu' for model\.name='.*', got 'gelu'"),
+        ("model", {"weights": "w.pt"}, r"model\.weights must be None for model\.name='.*', got 'w\.pt'"),
+        ("model", {"cut_before_activation": True}, r"model\.cut_before_activation must be False for model\.name="),
+        ("lora", {"rank": 4}, r"lora\.rank must be None for model\.name='.*', got 4"),
+        ("model", {"cut": 1}, r"model\.cut must not be given where .*:make_model returns the parts, got 1"),
+        ("mode", {"tail_cut": "last"}, r"mode\.tail_cut must be None where .*:make_model returns no tail, got 'last'"),
+    ],
+    ids=str,
+)
+def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, message, tmp_path):
+    """Labels would leave a client whose user had asked for a U-shaped network."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_MODEL)
+    cfg = config.Config(model=config.ModelConfig(f"{file}:make_model"))
+    summary = build.DataSummary.of(data.from_arrays((np.ones((6, 4)), np.arange(6) % 4)))
+    assert len(build.make_parts(cfg, summary)) == 2
+    with pytest.raises(ValueError, match=message):
+        build.make_parts(
+            dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **changes)}), summary
+        )
 
 
 def test_what_only_decoders_read_is_refused_elsewhere():

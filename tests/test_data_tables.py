@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from msjax import build, config, data
-from msjax.distributed import agreement
+from msjax.distributed import agreement, client_program
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions
 
@@ -69,7 +69,7 @@ def test_labels_of_each_kind(people):
     assert ds.num_classes is None and ds.train_labels.dtype == np.float32 and (len(ds.train), len(ds.test)) == (32, 8)
     grades = data.from_csv(path, label="grade", classes=True, drop="one")
     assert grades.num_classes == 5 and sorted(np.bincount(grades.test_labels)) == [1, 1, 2, 2, 2]  # 8 of 40
-    with pytest.raises(data.DataError, match="'rich' must be numbers where classes is False, as for regression, got 'yes'"):
+    with pytest.raises(data.DataError, match=r"'rich' must be numbers .* is False, as for regression, got 'yes' in"):
         data.from_csv(path, label="rich", classes=False)
 
 
@@ -189,7 +189,7 @@ def test_a_config_says_what_becomes_of_missing_values(people, tmp_path):
         data.as_dataset(tmp_path / "folder", missing="median")
 
 
-def test_clients_with_own_data_use_all_of_it(people, tmp_path):
+def test_clients_with_own_data_use_all_of_it(people, tmp_path, monkeypatch):
     """Each its own file of the same name, of which none is a share of the other's."""
     _, frame = people
     cfg = config.Config(
@@ -207,8 +207,11 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path):
         np.testing.assert_array_equal(program._data.train.inputs, ds.train_inputs)
         found.append(agreement.parse(own.description))
     assert not agreement.differences(*found)  # and they may train together
+    checked = []
+    monkeypatch.setattr(client_program, "check_labels", lambda spec, ds: checked.append((spec.task.name, ds.name)))
     program.session.name = RUN
     program._load(cfg)
+    assert checked == [("classification", "people.csv")]
     (tmp_path / "state1" / "checkpoints" / RUN / "7").mkdir(parents=True)
     program._load(cfg)
     frame.iloc[9:].to_csv(tmp_path / "1" / "people.csv", index=False)

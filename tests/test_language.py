@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,21 @@ def test_a_config_keeps_what_the_folder_says(folder):
     assert build.resolved(dataclasses.replace(cfg, model=named)).model.decoder == cfg.model.decoder
     other = config.Config()
     assert build.resolved(other) is other
+
+
+def test_what_is_not_computed_makes_no_other_network(folder):
+    """More tokens that end a text; and of Qwen 2 a field that says nothing there."""
+    cfg = build.resolved(config_of(folder))
+    found = []
+    for ends in (2, [2, 7]):
+        text = json.dumps(decoders.CONFIGS["llama 3"] | {"eos_token_id": ends})
+        found.append(build.identity(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, decoder=text))))
+    assert found[0] == found[1]
+    shutil.rmtree(folder)
+    folder = make_folder(folder, "qwen 2.5", repeats=40)
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"attention_bias": True}))
+    options.check_early(config_of(folder))
 
 
 def test_a_run_learns_predicts_and_is_written_for_transformers(folder, tmp_path, capsys):

@@ -14,6 +14,7 @@ import safetensors.numpy
 from msjax import data, models, tasks
 from msjax import train as train_model
 from msjax.compress import Identity
+from msjax.parts import _NamedApply
 
 from . import decoders
 
@@ -163,6 +164,15 @@ def test_clients_average_the_adapters_alone(tail_cut, folder):
 def test_what_is_no_adapter_is_one_error(options, message):
     with pytest.raises(ValueError, match=message):
         models.LoRA(**options)
+
+
+def test_a_part_that_was_read_says_what_never_changes(folder):
+    """So that it can be trained on."""
+    network = model(length=12)
+    client, *_ = models.split(network, 1, weights=models.load_weights(folder, network))
+    read = _NamedApply("client", client.apply, None)
+    assert models.constants_of(read) == models.constants_of(client.apply) != frozenset()
+    assert read.draws_by_place
 
 
 def test_targets_may_come_in_a_list():

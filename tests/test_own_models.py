@@ -368,6 +368,8 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"seed": -1}, "seed must be an integer in 0..4294967295, got -1"),
         (TWO, {"seed": 2**32}, "seed must be an integer in 0..4294967295, got 4294967296"),
         (TWO, {"optimizer": config.OptimConfig(gamma=-1.0)}, "optim.gamma must be above 0, got -1.0"),
+        (TWO, {"optimizer": config.OptimConfig(milestones=(3,))}, r"optim.milestones must be \(\), its default"),
+        (TWO, {"optimizer": config.OptimConfig(label_smoothing=0.1)}, "label_smoothing of the optimizer must be 0"),
         (TWO, {"alpha": "a"}, "alpha must be a number above 0, or None, got 'a'"),
         (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
         ((ONE := Narrow(), ONE), {}, "model must have weights of its own in each part, got .* in two of them"),

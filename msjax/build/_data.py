@@ -82,7 +82,7 @@ def check_classes(cfg: config.Config) -> None:
     """Raises ValueError where names of classes are given for what has none; what is in a folder is not looked at."""
     if not cfg.data.classes:
         return
-    if cfg.task.name != "classification" and not config.is_reference(cfg.task.name):
+    if cfg.task.name not in ("classification", "segmentation") and not config.is_reference(cfg.task.name):
         raise _classes_error(cfg, f"task.name={cfg.task.name!r}")
     name = cfg.data.name
     if config.is_reference(name) or data.is_known(name) or name.lower().endswith(data.TEXT_SUFFIXES):

@@ -36,10 +36,18 @@ def make_parts(
       ValueError: a field of the config has a value that does not fit.
     """
     if config.is_reference(cfg.model.name):
+        _check_own_model(cfg)
         made = config.call_reference("model.name", cfg.model.name, summary)
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
-        parts = models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
+        if isinstance(made, tuple) and cut is not None:
+            raise ValueError(f"model.cut must not be given where {cfg.model.name} returns the parts, got {cut}")
+        parts = models.as_parts(made, x, cut=cut, seed=cfg.seed)
+        if cfg.tail_cut is not None and len(parts) < 3:
+            raise ValueError(
+                f"mode.tail_cut must be None where {cfg.model.name} returns no tail, got {cfg.tail_cut!r}: a U-shaped "
+                "network of one's own is three parts"
+            )
         named = zip(models.PARTS, parts, strict=False)
         return tuple(part if name in own else part.shapes() for name, part in named)
     before = cfg.model.cut_before_activation
@@ -71,6 +79,16 @@ def _open_weights(weights, model):
 def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
     """Builds one of msjax's own models, whole; raises ValueError as `make_parts` does."""
     return _model(cfg, summary.input_shape, _num_outputs(cfg, summary))
+
+
+def _check_own_model(cfg):
+    """Raises ValueError for fields that say what a model of msjax's is, which one of one's own does not see."""
+    for name in (*_NOT_OF_DECODERS, *_OF_DECODERS, "cut_before_activation", "weights"):
+        value, default = getattr(cfg.model, name), getattr(config.ModelConfig, name)
+        if value != default:
+            raise ValueError(f"model.{name} must be {default!r} for model.name={cfg.model.name!r}, got {value!r}")
+    if cfg.lora.rank is not None:
+        raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
 
 
 def _model(cfg, input_shape, num_outputs):
@@ -135,6 +153,7 @@ def _named_as_in_config():
 def check_model(cfg: config.Config) -> None:
     """Raises ValueError for a model or a cut that there is not, whatever the data are; not of a model of one's own."""
     if config.is_reference(cfg.model.name):
+        _check_own_model(cfg)
         return
     # Which layers there are does not depend on the shape.
     shape = (cfg.data.text_length,) if takes_tokens(cfg) else (_ANY_SIDE, _ANY_SIDE, 3)
@@ -162,7 +181,8 @@ def check_weights(cfg: config.Config) -> None:
 def _check_beside_weights(described, path):
     """Raises ValueError where the weights' own config.json says that something else is computed."""
     try:
-        found = models.DecoderConfig.load(path)
+        # As it would be kept: without what says nothing of this family.
+        found = models.DecoderConfig.from_json(models.DecoderConfig.load(path).to_json())
     except ValueError:
         return  # the weights are without one, or with one of a kind that `model.decoder` takes the place of
     for field in dataclasses.fields(found):
@@ -191,7 +211,10 @@ def identity(cfg: config.Config) -> dict[str, str]:
     if cfg.model.weights is not None:
         found["weights"] = models.weights_digest(expand("model.weights", cfg.model.weights))
     if cfg.model.name == models.DECODER:
-        described = json.dumps(decoder_config(cfg).to_json(), sort_keys=True)
+        tree = decoder_config(cfg).to_json()
+        if isinstance(ends := tree["eos_token_id"], tuple):  # nothing is computed with them
+            tree["eos_token_id"] = ends[0]
+        described = json.dumps(tree, sort_keys=True)
         found["decoder"] = f"sha256:{hashlib.sha256(described.encode()).hexdigest()[:16]}"
         if (lora := _lora(cfg)) is not None:
             found["adapters"] = str(lora)

@@ -12,6 +12,7 @@ from msjax.build._network import check_model, check_weights, make_parts
 from msjax.build._summary import DataSummary
 from msjax.compress import Identity
 from msjax.optim import make_optimizer
+from msjax.split.early import warn_of_narrow
 from msjax.split.make_spec import check_cut_budget, init_part, make_spec
 from msjax.split.modes import MODES, Mode
 from msjax.split.payloads import Codecs
@@ -88,6 +89,7 @@ def _state(optimizer, *parts):
     arrays = jax.tree.leaves([(part.params, part.stats) for part in parts])
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays):
         return jax.eval_shape(lambda: init_part(optimizer, *parts))
+    warn_of_narrow(parts)
     return init_part(optimizer, *parts)
 
 
@@ -112,6 +114,8 @@ def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
     """
     name = cfg.task.name
     if config.is_reference(name):
+        if cfg.optim.label_smoothing:
+            raise _smoothing_error(cfg)
         task = config.call_reference("task.name", name, summary)
         if not isinstance(task, tasks.Task):
             raise ValueError(f"task.name must name a function that returns a tasks.Task, got {type(task).__name__}")
@@ -124,5 +128,16 @@ def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
     }
     options = {n: v for n, v in known.items() if n in inspect.signature(maker).parameters and v is not None}
     if cfg.optim.label_smoothing and "label_smoothing" not in options:
-        raise ValueError(f"optim.label_smoothing must be 0 for task.name={name!r}, got {cfg.optim.label_smoothing}")
+        raise _smoothing_error(cfg)
+    if name == "segmentation" and "num_classes" not in options:
+        raise ValueError(
+            "data.classes must name the classes for task.name='segmentation', as labels of every pixel do not say how "
+            "many there are, got ()"
+        )
     return maker(**options)
+
+
+def _smoothing_error(cfg):
+    return ValueError(
+        f"optim.label_smoothing must be 0 for task.name={cfg.task.name!r}, got {cfg.optim.label_smoothing}"
+    )

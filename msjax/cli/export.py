@@ -38,6 +38,11 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"out must be a file that can be written, got {options.out!r}: {error.strerror}") from None
     cfg, summary = pair.config, pair.summary
     print(f"{cfg.model.name} of step {pair.client.step} in {names}'s names: {out}")
+    if names == "pytorch" and (cfg.model.first_block == "paper" or cfg.model.activation != "relu"):
+        print(
+            f"the network has first_block={cfg.model.first_block!r} and activation={cfg.model.activation!r}, which "
+            "names and shapes do not say: PyTorch's usual network computes something else with these weights"
+        )
     if names == "pytorch" and summary.mean is not None:
         scale = "pixels / 255" if summary.inputs.leaves[0].dtype == "uint8" else "inputs"
         numbers = (" ".join(f"{value:.6g}" for value in values) for values in (summary.mean, summary.std))

@@ -197,8 +197,6 @@ def as_typed(error: str, arguments: list[str]) -> str:
 
 def check_new_config(cfg: config.Config, preset: config.Config | None) -> config.Config:
     """As `check_early` of a run that is new, whose options change a preset; see `config.check_used`."""
-    if preset is not None:
-        config.check_used(preset)
     config.check_used(cfg, preset)
     if cfg.model.name == models.DECODER and cfg.model.weights is None:
         log.warning("model.weights is not given: all weights of the decoder are drawn at random")

@@ -65,14 +65,14 @@ def main(arguments: list[str]) -> int:
                 f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
             )
         folder.checkpoints.lock()
-        if written := finish(cfg, folder):
+        moved, rest = with_places(cfg, rest)
+        if written := finish(moved, folder):
             folder.close()
             print(f"written from the last checkpoint, in {folder.path}: {', '.join(written)}")
             return 0
         if folder.read_summary() is not None:
             folder.close()
             raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
-        moved, rest = with_places(cfg, rest)
         description = f"Go on serving a run, by default with the options it had. Where its files are now: {PLACES}."
         had = ServeOptions.read(folder.path / OPTIONS)
         options = parse(ServeOptions, rest, default=had, prog="msjax serve --resume", description=description)

@@ -91,11 +91,28 @@ def check_used(config: Any, preset: Any = None) -> None:
     """Checks that a new run uses what is set; a run that is there may have what it passed over.
 
     Args:
-      preset: a config that `config` changes some fields of; what has the same value there need not be used.
+      preset: a config that `config` changes some fields of; what it uses itself need not be used.
 
     Raises:
       ValueError: a field has another value than by default, and another field makes it of no use.
     """
+    uses, before = _uses(config), {} if preset is None else _uses(preset)
+    for field, (other, is_used) in uses.items():
+        section, _, own = field.partition(".")
+        default = type(getattr(config, section)).__dataclass_fields__[own].default
+        value = operator.attrgetter(field)(config)
+        if is_used or value == default:
+            continue
+        if preset is not None and value == operator.attrgetter(field)(preset) and before[field][1]:
+            continue
+        raise ValueError(
+            f"{field} must be {default!r}, its default, with {other}={operator.attrgetter(other)(config)!r}, which "
+            f"does not use it, got {value!r}"
+        )
+
+
+def _uses(config):
+    """By field, the field that says whether it is used, and whether it is."""
     name = config.data.name.lower()
     uses = {
         "mode.average_steps": ("mode.kind", config.mode.kind == "splitfed"),
@@ -104,7 +121,7 @@ def check_used(config: Any, preset: Any = None) -> None:
         "optim.gamma": ("optim.schedule", config.optim.schedule == "steps"),
         "optim.nesterov": ("optim.momentum", config.optim.momentum > 0),
         **{f"lora.{own}": ("lora.rank", config.lora.rank is not None) for own in ("alpha", "targets", "dropout")},
-        "task.ignore": ("task.name", config.task.name not in ("classification", "multi_label", "regression")),
+        "task.ignore": ("task.name", config.task.name in ("segmentation", "next_token")),
         "data.image_size": (
             "data.name",
             not name.endswith(data.FILE_SUFFIXES) and name != "breast_cancer" and not is_reference(config.data.name),
@@ -115,16 +132,7 @@ def check_used(config: Any, preset: Any = None) -> None:
         "data.label": ("data.name", name.endswith(".csv")),
     }
     has_texts = config.model.name == "decoder" or name.endswith(data.TEXT_SUFFIXES)
-    uses |= {f"data.{own}": ("model.name", has_texts) for own in ("text_column", "tokenizer", "test")}
-    for field, (other, is_used) in uses.items():
-        section, _, own = field.partition(".")
-        default = type(getattr(config, section)).__dataclass_fields__[own].default
-        value = operator.attrgetter(field)(config)
-        if not is_used and value != default and (preset is None or value != operator.attrgetter(field)(preset)):
-            raise ValueError(
-                f"{field} must be {default!r}, its default, with {other}={operator.attrgetter(other)(config)!r}, which "
-                f"does not use it, got {value!r}"
-            )
+    return uses | {f"data.{own}": ("model.name", has_texts) for own in ("text_column", "tokenizer", "test")}
 
 
 def _choices(config):

@@ -23,6 +23,7 @@ from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split import budget
+from msjax.split.early import check_labels
 from msjax.split.parties import Client, ClientData
 from msjax.split.schedule import Phase
 from msjax.split.signs import warn_of_lost_signs
@@ -54,7 +55,7 @@ class ClientProgram:
         options.check()
         self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
         self._epoch, self._path = None, None
-        self._pace, self._generation = Pace(), 0
+        self._pace, self._generation, self._last_step = Pace(), 0, -1
         self._watch = LinkWatch()
         self._told_at = 0.0
         self._is_new = True
@@ -140,6 +141,7 @@ class ClientProgram:
         self._data = ClientData(train, ds.test)
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
+        check_labels(spec, ds)
         if spec.sends_labels and cfg.task.name == "next_token":
             log.warning(
                 "the labels of this run are the text itself, shifted by one token, and this client sends them: the "
@@ -217,9 +219,11 @@ class ClientProgram:
         if exchange.phase != Phase.FEATURES:
             return
         if self._generation != self.session.run.generation:  # what passed before may have been a wait
-            self._generation, self._pace = self.session.run.generation, Pace()
+            self._generation, self._pace, self._last_step = self.session.run.generation, Pace(), exchange.step - 1
         batch_size = position.stop - position.start
-        self._pace.step(1, batch_size, batch_size)
+        # With those that others took meanwhile, as in turns.
+        self._pace.step(exchange.step - self._last_step, batch_size, batch_size)
+        self._last_step = exchange.step
         party = self.session.party
         if warning := self._watch(party.spec, party.bytes_per_second):
             log.warning("%s", warning)

@@ -3,6 +3,7 @@
 import optax
 
 from msjax import build, config, models
+from msjax.split.early import warn_of_narrow
 from msjax.split.make_spec import init_part
 from msjax.split.state import PartState
 
@@ -36,4 +37,5 @@ class OwnParts:
         own, self._own = self._own, None
         if not own:
             raise RuntimeError("the first state is made of a party's parts once")
+        warn_of_narrow(own)
         return init_part(optimizer, *own)

@@ -1,6 +1,7 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -347,15 +348,15 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
     if not (lacks_part or lacks_summary) or (found := _read_built_from(folder)) is None:
         return []
     samples, test_samples, description = found
-    summary, without_weights = agreement.summary_of(description), build.to_go_on(cfg)
-    progress: dict[str, Any] = {}
+    summary, progress = agreement.summary_of(description), {}
+    without_weights = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
     spec = _describe(cfg, OwnParts(without_weights, summary), samples, test_samples, description)
     store = ServerStore(folder.path / "checkpoints", progress)
     try:
         step = store.latest()
         if step != spec.schedule.total_steps:
             return []
-        parts = OwnParts(without_weights, summary, SERVER)
+        parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
         party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
         store.restore(step, party)
     finally:

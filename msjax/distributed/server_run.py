@@ -231,7 +231,8 @@ class ServerRun:
             return
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
-        if relayed and self.party.part_in_transit is None:  # all whose turn it was were dropped: nothing has changed
+        if relayed and self.party.part_in_transit is None:  # all whose turn it was were dropped before they gave one
+            self._missed(exchange.step, "no client has handed a part on yet", "")
             return
         if self._held is not None:
             late = _names(self._held.waits_for)
@@ -270,8 +271,8 @@ class ServerRun:
             log.error("no checkpoint: %s", error)
             self._failed_save()
 
-    def _missed(self, step, why):
-        log.warning("no checkpoint at step %d: %s; the clients' own logs say why", step, why)
+    def _missed(self, step, why, more="; the clients' own logs say why"):
+        log.warning("no checkpoint at step %d: %s%s", step, why, more)
         self._failed_save()
 
 

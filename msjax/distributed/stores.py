@@ -49,7 +49,8 @@ class ClientStore:
         except DamagedError as error:  # an older one does not help: the others go on from this step
             advice = (
                 f"put {error.path} back from a backup; or give msjax serve --resume the options --policy.stragglers "
-                "drop and --policy.start-clients, so that this client is let in with another's part"
+                "drop and --policy.start-clients, and start this client once the others train: it is then let in with "
+                "another's part"
             )
             raise DamagedError(error.damage, error.path, advice) from None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from msjax.keys import make_key
 from msjax.models._part import ModelPart
 
 MODE_NAMES = {
@@ -130,7 +131,7 @@ class NnxApply:
     def __call__(self, params, stats, x, *, train, key=None):
         if train and self.random and key is None:
             raise ValueError("key must be given when train is True, as the module draws random numbers; got None")
-        random = self._random_states(jax.random.key(0) if key is None else key)
+        random = self._random_states(make_key(0) if key is None else key)
         # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
         module = nnx.merge(self.graphdef, params, random, stats, copy=True)
         (module.train if train else module.eval)()
@@ -215,7 +216,7 @@ def _linen_part(module, x, key, given=None):
     if x is None:
         raise ValueError("x must be given for a linen.Module, whose parameters follow from it, got None")
     options = _arguments(type(module).__call__, False, None)
-    key = jax.random.key(0) if key is None else key
+    key = make_key(0) if key is None else key
 
     def init(key, x):
         return module.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, x, **options)

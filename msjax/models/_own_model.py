@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from msjax.checks import quoted
+from msjax.keys import make_key
 from msjax.models._modules import MODE_NAMES, NotAPart, as_part
 from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
 
@@ -41,7 +42,7 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
     _check_not_shared(model)
     parts, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
     for place, (name, module) in enumerate(zip(("client", "server", "tail"), model, strict=False)):
-        key = jax.random.fold_in(jax.random.key(seed), place)
+        key = jax.random.fold_in(make_key(seed), place)
         if isinstance(module, RemotePart):
             batch_size = jax.tree.leaves(x)[0].shape[0]
             leaves, structure = jax.tree.flatten(module.outputs)

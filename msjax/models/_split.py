@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
+from msjax.keys import make_key
 from msjax.models._layers import ACTIVATIONS
 from msjax.models._lora import combine, merge, partition, thaw
 from msjax.models._model import Block, Model, graphdef, separated, shapes
@@ -307,7 +308,7 @@ def _part_shapes(model, start, end, weights=None):
 
 def _key(seed, place):
     """The key of a block's parameters."""
-    return jax.random.fold_in(jax.random.key(seed), place)
+    return jax.random.fold_in(make_key(seed), place)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that the weights beside them are not drawn as well

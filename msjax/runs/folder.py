@@ -9,7 +9,7 @@ curves.png      loss and first metric by epoch
 tensorboard/    the same as events
 counts.json     of a served run: bytes as serialized and seconds of all its processes, also those that were stopped; and
                 how long exchanges took that had to be compiled
-built_from.json of a served run that has ended: samples, and what the clients said of their data
+built_from.json of a served run with a checkpoint: its samples, and what the clients said of their data
 checkpoints/    the training state; the last two are kept; checkpoints.lock is of the process that writes there
 """
 

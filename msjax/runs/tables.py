@@ -45,8 +45,8 @@ def print_summaries(summaries: list[dict[str, Any]]) -> None:
             + (f"\ngradients: {gradients}" if gradients != "Identity()" else "")
             + (f"\naverages: {averages}" if averages != "Identity()" else ""),
             _headline(s),
-            f"{features / 1e6:,.2f}",
-            f"{s['uncompressed_feature_bytes'] / features:.2f}×",
+            "–" if features is None else f"{features / 1e6:,.2f}",
+            "–" if features is None else f"{s['uncompressed_feature_bytes'] / features:.2f}×",
             f"{up / 1e6:,.2f}",
             f"{down / 1e6:,.2f}",
             f"{s['wall_seconds']:.1f}",

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from msjax.keys import KEY_IMPL
 from msjax.split import shards
 from msjax.split.payloads import Payload
 from msjax.split.spec import RunSpec
-from msjax.split.state import KEY_IMPL, PartState, changing, split_key
+from msjax.split.state import PartState, changing, split_key
 from msjax.split.step import PartUpdate
 from msjax.split.trees import from_vector, is_float, to_vector
 

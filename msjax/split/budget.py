@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.compress import Identity
+from msjax.compress import EntropyMask, Identity
+from msjax.split.payloads import header_bytes
 from msjax.split.schedule import Phase
 from msjax.split.spec import RunSpec
 
@@ -65,7 +66,9 @@ def next_up_bits(
     """
     now, then = (spec.cut_bits, spec.cut_bits) if budgets is None else budgets
     values = spec.feature_payload(batch_size).float_values
-    aim = up_bits + GAIN * (now - 8 * sent_bytes / values)
+    # The last batch of an epoch counts for as much as there is of it: its headers are many for its few values.
+    gain = GAIN * batch_size / spec.schedule.full_batch_size
+    aim = up_bits + gain * (now - 8 * sent_bytes / values)
     if budgets is not None:
         aim *= then / now
     # Between a quarter of the budget and what no real bits come to. Gradients aim at half at most, but small messages
@@ -113,7 +116,8 @@ def budget_bits(spec: RunSpec, bytes_per_second: np.float32 | None) -> np.float3
 def least_seconds(spec: RunSpec, bytes_per_second: np.float32) -> float:
     """Returns how long a step's messages take on a client's link with the least budget that there is."""
     values, others = _sizes(spec)
-    return (LEAST * spec.cut_bits * values / 8 + others) / float(bytes_per_second)
+    codes = max(LEAST * spec.cut_bits * values / 8, fixed_bytes(spec))
+    return (codes + others) / float(bytes_per_second)
 
 
 def why_too_slow(spec: RunSpec, bytes_per_second: np.float32) -> str | None:
@@ -129,6 +133,17 @@ def why_too_slow(spec: RunSpec, bytes_per_second: np.float32) -> str | None:
         f"{LEAST * spec.cut_bits:g} bits both ways, takes about {seconds:.2g} s a step, "
         f"{others / float(bytes_per_second):.2g} s of it for what keeps clients equal. "
         f"Take a longer time, a smaller cut_bits or smaller batches{compress}"
+    )
+
+
+def fixed_bytes(spec: RunSpec) -> int:
+    """Returns the bytes that a step's messages of a full batch have without a single code: headers and tables."""
+    batch_size = spec.schedule.full_batch_size
+    return sum(
+        header_bytes(codec, like) + codec.payload_like(like).means.size * 2
+        for payload in (spec.feature_payload(batch_size), spec.gradient_payload(batch_size))
+        for codec, like in zip(payload.codecs, payload.likes, strict=True)
+        if isinstance(codec, EntropyMask)
     )
 
 

@@ -13,7 +13,8 @@ from msjax.checks import quoted
 from msjax.compress import Cast, Codec, EntropyMask, Identity
 from msjax.compress._straight_through import check_granularity_of_kept
 from msjax.models import ModelPart, RemoteApply, constants_of
-from msjax.split.payloads import Codecs, header_bytes
+from msjax.split.budget import fixed_bytes
+from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
 from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import PartState, without_constants
@@ -129,15 +130,7 @@ def _check_room_for_codes(spec):
     """Raises ValueError where messages of a full batch take the whole budget without a single code."""
     if spec.cut_bits is None:
         return
-    batch_size = spec.schedule.full_batch_size
-    payloads = (spec.feature_payload(batch_size), spec.gradient_payload(batch_size))
-    fixed = sum(
-        header_bytes(codec, like) + codec.payload_like(like).means.size * 2
-        for payload in payloads
-        for codec, like in zip(payload.codecs, payload.likes, strict=True)
-        if isinstance(codec, EntropyMask)
-    )
-    values = payloads[0].float_values
+    fixed, values = fixed_bytes(spec), spec.feature_payload(spec.schedule.full_batch_size).float_values
     if 8 * fixed >= spec.cut_bits * values:
         raise ValueError(
             f"cut_bits must leave room for codes, got {spec.cut_bits}: a step's messages of {values} values take "

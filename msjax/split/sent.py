@@ -4,13 +4,14 @@ _CUT = ("uplink_feature_bytes", "uplink_gradient_bytes", "downlink_feature_bytes
 _SYNCHRONIZATION = ("uplink_synchronization_bytes", "downlink_synchronization_bytes")
 
 
-def feature_bytes(traffic: dict[str, int]) -> int:
+def feature_bytes(traffic: dict[str, int]) -> int | None:
     """Returns the bytes of the features on their way up; where entropy-coded, as messages.
 
-    Not U-shaped: there gradients go up, too, and messages of both are counted as one.
+    None where that is not known: U-shaped gradients go up, too, and messages of both are counted as one.
     """
-    coded = _is_coded(traffic) and not traffic.get("uplink_gradient_bytes")
-    return traffic["coded_uplink_bytes" if coded else "uplink_feature_bytes"]
+    if not _is_coded(traffic):
+        return traffic["uplink_feature_bytes"]
+    return None if traffic.get("uplink_gradient_bytes") else traffic["coded_uplink_bytes"]
 
 
 def cut_bytes(traffic: dict[str, int]) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from msjax.keys import make_key
 from msjax.split.trees import is_float
 
 
@@ -98,19 +99,14 @@ def tail_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 1 << 30)
 
 
-KEY_IMPL = "threefry2x32"
-"""How keys are made, whatever JAX's default is: with "rbg" what is drawn under `vmap` depends on all that is in it, and
-so on how clients are grouped over devices."""
-
-
 def train_key(seed: int) -> jax.Array:
     """Returns the key that those of all training steps are drawn from."""
-    return jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), 1 << 31)  # the model's blocks take 0, 1, 2, …
+    return jax.random.fold_in(make_key(seed), 1 << 31)  # the model's blocks take 0, 1, 2, …
 
 
 def eval_key(seed: int) -> jax.Array:
     """Returns the key that those of all test batches are drawn from."""
-    return jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), (1 << 31) + 1)
+    return jax.random.fold_in(make_key(seed), (1 << 31) + 1)
 
 
 def client_keys(key: jax.Array, step: jax.Array, clients: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """`train`: a user's model, data and task, trained through a cut by simulated clients in one program."""
 
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from msjax import data as data_lib
@@ -16,10 +14,11 @@ from msjax import tasks
 from msjax.build import DataSummary, divide, pixel_maximum
 from msjax.checks import integer, number, quoted
 from msjax.compress import Codec, Identity, MaskEncoded
-from msjax.config import MAX_SEED, Config, OptimConfig
+from msjax.config import MAX_SEED, Config, OptimConfig, check_used
 from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
 from msjax.optim import make_optimizer
 from msjax.split.budget import check_known_link, mean_up_bits
+from msjax.split.early import check_labels, warn_of_narrow
 from msjax.split.make_spec import init_part, make_spec
 from msjax.split.modes import Mode, Parallel
 from msjax.split.payloads import Codecs
@@ -32,8 +31,6 @@ from msjax.split.trees import TreeSpec
 from msjax.training import loaded, loop, processes
 from msjax.training.folders import describe_optimizer, open_folder, write_parts
 
-log = logging.getLogger("msjax")
-
 
 class TrainResult(NamedTuple):
     """What `train` returns.
@@ -44,7 +41,8 @@ class TrainResult(NamedTuple):
       history: a record an epoch: "epoch", "step", "train" and "test" (loss, metrics), "traffic" (bytes so far, of all
         clients), "seconds" (so far).
       test: loss and metrics on the test data at the end; empty where there are none.
-      traffic: the bytes of all epochs, by kind and direction.
+      traffic: the bytes of all epochs, by kind and direction: those of payloads, of entropy-coded codecs before coding.
+        Of these, `history[-1]["traffic"]` also has the bytes of messages, as `coded_uplink_bytes`.
       spec: the description of the run.
       summary: of the data set: one input, classes, what inputs are normalised by.
       up_bits: with `cut_bits`, the bits that features were aimed at in the end: what to give the codec, as
@@ -247,7 +245,7 @@ def train(
         raise ValueError("model must have all its parts in one program, got a RemotePart among them")
     counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
-    transformation = _optimizer(optimizer, schedule)
+    transformation, made_task = _optimizer(optimizer, schedule), _task(task, optimizer)
     _check_optimizer(transformation, parts)
     codecs = Codecs.of(MaskEncoded() if codec is None else codec)
     spec = make_spec(
@@ -255,7 +253,7 @@ def train(
         inputs=inputs,
         labels=labels,
         schedule=schedule,
-        task=_task(task),
+        task=made_task,
         optimizer=transformation,
         codec=codecs,
         grad_codec=Codecs.of(Identity() if grad_codec is None else grad_codec, "grad_codec"),
@@ -269,7 +267,7 @@ def train(
     )
     check_known_link(spec)
     check_labels(spec, dataset)
-    _warn_of_narrow(parts)
+    warn_of_narrow(parts)
     # A run gives its state away, but the user's arrays are not its own.
     own = tuple(p._replace(params=_copied(p.params), stats=_copied(p.stats)) for p in parts)
     first = TrainState(init_part(spec.optimizer, own[0], *own[2:]), init_part(spec.optimizer, own[1]), jnp.int32(0))
@@ -302,58 +300,15 @@ def train(
     return TrainResult(trained, finished.history, test, finished.traffic, spec, summary, up_bits)
 
 
-def check_labels(spec: RunSpec, dataset: data_lib.Dataset) -> None:
-    """Raises ValueError where labels in memory are not such as the task takes, or tokens to predict the inputs."""
-    if spec.task.name == "next_token" and len(dataset.train):
-        _check_shifted(*dataset.train.fetch(np.arange(min(_SAMPLES, len(dataset.train)))), dataset.name)
-    if spec.task.check_labels is None:
-        return
-    outputs = spec.outputs if spec.tail_outputs is None else spec.tail_outputs
-    like = jax.tree.unflatten(outputs.structure, outputs.leaves)
-    for name, split in (("training", dataset.train), ("test", dataset.test)):
-        if split.in_memory and len(split):
-            try:
-                spec.task.check_labels(jax.tree.map(np.asarray, split.labels()), like)
-            except ValueError as error:
-                raise ValueError(f"{name} data of {dataset.name!r}: {error}") from None
-        elif name == "training" and dataset.num_classes is not None and not dataset.label_like.shape:
-            try:
-                spec.task.check_labels(np.asarray([dataset.num_classes - 1], np.int32), like)
-            except ValueError as error:
-                raise ValueError(f"num_classes of {dataset.name!r} is {dataset.num_classes}, but {error}") from None
-
-
-_SAMPLES = 8
-
-
-def _check_shifted(inputs, labels, name):
-    """Raises ValueError where the tokens to predict are those of the inputs, as transformers' own models take them."""
-    labels = np.asarray(labels)
-    counts = labels >= 0
-    for tokens in jax.tree.leaves(inputs):
-        if np.shape(tokens) != labels.shape or labels.ndim != 2 or not counts.any():
-            continue
-        copied = (tokens == labels)[counts].all()
-        if copied and not (tokens[:, 1:] == labels[:, :-1])[counts[:, :-1]].all():  # not one token over and over
-            raise ValueError(
-                f"training data of {name!r}: labels must be the tokens behind those of the inputs for the task "
-                "next_token, got the inputs themselves: labels[:, :-1] = inputs[:, 1:] and labels[:, -1] = -100"
-            )
-
-
-def _warn_of_narrow(parts):
-    """Logs a warning where what is trained has fewer bits than float32: small updates are then rounded away."""
-    for name, part in zip(PARTS, parts, strict=False):
-        dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(part.params)}
-        if narrow := sorted(dtype.name for dtype in dtypes if dtype.itemsize < 4):
-            log.warning(
-                "the parameters of the %s's part are %s, in which small updates are lost: give them as float32 "
-                "(models.load_decoder(folder, model, jnp.float32)), and the model a dtype to compute in",
-                *(name, narrow[0]),
-            )
-
-
-def _task(task):
+def _task(task, optimizer):
+    smoothing = optimizer.label_smoothing if isinstance(optimizer, OptimConfig) else 0
+    if smoothing and task != "classification":
+        raise ValueError(
+            f"label_smoothing of the optimizer must be 0 for another task than 'classification', got {smoothing}: give "
+            "it to the task, as tasks.classification(label_smoothing=…)"
+        )
+    if smoothing:
+        return tasks.classification(label_smoothing=smoothing)
     if isinstance(task, tasks.Task):
         return task
     if task not in tasks.TASKS:
@@ -373,7 +328,7 @@ def _optimizer(optimizer, schedule):
         optimizer = OptimConfig(learning_rate=0.05)
     if not isinstance(optimizer, OptimConfig):
         raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
-    Config(optim=optimizer)  # checks its fields
+    check_used(Config(optim=optimizer))  # which checks its fields, too
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
 
 

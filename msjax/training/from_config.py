@@ -14,10 +14,10 @@ from msjax.data import digests
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
 from msjax.split.budget import check_known_link, mean_up_bits
+from msjax.split.early import check_labels
 from msjax.split.state import TrainState
 from msjax.split.traffic import run_traffic
 from msjax.training import loaded, loop, processes, saved
-from msjax.training.api import check_labels
 
 _PARTS = ("client", "server")
 
