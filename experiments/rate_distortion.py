@@ -155,8 +155,11 @@ def table(rows: list[dict]) -> str:
 
 
 def at(rows: list[dict], along: str, value: float, of: str) -> float | None:
-    """`of` interpolated over `along`: bits as they are, errors by their logarithm; None beyond what was measured."""
-    if not rows or not min(row[along] for row in rows) <= value <= max(row[along] for row in rows):
+    """`of` interpolated over `along`: bits as they are, errors by their logarithm; None without rows.
+
+    Beyond what was measured it is that of the nearest row, so that no ratio can be made with `value` there.
+    """
+    if not rows:
         return None
     scale = {"bits": (lambda x: x, lambda x: x), "error": (np.log, np.exp)}
     rows = sorted(rows, key=lambda row: row[along])

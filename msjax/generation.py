@@ -30,6 +30,7 @@ import numpy as np
 from msjax import models
 from msjax.checks import integer, is_integer
 from msjax.compress import Codec, Exact, Identity
+from msjax.keys import make_key
 from msjax.models import ModelPart, Sampling
 from msjax.session import (
     Piece,
@@ -204,7 +205,7 @@ class Generation(Iterator[list[int | None]]):
         self.traffic = Traffic(prompt_tokens=sum(map(len, prompts)))
         self._max_tokens, self._terms, self._sampling, self._end = max_tokens, terms, sampling, end
         self._generator, self._next = generator, [np.int32([prompt]) for prompt in prompts]
-        self._count, self._key, self._closed = 0, jax.random.key(seed), False
+        self._count, self._key, self._closed = 0, make_key(seed), False
         parts = [part for part in (generator.client, generator.server, generator.tail) if part is not None]
         attends = [models.attends(part) for part in parts]
         self._client = Stage(generator.client, terms, returns_all=any(attends[1:]))

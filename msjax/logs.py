@@ -17,11 +17,15 @@ def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
 
 
 class ShortLines(logging.Formatter):
-    """Formats records as lines that are not long; a traceback may be longer."""
+    """Formats records as single lines that are not long; a traceback has several, and may be longer."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
-        return shorten(super().format(record), 10 * MOST_CHARACTERS if record.exc_info else MOST_CHARACTERS)
+        line = super().format(record)
+        if record.exc_info:
+            return shorten(line, 10 * MOST_CHARACTERS)
+        # What a client says may be part of it: it is to make no line of its own, and no colours.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shorten(line))
 
 
 class Seldom:

@@ -9,6 +9,7 @@ Predictions go through the run's codec, as the test at its end did.
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,8 @@ from msjax.runs import RunFolder
 from msjax.split.spec import RunSpec
 from msjax.split.state import client_keys, eval_key, tail_key
 from msjax.split.trees import TreeSpec
+
+log = logging.getLogger("msjax")
 
 Names = Literal["pytorch", "msjax"]
 """How the arrays of a network's file are named."""
@@ -83,6 +86,9 @@ def load_pair(
     else:
         paths = [existing_file("client", run), existing_file("server", server)]
     pair = Pair(*(load_part(path, preset=preset) for path in paths))
+    if server is None and folder.read_summary() is None:
+        said = "%s goes on to more epochs: these are its parts of step %d, when it was finished before"
+        log.warning(said, os.fspath(run), pair.client.step)
     for name, part, path in zip(Pair._fields, pair, paths, strict=True):
         if part.part != name:
             raise ValueError(f"{name} must be the file of a {name}'s part, got that of a {part.part}: {path}")

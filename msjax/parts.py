@@ -142,7 +142,9 @@ def _aim(up_bits):
 
 
 def _write(path, trained, header):
-    arrays = {name: np.asarray(leaf) for name, leaf in _by_name(trained.params, trained.stats)}
+    # In order and of this machine's bytes, as safetensors takes an array's memory as it is.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _by_name(trained.params, trained.stats)}
+    arrays = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
     content = safetensors.numpy.save(arrays, metadata=header | {"crc32": _crc(arrays)})
     write_atomically(path, _in_order(content))
 

@@ -60,6 +60,11 @@ def test_names_in_certificates(path):
     assert names.refusal(first, 0) is None
     assert names.refusal(first, 1) == "this certificate, of 10.0.0.1, client-0, is not client 1's"
     assert names.refusal(Identity.of(Call()), None) == "this certificate, of none, is no client's"
+    # Nor is a name a fingerprint, whatever it says.
+    (path / "fingerprints").write_text(f"0 sha256:{'ab' * 32}\n1 client-1\n")
+    prints = Certificates(str(path / "fingerprints"))
+    posing = Identity.of(Call(subject_alternative_name=[f"sha256:{'ab' * 32}".encode()]))
+    assert prints.refusal(posing, 0) is not None
     assert Certificates(None).refusal(Identity(), 5) is None
 
 

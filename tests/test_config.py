@@ -10,6 +10,7 @@ import pytest
 
 from msjax import build, compress, config, data, models, references
 from msjax.build._data import check_classes
+from msjax.cli.options import check_new_config
 from msjax.training import from_config
 
 PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -46,7 +47,7 @@ def test_fields_reach_what_they_are_of(tmp_path):
     with pytest.raises(
         ValueError, match=r"optim\.label_smoothing must be 0 for task\.name='.*task\.py:make', got 0\.2"
     ):
-        build.make_task(dataclasses.replace(cfg, task=config.TaskConfig(f"{tmp_path}/task.py:make")), summary)
+        check_new_config(dataclasses.replace(cfg, task=config.TaskConfig(f"{tmp_path}/task.py:make")), None)
     pixels = config.Config(task=config.TaskConfig("segmentation"))
     with pytest.raises(ValueError, match=r"data\.classes must name the classes for task\.name='segmentation'"):
         build.make_task(pixels, summary._replace(num_classes=None))
@@ -251,6 +252,12 @@ def test_a_preset_names_functions_of_its_own(tmp_path):
     changed = dataclasses.replace(plain, model=dataclasses.replace(plain.model, activation="silu"))
     assert config.with_places_of(plain, cfg) == dataclasses.replace(cfg, out=plain.out)
     assert config.with_places_of(changed, cfg).model == dataclasses.replace(cfg.model, activation="silu")
+    # Also where it had taken another function of that file, or one for which the preset names none.
+    other = dataclasses.replace(
+        plain, task=config.TaskConfig("whole.py:other"), data=config.DataConfig(augment="whole.py:aug")
+    )
+    found = config.with_places_of(other, cfg)
+    assert (found.task.name, found.data.augment) == (f"{file}:other", f"{file}:aug")
     with pytest.raises(ValueError, match=r"model.name must be a Python file, got 'whole.py', which does not exist"):
         config.resolve("model.name", "whole.py:make_model")
 
@@ -381,8 +388,6 @@ def make_model():
         ("model", {"weights": "w.pt"}, r"model\.weights must be None for model\.name='.*', got 'w\.pt'"),
         ("model", {"cut_before_activation": True}, r"model\.cut_before_activation must be False for model\.name="),
         ("lora", {"rank": 4}, r"lora\.rank must be None for model\.name='.*', got 4"),
-        ("model", {"cut": 1}, r"model\.cut must not be given where .*:make_model returns the parts, got 1"),
-        ("mode", {"tail_cut": "last"}, r"mode\.tail_cut must be None where .*:make_model returns no tail, got 'last'"),
     ],
     ids=str,
 )
@@ -391,12 +396,19 @@ def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, m
     file = tmp_path / "own.py"
     file.write_text(OWN_MODEL)
     cfg = config.Config(model=config.ModelConfig(f"{file}:make_model"))
-    summary = build.DataSummary.of(data.from_arrays((np.ones((6, 4)), np.arange(6) % 4)))
-    assert len(build.make_parts(cfg, summary)) == 2
+    changed = dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **changes)})
     with pytest.raises(ValueError, match=message):
-        build.make_parts(
-            dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **changes)}), summary
-        )
+        check_new_config(changed, None)
+    summary = build.DataSummary.of(data.from_arrays((np.ones((6, 4)), np.arange(6) % 4)))
+    for there in (cfg, changed):  # a run that is there was made without
+        assert len(build.make_parts(there, summary)) == 2
+    u_shaped = dataclasses.replace(cfg, mode=config.ModeConfig(tail_cut="last"))
+    spec = build.build(u_shaped, summary, samples=6, test_samples=0).spec
+    with pytest.raises(
+        ValueError, match=r"mode\.tail_cut must be None where .*:make_model returns no tail, got 'last'"
+    ):
+        build.check_tail(u_shaped, spec)
+    build.check_tail(cfg, spec)
 
 
 def test_what_only_decoders_read_is_refused_elsewhere():

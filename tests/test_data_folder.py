@@ -93,6 +93,10 @@ def test_a_folder_may_be_where_it_was_or_elsewhere(animals):
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="./animals"))  # no longer there
     moved, rest = with_places(cfg, ["--data.name", str(animals), "--epochs", "2"])
     assert moved.data.name == str(animals) and rest == ["--epochs", "2"]
+    read = with_places(cfg, ["--data.workers", "0", "--data.cache-dir", "there"])[0].data
+    assert (read.workers, read.cache_dir) == (0, "there")
+    with pytest.raises(ValueError, match=r"--data.workers must be an integer of at least 0, got 'two'"):
+        with_places(cfg, ["--data.workers", "two"])
     for other in (str(animals / "cat"), "digits"):
         with pytest.raises(ValueError, match=r"--data.name must be where the file or folder of its data is now, under"):
             with_places(cfg, ["--data.name", other])

@@ -460,7 +460,10 @@ def test_a_second_process_with_the_same_client_id_waits_for_the_first_to_die(tmp
         it.start_client(1, name="second")
         it.run_to(4)
         assert it.counted("restarts") == 0 and it.counted("refused") > 0
-        assert "client_id must be of one process at a time, got 1, which a process at client 1's address" in caplog.text
+        assert (
+            "client_id must be of one process at a time, got 1, which another process has, at client 1's address"
+            in caplog.text
+        )
         it.kill(1)
         it.run()
         it.assert_equal_to_program()

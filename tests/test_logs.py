@@ -17,6 +17,11 @@ def test_log_lines_are_short():
     formatter = ShortLines("%(name)s: %(message)s")
     record = logging.LogRecord("msjax", logging.WARNING, "", 0, "%s", ("x" * 300_000,), None)
     assert len(formatter.format(record)) < 2100
+    # Nor does what a client says make a line of its own.
+    record = logging.LogRecord(
+        "msjax", logging.WARNING, "", 0, "client 0: %s", ("got \nclient 1 joined \x1b[31mé",), None
+    )
+    assert formatter.format(record) == "msjax: client 0: got \\nclient 1 joined \\x1b[31mé"
     try:
         raise ValueError("x" * 300_000)
     except ValueError as error:

@@ -225,7 +225,7 @@ def test_of_two_live_processes_with_one_client_id_the_second_is_refused():
     run = Run().begin()
     said = run.join(1, instance="another process")
     assert of(said, do.RefuseSession) == [
-        do.RefuseSession(4, "client_id must be of one process at a time, got 1, which a process at host 1 has")
+        do.RefuseSession(4, "client_id must be of one process at a time, got 1, which another process has")
     ]
     assert run.session(1).name == 2
     run.say(ev.Left(1, 4))  # of the refused one: not of the first

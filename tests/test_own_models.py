@@ -538,6 +538,48 @@ def test_a_number_of_classes_of_numpy_is_written_with_the_parts(unchecked, tmp_p
     assert msjax.load_part(tmp_path / "server.safetensors").summary.num_classes == 3
 
 
+def test_predictions_of_what_the_data_set_would_not_store(unchecked):
+    """Images in floats would be divided by 255 once more; without their only channel they are what was given."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 6, 6), np.uint8)
+    model = nnx.Sequential(nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)), lambda h: h.mean((1, 2)))
+    result = msjax.train(model, (images, np.arange(12) % 2), cut=1, codec=compress.Identity(), **QUICK)
+    np.testing.assert_array_equal(result.predict(images[:3]), result.predict(images[:3, ..., None]))
+    with pytest.raises(
+        ValueError, match=r"inputs must be uint8\[6, 6, 1\] each, as the data set stores them, got float"
+    ):
+        result.predict(images[:3, ..., None] / np.float32(255))
+
+
+def test_functions_with_arrays_of_doubles(tmp_path):
+    """NumPy's default: what JAX makes of them is trained, and read again into the same parts."""
+    rng = np.random.default_rng(0)
+    client = (
+        lambda params, stats, x, train, key: (x @ params["w"], stats),
+        {"w": rng.normal(size=(2, 4))},
+        {"n": np.zeros(1)},
+    )
+    server = (affine, {"w": rng.normal(size=(4, 3)), "b": np.zeros(3)})
+    x, y = np.arange(24, dtype=np.float32).reshape(12, 2) / 24, np.arange(12) % 3
+    msjax.train((client, server), (x, y), codec=compress.Identity(), folder=str(tmp_path), **QUICK)
+    for name, part in (("client", client), ("server", server)):
+        assert msjax.load_part(tmp_path / f"{name}.safetensors", part).params["w"].dtype == np.float32
+
+
+def test_an_optimizer_that_keeps_the_first_parameters(unchecked):
+    """As prodigy, dog and madgrad do; a step may not be given one array twice."""
+    anchor = optax.GradientTransformation(
+        lambda params: {"anchor": params},
+        lambda grads, state, params: (
+            jax.tree.map(lambda g, p, a: -0.1 * (g + p - a), grads, params, state["anchor"]),
+            state,
+        ),
+    )
+    x, y = np.arange(24, dtype=np.float32).reshape(12, 2) / 24, np.arange(12) % 3
+    model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    result = msjax.train(model, (x, y), cut=1, codec=compress.Identity(), optimizer=anchor, **QUICK)
+    assert np.isfinite(result.history[-1]["train"]["loss"])
+
+
 def test_predictions_of_rows_as_they_were(unchecked):
     pandas = pytest.importorskip("pandas")
     rng = np.random.default_rng(0)

@@ -99,6 +99,17 @@ def test_what_a_part_of_ones_own_is_saved_with_comes_back(tmp_path):
     assert parts.load_part(path).step == 3
 
 
+def test_arrays_in_any_order_are_written_as_they_are(tmp_path):
+    """Transposed, as of a PyTorch layer, with steps, and with the bytes of another machine."""
+    w = np.arange(12, dtype=np.float32).reshape(3, 4)
+    arrays = {"t": w.T, "s": w[:, ::2], "b": w.astype(">f4"), "n": np.float32(2)}
+    parts.save_part(tmp_path / "p.safetensors", "client", models.ModelPart(None, arrays, {}))
+    found = parts.load_part(tmp_path / "p.safetensors").params
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert np.shape(found[name]) == np.shape(array)
+
+
 def test_the_same_part_makes_the_same_file(tmp_path):
     """For those who compare files; safetensors writes metadata in another order each time."""
     save(tmp_path)

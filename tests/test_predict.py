@@ -233,7 +233,7 @@ def test_class_names_stay_in_the_clients_part(photos):
         (["a/server.safetensors", "a/server.safetensors", "photos"], "client must be the file of a client's part, got"),
         (["a/client.safetensors", "x/server.safetensors", "photos"], "the parts must be of one run, got 'r' of the cl"),
         (["a/client.safetensors", "none.safetensors", "photos"], "server must be a file that can be read, got 'none.s"),
-        (["a", "photos", "--out", "none/x"], "--out must be a file that can be written, got 'none/x': No such file"),
+        (["a", "photos", "--out", "none/x"], "--out must be a file that can be written, got 'none/x': its folder"),
         (["a", "photos", "--batch-size", "0"], "--batch-size must be an integer of at least 1, got 0"),
     ],
 )

@@ -313,6 +313,16 @@ def test_a_rate_takes_the_first_message_at_once_and_then_so_many_a_second(per_se
         now[0] += delay
 
 
+def test_who_goes_away_while_it_waits_has_sent_nothing():
+    now, ended = [100.0], threading.Event()
+    rate = Rate(2.0, clock=lambda: now[0])
+    assert [rate.delay() for _ in range(2)] == [0.0, 0.0]
+    ended.set()
+    for _ in range(10):
+        rate.wait(ended)
+    assert rate.delay() == pytest.approx(0.5)
+
+
 def test_callers_without_streams_are_forgotten_once_their_rate_is_as_a_new_one():
     now = [100.0]
     rates = Rates(4.0, clock=lambda: now[0])

@@ -1,5 +1,7 @@
 """Losses and metrics against NumPy, how they add up, and what is refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -319,6 +321,28 @@ def test_a_loss_that_broadcasts_over_samples_is_refused():
     for task in (tasks.custom(lambda o, y: (o[..., 0] - y) ** 2), tasks.regression(), tasks.multi_label()):
         task.check_sums(outputs, labels)
         task.check(outputs, labels)
+    # The other way round, and what is not the loss.
+    apart, mixed = lambda o, y: (o[..., 0] - y) ** 2, lambda o, y: ((o - y) ** 2).mean(-1)
+    floats = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((3, 1), jnp.float32)
+    with pytest.raises(ValueError, match=r"loss of task 'square' must give .*float32\[3, 1\] make .*labels\[..., 0\]"):
+        square.check_sums(*floats)
+    with pytest.raises(ValueError, match="metric 'error' must give each sample its own value"):
+        tasks.custom(apart, {"error": mixed}).check_sums(outputs, labels)
+    with pytest.raises(ValueError, match="test_loss of task 't' must give each sample its own value"):
+        tasks.custom(apart, test_loss=mixed, name="t").check_sums(outputs, labels)
+
+
+def test_the_loss_of_tests_is_checked_with_the_other():
+    shapes = jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.float32)
+    task = tasks.custom(lambda o, y: o.mean(-1) - y, test_loss=lambda o, y: o.mean(), name="t")
+    with pytest.raises(ValueError, match=r"loss of task 't' must return one value a sample, \(3,\), got \(\)"):
+        task.check(*shapes)
+
+
+def test_numbers_of_numpy_can_be_written():
+    metric = tasks.Metric(lambda o, y: jnp.stack([o.sum(), jnp.float32(len(y))]), lambda total: total[0] / total[1])
+    found = tasks.custom(lambda o, y: o[:, 0], {"mean": metric}).finish({"mean": np.float32([3, 2])})
+    assert json.dumps(found) == '{"mean": 1.5}'
 
 
 def test_one_label_that_is_there_or_not():
@@ -335,6 +359,8 @@ def test_one_label_that_is_there_or_not():
 def test_a_loss_is_a_function(unchecked, loss):
     with pytest.raises(TypeError, match="loss must be a function of outputs and labels"):
         tasks.custom(loss)
+    with pytest.raises(TypeError, match="test_loss must be a function of outputs and labels, or None, got 3"):
+        tasks.custom(lambda o, y: y, test_loss=3)
 
 
 @pytest.mark.parametrize("divide", [lambda a, b: int(a) / int(b), lambda a, b: float(a / b)], ids=["Python", "NumPy"])

@@ -36,18 +36,10 @@ def make_parts(
       ValueError: a field of the config has a value that does not fit.
     """
     if config.is_reference(cfg.model.name):
-        _check_own_model(cfg)
         made = config.call_reference("model.name", cfg.model.name, summary)
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
-        if isinstance(made, tuple) and cut is not None:
-            raise ValueError(f"model.cut must not be given where {cfg.model.name} returns the parts, got {cut}")
-        parts = models.as_parts(made, x, cut=cut, seed=cfg.seed)
-        if cfg.tail_cut is not None and len(parts) < 3:
-            raise ValueError(
-                f"mode.tail_cut must be None where {cfg.model.name} returns no tail, got {cfg.tail_cut!r}: a U-shaped "
-                "network of one's own is three parts"
-            )
+        parts = models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
         named = zip(models.PARTS, parts, strict=False)
         return tuple(part if name in own else part.shapes() for name, part in named)
     before = cfg.model.cut_before_activation
@@ -81,8 +73,13 @@ def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
     return _model(cfg, summary.input_shape, _num_outputs(cfg, summary))
 
 
-def _check_own_model(cfg):
-    """Raises ValueError for fields that say what a model of msjax's is, which one of one's own does not see."""
+def check_own_model(cfg: config.Config) -> None:
+    """Raises ValueError for fields that say what a model of msjax's is, where the model is one's own.
+
+    For new runs: those that are there were made without.
+    """
+    if not config.is_reference(cfg.model.name):
+        return
     for name in (*_NOT_OF_DECODERS, *_OF_DECODERS, "cut_before_activation", "weights"):
         value, default = getattr(cfg.model, name), getattr(config.ModelConfig, name)
         if value != default:
@@ -153,7 +150,6 @@ def _named_as_in_config():
 def check_model(cfg: config.Config) -> None:
     """Raises ValueError for a model or a cut that there is not, whatever the data are; not of a model of one's own."""
     if config.is_reference(cfg.model.name):
-        _check_own_model(cfg)
         return
     # Which layers there are does not depend on the shape.
     shape = (cfg.data.text_length,) if takes_tokens(cfg) else (_ANY_SIDE, _ANY_SIDE, 3)

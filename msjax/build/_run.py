@@ -114,8 +114,6 @@ def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
     """
     name = cfg.task.name
     if config.is_reference(name):
-        if cfg.optim.label_smoothing:
-            raise _smoothing_error(cfg)
         task = config.call_reference("task.name", name, summary)
         if not isinstance(task, tasks.Task):
             raise ValueError(f"task.name must name a function that returns a tasks.Task, got {type(task).__name__}")
@@ -128,16 +126,20 @@ def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:
     }
     options = {n: v for n, v in known.items() if n in inspect.signature(maker).parameters and v is not None}
     if cfg.optim.label_smoothing and "label_smoothing" not in options:
-        raise _smoothing_error(cfg)
+        raise ValueError(f"optim.label_smoothing must be 0 for task.name={name!r}, got {cfg.optim.label_smoothing}")
     if name == "segmentation" and "num_classes" not in options:
+        where = f"the data set of {cfg.data.name} must have num_classes, as from_arrays(…, num_classes=…) gives it,"
+        where = where if config.is_reference(cfg.data.name) else "data.classes must name the classes"
         raise ValueError(
-            "data.classes must name the classes for task.name='segmentation', as labels of every pixel do not say how "
-            "many there are, got ()"
+            f"{where} for task.name='segmentation', as labels of every pixel do not say how many there are, got none"
         )
     return maker(**options)
 
 
-def _smoothing_error(cfg):
-    return ValueError(
-        f"optim.label_smoothing must be 0 for task.name={cfg.task.name!r}, got {cfg.optim.label_smoothing}"
-    )
+def check_tail(cfg: config.Config, spec: RunSpec) -> None:
+    """Raises ValueError where a network was to be U-shaped, so that labels stay with the clients, and is not."""
+    if cfg.tail_cut is not None and not spec.u_shaped:
+        raise ValueError(
+            f"mode.tail_cut must be None where {cfg.model.name} returns no tail, got {cfg.tail_cut!r}: a U-shaped "
+            "network of one's own is three parts"
+        )

@@ -1,5 +1,6 @@
 """What a network has to know of a data set."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,15 @@ import numpy as np
 from msjax import config, data
 from msjax.split.spec import Preprocess
 from msjax.split.trees import TreeSpec
+
+
+def _alike(one, other):
+    """Whether values are equal, numbers but for what another machine rounds otherwise."""
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12)
+    return one == other
 
 
 class DataSummary(NamedTuple):
@@ -63,7 +73,9 @@ class DataSummary(NamedTuple):
         """Raises ValueError where data to test on are read otherwise than those that a part was trained on."""
         for name in ("inputs", "num_classes", "classes", "columns"):
             mine, theirs = getattr(self, name), getattr(trained, name)
-            if mine != theirs and (name != "classes" or None not in (mine, theirs)):
+            if name == "inputs":  # in a file trees are flat
+                mine, theirs = mine.leaves, theirs.leaves
+            if not _alike(mine, theirs) and (name != "classes" or None not in (mine, theirs)):
                 shown = ("", "") if name == "columns" else (f" {theirs}", f", got {mine}")
                 raise ValueError(
                     f"the data must have the {name.replace('_', ' ')} of those that the part was trained on{shown[0]}, "

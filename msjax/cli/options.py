@@ -71,8 +71,10 @@ _PLACES = {
     "--data.test": "the file of its test data",
     "--data.data-dir": "the folder of prepared sets",
     "--data.tokenizer": "its tokenizer",
+    "--data.cache-dir": "the folder of the array cache",
+    "--data.workers": "how many processes read its data",
 }
-"""Options of a run that goes on: where its files are now."""
+"""Options of a run that goes on: where its files are now, and how they are read."""
 
 
 PLACES = ", ".join(_PLACES)
@@ -90,6 +92,10 @@ def with_places(cfg: config.Config, arguments: list[str]) -> tuple[config.Config
         parser.add_argument(*dict.fromkeys((option, option.replace("-dir", "_dir"))), dest=option)
     found, rest = parser.parse_known_args(arguments)
     for option, value in vars(found).items():
+        if option == "--data.workers":
+            if not value.isdecimal():
+                raise ValueError(f"{option} must be an integer of at least 0, got {value!r}")
+            value = int(value)
         section, field = option.removeprefix("--").replace("-", "_").split(".")
         old = getattr(cfg, section)
         new = dataclasses.replace(cfg, **{section: dataclasses.replace(old, **{field: value})})
@@ -157,8 +163,9 @@ def naming_the_way_on(again: str) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise OSError(f"{error}; once this is mended, continue with: {again}") from error
+    except (OSError, data.DataError) as error:
+        kind = data.DataError if isinstance(error, data.DataError) else OSError
+        raise kind(f"{error}; once this is mended, continue with: {again}") from error
 
 
 def silence_output() -> None:
@@ -198,6 +205,11 @@ def as_typed(error: str, arguments: list[str]) -> str:
 def check_new_config(cfg: config.Config, preset: config.Config | None) -> config.Config:
     """As `check_early` of a run that is new, whose options change a preset; see `config.check_used`."""
     config.check_used(cfg, preset)
+    build.check_own_model(cfg)
+    if config.is_reference(cfg.task.name) and cfg.optim.label_smoothing:
+        raise ValueError(
+            f"optim.label_smoothing must be 0 for task.name={cfg.task.name!r}, got {cfg.optim.label_smoothing}"
+        )
     if cfg.model.name == models.DECODER and cfg.model.weights is None:
         log.warning("model.weights is not given: all weights of the decoder are drawn at random")
     return check_early(cfg)

@@ -53,6 +53,12 @@ def main(arguments: list[str]) -> int:
     pair = load_pair(options.network, server, preset=preset)
     task = build.make_task(pair.config, pair.summary).name
     compressed = False if options.uncompressed else None
+    if options.out is not None and not expand("out", options.out).parent.is_dir():  # told before all is computed
+        raise ValueError(f"out must be a file that can be written, got {options.out!r}: its folder is not there")
+    if pair.config.model.name == models.DECODER and options.batch_size != 1:
+        raise ValueError(
+            f"--batch-size must be 1 for texts, each of which has its own length, got {options.batch_size}"
+        )
     if pair.config.model.name == models.DECODER:
         texts = [_read_texts(pair, path, options.tokenizer) for path in inputs]
         records = (record for one in texts for record in _text_records(pair, one, compressed))

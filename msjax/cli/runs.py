@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file)):
         try:
             found.append(Overview.read(str(file.parent)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             damaged += 1
             print(f"msjax runs: {error}", file=sys.stderr)
     if options.json:

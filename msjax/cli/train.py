@@ -115,6 +115,7 @@ def _begin(cfg, name):
     """The folder and the data of a new run."""
     # Before there is a folder, so that a config that does not work leaves none behind.
     run = load_run_everywhere(cfg)
+    build.check_tail(cfg, run.spec)
     small = build.batch_of_small_share(cfg, run.spec.schedule.samples)
     if small and processes.is_first():
         print(f"msjax train: {small}", file=sys.stderr)

@@ -11,7 +11,7 @@ from msjax.compress._options import check_bits, check_ratio
 
 
 def uniform_error_bound(h: Float[Array, "..."], bits: int) -> Float32[Array, ""]:
-    """Returns (31), √d/(2^bits − 1) · ‖h‖²: at least ‖h − ĥ‖² of `Uniform(bits)`."""
+    """Returns (31), √d/(2^bits − 1) · ‖h‖²: at least ‖h − ĥ‖² of `Uniform(bits)` where no h is below 0."""
     check_bits(bits)
     return _norm2(h) * jnp.float32(h.size**0.5 / (2**bits - 1))
 
@@ -27,8 +27,8 @@ def topk_error_bound(h: Float[Array, "..."], ratio: float) -> Float32[Array, ""]
 def mask_encoded_error_bound(h: Float[Array, "..."], ratio: float, bits: int) -> Float32[Array, ""]:
     """Returns (33), α·√(d − k)/(2^bits − 1) · ‖h‖²: at least ‖h − ĥ‖² of `MaskEncoded(ratio, bits)`, either rounding.
 
-    α = ‖the values that are not kept‖ / ‖h‖. It follows from |error| ≤ min(x, τ/(2^bits − 1)), Cauchy–Schwarz and τ ≤
-    ‖h‖. Signed features with `signed=True` obey it too.
+    For h of which none is below 0, and with `signed=True` for all. α = ‖the values that are not kept‖ / ‖h‖. It follows
+    from |error| ≤ min(x, τ/(2^bits − 1)), Cauchy–Schwarz and τ ≤ ‖h‖.
     """
     check_ratio(ratio)
     check_bits(bits)

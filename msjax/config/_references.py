@@ -138,12 +138,20 @@ def with_places_of(config: Config, own: Config) -> Config:
 
     All else stays as it is: the other may be a preset, of which the run had changed some fields.
     """
+    files = [reference.rpartition(":")[0] for reference in references(own).values()]
+    files = {os.path.basename(file): file for file in files}
     for name in (*REFERENCES, *_FILES):
         section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
-        if value is None or other is None or is_reference(value) != is_reference(other):
+        if value is not None and is_reference(value):
+            file, _, function = value.rpartition(":")
+            if (place := files.get(os.path.basename(file))) is not None:
+                other = f"{place}:{function}"  # which need not be that of the preset
+            elif other is None or not is_reference(other):
+                continue
+        elif value is None or other is None or is_reference(other) or _last(value) != _last(other):
             continue
-        if is_reference(value) or _last(value) == _last(other):
+        if value != other:
             changed = dataclasses.replace(getattr(config, section), **{field: other})
             config = dataclasses.replace(config, **{section: changed})
     folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}

@@ -17,7 +17,7 @@ from msjax.data._csv import read_frame
 from msjax.data._dataset import Tree
 from msjax.data._error import DataError
 from msjax.data._folder import SUFFIXES, images_in
-from msjax.data._registry import is_streamed
+from msjax.data._registry import find, is_streamed
 from msjax.data._stream import test_resize
 from msjax.data._table import TableFormat
 from msjax.data._text_sources import lines_of
@@ -58,8 +58,8 @@ def read_inputs(
         columns: of a table, how its columns became inputs.
         is_text: whether inputs are texts that `load` split into words.
         vocabulary: of texts, as of `load`.
-        set_name: of the data set, by which it is known whether its images were streamed, and so cropped otherwise.
-        streamed: whether they were, where that was chosen.
+        set_name: of the data set: some sets' test images are cropped otherwise where they are streamed.
+        streamed: whether they were; None where nothing was chosen.
 
     Raises:
         DataError: there is no such file, or nothing in it that is such an input.
@@ -73,7 +73,8 @@ def read_inputs(
     if path.is_dir() or kind in SUFFIXES:
         if not is_pixels:
             raise DataError(f"{path} must hold inputs such as the network takes, {_shown(like)}, got images")
-        return _from_images(path, like, is_streamed(set_name) if streamed is None else streamed)
+        crops = find(set_name).random_crop and (is_streamed(set_name) if streamed is None else streamed)
+        return _from_images(path, like, crops)
     if kind == ".npz":
         return _of_array(path, _from_npz(path, like, columns))
     if is_text and kind == ".txt":
@@ -104,7 +105,7 @@ def _of_array(path: Path, array: np.ndarray) -> Inputs:
     return Inputs([f"{path}:{row}" for row in range(1, len(array) + 1)], lambda lo, hi: array[lo:hi])
 
 
-def _from_images(path: Path, like: jax.ShapeDtypeStruct, streamed: bool) -> Inputs:
+def _from_images(path: Path, like: jax.ShapeDtypeStruct, crops: bool) -> Inputs:
     """One image, or all in a folder."""
     height, width, channels = like.shape
     files = images_in(path) if path.is_dir() else [path]
@@ -115,7 +116,7 @@ def _from_images(path: Path, like: jax.ShapeDtypeStruct, streamed: bool) -> Inpu
         with _images.decoding(f"image {file}"):
             with _images.pillow().open(file) as opened:
                 image = _images.flatten(opened, channels)
-            if streamed:
+            if crops:
                 image = _images.resize_center_crop(image, height, test_resize(height))
             elif image.size != (width, height):
                 if width != height:

@@ -55,6 +55,7 @@ class ClientProgram:
         options.check()
         self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
         self._epoch, self._path = None, None
+        self._digests: tuple[pathlib.Path, str] | None = None  # of the data, and where they are written down
         self._pace, self._generation, self._last_step = Pace(), 0, -1
         self._watch = LinkWatch()
         self._told_at = 0.0
@@ -141,6 +142,7 @@ class ClientProgram:
         self._data = ClientData(train, ds.test)
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
+        build.check_tail(cfg, spec)
         check_labels(spec, ds)
         if spec.sends_labels and cfg.task.name == "next_token":
             log.warning(
@@ -161,20 +163,22 @@ class ClientProgram:
             write_atomically(file, f"{tokenizer}\n")
 
     def _check_data(self, digests):
-        """Raises where this client's checkpoints are of other data, and writes down which these are.
+        """Raises where this client has begun the run with other data.
 
         What inputs and classes mean follows from the data, and which of them are set aside to test on.
         """
-        folder = self._options.folder() / "checkpoints"
-        file, found = folder / f"{self.session.name}.data", json.dumps(digests)
-        goes_on = file.exists() and any((folder / self.session.name).glob("[0-9]*"))
-        if goes_on and file.read_text("utf-8").strip() != found:
+        file = self._options.folder() / "checkpoints" / f"{self.session.name}.data"
+        self._digests = file, json.dumps(digests)
+        if file.exists() and file.read_text("utf-8").strip() != self._digests[1]:
             raise ValueError(
-                f"the data must be those with which this client began the run, as its checkpoints in {folder} are of "
-                "these: the files were changed, or are others"
+                f"the data must be those with which this client began the run, as {file} tells them: the files were "
+                "changed, or are others"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, f"{found}\n")
+
+    def _write_digests(self):
+        file, digests = self._digests
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, f"{digests}\n")
 
     def _describe(self, samples, test_samples):
         counts = {"samples": samples, "test_samples": test_samples}
@@ -182,6 +186,7 @@ class ClientProgram:
 
     def _build(self, cfg, samples, test_samples):
         log.info("training begins or goes on; the first steps compile")
+        self._write_digests()
         spec = self._describe(samples, test_samples)
         self._schedule = spec.schedule
         numpy_encoder = self._options.encoder == "numpy"

@@ -14,6 +14,7 @@ from msjax.distributed.compiled import CompiledPrograms
 from msjax.distributed.fair_share import FairShare
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.rpc import split_pb2 as pb
+from msjax.keys import make_key
 from msjax.parts import TrainedPart
 from msjax.session import Piece, ServerSession, Terms, padded
 
@@ -72,13 +73,14 @@ class Texts:
     def __init__(self, trained: TrainedPart, metrics: Metrics, limits: Limits):
         self._metrics, self._limits = metrics, limits
         self._sessions = FairShare(limits.sessions, limits.cache_bytes)
+        metrics.sessions.set_function(lambda: len(self._sessions))
         self._name = trained.config.model.name
         self._part = self._tail = None
         if self._name == models.DECODER:
             _, server, *tail = jax.eval_shape(lambda: build.make_parts(trained.config, trained.summary))
             params, stats = jax.device_put((trained.params, trained.stats))
             self._part, self._tail = server._replace(params=params, stats=stats), tail[0] if tail else None
-        self._key = jax.random.key(trained.config.seed)
+        self._key = make_key(trained.config.seed)
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
 
@@ -105,8 +107,9 @@ class Texts:
                 if terms is None:
                     terms, own = self._begin(request, text, caller)
                 self._sessions.use(own)
-                self._programs.use((terms.codec, terms.candidates, terms.capacity, request.count))
                 outputs = pb.Outputs(payload=text.answer(Piece(request.count, request.features)))
+                # Behind the answer: a message that is none has compiled nothing.
+                self._programs.use((terms.codec, terms.candidates, terms.capacity, request.count))
                 self._metrics.answered(1, time.perf_counter() - began)
                 self._metrics.sent(ANYONE, outputs)
                 yield outputs
@@ -114,7 +117,6 @@ class Texts:
         finally:
             turn.release()
             self._sessions.close(own)
-            self._metrics.sessions.set(len(self._sessions))
 
     def _begin(self, request, text, caller):
         begin, config = request.begin, models.part_config(self._part)
@@ -133,10 +135,13 @@ class Texts:
             raise wire.WireError(f"capacity must need at most {room} bytes of cache, got {cache_bytes}")
         own, evicted = self._sessions.open(text.evict, caller, cache_bytes)
         self._metrics.evicted.inc(evicted)
-        self._metrics.sessions.set(len(self._sessions))
-        with self._lock:
-            self._key, key = jax.random.split(self._key)
-        text.begin(ServerSession(self._part, terms, tail=self._tail, key=key))
+        try:
+            with self._lock:
+                self._key, key = jax.random.split(self._key)
+            text.begin(ServerSession(self._part, terms, tail=self._tail, key=key))
+        except BaseException:  # no memory for its cache
+            self._sessions.close(own)
+            raise
         return terms, own
 
 

@@ -26,6 +26,7 @@ from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import Rates, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
+from msjax.keys import make_key
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart
 from msjax.session import Terms
@@ -91,7 +92,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._compression, self._rates = compression, Rates(max_messages_per_second)
         spec = spec_of(trained)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
-        self._key = jax.random.key(trained.config.seed)
+        self._default, self._named = spec.test_codec.default, {name for name, _ in trained.config.array_codecs}
+        self._key = make_key(trained.config.seed)
         self._refused = Seldom(say_refused)
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
         self._lock = threading.Lock()
@@ -102,7 +104,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         """Answers what part this is."""
         self._authenticate(context)
         trained = self._trained
-        cfg = json.dumps(config.to_json(trained.config))
+        cfg = json.dumps(config.to_json(config.without_paths(trained.config), paths=False))
         return pb.Description(protocol=messages.PROTOCOL, run=trained.run_id, config=cfg, step=trained.step)
 
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
@@ -154,11 +156,14 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         They come as fast as the caller may ask, over all its streams.
         """
         caller = self._admission.caller_of(context)
-        stream, ended = self._streams.open(context.cancel, caller)
+        stream, evicted = self._streams.open(context.cancel, caller)
         rate = self._rates.open(caller)
-        self._metrics.evicted.inc(ended)
+        self._metrics.evicted.inc(evicted)
+
+        ended = threading.Event()
 
         def close():
+            ended.set()
             self._streams.close(stream)
             self._rates.close(caller)
 
@@ -167,7 +172,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
         def noted():
             for request in requests:
-                rate.wait()
+                rate.wait(ended)
                 self._streams.use(stream)
                 yield request
 
@@ -194,8 +199,10 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     def _answer(self, payload, up, number):
         batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
-        codec = next((c for c in up.codecs if not isinstance(c, Exact)), Identity())
-        codecs = Codecs(codec if self._u_shaped else Identity())
+        # As the caller codes those of its features that no codec of their own is named for; see `RunSpec.tail_codec`.
+        pairs = zip(self._features.names, up.codecs, strict=True)
+        default = [c for name, c in pairs if name not in self._named and not isinstance(c, Exact)]
+        codecs = Codecs((default[0] if default else self._default) if self._u_shaped else Identity())
         down = PayloadSpec.of_features(self._outputs, codecs, batch_size)
         out = _infer(self._trained.apply, up, down, self._state, payload, key)
         return messages.encode(out, down, self._compression if self._u_shaped else None)

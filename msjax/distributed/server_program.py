@@ -144,6 +144,7 @@ class ServerProgram:
             log.warning("%s", small)
             self._told = small
         spec = _describe(self.cfg, parts, samples, test_samples, description)
+        build.check_tail(self.cfg, spec)
         return spec, functools.partial(parts.first_state, spec.optimizer)
 
     def train(self, on_epoch: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:

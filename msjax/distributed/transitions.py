@@ -114,10 +114,10 @@ class _Transition:
         client, old = event.client, self.state.clients[event.client].session
         if old is not None and old.instance != event.instance:
             # Two processes that take themselves for the same client would undo each other's work, in turns.
-            taken = f"client_id must be of one process at a time, got {client}, which a process at {old.peer} has"
+            taken = f"client_id must be of one process at a time, got {client}, which another process has"
             self._do(do.RefuseSession(event.session, taken))
             if event.instance != self.state.clients[client].turned_away:  # it will try again and again
-                self._do(do.Warn(f"turned {event.peer} away: {taken}"))
+                self._do(do.Warn(f"turned {event.peer} away: {taken}, at {old.peer}"))
                 self._set_client(client, turned_away=event.instance)
             return
         if old is not None:

@@ -72,7 +72,8 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
             return _linen_part(function, x, key, (params, *stats))
         if getattr(function, "__func__", None) is linen.Module.apply:
             return _linen_part(function.__self__, x, key, (params, *stats))
-        return ModelPart(FunctionApply(function, bool(stats)), params, stats[0] if stats else {})
+        arrays = map(_as_jax, (params, stats[0] if stats else {}))
+        return ModelPart(FunctionApply(function, bool(stats)), *arrays)
     raise NotAPart(
         "must be an nnx.Module, a linen.Module, a ModelPart, or (apply, params) or (apply, params, stats), "
         f"got {type(module).__name__}"

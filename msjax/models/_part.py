@@ -30,7 +30,7 @@ class ModelPart(NamedTuple):
 
     def scoped(self, name: str) -> "ModelPart":
         """Returns the same part with its arrays under `name`, so that they can be kept beside another part's."""
-        stats = {name: self.stats} if self.stats else {}
+        stats = {name: self.stats} if jax.tree.leaves(self.stats) else {}
         return ModelPart(ScopedApply(self.apply, name), {name: self.params}, stats)
 
     def out_of(self, params: dict[str, Any], stats: dict[str, Any]) -> "ModelPart":

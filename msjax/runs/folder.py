@@ -170,6 +170,8 @@ def check_new(config: Config, name: str | None) -> None:
         folder_to_be("name", out / name)
         if (out / name / "config.json").exists():
             raise _taken(name, out / name)
+        if is_of_python(out / name) or (out / name / "checkpoints").exists():
+            raise ValueError(f"name must be that of a new run, got {name!r}: {out / name} has another's checkpoints")
 
 
 def json_object(what: str, text: str) -> dict[str, Any]:

@@ -159,12 +159,14 @@ def _console(quiet):
     return Console(quiet=quiet, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
-def format_metric(name: str, value: float) -> str:
-    """Returns a metric as a person reads it: a percentage with its sign, another with its name."""
+def format_metric(name: str, value: float | None) -> str:
+    """Returns a metric as a person reads it: a percentage with its sign, another with its name; – where it is none."""
+    if value is None:  # as a file has what is not finite
+        return "–"
     return f"{value:.2f} %" if name.endswith("_percent") else f"{name} {value:.4g}"
 
 
-def bare_metric(name: str, value: float) -> str:
+def bare_metric(name: str, value: float | None) -> str:
     """Returns a metric without its name and sign, as below `column_name`."""
     return format_metric(name, value).removesuffix(" %").removeprefix(f"{name} ")
 

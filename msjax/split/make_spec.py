@@ -248,7 +248,10 @@ def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> Par
         params, stats = parts[0].params, parts[0].stats
     else:
         params, stats = merge_arrays(*(part.params for part in parts)), merge_arrays(*(part.stats for part in parts))
-    return PartState(params, stats, optimizer.init(params))
+    own = {id(leaf) for leaf in jax.tree.leaves(params)}
+    # Some optimizers keep the parameters themselves, as they were at first; a step may not be given one array twice.
+    copied = lambda leaf: jnp.array(leaf, copy=True) if id(leaf) in own else leaf  # noqa: E731
+    return PartState(params, stats, jax.tree.map(copied, optimizer.init(params)))
 
 
 def merge_arrays(*dicts: dict[str, Any]) -> dict[str, Any]:

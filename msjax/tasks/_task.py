@@ -1,6 +1,7 @@
 """A task: loss and metrics, and what they ask of outputs and labels."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -131,7 +132,8 @@ class Task:
             fails on such arrays.
         """
         try:
-            jax.eval_shape(lambda o, y: self.losses(o, y, train=True), outputs, labels)
+            for train in (True, False):
+                jax.eval_shape(lambda o, y, train=train: self.losses(o, y, train=train), outputs, labels)
             found = jax.eval_shape(self.sums, outputs, labels)
         except Exception as error:
             if isinstance(error, ValueError) and str(error).startswith(_RULES):
@@ -152,18 +154,25 @@ class Task:
         return found
 
     def _check_apart(self, outputs, labels):
-        """Raises ValueError where outputs (B, 1) and labels (B,) are broadcast, so that each loss is of all samples."""
-        shapes = [getattr(tree, "shape", None) for tree in (outputs, labels)]
-        if shapes[0] != (*(shapes[1] or ()), 1) or len(shapes[0]) != 2:
+        """Raises ValueError where (B, 1) and (B,) are broadcast, so that each value is of all samples."""
+        narrow, wide = sorted((getattr(tree, "shape", ()) for tree in (outputs, labels)), key=len)
+        if len(narrow) != 1 or wide != (*narrow, 1):
             return
-        labels = jnp.arange(len(labels)).astype(labels.dtype)
-        whole, first = self.losses(outputs, labels, train=True)[:1], self.losses(outputs[:1], labels[:1], train=True)
-        if not np.allclose(whole, first, rtol=1e-2, atol=1e-3, equal_nan=True):
-            raise ValueError(
-                f"loss of task {self.name!r} must give each sample its own value, but outputs {_shapes(outputs)} and "
-                f"labels {_shapes(labels)} make it depend on other samples, as where they are broadcast: take "
-                "outputs[..., 0]. Labels of integers (N, 1) are taken as (N,)"
-            )
+        labels = jnp.arange(len(labels)).reshape(labels.shape).astype(labels.dtype)
+        functions = {f"loss of task {self.name!r}": functools.partial(self.losses, train=True)}
+        if self.test_loss is not None:
+            functions[f"test_loss of task {self.name!r}"] = functools.partial(self.losses, train=False)
+        plain = {name: metric.sums for name, metric in self.metrics if isinstance(metric.sums, _SumAndCount)}
+        functions |= {f"metric {name!r}": sums.values for name, sums in plain.items()}
+        for name, function in functions.items():
+            whole, first = function(outputs, labels)[:1], function(outputs[:1], labels[:1])
+            if not np.allclose(whole, first, rtol=1e-2, atol=1e-3, equal_nan=True):
+                which = "outputs" if outputs.ndim == 2 else "labels"
+                raise ValueError(
+                    f"{name} must give each sample its own value, but outputs {_shapes(outputs)} and labels "
+                    f"{_shapes(labels)} make it depend on other samples, as where they are broadcast: take "
+                    f"{which}[..., 0]. Labels of integers (N, 1) are taken as (N,)"
+                )
 
     def check_sums(self, outputs: Any, labels: Any) -> None:
         """Checks on random outputs that metrics add up over batches and finish as a number.
@@ -230,6 +239,8 @@ def custom(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of outputs and labels, got {loss!r}")
+    if test_loss is not None and not callable(test_loss):
+        raise TypeError(f"test_loss must be a function of outputs and labels, or None, got {test_loss!r}")
     if not isinstance(metrics, Mapping | None):
         raise TypeError(f"metrics must be functions by name, as {{'error': function}}, got {metrics!r}")
     found = []
@@ -251,7 +262,7 @@ def _to_add(sums):
 def _finished(metric, total):
     """A metric's number; NaN where it divides by zero, as of a class of which these labels have none."""
     try:
-        return metric.finish(total)
+        return float(metric.finish(total))  # NumPy's numbers are no JSON
     except ZeroDivisionError:
         return math.nan
 

@@ -80,7 +80,7 @@ class TrainResult(NamedTuple):
         """
         if raw:
             inputs = data_lib.standardized_inputs(inputs, self.summary.columns)
-        batch = jax.tree.map(jnp.asarray, inputs)
+        batch = _as_stored(jax.tree.map(jnp.asarray, inputs), self.summary.inputs)
         try:
             x = self.spec.preprocess(batch)
             for part in self.parts:
@@ -91,6 +91,25 @@ class TrainResult(NamedTuple):
                 f"raised {quoted(error)}"
             ) from error
         return x
+
+
+def _as_stored(batch, expected):
+    """A batch in the dtypes in which the data set stores it; images without their only channel get it."""
+    leaves, structure = jax.tree.flatten(batch)
+    if len(leaves) != len(expected.leaves):
+        raise ValueError(f"inputs must be {expected} each, as the data set stores them, got {TreeSpec.of(batch)}")
+    found = []
+    for leaf, like in zip(leaves, expected.leaves, strict=True):
+        if like.dtype == jnp.uint8 and like.shape[2:] == (1,) and leaf.ndim == len(like.shape):
+            leaf = leaf[..., None]
+        alike = any(
+            jnp.issubdtype(leaf.dtype, kind) and jnp.issubdtype(like.dtype, kind)
+            for kind in (jnp.floating, jnp.integer)
+        )
+        if leaf.dtype != like.dtype and (not alike or like.dtype == jnp.uint8) and leaf.dtype != jnp.bool_:
+            raise ValueError(f"inputs must be {expected} each, as the data set stores them, got {TreeSpec.of(batch)}")
+        found.append(leaf.astype(like.dtype))
+    return jax.tree.unflatten(structure, found)
 
 
 def train(
@@ -245,7 +264,8 @@ def train(
         raise ValueError("model must have all its parts in one program, got a RemotePart among them")
     counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
-    transformation, made_task = _optimizer(optimizer, schedule), _task(task, optimizer)
+    is_new = folder is None or not os.path.exists(os.path.join(folder, "spec.json"))
+    transformation, made_task = _optimizer(optimizer, schedule, is_new=is_new), _task(task, optimizer)
     _check_optimizer(transformation, parts)
     codecs = Codecs.of(MaskEncoded() if codec is None else codec)
     spec = make_spec(
@@ -319,7 +339,7 @@ def _task(task, optimizer):
         raise ValueError(f"task {task!r} needs options: give tasks.{task}(…)") from None
 
 
-def _optimizer(optimizer, schedule):
+def _optimizer(optimizer, schedule, *, is_new):
     if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
         optimizer = optimizer.gradient_transformation()
     if isinstance(optimizer, optax.GradientTransformation):
@@ -328,7 +348,9 @@ def _optimizer(optimizer, schedule):
         optimizer = OptimConfig(learning_rate=0.05)
     if not isinstance(optimizer, OptimConfig):
         raise TypeError(f"optimizer must be an optax transformation or an OptimConfig, got {optimizer!r}")
-    check_used(Config(optim=optimizer))  # which checks its fields, too
+    cfg = Config(optim=optimizer)  # checks its fields
+    if is_new:
+        check_used(cfg)
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
 
 

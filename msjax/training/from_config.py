@@ -1,6 +1,7 @@
 """A run as a config describes it: its data loaded, its model built, its results in a run folder."""
 
 import dataclasses
+import shlex
 import sys
 import uuid
 from typing import Any
@@ -126,7 +127,7 @@ def _write_results(cfg, folder, run, finished, data_digests):
         "data_sha256": data_digests,
         "wall_seconds": round(finished.wall_seconds, 1),
         "images_per_second": round(samples / finished.train_seconds, 1),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "config": config.to_json(cfg),
         "environment": environment(),
     }

@@ -195,34 +195,43 @@ class _Loop:
         read = None if self._reads is None else lambda step: self._reads[epoch * schedule.epoch_steps + step]
         options = {"done": first, "mesh": self._mesh, "read": read}
         batches = batches_on_device(self._run.dataset.train, resident, calls, **options)
-        for inputs, labels, index in batches:
-            clients = np.asarray(schedule.position(self._done).clients, np.int32)
-            args = (inputs, labels, index, clients, key)
-            given = self._state, self._sums, *args
-            self._state, self._sums, losses = train_steps(self._spec, self._mesh, *given)
-            # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
-            losses, stops = self._agree(losses)
-            if not self._run.allow_nonfinite:
-                check_losses(losses, clients.tolist(), self._done)
-            steps = len(losses)
-            self._done += steps
-            share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
-            shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
-            bar.step(steps, before and round(before * (1 + share / epoch)), shape)
-            if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
-                self._progress["train_seconds"] += time.monotonic() - began
-                self._save()
-                self._finish_saving()
-                raise self._interrupted()
-            if self._folder is not None:
-                self._folder.checkpoints.check()
+        try:
+            for inputs, labels, index in batches:
+                clients = np.asarray(schedule.position(self._done).clients, np.int32)
+                args = (inputs, labels, index, clients, key)
+                given = self._state, self._sums, *args
+                self._state, self._sums, losses = train_steps(self._spec, self._mesh, *given)
+                # The host may run ahead of the device, but by no more than a call, so that the display tells the truth.
+                losses, stops = self._agree(losses)
+                if not self._run.allow_nonfinite:
+                    check_losses(losses, clients.tolist(), self._done)
+                steps = len(losses)
+                self._done += steps
+                share = (self._done - epoch * schedule.epoch_steps) / schedule.epoch_steps
+                shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves((inputs, index)))
+                bar.step(steps, before and round(before * (1 + share / epoch)), shape)
+                if stops or (self._asked_to_stop and processes.count() == 1):  # since then, too
+                    self._progress["train_seconds"] += time.monotonic() - began
+                    self._save()
+                    self._finish_saving()
+                    raise self._interrupted()
+                if self._folder is not None:
+                    self._folder.checkpoints.check()
+        except data.DataError:
+            self._progress["train_seconds"] += time.monotonic() - began
+            self._save_what_is_done()
+            raise
         self._progress["train_seconds"] += time.monotonic() - began
 
     def _end_epoch(self, epoch, evaluate):
         sums = jax.device_get(self._sums)
         record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
         if self._schedule.tests_after(epoch):
-            record["test"] = evaluate(self._state, epoch)
+            try:
+                record["test"] = evaluate(self._state, epoch)
+            except BaseException:  # a damaged image, or no memory: the epoch's steps need not be lost for it
+                self._save_what_is_done()
+                raise
             if not self._run.allow_nonfinite:
                 check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
@@ -241,6 +250,12 @@ class _Loop:
             if self._constants is not None:
                 progress[CONSTANTS] = self._constants
             self._folder.checkpoints.save(self._done, (to_save(self._spec, self._state), self._sums), progress)
+
+    def _save_what_is_done(self):
+        """Where an error ends the run behind a whole step; several processes would wait for each other."""
+        if processes.count() == 1:
+            self._save()
+            self._finish_saving()
 
     def _finish_saving(self):
         """Waits for the last checkpoint, which is written while training goes on."""

@@ -54,7 +54,8 @@ class Certificates:
         """Returns why a certificate is not that of a client, or of any where `client` is None; None where it is."""
         if self._wanted is None:
             return None
-        mine = {*found.names, f"sha256:{found.fingerprint}"}
+        # A name is chosen by whoever asked for the certificate: none is taken for a fingerprint.
+        mine = {name for name in found.names if not name.startswith("sha256:")} | {f"sha256:{found.fingerprint}"}
         shown = shorten(", ".join(found.names) or found.fingerprint or "none", 200)
         if client is None:
             return None if mine & set(self._wanted.values()) else f"this certificate, of {shown}, is no client's"

@@ -92,10 +92,11 @@ class Rate:
         """Whether it is as a new one."""
         return self._left + (self._clock() - self._last) * self._per_second >= self._most
 
-    def wait(self) -> None:
-        """Waits until the next message may be taken."""
-        if seconds := self.delay():
-            time.sleep(seconds)
+    def wait(self, ended: threading.Event) -> None:
+        """Waits until the next message may be taken, or its stream has ended, which then has not sent it."""
+        if (seconds := self.delay()) and ended.wait(seconds):
+            with self._lock:
+                self._left += 1
 
 
 @dataclasses.dataclass
