@@ -208,23 +208,23 @@ class _Call(Call):
 
 def test_a_callers_rate_is_one_over_all_its_streams(tmp_path, monkeypatch):
     delays = []
-    monkeypatch.setattr(Rate, "wait", lambda rate: delays.append(rate.delay()))
+    monkeypatch.setattr(Rate, "wait", lambda rate, ended: delays.append(rate.delay()))
     make(tmp_path)
     part = parts.load_part(tmp_path / "server.safetensors")
     servicer = inference.InferenceServicer(part, Tokens(None), Metrics(), max_messages_per_second=1e-3)
 
-    def ask(token):  # one message at once, and the next 1000 s later
-        call = _Call(token=token)
+    def ask(host):  # one message at once, and the next 1000 s later
+        call = _Call(peer=f"ipv4:{host}:5000")
         assert next(servicer._held(iter([pb.Features()]), call)) == pb.Features()
         return call
 
-    calls = [ask("alice") for _ in range(3)]
+    calls = [ask("192.0.2.1") for _ in range(3)]
     assert delays == [0.0, pytest.approx(1000, rel=0.1), pytest.approx(2000, rel=0.1)]
     for call in calls:
         call.end()
-    ask("alice")  # who comes again is no new one
+    ask("192.0.2.1")  # who comes again is no new one
     assert delays[3] == pytest.approx(3000, rel=0.1)
-    ask("bob")
+    ask("192.0.2.2")
     assert delays[4] == 0.0
 
 
