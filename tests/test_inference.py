@@ -24,7 +24,7 @@ from msjax.split.payloads import PayloadSpec
 from .authority import Authority
 from .setups import dataset
 from .test_admission import Call
-from .test_rpc import assert_nobody_watches, unread
+from .test_rpc import assert_answered_unasked, assert_nobody_watches, unread
 
 SUMMARY = build.DataSummary.of(dataset())
 CODEC = compress.MaskEncoded(ratio=0.9)
@@ -316,6 +316,7 @@ def test_mutual_tls(tmp_path):
             health = health_pb2_grpc.HealthStub(there._channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
             assert_nobody_watches(there._channel)
+            assert_answered_unasked(there._channel, "msjax.v2.Split/Describe")
         other = others.issue("client")
         strangers = {
             "the server wants a certificate": no_certificate,

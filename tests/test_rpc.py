@@ -448,6 +448,27 @@ def test_who_watches_a_servers_health_holds_no_call(tmp_path):
         assert_nobody_watches(channel)
 
 
+def assert_answered_unasked(channel, *methods):
+    """Calls that send nothing, and do not say that nothing comes, end all the same."""
+    leave = threading.Event()
+
+    def says_nothing():
+        leave.wait(60)
+        yield from ()
+
+    named = {f"grpc.health.v1.Health/{name}": name for name in ("Check", "Watch")} | dict.fromkeys(methods)
+    calls = {method: channel.stream_stream(f"/{method}")(says_nothing(), timeout=60) for method in named}
+    try:
+        for method, call in calls.items():
+            answers = call if method.endswith("Check") or method in methods else iter(())
+            for answer in answers:
+                assert answer
+            good = grpc.StatusCode.UNIMPLEMENTED if method.endswith("Watch") else grpc.StatusCode.OK
+            assert call.code() is good
+    finally:
+        leave.set()
+
+
 def unread(stack, address, method, said, count, token=None):
     """Returns as many calls that say one thing and take five bytes of the answer; they last until `stack` ends."""
     options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -484,6 +505,12 @@ def test_who_does_not_read_keeps_nobody_out(tmp_path, method, said, most):
         connection.send(pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, client=1)))
         assert connection.receive(20).WhichOneof("kind") == "welcome"
         connection.close()
+
+
+def test_who_sends_nothing_holds_no_call(tmp_path):
+    """A unary call would wait for its message, of which strangers need not send any."""
+    with Net(tmp_path) as net, grpc.insecure_channel(net.address) as channel:
+        assert_answered_unasked(channel)
 
 
 def test_an_address_that_is_taken(tmp_path):

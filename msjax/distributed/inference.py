@@ -100,8 +100,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._texts = Texts(trained, metrics, texts or Limits())
         self._streams = FairShare(most_streams)
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
-        """Answers what part this is."""
+    def Describe(self, requests: Iterator[pb.DescribeRequest], context: grpc.ServicerContext) -> pb.Description:
+        """Answers what part this is; it reads nothing, so that nobody holds a thread who sends nothing."""
         self._authenticate(context)
         trained = self._trained
         cfg = json.dumps(config.to_json(config.without_paths(trained.config), paths=False))
@@ -295,6 +295,8 @@ class RemoteServer:
             if error.code() is grpc.StatusCode.CANCELLED:
                 reason = "the server has ended the stream, as others needed its room"
                 raise ConnectionError(f"{self._address}: {reason}") from None
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in error.details():
+                raise ConnectionError(f"{self._address}: {error.details()}") from None  # others have all its calls
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise Refused(f"{self._address}: {OTHER_SERVER}") from None
             raise Refused(error.details()) from None

@@ -9,13 +9,14 @@ from concurrent import futures
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
+from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.addresses import Address, parse_address
 from msjax.distributed.rpc.connection import channel_options
+from msjax.distributed.rpc.health import MOST_CHECKS, Health
 
 log = logging.getLogger("msjax.server")
 
@@ -33,9 +34,6 @@ def limits(options: ListenOptions, streams: int, max_bytes: int) -> list[tuple[s
 
 MOST_STREAMS = 2
 """Of a client that have not ended: it may come again before its last stream has."""
-
-MOST_CHECKS = 8
-"""Health checks at a time: a stranger who does not read the answers would hold all calls that there are."""
 
 
 def most_calls(streams: int) -> int:
@@ -124,17 +122,6 @@ class Listening:
         return f"{self.address}{metrics}"
 
 
-class _Health(health.HealthServicer):
-    """Answers who asks for the state, and not who would hold a call to hear of changes: strangers may ask."""
-
-    def Watch(self, request, context, send_response_callback=None):
-        context.abort(*NO_WATCH)
-
-
-NO_WATCH = grpc.StatusCode.UNIMPLEMENTED, "the health service answers Check alone"
-"""Who watches holds one of the calls that there are, and needs no token for it."""
-
-
 class Endpoint(Listening):
     """A gRPC server in threads, one a stream, with health service and metrics; of a trained part, which computes.
 
@@ -154,19 +141,32 @@ class Endpoint(Listening):
         workers = futures.ThreadPoolExecutor(calls, thread_name_prefix="rpc")
         settings = limits(options, streams, options.max_megabytes << 20)
         self._server = grpc.server(workers, options=settings, maximum_concurrent_rpcs=calls)
-        self._health = _Health(experimental_non_blocking=False)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health = Health()
+        self._server.add_generic_rpc_handlers((self._health.in_threads(),))
         self.address = open_port(self._server, options)
         self._serve_metrics(options, lambda: self._server.stop(grace=None))
 
     def start(self, servicer: split_pb2_grpc.SplitServicer) -> None:
         """Answers with `servicer` from now on."""
-        split_pb2_grpc.add_SplitServicer_to_server(servicer, self._server)
+        self._server.add_generic_rpc_handlers((_split(servicer),))
         self._server.start()
-        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.serves = True
 
     def close(self) -> None:
         """Lets what is under way end, for five seconds, and stops."""
-        self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.serves = False
         self._server.stop(grace=5).wait()
         self._close_metrics()
+
+
+def _split(servicer):
+    """The service of a trained part. All calls are streams to it: it looks at who calls before a message is there."""
+    stream = grpc.stream_stream_rpc_method_handler
+    forms = pb.DescribeRequest.FromString, pb.Description.SerializeToString
+    handlers = {
+        "Train": stream(servicer.Train, pb.FromClient.FromString, pb.FromServer.SerializeToString),
+        "Describe": grpc.stream_unary_rpc_method_handler(servicer.Describe, *forms),
+        "Infer": stream(servicer.Infer, pb.Features.FromString, pb.Outputs.SerializeToString),
+        "Generate": stream(servicer.Generate, pb.NextTokens.FromString, pb.Outputs.SerializeToString),
+    }
+    return grpc.method_handlers_generic_handler(pb.DESCRIPTOR.services_by_name["Split"].full_name, handlers)

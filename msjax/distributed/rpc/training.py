@@ -13,7 +13,6 @@ import time
 from collections import deque
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from msjax.distributed.channel import Close, Handled, Lost, Received, Send, Stop
 from msjax.distributed.metrics import Metrics
@@ -22,11 +21,10 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
 from msjax.distributed.rpc.event_loop import event_loop, run
 from msjax.distributed.rpc.frames import BESIDE_BYTES, FRAME_BYTES, FrameError, Joiner, to_frames
+from msjax.distributed.rpc.health import Health
 from msjax.distributed.rpc.security import Rate, Rates, Tokens
 from msjax.distributed.rpc.server import (
-    MOST_CHECKS,
     MOST_STREAMS,
-    NO_WATCH,
     Listening,
     limits,
     most_calls,
@@ -247,27 +245,6 @@ async def _hold(rate):
         await asyncio.sleep(seconds)
 
 
-class _Health(health.aio.HealthServicer):
-    """See `rpc.server`."""
-
-    def __init__(self):
-        super().__init__()
-        self._checks = 0
-
-    async def Check(self, request, context):
-        if self._checks >= MOST_CHECKS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many checks at a time")
-        self._checks += 1
-        context.add_done_callback(self._ended)
-        return await super().Check(request, context)
-
-    def _ended(self, _):
-        self._checks -= 1
-
-    async def Watch(self, request, context):
-        await context.abort(*NO_WATCH)
-
-
 class TrainEndpoint(Listening):
     """A gRPC server on the event loop, with health service and metrics. It has its ports from when it is made.
 
@@ -286,8 +263,8 @@ class TrainEndpoint(Listening):
     async def _open(self, options, streams):
         settings = limits(options, streams, min(options.max_megabytes << 20, FRAME_BYTES + BESIDE_BYTES))
         self._server = grpc.aio.server(options=settings, maximum_concurrent_rpcs=most_calls(streams))
-        self._health = _Health()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health = Health()
+        self._server.add_generic_rpc_handlers((self._health.on_loop(),))
         self.address = open_port(self._server, options)
 
     def start(self, servicer: TrainServicer) -> None:
@@ -300,7 +277,7 @@ class TrainEndpoint(Listening):
         service = pb.DESCRIPTOR.services_by_name["Split"].full_name
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Train": handler}),))
         await self._server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.serves = True
 
     def close(self) -> None:
         """Lets what is under way end, for five seconds, and stops."""
@@ -308,5 +285,5 @@ class TrainEndpoint(Listening):
         self._close_metrics()
 
     async def _close(self):
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.serves = False
         await self._server.stop(grace=5)
