@@ -86,8 +86,8 @@ def load_pair(
     else:
         paths = [existing_file("client", run), existing_file("server", server)]
     pair = Pair(*(load_part(path, preset=preset) for path in paths))
-    if server is None and folder.read_summary() is None:
-        said = "%s goes on to more epochs: these are its parts of step %d, when it was finished before"
+    if server is None and not (folder.path / "summary.json").exists():
+        said = "%s has no summary.json, as it goes on to more epochs or did not end: its parts are those of step %d"
         log.warning(said, os.fspath(run), pair.client.step)
     for name, part, path in zip(Pair._fields, pair, paths, strict=True):
         if part.part != name:

@@ -119,7 +119,11 @@ def test_checkpoints_are_where_the_mode_allows():
     """The beginning needs none, and the end has one."""
     for mode in (Parallel(), SplitFed()):
         assert steps(Schedule(mode, 2, 6, 0, 2, 3), 4) == [4, 8, 9]
-    assert steps(Schedule(Sequential(turn_steps=2), 2, 6, 0, 2, 1), 100) == [2, 4, 5, 6]
+    assert steps(Schedule(Sequential(turn_steps=2), 2, 6, 0, 2, 1), 1) == [2, 4, 5, 6]
+    # Of the beginnings of turns or rounds the first in each so many steps.
+    assert steps(Schedule(Sequential(turn_steps=1), 2, 12, 0, 2, 2), 5) == [5, 10, 15, 20, 24]
+    assert steps(Schedule(Sequential(), 2, 12, 0, 2, 2), 7) == [12, 18, 24]
+    assert steps(Schedule(SplitFed(100, 0.5), 4, 12, 0, 2, 6), 10) == [12, 24, 30, 36]
     assert steps(Schedule(Sequential(), 1, 6, 0, 2, 3), 4) == [4, 8, 9]
 
 

@@ -568,7 +568,7 @@ def test_functions_with_arrays_of_doubles(tmp_path):
 def test_an_optimizer_that_keeps_the_first_parameters(unchecked):
     """As prodigy, dog and madgrad do; a step may not be given one array twice."""
     anchor = optax.GradientTransformation(
-        lambda params: {"anchor": params},
+        lambda params: dict.fromkeys(("m", "v"), jax.tree.map(jnp.zeros_like, params)) | {"anchor": params},
         lambda grads, state, params: (
             jax.tree.map(lambda g, p, a: -0.1 * (g + p - a), grads, params, state["anchor"]),
             state,

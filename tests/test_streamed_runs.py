@@ -132,6 +132,28 @@ def test_a_streamed_run_is_that_in_memory_and_goes_on_where_it_was_interrupted(m
     jax.tree.map(np.testing.assert_array_equal, finished.state, whole[1].state)
 
 
+@pytest.mark.slow
+def test_an_epochs_steps_are_not_lost_where_its_test_fails(monkeypatch, tmp_path):
+    whole = loop.train(load(monkeypatch, SMOOTH, dataset()), quiet=True)
+    test, failures = loop.Evaluator.__call__, iter([data.DataError("image 7 is damaged")])
+
+    def fails_first(self, *args):
+        for error in failures:
+            raise error
+        return test(self, *args)
+
+    monkeypatch.setattr(loop.Evaluator, "__call__", fails_first)
+    folder = RunFolder.create(dataclasses.replace(SMOOTH, out=str(tmp_path)))
+    with pytest.raises(data.DataError, match="image 7 is damaged"):
+        loop.train(load(monkeypatch, SMOOTH, dataset()), folder, quiet=True)
+    run = load(monkeypatch, SMOOTH, dataset())
+    assert folder.checkpoints.latest() == run.spec.schedule.epoch_steps
+    finished = loop.train(run, folder, quiet=True)
+    folder.close()
+    assert [record["test"] for record in finished.history] == [record["test"] for record in whole.history]
+    jax.tree.map(np.testing.assert_array_equal, finished.state, whole.state)
+
+
 class StreamedNet(Net):
     """A network whose clients have their samples not in memory."""
 

@@ -73,9 +73,10 @@ class DataSummary(NamedTuple):
         """Raises ValueError where data to test on are read otherwise than those that a part was trained on."""
         for name in ("inputs", "num_classes", "classes", "columns"):
             mine, theirs = getattr(self, name), getattr(trained, name)
-            if name == "inputs":  # in a file trees are flat
-                mine, theirs = mine.leaves, theirs.leaves
-            if not _alike(mine, theirs) and (name != "classes" or None not in (mine, theirs)):
+            same = (
+                mine.to_json() == theirs.to_json() if name == "inputs" else _alike(mine, theirs)
+            )  # files have it flat
+            if not same and (name != "classes" or None not in (mine, theirs)):
                 shown = ("", "") if name == "columns" else (f" {theirs}", f", got {mine}")
                 raise ValueError(
                     f"the data must have the {name.replace('_', ' ')} of those that the part was trained on{shown[0]}, "

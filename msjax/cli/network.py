@@ -16,7 +16,7 @@ import tyro
 from msjax import build, config, parts
 from msjax.cli.eval import describe_features
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
-from msjax.cli.options import PresetFlag, parse, preset_of, split_options
+from msjax.cli.options import PartFlag, parse, preset_of, split_options
 from msjax.distributed import inference
 from msjax.distributed.client_run import Refused
 from msjax.distributed.options import ConnectOptions, LinkOptions, check_positive
@@ -50,7 +50,7 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalOptions(ConnectOptions, PresetFlag):
+class _EvalOptions(ConnectOptions, PartFlag):
     """Of a test with the client's part here and the server's elsewhere."""
 
     part: tyro.conf.Positional[str] = tyro.MISSING
@@ -85,7 +85,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _GenerateOptions(GenerateOptions, LinkOptions, PresetFlag):
+class _GenerateOptions(GenerateOptions, LinkOptions, PartFlag):
     """Of a text with the client's part here and the server's elsewhere."""
 
     retry_seconds: float = 60.0

@@ -42,6 +42,15 @@ class PresetFlag:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartFlag:
+    """Where functions of a preset are, likewise, of a part that was trained."""
+
+    config: str | None = None
+    """The preset of a model, data or task of your own: a Python file with get_config(). It says where its functions
+    are; all else comes from the file of the part."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFlags(PresetFlag):
     """Which run folder, likewise."""
 

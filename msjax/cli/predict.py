@@ -24,8 +24,9 @@ label's probability; of multi-label tasks all labels that are there, each with i
 numbers; of a language model the token that follows the text, its probability, and the text's perplexity. The network
 is the folder of a run of msjax train, or the files of its two parts, CLIENT.safetensors
 SERVER.safetensors. Inputs are images or folders of images, an .npz (an array of inputs; labels are passed over), a .csv
-with the columns that the network was trained on, or, of texts, a .txt with a text a line, each of at most the tokens
-that the run's texts have, and computed at its own length. Images are decoded, resized
+with the columns that the network was trained on, or, of texts, a .txt with a text a line; of a language model also a
+.csv or .jsonl with a column of texts, each of at most the tokens that the run's texts have, and computed at its own
+length. Images are decoded, resized
 and normalised as the run's were. Features go through the codec, as in msjax eval, but each input by itself, so that
 what becomes of it does not depend on the others; eval compresses a batch together, as --batch-size does here."""
 
@@ -35,7 +36,9 @@ def main(arguments: list[str]) -> int:
     where, rest = split_options(arguments, "--config")
     parser = argparse.ArgumentParser(prog="msjax predict", description=_DESCRIPTION)
     parser.add_argument("network", help="the run folder, or CLIENT.safetensors SERVER.safetensors")
-    parser.add_argument("inputs", nargs="+", metavar="input", help="image, folder of images, .npz, .csv or .txt")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="input", help="image, folder of images, .npz, .csv, .txt or .jsonl"
+    )
     parser.add_argument("--uncompressed", action="store_true", help="leave the features as they are")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs that are compressed together")
     parser.add_argument("--json", action="store_true", help="print an object a line, with all outputs")

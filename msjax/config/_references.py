@@ -144,8 +144,12 @@ def with_places_of(config: Config, own: Config) -> Config:
         section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
         if value is not None and is_reference(value):
-            file, _, function = value.rpartition(":")
-            if (place := files.get(os.path.basename(file))) is not None:
+            (file, _, function), place = value.rpartition(":"), None
+            if other is not None and is_reference(other):
+                place = other.rpartition(":")[0]
+            if place is None or os.path.basename(place) != os.path.basename(file):
+                place = files.get(os.path.basename(file))
+            if place is not None:
                 other = f"{place}:{function}"  # which need not be that of the preset
             elif other is None or not is_reference(other):
                 continue

@@ -39,7 +39,8 @@ class ModelConfig:
     activation: str = "relu"
     """relu, leaky_relu, gelu, silu or tanh."""
     cut_before_activation: bool = False
-    """Whether the server applies the activation that the client's last layer ends with, so that features have signs."""
+    """Whether the server applies the activation that the client's last layer ends with, so that features have both
+    signs."""
     first_block: Literal["residual", "paper"] = "residual"
     """ResNets: "paper" takes the skip connection out of the first block, so that the paper's cut 2 exists."""
     shortcut: Literal["projection", "zero_padding"] = "projection"
@@ -173,7 +174,8 @@ class ModeConfig:
     """splitfed: steps between two averages of the parts; there is one at the end of an epoch in any case."""
     client_fraction: float = 1.0
     """splitfed: the share of the clients that takes part in a round, which is what lies between two averages; which
-    ones is drawn for each round. They fetch the last average when it begins."""
+    ones is drawn for each round. They fetch the last average when it begins. An epoch has as many steps as with all of
+    them, and so sees this share of the samples."""
     turn_steps: int | None = None
     """sequential: steps of a turn; by default a client's whole share of an epoch."""
     tail_cut: str | None = None
@@ -212,19 +214,19 @@ class Config:
     grad_kept_only: bool = False
     """Whether the gradient is sent only where the features were kept, and taken for zero elsewhere: of a sparsifier's
     kept values alone, of EntropyMask's where a code is not 0, of other codecs' where a feature does not decode to zero.
-    Behind a ReLU half of them do. Messages become shorter with a sparsifier, or with an EntropyMask of the gradient.
-    Between the blocks of a language model, training at a bit or less needs this."""
+    After a ReLU about half of the features decode to zero. Messages become shorter with a sparsifier, or with an
+    EntropyMask of the gradient. Between the blocks of a language model, training at a bit or less needs this."""
     update_codec: CodecFlag = Identity()
-    """Of what keeps the clients' parts equal, both ways, with error feedback: gradients, or in splitfed the changes of
-    the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then have 8 bits, or in
-    splitfed 32. It pays for parts of some hundred values or more. In sequential mode, and with a client_fraction
-    below 1, a Cast, of the parts that are handed on. With one client there is neither."""
+    """Of what keeps the clients' parts equal, both ways, with error feedback unless it is unbiased: gradients, or in
+    splitfed the changes of the parts; a codec for both signs, as EntropyMask(bits=2.0, signed=True). Statistics then
+    have 8 bits, or in splitfed 32. It pays for parts of some hundred values or more. In sequential mode, and with a
+    client_fraction below 1, a Cast, of the parts that are handed on. With one client nothing is sent for this."""
     cut_bits: float | None = None
     """One budget for both ways over the cut: real bits a value of the features, up and down together. Both codecs are
     then an EntropyMask; gradients take what their codec's `error` needs, half of the budget at most, and features what
     is left, from step to step. Where a client hands its part on, each turn begins anew. U-shaped it is the budget of
-    the first cut. Tests of a run aim at what its training does then, predictions of its parts at what it did
-    in the end."""
+    the first cut. Tests during a run aim at the bits that training has at that moment, predictions with the
+    trained parts at those that it had at the end."""
     cut_seconds: float | None = None
     """With `cut_bits`: the time that a step's messages may take on a client's link: features, labels and gradients of a
     full batch, and what keeps the clients equal. The budget of features and gradients is then what fits in, from an
@@ -249,6 +251,7 @@ class Config:
     batch_size: int = 256
     """Samples that each client sends in a step; all that it has, where these are fewer."""
     epochs: int = 10
+    """How often the training data are gone through."""
     seed: int = 0
     """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
     dtype: Literal["float32", "bfloat16"] = "float32"

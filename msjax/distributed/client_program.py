@@ -139,7 +139,10 @@ class ClientProgram:
             train = ds.train.only(indices[options.client_id])
         if small := build.batch_of_small_share(cfg, samples):
             log.warning("%s", small)
-        self._data = ClientData(train, ds.test)
+        test = ds.test
+        if options.own_data:  # of which the first are tested: as many as the client with the fewest has
+            test = test.only(np.random.default_rng(cfg.seed).permutation(len(test)))
+        self._data = ClientData(train, test)
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
         build.check_tail(cfg, spec)

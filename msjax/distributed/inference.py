@@ -173,6 +173,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         def noted():
             for request in requests:
                 rate.wait(ended)
+                if ended.is_set():
+                    return
                 self._streams.use(stream)
                 yield request
 

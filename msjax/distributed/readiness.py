@@ -106,6 +106,11 @@ class Readies:
             if 2 * samples <= most_samples:
                 said = "each client uses only %d samples an epoch, as many as client %d has; client %d has %d"
                 log.warning(said, samples, least, most, most_samples)
-            self._samples = samples, min(ready.test_samples for ready in readies.values())
+            tests = [ready.test_samples for ready in readies.values()]
+            if min(tests) < max(tests):
+                said = "clients have %d to %d test samples: %s"
+                what = f"{min(tests)} places are shared out, of which each tests on its own samples"
+                log.warning(said, min(tests), max(tests), what if min(tests) else "one has none, so nothing is tested")
+            self._samples = samples, min(tests)
         samples, self._test_samples = self._samples
         return self._build(samples, self._test_samples, agreement.parse(next(iter(readies.values())).description))

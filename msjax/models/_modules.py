@@ -55,7 +55,7 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
       ValueError: `x` is None for a Linen module, or the variables given with one are not all that it has.
     """
     if isinstance(module, ModelPart):
-        return module
+        return module._replace(params=_as_jax(module.params), stats=_as_jax(module.stats))
     if isinstance(module, nnx.Module):
         return _nnx_part(module)
     if isinstance(module, linen.Module):
@@ -202,7 +202,7 @@ def _variables(given):
 
 def _as_jax(tree):
     """NumPy's arrays as what JAX makes of them in a step: float64 is float32."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
 
 
 def _linen_part(module, x, key, given=None):

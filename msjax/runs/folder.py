@@ -170,7 +170,7 @@ def check_new(config: Config, name: str | None) -> None:
         folder_to_be("name", out / name)
         if (out / name / "config.json").exists():
             raise _taken(name, out / name)
-        if is_of_python(out / name) or (out / name / "checkpoints").exists():
+        if is_of_python(out / name) or any((out / name / "checkpoints").glob("[0-9]*")):
             raise ValueError(f"name must be that of a new run, got {name!r}: {out / name} has another's checkpoints")
 
 

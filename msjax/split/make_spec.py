@@ -248,10 +248,20 @@ def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> Par
         params, stats = parts[0].params, parts[0].stats
     else:
         params, stats = merge_arrays(*(part.params for part in parts)), merge_arrays(*(part.stats for part in parts))
-    own = {id(leaf) for leaf in jax.tree.leaves(params)}
-    # Some optimizers keep the parameters themselves, as they were at first; a step may not be given one array twice.
-    copied = lambda leaf: jnp.array(leaf, copy=True) if id(leaf) in own else leaf  # noqa: E731
-    return PartState(params, stats, jax.tree.map(copied, optimizer.init(params)))
+    return PartState(params, stats, _apart(optimizer.init(params), params))
+
+
+def _apart(state, params):
+    """An optimizer's state of which no array is another's, or a parameter: a step may not be given one array twice.
+
+    Some keep the parameters as they were at first, or begin two of their sums with one array of zeros.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    seen, found = {id(leaf) for leaf in jax.tree.leaves(params)}, []
+    for leaf in leaves:
+        found.append(jnp.array(leaf, copy=True) if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return jax.tree.unflatten(structure, found)
 
 
 def merge_arrays(*dicts: dict[str, Any]) -> dict[str, Any]:

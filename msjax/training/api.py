@@ -100,13 +100,12 @@ def _as_stored(batch, expected):
         raise ValueError(f"inputs must be {expected} each, as the data set stores them, got {TreeSpec.of(batch)}")
     found = []
     for leaf, like in zip(leaves, expected.leaves, strict=True):
-        if like.dtype == jnp.uint8 and like.shape[2:] == (1,) and leaf.ndim == len(like.shape):
+        if like.dtype == jnp.uint8 and like.shape[2:] == (1,) and leaf.shape[1:] == like.shape[:2]:
             leaf = leaf[..., None]
-        alike = any(
-            jnp.issubdtype(leaf.dtype, kind) and jnp.issubdtype(like.dtype, kind)
-            for kind in (jnp.floating, jnp.integer)
-        )
-        if leaf.dtype != like.dtype and (not alike or like.dtype == jnp.uint8) and leaf.dtype != jnp.bool_:
+        # What would be rounded, or for images divided by 255 though it was already, or not at all.
+        is_image = like.dtype == jnp.uint8 or len(like.shape) == 3
+        rounds = jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.issubdtype(like.dtype, jnp.floating)
+        if leaf.dtype != like.dtype and (rounds or (is_image and jnp.uint8 in (leaf.dtype, like.dtype))):
             raise ValueError(f"inputs must be {expected} each, as the data set stores them, got {TreeSpec.of(batch)}")
         found.append(leaf.astype(like.dtype))
     return jax.tree.unflatten(structure, found)
@@ -164,11 +163,11 @@ def train(
         sparsifier's kept values alone, of an `EntropyMask`'s where a code is not 0, of other codecs' where a feature
         does not decode to zero; see `compress.straight_through`. Messages become shorter with a sparsifier, or with
         an `EntropyMask` as `grad_codec`.
-      update_codec: of what keeps the clients' parts equal, both ways, with error feedback: in `Parallel` their
-        gradients and in `SplitFed` the changes of their parts; by default not compressed. A codec for both signs, as
-        `EntropyMask(bits=2.0, signed=True)`; it pays for parts of some hundred values or more. Statistics then have 8
-        bits, or in `SplitFed` 32. In `Sequential`, and with a `client_fraction` below 1, a `Cast`, of the parts that
-        are handed on. With one client there is neither, and it has no effect.
+      update_codec: of what keeps the clients' parts equal, both ways, with error feedback unless the codec is unbiased:
+        in `Parallel` their gradients and in `SplitFed` the changes of their parts; by default not compressed. A codec
+        for both signs, as `EntropyMask(bits=2.0, signed=True)`; it pays for parts of some hundred values or more.
+        Statistics then have 8 bits, or in `SplitFed` 32. In `Sequential`, and with a `client_fraction` below 1, a
+        `Cast`, of the parts that are handed on. With one client there is neither, and it has no effect.
       cut_bits: one budget for both ways over the cut, in real bits a value of the features, up and down together. Both
         codecs are then an `EntropyMask`: gradients take what their codec's `error` needs, half of the budget at most,
         and features what is left, from step to step. U-shaped it is the budget of the first cut.

@@ -225,15 +225,16 @@ class _Loop:
 
     def _end_epoch(self, epoch, evaluate):
         sums = jax.device_get(self._sums)
-        record = {"epoch": epoch + 1, "step": self._done, "train": sums.means(self._spec.task)}
-        if self._schedule.tests_after(epoch):
-            try:
+        record = {"epoch": epoch + 1, "step": self._done}
+        try:
+            record["train"] = sums.means(self._spec.task)
+            if self._schedule.tests_after(epoch):
                 record["test"] = evaluate(self._state, epoch)
-            except BaseException:  # a damaged image, or no memory: the epoch's steps need not be lost for it
-                self._save_what_is_done()
-                raise
-            if not self._run.allow_nonfinite:
-                check_test_loss(record["test"]["loss"], epoch + 1)
+        except BaseException:  # a damaged image, or no memory: the epoch's steps need not be lost for it
+            self._save_what_is_done()
+            raise
+        if "test" in record and not self._run.allow_nonfinite:
+            check_test_loss(record["test"]["loss"], epoch + 1)
         record |= {"traffic": self._traffic.to_json(), "seconds": round(self._wall_seconds(), 3)}
         record["traffic"] |= _coded_bytes(self._spec, sums, self._history)
         self._history.append(record)
@@ -253,9 +254,13 @@ class _Loop:
 
     def _save_what_is_done(self):
         """Where an error ends the run behind a whole step; several processes would wait for each other."""
-        if processes.count() == 1:
+        if not self._done or processes.count() > 1:
+            return
+        try:
             self._save()
             self._finish_saving()
+        except OSError as error:  # that which ends the run is told
+            _log.error("no checkpoint at step %d: %s", self._done, error)
 
     def _finish_saving(self):
         """Waits for the last checkpoint, which is written while training goes on."""

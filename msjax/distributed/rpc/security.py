@@ -20,8 +20,11 @@ class TlsFiles:
     """PEM files of one end: its certificate and private key, and the authority the other end is checked against."""
 
     certificate: str | None = None
+    """This end's certificate."""
     key: str | None = None
+    """Its private key."""
     authority: str | None = None
+    """The certificate of the authority that has signed the other end's."""
 
     def _read(self, name):
         path = getattr(self, name)

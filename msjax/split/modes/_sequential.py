@@ -72,8 +72,12 @@ class Sequential(Mode):
         return (schedule.clients - 1,)
 
     def may_checkpoint(self, schedule, step, every):
-        # Where a turn begins the server holds the part that goes round, so no client has to have saved anything.
-        return self.position(schedule, step).turn_starts if schedule.clients > 1 else step % every == 0
+        if schedule.clients == 1:
+            return step % every == 0
+        # Where a turn begins the server holds the part that goes round, so no client has to have saved anything: at the
+        # first of them since the step was a multiple of `every`.
+        turn = min(self.turn_steps or schedule.client_steps, schedule.client_steps)
+        return self.position(schedule, step).turn_starts and step % every < turn
 
     def keeps_state(self, schedule):
         return schedule.clients == 1

@@ -20,8 +20,11 @@ from msjax.split.schedule import Exchange, Phase
 class SplitFed(AveragingMode):
     """Every client updates a part of its own; weights and statistics are averaged every `average_steps` steps.
 
-    There is an average at the end of an epoch in any case. Momenta stay each client's own. Source: SplitFed learning,
-    arXiv 2004.12088. The server sees features, labels and every client's part at each average.
+    There is an average at the end of an epoch in any case. Momenta stay each client's own, and so does whatever else an
+    optimizer keeps in its state: one that keeps weights there, as `optax.contrib.schedule_free` does, is not for this
+    mode without a `client_fraction`. The server has one part, which takes a step with the mean gradient of all clients,
+    unlike both versions of SplitFed learning (arXiv 2004.12088). The server sees features, labels and every client's
+    part at each average.
 
     With a `client_fraction` C below 1, only C·K of the clients (rounded, at least one) take part in a round, which is
     what lies between two averages, as in FedAvg (arXiv 1602.05629). Which ones is drawn anew for each round from `seed`
@@ -32,7 +35,7 @@ class SplitFed(AveragingMode):
     Args:
       average_steps: steps of a round.
       client_fraction: above 0 and at most 1.
-      seed: of the draws; not used where all take part.
+      seed: of the draws, apart from that of `msjax.train`; not used where all take part.
 
     Raises:
       ValueError: an argument is out of range.
@@ -86,7 +89,9 @@ class SplitFed(AveragingMode):
         if not self.hands_parts_on(schedule):
             return super().may_checkpoint(schedule, step, every)
         # Where a round begins the server has the part that all go on with, so no client has to have saved anything.
-        return self.position(schedule, step).turn_starts and step % every < self.average_steps
+        return self.position(schedule, step).turn_starts and step % every < min(
+            self.average_steps, schedule.epoch_steps
+        )
 
     def exchanges(self, schedule, step):
         position = self.position(schedule, step)
