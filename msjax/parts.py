@@ -361,6 +361,8 @@ def _unscoped(arrays, part, fits):
 def _fill(params, stats, arrays, path):
     """`params` and `stats`, whose leaves are shapes and dtypes, with the arrays of their names."""
     names = _by_name(params, stats)
+    # As JAX has them: of doubles, which NumPy makes by default, those of float32.
+    arrays = {n: array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for n, array in arrays.items()}
     expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in names}
     found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     if expected != found:
