@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from msjax import build, config, models
+from msjax import build, config, data, models
 from msjax.logs import shorten
 from msjax.split.finite import NonFiniteError
 
