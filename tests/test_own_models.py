@@ -17,6 +17,7 @@ from msjax import build, compress, config, data, models, modes, tasks
 from msjax.parts import save_part
 from msjax.split import parties
 from msjax.split.make_spec import init_part
+from msjax.training import api
 
 from .helpers import assert_close
 from .own_models import Decoder, Dense, Encoder, LinenBody, LinenHead, affine, as_set, counting, numbers, squares
@@ -548,6 +549,16 @@ def test_predictions_of_what_the_data_set_would_not_store(unchecked):
         ValueError, match=r"inputs must be uint8\[6, 6, 1\] each, as the data set stores them, got float"
     ):
         result.predict(images[:3, ..., None] / np.float32(255))
+    for dtype, like, cast in (
+        (np.uint8, jax.ShapeDtypeStruct((4,), np.float32), False),
+        (np.int32, jax.ShapeDtypeStruct((6, 6, 1), np.float32), False),
+        (np.int32, jax.ShapeDtypeStruct((4,), np.float32), True),
+        (np.float16, jax.ShapeDtypeStruct((4,), np.float32), True),
+        (np.int8, jax.ShapeDtypeStruct((4,), np.int32), True),
+        (np.float32, jax.ShapeDtypeStruct((4,), np.int32), False),
+        (np.int32, jax.ShapeDtypeStruct((4,), np.bool_), False),
+    ):
+        assert api._may_be_cast(np.dtype(dtype), like) == cast
 
 
 def test_functions_with_arrays_of_doubles(tmp_path):

@@ -109,7 +109,7 @@ class Readies:
             tests = [ready.test_samples for ready in readies.values()]
             if min(tests) < max(tests):
                 said = "clients have %d to %d test samples: %s"
-                what = f"{min(tests)} places are shared out, of which each tests on its own samples"
+                what = f"{min(tests)} places are shared out, which those that test look up in their own samples"
                 log.warning(said, min(tests), max(tests), what if min(tests) else "one has none, so nothing is tested")
             self._samples = samples, min(tests)
         samples, self._test_samples = self._samples

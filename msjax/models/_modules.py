@@ -55,7 +55,7 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
       ValueError: `x` is None for a Linen module, or the variables given with one are not all that it has.
     """
     if isinstance(module, ModelPart):
-        return module._replace(params=_as_jax(module.params), stats=_as_jax(module.stats))
+        return module._replace(params=_narrow(module.params), stats=_narrow(module.stats))
     if isinstance(module, nnx.Module):
         return _nnx_part(module)
     if isinstance(module, linen.Module):
@@ -72,7 +72,7 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
             return _linen_part(function, x, key, (params, *stats))
         if getattr(function, "__func__", None) is linen.Module.apply:
             return _linen_part(function.__self__, x, key, (params, *stats))
-        arrays = map(_as_jax, (params, stats[0] if stats else {}))
+        arrays = map(_narrow, (params, stats[0] if stats else {}))
         return ModelPart(FunctionApply(function, bool(stats)), *arrays)
     raise NotAPart(
         "must be an nnx.Module, a linen.Module, a ModelPart, or (apply, params) or (apply, params, stats), "
@@ -200,9 +200,20 @@ def _variables(given):
     return {name: _as_jax(flax.core.unfreeze(collection)) for name, collection in collections.items()}
 
 
+def _narrow(tree):
+    """NumPy's arrays in the dtypes that JAX makes of them, where they are: on the host."""
+
+    def narrow(leaf):
+        if not isinstance(leaf, np.ndarray | np.generic):
+            return leaf
+        return np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+
+    return jax.tree.map(narrow, tree)
+
+
 def _as_jax(tree):
     """NumPy's arrays as what JAX makes of them in a step: float64 is float32."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def _linen_part(module, x, key, given=None):

@@ -251,15 +251,19 @@ def init_part(optimizer: optax.GradientTransformation, *parts: ModelPart) -> Par
     return PartState(params, stats, _apart(optimizer.init(params), params))
 
 
+_FEW = 1024  # values, which are soon copied
+
+
 def _apart(state, params):
     """An optimizer's state of which no array is another's, or a parameter: a step may not be given one array twice.
 
-    Some keep the parameters as they were at first, or begin two of their sums with one array of zeros.
+    Some keep the parameters as they were at first, begin two of their sums with one array of zeros, or give each party
+    one array of their own options.
     """
     leaves, structure = jax.tree.flatten(state)
     seen, found = {id(leaf) for leaf in jax.tree.leaves(params)}, []
     for leaf in leaves:
-        found.append(jnp.array(leaf, copy=True) if id(leaf) in seen else leaf)
+        found.append(jnp.array(leaf, copy=True) if id(leaf) in seen or leaf.size < _FEW else leaf)
         seen.add(id(leaf))
     return jax.tree.unflatten(structure, found)
 

@@ -102,13 +102,21 @@ def _as_stored(batch, expected):
     for leaf, like in zip(leaves, expected.leaves, strict=True):
         if like.dtype == jnp.uint8 and like.shape[2:] == (1,) and leaf.shape[1:] == like.shape[:2]:
             leaf = leaf[..., None]
-        # What would be rounded, or for images divided by 255 though it was already, or not at all.
-        is_image = like.dtype == jnp.uint8 or len(like.shape) == 3
-        rounds = jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.issubdtype(like.dtype, jnp.floating)
-        if leaf.dtype != like.dtype and (rounds or (is_image and jnp.uint8 in (leaf.dtype, like.dtype))):
+        if leaf.dtype != like.dtype and not _may_be_cast(leaf.dtype, like):
             raise ValueError(f"inputs must be {expected} each, as the data set stores them, got {TreeSpec.of(batch)}")
         found.append(leaf.astype(like.dtype))
     return jax.tree.unflatten(structure, found)
+
+
+def _may_be_cast(dtype, like):
+    """Whether numbers of another dtype than is stored are meant: not pixels in place of floats, or the reverse."""
+    kinds = {kind: [jnp.issubdtype(each, kind) for each in (dtype, like.dtype)] for kind in (jnp.floating, jnp.integer)}
+    if all(kinds[jnp.floating]) or dtype == jnp.bool_:
+        return True
+    if all(kinds[jnp.integer]):
+        return like.dtype != jnp.uint8
+    whole_numbers = kinds[jnp.integer][0] and dtype != jnp.uint8
+    return whole_numbers and kinds[jnp.floating][1] and len(like.shape) < 2
 
 
 def train(

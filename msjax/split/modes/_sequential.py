@@ -74,8 +74,8 @@ class Sequential(Mode):
     def may_checkpoint(self, schedule, step, every):
         if schedule.clients == 1:
             return step % every == 0
-        # Where a turn begins the server holds the part that goes round, so no client has to have saved anything: at the
-        # first of them since the step was a multiple of `every`.
+        # Where a turn begins the server holds the part that goes round, so no client has to have saved anything: in
+        # the first steps behind a multiple of `every`, as many as a turn has.
         turn = min(self.turn_steps or schedule.client_steps, schedule.client_steps)
         return self.position(schedule, step).turn_starts and step % every < turn
 
