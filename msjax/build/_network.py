@@ -80,28 +80,32 @@ def check_own_model(cfg: config.Config) -> None:
     """
     if not config.is_reference(cfg.model.name):
         return
-    for name in (*_NOT_OF_DECODERS, *_OF_DECODERS, "cut_before_activation", "weights"):
+    _check_not_set(cfg, (*_NOT_OF_DECODERS, *_OF_DECODERS, "cut_before_activation", "weights"))
+    _check_no_adapters(cfg)
+
+
+def _check_not_set(cfg, names):
+    for name in names:
         value, default = getattr(cfg.model, name), getattr(config.ModelConfig, name)
         if value != default:
             raise ValueError(f"model.{name} must be {default!r} for model.name={cfg.model.name!r}, got {value!r}")
+
+
+def _check_no_adapters(cfg):
     if cfg.lora.rank is not None:
         raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
 
 
 def _model(cfg, input_shape, num_outputs):
     is_decoder = cfg.model.name == models.DECODER
-    for name in _NOT_OF_DECODERS if is_decoder else _OF_DECODERS:
-        value, default = getattr(cfg.model, name), getattr(config.ModelConfig, name)
-        if value != default:
-            raise ValueError(f"model.{name} must be {default!r} for model.name={cfg.model.name!r}, got {value!r}")
+    _check_not_set(cfg, _NOT_OF_DECODERS if is_decoder else _OF_DECODERS)
     if is_decoder:
         if len(input_shape) != 1:
             raise ValueError(f"data.name must be texts for model.name='decoder', got inputs of shape {input_shape}")
         with _named_as_in_config():
             options = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.model.remat, "lora": _lora(cfg)}
             return models.decoder(decoder_config(cfg), length=input_shape[0], **options)
-    if cfg.lora.rank is not None:
-        raise ValueError(f"lora.rank must be None for model.name={cfg.model.name!r}, got {cfg.lora.rank}")
+    _check_no_adapters(cfg)
     with _named_as_in_config():
         return models.build(
             cfg.model.name,

@@ -73,9 +73,8 @@ class DataSummary(NamedTuple):
         """Raises ValueError where data to test on are read otherwise than those that a part was trained on."""
         for name in ("inputs", "num_classes", "classes", "columns"):
             mine, theirs = getattr(self, name), getattr(trained, name)
-            same = (
-                mine.to_json() == theirs.to_json() if name == "inputs" else _alike(mine, theirs)
-            )  # files have it flat
+            # In a file trees of inputs are flat.
+            same = mine.to_json() == theirs.to_json() if name == "inputs" else _alike(mine, theirs)
             if not same and (name != "classes" or None not in (mine, theirs)):
                 shown = ("", "") if name == "columns" else (f" {theirs}", f", got {mine}")
                 raise ValueError(

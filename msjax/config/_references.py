@@ -139,27 +139,28 @@ def with_places_of(config: Config, own: Config) -> Config:
     All else stays as it is: the other may be a preset, of which the run had changed some fields.
     """
     files = [reference.rpartition(":")[0] for reference in references(own).values()]
-    files = {os.path.basename(file): file for file in files}
     for name in (*REFERENCES, *_FILES):
         section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
-        if value is not None and is_reference(value):
-            (file, _, function), place = value.rpartition(":"), None
-            if other is not None and is_reference(other):
-                place = other.rpartition(":")[0]
-            if place is None or os.path.basename(place) != os.path.basename(file):
-                place = files.get(os.path.basename(file))
-            if place is not None:
-                other = f"{place}:{function}"  # which need not be that of the preset
-            elif other is None or not is_reference(other):
-                continue
-        elif value is None or other is None or is_reference(other) or _last(value) != _last(other):
-            continue
-        if value != other:
-            changed = dataclasses.replace(getattr(config, section), **{field: other})
+        if value is not None:
+            changed = dataclasses.replace(getattr(config, section), **{field: _placed(value, other, files)})
             config = dataclasses.replace(config, **{section: changed})
     folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
+
+
+def _placed(value, other, files):
+    """A file's or function's last name with its place: that of `other`, the same field's, or of one of these files."""
+    if not is_reference(value):
+        same = other is not None and not is_reference(other) and _last(value) == _last(other)
+        return other if same else value
+    file, _, function = value.rpartition(":")
+    has_one = other is not None and is_reference(other)
+    own = [other.rpartition(":")[0]] if has_one else []
+    places = {os.path.basename(place): place for place in (*files, *own)}  # the last counts
+    if (place := places.get(os.path.basename(file))) is not None:
+        return f"{place}:{function}"  # which need not be that of the preset
+    return other if has_one else value
 
 
 def check_own(config: Config, own: Config, *, divided: bool) -> None:

@@ -70,7 +70,7 @@ class TableFormat:
         if nameless := [name for name in columns if not str(name).strip() or _NAMELESS.fullmatch(str(name))]:
             raise DataError(
                 f"every column must have a name, got one without, {nameless[0]!r}, such as the numbers of rows that "
-                f"pandas writes: leave it out by drop, or name it"
+                "pandas writes: leave it out by drop, or name it"
             )
         if not columns:
             raise DataError(f"the table must have columns beside {label!r}, got none")

@@ -173,7 +173,7 @@ def _nnx_part(module):
             f"must have attributes that can be hashed, tuples rather than lists, or nnx.data: "
             f"{type(module).__name__} has not: {error}"
         ) from None
-    return ModelPart(apply, *map(_as_jax, (nnx.to_pure_dict(params), nnx.to_pure_dict(stats))))
+    return ModelPart(apply, *map(_narrow, (nnx.to_pure_dict(params), nnx.to_pure_dict(stats))))
 
 
 @jax.tree_util.register_static
@@ -197,7 +197,7 @@ def _variables(given):
     """Linen's collections, of one dict of all, or of parameters and a dict of the others."""
     first, *rest = given
     collections = dict(first) if not rest else {"params": first, **rest[0]}
-    return {name: _as_jax(flax.core.unfreeze(collection)) for name, collection in collections.items()}
+    return {name: _narrow(flax.core.unfreeze(collection)) for name, collection in collections.items()}
 
 
 def _narrow(tree):
@@ -209,11 +209,6 @@ def _narrow(tree):
         return np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
 
     return jax.tree.map(narrow, tree)
-
-
-def _as_jax(tree):
-    """NumPy's arrays as what JAX makes of them in a step: float64 is float32."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def _linen_part(module, x, key, given=None):
