@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.metadata
+import logging
 import os
 import pathlib
 
@@ -105,6 +106,16 @@ def strict(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def logged_as_before():
+    """Commands let `msjax`'s logger write to their standard error, which under pytest is closed with their test."""
+    logger = logging.getLogger("msjax")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], _, logger.propagate = before
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(autouse=True, scope="module")
