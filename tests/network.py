@@ -121,6 +121,9 @@ class Net:
         self.rules: list[Callable] = []
         self.stores, self.finals, self.instances = {}, {}, {}
         self.metrics = Metrics()
+        self.own_tests = False
+        self.tests = []
+        """What each epoch's test has summed."""
         self.step = 0
         """Which the server has begun."""
         self.order: list[tuple] = []
@@ -159,7 +162,8 @@ class Net:
         return run.spec, lambda: run.server
 
     def built(self, samples, test_samples, summary):
-        return build.build(self.cfg, summary, samples=samples, test_samples=test_samples)
+        counts = {"samples": samples, "test_samples": test_samples, "own_tests": self.own_tests}
+        return build.build(self.cfg, summary, **counts)
 
     def start_client(self, client, name=None, **options):
         """A new process of a client; `name` where there is one already."""
@@ -197,15 +201,18 @@ class Net:
         indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
         return data.Arrays(*ds.train.fetch(indices[client])), samples
 
+    def test_data(self, client):
+        return dataset().test
+
     def load(self, client, cfg):
         _, samples = self.own_data(client, cfg)
-        summary, tests = build.DataSummary.of(dataset()), len(dataset().test)
+        summary, tests = build.DataSummary.of(dataset()), len(self.test_data(client))
         return Own(samples, tests, agreement.describe(self.built(samples, tests, summary).spec, summary))
 
     def party(self, client, cfg, samples, test_samples):
         own, _ = self.own_data(client, cfg)
         run = self.built(samples, test_samples, build.DataSummary.of(dataset()))
-        return parties.Client(client, run.spec, run.client, parties.ClientData(own, dataset().test), cfg.seed)
+        return parties.Client(client, run.spec, run.client, parties.ClientData(own, self.test_data(client)), cfg.seed)
 
     def _count(self, exchange):
         """As a program would: an epoch's record at its end, which the checkpoints keep."""
@@ -215,6 +222,7 @@ class Net:
         position = run.schedule.position(exchange.step)
         if position.epoch_ends and exchange == list(run.schedule.step_exchanges(exchange.step))[-1]:
             self.progress.setdefault("history", []).append(position.epoch + 1)
+            self.tests.append(run.party.test)
             run.party.train = run.party.test = MetricSums()
 
     @property

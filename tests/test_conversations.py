@@ -447,6 +447,23 @@ def test_own_data_of_unequal_amounts(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, clients[client].state, it.finals[client].state)
 
 
+@pytest.mark.slow
+def test_clients_test_all_of_their_own(tmp_path):
+    """The means are over the test samples of all: those of a common test set that is made of them."""
+    tests = []
+    for own in (False, True):
+        with net(tmp_path / str(own), SMALL) as it:
+            if own:
+                it.own_tests = True
+                it.test_data = lambda client: data.Arrays(*dataset().test[10 * client : 10 * client + 10])
+            it.start_clients().run()
+            assert not it.failures, it.failures
+            assert it.server.run.schedule.test_samples == (10 if own else 40)
+            tests.append(it.tests)
+    assert len(tests[0]) == 2 and tests[0][1].samples == 40
+    jax.tree.map(np.testing.assert_array_equal, *tests)
+
+
 # -- Threads. ------------------------------------------------------------------------------------------------------
 
 

@@ -211,6 +211,15 @@ def test_batches_cover_each_sample_once():
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 41, 60])
+def test_each_client_tests_all_of_its_own_samples_once(count):
+    schedule = Schedule(Parallel(), 3, 5, count, 5, 1, own_tests=True)
+    rounds = schedule.test_rounds()
+    assert schedule.tested_samples == 3 * count
+    for client in range(3):
+        np.testing.assert_array_equal(np.concatenate([samples[client] for samples in rounds]), np.arange(count))
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 41, 60])
 def test_rounds_of_a_test_cover_each_sample_once(count):
     rounds = Schedule(Parallel(), 3, 5, count, 5, 1).test_rounds()
     np.testing.assert_array_equal(np.concatenate([r.reshape(-1) for r in rounds]), np.arange(count))

@@ -37,6 +37,7 @@ def build(
     test_samples: int,
     parts: tuple[models.ModelPart, ...] | None = None,
     client_values: tuple[int, int, int] | None = None,
+    own_tests: bool = False,
 ) -> Built:
     """Builds the model, cuts it, and describes the run of clients with `samples` training samples each.
 
@@ -44,6 +45,7 @@ def build(
       parts: what `make_parts` made, if it was called already. A party whose parts have shapes and dtypes in place of
         arrays gets a state of these.
       client_values: see `make_spec`.
+      own_tests: whether each client has `test_samples` of its own; see `Schedule`.
 
     Raises:
       ValueError: a field of the config has a value that does not fit.
@@ -51,7 +53,7 @@ def build(
     parts = make_parts(cfg, summary, weights=cfg.model.weights) if parts is None else parts
     mode = make_mode(cfg.mode, seed=cfg.seed)
     counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
-    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3, own_tests=own_tests)
     codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
     spec = make_spec(
         parts,

@@ -184,7 +184,7 @@ class ClientProgram:
         write_atomically(file, f"{digests}\n")
 
     def _describe(self, samples, test_samples):
-        counts = {"samples": samples, "test_samples": test_samples}
+        counts = {"samples": samples, "test_samples": test_samples, "own_tests": self._options.own_data}
         return build.build(self._cfg, self._summary, parts=self._parts.shapes, **counts).spec
 
     def _build(self, cfg, samples, test_samples):

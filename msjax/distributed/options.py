@@ -199,7 +199,7 @@ class ClientOptions(ConnectOptions):
     state: str | None = None
     """Folder for this client's checkpoints and its part at the end; by default clientNUMBER."""
     own_data: bool = False
-    """Train on all of the data set that is here; by default on this client's share, as a simulation does."""
+    """Train and test on all of the data set that is here; by default on this client's share, as a simulation does."""
     weights: str | None = None
     """This client's copy of the file or folder that the run's weights start from, where it starts from one."""
     retry_seconds: float = 600.0

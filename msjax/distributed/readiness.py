@@ -109,8 +109,8 @@ class Readies:
             tests = [ready.test_samples for ready in readies.values()]
             if min(tests) < max(tests):
                 said = "clients have %d to %d test samples: %s"
-                what = f"{min(tests)} places are shared out, which those that test look up in their own samples"
-                log.warning(said, min(tests), max(tests), what if min(tests) else "one has none, so nothing is tested")
+                what = f"the first {min(tests)} are used" if min(tests) else "one has none, so nothing is tested"
+                log.warning(said, min(tests), max(tests), what)
             self._samples = samples, min(tests)
         samples, self._test_samples = self._samples
         return self._build(samples, self._test_samples, agreement.parse(next(iter(readies.values())).description))

@@ -314,7 +314,7 @@ class ServerProgram:
 
 def record_of_test(sums: MetricSums, spec: RunSpec, epoch: int) -> dict[str, Any]:
     """Returns what a record says of the test after an epoch, counted from 0."""
-    samples, expected = int(sums.samples), spec.schedule.test_samples
+    samples, expected = int(sums.samples), spec.schedule.tested_samples
     record: dict[str, Any] = {"test": sums.means(spec.task)} if samples else {}
     if samples < expected:
         record["test_samples"] = samples
@@ -375,6 +375,7 @@ def _describe(cfg, parts, samples, test_samples, description):
     values = run.get("client values"), run.get("client state values"), run.get("client statistics", 0)
     remote = any(isinstance(part.apply, RemoteApply) for part in parts.shapes[::2])
     options = {"parts": parts.shapes, "client_values": values if remote else None}
+    options["own_tests"] = run.get("own_tests") is True
     return build.build(cfg, parts.summary, samples=samples, test_samples=test_samples, **options).spec
 
 

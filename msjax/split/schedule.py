@@ -78,11 +78,12 @@ class Schedule:
       mode: how the clients work together.
       clients: their number K.
       samples: of each client in an epoch.
-      test_samples: of the test set that the clients share out; 0 for no tests.
+      test_samples: of the test set that the clients share out, or of each client; 0 for no tests.
       batch_size: samples of each client in a step.
       epochs: of the run.
       test_every: epochs between two tests.
       u_shaped: whether the last layers and the labels stay with the clients.
+      own_tests: whether each client that tests has `test_samples` of its own, in place of a share of one test set.
     """
 
     mode: "Mode"
@@ -93,6 +94,7 @@ class Schedule:
     epochs: int
     test_every: int = 1
     u_shaped: bool = False
+    own_tests: bool = False
 
     @property
     def full_batch_size(self) -> int:
@@ -137,8 +139,13 @@ class Schedule:
         return self.test_samples > 0 and ((epoch + 1) % self.test_every == 0 or epoch == self.epochs - 1)
 
     def test_rounds(self) -> list[np.ndarray]:
-        """Returns the positions in the test set that each round of a test is about: int32 (K, B)."""
-        return _test_rounds(self.test_samples, len(self.test_clients), self.batch_size)
+        """Returns the positions in the test set, or in each client's, that each round is about: int32 (K, B)."""
+        return _test_rounds(self.test_samples, len(self.test_clients), self.batch_size, self.own_tests)
+
+    @property
+    def tested_samples(self) -> int:
+        """Samples of all clients together in a test."""
+        return sum(samples.size for samples in self.test_rounds())
 
     def batch_size_of(self, exchange: Exchange) -> int:
         """Returns the number of samples of each client in an exchange of features."""
@@ -176,9 +183,11 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=16)
-def _test_rounds(count, clients, batch_size):
-    """0 … count − 1 cut into rounds of all clients, then single batches, then the rest."""
+def _test_rounds(count, clients, batch_size, is_own):
+    """0 … count − 1 cut into rounds of all clients, then single batches, then the rest; or into batches of each."""
     order = np.arange(count, dtype=np.int32)
+    if is_own:
+        return [np.tile(order[at : at + batch_size], (clients, 1)) for at in range(0, count, batch_size)]
     rounds, at = [], 0
     for k, b in ((clients, batch_size), (1, batch_size)):
         while at + k * b <= count:

@@ -176,8 +176,8 @@ class RunSpec:
             updates["statistics codec"] = str(self.statistics_codec)
         if self.compresses_parts:
             updates["update_codec"] = str(self.update_codec)
-        if self.grad_kept_only:
-            updates["grad_kept_only"] = True
+        updates |= {"grad_kept_only": True} if self.grad_kept_only else {}
+        updates |= {"own_tests": True} if schedule.own_tests else {}
         for name in ("cut_bits", "cut_seconds", "link_bytes_per_second"):
             if getattr(self, name) is not None:
                 updates[name] = getattr(self, name)
