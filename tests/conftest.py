@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import pathlib
+import signal
 
 from . import compile_cache
 
@@ -109,13 +110,20 @@ def strict(request):
 
 
 @pytest.fixture(autouse=True)
-def logged_as_before():
-    """Commands let `msjax`'s logger write to their standard error, which under pytest is closed with their test."""
+def as_before():
+    """What commands do to a process that is theirs alone is undone.
+
+    They let `msjax`'s logger write to their standard error, which under pytest is closed with their test, and they
+    handle signals.
+    """
     logger = logging.getLogger("msjax")
-    before = logger.handlers[:], logger.level, logger.propagate
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    logger.handlers[:], _, logger.propagate = before
-    logger.setLevel(before[1])
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

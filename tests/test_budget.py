@@ -71,13 +71,15 @@ def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     run = load_program(cfg, monkeypatch, spread=spread, counts=counts)
     state, (*_, last), *_ = loop.train(run, quiet=True)
     server, clients = make_parties(cfg, counts)
-    before = server.state.params
+    before = server.state.params, clients[0].state.params
     for exchange in parties.run(server, clients):
         if exchange.phase in (Phase.FEATURES, Phase.GRADIENT):
             aims = np.array([clients[n].up_bits for n in exchange.clients])
     assert mode.client_fraction < 1 or len(set(aims.tolist())) == len(aims)
     np.testing.assert_allclose(aims, state.up_bits, atol=0.02)
-    assert_same_change(server.state.params, state.server.params, before, 0.1)
+    trained = clients[server.spec.schedule.test_clients[0]]
+    both = server.state.params, trained.state.params
+    assert_same_change(both, (state.server.params, state.client.params), before, 0.1)
     assert server.test.means(server.spec.task)["loss"] == pytest.approx(last["test"]["loss"], rel=0.02)
 
 

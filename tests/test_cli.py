@@ -540,6 +540,7 @@ def test_an_answer_that_makes_no_sense_makes_one_line(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_client_that_gets_a_signal_says_how_to_go_on(tmp_path, monkeypatch, capsys, number):
+    signal.signal(number, lambda *_: pytest.fail("the signal was not waited for"))  # conftest sets the former again
     program = pytest.importorskip("msjax.distributed.client_program", reason="needs the extra `net`").ClientProgram
 
     def train(self):

@@ -195,12 +195,13 @@ def test_the_program_equals_the_parties(mode, spread, monkeypatch, tmp_path):
     run = load_program(cfg, monkeypatch, spread=spread, counts=counts)
     state = loop.train(run, quiet=True).state
     server, clients = make_parties(cfg, counts)
-    before = server.state.params
+    before = server.state.params, clients[0].state.params
     for _ in parties.run(server, clients):
         pass
     np.testing.assert_allclose([client.up_bits for client in clients], state.up_bits, atol=0.02)
     assert np.all(np.asarray(state.up_bits) < 4.0)
-    assert_same_change(server.state.params, state.server.params, before, 0.1)
+    both = server.state.params, clients[0].state.params
+    assert_same_change(both, (state.server.params, state.client.params), before, 0.1)
 
 
 def test_gradients_get_half_of_the_budget():

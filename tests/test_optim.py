@@ -1,6 +1,7 @@
 """What the config's optimizers make of gradients: clipped, and gathered over steps."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +34,41 @@ def assert_close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
-def test_a_gradient_is_cut_down_to_the_norm():
-    plain = make_optimizer(dataclasses.replace(OPTIM, schedule="constant"), epochs=1, steps_per_epoch=4)
-    cut = make_optimizer(dataclasses.replace(OPTIM, schedule="constant", clip_norm=0.1), epochs=1, steps_per_epoch=4)
-    (g,) = gradients(1)
-    norm = np.sqrt(sum(float(jnp.square(leaf).sum()) for leaf in jax.tree.leaves(g)))
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_gradient_is_cut_down_to_the_norm(kind):
+    """Before there are weight decay and momentum: these see the gradient that is left."""
+    optim = dataclasses.replace(OPTIM, kind=kind, schedule="constant", weight_decay=0.5)
+    plain = make_optimizer(optim, epochs=1, steps_per_epoch=4)
+    cut = make_optimizer(dataclasses.replace(optim, clip_norm=0.1), epochs=1, steps_per_epoch=4)
+    large, other = gradients(2)
+    norm = np.sqrt(sum(float(jnp.square(leaf).sum()) for leaf in jax.tree.leaves(large)))
     assert norm > 0.1
-    assert_close(run(cut, [g])[0], run(plain, [jax.tree.map(lambda leaf: leaf * 0.1 / norm, g)])[0])
-    small = jax.tree.map(lambda leaf: leaf * 0.05 / norm, g)
-    assert_close(run(cut, [small])[0], run(plain, [small])[0])
+    left = jax.tree.map(lambda leaf: leaf * 0.1 / norm, large)
+    small = jax.tree.map(lambda leaf: leaf * 0.01, other)
+    assert_close(run(cut, [large, small])[0], run(plain, [left, small])[0])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adamw_by_hand(nesterov):
+    """Decoupled decay, momentum as β₁, Nesterov's as Dozat has it, and a rate that rises and then falls."""
+    optim = config.OptimConfig(
+        kind="adamw", learning_rate=0.1, momentum=0.8, weight_decay=0.5, warmup_epochs=0.2, nesterov=nesterov
+    )
+    grads = np.random.default_rng(0).normal(size=(6, 3))
+    rates = [0.0, 0.05, *(0.05 * (1 + math.cos(math.pi * k / 8)) for k in range(4))]
+    want, first, second = np.float64([2.0, -1.0, 0.5]), 0.0, 0.0
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        first, second = 0.8 * first + 0.2 * g, 0.999 * second + 0.001 * g**2
+        mean = first / (1 - 0.8**t)
+        if nesterov:
+            mean = 0.8 * first / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t)
+        want = want - rate * (mean / (np.sqrt(second / (1 - 0.999**t)) + 1e-8) + 0.5 * want)
+    optimizer, got = make_optimizer(optim, epochs=1, steps_per_epoch=10), jnp.array([2.0, -1.0, 0.5])
+    state = optimizer.init(got)
+    for g in grads:
+        updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state, got)
+        got = optax.apply_updates(got, updates)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from msjax import compress, config, models, runs
-from msjax.optim import make_optimizer
 from msjax.training.from_config import train_config
 
 from .data_helpers import prepare_reviews
@@ -90,15 +89,6 @@ def test_texts_are_learned(reviews, tmp_path):
         out=str(tmp_path),
     )
     assert trained(cfg, tmp_path)["test"]["top1_percent"] > 90
-
-
-def test_adamw_is_decoupled_and_scheduled():
-    """The first update is the rate times the gradient's sign, plus the rate times the decay times the weight."""
-    optim = config.OptimConfig(kind="adamw", learning_rate=0.1, weight_decay=0.5, schedule="constant")
-    rule = make_optimizer(optim, epochs=1, steps_per_epoch=10)
-    weights = jnp.array([2.0, -1.0])
-    updates, _ = rule.update(jnp.array([3.0, -0.1]), rule.init(weights), weights)
-    np.testing.assert_allclose(updates, [-0.1 - 0.1 * 0.5 * 2, 0.1 + 0.1 * 0.5], rtol=1e-4)
 
 
 def test_a_vocabulary_has_a_word_and_padding():

@@ -379,24 +379,25 @@ def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_pat
     assert caplog.text.count("server.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 
-def test_a_steps_seconds_begin_when_training_does_or_goes_on(tmp_path):
+def test_a_steps_seconds_begin_when_training_does_or_goes_on(tmp_path, monkeypatch):
     cfg = dataclasses.replace(CFG, out=str(tmp_path))
     folder = RunFolder.create(cfg, "run")
     program = ServerProgram(cfg, ServeOptions(listen="localhost:0"), folder)
     coordinator = program.coordinator
     schedule, seconds = Schedule(Parallel(), 2, 4, 12, 2, 2), program.metrics.step_seconds._sum.get
     coordinator.run = mock.Mock(schedule=schedule)
-    first = next(schedule.exchanges(0))
+    first, now = next(schedule.exchanges(0)), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     try:
-        coordinator.ready_at = coordinator.restored_at = time.monotonic() - 5.0
+        coordinator.ready_at = coordinator.restored_at = now - 5.0
         program._count(first)
-        assert seconds() == pytest.approx(5, abs=2)
+        assert seconds() == pytest.approx(5)
         program._count(first)
-        assert seconds() == pytest.approx(5, abs=2)
+        assert seconds() == pytest.approx(5)
         program._step_began -= 100.0
-        coordinator.restored_at = time.monotonic() - 10.0  # after a wait of 90 seconds
+        coordinator.restored_at = now - 10.0  # after a wait of 90 seconds
         program._count(first)
-        assert seconds() == pytest.approx(15, abs=4)
+        assert seconds() == pytest.approx(15)
         assert program._pace.status(0).startswith(f"{2 * 2 * len(first.clients) / 10:.0f} samples/s")
     finally:
         coordinator.run = None
