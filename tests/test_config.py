@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from msjax import build, compress, config, data, models, references
+from msjax import build, compress, config, data, models, plan, references
 from msjax.build._data import check_classes
 from msjax.cli.options import check_new_config
 from msjax.training import from_config
@@ -391,7 +391,7 @@ def make_model():
     ],
     ids=str,
 )
-def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, message, tmp_path):
+def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, message, tmp_path, caplog):
     """Labels would leave a client whose user had asked for a U-shaped network."""
     file = tmp_path / "own.py"
     file.write_text(OWN_MODEL)
@@ -408,7 +408,12 @@ def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, m
         ValueError, match=r"mode\.tail_cut must be None where .*:make_model returns no tail, got 'last'"
     ):
         build.check_tail(u_shaped, spec)
+    with pytest.raises(ValueError, match=r"mode\.tail_cut must be None"):
+        plan.describe_run(u_shaped, summary, None)
     build.check_tail(cfg, spec)
+    assert not caplog.records
+    build.make_parts(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=2)), summary)
+    assert "model.cut is 2, but" in caplog.text and "returns the parts, cut where they are" in caplog.text
 
 
 def test_what_only_decoders_read_is_refused_elsewhere():

@@ -199,6 +199,37 @@ def test_columns_make_inputs_of_other_rows():
     np.testing.assert_allclose(x[:, 0], (DATES - 20200100) / 10, rtol=1e-5)
 
 
+def test_a_summary_keeps_how_arrays_are_nested():
+    """A server builds its part from it, whose labels are then what the loss takes: in order, whatever their number."""
+    many = tuple(np.full((20, 2), n, np.float32) for n in range(12))
+    cases = [
+        ((IMAGES, CLASSES), CLASSES),
+        ({"a": IMAGES, "b": CLASSES}, CLASSES),
+        ((many[0], CLASSES), {"main": {"y": CLASSES}, "weight": many[1]}),
+        (many, (CLASSES, CLASSES)),
+    ]
+    for inputs, labels in cases:
+        summary = build.DataSummary.of(data.from_arrays((inputs, labels), num_classes=3))
+        written = summary.to_json()
+        found = build.DataSummary.from_json(json.loads(json.dumps(written)))
+        assert (found.inputs, found.labels) == (summary.inputs, summary.labels)
+        assert ("labels_structure" in written) == (labels is not CLASSES)
+    assert "inputs_structure" not in build.DataSummary.of(data.from_arrays(cases[1])).to_json()
+    deep = 0
+    for _ in range(40):
+        deep = {"tuple": [deep]}
+    for wrong in (7, True, "a", {"tuple": 0}, {"set": [0]}, {"tuple": [1, 0]}, {"tuple": [0]}, {"dict": [0, 1]}, deep):
+        with pytest.raises(ValueError, match="description must be that of a client's data and run"):
+            agreement.summary_of({"data": written | {"normalized channels": None, "labels_structure": wrong}})
+
+
+def test_a_skewed_division_needs_one_array_of_classes():
+    ds = data.from_arrays((IMAGES, {"y": CLASSES, "weight": np.ones(20, np.float32)}))
+    with pytest.raises(ValueError, match=r"alpha must be None where labels are several arrays, got 0.5: a division"):
+        build.divide(ds, 2, alpha=0.5, seed=0)
+    assert len(build.divide(ds, 2, alpha=None, seed=0)[0]) == 2
+
+
 def test_a_share_is_set_aside_of_each_class_alike():
     labels = np.repeat([0, 1, 2], [60, 30, 10])
     inputs = np.arange(100.0)[:, None]

@@ -234,3 +234,11 @@ def test_a_bad_pil_image_is_named():
     items = [(Image.open(io.BytesIO(good[: len(good) - 40 * (i == 3)])), 0) for i in range(5)]  # decoded when used
     with pytest.raises(data.DataError, match="sequence: train inputs of item 3 cannot be decoded: OSError: "):
         data.from_sequence(items)
+
+
+def test_an_attention_mask_that_nobody_reads_is_told(caplog):
+    items = [{"input_ids": [1, 2], "attention_mask": [1, 0], "label": n % 2} for n in range(4)]
+    assert data.from_sequence(items).input_like.shape == (2,)
+    assert caplog.text.count("train of sequence: attention_mask is not used; inputs=('input_ids', 'att") == 1
+    both = data.from_sequence(items, inputs=("input_ids", "attention_mask"))
+    assert both.input_like.keys() == {"input_ids", "attention_mask"} and len(caplog.records) == 1

@@ -150,6 +150,19 @@ def test_clients_average_the_adapters_alone(tail_cut, folder):
     assert losses[-1] < losses[0]
 
 
+def test_a_client_with_adapters_may_have_a_tail_of_its_own(folder):
+    """Its frozen arrays are found by their own names, the tail's under one that they all share."""
+    client, server = models.split(model(length=12), 1, weights=models.load_weights(folder, model(length=12)))
+    tail = (lambda params, h: h * params["scale"], {"scale": jnp.ones(decoders.CONFIGS["llama 3"]["vocab_size"])})
+    tokens = np.tile(np.arange(3, 19, dtype=np.int32), 20)[: 13 * 12 + 1]
+    blocks = tuple(tokens[at : at + 13 * 12].reshape(13, 12) for at in (0, 1))
+    options = {"task": tasks.next_token(), "codec": Identity(), "clients": 2, "batch_size": 4, "epochs": 1}
+    result = train_model((client, server, tail), blocks, optimizer=optax.adam(0.02), quiet=True, **options)
+    trained, _, last = result.parts
+    assert trained.params.keys() == client.params.keys() and float(np.abs(last.params["scale"] - 1).max()) > 0
+    jax.tree.map(np.testing.assert_array_equal, trained.stats, client.stats)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 
 import flax
 import jax
@@ -14,10 +15,13 @@ from flax import linen, nnx
 
 import msjax
 from msjax import build, compress, config, data, models, modes, tasks
+from msjax.distributed import agreement
+from msjax.pair import Pair, predict
 from msjax.parts import save_part
+from msjax.runs import RunFolder
 from msjax.split import parties
 from msjax.split.make_spec import init_part
-from msjax.training import api
+from msjax.training import api, from_config, loop
 
 from .helpers import assert_close
 from .own_models import Decoder, Dense, Encoder, LinenBody, LinenHead, affine, as_set, counting, numbers, squares
@@ -178,6 +182,42 @@ class Narrow(nnx.Module):
 
     def __call__(self, x):
         return self.linear(x)
+
+
+class Around(linen.Module):
+    inner: linen.Module
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+class Stack(nnx.Module):
+    """Has layers, but is no Sequential."""
+
+    def __init__(self):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))])
+
+    def __call__(self, x):
+        return self.layers[1](nnx.relu(self.layers[0](x)))
+
+
+class Doubled(linen.Sequential):
+    """A Sequential that does more than its layers do."""
+
+    @linen.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Told(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool = False):
+        return linen.BatchNorm(use_running_average=not train)(x)
+
+
+class ToldNnx(nnx.Module):
+    def __call__(self, x, deterministic: bool = True):
+        return x
 
 
 class Untold(linen.Module):
@@ -375,7 +415,28 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (TWO, {"augment": "flipp"}, "augment must be a function or one of .*, got 'flipp'"),
         ((ONE := Narrow(), ONE), {}, "model must have weights of its own in each part, got .* in two of them"),
         (nnx.Sequential(ONE, nnx.relu, ONE), {"cut": 2}, "model must have weights of its own in each part"),
-        (linen.Sequential([LAYER := linen.Dense(4), LAYER]), {"cut": 1}, "own in each part, got one linen.Module"),
+        (linen.Sequential([LAYER := linen.Dense(4), LAYER]), {"cut": 1}, "own in each part, got one Dense in two of"),
+        (
+            linen.Sequential([Around(LAYER), Around(LAYER)]),
+            {"cut": 1},
+            "own in each part, got one Dense in two of them",
+        ),
+        (Stack(), {"cut": 1}, "with cut, model must be a list of layers, .* got Stack"),
+        (
+            Doubled([linen.Dense(4), linen.Dense(1)]),
+            {"cut": 1},
+            "with cut, model must be a list of layers, .* got Doub",
+        ),
+        (
+            [Told(), linen.Dense(1)],
+            {"cut": 1},
+            "client must be told whether it trains: .* not pass train on to its Told",
+        ),
+        (
+            [nnx.relu, nnx.Sequential(ToldNnx()), Narrow()],
+            {"cut": 1},
+            "server must be told .* pass deterministic on to",
+        ),
         (
             (TWO[0], (affine, {**Dense(4, 1)(), "n": jnp.int32(2)})),
             {},
@@ -513,6 +574,147 @@ def test_a_linen_module_that_cannot_be_hashed_is_named():
 QUICK = {"clients": 2, "batch_size": 6, "epochs": 1}
 
 
+class Two(nnx.Module):
+    """A layer that returns two arrays, as a tuple or by name."""
+
+    def __init__(self, by_name):
+        self.linear, self.by_name = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), by_name
+
+    def __call__(self, x):
+        return {"h": self.linear(x), "skip": x} if self.by_name else (self.linear(x), x)
+
+
+class Join(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(8, 1, rngs=nnx.Rngs(1))
+
+    def __call__(self, h, skip):
+        return self.linear(jnp.concatenate([h, skip], -1))
+
+
+class TwoLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(x), x
+
+
+class JoinLinen(linen.Module):
+    @linen.compact
+    def __call__(self, h, skip):
+        return linen.Dense(1)(jnp.concatenate([h, skip], -1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nnx.Sequential(Two(False), Join()),
+        lambda: nnx.Sequential(Two(True), Join()),
+        lambda: linen.Sequential([TwoLinen(), JoinLinen()]),
+    ],
+    ids=["tuple", "dict", "Linen"],
+)
+def test_what_crosses_a_cut_is_given_to_the_next_layer_as_without_one(make):
+    x, model = numbers(6)[0], make()
+    parts = models.as_parts(make(), x, cut=1, seed=3)
+    found = x
+    for part in parts:
+        found, _ = part.apply(part.params, part.stats, found, train=False)
+    if isinstance(model, nnx.Module):
+        want = model(x)
+    else:
+        layers = [parts[0].params["layers_0"], parts[1].params["layers_0"]]
+        want = model.apply({"params": dict(zip(("layers_0", "layers_1"), layers, strict=True))}, x)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    with pytest.raises(TypeError, match="got Doubled"):
+        models.as_parts(Doubled([linen.Dense(1)]), x, cut=1)
+    own = models.as_part(Doubled([linen.Dense(1)]), x)
+    plain = models.as_part(linen.Sequential([linen.Dense(1)]), x)
+    doubled, single = (part.apply(own.params, {}, x, train=False)[0] for part in (own, plain))
+    np.testing.assert_allclose(doubled, 2 * single, rtol=1e-6)
+
+
+def test_statistics_of_numpy_are_not_written_into():
+    """As those of a part that was loaded are; Flax would write into them, or fail under a gradient."""
+    part = models.as_part(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    part = models.as_part(part._replace(stats=jax.tree.map(np.array, part.stats)))
+    before = jax.tree.map(np.copy, part.stats)
+    x = numbers(6)[0]
+    _, after = part.apply(part.params, part.stats, x, train=True)
+    jax.tree.map(np.testing.assert_array_equal, part.stats, before)
+    assert np.abs(after["mean"]).max() > 0
+    jax.grad(lambda params: part.apply(params, part.stats, x, train=True)[0].sum())(part.params)
+
+
+def test_an_optimizer_may_count_in_python(unchecked):
+    def update(grads, state, params=None):
+        return jax.tree.map(lambda g: -0.01 * g, grads), state + 1
+
+    rule = optax.GradientTransformation(lambda params: 0, update)
+    msjax.train(TWO, numbers(12), optimizer=rule, task="regression", codec=compress.Identity(), **QUICK)
+
+
+def test_a_run_does_not_give_away_what_a_preset_keeps(tmp_path, monkeypatch):
+    """A comparison trains twice; its parts may be made once, when the preset is read."""
+    (tmp_path / "mine.py").write_text(KEEPS)
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load_preset("mine.py")
+    losses = [loop.train(from_config.load_run(cfg), quiet=True).history[0]["train"]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_inputs_and_labels_in_tuples_in_a_run_with_a_config(unchecked, tmp_path, monkeypatch):
+    """Who builds a part from what is written of the data has them as the model and the loss take them."""
+    text = KEEPS.replace("x, (x[:, 0] > 0).astype(np.int32)", "(x, x), (x[:, :1], np.ones(24, np.float32))")
+    text = text.replace(
+        "def affine(params, x):", "def affine(params, x):\n    x = sum(x) if isinstance(x, tuple) else x"
+    )
+    text = text.replace("**made)", 'task=config.TaskConfig(name=":make_task"), **made)')
+    (tmp_path / "mine.py").write_text(text + TUPLES)
+    monkeypatch.chdir(tmp_path)
+    cfg = dataclasses.replace(config.load_preset("mine.py"), out=str(tmp_path / "runs"))
+    folder = RunFolder.create(cfg, "run")
+    from_config.train_config(cfg, folder, quiet=True)
+    folder.close()
+    client, server = msjax.load_pair(tmp_path / "runs" / "run")
+    ds = data.from_arrays(((np.ones((3, 4), np.float32),) * 2, np.zeros((3, 1), np.float32)))
+    assert predict(Pair(client, server), ds.train_inputs).shape == (3, 2)
+    summary = agreement.summary_of(agreement.parse(agreement.describe(RUN_SPEC, client.summary)))
+    assert (
+        build.build(cfg, summary, samples=12, test_samples=0).spec.labels.structure == client.summary.labels.structure
+    )
+
+
+RUN_SPEC = types.SimpleNamespace(describe=dict)
+TUPLES = """
+def make_task(summary):
+    def loss(outputs, labels):
+        target, weight = labels
+        return weight * (outputs[:, 0] - target[:, 0]) ** 2
+
+    return tasks.Task("weighted", loss)
+"""
+KEEPS = """
+import jax.numpy as jnp, numpy as np
+from msjax import config, data, tasks
+
+def affine(params, x):
+    return x @ params["w"]
+
+PARTS = tuple((affine, {"w": jnp.ones(shape) * 0.1}) for shape in ((4, 3), (3, 2)))
+
+def get_config():
+    made = {"model": config.ModelConfig(name=":make_model"), "data": config.DataConfig(name=":make_data")}
+    return config.Config(clients=2, batch_size=6, epochs=1, **made)
+
+def make_model(summary):
+    return PARTS
+
+def make_data():
+    x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    return data.from_arrays((x, (x[:, 0] > 0).astype(np.int32)))
+"""
+
+
 def test_a_trained_part_says_how_its_inputs_are_made(unchecked, tmp_path):
     """Whoever uses it elsewhere has the images as they are; taken so, the outputs would be wrong in silence."""
     rng = np.random.default_rng(0)
@@ -557,6 +759,8 @@ def test_predictions_of_what_the_data_set_would_not_store(unchecked):
         (np.int8, jax.ShapeDtypeStruct((4,), np.int32), True),
         (np.float32, jax.ShapeDtypeStruct((4,), np.int32), False),
         (np.int32, jax.ShapeDtypeStruct((4,), np.bool_), False),
+        (np.bool_, jax.ShapeDtypeStruct((6, 6, 1), np.uint8), False),
+        (np.bool_, jax.ShapeDtypeStruct((4,), np.float32), True),
     ):
         assert api._may_be_cast(np.dtype(dtype), like) == cast
 

@@ -10,6 +10,7 @@ from msjax import config, data, models
 from msjax.build._decoder import decoder_config, takes_tokens
 from msjax.build._summary import DataSummary, pixel_maximum
 from msjax.split.spec import Preprocess
+from msjax.split.trees import TreeSpec
 
 
 def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str | None = None) -> data.Dataset:
@@ -168,6 +169,8 @@ def divide(
         return _checked_division(division, len(ds.train), clients, alpha)
     if clients > len(ds.train):
         raise ValueError(f"clients must be in 1..{len(ds.train)} (the number of examples), got {clients}")
+    if alpha is not None and len(TreeSpec.of(ds.label_like).leaves) != 1:
+        raise ValueError(f"alpha must be None where labels are several arrays, got {alpha}: a division may be given")
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients

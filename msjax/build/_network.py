@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Collection
 
@@ -15,6 +16,8 @@ from msjax.build._data import make_preprocess
 from msjax.build._decoder import decoder_config, takes_tokens
 from msjax.build._summary import DataSummary
 from msjax.paths import existing_file, expand
+
+log = logging.getLogger("msjax")
 
 
 def make_parts(
@@ -39,7 +42,10 @@ def make_parts(
         made = config.call_reference("model.name", cfg.model.name, summary)
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
-        parts = models.as_parts(made, x, cut=None if isinstance(made, tuple) else cut, seed=cfg.seed)
+        if cut is not None and isinstance(made, tuple):
+            log.warning("model.cut is %d, but %s returns the parts, cut where they are", cut, cfg.model.name)
+            cut = None
+        parts = models.as_parts(made, x, cut=cut, seed=cfg.seed)
         named = zip(models.PARTS, parts, strict=False)
         return tuple(part if name in own else part.shapes() for name, part in named)
     before = cfg.model.cut_before_activation

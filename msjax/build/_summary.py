@@ -103,6 +103,9 @@ class DataSummary(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON-ready values."""
         found = {"inputs": self.inputs.to_json(), "labels": self.labels.to_json(), "num_classes": self.num_classes}
+        for name, spec in (("inputs", self.inputs), ("labels", self.labels)):
+            if (structure := _structure(spec)) is not None:
+                found[f"{name}_structure"] = structure
         if len(self.inputs.leaves) == 1:
             found["input_shape"] = list(self.input_shape)
         if self.tokenizer is not None:
@@ -116,12 +119,16 @@ class DataSummary(NamedTuple):
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "DataSummary":
-        """Returns what `to_json` made, or an earlier version's; trees become flat dicts by their arrays' names."""
+        """Returns what `to_json` made, or an earlier version's, in which trees are flat dicts by their arrays' names.
+
+        Raises:
+          KeyError, TypeError, ValueError: it is neither.
+        """
         mean, std = (None if tree[name] is None else tuple(map(float, tree[name])) for name in ("mean", "std"))
         shape = tree.get("input_shape")
         first = "uint8" if shape is not None and len(shape) == 3 else "float32"  # images, where dtypes are not said yet
-        inputs = _from_names(tree.get("inputs", [["", first, shape]]))
-        labels = _from_names(tree.get("labels", [["", "int32", []]]))
+        inputs = _from_names(tree.get("inputs", [["", first, shape]]), tree.get("inputs_structure"))
+        labels = _from_names(tree.get("labels", [["", "int32", []]]), tree.get("labels_structure"))
         columns = tree.get("columns")
         if columns is not None:
             columns = tuple(data.Column(**(column | {"texts": tuple(column["texts"])})) for column in columns)
@@ -139,9 +146,54 @@ def pixel_maximum(inputs: TreeSpec) -> float | None:
     return {np.dtype(np.uint8): 255.0, np.dtype(np.float32): 1.0}.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
-def _from_names(arrays):
-    found = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for name, dtype, shape in arrays}
+def _from_names(arrays, structure=None):
+    leaves = [jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for _, dtype, shape in arrays]
+    if structure is not None:
+        numbers, tree = jax.tree.flatten(_filled(structure, len(leaves)))
+        if numbers != list(range(len(leaves))):
+            raise ValueError(f"a structure must have each of {len(leaves)} arrays once, in order, got {structure!r}")
+        return TreeSpec(tree, tuple(leaves))
+    found = dict(zip((name for name, *_ in arrays), leaves, strict=True))
     return TreeSpec.of(found[""] if list(found) == [""] else found)
+
+
+_DEEPEST = 32  # of trees of inputs and labels in a file or message
+
+
+def _structure(spec):
+    """How arrays are nested, as JSON of their numbers.
+
+    None where names do: of one array, or a flat dict. And of other containers than dicts and tuples.
+    """
+    tree = jax.tree.unflatten(spec.structure, range(len(spec.leaves)))
+    if isinstance(tree, int) or (type(tree) is dict and all(isinstance(value, int) for value in tree.values())):
+        return None
+
+    def nested(tree):
+        if isinstance(tree, int):
+            return tree
+        if type(tree) is dict and all(isinstance(name, str) for name in tree):
+            return {"dict": {name: nested(value) for name, value in tree.items()}}
+        if type(tree) is tuple:
+            return {"tuple": [nested(value) for value in tree]}
+        raise TypeError(type(tree))
+
+    try:
+        return nested(tree)
+    except TypeError:
+        return None
+
+
+def _filled(structure, count, depth=0):
+    """The tree of numbers below `count` that `_structure` described."""
+    if isinstance(structure, int) and not isinstance(structure, bool) and 0 <= structure < count:
+        return structure
+    if depth == _DEEPEST or not isinstance(structure, dict) or len(structure) != 1:
+        raise ValueError(f"a structure must be of dicts, tuples and numbers of arrays, got {structure!r}")
+    ((kind, inner),) = structure.items()
+    if kind == "dict":
+        return {str(name): _filled(value, count, depth + 1) for name, value in inner.items()}
+    return {"tuple": tuple}[kind](_filled(value, count, depth + 1) for value in inner)
 
 
 def check_tokenizer(present: int | str | None, trained: int | str | None) -> None:

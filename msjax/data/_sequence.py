@@ -1,6 +1,7 @@
 """Anything with `__len__` and `__getitem__` as a data set."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from msjax.data._columns import Column, standardized
 from msjax.data._convert import cast, has_masks
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, map_arrays, named_arrays
 from msjax.data._error import DataError
+
+log = logging.getLogger("msjax")
 
 _IN_MEMORY_BYTES = 2 << 30
 _CHUNK = 64  # examples that a thread reads at a time
@@ -145,7 +148,11 @@ class SequenceSplit:
         self._lock = _lock(threads)
         if not len(items):
             raise DataError(f"{split} of {name} must have examples, got none")
-        first = self._example(0, self._get([0])[0])
+        item = self._get([0])[0]
+        if inputs is None and isinstance(item, dict) and {"input_ids", "attention_mask"} <= item.keys():
+            said = "%s of %s: attention_mask is not used; inputs=('input_ids', 'attention_mask') takes both"
+            log.warning(said, split, name)
+        first = self._example(0, item)
         self._read_like, self.label_like = (
             map_arrays(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree) for tree in first
         )

@@ -17,7 +17,7 @@ _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
 _CLASS_NAMES, _COLUMN_NAMES = "hash of class names", "hash of column names"
-_NAME_ALL = " (data.classes, where it is given, names all classes for those that lack some)"
+_NAME_ALL = " (data.classes, or a preset's from_arrays(…, classes=…), names all classes for those that lack some)"
 _HELP = {
     "num_classes": _NAME_ALL,
     _CLASS_NAMES: _NAME_ALL,
@@ -60,7 +60,7 @@ def summary_of(description: dict[str, Any]) -> DataSummary:
         channels = description["data"]["normalized channels"]
         mean, std = (None if channels is None else (value,) * channels for value in (0.0, 1.0))
         return DataSummary.from_json(description["data"] | {"mean": mean, "std": std})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"description must be that of a client's data and run: {error!r}") from None
 
 

@@ -133,8 +133,9 @@ class NnxApply:
         if train and self.random and key is None:
             raise ValueError("key must be given when train is True, as the module draws random numbers; got None")
         random = self._random_states(make_key(0) if key is None else key)
-        # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call.
-        module = nnx.merge(self.graphdef, params, random, stats, copy=True)
+        # A copy, so that writing the statistics under vjp or vmap touches nothing outside this call; and JAX's arrays,
+        # as Flax writes into NumPy's.
+        module = nnx.merge(self.graphdef, params, random, jax.tree.map(jnp.asarray, stats), copy=True)
         (module.train if train else module.eval)()
         y = module(x, **_arguments(self.module.__call__, train, key))
         if not train:
@@ -156,10 +157,56 @@ class NnxApply:
         return found
 
 
+def _spread(call, x):
+    """Calls a layer as a Sequential does: with what a layer returned before it, of which tuples are arguments."""
+    return call(*x) if isinstance(x, tuple) else call(**x) if isinstance(x, dict) else call(x)
+
+
+class NnxBehindCut(nnx.Sequential):
+    """The layers behind a cut, the first of which is given what crosses it as within an `nnx.Sequential`."""
+
+    def __call__(self, x):
+        """Returns what the last layer does."""
+        return _spread(super().__call__, x)
+
+
+class LinenBehindCut(linen.Sequential):
+    """The same of a `linen.Sequential`."""
+
+    @linen.compact
+    def __call__(self, x):
+        """Returns what the last layer does."""
+        return _spread(super().__call__, x)
+
+
+PLAIN_CALLS = (nnx.Sequential.__call__, linen.Sequential.__call__)
+_PASS_NOTHING_ON = (*PLAIN_CALLS, NnxBehindCut.__call__, LinenBehindCut.__call__)
+
+
+def _check_told(module):
+    """Raises NotAPart for layers that have to be told that they train, in a Sequential, which passes nothing on.
+
+    Flax's own have None for it, and know by themselves or refuse. Others would act for ever as in a test.
+    """
+    if type(module).__call__ not in _PASS_NOTHING_ON:
+        return
+    for layer in module.layers:
+        is_module = isinstance(layer, nnx.Module | linen.Module)
+        if is_module:
+            _check_told(layer)
+        for name, argument in _parameters(type(layer).__call__ if is_module else layer).items():
+            if name in MODE_NAMES and isinstance(argument.default, bool):
+                raise NotAPart(
+                    f"must be told whether it trains: a Sequential does not pass {name} on to its "
+                    f"{type(layer).__name__}, so give a module whose __call__ has the argument and passes it on"
+                )
+
+
 def _nnx_part(module):
     if jax.tree.leaves(nnx.state(module, nnx.Intermediate)):  # of an earlier call; they are no state
         module = nnx.clone(module)
         nnx.pop(module, nnx.Intermediate)
+    _check_told(module)
     graphdef, params, random, stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
     found = []
     for path, variable in nnx.to_flat_state(random):
@@ -213,7 +260,8 @@ def _narrow(tree):
 
 def _linen_part(module, x, key, given=None):
     if isinstance(module, linen.Sequential):
-        module = linen.Sequential(tuple(module.layers))
+        module = module.clone(layers=tuple(module.layers))
+    _check_told(module)
     try:
         hash(module)
     except TypeError as error:

@@ -1,5 +1,6 @@
 """A user's model as the parts that are trained: what is taken, and what is said where a part does not fit."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from flax import linen, nnx
 
 from msjax.checks import quoted
 from msjax.keys import make_key
-from msjax.models._modules import MODE_NAMES, NotAPart, as_part
-from msjax.models._part import ModelPart, RemoteApply, RemotePart, constants_of
+from msjax.models._modules import MODE_NAMES, PLAIN_CALLS, LinenBehindCut, NnxBehindCut, NotAPart, as_part
+from msjax.models._part import PARTS, ModelPart, RemoteApply, RemotePart, constants_of
 
 
 def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) -> tuple[ModelPart, ...]:
@@ -60,12 +61,27 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
         except Exception as error:
             raise ValueError(_why_it_failed(name, x, error)) from error
         parts.append(part)
-    # The client's arrays and the tail's are kept together; of a model that msjax has cut they have other names.
-    if len(parts) == 3 and not any(constants_of(part.apply) for part in parts[::2]):
-        here = [not isinstance(part.apply, RemoteApply) for part in parts]
-        parts[0] = parts[0].scoped("client") if here[0] else parts[0]
-        parts[2] = parts[2].scoped("tail") if here[2] else parts[2]
-    return tuple(parts)
+    return tuple(_scoped(parts) if len(parts) == 3 else parts)
+
+
+def _scoped(parts):
+    """Client and tail with their arrays under names, as one party keeps them together.
+
+    Where some stay as they are, for which they are looked up by their own names, parts of models that msjax has cut
+    keep those: they differ.
+    """
+    frozen = any(constants_of(part.apply) for part in parts[::2])
+    client, server, tail = (
+        part
+        if name == "server" or isinstance(part.apply, RemoteApply) or (frozen and _is_cut_by_msjax(part.apply))
+        else part.scoped(name)
+        for name, part in zip(PARTS, parts, strict=True)
+    )
+    return client, server, tail
+
+
+def _is_cut_by_msjax(apply):
+    return getattr(apply, "draws_by_place", False) or bool(constants_of(apply))
 
 
 def _why_it_failed(name, x, error):
@@ -106,11 +122,22 @@ def _weights_of(module):
             if isinstance(node, nnx.Param):
                 yield repr("/".join(map(str, path))), node
     elif isinstance(module, linen.Module):
-        yield f"one {type(module).__name__}", module
+        yield from ((f"one {type(one).__name__}", one) for one in _linen_modules(module))
     elif isinstance(module, tuple) and len(module) > 1:
         for path, leaf in jax.tree_util.tree_leaves_with_path(module[1]):
             if getattr(leaf, "ndim", 0) > 1:
                 yield repr(jax.tree_util.keystr(path, simple=True, separator="/")), leaf
+
+
+def _linen_modules(module):
+    """A Linen module and those in its fields, but for what has no weights."""
+    if isinstance(module, linen.Dropout):
+        return
+    yield module
+    fields = [getattr(module, field.name, None) for field in dataclasses.fields(module) if field.name != "parent"]
+    for one in jax.tree.leaves(fields, is_leaf=lambda leaf: isinstance(leaf, linen.Module)):
+        if isinstance(one, linen.Module):
+            yield from _linen_modules(one)
 
 
 def _check_arrays(part):
@@ -132,20 +159,20 @@ def cut_sequential(model: Any, cut: int) -> tuple[Any, Any]:
 
     Raises:
       TypeError: the model is no `nnx.Sequential`, `linen.Sequential` or list of layers.
-      ValueError: `cut` leaves a party without a layer, or one Linen module is on both sides of it.
+      ValueError: `cut` leaves a party without a layer.
     """
-    layers = model if isinstance(model, list | tuple) else getattr(model, "layers", None)
+    # What has layers and a `__call__` of its own may do more than to call one after the other.
+    sequential = isinstance(model, nnx.Sequential | linen.Sequential) and type(model).__call__ in PLAIN_CALLS
+    layers = model if isinstance(model, list | tuple) else model.layers if sequential else None
     if layers is None or not all(callable(layer) for layer in layers):
-        raise TypeError(f"with cut, model must be a sequential model or a list of layers, got {type(model).__name__}")
+        raise TypeError(
+            "with cut, model must be a list of layers, or an nnx.Sequential or linen.Sequential with the __call__ of "
+            f"these, got {type(model).__name__}"
+        )
     layers = list(layers)
     if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut < len(layers):
         raise ValueError(f"cut must be in 1..{len(layers) - 1}, the number of layers on the client, got {cut!r}")
     is_linen = isinstance(model, linen.Module) or any(isinstance(layer, linen.Module) for layer in layers)
     if is_linen:
-        shared = {id(layer) for layer in layers[:cut] if isinstance(layer, linen.Module)} & set(map(id, layers[cut:]))
-        if shared:
-            raise ValueError(
-                "model must have weights of its own in each part, got one linen.Module before and behind cut"
-            )
-        return linen.Sequential(tuple(layers[:cut])), linen.Sequential(tuple(layers[cut:]))
-    return nnx.Sequential(*layers[:cut]), nnx.Sequential(*layers[cut:])
+        return linen.Sequential(tuple(layers[:cut])), LinenBehindCut(tuple(layers[cut:]))
+    return nnx.Sequential(*layers[:cut]), NnxBehindCut(*layers[cut:])

@@ -93,6 +93,7 @@ def describe_run(cfg: config.Config, summary: build.DataSummary, counts: Counts 
     samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // cfg.clients
     test_samples = 0 if counts is None else counts.test
     built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts)
+    build.check_tail(cfg, built.spec)
     states = (jax.eval_shape(functools.partial(init_part, built.spec.optimizer), part) for part in parts)
     by_name = dict(zip(("client", "server", "tail"), states, strict=False))
     return Run(built.spec, summary.inputs, by_name, built.client)

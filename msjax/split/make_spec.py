@@ -263,7 +263,7 @@ def _apart(state, params):
     leaves, structure = jax.tree.flatten(state)
     seen, found = {id(leaf) for leaf in jax.tree.leaves(params)}, []
     for leaf in leaves:
-        found.append(jnp.array(leaf, copy=True) if id(leaf) in seen or leaf.size < _FEW else leaf)
+        found.append(jnp.array(leaf, copy=True) if id(leaf) in seen or np.size(leaf) < _FEW else leaf)
         seen.add(id(leaf))
     return jax.tree.unflatten(structure, found)
 

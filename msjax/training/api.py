@@ -111,9 +111,9 @@ def _as_stored(batch, expected):
 def _may_be_cast(dtype, like):
     """Whether numbers of another dtype than is stored are meant: not pixels in place of floats, or the reverse."""
     kinds = {kind: [jnp.issubdtype(each, kind) for each in (dtype, like.dtype)] for kind in (jnp.floating, jnp.integer)}
-    if all(kinds[jnp.floating]) or dtype == jnp.bool_:
+    if all(kinds[jnp.floating]):
         return True
-    if all(kinds[jnp.integer]):
+    if all(kinds[jnp.integer]) or dtype == jnp.bool_:
         return like.dtype != jnp.uint8
     whole_numbers = kinds[jnp.integer][0] and dtype != jnp.uint8
     return whole_numbers and kinds[jnp.floating][1] and len(like.shape) < 2

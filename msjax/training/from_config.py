@@ -6,6 +6,7 @@ import sys
 import uuid
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from msjax import build, config
@@ -42,6 +43,8 @@ def load_run(cfg: config.Config) -> loaded.LoadedRun:
     check_known_link(built.spec)
     check_labels(built.spec, dataset)
     state = TrainState(built.client, built.server, jnp.int32(0))
+    if config.is_reference(cfg.model.name):  # a run gives its state away, but what a preset keeps is not its own
+        state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else leaf, state)
     title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut} {type(cfg.codec).__name__}"
     options = (cfg.allow_nonfinite, cfg.data.workers, cfg.clients_per_group, cfg.shard_server)
     return loaded.LoadedRun(built.spec, state, dataset, indices, cfg.seed, title, *options)
