@@ -50,6 +50,7 @@ class Run:
         self.keepers = tuple(range(clients)) if kind == "parallel" else self.exchanges[-1].clients
         self.policy = Policy(**{"deadline_seconds": 10.0, **policy})
         self.now, self.works, self.checkpoint = 0.0, works, checkpoint
+        self.hands_out = kind != "parallel"
         self.state = Membership.begin(self.policy, clients=clients, generation=7, now=self.now)
         self.log, self.todo, self.names = [], [], 0
 
@@ -81,7 +82,7 @@ class Run:
         match self.todo.pop(0):
             case do.RestoreCheckpoint():
                 step, clients = self.checkpoint
-                said = self.say(ev.Restored(step, clients))
+                said = self.say(ev.Restored(step, clients, self.back_to))
                 said += self._open(next((e for e in self.exchanges if e.step == step), None))
             case do.Advance(exchange):
                 said = self.say(ev.Computed())
@@ -92,10 +93,10 @@ class Run:
 
     def _open(self, exchange):
         if exchange is None:
-            return self.say(ev.Ended(self.steps, self.keepers, self.back_to))
+            return self.say(ev.Ended(self.steps, self.keepers, self.back_to, self.hands_out))
         step, clients = self.checkpoint
         able = None if clients is None or not step else frozenset(clients)
-        return self.say(ev.Opened(dataclasses.replace(exchange, able=able)))
+        return self.say(ev.Opened(dataclasses.replace(exchange, able=able, back_to=self.back_to)))
 
     def session(self, client):
         return self.state.clients[client].session

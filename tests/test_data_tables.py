@@ -1,6 +1,7 @@
 """CSV files as data sets."""
 
 import dataclasses
+import json
 import os
 import threading
 import types
@@ -223,6 +224,13 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path, monkeypatch):
     program._load(cfg)  # it has not begun
     program._write_digests()
     program._load(cfg)
+    program._options = dataclasses.replace(program._options, own_data=False)
+    with pytest.raises(ValueError, match=r"or --own-data was given at one time and not at another"):
+        program._load(cfg)
+    file, digests = program._digests
+    file.write_text(json.dumps(json.loads(digests)[:2]))  # of an earlier version, which did not say
+    program._load(cfg)
+    program._options = dataclasses.replace(program._options, own_data=True)
     frame.iloc[9:].to_csv(tmp_path / "1" / "people.csv", index=False)
     with pytest.raises(
         ValueError, match=r"the data must be those with which this client began the run, as .*data tells"

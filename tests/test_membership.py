@@ -1,11 +1,13 @@
 """Membership by examples: each corner that a fault, or a deployer, has found."""
 
+import dataclasses
+
 import pytest
 
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
 from msjax.distributed.events import ExchangeInfo
-from msjax.distributed.membership import Membership, Policy, Stage
+from msjax.distributed.membership import Membership, Policy, Stage, Tally
 
 from .membership_run import AVERAGE, FEATURES, TAKE, Run, of
 
@@ -19,7 +21,7 @@ def test_training_begins_when_all_clients_are_ready():
     run.come(1), run.join(2)
     assert run.stage is Stage.GATHERING
     assert run.ready(2) == [do.RestoreCheckpoint(again=False)]
-    assert of(run.work(), do.StartClient) == [do.StartClient(c, c + 1, 0) for c in range(3)]
+    assert of(run.work(), do.StartClient) == [do.StartClient(c, c + 1, 0, afresh=True) for c in range(3)]
     assert run.stage is Stage.COLLECTING and run.state.generation == 7
 
 
@@ -58,7 +60,7 @@ def test_a_session_that_is_never_ready_is_closed_after_the_deadline_and_its_plac
 def test_a_client_that_has_not_heard_of_the_start_is_told_again_and_nobody_goes_back():
     run = Run().begin()
     run.leave(0)
-    assert of(run.come(0), do.StartClient, do.RestoreCheckpoint) == [do.StartClient(0, 4, 0)]
+    assert of(run.come(0), do.StartClient, do.RestoreCheckpoint) == [do.StartClient(0, 4, 0, afresh=True)]
 
 
 def test_ready_said_twice_is_heard_once():
@@ -69,7 +71,7 @@ def test_ready_said_twice_is_heard_once():
 def test_those_who_cannot_go_on_from_the_checkpoint_are_let_in_like_dropped_ones():
     """A server that was started again from a checkpoint of when client 2 was away."""
     run = Run(checkpoint=(2, (0, 1))).begin()
-    assert of(run.log, do.StartClient) == [do.StartClient(0, 1, 2), do.StartClient(1, 2, 2)]
+    assert of(run.log, do.StartClient) == [do.StartClient(0, 1, 2, afresh=True), do.StartClient(1, 2, 2, afresh=True)]
     assert run.state.active == (0, 1)
     assert of(run.go_to((2, AVERAGE)).send(0, 1), do.StartClient) == []
     assert of(run.log, do.Advance)[-1].asks_part_of == 0
@@ -82,7 +84,7 @@ def test_those_who_have_the_checkpoint_are_waited_for_where_too_few_of_them_are_
     (said,) = of(run.come(1), do.Warn)
     assert said.text == "of those who have the checkpoint too few are here: training waits for clients [0]"
     assert run.state.active == (0,) and run.stage is Stage.COLLECTING
-    assert of(run.come(0), do.StartClient) == [do.StartClient(0, 2, 2)]
+    assert of(run.come(0), do.StartClient) == [do.StartClient(0, 2, 2, afresh=True)]
     run.go_to((2, AVERAGE))
     assert of(run.log, do.Advance)[-1].clients == (0,)
 
@@ -210,7 +212,7 @@ def test_one_that_was_away_when_all_went_back_is_told_when_it_comes():
     run = Run().begin().go_to((1, FEATURES))
     run.leave(0)
     run.crash(1)
-    assert of(run.come(0, generation=7), do.StartClient) == [do.StartClient(0, 5, 0)]
+    assert of(run.come(0, generation=7), do.StartClient) == [do.StartClient(0, 5, 0, afresh=True)]
 
 
 def test_memory_that_is_lost_while_an_answer_is_computed_takes_all_back_after_it():
@@ -306,7 +308,9 @@ def test_one_that_died_before_it_had_kept_its_part_takes_all_back_from_the_end()
     run.join(0, instance="another")
     stale = ev.SaidGoodbye(2, 3, run.state.generation)
     said = run.ready(0, saved_step=2)
-    assert of(said, do.StartClient, do.TellEnd) == [do.StartClient(c, s, 2) for c, s in ((0, 4), (1, 2), (2, 3))]
+    assert of(said, do.StartClient, do.TellEnd) == [
+        do.StartClient(c, s, 2, afresh=True) for c, s in ((0, 4), (1, 2), (2, 3))
+    ]
     assert run.stage is Stage.COLLECTING and run.state.generation == 8
     assert run.say(stale) == []  # of the end before: it was on its way
     run.go_to_end()
@@ -444,3 +448,62 @@ def test_states_are_values():
     run.send(0), again.send(0)
     assert run.state == again.state and hash(run.state) == hash(again.state)
     assert ExchangeInfo((0, 1), 0, (0,)) == ExchangeInfo((0, 1), 0, (0,))
+
+
+def test_nobody_goes_back_for_one_that_has_no_checkpoint_to_go_back_to():
+    """The others keep their steps, and wait for a process of it that has its folder."""
+    run = Run().begin().go_to((3, FEATURES))
+    run.checkpoint = (2, None)
+    run.send(0, 1, 2)
+    said = run.crash(1)
+    (closed,) = of(said, do.CloseSession)
+    assert not of(said, do.RestoreCheckpoint, do.StartClient) and run.state.generation == 7
+    assert "must have its checkpoint of step 2, to which all would go back with it, got one of step 0" in closed.fault
+    assert of(run.come(1, saved_step=2, instance="with its folder"), do.RestoreCheckpoint)
+
+
+def test_one_without_the_checkpoint_is_let_in_with_a_part_where_a_server_comes_again():
+    run = Run(stragglers="drop", start_clients=3, checkpoint=(2, None))
+    for client, saved in ((0, 2), (1, 0), (2, 3)):
+        said = run.come(client, saved_step=saved)
+    assert of(said, do.StartClient) == [do.StartClient(c, s, 2, afresh=True) for c, s in ((0, 1), (2, 3))]
+    assert run.state.clients[1].returning
+    said = run.send(0, 2) + run.send(0, 2)
+    assert of(said, do.Advance)[-1].asks_part_of == 0
+    assert do.StartClient(1, 2, 3, part_from=0) in run.send(0, part=True)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_in_turns_the_server_gives_the_last_one_its_part_once_more(dropped):
+    """It has that part, and whoever died or was dropped keeps it all the same."""
+    run = Run("turns", stragglers="drop", steps=4).begin().go_to_end()
+    assert run.keepers == (0,)
+    run.goodbye(1)
+    run.leave(0)
+    if dropped:
+        first, *others = run.state.clients
+        clients = (dataclasses.replace(first, active=False), *others)
+        run.state = dataclasses.replace(run.state, clients=clients, tally=Tally.over(clients, run.state.exchange))
+    told = of(run.come(0, instance="another"), do.StartClient, do.TellEnd)
+    assert told == [do.StartClient(0, 4, 4, afresh=True), do.TellEnd(0, 4, dropped=False)]
+    run.goodbye(2)
+    assert run.stage is Stage.OVER if dropped else run.goodbye(0)[-1] == do.Finish()
+
+
+def test_a_part_that_one_alone_has_is_waited_for_at_the_end():
+    run = Run("turns", steps=4).begin().go_to_end()
+    run.leave(0)
+    for client in (1, 2):
+        run.goodbye(client)
+    said = run.wait(10.0)
+    assert "the run waits for one of clients [0], which has the trained part, and has not said" in said[-1].text
+    assert run.stage is Stage.ENDING and run.wait(10.0) and run.stage is Stage.ENDING
+    run.come(0, instance="another")
+    assert run.goodbye(0)[-1] == do.Finish()
+
+
+def test_one_that_has_kept_its_part_lacks_nothing():
+    run = Run(checkpoint=(2, None)).begin().go_to_end()
+    run.goodbye(0)
+    said = run.crash(0, saved_step=2)
+    assert not of(said, do.RestoreCheckpoint) and run.stage is Stage.ENDING

@@ -230,7 +230,8 @@ def test_all_go_back_where_enough_wait_to_be_let_in_and_those_who_could_are_away
     for client in run.everyone:
         run.leave(client)
     for client in (0, 1):
-        assert not of(run.come(client, instance=f"another of {client}"), do.StartClient, do.RestoreCheckpoint)
+        said = run.come(client, saved_step=1, instance=f"another of {client}")
+        assert not of(said, do.StartClient, do.RestoreCheckpoint)
     assert run.state.active == (2,)
     said = run.wait(10.0)
     assert do.Warn("step 2 cannot go on without clients [2], but others could: all go back") in said
@@ -424,7 +425,7 @@ def test_a_client_that_was_let_in_after_the_checkpoint_is_let_in_again_after_goi
     run.send(0, part=True), run.send(1, 2, 3)
     assert run.state.active == (0, 1, 2, 3)
     run.crash(1)  # four are more than enough
-    said = run.crash(3)
+    said = run.crash(3, saved_step=1)
     assert [(a.client, a.step) for a in of(said, do.StartClient)] == [(0, 1), (1, 1), (3, 1)]
     run.send(0, 1, 3)
     assert of(run.send(0, 1, 3), do.Advance)[0].asks_part_of == 3

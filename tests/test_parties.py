@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from msjax.split.schedule import Phase, Schedule
 from msjax.training import loop
 
 from .helpers import assert_close
-from .setups import MODES, SMALL, SMOOTH, UNEVEN, finished, load_program, make_parties
+from .setups import MODES, SMALL, SMOOTH, UNEVEN, built, dataset, finished, load_program, make_parties
 
 
 @pytest.mark.slow
@@ -36,6 +37,20 @@ def test_parties_train(mode):
 
 
 @pytest.mark.slow
+def test_statistics_that_would_stay_behind_are_refused():
+    """Where a part goes from client to client; a counter of each client's own turns would be another."""
+    for mode, refused in ((MODES[0], False), (MODES[3], True)):
+        run = built(dataclasses.replace(SMALL, mode=mode), 30)
+        counting = run.client._replace(stats={"steps": np.int32(0)})
+        own = parties.ClientData(dataset().train, dataset().test)
+        make = functools.partial(parties.Client, 0, run.spec, counting, own, 0)
+        if not refused:
+            make().close()
+            continue
+        with pytest.raises(ValueError, match=r"must be floats where parts are handed on, .* got int32 at 'steps'"):
+            make()
+
+
 def test_clients_that_encode_with_numpy():
     """U-shaped, where they encode features and gradients."""
     cfg = dataclasses.replace(

@@ -278,6 +278,39 @@ def test_in_turns_the_client_that_trained_last_keeps_the_part(tmp_path, lost):
         np.testing.assert_array_equal(payload_vector(it.finals[2].part()), it.server.run.party.part_in_transit)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_in_turns_the_last_one_goes_on_with_what_it_handed_on_where_a_server_comes_again(tmp_path, restarted):
+    """It keeps nothing of its own between turns, and the one behind it does not come back."""
+    cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
+    policy = {"deadline_seconds": 2.0, "stragglers": "drop", "start_clients": 3}
+    with net(tmp_path, cfg, checkpoint_steps=8, **policy) as it:
+        it.start_clients()
+        it.run_to(10)
+        assert it.stores["server"].latest() == 9
+        it.kill_server()
+        it.kill(3)
+        if restarted:
+            it.restart(2)
+        it.start_server()
+        it.loop.run(lambda: it.loop.server is None)
+        it.run(2)
+        assert not it.failures, it.failures
+        handed_on = it.server.run.party.part_in_transit
+        assert [c for c in range(3) if it.finals[c].keeps_result] == [2]
+        np.testing.assert_array_equal(payload_vector(it.finals[2].part()), handed_on)
+
+
+def test_one_whose_turns_are_over_does_not_take_a_server_that_is_away_for_the_end(tmp_path):
+    cfg = dataclasses.replace(SMALL, mode=MODES[3], epochs=1)
+    with net(tmp_path, cfg) as it:
+        it.start_clients()
+        it.run_to(4)
+        it.kill_server()
+        it.run(0, 1)
+        for client in (0, 1):
+            assert "the server has been away, or turned this client away, for" in str(it.failures[client])
+
+
 def test_who_was_dropped_in_the_last_test_still_keeps_the_part(tmp_path, caplog):
     late = []
 

@@ -45,6 +45,9 @@ class StartClient:
     session: int
     step: int
     part_from: int | None = None
+    afresh: bool = False
+    """Whether it has sent nothing yet, or has lost what it had: the part is then the server's, where that has one which
+    this client is to keep."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ class ClientProgram:
             )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         self._check_tokenizer(ds.tokenizer)
-        self._check_data(data.digests(ds))
+        self._check_data([*data.digests(ds), "own" if options.own_data else "a share"])
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
@@ -168,14 +168,17 @@ class ClientProgram:
     def _check_data(self, digests):
         """Raises where this client has begun the run with other data.
 
-        What inputs and classes mean follows from the data, and which of them are set aside to test on.
+        What inputs and classes mean follows from the data, and which of them are set aside to test on; what the client
+        trains on, also from whether they are its own.
         """
         file = self._options.folder() / "checkpoints" / f"{self.session.name}.data"
         self._digests = file, json.dumps(digests)
-        if file.exists() and file.read_text("utf-8").strip() != self._digests[1]:
+        began = file.read_text("utf-8").strip() if file.exists() else self._digests[1]
+        # Earlier versions did not write down whose they are.
+        if began not in (self._digests[1], json.dumps(digests[:2])):
             raise ValueError(
                 f"the data must be those with which this client began the run, as {file} tells them: the files were "
-                "changed, or are others"
+                "changed, or are others, or --own-data was given at one time and not at another"
             )
 
     def _write_digests(self):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from msjax.distributed import messages
+from msjax.distributed.membership import LET_IN_WITHOUT
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.parties import Client, Message
 from msjax.split.schedule import Exchange, Phase
@@ -67,7 +68,10 @@ class ClientRun:
             party.go_back(self._initial)
         elif start.step == 0 or party.needs_state(start.step):
             at = "has ended" if start.step == party.schedule.total_steps else f"is at step {start.step}"
-            raise Refused(f"the run {at}, of which this client has no checkpoint")
+            found = (
+                f"the run {at}, of which this client has no checkpoint: start it with the --state folder that it had"
+            )
+            raise Refused(f"{found}; where that is lost, {LET_IN_WITHOUT}")
         # What follows may go another way than it went before, as where a client was dropped; and another's part is not
         # what this client has kept of the same step.
         self._without_failing(self._store.drop_after, start.step - bool(start.part))

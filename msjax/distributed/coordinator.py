@@ -296,7 +296,7 @@ class Coordinator:
         self._answers.clear()
         self._came.clear()
         self.restored_at = self._clock()
-        return ev.Restored(step, clients)
+        return ev.Restored(step, clients, self.run.back_to)
 
     def _open_next(self):
         self._opened_at = self._clock()
@@ -304,7 +304,7 @@ class Coordinator:
         if info is not None:
             return ev.Opened(info)
         self._on_end()
-        return ev.Ended(self.run.schedule.total_steps, self.run.keepers, self.run.back_to)
+        return ev.Ended(self.run.schedule.total_steps, self.run.keepers, self.run.back_to, self.run.hands_out)
 
     def _advance(self, action):
         self.metrics.waited(self._clock() - self._opened_at)
@@ -323,8 +323,8 @@ class Coordinator:
         match action:
             case do.WelcomeClient(_, session):
                 yield Send(session, self._welcome())
-            case do.StartClient(_, session, step, part_from):
-                yield Send(session, self._start(step, part_from))
+            case do.StartClient():
+                yield Send(action.session, self._start(action))
             case do.SendAnswer(client, session):
                 self._answers[client] = self._answer(client)
                 if session is not None:
@@ -362,11 +362,15 @@ class Coordinator:
         welcome = {"protocol": messages.PROTOCOL, "run": self.name, "config": cfg}
         return pb.FromServer(welcome=pb.Welcome(checkpoint_steps=self._checkpoint_steps, **welcome))
 
-    def _start(self, step, part_from):
-        schedule = self.run.schedule
+    def _start(self, action):
+        schedule, part = self.run.schedule, b""
+        if action.part_from is not None:
+            part = self._came[action.part_from].request.part
+        elif action.afresh and (own := self.run.part_for(action.client, action.step)) is not None:
+            part = messages.encode_part(own, self.run.spec, self._compression)
+        fields = {"generation": self.membership.generation, "step": action.step, "part": part}
         numbers = {"samples": schedule.samples, "test_samples": schedule.test_samples}
-        part = b"" if part_from is None else self._came[part_from].request.part
-        return pb.FromServer(start=pb.Start(generation=self.membership.generation, step=step, part=part, **numbers))
+        return pb.FromServer(start=pb.Start(**fields, **numbers))
 
     def _answer(self, client):
         out, run, payload = pb.FromServer(), self.run, self._computed[client].payload

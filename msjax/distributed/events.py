@@ -45,6 +45,9 @@ class ExchangeInfo:
     able: frozenset[int] | None = None
     """Those who could go on from the last checkpoint by themselves; None for all."""
 
+    back_to: int = 0
+    """The step of the checkpoint that clients would need to go back from here; 0 where they need none of their own."""
+
     @functools.cached_property
     def members(self) -> frozenset[int]:
         """`clients` as a set: there may be a thousand."""
@@ -136,6 +139,8 @@ class Restored:
     step: int
     clients: tuple[int, ...] | None = None
     """Who can go on from there by themselves; None for all."""
+    back_to: int = 0
+    """The step of the checkpoint that these need; 0 where they need none of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +164,8 @@ class Ended:
     """The clients whose parts are the result."""
     back_to: int = 0
     """The step of the checkpoint that clients would need to go back from here; 0 where they need none of their own."""
+    hands_out: bool = False
+    """Whether the server has the keepers' part, and gives it to those that come without."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,12 @@ from typing import Literal, NamedTuple
 
 from msjax.distributed.events import ExchangeInfo, Key, Requested
 
+LET_IN_WITHOUT = (
+    "give msjax serve --resume the options --policy.stragglers drop and --policy.start-clients, and start this client "
+    "once the others train: it is then let in with another's part"
+)
+"""What helps where a client has lost its checkpoint."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -244,6 +250,8 @@ class Membership:
     """Once the run has ended: the clients whose parts are the result."""
     back_to: int = 0
     """Once the run has ended: the step of which clients would need a checkpoint to go back."""
+    hands_out: bool = False
+    """Once the run has ended: whether the server has the keepers' part, for those that come without."""
     lost_memory: bool = False
     """Whether a client that is needed does not know where it was."""
     begun: bool = False

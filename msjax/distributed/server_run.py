@@ -12,6 +12,7 @@ from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
+from msjax.split.payloads import vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
@@ -80,7 +81,7 @@ class ServerRun:
         self._allow_nonfinite, self._mesh = allow_nonfinite, mesh
         self._exchanges: Iterator[Exchange] = iter(())
         self._held: _Held | None = None
-        self._saved_clients: list[int] | None = None  # who has the last checkpoint, too; None for all
+        self._clients_of: dict[int, list[int] | None] = {}  # by the step of a checkpoint who has it, too; None for all
         self.party: parties.Server | None = None
         self.exchange: Exchange | None = None
         """The last that was opened."""
@@ -108,13 +109,14 @@ class ServerRun:
             self._progress[_MESSAGES] = None if step else {}
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
-        self._saved_clients = self._progress.get(_CLIENTS)
+        self._clients_of = {self._start_step: self._progress.get(_CLIENTS)}
         able = self._able(self._start_step)
         return self._start_step, None if able is None else tuple(sorted(able))
 
     def _able(self, step):
         """Who can go on by themselves from the last checkpoint, of this step; None for all."""
-        return None if self._saved_clients is None or self._alone(step) else frozenset(self._saved_clients)
+        clients = self._clients_of.get(step)
+        return None if clients is None or self._alone(step) else frozenset(clients)
 
     @property
     def keepers(self) -> tuple[int, ...]:
@@ -127,6 +129,23 @@ class ServerRun:
         """The step of which clients would need a checkpoint, should all go back; 0 where they need none."""
         return 0 if self._alone(self.saved_step) else self.saved_step
 
+    @property
+    def hands_out(self) -> bool:
+        """Whether the server has the part of those who keep the result, to give it to them at the end."""
+        return self.party.part_in_transit is not None
+
+    def part_for(self, client: int, step: int) -> parties.Payload | None:
+        """Returns the part that a client would keep as it is before a step, where the server has it; else None.
+
+        In turns that is the client that has handed the last one on: it goes on with that, should nobody else do so.
+        """
+        if step == self.schedule.total_steps:
+            has_it = client in self.keepers
+        else:
+            has_it = client == self._progress.get(_LAST_TURN)
+        part = self.party.part_in_transit
+        return vector_payload(part) if has_it and part is not None else None
+
     def _alone(self, step):
         """Whether the server has all that clients need to go on before this step."""
         return step == 0 or not self.spec.mode.keeps_state(self.schedule)
@@ -135,8 +154,8 @@ class ServerRun:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
         last = self._progress.get(_LAST_TURN)
-        able = self._able(self.saved_step)
-        self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last, able)
+        from_ = {"able": self._able(self.saved_step), "back_to": self.back_to}
+        self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last, **from_)
         return self._info
 
     def exchange_of(self, client: int, position: Key) -> Exchange | None:
@@ -260,8 +279,9 @@ class ServerRun:
         held.waits_for.difference_update(dropped, (c for c, it in came.items() if it.request.saved_step == held.step))
         if not held.waits_for:
             self._held = None
-            self._saved_clients = sorted(held.clients)
-            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: self._saved_clients})
+            last, clients = self.saved_step, sorted(held.clients)  # until the new one is written, the last counts
+            self._clients_of = {last: self._clients_of.get(last), held.step: clients}
+            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: clients})
 
     def _checked(self, save, *args, **options):
         try:
@@ -280,11 +300,8 @@ def _names(clients):
     return ("client " if len(clients) == 1 else "clients ") + ", ".join(map(str, sorted(clients)))
 
 
-def _info(schedule, exchange, last_turn=None, able=None):
-    """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any.
-
-    `able` are those who could go on from the last checkpoint.
-    """
+def _info(schedule, exchange, last_turn=None, **last_checkpoint):
+    """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any."""
     passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
     entrance, donors = Entrance.CLOSED, ()
     if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
@@ -300,4 +317,4 @@ def _info(schedule, exchange, last_turn=None, able=None):
     if passed_on:  # whoever handed the last part on has the result, should the others be dropped
         turn = schedule.position(exchange.step).clients + (() if last_turn is None else (last_turn,))
     args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
-    return ExchangeInfo(*args, rounds, turn, able)
+    return ExchangeInfo(*args, rounds, turn, **last_checkpoint)

@@ -230,7 +230,8 @@ class ClientSession:
         self._heard = False
         away = now - self._got_on_at
         if away > self._retry_seconds:
-            if self.run is None or not self.run.done:
+            # One whose turns are over has no more steps, but the run may have.
+            if self.run is None or not (self.run.done and (self._has_kept or self.party.keeps_result)):
                 if self._heard_since:
                     what = "the server takes this client's connections, but no new answer has come for"
                 else:

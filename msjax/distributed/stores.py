@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msjax.distributed.membership import LET_IN_WITHOUT
 from msjax.runs.checkpoints import Checkpoints, DamagedError
 from msjax.split.metrics import MetricSums
 from msjax.split.parties import Server
@@ -47,11 +48,7 @@ class ClientStore:
         try:
             return self._checkpoints.restore(step, like)[0]
         except DamagedError as error:  # an older one does not help: the others go on from this step
-            advice = (
-                f"put {error.path} back from a backup; or give msjax serve --resume the options --policy.stragglers "
-                "drop and --policy.start-clients, and start this client once the others train: it is then let in with "
-                "another's part"
-            )
+            advice = f"put {error.path} back from a backup; or {LET_IN_WITHOUT}"
             raise DamagedError(error.damage, error.path, advice) from None
 
     def prune(self, saved_step: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
-from msjax.distributed.membership import Client, Membership, Memory, Session, Stage, Tally, Verdict
+from msjax.distributed.membership import LET_IN_WITHOUT, Client, Membership, Memory, Session, Stage, Tally, Verdict
 
 
 def transition(state: Membership, event: ev.Event, now: float) -> tuple[Membership, tuple[do.Action, ...]]:
@@ -86,18 +86,19 @@ class _Transition:
                 if self.state.session_of(client, name) is not None:
                     self._set_client(client, session=None)
                     self._do(do.Warn(f"client {client} left: {why}") if why else do.Inform(f"client {client} left"))
-            case ev.Restored(step, able):
+            case ev.Restored(step, able, back_to):
                 self._expect(Stage.RESTORING)
-                self._restored(step, able)
+                self._restored(step, able, back_to)
             case ev.Computed():
                 self._expect(Stage.ADVANCING)
                 self._answer()
             case ev.Opened(exchange):
                 self._expect(Stage.ADVANCING)
                 self._open(exchange)
-            case ev.Ended(step, keepers, back_to):
+            case ev.Ended(step, keepers, back_to, hands_out):
                 self._expect(Stage.ADVANCING)
-                self._set(stage=Stage.ENDING, step=step, deadline=self._later(), keepers=keepers, back_to=back_to)
+                self._set(stage=Stage.ENDING, step=step, deadline=self._later())
+                self._set(keepers=keepers, back_to=back_to, hands_out=hands_out)
                 for client, it in enumerate(self.state.clients):
                     if it.ready:
                         self._tell_end(client)
@@ -148,7 +149,7 @@ class _Transition:
             it.memory is Memory.OF_ALL and it.session.generation == state.generation
         ):
             # In the second case it stays where it is, and repeats its last message, if it had sent one.
-            self._start(client, state.step)
+            self._start(client, state.step, afresh=it.memory is Memory.OF_CHECKPOINT)
         elif self._can_enter(client) and (it.memory is Memory.OF_NOTHING or self._is_handed_all()):
             self._enter(client)
         elif state.exchange.turn is not None and client not in state.exchange.turn:
@@ -157,6 +158,10 @@ class _Transition:
             self._start(client, state.exchange.step)
         elif self._can_do_without([client]):
             self._drop(client, alive=True)
+        elif it.session.saved_step < state.exchange.back_to:
+            have = f"it must have its checkpoint of step {state.exchange.back_to}, to which all would go back with it"
+            got = f"got one of step {it.session.saved_step}: start it with the --state folder that it had"
+            self._close(client, f"{have}, {got}; or {LET_IN_WITHOUT}")
         else:
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._set(lost_memory=True)
@@ -189,7 +194,7 @@ class _Transition:
         else:
             self._close(client, "a goodbye before the end")
 
-    def _restored(self, step, able):
+    def _restored(self, step, able, back_to):
         if able is not None and not able:
             raise ValueError("clients must be at least one, got none: nobody has the checkpoint")
         clients, can = [], set(range(len(self.state.clients)) if able is None else able)
@@ -199,6 +204,12 @@ class _Transition:
             away = sorted(can - goes_on)
             self._do(do.Warn(f"of those who have the checkpoint too few are here: training waits for {_listed(away)}"))
             goes_on = can
+        elif self.state.policy.stragglers == "drop" and not self.state.begun:
+            # Who has lost its own is let in with another's part. Later on it may have saved since it was ready.
+            ready = [c for c in goes_on if self.state.clients[c].ready]
+            without = {c for c in ready if self.state.clients[c].session.saved_step < back_to}
+            if len(goes_on - without) >= self.state.policy.min_clients:
+                goes_on -= without
         for c, client in enumerate(self.state.clients):
             active = c in goes_on
             # A client that was let in after the checkpoint has to be let in again.
@@ -209,7 +220,7 @@ class _Transition:
         self._count_anew()
         for c, client in enumerate(clients):
             if client.active and client.ready:
-                self._start(c, step)
+                self._start(c, step, afresh=True)
 
     def _answer(self):
         for c in self.state.collected:
@@ -435,9 +446,15 @@ class _Transition:
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)
         elif not missing or self._passed(state.deadline):
+            lost = not any(self._keeps(state.clients[c]) for c in state.keepers)
+            if missing and lost and state.policy.stragglers == "wait":
+                what = "has the trained part, and has not said that it has kept it"
+                self._do(do.Warn(f"the run waits for one of {_listed(state.keepers)}, which {what}: start it again"))
+                self._set(deadline=self._later())
+                return
             if missing:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
-            if not any(state.clients[c].goodbye or state.clients[c].ready for c in state.keepers):
+            if lost:
                 self._do(do.Warn(f"nobody may have the trained part: {_listed(state.keepers)} had it, and went away"))
             for c in lacking:
                 self._start(c, state.step)  # of which it has no checkpoint, and says so
@@ -446,11 +463,15 @@ class _Transition:
                 self._do(do.CloseSession(name))
             self._over(do.Finish())
 
+    def _keeps(self, it):
+        """Whether a keeper has kept its part, or is there to do so."""
+        return it.goodbye or (it.ready and (it.active or self.state.hands_out))
+
     # -- Parts of both. --------------------------------------------------------------------------------------------
 
-    def _start(self, client, step, part_from=None):
+    def _start(self, client, step, part_from=None, *, afresh=False):
         self._set_session(client, admitted=True)
-        self._do(do.StartClient(client, self.state.clients[client].session.name, step, part_from))
+        self._do(do.StartClient(client, self.state.clients[client].session.name, step, part_from, afresh))
 
     def _tell_end(self, client):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
@@ -460,10 +481,17 @@ class _Transition:
                 return  # until all are there that have to go back with it
             self._drop(client, alive=True)
             self._do(do.Warn(f"client {client} died before it had kept its part, and is done without"))
+        elif self._is_handed_out(client) and not (it.active and self._knows_where_it_is(client)):
+            self._start(client, self.state.step, afresh=True)
         elif it.active and not self._knows_where_it_is(client):
             self._start(client, self.state.step)
         self._set_session(client, admitted=True)
-        self._do(do.TellEnd(client, it.session.name, dropped=not self.state.clients[client].active))
+        dropped = not (self.state.clients[client].active or self._is_handed_out(client))
+        self._do(do.TellEnd(client, it.session.name, dropped=dropped))
+
+    def _is_handed_out(self, client):
+        """Whether the server gives this client the trained part, whatever has become of it."""
+        return self.state.hands_out and client in self.state.keepers
 
     def _knows_where_it_is(self, client):
         session = self.state.clients[client].session
@@ -472,6 +500,8 @@ class _Transition:
     def _lacks_part(self, client):
         """Of one that is there after the last step: whether it died before it had kept its part, which counts."""
         it, state = self.state.clients[client], self.state
+        if it.goodbye or self._is_handed_out(client):
+            return False
         if not (it.active and it.ready and client in state.keepers) or self._knows_where_it_is(client):
             return False
         return state.back_to <= it.session.saved_step < state.step  # else going back would not help it

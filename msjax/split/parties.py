@@ -79,6 +79,8 @@ class Client:
         self.bytes_per_second = budget.first_bytes_per_second(spec)
         """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
         """
+        if spec.mode.hands_parts_on(spec.schedule):
+            _check_travels(state.without(spec.client_constants).stats)
         self._batches = ClientBatches(spec.schedule, client_id, own.train, own.test, seed, workers=workers)
         self._seed, self._numpy = seed, numpy_encoder
         if numpy_encoder:
@@ -255,6 +257,17 @@ class Client:
     def close(self) -> None:
         """Ends what reads its data ahead, where they are not in memory."""
         self._batches.close()
+
+
+def _check_travels(stats):
+    """Raises ValueError for statistics that would stay behind where a part goes from client to client."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                "a client's statistics must be floats where parts are handed on, as only these are sent, got "
+                f"{leaf.dtype} at {where!r}"
+            )
 
 
 class Server:
