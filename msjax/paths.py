@@ -6,6 +6,7 @@ A shell expands `--out ~/runs` but leaves `--out=~/runs` as it is.
 import contextlib
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -14,11 +15,13 @@ def expand(name: str, path: str | os.PathLike) -> pathlib.Path:
     """Returns the path that is meant.
 
     Raises:
-      ValueError: it is empty, or in the home folder of nobody; `name` is what the error calls it.
+      ValueError: it is empty, a URL, or in the home folder of nobody; `name` is what the error calls it.
     """
     text = os.fspath(path)
     if not text:
         raise ValueError(f"{name} must be a path, got ''")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):  # it would become a folder of that name here
+        raise ValueError(f"{name} must be a path in a file system, got {text!r}: mount what it names, as a bucket")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as error:
@@ -73,10 +76,10 @@ def folder_to_be(name: str, path: str | os.PathLike) -> pathlib.Path:
     """
     folder = at = expand(name, path)
     try:
-        while not at.exists():
+        while not at.exists() and at != at.parent:  # the root of a drive may be missing
             at = at.parent
         if not at.is_dir():
-            why = f"{at} is a file"
+            why = f"{at} is a file" if at.exists() else f"{at} does not exist"
         elif os.access(at, os.W_OK | os.X_OK):
             return folder
         else:

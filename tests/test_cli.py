@@ -26,6 +26,7 @@ from msjax.parts import load_part
 from msjax.runs import RunFolder, plots
 from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
+from msjax.runs.signals import stop_on_signal
 
 
 def run_cli(*arguments, expect=0, **options):
@@ -204,6 +205,7 @@ IN_THE_WAY = "must be a folder that can be written to, got 'file"
     [
         ("train", ["--out", "file"], f"out {IN_THE_WAY}': file is a file"),
         ("train", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
+        ("train", ["--out=gs://b/runs"], "out must be a path in a file system, got 'gs://b/runs': mount what it names"),
         ("serve", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
         ("train", ["--out", ""], "out must be a path, got ''"),
         ("train", ["--out=~nobody-of-this-name/x"], "out must be a path, got '~nobody-of-this-name/x': Could not"),
@@ -550,6 +552,14 @@ def test_a_client_that_gets_a_signal_says_how_to_go_on(tmp_path, monkeypatch, ca
     monkeypatch.setattr(program, "train", train)
     assert cli.run("client", ["--client-id", "3", "--state", str(tmp_path)]) == 130
     assert "msjax client 3: stopped by a signal; the same command goes on\n" in capsys.readouterr().out
+
+
+def test_a_handler_that_could_not_be_set_again_is_left_alone(monkeypatch):
+    """Where Python is a part of another program, that has handlers which Python does not know."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: pytest.fail("it is set"))
+    with stop_on_signal(lambda: None):
+        pass
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, caplog):

@@ -88,6 +88,25 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     assert build.load_data(own).classes == ("ant", "cat", "dog") and config.without_paths(own) == received
 
 
+@pytest.mark.parametrize(
+    "name", ["C:secret.csv", r"\\server\share", r"\Users\x.csv", "/Users/x.csv", "~/x.csv", r"a\..\x"]
+)
+def test_what_a_server_sends_leads_out_of_no_folder_on_any_system(name):
+    with pytest.raises(ValueError, match=r"data.name must not lead out of the folder where data are looked for, got"):
+        config.check_received(config.Config(data=config.DataConfig(name)))
+
+
+def test_images_are_numbered_by_their_names_on_any_system(tmp_path, monkeypatch):
+    """Windows compares paths without their case; and macOS may have an accent as a character of its own."""
+    for name in ("B.png", "a.png", "c/d.png"):
+        file = tmp_path / "A\u0308" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), ord(name[0]), np.uint8)).save(file)
+    monkeypatch.setattr(type(tmp_path), "__lt__", lambda a, b: str(a).lower() < str(b).lower())
+    ds = data.from_image_folder(tmp_path, image_size=None, test_share=None, classes=["\u00c4"])
+    assert ds.train_inputs[:, 0, 0, 0].tolist() == [ord("B"), ord("a"), ord("c")]
+
+
 def test_a_folder_may_be_where_it_was_or_elsewhere(animals):
     cfg = config.Config(data=config.DataConfig(str(animals.parent / "." / "animals"), image_size=8))
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, name="./animals"))  # no longer there

@@ -115,6 +115,12 @@ def test_why_a_worker_may_have_died(code, why):
     assert why in _reader._of_death("photos", code)
 
 
+def test_why_a_worker_may_have_died_on_windows(monkeypatch):
+    monkeypatch.delattr(_reader.signal, "SIGKILL")
+    monkeypatch.delattr(_reader.signal, "SIGBUS")
+    assert "__main__" in _reader._of_death("photos", 1)
+
+
 ORPHANS = """
     import multiprocessing, time
     import numpy as np

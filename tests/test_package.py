@@ -82,6 +82,13 @@ def test_a_command_says_what_to_install(command, missing, extra):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_option_says_what_to_install():
+    code = "from msjax.cli import main; sys.argv = 'msjax eval c.safetensors --server h:1'.split(); main.main()"
+    done = run(code, ("grpc",))
+    needed = "--server needs grpc, which is not installed: pip install 'msjax[train,net]'"
+    assert done.returncode == 2 and done.stderr.strip() == f"msjax eval: {needed}", done.stderr
+
+
 def test_type_checkers_know_every_public_name():
     """What is imported when it is asked for is imported for them by name."""
     source = ast.parse(pathlib.Path(msjax.__file__).read_text("utf-8"))

@@ -6,7 +6,16 @@ import pathlib
 import sys
 
 from msjax import build, config
-from msjax.cli.options import DEFAULT, PresetFlag, check_new_config, fields_of, parse, preset_of, split_options
+from msjax.cli.options import (
+    DEFAULT,
+    PresetFlag,
+    check_new_config,
+    fields_of,
+    network,
+    parse,
+    preset_of,
+    split_options,
+)
 from msjax.compress import Identity
 from msjax.data import digests
 from msjax.runs import RunFolder, to_json
@@ -29,9 +38,7 @@ _OF_RUN = ("--help", "--uncompressed", "--data-dir", "--test")
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     if split_options(arguments, "--server")[0].server is not None:
-        from msjax.cli.network import evaluate
-
-        return evaluate(arguments)
+        return network().evaluate(arguments)
     if not arguments or (arguments[0].startswith("--") and arguments[0].partition("=")[0] not in _OF_RUN):
         return _evaluate_config(arguments)
     parser = argparse.ArgumentParser(

@@ -9,7 +9,7 @@ import jax
 import tyro
 
 from msjax import config, data, models
-from msjax.cli.options import PresetFlag, parse, preset_of, split_options
+from msjax.cli.options import PresetFlag, network, parse, preset_of, split_options
 from msjax.compress import Codec, Identity
 from msjax.generation import Generation, Generator
 from msjax.models import ModelPart, Sampling
@@ -84,9 +84,7 @@ class _Flags(GenerateOptions, PresetFlag):
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     if split_options(arguments, "--server")[0].server is not None:
-        from msjax.cli.network import generate
-
-        return generate(arguments)
+        return network().generate(arguments)
     where, rest = split_options(arguments, "--config")
     options = parse(_Flags, rest, prog="msjax generate", description=DESCRIPTION)
     options.sampling()  # before anything is loaded

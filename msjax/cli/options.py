@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import logging
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -58,6 +60,21 @@ class RunFlags(PresetFlag):
     """Of the new run: the folder of this name in `out`; by default it is made of the time, network and codec."""
     resume: str | None = None
     """Go on with a run, from its last checkpoint: its folder, in place of a preset."""
+
+
+def network() -> types.ModuleType:
+    """Returns what commands do that have the other part elsewhere.
+
+    Raises:
+      ValueError: what that needs is not installed.
+    """
+    try:
+        return importlib.import_module("msjax.cli.network")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "msjax":
+            raise
+        needed = f"needs {error.name}, which is not installed: pip install 'msjax[train,net]'"
+        raise ValueError(f"--server {needed}") from None
 
 
 def split_options(arguments: list[str], *names: str, flag: str | None = None) -> tuple[argparse.Namespace, list[str]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import os
-import re
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +61,9 @@ def check_received(config: Config) -> None:
 
 
 def _leads_out(path):
-    """Whether a path leads out of any folder that it is taken to be in."""
-    return os.path.isabs(os.path.expanduser(path)) or ".." in re.split(r"[/\\]", path)
+    """Whether a path leads out of any folder that it is taken to be in, on whatever system."""
+    there = pathlib.PureWindowsPath(path)
+    return bool(there.drive or there.root) or path.startswith("~") or ".." in there.parts
 
 
 def _last(path):

@@ -1,6 +1,7 @@
 """A folder of images, one folder a class, as a data set."""
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,9 +103,11 @@ def _holds_classes(folder: Path) -> bool:
 
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: images_in(p) for p in folders}
-    found = {name: files for name, files in found.items() if files}
+    found: dict[str, list[Path]] = {}
+    for folder in sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_name):
+        if files := images_in(folder):
+            # macOS may write a letter and its accent as two characters.
+            found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(files)
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
     classes = sorted(found) if classes is None else list(classes)
@@ -120,7 +123,12 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
 def images_in(folder: Path) -> list[Path]:
     """All images in a folder, however deep, in order; what lies in hidden folders, as thumbnails do, is passed over."""
     hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)  # noqa: E731
-    return sorted(file for file in folder.rglob("*") if is_image(file) and not hidden(file))
+    files = (file for file in folder.rglob("*") if is_image(file) and not hidden(file))
+    return sorted(files, key=lambda file: file.relative_to(folder).parts)  # paths are in another order on Windows
+
+
+def _name(path):
+    return path.name
 
 
 def is_image(file: Path) -> bool:

@@ -261,9 +261,13 @@ def _of_death(what: str, code: int) -> str:
     reasons = {
         1: "its own error is above. A program that trains must do so under if __name__ == '__main__':, since workers "
         "import it",
-        -signal.SIGKILL: "the system may have had too little memory for so many workers",
-        -signal.SIGBUS: "the shared memory, /dev/shm, may be full: give it more, or have fewer workers",
     }
+    for name, reason in (
+        ("SIGKILL", "the system may have had too little memory for so many workers"),
+        ("SIGBUS", "the shared memory, /dev/shm, may be full: give it more, or have fewer workers"),
+    ):
+        if hasattr(signal, name):  # Windows has neither
+            reasons[-getattr(signal, name)] = reason
     why = reasons.get(code, "what it wrote is above")
     return f"a worker process that reads {what} died with exit code {code}: {why}. workers=0 reads in this process"
 

@@ -19,6 +19,8 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
         stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is None:  # of a program that Python is embedded in, and could not be set again
+            continue
         with contextlib.suppress(ValueError):
             old[number] = signal.signal(number, handler)
     try:

@@ -17,6 +17,7 @@ from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig, check_used
 from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
 from msjax.optim import make_optimizer
+from msjax.paths import expand
 from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.early import check_labels, warn_of_narrow
 from msjax.split.make_spec import init_part, make_spec
@@ -253,6 +254,7 @@ def train(
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path or None, got {folder!r}")
+    folder = None if folder is None else str(expand("folder", folder))
     if isinstance(augment, str) and augment not in data_lib.AUGMENTATIONS:
         raise ValueError(f"augment must be a function or one of {', '.join(data_lib.AUGMENTATIONS)}, got {augment!r}")
     dataset = data_lib.as_dataset(data)
@@ -307,7 +309,7 @@ def train(
         alpha=alpha,
         allow_nonfinite=allow_nonfinite,
         clients_per_group=clients_per_group,
-        folder=None if folder is None else str(folder),
+        folder=folder,
     )
     run_folder = (
         None if folder is None else open_folder(folder, run, optimizer, alpha, own_division=division is not None)
