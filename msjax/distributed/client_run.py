@@ -67,11 +67,10 @@ class ClientRun:
         elif self._initial is not None and (start.step == 0 or not party.needs_state(start.step)):
             party.go_back(self._initial)
         elif start.step == 0 or party.needs_state(start.step):
-            at = "has ended" if start.step == party.schedule.total_steps else f"is at step {start.step}"
-            found = (
-                f"the run {at}, of which this client has no checkpoint: start it with the --state folder that it had"
-            )
-            raise Refused(f"{found}; where that is lost, {LET_IN_WITHOUT}")
+            if start.step == party.schedule.total_steps:
+                raise Refused("the run has ended, of which this client has no checkpoint")
+            what = f"the run is at step {start.step}, of which this client has no checkpoint"
+            raise Refused(f"{what}: start it with the --state folder that it had; or {LET_IN_WITHOUT}")
         # What follows may go another way than it went before, as where a client was dropped; and another's part is not
         # what this client has kept of the same step.
         self._without_failing(self._store.drop_after, start.step - bool(start.part))
