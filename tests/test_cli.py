@@ -449,18 +449,6 @@ def test_help_lists_where_a_config_and_the_other_part_come_from(capsys, command,
     assert [option for option in options if not any(line.startswith(f"{option} ") for line in lines)] == []
 
 
-def test_help_without_an_extra_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "grpc", None)  # what is not installed
-    for name in [name for name in sys.modules if name.startswith(("msjax.cli.", "msjax.distributed"))]:
-        if name != "msjax.cli.main":
-            monkeypatch.delitem(sys.modules, name)
-    assert cli.run("serve", ["--help"]) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith("usage: msjax COMMAND") and "needs grpc, which is not installed: pip" in said.err
-    assert cli.run("serve", []) == 2
-    assert capsys.readouterr().out == ""
-
-
 def test_tables_can_be_shown_in_ascii(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

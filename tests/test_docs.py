@@ -10,9 +10,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 
+import jax
 import pytest
 
+import msjax
 from experiments import everything, report
 from msjax import build, compress, config
 from msjax.cli import main as cli
@@ -65,6 +68,7 @@ def test_a_page_becomes_a_notebook_without_the_site(tmp_path):
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     """One block after the other, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = {"__name__": "__main__"}
     for block in fences(path, "python"):
         exec(compile(block, str(path), "exec"), names)
@@ -142,6 +146,37 @@ def options():
         found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
     found["eval"] |= found["train"]  # with a config in place of a run
     return found
+
+
+OF_OTHERS = {"--gpus-per-task", "--file"} | {
+    f"--{name}" for name in ["results", "steps", "codecs", "dtypes", "networks", "repeats", "requests", "state-only"]
+}
+"""Of Slurm and tfds, of studies and benchmarks."""
+
+
+def test_options_that_pages_name_are_such_as_there_are(options):
+    """In the text and in tables, where no command stands beside them."""
+    known = set().union(*options.values(), OF_OTHERS)
+    for command in ("eval", "generate", "serve"):  # which have others where a part is elsewhere, or served
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            cli.run(command, ["--part" if command == "serve" else "--server", "x:1", "--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
+    named = {path: set(re.findall(r"`(?:[^`\n]* )?(--[a-z][a-z0-9.-]*)", path.read_text())) for path in TEXTS}
+    assert sum(map(len, named.values())) > 100
+    assert {path.name: unknown for path, names in named.items() if (unknown := names - known)} == {}
+
+
+def test_code_that_does_not_run_here_calls_what_there_is():
+    blocks = [(path, block) for path in PAGES for block in fences(path, "{code-block} python")]
+    assert len(blocks) >= 4
+    for path, block in blocks:
+        compile(block.removeprefix(":class: no-run\n"), str(path), "exec")
+        for name in re.findall(r"\b(?:msjax|models|jax)(?:\.\w+)+", block):
+            first, *rest = name.split(".")
+            found = {"msjax": msjax, "models": msjax.models, "jax": jax}[first]
+            for each in rest:
+                found = getattr(found, each)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.stem)

@@ -82,6 +82,13 @@ def test_a_command_says_what_to_install(command, missing, extra):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_help_without_an_extra_says_what_to_install():
+    code = "from msjax.cli import main; sys.argv = 'msjax serve --help'.split(); main.main()"
+    done = run(code, ("grpc",))
+    assert done.returncode == 0 and done.stdout.startswith("usage: msjax COMMAND")
+    assert "needs grpc, which is not installed: pip" in done.stderr
+
+
 def test_an_option_says_what_to_install():
     code = "from msjax.cli import main; sys.argv = 'msjax eval c.safetensors --server h:1'.split(); main.main()"
     done = run(code, ("grpc",))

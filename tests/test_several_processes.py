@@ -255,6 +255,14 @@ def test_studies_take_the_options_of_several_processes():
     assert driver._AMONG == hosts.FIELDS
 
 
+def test_what_is_given_of_several_processes_reaches_jax(monkeypatch):
+    met = []
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: met.append((args, options)))
+    processes.join("somewhere:1234", 3, 2, (0, 1), heartbeat_seconds=7)
+    assert met == [(("somewhere:1234", 3, 2, (0, 1)), {"heartbeat_timeout_seconds": 7})]
+
+
 def test_options_of_several_processes_are_checked_before_they_meet(capsys):
     for arguments, message in (
         (["--num-processes", "2"], "--num-processes takes --distributed beside it"),
