@@ -207,9 +207,10 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
         of = f"{module.__name__.rpartition('.')[2]}: " if len(studies) > 1 else ""
         wanted |= {f"{of}{name}": run for name, run in module.runs(options.scale).items()}
     if options.only:
+        named = list(wanted)
         wanted = {name: run for name, run in wanted.items() if name.startswith(tuple(options.only))}
         if not wanted:
-            parser.error(f"--only must name runs of the study, got {options.only}")
+            parser.error(f"--only must name runs of the study, {'; '.join(named)}, got {options.only}")
     code = 0
     if not options.table:
         wanted = {name: _placed(run, options) for name, run in wanted.items()}

@@ -105,6 +105,8 @@ def test_images_are_numbered_by_their_names_on_any_system(tmp_path, monkeypatch)
     monkeypatch.setattr(type(tmp_path), "__lt__", lambda a, b: str(a).lower() < str(b).lower())
     ds = data.from_image_folder(tmp_path, image_size=None, test_share=None, classes=["\u00c4"])
     assert ds.train_inputs[:, 0, 0, 0].tolist() == [ord("B"), ord("a"), ord("c")]
+    listed = data.from_image_folder(tmp_path, image_size=None, test_share=None, classes=["A\u0308"])
+    assert listed.num_classes == 1
 
 
 def test_a_folder_may_be_where_it_was_or_elsewhere(animals):

@@ -490,16 +490,45 @@ def test_in_turns_the_server_gives_the_last_one_its_part_once_more(dropped):
     assert run.stage is Stage.OVER if dropped else run.goodbye(0)[-1] == do.Finish()
 
 
-def test_a_part_that_one_alone_has_is_waited_for_at_the_end():
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_part_that_one_alone_has_is_waited_for_at_the_end(comes):
     run = Run("turns", steps=4).begin().go_to_end()
     run.leave(0)
     for client in (1, 2):
         run.goodbye(client)
     said = run.wait(10.0)
-    assert "the run waits for one of clients [0], which has the trained part, and has not said" in said[-1].text
+    assert "the run waits for one of clients [0] to say that it has kept the trained part" in said[-1].text
     assert run.stage is Stage.ENDING and run.wait(10.0) and run.stage is Stage.ENDING
-    run.come(0, instance="another")
-    assert run.goodbye(0)[-1] == do.Finish()
+    if comes:
+        run.come(0, saved_step=4, instance="another")
+        assert run.goodbye(0)[-1] == do.Finish()
+    else:  # whoever asks for a stop knows that nobody will come
+        assert run.say(ev.StopAsked("by a signal"))[-1] == do.Finish()
+
+
+def test_a_part_is_waited_for_where_the_one_that_is_there_lacks_its_own():
+    run = Run(clients=2, checkpoint=(2, None)).begin().go_to_end()
+    run.leave(1)
+    assert not of(run.crash(0, saved_step=2), do.StartClient, do.RestoreCheckpoint)
+    assert "the run waits for one of clients [0, 1]" in run.wait(10.0)[-1].text and run.stage is Stage.ENDING
+    assert of(run.come(1, saved_step=2, instance="another"), do.RestoreCheckpoint)
+
+
+def test_one_that_was_let_in_after_the_checkpoint_and_dies_is_let_in_again():
+    """It never had that checkpoint, so it is not told to bring it."""
+    run = Run(start_clients=2)
+    for client in (0, 1):
+        run.come(client)
+    run.checkpoint = (1, (0, 1))
+    run.go_to((1, FEATURES))
+    run.come(2)
+    for _ in range(3):
+        run.send(0, 1)
+    run.send(0, part=True), run.send(1, 2)
+    assert run.state.active == (0, 1, 2)
+    said = run.crash(2)
+    assert of(said, do.RestoreCheckpoint) and not of(said, do.CloseSession)
+    assert run.state.active == (0, 1) and run.state.clients[2].returning
 
 
 def test_one_that_has_kept_its_part_lacks_nothing():

@@ -1,6 +1,7 @@
 """A model, data and task of one's own: trained through the cut in one program, and the same by parties apart."""
 
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -416,11 +417,6 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         ((ONE := Narrow(), ONE), {}, "model must have weights of its own in each part, got .* in two of them"),
         (nnx.Sequential(ONE, nnx.relu, ONE), {"cut": 2}, "model must have weights of its own in each part"),
         (linen.Sequential([LAYER := linen.Dense(4), LAYER]), {"cut": 1}, "own in each part, got one Dense in two of"),
-        (
-            linen.Sequential([Around(LAYER), Around(LAYER)]),
-            {"cut": 1},
-            "own in each part, got one Dense in two of them",
-        ),
         (Stack(), {"cut": 1}, "with cut, model must be a list of layers, .* got Stack"),
         (
             Doubled([linen.Dense(4), linen.Dense(1)]),
@@ -631,6 +627,16 @@ def test_what_crosses_a_cut_is_given_to_the_next_layer_as_without_one(make):
     plain = models.as_part(linen.Sequential([linen.Dense(1)]), x)
     doubled, single = (part.apply(own.params, {}, x, train=False)[0] for part in (own, plain))
     np.testing.assert_allclose(doubled, 2 * single, rtol=1e-6)
+
+
+def test_one_module_within_two_parts_is_told(caplog):
+    """Linen ties weights within one model alone. It may have none, so it is not refused."""
+    layer, x = linen.Dense(4), numbers(6)[0]
+    assert len(models.as_parts(linen.Sequential([Around(layer), Around(layer)]), x, cut=1)) == 2
+    assert caplog.text.count("two parts of the model have one Dense: if it has weights, each part trains") == 1
+    models.as_parts(linen.Sequential([Around(layer), Around(linen.Dense(4))]), x, cut=1)
+    models.as_parts([Around(layer), functools.partial(ToldNnx(), deterministic=True)], x, cut=1)
+    assert len(caplog.records) == 1
 
 
 def test_statistics_of_numpy_are_not_written_into():

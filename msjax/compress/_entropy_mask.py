@@ -47,11 +47,12 @@ class EntropyMask(VectorCodec):
       error: the relative squared error ‖h − ĥ‖²/‖h‖² to aim at; 0.07, about that of MS, where `bits` is not given.
         Unsigned, what negative values lose comes on top.
       bits: the bits an element to aim at, of bytes coded without their neighbours and without the header of a message;
-        with `error`, the most that it may take. What the wire saves by neighbours comes on top, so that these are a
-        bound: feature maps of a trained network take 17 to 44 % less (`experiments.asked_bits`). The step
-        is chosen from a sample in which no value knows its neighbours; to know real bits, `wire.estimate_bytes` needs
-        the codes, and half as much time again. What is to meet real bits asks from step to step, by `encode_at_bits`,
-        for more or less than before, as training does with `cut_bits`.
+        with `error`, the most that it may take. What the wire saves by neighbours comes on top: feature maps of a
+        trained network take 17 to 44 % less (`experiments.asked_bits`), so that these bits are a bound there. Elsewhere
+        they are about right: synchronization of 2 bits took 2.1, and 2.6 in a small part. The step is chosen from a
+        sample in which no value knows its neighbours; to know real bits, `wire.estimate_bytes` needs the codes, and
+        half as much time again. What is to meet real bits asks from step to step, by `encode_at_bits`, for more or less
+        than before, as training does with `cut_bits`.
       levels: codes of values that are no outliers, 2 to 255; odd where signed. By default 15, 63 or 255, as the target
         needs where tails are no heavier than Student's t with 4 degrees of freedom and, for `bits`, half of the values
         at most are zeros. 15 put two codes in a byte. Fewer serve low rates: with 5, three codes fill a byte.

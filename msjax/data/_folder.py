@@ -110,7 +110,7 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
             found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(files)
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
-    classes = sorted(found) if classes is None else list(classes)
+    classes = sorted(found) if classes is None else [unicodedata.normalize("NFC", name) for name in classes]
     if unknown := sorted(set(found) - set(classes)):
         raise DataError(
             f"{root} must have classes that are given or are there to train on ({', '.join(classes)}), got {unknown[0]}"

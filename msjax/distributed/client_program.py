@@ -24,7 +24,7 @@ from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split import budget
 from msjax.split.early import check_labels
-from msjax.split.parties import Client, ClientData
+from msjax.split.parties import Client, ClientData, check_travels
 from msjax.split.schedule import Phase
 from msjax.split.signs import warn_of_lost_signs
 from msjax.split.spec import RunSpec
@@ -146,6 +146,8 @@ class ClientProgram:
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
         build.check_tail(cfg, spec)
+        for part in self._parts.shapes[::2]:
+            check_travels(spec, part.stats)
         check_labels(spec, ds)
         if spec.sends_labels and cfg.task.name == "next_token":
             log.warning(

@@ -12,7 +12,6 @@ from msjax.distributed.events import Entrance, ExchangeInfo, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
-from msjax.split.payloads import vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState
@@ -143,8 +142,7 @@ class ServerRun:
             has_it = client in self.keepers
         else:
             has_it = client == self._progress.get(_LAST_TURN)
-        part = self.party.part_in_transit
-        return vector_payload(part) if has_it and part is not None else None
+        return self.spec.mode.arriving_part(self.party) if has_it else None
 
     def _alone(self, step):
         """Whether the server has all that clients need to go on before this step."""
@@ -279,8 +277,10 @@ class ServerRun:
         held.waits_for.difference_update(dropped, (c for c, it in came.items() if it.request.saved_step == held.step))
         if not held.waits_for:
             self._held = None
-            last, clients = self.saved_step, sorted(held.clients)  # until the new one is written, the last counts
-            self._clients_of = {last: self._clients_of.get(last), held.step: clients}
+            last, clients = self.saved_step, sorted(held.clients)  # until the new one is written, an older one counts
+            self._clients_of = {step: it for step, it in self._clients_of.items() if step >= last} | {
+                held.step: clients
+            }
             self._checked(self._store.save, held.step, held.content, **{_CLIENTS: clients})
 
     def _checked(self, save, *args, **options):

@@ -97,7 +97,7 @@ class _Transition:
                 self._open(exchange)
             case ev.Ended(step, keepers, back_to, hands_out):
                 self._expect(Stage.ADVANCING)
-                self._set(stage=Stage.ENDING, step=step, deadline=self._later())
+                self._set(stage=Stage.ENDING, step=step, deadline=self._later(), late=False)
                 self._set(keepers=keepers, back_to=back_to, hands_out=hands_out)
                 for client, it in enumerate(self.state.clients):
                     if it.ready:
@@ -158,13 +158,19 @@ class _Transition:
             self._start(client, state.exchange.step)
         elif self._can_do_without([client]):
             self._drop(client, alive=True)
-        elif it.session.saved_step < state.exchange.back_to:
+        elif self._lacks_checkpoint(client):
             have = f"it must have its checkpoint of step {state.exchange.back_to}, to which all would go back with it"
             got = f"got one of step {it.session.saved_step}: start it with the --state folder that it had"
             self._close(client, f"{have}, {got}; or {LET_IN_WITHOUT}")
         else:
             # It was in the run and does not know where: all go back to the last checkpoint.
             self._set(lost_memory=True)
+
+    def _lacks_checkpoint(self, client):
+        """Of one that has just said what it has: whether it should have the last checkpoint, and does not."""
+        exchange, session = self.state.exchange, self.state.clients[client].session
+        should = exchange.able is None or client in exchange.able
+        return should and session.saved_step < exchange.back_to
 
     def _request(self, event):
         client = event.client
@@ -441,16 +447,16 @@ class _Transition:
         state = self.state
         lacking = [c for c in state.active if self._lacks_part(c)]
         missing = [c for c in state.active if not state.clients[c].goodbye]
-        if missing and state.stop is not None:
+        if missing and state.stop is not None and not state.late:
             self._stop(state.stop)
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)
-        elif not missing or self._passed(state.deadline):
-            lost = not any(self._keeps(state.clients[c]) for c in state.keepers)
-            if missing and lost and state.policy.stragglers == "wait":
-                what = "has the trained part, and has not said that it has kept it"
-                self._do(do.Warn(f"the run waits for one of {_listed(state.keepers)}, which {what}: start it again"))
-                self._set(deadline=self._later())
+        elif not missing or self._passed(state.deadline) or state.stop is not None:
+            lost = not any(self._keeps(state.clients[c]) for c in state.keepers if c not in lacking)
+            if missing and lost and state.policy.stragglers == "wait" and state.stop is None:
+                who = f"one of {_listed(state.keepers)} to say that it has kept the trained part, which nobody else has"
+                self._do(do.Warn(f"the run waits for {who}: start it again; Ctrl-C ends the run without it"))
+                self._set(deadline=self._later(), late=True)
                 return
             if missing:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
@@ -476,22 +482,20 @@ class _Transition:
     def _tell_end(self, client):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
         it = self.state.clients[client]
-        if self._lacks_part(client):
-            if not self._can_do_without([client]):
-                return  # until all are there that have to go back with it
+        handed_out = self.state.hands_out and client in self.state.keepers
+        lacks = self._lacks_part(client)
+        if lacks and not self._can_do_without([client]):
+            return  # until all are there that have to go back with it
+        if handed_out and (lacks or not it.active):
+            self._start(client, self.state.step, afresh=True)
+        elif lacks:
             self._drop(client, alive=True)
             self._do(do.Warn(f"client {client} died before it had kept its part, and is done without"))
-        elif self._is_handed_out(client) and not (it.active and self._knows_where_it_is(client)):
-            self._start(client, self.state.step, afresh=True)
         elif it.active and not self._knows_where_it_is(client):
             self._start(client, self.state.step)
         self._set_session(client, admitted=True)
-        dropped = not (self.state.clients[client].active or self._is_handed_out(client))
+        dropped = not (self.state.clients[client].active or handed_out)
         self._do(do.TellEnd(client, it.session.name, dropped=dropped))
-
-    def _is_handed_out(self, client):
-        """Whether the server gives this client the trained part, whatever has become of it."""
-        return self.state.hands_out and client in self.state.keepers
 
     def _knows_where_it_is(self, client):
         session = self.state.clients[client].session
@@ -500,7 +504,7 @@ class _Transition:
     def _lacks_part(self, client):
         """Of one that is there after the last step: whether it died before it had kept its part, which counts."""
         it, state = self.state.clients[client], self.state
-        if it.goodbye or self._is_handed_out(client):
+        if it.goodbye:
             return False
         if not (it.active and it.ready and client in state.keepers) or self._knows_where_it_is(client):
             return False

@@ -194,8 +194,9 @@ def _check_told(module):
         is_module = isinstance(layer, nnx.Module | linen.Module)
         if is_module:
             _check_told(layer)
+        given = layer.keywords if isinstance(layer, functools.partial) else {}
         for name, argument in _parameters(type(layer).__call__ if is_module else layer).items():
-            if name in MODE_NAMES and isinstance(argument.default, bool):
+            if name in MODE_NAMES and name not in given and isinstance(argument.default, bool):
                 raise NotAPart(
                     f"must be told whether it trains: a Sequential does not pass {name} on to its "
                     f"{type(layer).__name__}, so give a module whose __call__ has the argument and passes it on"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from msjax.checks import quoted
 from msjax.keys import make_key
 from msjax.models._modules import MODE_NAMES, PLAIN_CALLS, LinenBehindCut, NnxBehindCut, NotAPart, as_part
 from msjax.models._part import PARTS, ModelPart, RemoteApply, RemotePart, constants_of
+
+log = logging.getLogger("msjax")
 
 
 def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) -> tuple[ModelPart, ...]:
@@ -113,6 +116,12 @@ def _check_not_shared(model):
         for where, weights in _weights_of(module):
             if owners.setdefault(id(weights), place) != place:
                 raise ValueError(f"model must have weights of its own in each part, got {where} in two of them")
+    within: dict[int, int] = {}
+    for place, module in enumerate(model):
+        for one in _linen_modules(module):
+            if within.setdefault(id(one), place) != place:  # it may have none
+                said = "two parts of the model have one %s: if it has weights, each part trains weights of its own"
+                log.warning(said, type(one).__name__)
 
 
 def _weights_of(module):
@@ -122,7 +131,8 @@ def _weights_of(module):
             if isinstance(node, nnx.Param):
                 yield repr("/".join(map(str, path))), node
     elif isinstance(module, linen.Module):
-        yield from ((f"one {type(one).__name__}", one) for one in _linen_modules(module))
+        layers = module.layers if isinstance(module, linen.Sequential) else ()
+        yield from ((f"one {type(one).__name__}", one) for one in (module, *layers) if isinstance(one, linen.Module))
     elif isinstance(module, tuple) and len(module) > 1:
         for path, leaf in jax.tree_util.tree_leaves_with_path(module[1]):
             if getattr(leaf, "ndim", 0) > 1:
@@ -130,14 +140,13 @@ def _weights_of(module):
 
 
 def _linen_modules(module):
-    """A Linen module and those in its fields, but for what has no weights."""
-    if isinstance(module, linen.Dropout):
+    """A Linen module and those in its fields; none of what is no such module."""
+    if not isinstance(module, linen.Module) or isinstance(module, linen.Dropout):
         return
     yield module
     fields = [getattr(module, field.name, None) for field in dataclasses.fields(module) if field.name != "parent"]
     for one in jax.tree.leaves(fields, is_leaf=lambda leaf: isinstance(leaf, linen.Module)):
-        if isinstance(one, linen.Module):
-            yield from _linen_modules(one)
+        yield from _linen_modules(one)
 
 
 def _check_arrays(part):

@@ -19,7 +19,7 @@ from msjax.split.payloads import Payload, payload_vector, vector_payload
 from msjax.split.reads import ClientBatches
 from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
-from msjax.split.state import PartState, with_update_count
+from msjax.split.state import PartState, with_update_count, without_constants
 from msjax.split.step import PartUpdate, with_payload
 from msjax.split.trees import stack, unstack
 
@@ -79,8 +79,7 @@ class Client:
         self.bytes_per_second = budget.first_bytes_per_second(spec)
         """Where the budget follows its link, the speed that it takes that to have, 0 for what is not known; else None.
         """
-        if spec.mode.hands_parts_on(spec.schedule):
-            _check_travels(state.without(spec.client_constants).stats)
+        check_travels(spec, state.stats)
         self._batches = ClientBatches(spec.schedule, client_id, own.train, own.test, seed, workers=workers)
         self._seed, self._numpy = seed, numpy_encoder
         if numpy_encoder:
@@ -259,9 +258,10 @@ class Client:
         self._batches.close()
 
 
-def _check_travels(stats):
-    """Raises ValueError for statistics that would stay behind where a part goes from client to client."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
+def check_travels(spec: RunSpec, stats: Any) -> None:
+    """Raises ValueError for a client's statistics that would stay behind where parts are handed on."""
+    changing = without_constants(stats, spec.client_constants) if spec.mode.hands_parts_on(spec.schedule) else {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(changing):
         if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(

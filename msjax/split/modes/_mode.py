@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from msjax.split import fused
 from msjax.split.averages import Memory, no_error
-from msjax.split.payloads import PayloadSpec, payload_vector, vector_payload
+from msjax.split.payloads import Payload, PayloadSpec, payload_vector, vector_payload
 from msjax.split.schedule import Exchange, Phase, Schedule, StepPosition
 from msjax.split.state import PartState, TrainState
 from msjax.split.step import StepMetrics
@@ -84,6 +84,11 @@ class Mode:
         to be kept for clients that may never come again.
         """
         return self.one_at_a_time and schedule.clients > 1
+
+    def arriving_part(self, server: "Server") -> Payload | None:
+        """Returns the part that the server holds between two clients, as it arrives at one; None where it has none."""
+        part = server.part_in_transit
+        return None if part is None else decoded_part(server.spec, encoded_part(server.spec, vector_payload(part)))
 
     def turn_starts(self, schedule: Schedule, step: Any) -> Any:
         """Returns whether a client begins its turn with a step, which may be traced; only where it hands parts on."""
