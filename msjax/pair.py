@@ -114,7 +114,8 @@ def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | 
     Args:
       inputs: (N, …), as the data set stores them: uint8 images, tokens, or a table's inputs, which
         `data.read_inputs` makes of files.
-      batch_size: inputs whose features are compressed together; a test takes the run's own.
+      batch_size: inputs whose features are compressed together; a test takes the run's own. A codec that draws random
+        numbers draws the same in every batch, so that equal batches have equal outputs.
       compressed: whether features go through the codec; by default as in the run's tests.
 
     Raises:

@@ -212,6 +212,10 @@ def test_the_aim_is_what_features_are_coded_at():
         ({"cut_bits": 33.0}, "cut_bits must be a number above 0, at most 32, or None, got 33.0"),
         ({"codec": compress.TopK()}, "codec must be an EntropyMask where cut_bits is given, got TopK"),
         (
+            {"array_codecs": (("a", "EntropyMask()"),), "codec": compress.Identity()},
+            r"codec must be an EntropyMask where cut_bits is given, also of arrays that have no name \(the name ''\)",
+        ),
+        (
             {"grad_codec": compress.Identity()},
             "grad_codec must be an EntropyMask where cut_bits is given, got Identity",
         ),
@@ -224,6 +228,16 @@ def test_the_aim_is_what_features_are_coded_at():
 def test_what_does_not_fit_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         built(dataclasses.replace(CFG, **changes), 30)
+
+
+def test_levels_of_gradients_are_those_of_both_targets():
+    """Where they are the codec's own: 63 of the error alone would take a byte a code, and much more than the budget."""
+    noise = {"error": 0.01, "signed": True, "rounding": "stochastic"}
+    cfg = dataclasses.replace(CFG, cut_bits=1.0, grad_codec=compress.EntropyMask(**noise))
+    assert built(cfg, 30).spec.grad_codec.default == compress.EntropyMask(bits=0.5, **noise)
+    assert cfg.grad_codec.levels == 63 and built(cfg, 30).spec.grad_codec.default.levels == 15
+    cfg = dataclasses.replace(cfg, grad_codec=compress.EntropyMask(levels=7, **noise))
+    assert built(cfg, 30).spec.grad_codec.default.levels == 7
 
 
 def test_a_run_without_it_is_described_as_before():

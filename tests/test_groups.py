@@ -134,6 +134,8 @@ def test_groups_from_python_and_as_an_option():
     options = {"clients": 3, "batch_size": 10, "epochs": 1, "codec": compress.RandK(ratio=0.5)}
     whole, grouped = (msjax.train(model, dataset, **options, clients_per_group=size) for size in (None, 1))
     assert_close([p[1:] for p in grouped.parts], [p[1:] for p in whole.parts], 1e-5)
+    with jax.enable_x64(True):
+        msjax.train(model, dataset, **options, clients_per_group=1)
     with pytest.raises(ValueError, match="clients_per_group must be an integer of at least 1, got 0"):
         msjax.train(model, dataset, **options, clients_per_group=0)
     with pytest.raises(ValueError, match="clients_per_group must be at least 1, got 0"):

@@ -67,6 +67,8 @@ def test_multi_label():
     found = metrics_in_batches(task, logits, y, [4])
     assert found["accuracy_percent"] == pytest.approx(100 * right.mean())
     assert found["exact_percent"] == pytest.approx(100 * right.all(1).mean())
+    y[0, 0] = -1  # of data that nobody has checked before
+    assert np.isnan(losses(task, logits, y)).tolist() == [True] + [False] * 8
 
 
 @pytest.mark.parametrize("shape", [(9,), (9, 3)])
@@ -94,6 +96,15 @@ def test_segmentation_counts_the_whole_set_and_not_what_is_ignored():
     found = metrics_in_batches(task, logits, y, [1, 4])
     assert found["mean_iou_percent"] == pytest.approx(100 * iou)
     assert found["pixel_accuracy_percent"] == pytest.approx(100 * (guess == y)[valid].mean())
+    # A class that counts for nothing has no intersection over union, though pixels of others be taken for it.
+    background, valid = tasks.segmentation(3, ignore=0), (y == 1) | (y == 2)
+    of_class = [((guess == c) & valid, (y == c) & valid) for c in (1, 2)]
+    iou = np.mean([(g & t).sum() / (g | t).sum() for g, t in of_class])
+    assert ((guess == 0) & valid).any()
+    kept = np.where(valid, y, 0)
+    assert metrics_in_batches(background, logits, kept, [1, 4])["mean_iou_percent"] == pytest.approx(100 * iou)
+    with pytest.raises(ValueError, match="outputs must have num_classes=2 values a pixel, got 3"):
+        tasks.segmentation(2).sums(logits, kept)
 
 
 def test_labels_of_narrow_dtypes():

@@ -259,15 +259,15 @@ def on_any_mesh(fun: Callable[..., Any], *args: Any, as_first: bool = False) -> 
 
 def _encode_as_said(codec, h, key):
     """The payload, checked on shapes: messages are read, and bytes counted, by what a codec says of itself."""
-    payload = jax.tree.map(_rounded, codec._encode(h, key))
+    payload = jax.tree.map(rounded, codec._encode(h, key))
     found, right = _listed(jax.tree.leaves(payload)), _listed(codec._payload_like(form_of(h)))
     if found != right:
         raise ValueError(f"_encode of {codec} must return what its _payload_like says, {right}, got {found}")
     return payload
 
 
-def _rounded(leaf):
-    """An array of a payload; of 16-bit floats XLA must not keep more bits where one program encodes and decodes."""
+def rounded(leaf: Any) -> Any:
+    """Returns an array of a payload; of 16-bit floats XLA then keeps no more bits where one program has both ends."""
     narrow = isinstance(leaf, jax.Array) and leaf.dtype.itemsize == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
     return jax.lax.optimization_barrier(leaf) if narrow else leaf
 

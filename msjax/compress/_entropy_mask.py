@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from msjax.compress import _bits, _finite, _random, _select
 from msjax.compress._arrays import shaped
-from msjax.compress._codec import on_any_mesh
+from msjax.compress._codec import on_any_mesh, rounded
 from msjax.compress._options import check_choice, check_ratio
 from msjax.compress._step_choice import DEFAULT_ERROR, choose_step
 from msjax.compress._vector_codec import VectorCodec
@@ -162,8 +162,8 @@ class EntropyMask(VectorCodec):
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
-        """Whether it rounds at random, which is unbiased."""
-        return self.rounding == "stochastic"
+        """Whether it rounds at random and takes values of both signs: without, those below 0 are lost."""
+        return self.rounding == "stochastic" and self.signed
 
     @property
     def _most(self) -> int:
@@ -270,7 +270,8 @@ class EntropyMask(VectorCodec):
 @functools.partial(jax.jit, inline=True, static_argnames="codec")
 def _encode_at_bits(codec, h, bits, key):
     def encode(h, bits, key):
-        return codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
+        payload = codec._over_rows(functools.partial(codec._encode_vector, bits=bits), h, key)
+        return jax.tree.map(rounded, payload)
 
     return on_any_mesh(encode, h, bits, key)
 

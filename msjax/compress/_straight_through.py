@@ -57,7 +57,7 @@ def straight_through(
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
     h = as_jax(codec._checked(h, key))
     if kept_only and grad_codec is not None:
-        check_granularity_of_kept(grad_codec, h, codec.kept_like(h), "kept_only")
+        check_granularity_of_kept(grad_codec, codec, h, codec.kept_like(h), "kept_only")
     return _straight_through(codec, _varying_as(key, h), key, grad_codec, kept_only)
 
 
@@ -72,16 +72,24 @@ def _varying_as(key, h):
     return jnp.where(none == 0, h, jnp.zeros((), h.dtype))
 
 
-def check_granularity_of_kept(grad_codec: Codec, like: Any, kept: Any, option: str) -> None:
-    """Raises ValueError for a codec of samples where what is `kept` of features like `like` has none.
+def check_granularity_of_kept(grad_codec: Codec, codec: Any, like: Any, kept: Any, option: str) -> None:
+    """Raises ValueError for a granularity that means another thing of what `codec` kept than of features like `like`.
 
-    A sparsifier of whole batches leaves one vector; `option` is what the error calls the choice of these alone.
+    A sparsifier of whole batches leaves one vector; one of samples or tokens leaves a vector of each, whose values are
+    of unlike channels. `option` is what the error calls the choice of these alone.
     """
-    own = getattr(grad_codec, "granularity", "tensor") != "tensor"
-    if own and kept.shape != like.shape and len(kept.shape) == 1:
+    own = getattr(grad_codec, "granularity", "tensor")
+    if own == "tensor" or kept.shape == like.shape:
+        return
+    if len(kept.shape) == 1:
         raise ValueError(
             f'grad_codec must have granularity="tensor" where {option} leaves one vector of a batch, as a sparsifier '
             f"of whole batches does, got {grad_codec}"
+        )
+    if own == "channel" or own != codec.granularity:
+        raise ValueError(
+            f'grad_codec must have granularity="tensor", or "sample" or "token" as the features\' codec has it, where '
+            f"{option} leaves what {codec} keeps, got {grad_codec}"
         )
 
 

@@ -59,7 +59,7 @@ def make_spec(
     """
     check_cut_budget(cut_bits, cut_seconds, link_bytes_per_second, codec, grad_codec)
     if cut_bits is not None:
-        grad_codec = Codecs(dataclasses.replace(grad_codec.default, bits=cut_bits / 2))
+        grad_codec = Codecs(_within(grad_codec.default, cut_bits / 2))
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
     key = jax.random.key(0)
@@ -118,8 +118,9 @@ def make_spec(
     grad_codec.for_tree(features, "grad_codec")
     payloads = [spec.gradient_payload(batch), *([spec.tail_gradient_payload(batch)] if spec.u_shaped else [])]
     for payload in payloads:
-        for codec, like, whole in zip(payload.codecs, payload.likes, payload.wholes, strict=False):
-            check_granularity_of_kept(codec, whole, like, "grad_kept_only")
+        of_features = payload.kept_by or (None,) * len(payload.wholes)
+        for args in zip(payload.codecs, of_features, payload.wholes, payload.likes, strict=False):
+            check_granularity_of_kept(*args, "grad_kept_only")
     _check_room_for_codes(spec)
     _ = spec.metric_sums_like
     task.check_sums(found[-1].batch(3), labels.batch(3))
@@ -157,14 +158,26 @@ def check_cut_budget(
         _check_bits(cut_bits, codec, grad_codec)
 
 
+_LEAST, _MOST = 1e-30, 1e30  # far within float32
+
+
 def _check_bits(bits, codec, grad_codec):
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 32:
         raise ValueError(f"cut_bits must be a number above 0, at most 32, or None, got {bits!r}")
     for name, codecs in {"codec": codec, "grad_codec": grad_codec}.items():
         if other := next((one for one in codecs.all if not isinstance(one, EntropyMask)), None):
-            raise ValueError(f"{name} must be an EntropyMask where cut_bits is given, got {other}")
+            also = (
+                ", also of arrays that have no name (the name '')" if codecs.named and other is codecs.default else ""
+            )
+            raise ValueError(f"{name} must be an EntropyMask where cut_bits is given{also}, got {other}")
     if grad_codec.named or grad_codec.default.error is None or grad_codec.default.bits is not None:
         raise ValueError(f"grad_codec must have an error and no bits where cut_bits is given, got {grad_codec}")
+
+
+def _within(codec, bits):
+    """The gradients' codec with the most bits that it may take; with levels for both targets, if they are its own."""
+    own = dataclasses.replace(codec, levels=None).levels == codec.levels
+    return dataclasses.replace(codec, bits=bits, levels=None if own else codec.levels)
 
 
 def _check_link(cut_bits, cut_seconds, link_bytes_per_second):
@@ -174,7 +187,8 @@ def _check_link(cut_bits, cut_seconds, link_bytes_per_second):
     ):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf or not _LEAST <= value <= _MOST:
             raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
         if given is None:
             raise ValueError(f"{name} must be None without {needed}, got {value!r}")

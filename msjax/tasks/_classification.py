@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, Integer
 
 from msjax.checks import number
-from msjax.tasks._task import Metric, Task, check_class_dtype, check_class_labels, check_outputs, mean_of, ratio
+from msjax.tasks._task import Metric, Ratio, Task, check_class_dtype, check_class_labels, check_outputs, mean_of
 
 
 def classification(*, label_smoothing: float = 0.0) -> Task:
@@ -24,7 +24,7 @@ def classification(*, label_smoothing: float = 0.0) -> Task:
       ValueError: `label_smoothing` is out of range.
     """
     label_smoothing = number("label_smoothing", label_smoothing, "a number in [0, 1)", lambda value: 0 <= value < 1)
-    metrics = (("top1_percent", _Top(1).metric()), ("top5_percent", _Top(5).metric()))
+    metrics = (("top1_percent", Metric(_Top(1), Ratio(100))), ("top5_percent", Metric(_Top(5), Ratio(100))))
     plain = CrossEntropy()
     return Task("classification", CrossEntropy(label_smoothing), metrics, plain, _check_classes)
 
@@ -86,13 +86,6 @@ class _Top:
         correct = count_correct(outputs, labels, self.top)
         return jnp.stack([correct.astype(jnp.int32), jnp.int32(labels.shape[0])])
 
-    def metric(self):
-        return Metric(self, _percent)
-
-
-def _percent(total):
-    return ratio(*total, 100)
-
 
 def _check_classes(labels, outputs):
     check_class_labels(labels, outputs.shape[-1])
@@ -119,6 +112,8 @@ def _sigmoid_cross_entropy(outputs, labels):
             f"labels must have the outputs' shape {outputs.shape[1:]} a sample for multi_label, got {labels.shape[1:]}"
         )
     losses = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), labels.astype(jnp.float32))
+    # Labels of data that are read as they are needed have not been checked before: the loss is then no number.
+    losses = jnp.where((labels == 0) | (labels == 1), losses, jnp.nan)
     return losses.reshape(losses.shape[0], -1).mean(1)
 
 

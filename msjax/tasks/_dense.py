@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from msjax.checks import integer
-from msjax.tasks._task import Metric, Task, check_class_labels, check_outputs, ratio
+from msjax.tasks._task import Metric, Ratio, Task, check_class_labels, check_outputs, ratio
 
 
 def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
@@ -19,7 +19,7 @@ def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
 
     Args:
       num_classes: C.
-      ignore: a label whose pixels count for nothing.
+      ignore: a label whose pixels count for nothing. A sample with no other pixels has the loss 0.
 
     Raises:
       ValueError: `num_classes` is no integer of at least 1, or `ignore` none.
@@ -28,7 +28,7 @@ def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
     ignore = None if ignore is None else integer("ignore", ignore)
     confusion = _Confusion(num_classes, ignore)
     metrics = (
-        ("mean_iou_percent", Metric(confusion, _mean_iou)),
+        ("mean_iou_percent", Metric(confusion, _MeanIoU(ignore))),
         ("pixel_accuracy_percent", Metric(confusion, _right)),
     )
     loss = DenseCrossEntropy(ignore)
@@ -42,13 +42,17 @@ def next_token(*, ignore: int | None = -100) -> Task:
     sample's tokens of the cross-entropy in nats; metrics are `perplexity` and `accuracy_percent`, over all tokens.
 
     Args:
-      ignore: a label that counts for nothing, as of padding.
+      ignore: a label that counts for nothing, as of padding. A sample with no other labels has the loss 0, which lowers
+        the mean loss; metrics are of the tokens that count.
 
     Raises:
       ValueError: `ignore` is no integer.
     """
     ignore = None if ignore is None else integer("ignore", ignore)
-    metrics = (("perplexity", Metric(_Nats(ignore), _perplexity)), ("accuracy_percent", Metric(_Hits(ignore), _share)))
+    metrics = (
+        ("perplexity", Metric(_Nats(ignore), _perplexity)),
+        ("accuracy_percent", Metric(_Hits(ignore), Ratio(100))),
+    )
     return Task("next_token", DenseCrossEntropy(ignore), metrics, None, _ClassesAre(None, ignore))
 
 
@@ -86,6 +90,7 @@ class _Confusion:
     ignore: int | None
 
     def __call__(self, outputs, labels):
+        _check_count(outputs, self.num_classes)
         classes, labels = jnp.arange(self.num_classes), labels.astype(jnp.int32)
         valid = jnp.ones(labels.shape, bool) if self.ignore is None else labels != self.ignore
         is_label = (labels[..., None] == classes) & valid[..., None]
@@ -94,11 +99,17 @@ class _Confusion:
         return jnp.concatenate([c.reshape(-1, self.num_classes).sum(0, dtype=jnp.float32) for c in counts])
 
 
-def _mean_iou(total):
-    both, label, guess = np.asarray(total, np.float64).reshape(3, -1)
-    union = label + guess - both
-    present = union > 0
-    return 100 * float((both[present] / union[present]).mean()) if present.any() else math.nan
+@dataclasses.dataclass(frozen=True)
+class _MeanIoU:
+    """Over the classes that are there, or are given to a pixel; not of the one that counts for nothing."""
+
+    ignore: int | None
+
+    def __call__(self, total):
+        both, label, guess = np.asarray(total, np.float64).reshape(3, -1)
+        union = label + guess - both
+        present = (union > 0) & (np.arange(union.size) != self.ignore)
+        return 100 * float((both[present] / union[present]).mean()) if present.any() else math.nan
 
 
 def _right(total):
@@ -134,10 +145,6 @@ def _perplexity(total):
     return float(np.exp(ratio(*total)))
 
 
-def _share(total):
-    return ratio(*total, 100)
-
-
 @dataclasses.dataclass(frozen=True)
 class _ClassesAre:
     """Checks labels that are classes, as many as `num_classes` or as the outputs' last axis has."""
@@ -146,7 +153,11 @@ class _ClassesAre:
     ignore: int | None
 
     def __call__(self, labels, outputs):
-        classes = outputs.shape[-1]
-        if self.num_classes is not None and classes != self.num_classes:
-            raise ValueError(f"outputs must have num_classes={self.num_classes} values a pixel, got {classes}")
-        check_class_labels(labels, classes, ignore=self.ignore)
+        if self.num_classes is not None:
+            _check_count(outputs, self.num_classes)
+        check_class_labels(labels, outputs.shape[-1], ignore=self.ignore)
+
+
+def _check_count(outputs, num_classes):
+    if (found := outputs.shape[-1]) != num_classes:
+        raise ValueError(f"outputs must have num_classes={num_classes} values a pixel, got {found}")

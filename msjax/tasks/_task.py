@@ -31,7 +31,7 @@ class Metric:
 
 def mean_of(values: Loss, scale: float = 1.0) -> Metric:
     """Returns the metric that is the mean over samples of `values`, (B,), times `scale`."""
-    return Metric(_SumAndCount(values), _Ratio(scale))
+    return Metric(_SumAndCount(values), Ratio(scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _SumAndCount:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ratio:
+class Ratio:
     """Of a total (sum, count), their ratio times `scale`."""
 
     scale: float = 1.0

@@ -174,7 +174,9 @@ def _begin(spec, mesh, state, clients, *, shard_server=False):
 
     def run(state, clients):
         totals = _settled_totals(over, fused.zero_totals(spec, state, own_parts=spec.mode.own_parts))
-        return _each_device(totals), fused.PerClient(*(jnp.zeros(clients.shape) for _ in fused.PerClient._fields))
+        return _each_device(totals), fused.PerClient(
+            *(jnp.zeros(clients.shape, jnp.float32) for _ in fused.PerClient._fields)
+        )
 
     by_client = PartitionSpec(AXIS)
     return _shard(run, mesh, (_state_specs(spec, state), by_client), by_client)(state, clients)
