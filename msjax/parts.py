@@ -27,6 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import linen
+from flax.traverse_util import unflatten_dict
 
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
@@ -223,7 +224,7 @@ def load_part(
         params, stats = _fill(like.params, like.stats, _unscoped(arrays, part, fits), path)
         return TrainedPart(like.apply, params, stats, tail=None, **rest)
     if cfg is None or summary is None or (config.is_reference(cfg.model.name) and preset is None):
-        tree = _nested(arrays)
+        tree = unflatten_dict(arrays, sep="/")
         return TrainedPart(None, tree.get("params", {}), tree.get("stats", {}), tail=None, **rest)
     client, server, *tail = jax.eval_shape(lambda: build.make_parts(cfg, summary))
     if part == NETWORK:
@@ -339,17 +340,6 @@ def _by_name(params, stats):
     """Pairs of name and leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path({"params": params, "stats": stats})
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _nested(arrays):
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *path, last = name.split("/")
-        at = tree
-        for key in path:
-            at = at.setdefault(key, {})
-        at[last] = array
-    return tree
 
 
 def _unscoped(arrays, part, fits):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import time
+import zlib
 from collections.abc import Iterator
 
 
@@ -38,14 +39,14 @@ def existing_file(name: str, path: str | os.PathLike) -> pathlib.Path:
         raise _no_file(name, path, error) from None
 
 
-def existing_file_or_folder(name: str, path: str | os.PathLike, *, within: str) -> pathlib.Path:
-    """Returns the path of a file that can be read, or of a folder that has the file `within`.
+def existing_weights(name: str, path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a file that can be read, or of a folder with a config.json, as of a language model.
 
     Raises:
       ValueError: there is neither.
     """
     found = expand(name, path)
-    return found if (found / within).is_file() else existing_file(name, path)
+    return found if (found / "config.json").is_file() else existing_file(name, path)
 
 
 def left_behind(folder: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
@@ -99,3 +100,12 @@ def check_folder_name(name: str, value: str) -> None:
     """Raises ValueError for what is not the name of a folder in another one."""
     if not value or value in (".", "..") or any(c in value for c in "/\\\0"):
         raise ValueError(f"{name} must be the name of a folder, without a path to it, got {value!r}")
+
+
+def crc32_of(path: pathlib.Path) -> int:
+    """Returns the CRC-32 of a file's bytes."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc

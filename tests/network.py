@@ -12,9 +12,7 @@ import numpy as np
 
 from msjax import build, data
 from msjax.distributed import agreement, messages
-from msjax.distributed.channel import Clock, MemoryNetwork
 from msjax.distributed.coordinator import Coordinator
-from msjax.distributed.loop import Loop
 from msjax.distributed.membership import Policy
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.session import ClientSession, Own
@@ -23,6 +21,7 @@ from msjax.split import parties
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Phase
 
+from .memory_network import Clock, Loop, MemoryNetwork
 from .setups import dataset, make_parties
 
 RUN = "0" * 31 + "1"

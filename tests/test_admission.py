@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from msjax import compress, config
-from msjax.distributed.channel import Clock, ConnectionLost
+from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
 from msjax.distributed.rpc import admission
@@ -22,6 +22,7 @@ from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.server_program import check_serve
 
 from .authority import Authority
+from .memory_network import Clock
 
 
 class Call:

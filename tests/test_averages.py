@@ -210,7 +210,7 @@ def test_bytes_of_averages(mode):
     assert "coded_uplink_bytes" not in traffic
     sent = {"up": 0, "down": 0}
     server, clients = _parties_of(result.spec, cfg)
-    payload_spec, answer = server.spec.average_payload(), server.mean
+    payload_spec, answer = server.spec.average_payload, server.mean
 
     def mean(exchange, payloads):
         out = answer(exchange, payloads)
@@ -292,7 +292,7 @@ def test_a_run_without_it_is_described_as_before():
     plain, compressed = (built(cfg, 30).spec for cfg in (SMOOTH, CFG))
     added = compressed.describe().keys() - plain.describe().keys()
     assert added == {"update_codec", "client statistics", "statistics codec"}
-    assert plain.average_payload().nbytes == 4 * plain.client_update_values
+    assert plain.average_payload.nbytes == 4 * plain.client_update_values
     state = TrainState(PartState({}, {}, ()), PartState({}, {}, ()), jnp.int32(0))
     assert list(saved.to_save(plain, state)) == ["client", "server", "step"]
 
@@ -305,7 +305,7 @@ def test_statistics_are_sent_as_changes():
     np.testing.assert_array_equal(vectors[1], [0.5, 0.5])
     mean = averages._mean_update((jnp.zeros(3), jnp.full(2, 0.25)), update, old)
     np.testing.assert_array_equal(mean.stats["mean"], [5.25, 5.25])
-    assert int(mean.stats["count"]) == 2 and len(spec.average_payload().likes) == 2
+    assert int(mean.stats["count"]) == 2 and len(spec.average_payload.likes) == 2
 
 
 @pytest.mark.parametrize("codec", [SP, dataclasses.replace(CODED, bits=1.0)], ids=str)
@@ -336,7 +336,7 @@ def test_statistics_of_rounds_are_sent_as_they_are():
     """In a round a variance may fall to nearly nothing, and a relative error of the change would take it below."""
     spec = built(dataclasses.replace(CFG, mode=MODES[2]), 30).spec
     reference = averages.no_vectors(spec)[:1]
-    assert spec.mode.averages_parts and spec.average_payload().codecs == (SP, compress.Identity())
+    assert spec.mode.averages_parts and spec.average_payload.codecs == (SP, compress.Identity())
     stats = jnp.geomspace(1e-6, 1e3, spec.client_statistic_values)
     part = PartState({"w": jnp.ones(spec.client_weight_values)}, {"var": stats}, ())
     payload, memory = averages.encode_part(

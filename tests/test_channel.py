@@ -2,7 +2,9 @@
 
 import pytest
 
-from msjax.distributed.channel import Clock, ConnectionLost, Lost, MemoryNetwork, Received
+from msjax.distributed.channel import ConnectionLost, Lost, Received
+
+from .memory_network import Clock, MemoryNetwork
 
 
 class Ends:

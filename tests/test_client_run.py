@@ -9,7 +9,7 @@ import pytest
 from msjax import compress, config
 from msjax.build import DataSummary
 from msjax.distributed import client_program, messages
-from msjax.distributed.channel import Clock, ConnectionLost
+from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram, keep_part_of_another_run, own_config
 from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
@@ -21,6 +21,7 @@ from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
 from msjax.split.state import PartState
 
+from .memory_network import Clock
 from .network import RUN
 from .setups import SMALL, dataset
 

@@ -12,13 +12,14 @@ import pytest
 
 from msjax import compress
 from msjax.distributed import messages
-from msjax.distributed.channel import Clock, Close, Handled, Lost, Received, Stop
+from msjax.distributed.channel import Close, Handled, Lost, Received, Stop
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.drive import linger
 from msjax.distributed.membership import Stage
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.schedule import Phase
 
+from .memory_network import Clock
 from .network import RUN, net
 from .setups import MODES, SLOW_BUT_FIRST, SMALL
 

@@ -2,9 +2,10 @@
 
 import logging
 
-from msjax.distributed.channel import Clock
 from msjax.distributed.messages import ProtocolError
 from msjax.logs import Seldom, ShortLines, shorten
+
+from .memory_network import Clock
 
 
 def test_long_texts_are_cut_in_the_middle():

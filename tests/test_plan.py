@@ -85,7 +85,7 @@ def test_averages_are_counted_with_the_headers_of_their_messages():
     codec = compress.EntropyMask(bits=2.0, signed=True, rounding="stochastic")
     found = planned(dataclasses.replace(SMALL, update_codec=codec))
     spec = found.run.spec
-    payload, key = spec.average_payload(), jax.random.key(0)
+    payload, key = spec.average_payload, jax.random.key(0)
     vectors = [jax.random.normal(key, like.shape) for like in payload.likes]
     sent = sum(map(wire_bytes, payload.encode(vectors, key), payload.codecs, payload.likes))
     assert found.rows[0].sent.average_up_bytes == pytest.approx(sent, rel=0.1)

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 import rich.console
 
-from msjax.distributed.channel import Clock
 from msjax.runs import plots
 from msjax.runs.progress import Console, Pace, Progress
+
+from .memory_network import Clock
 
 RECORD = {"epoch": 1, "train": {"loss": 1.0, "top1_percent": 50.0}}
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from msjax.data._error import DataError
-from msjax.paths import left_behind
+from msjax.paths import crc32_of, left_behind
 
 FORMAT = 2  # raise it when the layout or the meaning of an entry changes; older entries are then rebuilt
 
@@ -34,14 +33,6 @@ def directory(cache_dir: str | os.PathLike | None) -> Path:
     if os.environ.get("MSJAX_CACHE"):
         return Path(os.environ["MSJAX_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msjax"
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def read(entry: Path, digest: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -61,7 +52,7 @@ def read(entry: Path, digest: str | None = None) -> tuple[dict[str, np.ndarray],
         arrays = {}
         for name, spec in meta["arrays"].items():
             path = entry / f"{name}.npy"
-            if path.stat().st_size != spec["bytes"] or _crc32(path) != spec["crc32"]:
+            if path.stat().st_size != spec["bytes"] or crc32_of(path) != spec["crc32"]:
                 raise Damaged(f"{path.name} is not what was written")
             array = np.load(path, mmap_mode="r")
             if list(array.shape) != spec["shape"] or str(array.dtype) != spec["dtype"]:
@@ -119,7 +110,7 @@ class Draft:
                 "shape": list(array.shape),
                 "dtype": str(array.dtype),
                 "bytes": path.stat().st_size,
-                "crc32": _crc32(path),
+                "crc32": crc32_of(path),
             }
         with (self.folder / "meta.json").open("w") as file:
             json.dump({"format": FORMAT, **self.meta, "arrays": specs}, file, indent=1)

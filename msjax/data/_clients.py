@@ -94,8 +94,6 @@ def epoch_indices(client_indices: Sequence[np.ndarray], num_samples: int, *, see
     Raises:
         ValueError: `num_samples` is not positive, or a client holds nothing.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     rows = (
         epoch_order(indices, num_samples, seed=seed, epoch=epoch, client=k) for k, indices in enumerate(client_indices)
     )

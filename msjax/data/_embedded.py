@@ -24,8 +24,7 @@ def load(name: str, image_size: int | None) -> Dataset:
         if image_size is not None:
             inputs = _images.resized(inputs, image_size)
         return _split(name, inputs, found["labels"], measure_images)
-    every_column = np.ones(found["columns"].shape[1], bool)
-    return _split(name, found["columns"], found["labels"], lambda table: measure_columns(table, every_column))
+    return _split(name, found["columns"], found["labels"], measure_columns)
 
 
 def _split(name: str, inputs: np.ndarray, labels: np.ndarray, measure: Callable) -> Dataset:

@@ -104,7 +104,9 @@ def _holds_classes(folder: Path) -> bool:
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
     found: dict[str, list[Path]] = {}
-    for folder in sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_name):
+    for folder in sorted(
+        (p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
+    ):
         if files := images_in(folder):
             # macOS may write a letter and its accent as two characters.
             found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(files)
@@ -125,10 +127,6 @@ def images_in(folder: Path) -> list[Path]:
     hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)  # noqa: E731
     files = (file for file in folder.rglob("*") if is_image(file) and not hidden(file))
     return sorted(files, key=lambda file: file.relative_to(folder).parts)  # paths are in another order on Windows
-
-
-def _name(path):
-    return path.name
 
 
 def is_image(file: Path) -> bool:

@@ -29,10 +29,10 @@ def measure_levels(counts: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a constant channel must not divide by zero
 
 
-def measure_columns(table: np.ndarray, is_number: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and std of the columns that are numbers; 0 and 1 of the others, and 1 for a constant."""
+def measure_columns(table: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and std of the columns; 1 as that of a constant."""
     mean, std = table.mean(0, np.float64), table.std(0, np.float64)
-    return np.where(is_number, mean, 0).tolist(), np.where(is_number & (std > 0), std, 1).tolist()
+    return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
 def measure_last_axis(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,6 @@ def serve(
     coordinator: Coordinator,
     inbox: "queue.Queue[Received | Lost | Stop]",
     carry: Callable[[Send | Close | Handled], None],
-    *,
-    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Leads a run to its end, in the calling thread.
 
@@ -23,20 +21,20 @@ def serve(
       inbox: what happens; other threads put it there, for each connection in order.
       carry: hands a message to whoever sends it, without waiting, and says which of `inbox` are handled; called in this
         thread alone.
-      clock: the coordinator's.
 
     Raises:
       Stopped, Exception: see `Coordinator.handle`.
     """
     while not coordinator.over:
         wake_at, events = coordinator.wake_at, []
-        if wake_at is not None and wake_at <= clock():
+        if wake_at is not None and wake_at <= time.monotonic():
             # What has come while the server was at work came in time.
             events = [inbox.get_nowait() for _ in range(inbox.qsize())] + [Tick()]
         else:
             # A signal that asks to stop is heard within a second on every system.
             with contextlib.suppress(queue.Empty):
-                events = [inbox.get(timeout=1.0 if wake_at is None else min(1.0, max(0.0, wake_at - clock())))]
+                left = 1.0 if wake_at is None else wake_at - time.monotonic()
+                events = [inbox.get(timeout=min(1.0, max(0.0, left)))]
         for event in events:
             _hand(coordinator, event, carry)
 
@@ -70,38 +68,31 @@ def _hand(coordinator, event, carry):
         carry(Handled(event.session))
 
 
-def take_part(
-    session: ClientSession,
-    connect: Callable[[], Channel],
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
+def take_part(session: ClientSession, connect: Callable[[], Channel]) -> None:
     """Takes a client through a run, in the calling thread.
 
     Args:
       connect: opens a channel to the server; what goes wrong may be raised here as `ConnectionLost`, or by `receive`.
-      clock: the session's.
 
     Raises:
       Refused, ConnectionError: see `ClientSession`.
     """
     while not session.done:
-        sleep(max(0.0, (session.next_deadline or 0.0) - clock()))
+        time.sleep(max(0.0, (session.next_deadline or 0.0) - time.monotonic()))
         try:
-            _attend(session, connect(), clock)
+            _attend(session, connect())
         except ConnectionLost as lost:
             session.on_lost(lost)
 
 
-def _attend(session, channel, clock):
+def _attend(session, channel):
     """One connection's life; returns when the session is done."""
     try:
         for message in session.on_connected():
             channel.send(message)
         while not session.done:
             until = session.next_deadline
-            received = channel.receive(None if until is None else max(0.0, until - clock()))
+            received = channel.receive(None if until is None else max(0.0, until - time.monotonic()))
             for message in session.on_message(received, channel.received_at):
                 channel.send(message)
     finally:

@@ -224,9 +224,9 @@ class RemoteServer:
       ConnectionError: it cannot be reached, or was lost.
     """
 
-    def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None, *, max_bytes: int = -1):
+    def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None):
         self._address, self._tls = address, tls or TlsFiles()
-        self._channel = open_channel(address, self._tls, max_bytes)
+        self._channel = open_channel(address, self._tls)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
         self._metadata = metadata_of(token)
         self._requests: queue.Queue[pb.Features | None] = queue.Queue()

@@ -82,13 +82,13 @@ class Metrics:
         """Returns all counters in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def serve(self, port: int, host: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
-        """Serves /metrics over HTTP; returns the port, which for 0 is one that is free, and what ends it.
+    def serve(self, port: int) -> tuple[int, Callable[[], None]]:
+        """Serves /metrics to this machine by HTTP; returns the port, which for 0 is one that is free, and what ends it.
 
         Raises:
           OSError: the port cannot be had.
         """
-        server, thread = prometheus_client.start_http_server(port, host, registry=self.registry)
+        server, thread = prometheus_client.start_http_server(port, "127.0.0.1", registry=self.registry)
 
         def close():
             server.shutdown()

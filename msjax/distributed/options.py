@@ -14,7 +14,7 @@ from msjax.distributed.rpc.addresses import check_port, parse_address
 from msjax.distributed.rpc.admission import Certificates, WrongTokens
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext, read_token
 from msjax.distributed.sizes import MOST_MEGABYTES
-from msjax.paths import existing_file_or_folder, expand, folder_to_be
+from msjax.paths import existing_weights, expand, folder_to_be
 from msjax.runs import write_atomically
 
 log = logging.getLogger("msjax")
@@ -216,7 +216,7 @@ class ClientOptions(ConnectOptions):
             integer("workers", self.workers, 0)
         folder_to_be("state", self.folder())
         if self.weights is not None:
-            existing_file_or_folder("weights", self.weights, within="config.json")
+            existing_weights("weights", self.weights)
 
     def folder(self) -> pathlib.Path:
         """Returns where this client's files are."""

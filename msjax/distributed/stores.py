@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,50 +17,19 @@ _CONSTANTS = "constants"
 """In a server's checkpoint: the digest of what never changes, which the checkpoint leaves out."""
 
 
-class ClientStore:
-    """A client's part at some steps.
+class ClientStore(Checkpoints):
+    """A client's part at some steps, each `Client.checkpoint()`.
 
     The server's last checkpoint is never newer than the clients', so a client keeps what the server may go back to.
     """
 
-    def __init__(self, path: str | os.PathLike, *, keep: int | None = None):
-        self._checkpoints = Checkpoints(pathlib.Path(path), keep=keep)
-
-    def steps(self) -> list[int]:
-        """Returns the steps of which there is a complete checkpoint."""
-        return self._checkpoints.steps()
-
-    def save(self, step: int, checkpoint: Any) -> None:
-        """Begins to save `Client.checkpoint()` before a step; raises OSError as `Checkpoints.save` does."""
-        self._checkpoints.save(step, checkpoint)
-
-    def check(self) -> None:
-        """Raises OSError where what was begun could not be written; does not wait."""
-        self._checkpoints.check()
-
-    def wait(self) -> None:
-        """Waits until what was begun is complete; raises OSError where it could not be written."""
-        self._checkpoints.wait()
-
     def restore(self, step: int, like: Any) -> Any:
         """Returns what was saved before a step; raises as `Checkpoints.restore` does."""
         try:
-            return self._checkpoints.restore(step, like)[0]
+            return super().restore(step, like)[0]
         except DamagedError as error:  # an older one does not help: the others go on from this step
             advice = f"put {error.path} back from a backup; or {LET_IN_WITHOUT}"
             raise DamagedError(error.damage, error.path, advice) from None
-
-    def prune(self, saved_step: int) -> None:
-        """Deletes what is older than the server's last checkpoint."""
-        self._checkpoints.prune(saved_step)
-
-    def drop_after(self, step: int) -> None:
-        """Deletes what is newer than the step where a run goes on: it is of a way that was not gone to its end."""
-        self._checkpoints.drop_after(step)
-
-    def close(self) -> None:
-        """Lets go of the folder."""
-        self._checkpoints.close()
 
 
 class Held(NamedTuple):
@@ -71,7 +39,7 @@ class Held(NamedTuple):
     progress: dict[str, Any]
 
 
-class ServerStore(ClientStore):
+class ServerStore(Checkpoints):
     """The server's part, the part that goes round in sequential mode, and the sums of the epoch under way.
 
     Args:
@@ -96,10 +64,6 @@ class ServerStore(ClientStore):
             self._digest = party.spec, digest({name: party.state.stats[name] for name in sorted(names)})
         return self._digest[1]
 
-    def latest(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None."""
-        return self._checkpoints.latest()
-
     def hold(self, party: Server) -> Held:
         """Returns what is to be saved of the server as it is now."""
         tree = _to_save(party)
@@ -117,7 +81,7 @@ class ServerStore(ClientStore):
           more: JSON-ready values by name, remembered beside `progress` and put back with it.
         """
         self._before_save()
-        self._checkpoints.save(step, held.tree, held.progress | more)
+        super().save(step, held.tree, held.progress | more)
 
     def restore(self, step: int, party: Server) -> None:
         """Puts the server's state before a step into `party`.
@@ -128,7 +92,7 @@ class ServerStore(ClientStore):
         tree = _to_save(party)
         if party.passes_parts_on:
             tree["relayed"] = np.zeros(party.spec.client_state_values, np.float32)
-        tree, progress = self._checkpoints.restore(step, tree)
+        tree, progress = super().restore(step, tree)
         check_constants(self._digest_of_constants(party), progress.pop(_CONSTANTS, None))
         party.state = tree["state"].with_constants_of(party.state, party.spec.server_constants)
         party.memory = tree.get("memory", ())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from msjax.models._decoder_config import DecoderConfig
@@ -108,14 +109,8 @@ def open_decoder(folder: str | os.PathLike, model: Model, dtype: Any = None) -> 
     strangers += ["lm_head.weight"] if "lm_head.weight" not in names else []
     found = {name: file for name, file in files.items() if name not in strangers}
     _check(folder, names, model, found)
-    params: dict[str, Any] = {}
-    for name, (path, transposed) in names.items():
-        *parents, last = path
-        tree = params
-        for parent in parents:
-            tree = tree.setdefault(parent, {})
-        tree[last] = Tensor(found[name], name, transposed, dtype)
-    return ModelPart(Apply(model.blocks), params, {})
+    tensors = {tuple(path): Tensor(found[name], name, transposed, dtype) for name, (path, transposed) in names.items()}
+    return ModelPart(Apply(model.blocks), unflatten_dict(tensors), {})
 
 
 class Tensor:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
 
 from msjax.keys import make_key
 from msjax.models._part import ModelPart
@@ -144,17 +145,14 @@ class NnxApply:
         return y, nnx.to_pure_dict(new_stats)
 
     def _random_states(self, key):
-        found: dict = {}
+        found = {}
         for n, (path, is_key, shape) in enumerate(self.random):
             value = jnp.zeros(shape, jnp.uint32)
             if is_key:
                 value = jax.random.fold_in(key, n)
                 value = jax.random.split(value, shape) if shape else value
-            at = found
-            for name in path[:-1]:
-                at = at.setdefault(name, {})
-            at[path[-1]] = value
-        return found
+            found[path] = value
+        return unflatten_dict(found)
 
 
 def _spread(call, x):

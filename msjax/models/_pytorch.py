@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from msjax.models._build import RESNETS
@@ -66,14 +67,9 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     entries = _entries(model)
     found = _rename(_read(path), model)
     _check(found, entries, model, path)
-    state = {}
-    for name, entry in entries.items():
-        *parents, last = entry.path
-        tree = state
-        for parent in parents:
-            tree = tree.setdefault(parent, {})
-        # A copy: a step may be given the array to write its result in.
-        tree[last] = jnp.array(entry.from_torch(found[name]), jnp.float32)
+    # Copies: a step may be given an array to write its result in.
+    arrays = {tuple(e.path): jnp.array(e.from_torch(found[name]), jnp.float32) for name, e in entries.items()}
+    state = unflatten_dict(arrays)
     return ModelPart(Apply(model.blocks), state["params"], state["stats"])
 
 

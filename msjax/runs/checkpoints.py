@@ -14,7 +14,6 @@ import shutil
 import sys
 import threading
 import traceback
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 
+from msjax.paths import crc32_of
 from msjax.runs.files import write_atomically
 
 _log = logging.getLogger("msjax")
@@ -227,7 +227,7 @@ class Checkpoints:
         if jax.process_index():
             return
         (folder,) = self._temporary(self._writing)
-        write_atomically(folder / _SUMS, json.dumps({name: _crc(folder / name) for name in _files(folder)}))
+        write_atomically(folder / _SUMS, json.dumps({name: crc32_of(folder / name) for name in _files(folder)}))
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state of a step, in the structure of `like`, and what was remembered beside it.
@@ -265,7 +265,9 @@ class Checkpoints:
         if not isinstance(written, dict):
             return _SUMS
         found = set(_files(folder))
-        return next((name for name, crc in written.items() if name not in found or _crc(folder / name) != crc), None)
+        return next(
+            (name for name, crc in written.items() if name not in found or crc32_of(folder / name) != crc), None
+        )
 
     def prune(self, before: int) -> None:
         """Deletes those of steps before `before`."""
@@ -317,11 +319,3 @@ def _files(folder):
     """The names of the files of a checkpoint that it has sums of, relative to its folder."""
     files = (path for item in _ITEMS for path in (folder / item).rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
-
-
-def _crc(path):
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            crc = zlib.crc32(piece, crc)
-    return crc

@@ -61,7 +61,7 @@ def no_error(spec: RunSpec) -> Vectors:
 
 def no_vectors(spec: RunSpec) -> Vectors:
     """Returns vectors of zeros, in the shapes of those that are averaged."""
-    return tuple(jnp.zeros(like.shape, like.dtype) for like in spec.average_payload().likes)
+    return tuple(jnp.zeros(like.shape, like.dtype) for like in spec.average_payload.likes)
 
 
 def update_key(key: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def from_vectors(vectors: Vectors, weights: PyTree, stats: PyTree) -> tuple[PyTr
 
 def encode(spec: RunSpec, vectors: Vectors, error: Vectors, key: jax.Array) -> tuple[Payload, Vectors, Vectors]:
     """Returns the payload of `vectors` and the error before; what it decodes to; and the error after it."""
-    payload_spec = spec.average_payload()
+    payload_spec = spec.average_payload
     wanted = [*map(jnp.add, vectors, error), *vectors[len(error) :]]
     payload = payload_spec.encode(wanted, key)
     decoded = tuple(payload_spec.decode(payload))
@@ -116,7 +116,7 @@ def encode_update(
 
 def decode_update(spec: RunSpec, payload: Payload, update: PartUpdate, stats: PyTree) -> PartUpdate:
     """Returns the mean of all clients' updates in the server's answer, in the structure of `update`."""
-    return _mean_update(tuple(spec.average_payload().decode(payload)), update, stats)
+    return _mean_update(tuple(spec.average_payload.decode(payload)), update, stats)
 
 
 def encode_part(spec: RunSpec, part: PartState, memory: Memory, key: jax.Array) -> tuple[Payload, Memory]:
@@ -127,7 +127,7 @@ def encode_part(spec: RunSpec, part: PartState, memory: Memory, key: jax.Array) 
 
 def decode_part(spec: RunSpec, payload: Payload, part: PartState, memory: Memory) -> tuple[PartState, Memory]:
     """Returns a client's part with the average in the server's answer, and its memory with that as reference."""
-    return _averaged(part, memory, tuple(spec.average_payload().decode(payload)))
+    return _averaged(part, memory, tuple(spec.average_payload.decode(payload)))
 
 
 def encode_mean(spec: RunSpec, payloads: Payload, memory: Memory, key: jax.Array) -> tuple[Payload, Memory]:
@@ -136,7 +136,7 @@ def encode_mean(spec: RunSpec, payloads: Payload, memory: Memory, key: jax.Array
     Args:
       key: that of the first client of the run in this step.
     """
-    vectors = jax.vmap(spec.average_payload().decode)(payloads)
+    vectors = jax.vmap(spec.average_payload.decode)(payloads)
     means = tuple(vector.mean(0) for vector in vectors)
     payload, _, error = encode(spec, means, memory.error, mean_key(key))
     return payload, memory._replace(error=error)
@@ -202,7 +202,7 @@ def answer(spec: RunSpec, means: Vectors, error: Vectors, first_key: jax.Array) 
 
 
 def _about_bytes(spec, payload):
-    return spec.average_payload().estimated_bytes(payload) if spec.update_codec.entropy_coded else jnp.float32(0)
+    return spec.average_payload.estimated_bytes(payload) if spec.update_codec.entropy_coded else jnp.float32(0)
 
 
 def update_vectors(updates: PartUpdate, stats: PyTree) -> Vectors:

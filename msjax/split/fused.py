@@ -59,7 +59,6 @@ def fused_step(
     keys: jax.Array,
     *,
     axis_name: str | None = None,
-    own_parts: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes the step of K clients in one program, all at once.
@@ -67,20 +66,21 @@ def fused_step(
     The clients' batches are one `vmap`. Where all clients have the same part its weights carry no client axis:
     convolutions and weight gradients see one batch of K·B. Where each has weights of its own, see `each_client`.
 
+    Where every client has a part of its own and updates it by itself (SplitFed between two averages), the arrays of
+    `state.client` have a leading axis K, but for those that never change, which all share.
+
     Args:
       x: batches (K, B, …); y: labels (K, B, …); keys: one a client (K,).
       axis_name: under `shard_map`, the mesh axis over which the clients are spread; K is then this device's share.
-      own_parts: every client has a part of its own and updates it by itself (SplitFed between two averages); the
-        arrays of `state.client` then have a leading axis K, but for those that never change, which all share.
       mesh: over whose devices the server's part is sharded and the batch spread, see `shards`; then without an
         `axis_name`, as K are all clients.
 
     Returns:
       The state after the step; and its metrics, over all devices but for `losses`, which are this device's clients'.
     """
-    totals, found, own = contribute(spec, state, x, y, keys, own_parts=own_parts, mesh=mesh)
-    state = with_own(spec, state, own, own_parts=own_parts)
-    return finish(spec, state, totals, found, keys[0], axis_name=axis_name, own_parts=own_parts, mesh=mesh)
+    totals, found, own = contribute(spec, state, x, y, keys, mesh=mesh)
+    state = with_own(spec, state, own)
+    return finish(spec, state, totals, found, keys[0], axis_name=axis_name, mesh=mesh)
 
 
 def contribute(
@@ -90,7 +90,6 @@ def contribute(
     y: Any,
     keys: jax.Array,
     *,
-    own_parts: bool = False,
     mesh: Mesh | None = None,
 ) -> Contribution:
     """Returns what clients contribute to a step, from their batches to their updates; arguments as of `fused_step`.
@@ -101,7 +100,7 @@ def contribute(
     grad_bits = None
     if spec.cut_seconds is not None:
         grad_bits = jnp.asarray(budget.grad_bits(spec, spec.link_bytes_per_second))
-    compressed = spec.compresses_updates and not own_parts
+    compressed = spec.compresses_updates and not spec.mode.own_parts
 
     options = {"kept_only": spec.grad_kept_only, "counts": spec.cut_is_coded}
 
@@ -120,8 +119,8 @@ def contribute(
         return cross_cut(*codecs, h, tail_key(split_key(key).codec), byte_slot, **options)
 
     aims, constants = _aims(spec, state), spec.client_constants
-    stats_axis = _axes_of(state.client.stats, constants) if own_parts else None
-    axes = (0 if own_parts or compressed else None, stats_axis)
+    stats_axis = _axes_of(state.client.stats, constants) if spec.mode.own_parts else None
+    axes = (0 if spec.mode.own_parts or compressed else None, stats_axis)
 
     def total_loss(params, byte_slots):
         of_clients, down = (params[0], state.client.stats), jnp.zeros(clients, jnp.float32)
@@ -147,7 +146,7 @@ def contribute(
     losses, (client_stats, server_stats), sums, (features_up, features_down) = aux
 
     part, error, average_bytes = (), (), jnp.zeros(clients, jnp.float32)
-    if own_parts:
+    if spec.mode.own_parts:
         own = state.client.without(constants)
         part = jax.vmap(lambda part, *update: update_part(spec, part, PartUpdate(*update)))(
             own, client_grads, client_stats
@@ -180,10 +179,10 @@ def _aims(spec, state):
     return jnp.where(starts, budget.first_up_bits(spec), state.up_bits)
 
 
-def zero_totals(spec: RunSpec, state: TrainState, *, own_parts: bool = False) -> Totals:
+def zero_totals(spec: RunSpec, state: TrainState) -> Totals:
     """Returns the totals of no client, to which `add_totals` adds those of groups."""
     client = ()
-    if not own_parts:
+    if not spec.mode.own_parts:
         stats = without_constants(state.client.stats, spec.client_constants)
         grads = averages.no_vectors(spec) if spec.compresses_updates else state.client.params
         client = PartUpdate(*zero_floats((grads, stats)))
@@ -198,21 +197,21 @@ def add_totals(a: Totals, b: Totals) -> Totals:
     return Totals(add_floats(a.client, b.client), add_floats(a.server, b.server), sums)
 
 
-def own_of(spec: RunSpec, state: TrainState, *, own_parts: bool = False) -> Any:
+def own_of(spec: RunSpec, state: TrainState) -> Any:
     """Returns of a state what each client has of its own, with a leading axis of clients.
 
     They are its part but for what never changes, where it has one, the errors of compressed averages, and what it aims
     its features at; () or None for what there is not.
     """
-    part = state.client.without(spec.client_constants) if own_parts else ()
-    error = state.memory.client.error if spec.compresses_updates and not own_parts else ()
+    part = state.client.without(spec.client_constants) if spec.mode.own_parts else ()
+    error = state.memory.client.error if spec.compresses_updates and not spec.mode.own_parts else ()
     return part, error, state.up_bits
 
 
-def with_own(spec: RunSpec, state: TrainState, own: Any, *, own_parts: bool = False) -> TrainState:
+def with_own(spec: RunSpec, state: TrainState, own: Any) -> TrainState:
     """Returns a state with what `own_of` returns of another: that of some clients, or after a step."""
     part, error, up_bits = own
-    if own_parts:
+    if spec.mode.own_parts:
         state = state._replace(client=part.with_constants_of(state.client, spec.client_constants))
     elif spec.compresses_updates:
         memory = state.memory._replace(client=state.memory.client._replace(error=error))
@@ -228,7 +227,6 @@ def finish(
     first_key: jax.Array,
     *,
     axis_name: str | None = None,
-    own_parts: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes a step from what all of its clients have contributed; other arguments and results as of `fused_step`.
@@ -252,14 +250,14 @@ def finish(
         return PartUpdate(mean(total.grads, part.params), mean(total.stats, without_constants(part.stats, constants)))
 
     client, memory, answer_bytes = state.client, state.memory, jnp.float32(0)
-    if spec.compresses_updates and not own_parts:
+    if spec.compresses_updates and not spec.mode.own_parts:
         vectors = averages.over_devices(totals.client.grads, clients, axis_name)
         first_key = averages.first_of_all(first_key, axis_name)
         means, error, answer_bytes = averages.answer(spec, vectors, state.memory.server.error, first_key)
         update = averages.mean_update(means, state.client, totals.client.stats)
         client = update_part(spec, client, update)
         memory = memory._replace(server=memory.server._replace(error=error))
-    elif not own_parts:
+    elif not spec.mode.own_parts:
         client = update_part(spec, client, mean_update(totals.client, client, spec.client_constants))
     server = mean_update(totals.server, state.server, spec.server_constants)
     server = update_server(spec, state.server, server, mesh)
@@ -268,7 +266,7 @@ def finish(
     if axis_name is not None:
         sent = jax.lax.psum(sent, axis_name)
     metrics = StepMetrics(loss, *sent, found.losses)
-    if spec.compresses_updates and not own_parts:
+    if spec.compresses_updates and not spec.mode.own_parts:
         sent = found.average_bytes.sum(), answer_bytes * clients
         metrics = with_average_bytes(metrics, sent, axis_name)
     return TrainState(client, server, state.step + 1, memory, state.up_bits), metrics

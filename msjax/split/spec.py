@@ -303,16 +303,13 @@ class RunSpec:
         return PayloadSpec.of_vectors([(self.client_state_values, self.update_codec)])
 
     @functools.cached_property
-    def _average_payload(self):
+    def average_payload(self) -> PayloadSpec:
+        """What a client sends to be averaged, and the server answers."""
         if not self.compresses_updates:
             return PayloadSpec.of_vector(self.client_update_values)
         weights = self.client_weight_values, self.update_codec
         statistics = self.client_statistic_values, self.statistics_codec
         return PayloadSpec.of_vectors([vector for vector in (weights, statistics) if vector[0]])
-
-    def average_payload(self) -> PayloadSpec:
-        """Returns the spec of what a client sends to be averaged, and of the server's answer."""
-        return self._average_payload
 
     @property
     def sends_labels(self) -> bool:

@@ -1,6 +1,7 @@
 """Bytes up and down: what a run moves, exactly, and what the paper counts of it."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 
 from msjax.split.payloads import PayloadSpec
@@ -51,15 +52,12 @@ class Traffic:
         return dataclasses.asdict(self) | {"uplink_bytes": self.uplink_bytes, "downlink_bytes": self.downlink_bytes}
 
 
-def payload_bytes(payload: PayloadSpec) -> int:
-    """Returns the bytes of a payload as `PayloadSpec.nbytes` has them: of entropy-coded codecs those before coding."""
-    return payload.nbytes
-
-
 Measure = Callable[[PayloadSpec], int]
 
+_nbytes: Measure = operator.attrgetter("nbytes")  # of entropy-coded codecs those before coding
 
-def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange], measure: Measure = payload_bytes) -> Traffic:
+
+def exchange_traffic(spec: RunSpec, exchanges: Iterable[Exchange], measure: Measure = _nbytes) -> Traffic:
     """Returns the bytes of these exchanges; `measure` says how many a payload has."""
     return sum((_of_client(spec, exchange, measure) * len(exchange.clients) for exchange in exchanges), Traffic())
 
@@ -69,7 +67,7 @@ def traffic_before(spec: RunSpec, step: int) -> Traffic:
     return exchange_traffic(spec, (each for earlier in range(step) for each in spec.schedule.step_exchanges(earlier)))
 
 
-def epoch_traffic(spec: RunSpec, epoch: int, measure: Measure = payload_bytes) -> Traffic:
+def epoch_traffic(spec: RunSpec, epoch: int, measure: Measure = _nbytes) -> Traffic:
     """Returns the bytes of an epoch, counted from 0; `measure` says how many a payload has."""
     schedule = spec.schedule
     steps = range(epoch * schedule.epoch_steps, (epoch + 1) * schedule.epoch_steps)

@@ -15,7 +15,7 @@ AXIS = "client"
 """The mesh axis over which the clients are spread."""
 
 
-def split_cpu(clients: int, cores: int | None = None) -> None:
+def split_cpu(clients: int) -> None:
     """Makes JAX see the CPU as several devices, as many as the clients divide over and the cores allow.
 
     XLA uses two cores better as two devices with half of the clients each than as one: a ResNet9 step became 1.5 times
@@ -24,7 +24,7 @@ def split_cpu(clients: int, cores: int | None = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", _spread_over(clients, cores or count_cores()))
+        jax.config.update("jax_num_cpu_devices", _spread_over(clients, count_cores()))
 
 
 def _spread_over(clients, limit):

@@ -173,7 +173,7 @@ def _begin(spec, mesh, state, clients, *, shard_server=False):
     mesh, over = (None, mesh) if shard_server else (mesh, None)
 
     def run(state, clients):
-        totals = _settled_totals(over, fused.zero_totals(spec, state, own_parts=spec.mode.own_parts))
+        totals = _settled_totals(over, fused.zero_totals(spec, state))
         return _each_device(totals), fused.PerClient(
             *(jnp.zeros(clients.shape, jnp.float32) for _ in fused.PerClient._fields)
         )
@@ -185,13 +185,12 @@ def _begin(spec, mesh, state, clients, *, shard_server=False):
 @functools.partial(_jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _add_group(spec, mesh, size, state, so_far, inputs, labels, order, clients, key, start, *, shard_server=False):
     """State and sums with what `size` clients of each device, from its client `start` on, have contributed."""
-    own_parts = spec.mode.own_parts
     mesh, over = (None, mesh) if shard_server else (mesh, None)
     shares = _shares(over, clients.shape[0])  # in one program for all devices each takes its own from whole arrays
 
     def run(state, so_far, inputs, labels, order, clients, key, start):
         totals, found = so_far
-        everyone = fused.own_of(spec, state, own_parts=own_parts)
+        everyone = fused.own_of(spec, state)
 
         def by_share(leaf):
             return leaf.reshape(shares, -1, *leaf.shape[1:])
@@ -213,9 +212,9 @@ def _add_group(spec, mesh, size, state, so_far, inputs, labels, order, clients, 
         x, y = of_group((inputs, labels)) if order is None else take(inputs, labels, order, of_group(order))
         keys = client_keys(key, state.step, of_group(clients))
         x = _preprocessed(spec, over, x, keys)
-        group = fused.with_own(spec, state, of_group(everyone), own_parts=own_parts)
-        added = fused.contribute(spec, group, x, y, keys, own_parts=own_parts, mesh=over)
-        state = fused.with_own(spec, state, with_group(everyone, added.own), own_parts=own_parts)
+        group = fused.with_own(spec, state, of_group(everyone))
+        added = fused.contribute(spec, group, x, y, keys, mesh=over)
+        state = fused.with_own(spec, state, with_group(everyone, added.own))
         totals = fused.add_totals(jax.tree.map(lambda leaf: leaf[0], totals), added.totals)
         of_each = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), added.found)
         totals = _each_device(_settled_totals(over, totals))
@@ -237,7 +236,7 @@ def _end(spec, mesh, group, state, sums, so_far, clients, key, samples, *, shard
         keys = client_keys(key, state.step, clients)
         options = {"axis_name": mesh and AXIS, "mesh": over}
         args = (spec, state, jax.tree.map(lambda leaf: leaf[0], totals), found, keys[0])
-        state, metrics = fused.finish(*args, own_parts=spec.mode.own_parts, **options)
+        state, metrics = fused.finish(*args, **options)
         state, metrics = spec.mode.after_fused_step(spec, state, metrics, keys, clients_at_once=group, **options)
         found = shards.everywhere(over, (add_step(sums, metrics, samples), metrics.losses[None]))
         return _settled(spec, over, state), *found

@@ -43,8 +43,8 @@ class Connection:
     The event loop carries its messages, as it does those of all connections of a program: it holds no thread.
     """
 
-    def __init__(self, address: str, tls: TlsFiles, token: str | None, max_bytes: int = -1):
-        self._address, self._tls, self._max_bytes, self._metadata = address, tls, max_bytes, metadata_of(token)
+    def __init__(self, address: str, tls: TlsFiles, token: str | None):
+        self._address, self._tls, self._metadata = address, tls, metadata_of(token)
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._inbox: queue.SimpleQueue[tuple[pb.FromServer | ConnectionLost, float]] = queue.SimpleQueue()
         self.received_at = time.monotonic()
@@ -54,7 +54,7 @@ class Connection:
     # -- In the event loop. ----------------------------------------------------------------------------------------
 
     async def _open(self):
-        self._channel = open_channel(self._address, self._tls, self._max_bytes, grpc.aio)
+        self._channel = open_channel(self._address, self._tls, grpc.aio)
         # As bytes: what is longer than a frame is no message by itself.
         service = pb.DESCRIPTOR.services_by_name["Split"].full_name
         self._stream = self._channel.stream_stream(f"/{service}/Train")(metadata=self._metadata)
@@ -62,7 +62,7 @@ class Connection:
         self._tasks = [asyncio.create_task(it) for it in (self._read(), self._write())]
 
     async def _read(self):
-        joiner, heard = Joiner(pb.FromServer, self._max_bytes), False
+        joiner, heard = Joiner(pb.FromServer, -1), False
         try:
             while (frame := await self._stream.read()) is not grpc.aio.EOF:
                 heard = True
@@ -142,12 +142,12 @@ class Ending:
             code, details = status
             self._of_server.set_result(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details))
 
-    async def of_server(self, error: grpc.aio.AioRpcError, timeout: float = 1.0) -> grpc.aio.AioRpcError:
-        """Returns the server's error in place of `error`; `error` itself where none comes within `timeout` seconds."""
+    async def of_server(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Returns the server's error in place of `error`; `error` itself where none comes within a second."""
         if error.details() != self._LOCAL:
             return error
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(self._of_server), timeout)
+            return await asyncio.wait_for(asyncio.shield(self._of_server), 1.0)
         return error
 
 
@@ -179,15 +179,15 @@ def reason_of(error: grpc.RpcError) -> str:
     return re.sub(r"^failed to connect to all addresses; last error: \w+: (\w+:[^ ]+: )?", "", details)
 
 
-def open_channel(address: str, tls: TlsFiles, max_bytes: int, api: Any = grpc) -> Any:
-    """Returns a channel to `address`, with TLS where there are files for it; options as `channel_options`.
+def open_channel(address: str, tls: TlsFiles, api: Any = grpc) -> Any:
+    """Returns a channel to `address`, with TLS where there are files for it; messages may have any size.
 
     Args:
       api: `grpc`, or `grpc.aio` for a channel of the event loop.
     """
     # By default the time to the next try grows to two minutes, whoever waits.
     backoff = [(f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in (("initial", 500), ("max", 5_000))]
-    options = channel_options(max_bytes) + backoff
+    options = channel_options(-1) + backoff
     if tls:
         return api.secure_channel(address, tls.client(), options)
     # What is sent in the open must not leave the machine for a proxy that the environment names.

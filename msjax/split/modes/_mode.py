@@ -154,7 +154,7 @@ class Mode:
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step in one program; see `fused.fused_step`."""
         where = {"axis_name": axis_name, "mesh": mesh}
-        state, metrics = fused.fused_step(spec, state, x, y, keys, own_parts=self.own_parts, **where)
+        state, metrics = fused.fused_step(spec, state, x, y, keys, **where)
         return self.after_fused_step(spec, state, metrics, keys, **where)
 
     def after_fused_step(
@@ -207,7 +207,7 @@ class AveragingMode(Mode):
     """A mode in which the clients average, in exchanges of phase AVERAGE, and all get the same answer."""
 
     def up(self, spec, exchange):
-        return spec.average_payload() if exchange.phase == Phase.AVERAGE else None
+        return spec.average_payload if exchange.phase == Phase.AVERAGE else None
 
     down = up
 
