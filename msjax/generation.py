@@ -93,8 +93,9 @@ class Generator:
         compression: str | None = None,
         connect: Callable[[Terms], Session] | None = None,
     ):
-        if server is None and codec is not None:
-            raise ValueError(f"codec must be None without a cut, got {codec}")
+        given = {"codec": codec, "tail": tail, "compression": compression, "connect": connect}
+        if server is None and (unused := next((name for name, value in given.items() if value is not None), None)):
+            raise ValueError(f"{unused} must be None without a server, got {given[unused]!r}")
         if not isinstance(codec, Codec | None):
             raise TypeError(f"codec must be a codec or None, got {codec!r}")
         if compression not in (None, "huffman", "all"):

@@ -4,7 +4,7 @@ import dataclasses
 
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
-from msjax.distributed.events import Entrance, ExchangeInfo
+from msjax.distributed.events import Entrance, ExchangeInfo, HandsOut
 from msjax.distributed.membership import Membership, Policy, Stage, Tally
 from msjax.distributed.transitions import transition
 
@@ -50,7 +50,7 @@ class Run:
         self.keepers = tuple(range(clients)) if kind == "parallel" else self.exchanges[-1].clients
         self.policy = Policy(**{"deadline_seconds": 10.0, **policy})
         self.now, self.works, self.checkpoint = 0.0, works, checkpoint
-        self.hands_out = kind != "parallel"
+        self.hands_out = None if kind == "parallel" else HandsOut.EXACTLY
         self.state = Membership.begin(self.policy, clients=clients, generation=7, now=self.now)
         self.log, self.todo, self.names = [], [], 0
 

@@ -315,13 +315,15 @@ def test_contract_vmap(codec):
         assert same(got, want)
 
 
-@pytest.mark.parametrize("codec", [Cast(), Quantile(), MaskEncoded()], ids=case_id)
+@pytest.mark.parametrize("codec", [Cast(), Quantile(), MaskEncoded(), EntropyMask()], ids=case_id)
 def test_what_has_16_bits_is_rounded_within_one_program(codec):
     """Without a barrier XLA may keep more bits on a GPU or TPU; a CPU, where tests run, does not show it."""
     h = jax.ShapeDtypeStruct((4, 6), jnp.float32 if isinstance(codec, Cast) else jnp.bfloat16)
     traced = str(jax.make_jaxpr(lambda h: codec.decode(codec.encode(h), h))(h))
     is_narrow = any(leaf.dtype in (jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(codec.payload_like(h)))
     assert ("optimization_barrier" in traced) == is_narrow
+    if not isinstance(codec, MaskEncoded | Quantile):  # which make no payload there
+        assert ("optimization_barrier" in str(jax.make_jaxpr(codec.roundtrip)(h))) == is_narrow
 
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
@@ -525,6 +527,20 @@ class Lies(compress.Codec):
         return payload[0].reshape(like.shape).astype(jnp.float16)
 
 
+@dataclasses.dataclass(frozen=True)
+class LiesOfVectors(compress.VectorCodec):
+    """The same, of vectors: four bytes a value where it says one."""
+
+    def _encode_vector(self, x, key):
+        return (jnp.round(x).astype(jnp.int32),)
+
+    def _vector_like(self, d, dtype):
+        return (jax.ShapeDtypeStruct((d,), jnp.int8),)
+
+    def _decode_vector(self, payload, like):
+        return payload[0].astype(like.dtype)
+
+
 def test_a_codec_whose_options_nobody_sees_is_refused():
     """Two of unlike options would be equal, and share a compiled program and a text in messages."""
 
@@ -565,5 +581,7 @@ def test_a_codec_that_is_not_what_it_says_is_refused(how, message):
     codec, h = Lies(how), jnp.ones((2, 3))
     with pytest.raises(ValueError, match=message):
         codec.roundtrip(h)
+    with pytest.raises(ValueError, match=r"_encode of LiesOfVectors.* must return what its _payload_like says, int8"):
+        jax.grad(lambda h: compress.straight_through(Identity(), h, None, LiesOfVectors()).sum())(h)
     with pytest.raises(ValueError, match=message):
         codec.decode(codec.encode(h), h)

@@ -132,12 +132,12 @@ def test_goals_on_relu_of_normal():
     assert 32 * h.size / (8 * sent) >= 25
 
 
-@pytest.mark.slow
 def test_who_loses_values_below_zero_is_not_unbiased():
     assert EntropyMask(rounding="stochastic", signed=True).unbiased
     assert not EntropyMask(rounding="stochastic").unbiased and not EntropyMask(signed=True).unbiased
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased():
     h = np.append(np.asarray(source("heavy"))[:4000], np.float32([100.0, -70.0, 0.0, 1e-3]))
     codec = EntropyMask(bits=1.5, signed=True, rounding="stochastic", ratio=0.9)

@@ -231,8 +231,10 @@ def test_parts_that_cannot_be_are_refused(weights):
     client, server = parts_of(weights, "llama 3", 1)
     with pytest.raises(ValueError, match=r"parts must have layers 0\.\.4 of one decoder, got \[2, 3, 4, 0, 1\]"):
         Generator(server, client)
-    with pytest.raises(ValueError, match="codec must be None without a cut, got MaskEncoded"):
+    with pytest.raises(ValueError, match="codec must be None without a server, got MaskEncoded"):
         Generator(weights("llama 3"), codec=CODEC)
+    with pytest.raises(ValueError, match="tail must be None without a server, got ModelPart"):
+        Generator(client, tail=server)
 
 
 def test_a_server_refuses_what_does_not_fit(weights):

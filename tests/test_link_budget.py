@@ -220,10 +220,10 @@ def test_gradients_get_half_of_the_budget():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cut_seconds": 0.0}, "cut_seconds must be a finite number above 0, or None, got 0.0"),
+        ({"cut_seconds": 0.0}, r"cut_seconds must be a number in 1e-30..1e[+]30, or None, got 0.0"),
         ({"cut_seconds": float("inf")}, "cut_seconds must be a finite number or None, got inf"),
         ({"cut_seconds": 1.0, "cut_bits": None}, "cut_seconds must be None without cut_bits, got 1.0"),
-        ({"link_bytes_per_second": -1.0}, "link_bytes_per_second must be a finite number above 0, or None, got -1.0"),
+        ({"link_bytes_per_second": -1.0}, r"link_bytes_per_second must be a number in 1e-30.* got -1.0"),
         (
             {"link_bytes_per_second": 1e6, "cut_seconds": None},
             "link_bytes_per_second must be None without cut_seconds, got 1000000.0",

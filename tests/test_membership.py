@@ -343,7 +343,7 @@ def test_one_that_lost_its_part_hears_so_where_others_do_not_come_back():
     run.leave(1)
     run.crash(0, saved_step=2)
     said = run.wait(10.0)
-    assert of(said, do.StartClient) == [do.StartClient(0, 4, 4)]  # it has no checkpoint of that step
+    assert of(said, do.StartClient) == [do.StartClient(0, 4, 4, afresh=True)]  # it has no checkpoint of that step
     assert do.Warn("clients [0, 2] did not say that they have kept their parts") in said and said[-1] == do.Finish()
 
 

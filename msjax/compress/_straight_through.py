@@ -55,6 +55,8 @@ def straight_through(
         raise ValueError(f"grad_codec must have signed=True, as gradients are of both signs, got {grad_codec}")
     if key is None and grad_codec is not None and grad_codec.needs_key:
         raise ValueError(f"key must be a JAX random key for grad_codec {type(grad_codec).__name__}, got None")
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, got {type(key).__name__}")
     h = as_jax(codec._checked(h, key))
     if kept_only and grad_codec is not None:
         check_granularity_of_kept(grad_codec, codec, h, codec.kept_like(h), "kept_only")
@@ -86,7 +88,7 @@ def check_granularity_of_kept(grad_codec: Codec, codec: Any, like: Any, kept: An
             f'grad_codec must have granularity="tensor" where {option} leaves one vector of a batch, as a sparsifier '
             f"of whole batches does, got {grad_codec}"
         )
-    if own == "channel" or own != codec.granularity:
+    if own == "channel" or own != getattr(codec, "granularity", "tensor"):
         raise ValueError(
             f'grad_codec must have granularity="tensor", or "sample" or "token" as the features\' codec has it, where '
             f"{option} leaves what {codec} keeps, got {grad_codec}"

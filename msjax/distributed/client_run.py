@@ -41,6 +41,8 @@ class ClientRun:
         self._early: pb.FromClient | None = None  # the following request, where it could be made already
         self._exchanges: Iterator[Exchange] = iter(())
         self._brings_part = False
+        self.lacks_part = False
+        """Whether it has begun where another's part counts, and was not handed that yet."""
 
     @property
     def done(self) -> bool:
@@ -60,6 +62,7 @@ class ClientRun:
         self.generation, self._due, self._due_before = start.generation, 0, 0
         party = self.party
         party.begin()
+        self.lacks_part = not start.part and start.step > 0 and start.step not in self._store.steps()
         if start.part:
             party.adopt(messages.decode_part(start.part, party.spec), start.step)
         elif start.step in self._store.steps():
@@ -93,6 +96,8 @@ class ClientRun:
         # No part is handed on before one was returned: not even later, if those whose turn it was were dropped.
         payload = messages.decode(list(answer.payload), spec, optional=exchange.phase == Phase.FETCH_PART)
         self.party.receive(exchange, Message(payload), bytes_per_second=bytes_per_second)
+        if exchange.phase == Phase.FETCH_PART:
+            self.lacks_part = False
         self._prune(answer.saved_step)
         if answer.saved_step:  # nobody goes back to the beginning any more
             self._initial = None

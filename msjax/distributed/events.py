@@ -22,6 +22,14 @@ class Entrance(enum.Enum):
     """It goes on with the model part that another client brings in this exchange."""
 
 
+class HandsOut(enum.Enum):
+    """What the server has of the part that clients are to keep."""
+
+    EXACTLY = "exactly"
+    ABOUT = "about"
+    """Rounded where parts are compressed, and without what a client has learned of its budget."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExchangeInfo:
     """What membership has to know of an exchange."""
@@ -164,8 +172,8 @@ class Ended:
     """The clients whose parts are the result."""
     back_to: int = 0
     """The step of the checkpoint that clients would need to go back from here; 0 where they need none of their own."""
-    hands_out: bool = False
-    """Whether the server has the keepers' part, and gives it to those that come without."""
+    hands_out: HandsOut | None = None
+    """Where the server has the keepers' part, and gives it to those that come without: how well that is theirs."""
 
 
 @dataclasses.dataclass(frozen=True)

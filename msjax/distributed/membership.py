@@ -39,7 +39,7 @@ import enum
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from msjax.distributed.events import ExchangeInfo, Key, Requested
+from msjax.distributed.events import ExchangeInfo, HandsOut, Key, Requested
 
 LET_IN_WITHOUT = (
     "give msjax serve --resume the options --policy.stragglers drop and --policy.start-clients, and start this client "
@@ -250,7 +250,7 @@ class Membership:
     """Once the run has ended: the clients whose parts are the result."""
     back_to: int = 0
     """Once the run has ended: the step of which clients would need a checkpoint to go back."""
-    hands_out: bool = False
+    hands_out: HandsOut | None = None
     """Once the run has ended: whether the server has the keepers' part, for those that come without."""
     lost_memory: bool = False
     """Whether a client that is needed does not know where it was."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from msjax.distributed.events import Entrance, ExchangeInfo, Key
+from msjax.distributed.events import Entrance, ExchangeInfo, HandsOut, Key
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split import parties
 from msjax.split.finite import check_losses
@@ -129,9 +129,12 @@ class ServerRun:
         return 0 if self._alone(self.saved_step) else self.saved_step
 
     @property
-    def hands_out(self) -> bool:
+    def hands_out(self) -> HandsOut | None:
         """Whether the server has the part of those who keep the result, to give it to them at the end."""
-        return self.party.part_in_transit is not None
+        if self.party.part_in_transit is None:
+            return None
+        about = self.spec.compresses_parts or self.spec.cut_bits is not None
+        return HandsOut.ABOUT if about else HandsOut.EXACTLY
 
     def part_for(self, client: int, step: int) -> parties.Payload | None:
         """Returns the part that a client would keep as it is before a step, where the server has it; else None.
@@ -152,7 +155,8 @@ class ServerRun:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
         last = self._progress.get(_LAST_TURN)
-        from_ = {"able": self._able(self.saved_step), "back_to": self.back_to}
+        saved = self.saved_step  # once: another thread completes the writing
+        from_ = {"able": self._able(saved), "back_to": 0 if self._alone(saved) else saved}
         self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last, **from_)
         return self._info
 

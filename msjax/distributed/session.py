@@ -315,8 +315,10 @@ class ClientSession:
     def _finished(self, finished):
         if finished.error:
             raise Refused(f"the server stopped: {finished.error}")
-        if self.run is not None:
-            self.party.keeps_result |= finished.keeps
+        if self.run is not None and finished.keeps:
+            if self.run.lacks_part:
+                raise Refused("training ended while this client was away; its part is not the trained one")
+            self.party.keeps_result = True
         if self.run is not None and self.run.done:
             self._keep()
             if finished.over:

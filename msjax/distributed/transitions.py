@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from msjax.distributed import actions as do
 from msjax.distributed import events as ev
+from msjax.distributed.events import HandsOut
 from msjax.distributed.membership import LET_IN_WITHOUT, Client, Membership, Memory, Session, Stage, Tally, Verdict
 
 
@@ -452,7 +453,8 @@ class _Transition:
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)
         elif not missing or self._passed(state.deadline) or state.stop is not None:
-            lost = not any(self._keeps(state.clients[c]) for c in state.keepers if c not in lacking)
+            able = [c for c in state.keepers if state.hands_out or c not in lacking]
+            lost = not any(self._keeps(state.clients[c]) for c in able)
             if missing and lost and state.policy.stragglers == "wait" and state.stop is None:
                 who = f"one of {_listed(state.keepers)} to say that it has kept the trained part, which nobody else has"
                 self._do(do.Warn(f"the run waits for {who}: start it again; Ctrl-C ends the run without it"))
@@ -462,8 +464,8 @@ class _Transition:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
             if lost:
                 self._do(do.Warn(f"nobody may have the trained part: {_listed(state.keepers)} had it, and went away"))
-            for c in lacking:
-                self._start(c, state.step)  # of which it has no checkpoint, and says so
+            for c in lacking:  # it has no checkpoint of that step, and says so where it is not handed the part
+                self._start(c, state.step, afresh=True)
             for name in self.state.sessions:
                 self._do(do.TellOver(name))
                 self._do(do.CloseSession(name))
@@ -471,7 +473,7 @@ class _Transition:
 
     def _keeps(self, it):
         """Whether a keeper has kept its part, or is there to do so."""
-        return it.goodbye or (it.ready and (it.active or self.state.hands_out))
+        return it.goodbye or (it.ready and (it.active or self.state.hands_out is not None))
 
     # -- Parts of both. --------------------------------------------------------------------------------------------
 
@@ -482,11 +484,11 @@ class _Transition:
     def _tell_end(self, client):
         """One that still waits for an answer does not take this for the end: it gets both once it has asked again."""
         it = self.state.clients[client]
-        handed_out = self.state.hands_out and client in self.state.keepers
-        lacks = self._lacks_part(client)
+        handed_out = self.state.hands_out is not None and client in self.state.keepers
+        lacks, has_own = self._lacks_part(client), it.session.saved_step == self.state.step
         if lacks and not self._can_do_without([client]):
             return  # until all are there that have to go back with it
-        if handed_out and (lacks or not it.active):
+        if handed_out and not (it.active and (has_own or self._knows_where_it_is(client))):
             self._start(client, self.state.step, afresh=True)
         elif lacks:
             self._drop(client, alive=True)
@@ -504,7 +506,7 @@ class _Transition:
     def _lacks_part(self, client):
         """Of one that is there after the last step: whether it died before it had kept its part, which counts."""
         it, state = self.state.clients[client], self.state
-        if it.goodbye:
+        if it.goodbye or (state.hands_out is HandsOut.EXACTLY and client in state.keepers):
             return False
         if not (it.active and it.ready and client in state.keepers) or self._knows_where_it_is(client):
             return False

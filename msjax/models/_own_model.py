@@ -116,12 +116,12 @@ def _check_not_shared(model):
         for where, weights in _weights_of(module):
             if owners.setdefault(id(weights), place) != place:
                 raise ValueError(f"model must have weights of its own in each part, got {where} in two of them")
-    within: dict[int, int] = {}
-    for place, module in enumerate(model):
-        for one in _linen_modules(module):
-            if within.setdefault(id(one), place) != place:  # it may have none
-                said = "two parts of the model have one %s: if it has weights, each part trains weights of its own"
-                log.warning(said, type(one).__name__)
+    within = [list(_linen_modules(module)) for module in model]
+    ids = [{id(one) for one in modules} for modules in within]
+    for place, modules in enumerate(within):  # the outermost that others have, too; it may have no weights
+        if shared := next((one for one in modules if any(id(one) in other for other in ids[:place])), None):
+            said = "two parts of the model have one %s: if it has weights, each part trains weights of its own"
+            log.warning(said, type(shared).__name__)
 
 
 def _weights_of(module):

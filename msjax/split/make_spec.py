@@ -1,7 +1,6 @@
 """The description of a run from its parts, data and codecs, checked on shapes alone; and the first states."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -188,8 +187,8 @@ def _check_link(cut_bits, cut_seconds, link_bytes_per_second):
         if value is None:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf or not _LEAST <= value <= _MOST:
-            raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
+        if not is_number or not _LEAST <= value <= _MOST:
+            raise ValueError(f"{name} must be a number in {_LEAST:g}..{_MOST:g}, or None, got {value!r}")
         if given is None:
             raise ValueError(f"{name} must be None without {needed}, got {value!r}")
 
