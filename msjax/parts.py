@@ -26,7 +26,6 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import linen
 from flax.traverse_util import unflatten_dict
 
 from msjax import build, config, models
@@ -217,9 +216,7 @@ def load_part(
     rest = {"part": part, "config": cfg, "summary": summary, "run_id": run_id, "step": step, "up_bits": up_bits}
     rest["description"] = description
     if model is not None:
-        if inputs is None and isinstance(model, linen.Module):
-            raise ValueError("inputs must be given for a linen.Module, whose parameters follow from them, got None")
-        like = models.as_part(model, inputs)
+        like = models.as_part(model, inputs, name="model", x_name="inputs")
         fits = {name for name, _ in _by_name(like.params, like.stats)}
         params, stats = _fill(like.params, like.stats, _unscoped(arrays, part, fits), path)
         return TrainedPart(like.apply, params, stats, tail=None, **rest)

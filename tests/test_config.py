@@ -276,6 +276,11 @@ class Rounded(compress.Identity):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class Limited(compress.Identity):
+    limit: object = float("inf")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Unrelated:
     digits: int = 2
 
@@ -321,6 +326,19 @@ def test_a_codec_of_ones_own_is_written_with_its_file(tmp_path, monkeypatch, unc
     local = references.resolve_in("codec", str(file), "local")()
     with pytest.raises(ValueError, match=r"codec must be of a class at the top of its module, got .*local"):
         config.to_json(dataclasses.replace(cfg, codec=local))
+    # What could not be read again is refused before it is written.
+    limited = references.resolve_in("codec", str(file), "Limited")
+    for limit in (float("inf"), np.float16, frozenset((1,))):
+        with pytest.raises(ValueError, match=r"codec must have options that are Python literals, .* got .*Limited\("):
+            config.to_json(dataclasses.replace(cfg, codec=limited(limit)))
+    # A party's own file may have another name; and a folder's may have brackets.
+    assert config.from_json(elsewhere | {"codec": "server.py:Rounded(digits=5)"}, preset=cfg).codec.digits == 5
+    (tmp_path / "a (1)").mkdir()
+    (tmp_path / "a (1)" / "own (2).py").write_text(OWN_CODEC)
+    other = config.load_preset(str(tmp_path / "a (1)" / "own (2).py"))
+    assert config.from_json(config.to_json(other), own_code=True) == other
+    with pytest.raises(ValueError, match=r"array_codecs must be of codecs of msjax.compress, got 'own.py:Rounded\(\)'"):
+        dataclasses.replace(cfg, array_codecs=(("a", "own.py:Rounded()"),))
     # A module that can be imported goes by its name.
     monkeypatch.syspath_prepend(tmp_path)
     text = config.to_json(config.from_json(tree | {"codec": "own:Rounded"}, own_code=True))["codec"]

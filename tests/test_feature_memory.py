@@ -348,3 +348,15 @@ def test_wrong_arguments(unchecked):
     for call, error, said in cases:
         with pytest.raises(error, match=said):
             call()
+
+
+def test_a_memory_of_bfloat16_is_read_again_as_it_was_written(unchecked, tmp_path):
+    """NumPy's files do not know the dtype, and have its bytes alone."""
+    memory = FeatureMemory(MaskEncoded(signed=True), dtype="bfloat16")
+    h = jax.random.normal(jax.random.key(0), (4, 8))
+    _, state = memory.encode(h, memory.init(5, h), jnp.arange(4))
+    np.savez(tmp_path / "memory.npz", **state._asdict())
+    with np.load(tmp_path / "memory.npz") as saved:
+        read = dict(saved)
+    found = [memory.encode(h, given, jnp.arange(4)) for given in (state, tuple(read.values()))]
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -651,6 +651,16 @@ def test_statistics_of_numpy_are_not_written_into():
     jax.grad(lambda params: part.apply(params, part.stats, x, train=True)[0].sum())(part.params)
 
 
+def test_what_is_no_part_is_named(unchecked, tmp_path):
+    with pytest.raises(TypeError, match=r"^module must be an nnx.Module, .* got int"):
+        models.as_part(5)
+    save_part(tmp_path / "p", "client", models.ModelPart(affine, Dense(4, 4)(), {}))
+    with pytest.raises(TypeError, match=r"^model must be an nnx.Module, .* got int"):
+        msjax.load_part(tmp_path / "p", 5)
+    with pytest.raises(ValueError, match=r"^inputs must be given for a linen.Module"):
+        msjax.load_part(tmp_path / "p", (linen.Dense(4), {"params": {}}))
+
+
 def test_an_optimizer_may_count_in_python(unchecked):
     def update(grads, state, params=None):
         return jax.tree.map(lambda g: -0.01 * g, grads), state + 1

@@ -18,16 +18,16 @@ def shaped(shape: int | tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDty
     return jax.ShapeDtypeStruct((shape,) if isinstance(shape, int) else shape, dtype)
 
 
-def check_array(h: Any, dtypes: tuple[str, ...], where: str = "") -> None:
+def check_array(h: Any, dtypes: tuple[str, ...], where: str = "", name: str = "h") -> None:
     """Raises TypeError or ValueError for what a codec of arrays of these dtypes cannot take."""
     if h.dtype.name not in dtypes:
-        raise TypeError(f"h must be one of {', '.join(dtypes)}{where}, got {h.dtype.name}")
+        raise TypeError(f"{name} must be one of {', '.join(dtypes)}{where}, got {h.dtype.name}")
     if symbols := [size for size in h.shape if not isinstance(size, int | np.integer)]:
         raise ValueError(
-            f"h must have a shape of numbers, as a payload's size follows from it, got the size {symbols[0]}"
+            f"{name} must have a shape of numbers, as a payload's size follows from it, got the size {symbols[0]}"
         )
     if math.prod(h.shape) >= 1 << 31:
-        raise ValueError(f"h must have fewer than 2^31 values, got shape {list(h.shape)}")
+        raise ValueError(f"{name} must have fewer than 2^31 values, got shape {list(h.shape)}")
 
 
 def as_array(x: Any, name: str = "h") -> Any:

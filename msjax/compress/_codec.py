@@ -135,6 +135,7 @@ class Codec(abc.ABC):
           TypeError, ValueError: as `decode`; `g` is of another dtype than features may have.
         """
         g = jnp.asarray(as_array(g, "g"))
+        check_array(g, FLOAT_DTYPES, name="g")
         return _take_kept(self, self._given(payload, form_of(g)), g)
 
     def put_kept(self, payload: Any, kept: Shaped[Array, "..."], like: Any) -> Shaped[Array, "..."]:

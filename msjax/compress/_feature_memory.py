@@ -214,7 +214,10 @@ class FeatureMemory:
         """State and slots as JAX's arrays, which fit features like `like`; slots as int32, N of those outside."""
         if not (isinstance(state, tuple | list) and len(state) == 2):
             raise TypeError(f"state must be a MemoryState, or its two arrays, got {type(state).__name__}")
-        values, seen = map(jnp.asarray, state)
+        values, seen = state
+        if isinstance(values, np.ndarray) and values.dtype.kind == "V":  # as np.load reads bfloat16
+            values = values.view(jnp.dtype(self.dtype))
+        values, seen = jnp.asarray(values), jnp.asarray(seen)
         wanted = (*seen.shape, *like.shape[1:])
         if seen.ndim != 1 or seen.dtype != jnp.bool_ or (values.shape, values.dtype.name) != (wanted, self.dtype):
             raise ValueError(

@@ -8,7 +8,7 @@ import typing
 from typing import Annotated, Any, Literal
 
 from msjax import data
-from msjax.config._codecs import parse_codec
+from msjax.config._codecs import is_own_text, parse_codec
 from msjax.references import is_reference
 
 MAX_SEED = 2**32 - 1
@@ -84,6 +84,8 @@ def check(config: Any) -> None:
     if config.optim.schedule == "steps" and not config.optim.milestones:
         raise ValueError("optim.milestones must name at least one epoch with optim.schedule='steps', got ()")
     for name, codec in config.array_codecs:
+        if is_own_text(codec):
+            raise ValueError(f"array_codecs must be of codecs of msjax.compress, got {codec!r} of {name!r}")
         parse_codec(f"array_codecs of {name!r}", codec)
 
 

@@ -14,16 +14,25 @@ from msjax.compress import Codec
 from msjax.compress._parse import codec_from_string
 from msjax.references import MODULE_PREFIX, load_module
 
-_OWN = re.compile(r"(?P<place>[^(]+):(?P<name>[^\W\d]\w*)(?P<rest>|\(.*\))", re.DOTALL)
+_OWN = re.compile(r"(?P<place>.+?):(?P<name>[^\W\d]\w*)(?P<rest>|\(.*\))", re.DOTALL)
 
 
 def codec_text(codec: Codec, *, paths: bool = True) -> str:
     """Returns the text that `parse_codec` reads; `paths=False` leaves the folder of a codec's file out.
 
     Raises:
-      ValueError: the codec's class is in no file, or not at the top of its module.
+      ValueError: the codec's class is in no file, or not at the top of its module, or an option cannot be read again.
     """
-    return _head(type(codec), paths=paths) + repr(codec)
+    head = _head(type(codec), paths=paths)
+    text = head + repr(codec)
+    if head:
+        try:
+            same = codec_from_text(text, known=(codec,)) == codec
+        except ValueError:
+            same = False
+        if not same:
+            raise ValueError(f"codec must have options that are Python literals, as its text is read again, got {text}")
+    return text
 
 
 def parse_codec(name: str, text: str, *, own_code: bool = False, known: Iterable[Codec] = ()) -> Codec:
@@ -34,6 +43,11 @@ def parse_codec(name: str, text: str, *, own_code: bool = False, known: Iterable
         return codec_from_text(text, own_code=own_code, known=known)
     except (ValueError, TypeError) as error:
         raise ValueError(named(name, str(error))) from None
+
+
+def is_own_text(text: str) -> bool:
+    """Whether a text says where the codec's class is, which is then not of `msjax.compress`."""
+    return isinstance(text, str) and _OWN.fullmatch(text) is not None
 
 
 def named(name: str, error: str) -> str:
@@ -57,6 +71,9 @@ def codec_from_text(text: str, *, own_code: bool = False, known: Iterable[Codec]
     place, name = found["place"], found["name"]
     by_head = {_head(type(codec), paths=False) + type(codec).__name__: type(codec) for codec in known}
     cls = by_head.get(f"{os.path.basename(place)}:{name}")
+    if cls is None:  # a party's own file may have another name
+        others = {other for other in by_head.values() if other.__name__ == name and _head(other, paths=False)}
+        cls = others.pop() if len(others) == 1 else None
     if cls is None and not own_code:
         raise ValueError(
             f"codec must be one of msjax.compress or of this side's own preset, got {text!r}: code does not travel"

@@ -31,7 +31,9 @@ class NotAPart(TypeError):
     """What was given is no part of a model."""
 
 
-def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> ModelPart:
+def as_part(
+    module: Any, x: Any = None, *, key: jax.Array | None = None, name: str = "module", x_name: str = "x"
+) -> ModelPart:
     """Returns a user's part of a model as a pure function and its arrays.
 
     Args:
@@ -50,17 +52,25 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
         In a preset of a network's party also a `RemotePart`, for a part that another party has.
       x: arrays of a batch, or their shapes and dtypes; needed for a Linen module, whose parameters follow from them.
       key: of the parameters of a Linen module.
+      name, x_name: what errors call `module` and `x`.
 
     Raises:
       TypeError: `module` is none of these, or has fields that cannot be hashed.
       ValueError: `x` is None for a Linen module, or the variables given with one are not all that it has.
     """
+    try:
+        return _part(module, x, key, x_name)
+    except NotAPart as error:
+        raise NotAPart(f"{name} {error}") from None
+
+
+def _part(module, x, key, x_name):
     if isinstance(module, ModelPart):
         return module._replace(params=_narrow(module.params), stats=_narrow(module.stats))
     if isinstance(module, nnx.Module):
         return _nnx_part(module)
     if isinstance(module, linen.Module):
-        return _linen_part(module, x, key)
+        return _linen_part(module, x, key, x_name)
     if all(hasattr(module, name) for name in ModelPart._fields):  # a part that was trained
         if module.apply is None:
             raise NotAPart("must be a part with its function, got one that was read without its model")
@@ -70,9 +80,9 @@ def as_part(module: Any, x: Any = None, *, key: jax.Array | None = None) -> Mode
     if isinstance(module, tuple) and len(module) in (2, 3) and callable(module[0]):
         function, params, *stats = module
         if isinstance(function, linen.Module):
-            return _linen_part(function, x, key, (params, *stats))
+            return _linen_part(function, x, key, x_name, (params, *stats))
         if getattr(function, "__func__", None) is linen.Module.apply:
-            return _linen_part(function.__self__, x, key, (params, *stats))
+            return _linen_part(function.__self__, x, key, x_name, (params, *stats))
         arrays = map(_narrow, (params, stats[0] if stats else {}))
         return ModelPart(FunctionApply(function, bool(stats)), *arrays)
     raise NotAPart(
@@ -257,7 +267,7 @@ def _narrow(tree):
     return jax.tree.map(narrow, tree)
 
 
-def _linen_part(module, x, key, given=None):
+def _linen_part(module, x, key, x_name, given=None):
     if isinstance(module, linen.Sequential):
         module = module.clone(layers=tuple(module.layers))
     _check_told(module)
@@ -268,7 +278,7 @@ def _linen_part(module, x, key, given=None):
             f"must have fields that can be hashed, tuples rather than lists; {type(module).__name__} has not: {error}"
         ) from None
     if x is None:
-        raise ValueError("x must be given for a linen.Module, whose parameters follow from it, got None")
+        raise ValueError(f"{x_name} must be given for a linen.Module, whose parameters follow from it, got None")
     options = _arguments(type(module).__call__, False, None)
     key = make_key(0) if key is None else key
 

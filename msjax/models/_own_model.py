@@ -56,11 +56,11 @@ def as_parts(model: Any, inputs: Any, *, cut: int | None = None, seed: int = 0) 
             x = jax.tree.unflatten(structure, batch)
             continue
         try:
-            part = as_part(module, x, key=key)
-            _check_arrays(part)
+            part = as_part(module, x, key=key, name=name)
+            _check_arrays(name, part)
             x = jax.eval_shape(functools.partial(_outputs, part.apply), part.params, part.stats, x)
-        except NotAPart as error:
-            raise TypeError(f"{name} {error}") from None
+        except NotAPart:
+            raise
         except Exception as error:
             raise ValueError(_why_it_failed(name, x, error)) from error
         parts.append(part)
@@ -149,14 +149,14 @@ def _linen_modules(module):
         yield from _linen_modules(one)
 
 
-def _check_arrays(part):
+def _check_arrays(name, part):
     """Raises NotAPart for what a part has beside arrays of numbers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path((part.params, part.stats)):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
             where = jax.tree_util.keystr(path[1:], simple=True, separator="/")
             got = type(leaf).__name__ if dtype is None else dtype
-            raise NotAPart(f"must have arrays of numbers, got {got} at {where!r}")
+            raise NotAPart(f"{name} must have arrays of numbers, got {got} at {where!r}")
 
 
 def _outputs(apply, params, stats, x):

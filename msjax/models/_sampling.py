@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Key
 
-from msjax.checks import integer
+from msjax.checks import integer, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,11 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        number("temperature", self.temperature, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
         if self.top_k is not None:
             integer("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_p is not None:
+            number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} must be None where temperature is 0, which draws nothing, got {value}")
