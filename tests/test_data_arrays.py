@@ -199,6 +199,40 @@ def test_columns_make_inputs_of_other_rows():
     np.testing.assert_allclose(x[:, 0], (DATES - 20200100) / 10, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda dates: pytest.importorskip("pandas").DataFrame({"when": dates, "one": 1.0}),
+        lambda dates: {"when": dates},
+        lambda dates: np.where(np.arange(len(dates)) == 3, np.nan, dates)[:, None],
+        lambda dates: dates[:, None].astype(">f8"),
+        lambda dates: dates[:, None].astype(object),
+    ],
+    ids=["pandas", "dict", "missing", "big-endian", "objects"],
+)
+def test_what_float32_would_round_is_refused_in_whatever_form(table):
+    dates = 1.7e9 + np.arange(84.0)
+    options = {"missing": "median"} if table(dates[:5]).__class__ is np.ndarray else {}
+    with pytest.raises(data.DataError, match=r"must be such as float32 tells apart, got numbers up to 1\.7"):
+        data.from_arrays((table(dates), np.arange(84) % 2), **options)
+
+
+def test_doubles_of_another_order_of_bytes_are_centred_before_they_are_rounded():
+    table = (1.7e9 + np.arange(84.0))[:, None]
+    found, other = (data.from_arrays((x, np.arange(84) % 2), normalize=True) for x in (table, table.astype(">f8")))
+    np.testing.assert_array_equal(found.train_inputs, other.train_inputs)
+    assert found.train_inputs.std() == pytest.approx(1, rel=0.1)
+
+
+def test_tables_whose_columns_are_in_another_order_are_refused():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": np.arange(8.0), "b": 1.0})
+    y = np.arange(8) % 2
+    with pytest.raises(data.DataError, match=r"must have the columns of train, .* got 'b' in place of 'a' as column 0"):
+        data.from_arrays((frame, y), (frame[["b", "a"]], y))
+    assert len(data.from_arrays((frame, y), (frame, y)).test) == 8
+
+
 def test_a_summary_keeps_how_arrays_are_nested():
     """A server builds its part from it, whose labels are then what the loss takes: in order, whatever their number."""
     many = tuple(np.full((20, 2), n, np.float32) for n in range(12))
@@ -283,7 +317,7 @@ BAD = {
     r"train inputs must be in -2147483648..2147483647 \(int32\), got 0..4294967296": (([[0], [2**32]], [0, 1]), None),
     r"must have examples to train on, got none": ((TABLE[:0], CLASSES[:0]), None),
     r"must have the examples along a first axis": ((TABLE, 3), None),
-    r"channels of images last.*got \(20, 3, 6, 5\)": ((np.moveaxis(IMAGES, -1, 1), CLASSES), None),
+    r"channels of images last.*got \(3, 6, 5\)": ((np.moveaxis(IMAGES, -1, 1), CLASSES), None),
     r"must be a plain array, got a masked one": ((np.ma.masked_less(TABLE, 0), CLASSES), None),
     r"train must be \(inputs, labels\), got 3 of them": ((TABLE, TABLE, CLASSES), None),
     r"must be integers, floats or bools, got complex128": ((TABLE * 1j, CLASSES), None),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import pytest
 
 from msjax import build, config, data
 from msjax.cli.options import with_places
-from msjax.data import _images
+from msjax.data import _folder, _images
 
 from .data_helpers import Image, prepare_tiny
 
@@ -86,6 +87,32 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     config.check_received(received)
     own = config.with_own_paths(received, data_dir=str(there), tokenizer=None)
     assert build.load_data(own).classes == ("ant", "cat", "dog") and config.without_paths(own) == received
+
+
+def test_train_may_be_a_class(tmp_path):
+    for name in ("bus/a.png", "train/2019/b.png", "train/2020/c.png"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
+    options = {"image_size": None, "test_share": None}
+    with pytest.raises(data.DataError, match="or one folder for each class, got 'bus': rename it, or give classes"):
+        data.from_image_folder(tmp_path, **options)
+    ds = data.from_image_folder(tmp_path, classes=["bus", "train"], **options)
+    assert ds.train_labels.tolist() == [0, 1, 1]
+    shutil.rmtree(tmp_path / "train" / "2019")
+    (tmp_path / "train" / "2020" / "c.png").rename(tmp_path / "train" / "c.png")
+    (tmp_path / "train" / "2020").rmdir()
+    assert data.from_image_folder(tmp_path, **options).classes == ("bus", "train")
+
+
+def test_images_behind_links_are_there(tmp_path):
+    for name in ("a/0.png", "elsewhere/1.png"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "a")
+    assert [file.name for file in _folder.images_in(tmp_path / "a")] == ["0.png", "1.png"]
 
 
 @pytest.mark.parametrize(

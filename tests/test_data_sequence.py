@@ -236,6 +236,46 @@ def test_a_bad_pil_image_is_named():
         data.from_sequence(items)
 
 
+def test_images_of_pytorch_have_their_channels_first(caplog):
+    """Bytes are refused; floats may be anything, and are told."""
+    with pytest.raises(data.DataError, match=r"must have the channels of images last, \(H, W, C\), got \(3, 8, 8\)"):
+        data.from_sequence([(np.zeros((3, 8, 8), np.uint8), n % 2) for n in range(4)])
+    floats = [(np.zeros((3, 8, 8), np.float32) + n, n % 2) for n in range(4)]
+    assert data.from_sequence(floats).input_like.shape == (3, 8, 8)
+    assert "(3, 8, 8) each, look like images with their channels first" in caplog.text
+    data.from_sequence([(np.moveaxis(x, 0, -1), y) for x, y in floats])
+    assert len(caplog.records) == 1
+
+
+class Indexed:
+    """As Hugging Face's sets, which are asked for many at once."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise OSError("broken file")
+        return np.zeros(3, np.float32), index % 2
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_one_of_many_that_cannot_be_read_is_named():
+    with pytest.raises(data.DataError, match=r"item 2 of sequence \(train\) cannot be read: OSError: broken file"):
+        data.from_sequence(Indexed())
+
+
+def test_names_of_classes_of_features():
+    class Named(list):
+        features = {"x": None, "label": types.SimpleNamespace(num_classes=2, names=["cat", "dog"])}  # noqa: RUF012
+
+    items = Named({"x": np.float32([n, n]), "label": n % 2} for n in range(4))
+    assert data.from_sequence(items).classes == ("cat", "dog")
+    assert data.from_sequence(items, num_classes=3).classes is None
+
+
 def test_an_attention_mask_that_nobody_reads_is_told(caplog):
     items = [{"input_ids": [1, 2], "attention_mask": [1, 0], "label": n % 2} for n in range(4)]
     assert data.from_sequence(items).input_like.shape == (2,)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from msjax import data
+from msjax.data import _text_sources
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'msjax[lm]'")
 
@@ -207,3 +208,26 @@ def test_files_and_texts_that_cannot_be_read_are_named(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(data.DataError, match=r"tokenizer\.json must be a tokenizer\.json that the package tokenizers"):
         data.from_text(write(folder, "abc"), **options)
+
+
+def test_a_table_of_texts_has_texts_alone(tmp_path):
+    """What pandas takes for a missing value or a number is a text here."""
+    pytest.importorskip("pandas")
+    (tmp_path / "talk.csv").write_text('text\nNone\nNA\n12\n""\nhello\n')
+    assert list(_text_sources.texts_of("train", tmp_path / "talk.csv", "text")) == ["None", "NA", "12", "", "hello"]
+
+
+def test_only_the_column_of_a_large_set_is_read():
+    """As of Hugging Face, whose sets have methods that would read all of it."""
+
+    class Rows(list):
+        column_names = ("text", "image")
+
+        def to_list(self):
+            raise AssertionError("all of it is read")
+
+        def select_columns(self, names):
+            return Rows({name: row[name] for name in names} for row in self)
+
+    rows = Rows({"text": f"text {n}", "image": bytes(9)} for n in range(3))
+    assert list(_text_sources.texts_of("train", rows, "text")) == ["text 0", "text 1", "text 2"]

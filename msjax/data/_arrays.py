@@ -16,7 +16,7 @@ import numpy as np
 
 from msjax.data._check import check, check_classes, check_inputs
 from msjax.data._columns import Column, Missing, check_missing, measure_table, standardized, table_inputs
-from msjax.data._convert import convert_inputs, convert_labels
+from msjax.data._convert import convert_inputs, convert_labels, unrounded
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, named_arrays
 from msjax.data._error import DataError
 from msjax.data._measure import measure_images, measure_last_axis
@@ -85,6 +85,7 @@ def from_arrays(
         if test_share is not None:
             raise DataError(f"test_share must be None where test is given, got {test_share}")
         test_split = _converted(test, "test", normalize)
+        _check_columns(train[0], test[0])
         if not len(test_split):
             raise DataError("test must have examples, got none: leave it out where there is no test set")
         if normalize:
@@ -107,13 +108,31 @@ def _converted(pair: Any, role: str, normalize: bool) -> Arrays:
     return Arrays(inputs, convert_labels(pair[1], f"{role} labels"))
 
 
+def _check_columns(train: Any, test: Any) -> None:
+    """Raises where two tables have columns of other names, or in another order: arrays do not know them any more."""
+    mine, theirs = (list(getattr(inputs, "columns", ())) for inputs in (train, test))
+    if mine and theirs and mine != theirs:
+        at = next(n for n in range(max(len(mine), len(theirs))) if mine[n : n + 1] != theirs[n : n + 1])
+        found = [names[at] if at < len(names) else "none" for names in (mine, theirs)]
+        raise DataError(
+            f"test must have the columns of train, in the same order, got {found[1]!r} in place of {found[0]!r} as "
+            f"column {at}: test[train.columns] puts them in order"
+        )
+
+
 def _check_resolution(tree: Tree, role: str) -> None:
     """Raises where rounding to float32 leaves little of what the numbers of a table differ in, such as dates."""
-    for name, array in named_arrays(tree, role):
-        if not (isinstance(array, np.ndarray) and array.dtype == np.float64 and array.ndim == 2 and len(array)):
+    for name, value in named_arrays(tree, role):
+        array = unrounded(value, name)
+        if array is None or array.ndim not in (1, 2) or not len(array):
             continue
-        with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
-            spread, most = array.std(0), np.abs(array).max(0).astype(np.float32)
+        array = array.reshape(len(array), -1)
+        known = np.isfinite(array)  # others are told of elsewhere, or filled in
+        count = np.maximum(known.sum(0), 1)
+        with np.errstate(all="ignore"):
+            centred = np.where(known, array - np.where(known, array, 0).sum(0) / count, 0)
+            spread = np.sqrt((centred**2).sum(0) / count)
+            most = np.where(known, np.abs(array), 0).max(0).astype(np.float32)
             coarse = (spread > 0) & (spread < 100 * np.spacing(most))
         if coarse.any():
             at = int(np.flatnonzero(coarse)[0])
@@ -202,10 +221,19 @@ def finish(
         train, test, columns = _standardized(train, test, kind, normalize, missing)
     names = [one for column in columns for one in column.names] if columns else None
     ds = check(Dataset(name, train, test, num_classes, None, None, columns=columns, classes=classes), names)
+    _warn_of_channels(name, train.input_like)
     if kind in ("images", "floats"):
         mean, std = (measure_images if kind == "images" else measure_last_axis)(_some(train))
         ds = dataclasses.replace(ds, mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
     return ds
+
+
+def _warn_of_channels(name: str, like: Tree) -> None:
+    """Floats may have any axes; those of an image as PyTorch has it are told."""
+    shape = getattr(like, "shape", ())
+    if len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2] > 4 and like.dtype == np.float32:
+        said = "inputs of %s, %s each, look like images with their channels first; Flax takes them last: "
+        _log.warning(said + "np.moveaxis(array, -3, -1)", name, shape)
 
 
 def _kind(like: Tree, normalize: bool, missing: str) -> str:

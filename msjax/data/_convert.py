@@ -66,7 +66,7 @@ def cast(
         return array
     if array.dtype == bool:
         return array.astype(np.int32 if labels else np.float32)
-    if wide and (array.dtype == np.float64 or (array.dtype.kind in "iu" and not _is_image(array, axes))):
+    if wide and (is_wide(array.dtype) or (array.dtype.kind in "iu" and not _is_image(array, axes))):
         return array.astype(np.float64, copy=False)
     if jnp.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
@@ -85,6 +85,20 @@ def cast(
     if array.dtype.kind in "UST":
         raise _no_numbers(name, array.dtype, repr(array.reshape(-1)[0]) if array.size else "none", labels)
     raise DataError(f"{name} must be integers, floats or bools, got {array.dtype}")
+
+
+def is_wide(dtype: np.dtype) -> bool:
+    """Whether floats are of more bits than float32 has, in whatever order of bytes."""
+    return dtype.kind == "f" and dtype.itemsize >= 8
+
+
+def unrounded(value: Any, name: str) -> np.ndarray | None:
+    """The floats of an array or table as they are, where they have more bits than float32; else None."""
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    array = as_array(value)
+    if array.dtype == object:
+        array = _of_objects(array, value, name, False)
+    return array if is_wide(array.dtype) else None
 
 
 def _of_objects(array, value, name, labels):
@@ -125,9 +139,14 @@ def _images(array: np.ndarray, name: str) -> np.ndarray:
     """uint8 (N, H, W) with a channel; images with the channels first are refused."""
     if array.dtype != np.uint8:
         return array
-    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4 and array.shape[2] > 4:
-        raise DataError(
-            f"{name} must have the channels of images last, (N, H, W, C), got {array.shape}: "
-            "np.moveaxis(array, 1, -1) puts them there"
-        )
+    check_channels_last(array.shape[1:], name)
     return array[..., None] if array.ndim == 3 else array
+
+
+def check_channels_last(shape: tuple[int, ...], name: str) -> None:
+    """Raises DataError for images, by the shape of one, that have their channels first, as PyTorch's do."""
+    if len(shape) == 3 and shape[0] in (1, 3) and shape[1] > 4 and shape[2] > 4:
+        raise DataError(
+            f"{name} must have the channels of images last, (H, W, C), got {shape} of each: np.moveaxis(array, -3, -1) "
+            "puts them there"
+        )

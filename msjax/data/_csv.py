@@ -117,12 +117,13 @@ def _shared_out(
     return frame.iloc[train], frame.iloc[test]
 
 
-def read_frame(path: Path, columns: Sequence[Column] = ()) -> Any:
+def read_frame(path: Path, columns: Sequence[Column] = (), *, texts_alone: bool = False) -> Any:
     """The rows of a file, which have no more values than its first line has names, each another.
 
     Args:
         columns: of texts among these, of which some are no numbers or bools, the file's texts are taken as they are,
             also where all of them are digits.
+        texts_alone: take all columns for texts, of which none is missing.
     """
     texts = {column.name: str for column in columns if any(map(is_no_value, column.texts))}
 
@@ -133,7 +134,8 @@ def read_frame(path: Path, columns: Sequence[Column] = ()) -> Any:
         piped = None if path.is_file() else path.read_bytes()
         # Without this, what the first rows have too much would become names of rows, and all others one off.
         head = read(header=None, nrows=2, dtype=str, keep_default_na=False)
-        frame = read(index_col=False, dtype=texts)
+        as_texts = {"dtype": str, "keep_default_na": False}
+        frame = read(index_col=False, **(as_texts if texts_alone else {"dtype": texts}))
     except (OSError, ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
         raise DataError(f"{path} cannot be read as a CSV file: {error}") from error
     if not len(frame):

@@ -62,7 +62,8 @@ def from_image_folder(
     if not path.is_dir():
         raise DataError(f"{path} must be a folder of images, and is none")
     _images.pillow()
-    has_splits = (path / "train").is_dir()
+    # "train" may be a class, too.
+    has_splits = "train" not in (classes or ()) and any(p.is_dir() for p in (path / "train").glob("[!.]*"))
     root = path / "train" if has_splits else path
     test_root = next((path / n for n in TEST_NAMES if (path / n).is_dir()), None) if has_splits else None
     _check_splits(path, has_splits, classes or ())
@@ -88,8 +89,12 @@ def from_image_folder(
 def _check_splits(path: Path, has_splits: bool, classes: Sequence[str]) -> None:
     """A folder that looks like a split is one, and no class, unless it is named as one or has images itself."""
     used = ("train", *TEST_NAMES) if has_splits else classes
-    for folder in sorted(path.iterdir()):
-        if folder.name.lower() in _SPLITS and folder.name not in used and _holds_classes(folder):
+    only_train = has_splits and not any((path / name).is_dir() for name in TEST_NAMES)
+    for folder in sorted(path.iterdir(), key=lambda p: p.name):
+        is_split = folder.name.lower() in _SPLITS and folder.name not in used and _holds_classes(folder)
+        # Beside one that may be a class whose images lie deeper.
+        is_class = only_train and not classes and folder.name.lower() not in _SPLITS
+        if is_split or (is_class and not folder.name.startswith(".") and folder.is_dir() and images_in(folder)):
             raise DataError(
                 f"{path} must have its splits in folders named {SPLIT_NAMES}, or one folder for each class, got "
                 f"{folder.name!r}: rename it, or give classes"
@@ -124,8 +129,12 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
 
 def images_in(folder: Path) -> list[Path]:
     """All images in a folder, however deep, in order; what lies in hidden folders, as thumbnails do, is passed over."""
-    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)  # noqa: E731
-    files = (file for file in folder.rglob("*") if is_image(file) and not hidden(file))
+    files, seen = [], {os.path.realpath(folder)}
+    for at, folders, names in os.walk(folder, followlinks=True):
+        there = {name: os.path.realpath(os.path.join(at, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, real in there.items() if real not in seen]  # links may lead around
+        seen.update(there.values())
+        files += [file for name in names if is_image(file := Path(at, name))]
     return sorted(files, key=lambda file: file.relative_to(folder).parts)  # paths are in another order on Windows
 
 

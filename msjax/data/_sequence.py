@@ -13,7 +13,7 @@ from msjax.data import _images, _sets
 from msjax.data._arrays import are_classes, finish, share_indices
 from msjax.data._check import check_inputs, check_labels
 from msjax.data._columns import Column, standardized
-from msjax.data._convert import cast, has_masks
+from msjax.data._convert import cast, check_channels_last, has_masks
 from msjax.data._dataset import Arrays, Dataset, Split, Tree, map_arrays, named_arrays
 from msjax.data._error import DataError
 
@@ -57,7 +57,8 @@ def from_sequence(
             By default the usual names (image, inputs, x, …; label, y, target, …).
         num_classes: where labels are classes; by default counted, or as Hugging Face's features say. It must be given
             where the set is not read into memory and nothing says it.
-        test_share: instead of `test`: this part of `train` is set aside.
+        test_share: instead of `test`: this part of `train` is set aside, at random; in memory of each class alike, but
+            of what is streamed by number alone, so that the two set aside other examples.
         streamed: read items while they are used, rather than into memory; by default whether all items together have 2
             GiB or more, going by the first.
         threads: how many read into memory; by default as many as cores. 1 where the items must not be read by two at
@@ -82,9 +83,10 @@ def from_sequence(
         splits = [split.read() for split in splits]
     if test is None:
         splits = share_split(splits[0], test_share, seed)
-    if num_classes is None:
-        num_classes = _known_classes(train, splits[0].label_like, labels)
-    ds = finish(name, *splits, num_classes=num_classes, normalize=normalize)
+    known, classes = _known_classes(train, splits[0].label_like, labels)
+    if num_classes not in (None, known):
+        classes = None
+    ds = finish(name, *splits, num_classes=num_classes or known, normalize=normalize, classes=classes)
     for split in (ds.train, ds.test):
         if isinstance(split, SequenceSplit):
             split.num_classes = ds.num_classes
@@ -107,13 +109,16 @@ def share_split(split: Split, test_share: float | None, seed: int, labels: np.nd
     return [split.only(indices) for indices in chosen]
 
 
-def _known_classes(items: Any, label_like: Tree, key: Keys) -> int | None:
-    """What Hugging Face's features say of the labels."""
+def _known_classes(items: Any, label_like: Tree, key: Keys) -> tuple[int | None, tuple[str, ...] | None]:
+    """What Hugging Face's features say of the labels: how many classes, and their names."""
     features = getattr(items, "features", None)
     if not isinstance(features, dict) or not are_classes(label_like):
-        return None
+        return None, None
     keys = [key] if isinstance(key, str) else [k for k in LABEL_KEYS if k in features]
-    return getattr(features.get(keys[0]), "num_classes", None) if keys else None
+    feature = features.get(keys[0]) if keys else None
+    count, names = getattr(feature, "num_classes", None), getattr(feature, "names", None)
+    names = tuple(map(str, names or ()))
+    return count, names if names and len(set(names)) == len(names) == count else None
 
 
 class SequenceSplit:
@@ -235,7 +240,12 @@ class SequenceSplit:
         indices = [int(i) for i in indices]
         with self._lock:
             if hasattr(self._items, "__getitems__"):
-                found = list(self._items.__getitems__(indices))
+                try:
+                    found = list(self._items.__getitems__(indices))
+                except DataError:
+                    raise
+                except Exception:  # one by one, to name it
+                    return [self._item(i) for i in indices]
                 if len(found) != len(indices):
                     raise DataError(f"__getitems__ of {self.name} must give an item an index, got {len(found)}")
                 return found
@@ -287,6 +297,8 @@ def _array(value: Any, name: str, *, label: bool = False, **options: bool) -> np
     if isinstance(value, list) and value and hasattr(value[0], "detach"):
         value = np.stack([np.asarray(v.detach().cpu()) for v in value])
     array = cast(value, name, labels=label, axes=0, **options)
+    if array.dtype == np.uint8:  # of inputs alone
+        check_channels_last(array.shape, name)
     return array[..., None] if array.dtype == np.uint8 and array.ndim == 2 else array
 
 

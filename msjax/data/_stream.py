@@ -125,7 +125,7 @@ class ImageStream:
 
             _sets.for_each(count, range(0, len(self), _CHUNK))
 
-        which = f"levels-{self._image_size or 'native'}"
+        which = f"levels-{self._image_size or 'native'}" + ("" if self.crop == "whole" else f"-{self.crop}")
         if self._chosen is not None:
             which += f"-{hashlib.sha256(np.asarray(self._chosen, np.int64).tobytes()).hexdigest()[:12]}"
         mean, std = measure_levels(self._kept(which, "levels", read))

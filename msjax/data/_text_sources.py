@@ -25,7 +25,7 @@ def texts_of(role: str, source: Any, column: str) -> Sequence[str]:
             f"{role} must be a {known} or .csv file, got {str(path)!r}: rename it, or give what reads its texts"
         )
     if kind == ".csv":
-        return Items(role, _column(str(path), read_frame(path), column), column)
+        return Items(role, _column(str(path), read_frame(path, texts_alone=True), column), column)
     text = _read(role, path)
     if kind == ".txt":
         return [text]
@@ -43,6 +43,8 @@ def _column(where: str, source: Any, column: str) -> Any:
         source = source[column]
         if isinstance(source, str | bytes):
             raise DataError(f"{where} must have a sequence of texts in column {column!r}, got one text")
+    if hasattr(source, "select_columns"):  # of Hugging Face: its items are read as they are needed
+        return source.select_columns([column]) if column in source.column_names else source
     # A column's own index may not be 0, 1, 2, …
     for name in ("to_list", "to_pylist"):
         if hasattr(source, name):
