@@ -166,7 +166,7 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
         (
             "eval",
             ["RUN", "--config", "a.py"],
-            "--config must be given in place of a run, which has its own, got 'a.py'",
+            "--config must be a Python file, got 'a.py', which does not exist",
         ),
         ("eval", ["--data-dir", "D", "RUN"], "the run must be a folder with config.json, got 'RUN'"),
         ("eval", ["--test=F", "RUN"], "the run must be a folder with config.json, got 'RUN'"),

@@ -16,6 +16,7 @@ from flax import linen, nnx
 
 import msjax
 from msjax import build, compress, config, data, models, modes, tasks
+from msjax.cli import main as cli
 from msjax.distributed import agreement
 from msjax.pair import Pair, predict
 from msjax.parts import save_part
@@ -676,6 +677,27 @@ def test_a_run_does_not_give_away_what_a_preset_keeps(tmp_path, monkeypatch):
     cfg = config.load_preset("mine.py")
     losses = [loop.train(from_config.load_run(cfg), quiet=True).history[0]["train"]["loss"] for _ in range(2)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_where_its_preset_has_moved(unchecked, tmp_path, monkeypatch, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        codec = "\n\nclass Own(compress.Identity):\n    pass\n"
+        text = KEEPS.replace("import config, data", "import compress, config, data").replace(
+            "PARTS =", f"{codec}\nPARTS ="
+        )
+        (folder / "mine.py").write_text(text.replace("epochs=1,", "epochs=1, codec=Own(), compare=True,"))
+    monkeypatch.chdir(tmp_path)
+    run = ["--resume", "runs/a"]
+    assert cli.run("train", ["--config", "old/mine.py", "--name", "a"]) == 0
+    (old / "mine.py").unlink()
+    assert cli.run("train", [*run, "--epochs", "2"]) == 2
+    assert cli.run("eval", ["runs/a", "--config", "new/mine.py"]) == 0
+    assert cli.run("train", [*run, "--epochs", "2", "--config", "new/mine.py"]) == 0
+    assert cli.run("train", [*run, "--epochs", "3"]) == 0  # it is written down
+    assert cli.run("eval", ["runs/a"]) == 0 and cli.run("eval", ["runs/a/uncompressed"]) == 0
+    capsys.readouterr()
 
 
 def test_inputs_and_labels_in_tuples_in_a_run_with_a_config(unchecked, tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_finished_run_goes_on_to_more_epochs(tmp_path, capsys):
     for wrong, message in (
         (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
         (["--epochs", "x"], "epochs must be an integer of at least 1, got 'x'"),
-        (["--epochs=2", "--clients", "4"], "--data.workers), got also --clients 4"),
+        (["--epochs=2", "--clients", "4"], "--data.workers, and --config for the functions of a preset), got also --c"),
     ):
         assert cli.run("train", ["--resume", path, *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -57,14 +57,15 @@ def main(arguments: list[str]) -> int:
         "server's is (msjax serve --part); `--server HOST:PORT --help` lists what that takes",
     )
     parser.add_argument(
-        "--config", metavar="FILE.py", help="in place of a run: a preset, which any option of msjax train overrides"
+        "--config",
+        metavar="FILE.py",
+        help="in place of a run: a preset, which any option of msjax train overrides; beside a run: where the "
+        "functions of its preset are now",
     )
     options = parser.parse_args(arguments)
-    if options.config is not None:
-        raise ValueError(f"config must be given in place of a run, which has its own, got {options.config!r} beside it")
     if options.run.endswith(".safetensors"):
         raise ValueError(f"the run must be a folder; a part is tested with --server, got {options.run!r} without it")
-    folder, cfg = RunFolder.open(options.run, read_only=True)
+    folder, cfg = RunFolder.open(options.run, read_only=True, preset=preset_of(options))
     if folder.is_served:
         raise ValueError(
             f"the run must be one of msjax train, got {options.run!r} of msjax serve, whose clients have their parts: "

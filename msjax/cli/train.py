@@ -45,13 +45,13 @@ def main(arguments: list[str]) -> int:
     where, rest = split_options(arguments, "--config", "--resume", "--name", *hosts.OPTIONS, flag=hosts.FLAG)
     if where.resume is not None:
         more, rest = split_options(rest, "--epochs")
-        folder, cfg = RunFolder.open(where.resume, name="resume")
+        preset = preset_of(where)
+        folder, cfg = RunFolder.open(where.resume, name="resume", preset=preset)
         moved, unknown = with_places(cfg, rest)
-        if unknown or where.config is not None or where.name is not None:
-            also = " ".join(unknown) or "--config or --name"
+        if unknown or where.name is not None:
             raise ValueError(
                 "--resume takes the run's own config, and beside it --epochs and where files are now "
-                f"({PLACES}), got also {also}"
+                f"({PLACES}, and --config for the functions of a preset), got also {' '.join(unknown) or '--name'}"
             )
         if folder.is_served:
             raise ValueError(
@@ -77,23 +77,23 @@ def main(arguments: list[str]) -> int:
         folder, run = _begin(cfg, where.name) if where.resume is None else (folder, None)
         processes.from_first(folder.checkpoints.lock)
         if where.resume is not None:
-            cfg, run = _go_on(folder, cfg, rest, more.epochs)
+            cfg, run = _go_on(folder, cfg, rest, more.epochs, preset)
         return _train(folder, cfg, run)
 
 
-def _go_on(folder, cfg, places, epochs):
+def _go_on(folder, cfg, places, epochs, preset):
     """The config of a run that goes on, and its data where they were looked at.
 
     Files that have moved and other epochs are written down, also of the run beside it, once nothing is left to refuse.
     """
     folders = [(folder, cfg)]
     if cfg.compare and (folder.path / "uncompressed" / "config.json").is_file():
-        folders.append(RunFolder.open(folder.path / "uncompressed"))
+        folders.append(RunFolder.open(folder.path / "uncompressed", preset=preset))
     changes, run = [], None
     for one, own in folders:
         moved = with_places(own, places)[0]
         new = moved if epochs is None else with_more_epochs(moved, one, _number_of(epochs))
-        if new != own:
+        if new != own or preset is not None:
             changes.append((one.set_places if new.epochs == own.epochs else one.set_config, new))
         if one is folder:
             cfg = new

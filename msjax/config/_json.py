@@ -103,14 +103,17 @@ def save(config: Config, path: pathlib.Path) -> None:
     path.write_text(to_text(config))
 
 
-def load(path: pathlib.Path) -> Config:
+def load(path: pathlib.Path, *, preset: Config | None = None) -> Config:
     """Reads what `save` wrote on this machine: codecs of one's own are looked for where it says.
+
+    Args:
+      preset: has them in its place, where the file that they were in has moved.
 
     Raises:
       ValueError: the file is damaged, or of another version.
     """
     try:
-        return from_json(json.loads(path.read_text()), own_code=True)
+        return from_json(json.loads(path.read_text("utf-8")), own_code=True, preset=preset)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be a config in JSON, but it is damaged: {error}") from None
     except ValueError as error:

@@ -134,20 +134,30 @@ def with_own(config: Config, own: Config) -> Config:
     return dataclasses.replace(config, **{section: getattr(own, section) for section in _OWN_SECTIONS})
 
 
+def with_functions_of(config: Config, own: Config) -> Config:
+    """Returns a config with where functions of presets are, as another has it; all else stays as it is."""
+    return _with_places(config, own, REFERENCES)
+
+
 def with_places_of(config: Config, own: Config) -> Config:
     """Returns a config that came `without_paths` with where files and functions of presets are, as another has it.
 
     All else stays as it is: the other may be a preset, of which the run had changed some fields.
     """
+    config = _with_places(config, own, (*REFERENCES, *_FILES))
+    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
+
+
+def _with_places(config, own, names):
     files = [reference.rpartition(":")[0] for reference in references(own).values()]
-    for name in (*REFERENCES, *_FILES):
+    for name in names:
         section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
         if value is not None:
             changed = dataclasses.replace(getattr(config, section), **{field: _placed(value, other, files)})
             config = dataclasses.replace(config, **{section: changed})
-    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
+    return config
 
 
 def _placed(value, other, files):

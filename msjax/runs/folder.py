@@ -64,9 +64,17 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike, *, read_only: bool = False, name: str = "the run"
+        cls,
+        path: str | os.PathLike,
+        *,
+        read_only: bool = False,
+        name: str = "the run",
+        preset: Config | None = None,
     ) -> tuple["RunFolder", Config]:
         """Opens the folder of an earlier run, with its config; `read_only` while the run may still be under way.
+
+        Args:
+          preset: where functions and codecs of the run are now, if their file has moved.
 
         Raises:
           ValueError: there is no run at `path`; `name` is what the error calls it.
@@ -79,7 +87,10 @@ class RunFolder:
             )
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} must be a folder with config.json, got {str(path)!r}")
-        return cls(folder, read_only=read_only), config_lib.load(folder / "config.json")
+        config = config_lib.load(folder / "config.json", preset=preset)
+        if preset is not None:
+            config = config_lib.with_functions_of(config, preset)
+        return cls(folder, read_only=read_only), config
 
     @classmethod
     def open_or_create(cls, config: Config, name: str) -> tuple["RunFolder", Config]:
