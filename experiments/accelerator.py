@@ -68,6 +68,10 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try it on a CPU; its numbers mean nothing")
     parser.add_argument("--table", action="store_true", help="print what the record says, run nothing")
     options = parser.parse_args()
+    if options.small:  # beside what means something, or in its place
+        for name, default in (("out", OUT), ("work", WORK)):
+            if getattr(options, name) == default:
+                setattr(options, name, default.with_name(f"{default.name}_small"))
     if options.pack:
         return pack(options.pack, options.data_dir)
     if not options.table:
@@ -112,7 +116,10 @@ class Record:
         self._rows = {row["name"]: row for row in before["rows"]}
         self._calls, self._earlier = before["calls"], before["wall_seconds"]
         self.failed = set()  # in this call, which does not try them again
-        self.device = jax.devices()[0].device_kind
+        self.device, self._small = jax.devices()[0].device_kind, options.small
+        self._torch = not options.no_torch and has_torch()
+        if any(row.get("small", False) != options.small for row in before["rows"]):
+            raise SystemExit(f"--out must name a record {'with' if options.small else 'without'} --small, or a new one")
         others = {row["device"] for row in before["rows"]} - {self.device}
         if others:
             raise SystemExit(f"--out must name a record of {self.device}, or a new one; {file} is of {others.pop()}")
@@ -121,11 +128,15 @@ class Record:
         return self._rows.get(name, {})
 
     def is_done(self, name: str) -> bool:
-        return self[name].get("finished", False)
+        """Whether nothing is left to do: without PyTorch a row is done as long as there is none."""
+        row = self[name]
+        return row.get("finished", False) and (row.get("torch", True) or not self._torch)
 
     def put(self, stage: str, name: str, row: dict) -> None:
         """Replaces or adds a row, and writes the file."""
-        self._rows[name] = {"stage": stage, "name": name, "device": self.device} | row
+        known = {"small": True} if self._small else {}
+        known |= {} if stage == "train" else {"torch": self._torch}
+        self._rows[name] = {"stage": stage, "name": name, "device": self.device} | known | row
         seconds = time.monotonic() - self._start
         result = timing.record(self._options, list(self._rows.values()), self._earlier + seconds)
         call = {name: result[name] for name in ("command", "environment")} | {"wall_seconds": round(seconds, 1)}
@@ -191,7 +202,8 @@ def work_on(stage: str, jobs: dict, record: Record, seconds: float, least: float
             return
         try:
             if stage == "train":
-                row = work_on_training(name, job, record, (end - start) / (len(todo) - number))
+                share = max((end - start) / (len(todo) - number), min(least, end - start))
+                row = work_on_training(name, job, record, share)
             else:
                 record.put(stage, name, {"error": "did not end"})
                 row = job() | {"finished": True, "wall_seconds": round(time.monotonic() - start, 1)}
@@ -231,7 +243,9 @@ def table(rows: list[dict]) -> str:
     for stage, make in makers.items():
         own = [row for row in rows if row["stage"] == stage and ("error" not in row or row.get("history"))]
         parts.append(make(own) if own else f"{stage}: not run.")
-    if failed := [f"{row['name']}: {row['error']}" for row in rows if "error" in row]:
+    failed = [f"{row['name']}: {row['error']}" for row in rows if "error" in row]
+    failed += [f"{row['name']}, in PyTorch: {row['torch_errors']}" for row in rows if row.get("torch_errors")]
+    if failed:
         parts.append("Failed: " + "; ".join(failed) + ".")
     return "\n\n".join(parts)
 

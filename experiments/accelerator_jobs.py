@@ -250,7 +250,8 @@ class _Told(RunFolder):
 
     def write_history(self, history):
         super().write_history(history)
-        self.told(history)
+        if history:  # a run that goes on writes what it has, which may be no epoch yet
+            self.told(history)
 
 
 def train(cfg: config.Config, seconds: float, told: Callable[[Row], None]) -> Row:

@@ -21,6 +21,8 @@ from msjax import config as config_lib
 from msjax.cli.main import large_pages
 
 INTERRUPTED = 130
+NOT_BEGUN = -1
+"""Of a run before which the call has ended, as it was interrupted, or another run failed."""
 _AMONG = ("coordinator_address", "num_processes", "process_id", "local_device_ids", "heartbeat_seconds")
 
 
@@ -55,7 +57,10 @@ def _train(cfg):
     # Before there is a folder, so that a data set that is not there leaves none behind.
     run = load_run_everywhere(cfg)
     folder, cfg = open_or_create(cfg, study.key(cfg))
-    summary = train_config(cfg, folder, run=run)
+    if (summary := folder.read_summary()) is None:
+        summary = train_config(cfg, folder, run=run)
+    else:  # of whatever version and machine
+        print(f"{folder.path}: trained before; with another --out it is trained anew", flush=True)
     folder.close()
     return summary | {"history": processes.from_first(folder.read_history)}
 
@@ -68,8 +73,9 @@ def _measure(scale, run):
     module, _, function = run.by.partition(":")
     start = time.monotonic()
     rows = getattr(importlib.import_module(module), function)(_folder(run.config), run.config, scale)
-    wall_seconds = round(time.monotonic() - start, 1)
-    return {"by": run.by, "wall_seconds": wall_seconds, "environment": runs.environment(), "rows": rows}
+    made = {"by": run.by, "wall_seconds": round(time.monotonic() - start, 1), "environment": runs.environment()}
+    data = _folder(run.config) / "data.json"
+    return made | ({"data_sha256": json.loads(data.read_text())} if data.exists() else {}) | {"rows": rows}
 
 
 def _folder(cfg):
@@ -111,9 +117,10 @@ def run_missing(
     codes = _run_all(scale, trained, command, results, jobs, among)
     if measured and among:
         print(f"{len(measured)} measurements are left for a call without --distributed", flush=True)
-    elif INTERRUPTED not in codes:
+    elif not codes & {INTERRUPTED, NOT_BEGUN}:
         codes |= _run_all(scale, measured, command, results, jobs)
-    return INTERRUPTED if INTERRUPTED in codes else int(bool(codes - {0}))
+    failed = codes - {0, INTERRUPTED, NOT_BEGUN}
+    return INTERRUPTED if codes & {INTERRUPTED, NOT_BEGUN} and not failed else int(bool(failed))
 
 
 def _run_all(scale, todo, command, results, jobs, among=None):
@@ -125,7 +132,7 @@ def _run_all(scale, todo, command, results, jobs, among=None):
 
     def process_of(run):
         if stop.is_set():
-            return INTERRUPTED
+            return NOT_BEGUN
         cores = shares.get()
         # Of a session of its own, so that Ctrl-C does not reach it twice.
         arguments = [sys.executable, "-m", __name__, scale, str(results), command, *map(str, cores)]
@@ -156,7 +163,8 @@ def _run_all(scale, todo, command, results, jobs, among=None):
                 ended += 1
                 codes.add(future.result())
                 minutes = (time.monotonic() - start) / 60 / ended * len(left)
-                word = {0: "done", INTERRUPTED: "interrupted"}.get(future.result(), "failed")
+                words = {0: "done", INTERRUPTED: "interrupted", NOT_BEGUN: "not begun"}
+                word = words.get(future.result(), "failed")
                 print(f"{names[future]}: {word}; {len(left)} runs to go, about {minutes:.0f} min", flush=True)
     return codes
 
@@ -214,7 +222,9 @@ def main(*studies: ModuleType, description: str | None = None) -> int:
     code = 0
     if not options.table:
         wanted = {name: _placed(run, options) for name, run in wanted.items()}
-        command = " ".join(["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", "--scale", options.scale])
+        named = getattr(options, "studies", None) or []
+        words = ["python", "-m", f"experiments.{pathlib.Path(sys.argv[0]).stem}", *named, "--scale", options.scale]
+        command = " ".join(words) + (f" --jobs {options.jobs}" if options.jobs > 1 else "")
         # That they are needed belongs to how a record was made, where they lay does not.
         command += "".join(
             f" --{name} DIR" for name in ("data-dir", "weights") if getattr(options, name.replace("-", "_"))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax import build, config, models, tasks
+from msjax.data import digests
 from msjax.runs import RunFolder
 from msjax.training import loaded, saved
 from msjax.training.devices import split_cpu
@@ -88,6 +89,7 @@ def load(path: str, *, data_dir: str | None = None, cache_dir: str | None = None
         raise ValueError(f"the run's clients must share one part, got mode.kind={cfg.mode.kind!r}")
     state = run.state
     if trained:
+        folder.check_data(digests(run.dataset))  # a network of other images has other features
         found = saved.restore(folder, run, *loaded.placed(run))
         if found is None:
             raise ValueError(f"the run must have a checkpoint, got {path!r} without one")

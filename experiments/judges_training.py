@@ -148,7 +148,8 @@ def published_end(results: Results) -> Found | None:
         return together(parts)
     by_epochs = {}  # trainings on all images: of one schedule none and MS are set beside each other
     for row in results.rows("accelerator"):
-        if row["stage"] == "train" and row.get("history") and row["train_samples"] == 50_000:
+        is_whole = row["stage"] == "train" and row.get("history") and row["train_samples"] == 50_000
+        if is_whole and row["config"]["model"]["name"] == "vgg19":
             by_epochs.setdefault(row["config"]["epochs"], {})[row["codec"]] = row
     whole = max((epochs for epochs, rows in by_epochs.items() if published.keys() <= rows.keys()), default=None)
     if whole is None:

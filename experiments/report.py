@@ -8,6 +8,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -124,18 +125,21 @@ table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .6rem}i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=study.RESULTS, help="where the records are")
-    parser.add_argument("--out", type=pathlib.Path, default=study.ROOT / "RESULTS.md")
+    parser.add_argument("--out", type=pathlib.Path, help="the page; of other records by default RESULTS.md among them")
     parser.add_argument("--html", type=pathlib.Path, help="where the HTML page goes; none by default")
     options = parser.parse_args()
+    own = options.results.resolve() != study.RESULTS.resolve()
+    out = options.out or (options.results if own else study.ROOT) / "RESULTS.md"
     text, figures = page(options.results)
-    folder = options.out.parent / "results" / "figures"
+    beside = os.path.relpath(options.results, out.parent)
+    folder = options.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     # Those of studies with a record of their own lie beside it.
     drawn = {name: png for name, png in figures.items() if not (options.results / name).exists()}
     for name, png in drawn.items():
         (folder / name).write_bytes(png)
-    options.out.write_text(_with_images(text, lambda name: f"results/{'figures/' * (name in drawn)}{name}"))
-    print(f"{options.out}: {len(figures)} figures")
+    out.write_text(_with_images(text, lambda name: f"{beside}/{'figures/' * (name in drawn)}{name}"))
+    print(f"{out}: {len(figures)} figures")
     if options.html:
         options.html.write_text(html(text, figures))
     return 0

@@ -1,5 +1,6 @@
 """What is made for a GPU, at tiny sizes on a CPU: calls go on where the last one stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ def test_the_files_to_carry(tmp_path, monkeypatch, capsys):
 
 
 def options_for(tmp_path, **others):
-    return types.SimpleNamespace(out=tmp_path / "record", **others)
+    return types.SimpleNamespace(out=tmp_path / "record", **{"small": False, "no_torch": True, **others})
 
 
 def test_a_row_that_fails_is_kept_and_tried_again_last(tmp_path):
@@ -131,6 +132,38 @@ def test_records_of_two_kinds_of_device_are_not_mixed(tmp_path):
     (tmp_path / "record.json").write_text(text.replace('"device": "', '"device": "another '))
     with pytest.raises(SystemExit, match="--out must name"):
         accelerator.Record(options_for(tmp_path))
+
+
+def test_records_of_two_sizes_are_not_mixed(tmp_path, monkeypatch):
+    accelerator.work_on("steps", {"a": dict}, accelerator.Record(options_for(tmp_path, small=True)), 9.0)
+    with pytest.raises(SystemExit, match="--out must name a record without --small, or a new one"):
+        accelerator.Record(options_for(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["experiments/accelerator.py", "--small"])
+    used = []
+    monkeypatch.setattr(accelerator, "run", lambda options: used.extend([options.out, options.work]))
+    monkeypatch.setattr(accelerator, "table", str)
+    monkeypatch.setattr(accelerator.json, "loads", lambda text: {"rows": []})
+    with contextlib.suppress(FileNotFoundError):
+        accelerator.main()
+    assert [path.name for path in used] == ["accelerator_small", "accelerator_small"]
+
+
+def test_a_row_without_pytorch_is_made_again_once_there_is_one(tmp_path, monkeypatch):
+    accelerator.work_on("steps", {"a": dict}, accelerator.Record(options_for(tmp_path)), 9.0)
+    assert accelerator.Record(options_for(tmp_path)).is_done("steps: a") is False  # of another name
+    monkeypatch.setattr(accelerator, "has_torch", lambda: True)
+    for no_torch, done in ((True, True), (False, False)):
+        assert accelerator.Record(options_for(tmp_path, no_torch=no_torch)).is_done("a") is done
+
+
+def test_a_training_that_was_stopped_in_its_first_epoch_goes_on(tmp_path):
+    """It writes down what it has when it is restored, which is no epoch yet."""
+    told, folder = [], accelerator_jobs._Told(tmp_path)
+    folder.told = told.append
+    folder.write_history([])
+    assert told == []
+    folder.write_history([{"epoch": 1}])
+    assert told == [[{"epoch": 1}]]
 
 
 @pytest.fixture

@@ -217,6 +217,16 @@ def test_what_float32_would_round_is_refused_in_whatever_form(table):
         data.from_arrays((table(dates), np.arange(84) % 2), **options)
 
 
+def test_equal_numbers_differ_by_nothing():
+    """Their mean is rounded, and what is left of it is no deviation."""
+    table = np.stack([np.full(84, 0.1), np.arange(84.0)], 1)
+    y = np.arange(84) % 2
+    for inputs in (table, pytest.importorskip("pandas").DataFrame(table), table.tolist()):
+        assert data.from_arrays((inputs, y)).input_like.shape == (2,)
+    ds = data.from_arrays((table, y), (table + 0.1, y), normalize=True)
+    assert not ds.train_inputs[:, 0].any() and ds.test_inputs[0, 0] == pytest.approx(0.1)
+
+
 def test_doubles_of_another_order_of_bytes_are_centred_before_they_are_rounded():
     table = (1.7e9 + np.arange(84.0))[:, None]
     found, other = (data.from_arrays((x, np.arange(84) % 2), normalize=True) for x in (table, table.astype(">f8")))

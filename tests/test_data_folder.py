@@ -89,20 +89,29 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     assert build.load_data(own).classes == ("ant", "cat", "dog") and config.without_paths(own) == received
 
 
-def test_train_may_be_a_class(tmp_path):
+def test_train_may_be_a_class(tmp_path, caplog):
     for name in ("bus/a.png", "train/2019/b.png", "train/2020/c.png"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
     options = {"image_size": None, "test_share": None}
-    with pytest.raises(data.DataError, match="or one folder for each class, got 'bus': rename it, or give classes"):
-        data.from_image_folder(tmp_path, **options)
+    assert data.from_image_folder(tmp_path, **options).classes == ("2019", "2020")
+    assert "what is in train is trained on, and images in bus are not used; where these are classes" in caplog.text
     ds = data.from_image_folder(tmp_path, classes=["bus", "train"], **options)
     assert ds.train_labels.tolist() == [0, 1, 1]
     shutil.rmtree(tmp_path / "train" / "2019")
     (tmp_path / "train" / "2020" / "c.png").rename(tmp_path / "train" / "c.png")
     (tmp_path / "train" / "2020").rmdir()
     assert data.from_image_folder(tmp_path, **options).classes == ("bus", "train")
+    (tmp_path / "bus").rename(tmp_path / "test")  # two splits without classes
+    with pytest.raises(data.DataError, match="train must hold a folder of images for each class"):
+        data.from_image_folder(tmp_path, **options)
+    shutil.rmtree(tmp_path / "test")
+    for name in ("bus", "train"):  # a split that has a class of its own name
+        (tmp_path / "train" / name).mkdir()
+        shutil.copy(tmp_path / "train" / "c.png", tmp_path / "train" / name / "d.png")
+    ds = data.from_image_folder(tmp_path, classes=["bus", "train"], **options)
+    assert ds.train_labels.tolist() == [0, 1]
 
 
 def test_images_behind_links_are_there(tmp_path):
@@ -112,6 +121,7 @@ def test_images_behind_links_are_there(tmp_path):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
     (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "elsewhere")
     assert [file.name for file in _folder.images_in(tmp_path / "a")] == ["0.png", "1.png"]
 
 

@@ -215,7 +215,7 @@ class FeatureMemory:
         if not (isinstance(state, tuple | list) and len(state) == 2):
             raise TypeError(f"state must be a MemoryState, or its two arrays, got {type(state).__name__}")
         values, seen = state
-        if isinstance(values, np.ndarray) and values.dtype.kind == "V":  # as np.load reads bfloat16
+        if self.dtype == "bfloat16" and getattr(values, "dtype", None) == np.dtype("V2"):  # as np.load reads it
             values = values.view(jnp.dtype(self.dtype))
         values, seen = jnp.asarray(values), jnp.asarray(seen)
         wanted = (*seen.shape, *like.shape[1:])

@@ -31,7 +31,8 @@ def codec_text(codec: Codec, *, paths: bool = True) -> str:
         except ValueError:
             same = False
         if not same:
-            raise ValueError(f"codec must have options that are Python literals, as its text is read again, got {text}")
+            what = "options that are Python literals, and be equal when made again from them"
+            raise ValueError(f"codec must have {what}, as its text is read again, got {text}")
     return text
 
 

@@ -103,20 +103,22 @@ def _converted(pair: Any, role: str, normalize: bool) -> Arrays:
         found = f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__
         raise DataError(f"{role} must be (inputs, labels), got {found}")
     inputs = convert_inputs(pair[0], f"{role} inputs", wide=normalize)
-    if not normalize:
+    if not normalize and role == "train":
         _check_resolution(pair[0], f"{role} inputs")
     return Arrays(inputs, convert_labels(pair[1], f"{role} labels"))
 
 
 def _check_columns(train: Any, test: Any) -> None:
     """Raises where two tables have columns of other names, or in another order: arrays do not know them any more."""
-    mine, theirs = (list(getattr(inputs, "columns", ())) for inputs in (train, test))
+    names = (getattr(inputs, "column_names", None) or getattr(inputs, "columns", ()) for inputs in (train, test))
+    mine, theirs = map(list, names)
     if mine and theirs and mine != theirs:
         at = next(n for n in range(max(len(mine), len(theirs))) if mine[n : n + 1] != theirs[n : n + 1])
         found = [names[at] if at < len(names) else "none" for names in (mine, theirs)]
+        advice = ": test[train.columns] puts them in order" if sorted(mine, key=str) == sorted(theirs, key=str) else ""
         raise DataError(
             f"test must have the columns of train, in the same order, got {found[1]!r} in place of {found[0]!r} as "
-            f"column {at}: test[train.columns] puts them in order"
+            f"column {at}{advice}"
         )
 
 
@@ -130,7 +132,9 @@ def _check_resolution(tree: Tree, role: str) -> None:
         known = np.isfinite(array)  # others are told of elsewhere, or filled in
         count = np.maximum(known.sum(0), 1)
         with np.errstate(all="ignore"):
-            centred = np.where(known, array - np.where(known, array, 0).sum(0) / count, 0)
+            # From the first of each column, so that equal numbers differ by 0.
+            array_from = np.where(known, array - array[known.argmax(0), np.arange(array.shape[1])], 0)
+            centred = np.where(known, array_from - array_from.sum(0) / count, 0)
             spread = np.sqrt((centred**2).sum(0) / count)
             most = np.where(known, np.abs(array), 0).max(0).astype(np.float32)
             coarse = (spread > 0) & (spread < 100 * np.spacing(most))

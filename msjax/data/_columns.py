@@ -55,6 +55,8 @@ class Column(NamedTuple):
         values = np.where(gone, median, values)
         with np.errstate(over="ignore", invalid="ignore"):  # told of below
             mean, std = float(values.mean()), float(values.std())
+        if values.min() == values.max():  # whose mean may be rounded
+            mean, std = float(values[0]), 0.0
         column = cls(name, (), mean, std if std > 0 else 1.0, median, missing == "median", bool(gone.any()))
         if are_scaled:
             _check_scale(column, values)

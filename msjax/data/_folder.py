@@ -1,5 +1,6 @@
 """A folder of images, one folder a class, as a data set."""
 
+import logging
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from msjax.data._check import SPLIT_NAMES, TEST_NAMES, check_classes
 from msjax.data._dataset import Dataset
 from msjax.data._error import DataError
 from msjax.data._sequence import SequenceSplit, are_large, share_split
+
+_log = logging.getLogger("msjax")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with other names are passed over."""
@@ -62,11 +65,12 @@ def from_image_folder(
     if not path.is_dir():
         raise DataError(f"{path} must be a folder of images, and is none")
     _images.pillow()
-    # "train" may be a class, too.
-    has_splits = "train" not in (classes or ()) and any(p.is_dir() for p in (path / "train").glob("[!.]*"))
+    has_splits = _is_split(path / "train", classes)
     root = path / "train" if has_splits else path
     test_root = next((path / n for n in TEST_NAMES if (path / n).is_dir()), None) if has_splits else None
     _check_splits(path, has_splits, classes or ())
+    if has_splits and test_root is None and classes is None:
+        _warn_of_others(path)
     classes, files, labels = _find(root, None if classes is None else check_classes(classes))
     if channels is None:
         channels = _channels(files)
@@ -86,15 +90,36 @@ def from_image_folder(
     return finish(path.name, *splits, classes=tuple(classes))
 
 
+def _folders(path: Path) -> list[Path]:
+    return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def _is_split(train: Path, classes: Sequence[str] | None) -> bool:
+    """Whether a folder of this name has the classes to train on; it may be a class itself, as of vehicles."""
+    if not train.is_dir():
+        return False
+    if classes is not None and "train" in classes:
+        inner = [unicodedata.normalize("NFC", folder.name) for folder in _folders(train) if images_in(folder)]
+        return bool(inner) and {*inner} <= {unicodedata.normalize("NFC", name) for name in classes}
+    beside = (folder for folder in _folders(train.parent) if folder.name.lower() not in _SPLITS)
+    is_class = any(map(is_image, train.iterdir())) and not _folders(train) and any(map(images_in, beside))
+    return classes is not None or not is_class
+
+
+def _warn_of_others(path: Path) -> None:
+    """Beside the only split there may be what is none: "train" would be a class whose images lie deeper."""
+    if others := [p.name for p in _folders(path) if p.name.lower() not in _SPLITS and images_in(p)]:
+        said = (
+            "%s: what is in train is trained on, and images in %s are not used; where these are classes, too, name all"
+        )
+        _log.warning(said, path, ", ".join(others[:5]))
+
+
 def _check_splits(path: Path, has_splits: bool, classes: Sequence[str]) -> None:
     """A folder that looks like a split is one, and no class, unless it is named as one or has images itself."""
     used = ("train", *TEST_NAMES) if has_splits else classes
-    only_train = has_splits and not any((path / name).is_dir() for name in TEST_NAMES)
-    for folder in sorted(path.iterdir(), key=lambda p: p.name):
-        is_split = folder.name.lower() in _SPLITS and folder.name not in used and _holds_classes(folder)
-        # Beside one that may be a class whose images lie deeper.
-        is_class = only_train and not classes and folder.name.lower() not in _SPLITS
-        if is_split or (is_class and not folder.name.startswith(".") and folder.is_dir() and images_in(folder)):
+    for folder in _folders(path):
+        if folder.name.lower() in _SPLITS and folder.name not in used and _holds_classes(folder):
             raise DataError(
                 f"{path} must have its splits in folders named {SPLIT_NAMES}, or one folder for each class, got "
                 f"{folder.name!r}: rename it, or give classes"
@@ -109,9 +134,7 @@ def _holds_classes(folder: Path) -> bool:
 def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], np.ndarray]:
     """The classes below a folder, and every image's path and class."""
     found: dict[str, list[Path]] = {}
-    for folder in sorted(
-        (p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
-    ):
+    for folder in _folders(root):
         if files := images_in(folder):
             # macOS may write a letter and its accent as two characters.
             found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(files)
@@ -131,9 +154,12 @@ def images_in(folder: Path) -> list[Path]:
     """All images in a folder, however deep, in order; what lies in hidden folders, as thumbnails do, is passed over."""
     files, seen = [], {os.path.realpath(folder)}
     for at, folders, names in os.walk(folder, followlinks=True):
-        there = {name: os.path.realpath(os.path.join(at, name)) for name in folders if not name.startswith(".")}
-        folders[:] = [name for name, real in there.items() if real not in seen]  # links may lead around
-        seen.update(there.values())
+        places = [(os.path.islink(there := os.path.join(at, name)), name, os.path.realpath(there)) for name in folders]
+        folders.clear()
+        for _, name, real in sorted(places):  # links may lead around, or to what is there already
+            if not name.startswith(".") and real not in seen:
+                folders.append(name)
+                seen.add(real)
         files += [file for name in names if is_image(file := Path(at, name))]
     return sorted(files, key=lambda file: file.relative_to(folder).parts)  # paths are in another order on Windows
 

@@ -32,7 +32,8 @@ def measure_levels(counts: np.ndarray) -> tuple[list[float], list[float]]:
 def measure_columns(table: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and std of the columns; 1 as that of a constant."""
     mean, std = table.mean(0, np.float64), table.std(0, np.float64)
-    return mean.tolist(), np.where(std > 0, std, 1).tolist()
+    constant = table.min(0) == table.max(0)  # whose mean may be rounded
+    return np.where(constant, table[0], mean).tolist(), np.where(constant, 1, std).tolist()
 
 
 def measure_last_axis(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

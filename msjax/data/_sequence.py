@@ -84,9 +84,14 @@ def from_sequence(
     if test is None:
         splits = share_split(splits[0], test_share, seed)
     known, classes = _known_classes(train, splits[0].label_like, labels)
+    if test is not None and classes is not None:
+        _, others = _known_classes(test, splits[1].label_like, labels)
+        if others not in (None, classes):
+            raise DataError(f"test must have the classes of train, {classes}, in the same order, got {others}")
     if num_classes not in (None, known):
         classes = None
-    ds = finish(name, *splits, num_classes=num_classes or known, normalize=normalize, classes=classes)
+    num_classes = known if num_classes is None else num_classes
+    ds = finish(name, *splits, num_classes=num_classes, normalize=normalize, classes=classes)
     for split in (ds.train, ds.test):
         if isinstance(split, SequenceSplit):
             split.num_classes = ds.num_classes

@@ -44,7 +44,7 @@ def _column(where: str, source: Any, column: str) -> Any:
         if isinstance(source, str | bytes):
             raise DataError(f"{where} must have a sequence of texts in column {column!r}, got one text")
     if hasattr(source, "select_columns"):  # of Hugging Face: its items are read as they are needed
-        return source.select_columns([column]) if column in source.column_names else source
+        return source.select_columns([column]) if column in (source.column_names or ()) else source
     # A column's own index may not be 0, 1, 2, …
     for name in ("to_list", "to_pylist"):
         if hasattr(source, name):

@@ -1,9 +1,12 @@
 """The versions and the hardware that a result depends on."""
 
+import contextlib
+import datetime
 import importlib.metadata
 import os
 import pathlib
 import platform
+import subprocess
 from typing import Any
 
 import jax
@@ -19,14 +22,27 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     several = {"processes": jax.process_count()} if jax.process_count() > 1 else {}
     return several | {
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages} | {n: v for n in _COMPILERS if (v := _version(n))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
     }
+
+
+def _commit():
+    """That of the sources, where they are of a repository, with "-dirty" behind it if they were changed; else None."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
 
 
 def _version(name):
