@@ -205,12 +205,14 @@ def work_on(stage: str, jobs: dict, record: Record, seconds: float, least: float
                 share = max((end - start) / (len(todo) - number), min(least, end - start))
                 row = work_on_training(name, job, record, share)
             else:
-                record.put(stage, name, {"error": "did not end"})
+                if not record[name].get("finished"):  # what was made without PyTorch stands until there is more
+                    record.put(stage, name, {"error": "did not end"})
                 row = job() | {"finished": True, "wall_seconds": round(time.monotonic() - start, 1)}
                 record.put(stage, name, row)
         except Exception as error:  # of one row alone, as where memory is short or a training diverges
             row = record[name] | {"error": f"{type(error).__name__}: {error}"[:500]}
-            record.put(stage, name, row)
+            if stage == "train" or not row.get("finished"):
+                record.put(stage, name, row)
             record.failed.add(name)
         if stage != "train":
             longest = max(longest, time.monotonic() - start)

@@ -21,7 +21,7 @@ from msjax import config as config_lib
 from msjax.cli.main import large_pages
 
 INTERRUPTED = 130
-NOT_BEGUN = -1
+NOT_BEGUN = 1000  # no status of a process
 """Of a run before which the call has ended, as it was interrupted, or another run failed."""
 _AMONG = ("coordinator_address", "num_processes", "process_id", "local_device_ids", "heartbeat_seconds")
 
@@ -51,15 +51,19 @@ def do(scale: str, run: study.Run, command: str, results: pathlib.Path = study.R
 
 
 def _train(cfg):
+    from msjax.data import digests
     from msjax.training import processes
     from msjax.training.from_config import load_run_everywhere, open_or_create, train_config
 
     # Before there is a folder, so that a data set that is not there leaves none behind.
     run = load_run_everywhere(cfg)
-    folder, cfg = open_or_create(cfg, study.key(cfg))
-    if (summary := folder.read_summary()) is None:
+    folder, opened = open_or_create(cfg, study.key(cfg))
+    if study.key(opened) != study.key(cfg):
+        raise ValueError(f"{folder.path} must be a run of this config, and was given another: name another --out")
+    if (summary := folder.read_summary()) is None or not (folder.path / "metrics.jsonl").exists():
         summary = train_config(cfg, folder, run=run)
     else:  # of whatever version and machine
+        processes.from_first(lambda: folder.check_data(digests(run.dataset)))
         print(f"{folder.path}: trained before; with another --out it is trained anew", flush=True)
     folder.close()
     return summary | {"history": processes.from_first(folder.read_history)}
@@ -104,8 +108,8 @@ def run_missing(
         call, with the same records at hand. Measurements are then left for a call without it, and a run that fails
         ends the call.
 
-    Returns 0; 130 where it was interrupted, when the states of all runs are saved; 1 where a run failed, which does not
-    keep the others from running.
+    Returns 0; 1 where a run failed, which does not keep the others from running; else 130 where it was interrupted,
+    when the states of all runs are saved.
     """
     missing = {study.key(run): (name, run) for name, run in wanted.items() if study.record(scale, run, results) is None}
     measured = {k: pair for k, pair in missing.items() if isinstance(pair[1], study.Measured)}

@@ -89,7 +89,8 @@ def load(path: str, *, data_dir: str | None = None, cache_dir: str | None = None
         raise ValueError(f"the run's clients must share one part, got mode.kind={cfg.mode.kind!r}")
     state = run.state
     if trained:
-        folder.check_data(digests(run.dataset))  # a network of other images has other features
+        if "train" in folder.other_data(digests(run.dataset)):  # a network of other images has other features
+            folder.check_data(digests(run.dataset))
         found = saved.restore(folder, run, *loaded.placed(run))
         if found is None:
             raise ValueError(f"the run must have a checkpoint, got {path!r} without one")

@@ -132,13 +132,14 @@ def main() -> int:
     out = options.out or (options.results if own else study.ROOT) / "RESULTS.md"
     text, figures = page(options.results)
     beside = os.path.relpath(options.results, out.parent)
-    folder = options.results / "figures"
+    folder = (options.results if options.out is None else out.parent) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     # Those of studies with a record of their own lie beside it.
     drawn = {name: png for name, png in figures.items() if not (options.results / name).exists()}
     for name, png in drawn.items():
         (folder / name).write_bytes(png)
-    out.write_text(_with_images(text, lambda name: f"{beside}/{'figures/' * (name in drawn)}{name}"))
+    drawn_in = os.path.relpath(folder, out.parent)
+    out.write_text(_with_images(text, lambda name: f"{drawn_in if name in drawn else beside}/{name}"))
     print(f"{out}: {len(figures)} figures")
     if options.html:
         options.html.write_text(html(text, figures))

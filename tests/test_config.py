@@ -233,6 +233,31 @@ def get_config():
 """
 
 
+def test_where_functions_are_now(tmp_path):
+    """In a file of the same name; no other file, and no data, are taken for those of a run."""
+    (tmp_path / "theirs.py").write_text("")
+    run = config.Config(
+        model=config.ModelConfig(name="/gone/mine.py:make_model"),
+        data=config.DataConfig(name="/mnt/pets"),
+        task=config.TaskConfig(name=f"{tmp_path}/theirs.py:Loss"),
+    )
+    new = dataclasses.replace(
+        run,
+        model=config.ModelConfig(name="/new/mine.py:another"),
+        data=config.DataConfig(name="./pets"),
+        task=config.TaskConfig(name="/new/mine.py:Loss"),
+    )
+    found = config.with_functions_of(run, new)
+    assert found == dataclasses.replace(run, model=config.ModelConfig(name="/new/mine.py:make_model"))
+    renamed = dataclasses.replace(new, model=config.ModelConfig(name="/new/other.py:make_model"), task=run.task)
+    assert config.with_functions_of(run, renamed).model.name == "/new/other.py:make_model"
+    renamed = dataclasses.replace(renamed, model=config.ModelConfig(name="/new/other.py:another"))
+    with pytest.raises(
+        ValueError, match=r"model.name of the run is '/gone/mine.py:make_model', which is gone, and the"
+    ):
+        config.with_functions_of(run, renamed)
+
+
 def test_a_preset_names_functions_of_its_own(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(OWN_PRESET)

@@ -225,6 +225,9 @@ def test_equal_numbers_differ_by_nothing():
         assert data.from_arrays((inputs, y)).input_like.shape == (2,)
     ds = data.from_arrays((table, y), (table + 0.1, y), normalize=True)
     assert not ds.train_inputs[:, 0].any() and ds.test_inputs[0, 0] == pytest.approx(0.1)
+    series = np.stack([table] * 3, 1)
+    ds = data.from_arrays((series, y), (series + 0.1, y), normalize=True)
+    assert not ds.train_inputs[..., 0].any() and np.abs(ds.test_inputs[..., 0] - 0.1).max() < 1e-6
 
 
 def test_doubles_of_another_order_of_bytes_are_centred_before_they_are_rounded():

@@ -422,7 +422,7 @@ TWO = (affine, Dense(4, 4)()), (affine, Dense(4, 1)())
         (
             Doubled([linen.Dense(4), linen.Dense(1)]),
             {"cut": 1},
-            "with cut, model must be a list of layers, .* got Doub",
+            "with cut, model must be a list of .* got Doubled",
         ),
         (
             [Told(), linen.Dense(1)],

@@ -28,7 +28,7 @@ from .helpers import free_port
 MSJAX = (sys.executable, "-c", "from msjax.cli import main; main.main()")
 SECONDS = 240
 pytestmark = pytest.mark.slow
-RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "15", "--checkpoint-steps", "5")
+RUN = ("--model.width", "0.5", "--clients", "2", "--batch-size", "48", "--epochs", "8", "--checkpoint-steps", "5")
 
 
 class Shell:

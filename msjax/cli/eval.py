@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         "--config",
         metavar="FILE.py",
         help="in place of a run: a preset, which any option of msjax train overrides; beside a run: where the "
-        "functions of its preset are now",
+        "functions of its preset are now; the run then comes first",
     )
     options = parser.parse_args(arguments)
     if options.run.endswith(".safetensors"):

@@ -135,8 +135,33 @@ def with_own(config: Config, own: Config) -> Config:
 
 
 def with_functions_of(config: Config, own: Config) -> Config:
-    """Returns a config with where functions of presets are, as another has it; all else stays as it is."""
-    return _with_places(config, own, REFERENCES)
+    """Returns a config with where functions of presets are, as another has it: in a file of the same name.
+
+    Where the file is gone, a function of the same name in the same field counts, too. All else stays as it is.
+
+    Raises:
+      ValueError: a file is gone, and the other has no such function.
+    """
+    files = {os.path.basename(place): place for place in _files_of(own)}
+    for name, value in references(config).items():
+        file, _, function = value.rpartition(":")
+        place = files.get(os.path.basename(file))
+        if place is None and not os.path.exists(file):
+            other = references(own).get(name, "")
+            if other.rpartition(":")[2] != function:
+                raise ValueError(
+                    f"{name} of the run is {value!r}, which is gone, and the preset given has no {function}"
+                )
+            place = other.rpartition(":")[0]
+        if place is not None:
+            section, _, field = name.partition(".")
+            changed = dataclasses.replace(getattr(config, section), **{field: f"{place}:{function}"})
+            config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def _files_of(config):
+    return [reference.rpartition(":")[0] for reference in references(config).values()]
 
 
 def with_places_of(config: Config, own: Config) -> Config:
@@ -144,20 +169,15 @@ def with_places_of(config: Config, own: Config) -> Config:
 
     All else stays as it is: the other may be a preset, of which the run had changed some fields.
     """
-    config = _with_places(config, own, (*REFERENCES, *_FILES))
-    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
-
-
-def _with_places(config, own, names):
-    files = [reference.rpartition(":")[0] for reference in references(own).values()]
-    for name in names:
+    files = _files_of(own)
+    for name in (*REFERENCES, *_FILES):
         section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
         if value is not None:
             changed = dataclasses.replace(getattr(config, section), **{field: _placed(value, other, files)})
             config = dataclasses.replace(config, **{section: changed})
-    return config
+    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
 
 
 def _placed(value, other, files):

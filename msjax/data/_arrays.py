@@ -115,7 +115,8 @@ def _check_columns(train: Any, test: Any) -> None:
     if mine and theirs and mine != theirs:
         at = next(n for n in range(max(len(mine), len(theirs))) if mine[n : n + 1] != theirs[n : n + 1])
         found = [names[at] if at < len(names) else "none" for names in (mine, theirs)]
-        advice = ": test[train.columns] puts them in order" if sorted(mine, key=str) == sorted(theirs, key=str) else ""
+        has_order = sorted(mine, key=str) == sorted(theirs, key=str) and hasattr(test, "iloc")  # of pandas
+        advice = ": test[train.columns] puts them in order" if has_order else ""
         raise DataError(
             f"test must have the columns of train, in the same order, got {found[1]!r} in place of {found[0]!r} as "
             f"column {at}{advice}"

@@ -102,8 +102,8 @@ def _is_split(train: Path, classes: Sequence[str] | None) -> bool:
         inner = [unicodedata.normalize("NFC", folder.name) for folder in _folders(train) if images_in(folder)]
         return bool(inner) and {*inner} <= {unicodedata.normalize("NFC", name) for name in classes}
     beside = (folder for folder in _folders(train.parent) if folder.name.lower() not in _SPLITS)
-    is_class = any(map(is_image, train.iterdir())) and not _folders(train) and any(map(images_in, beside))
-    return classes is not None or not is_class
+    # Without folders it is a class, or nothing, where there are others; where there are none, an error says so.
+    return bool(_folders(train)) or not any(map(images_in, beside))
 
 
 def _warn_of_others(path: Path) -> None:

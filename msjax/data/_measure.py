@@ -48,6 +48,8 @@ def measure_last_axis(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore", invalid="ignore"):  # told of below
         mean = total(lambda x: x.sum(0))
         std = np.sqrt(total(lambda x: ((x - mean) ** 2).sum(0)))
+    least, most = (function(function(inputs, axis=0).reshape(-1, width), axis=0) for function in (np.min, np.max))
+    mean, std = np.where(least == most, least, mean), np.where(least == most, 0, std)  # whose mean may be rounded
     if not np.isfinite([mean, std]).all():
         raise DataError(f"inputs must have a finite mean and std, got numbers up to {np.abs(inputs).max():.9g}")
     return mean, np.where(std > 0, std, 1)

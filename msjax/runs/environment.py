@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -23,7 +24,7 @@ def environment() -> dict[str, Any]:
     several = {"processes": jax.process_count()} if jax.process_count() > 1 else {}
     return several | {
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages} | {n: v for n in _COMPILERS if (v := _version(n))},
         "platform": platform.platform(),
@@ -34,14 +35,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit():
-    """That of the sources, where they are of a repository, with "-dirty" behind it if they were changed; else None."""
+@functools.cache
+def commit() -> str | None:
+    """Returns that of the sources as they were when this was first asked for; None where they are of no repository.
+
+    With "-dirty" behind it if those of msjax, of studies or of benchmarks were changed.
+    """
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        sources = ("msjax", "experiments/*.py", "benchmarks/*.py", "configs")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     return None
 
 

@@ -15,6 +15,7 @@ from msjax.compress import Identity
 from msjax.data import digests
 from msjax.parts import part_run_id, save_trained
 from msjax.runs import RunFolder, environment, plots
+from msjax.runs.environment import commit
 from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.early import check_labels
 from msjax.split.state import TrainState
@@ -105,6 +106,7 @@ def train_config(
         began.
       processes.ProcessLostError: another process has ended, where there are several.
     """
+    commit()  # as the sources are now
     cfg = build.resolved(cfg)
     if run is None:
         run = _load_for(cfg, folder)
