@@ -22,7 +22,8 @@ def expand(name: str, path: str | os.PathLike) -> pathlib.Path:
     if not text:
         raise ValueError(f"{name} must be a path, got ''")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):  # it would become a folder of that name here
-        raise ValueError(f"{name} must be a path in a file system, got {text!r}: mount what it names, as a bucket")
+        advice = "mount the bucket, and give the path of the mount"
+        raise ValueError(f"{name} must be a path in a file system, got the URL {text!r}: {advice}")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as error:

@@ -205,7 +205,7 @@ IN_THE_WAY = "must be a folder that can be written to, got 'file"
     [
         ("train", ["--out", "file"], f"out {IN_THE_WAY}': file is a file"),
         ("train", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
-        ("train", ["--out=gs://b/runs"], "out must be a path in a file system, got 'gs://b/runs': mount what it names"),
+        ("train", ["--out=gs://b/runs"], "out must be a path in a file system, got the URL 'gs://b/runs': mount the"),
         ("serve", ["--out=file/x"], f"out {IN_THE_WAY}/x': file is a file"),
         ("train", ["--out", ""], "out must be a path, got ''"),
         ("train", ["--out=~nobody-of-this-name/x"], "out must be a path, got '~nobody-of-this-name/x': Could not"),

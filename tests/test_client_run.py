@@ -259,7 +259,7 @@ def test_older_checkpoints_that_cannot_be_deleted_are_told_of_once(run, monkeypa
 
 
 def test_without_the_checkpoint_a_client_goes_on_only_where_its_part_does_not_count(run):
-    with pytest.raises(Refused, match="the run is at step 3, of which this client has no checkpoint"):
+    with pytest.raises(Refused, match="this client has no checkpoint of step 3, where the run is"):
         run.start(pb.Start(generation=2, step=3))
     run.party.needed = False
     run.start(pb.Start(generation=3, step=3))

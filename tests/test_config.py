@@ -456,7 +456,7 @@ def test_what_a_model_of_ones_own_would_pass_over_is_refused(section, changes, m
     build.check_tail(cfg, spec)
     assert not caplog.records
     build.make_parts(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, cut=2)), summary)
-    assert "model.cut is 2, but" in caplog.text and "returns the parts, cut where they are" in caplog.text
+    assert "model.cut=2 is ignored: " in caplog.text and "returns a model that is already in parts" in caplog.text
 
 
 def test_what_only_decoders_read_is_refused_elsewhere():

@@ -272,7 +272,7 @@ def test_a_summary_keeps_how_arrays_are_nested():
 
 def test_a_skewed_division_needs_one_array_of_classes():
     ds = data.from_arrays((IMAGES, {"y": CLASSES, "weight": np.ones(20, np.float32)}))
-    with pytest.raises(ValueError, match=r"alpha must be None where labels are several arrays, got 0.5: a division"):
+    with pytest.raises(ValueError, match=r"alpha must be None where labels are several arrays, got 0.5: give"):
         build.divide(ds, 2, alpha=0.5, seed=0)
     assert len(build.divide(ds, 2, alpha=None, seed=0)[0]) == 2
 

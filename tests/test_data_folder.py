@@ -96,7 +96,7 @@ def test_train_may_be_a_class(tmp_path, caplog):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
     options = {"image_size": None, "test_share": None}
     assert data.from_image_folder(tmp_path, **options).classes == ("2019", "2020")
-    assert "what is in train is trained on, and images in bus are not used; where these are classes" in caplog.text
+    assert "only the images in train are used, not those in bus. If these folders are classes" in caplog.text
     ds = data.from_image_folder(tmp_path, classes=["bus", "train"], **options)
     assert ds.train_labels.tolist() == [0, 1, 1]
     shutil.rmtree(tmp_path / "train" / "2019")

@@ -237,7 +237,9 @@ def test_one_that_dies_before_its_last_answer_says_so_where_others_have_gone(tmp
         it.kill(3)
         it.start_client(2)
         it.run()
-        assert str(it.failures.pop(2)).endswith("the run has ended, of which this client has no checkpoint")
+        assert str(it.failures.pop(2)).startswith(
+            "the run has ended, and this client has no checkpoint of its last step"
+        )
         it.finals[2] = it.finals[3]
         it.assert_equal_to_program()
 

@@ -497,7 +497,10 @@ def test_a_part_that_one_alone_has_is_waited_for_at_the_end(comes):
     for client in (1, 2):
         run.goodbye(client)
     said = run.wait(10.0)
-    assert "the run waits for one of clients [0] to say that it has kept the trained part" in said[-1].text
+    assert (
+        "the run waits for one of clients [0] to keep the trained part, which nobody else has: start it"
+        in said[-1].text
+    )
     assert run.stage is Stage.ENDING and run.wait(10.0) and run.stage is Stage.ENDING
     if comes:
         run.come(0, saved_step=4, instance="another")
@@ -506,12 +509,41 @@ def test_a_part_that_one_alone_has_is_waited_for_at_the_end(comes):
         assert run.say(ev.StopAsked("by a signal"))[-1] == do.Finish()
 
 
-def test_a_part_is_waited_for_where_the_one_that_is_there_lacks_its_own():
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_part_is_waited_for_where_the_one_that_is_there_lacks_its_own(comes):
     run = Run(clients=2, checkpoint=(2, None)).begin().go_to_end()
     run.leave(1)
     assert not of(run.crash(0, saved_step=2), do.StartClient, do.RestoreCheckpoint)
-    assert "the run waits for one of clients [0, 1]" in run.wait(10.0)[-1].text and run.stage is Stage.ENDING
-    assert of(run.come(1, saved_step=2, instance="another"), do.RestoreCheckpoint)
+    assert (
+        "start clients [1] again, and all go back; or Ctrl-C" in run.wait(10.0)[-1].text and run.stage is Stage.ENDING
+    )
+    if comes:
+        assert of(run.come(1, saved_step=2, instance="another"), do.RestoreCheckpoint)
+    else:  # the last checkpoint stays, from which the run can go on without the other
+        assert isinstance(run.say(ev.StopAsked("by a signal"))[-1], do.StopRun)
+
+
+def test_those_that_died_at_the_end_go_back_together_where_late_clients_are_dropped():
+    """Who is away itself does not count among those without whom the run could end."""
+    for comes in (True, False):
+        run = Run(clients=2, stragglers="drop", checkpoint=(2, None)).begin().go_to_end()
+        run.leave(1)
+        assert not of(run.crash(0, saved_step=2), do.StartClient, do.TellEnd, do.RestoreCheckpoint)
+        said = run.come(1, saved_step=2, instance="another") if comes else run.wait(10.0)
+        assert of(said, do.RestoreCheckpoint) and run.state.active == ((0, 1) if comes else (0,))
+
+
+def test_one_that_was_dropped_in_the_last_test_is_waited_for_though_all_others_have_gone():
+    """The server has its part."""
+    run = Run("turns", stragglers="drop", steps=4).begin().go_to_end()
+    first, *others = run.state.clients
+    clients = (dataclasses.replace(first, active=False, session=None), *others)
+    run.state = dataclasses.replace(run.state, clients=clients, tally=Tally.over(clients, run.state.exchange))
+    run.goodbye(1), run.goodbye(2)
+    assert run.stage is Stage.ENDING
+    told = of(run.come(0, instance="another"), do.StartClient, do.TellEnd)
+    assert told[0].afresh and not told[1].dropped
+    assert run.stage is Stage.OVER
 
 
 def test_one_that_was_let_in_after_the_checkpoint_and_dies_is_let_in_again():

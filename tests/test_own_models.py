@@ -634,7 +634,7 @@ def test_one_module_within_two_parts_is_told(caplog):
     """Linen ties weights within one model alone. It may have none, so it is not refused."""
     layer, x = linen.Dense(4), numbers(6)[0]
     assert len(models.as_parts(linen.Sequential([Around(layer), Around(layer)]), x, cut=1)) == 2
-    assert caplog.text.count("two parts of the model have one Dense: if it has weights, each part trains") == 1
+    assert caplog.text.count("two parts of the model share one Dense; if it has weights, they are not shared") == 1
     models.as_parts(linen.Sequential([Around(layer), Around(linen.Dense(4))]), x, cut=1)
     models.as_parts([Around(layer), functools.partial(ToldNnx(), deterministic=True)], x, cut=1)
     assert len(caplog.records) == 1

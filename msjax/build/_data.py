@@ -170,7 +170,8 @@ def divide(
     if clients > len(ds.train):
         raise ValueError(f"clients must be in 1..{len(ds.train)} (the number of examples), got {clients}")
     if alpha is not None and len(TreeSpec.of(ds.label_like).leaves) != 1:
-        raise ValueError(f"alpha must be None where labels are several arrays, got {alpha}: a division may be given")
+        what = "alpha must be None where labels are several arrays"
+        raise ValueError(f"{what}, got {alpha}: give msjax.train division= in its place")
     # An even division needs no labels, which for a stream take a pass over the set.
     of = len(ds.train) if alpha is None else ds.train.labels()
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients

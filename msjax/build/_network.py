@@ -43,7 +43,7 @@ def make_parts(
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
         if cut is not None and isinstance(made, tuple):
-            log.warning("model.cut is %d, but %s returns the parts, cut where they are", cut, cfg.model.name)
+            log.warning("model.cut=%d is ignored: %s returns a model that is already in parts", cut, cfg.model.name)
             cut = None
         parts = models.as_parts(made, x, cut=cut, seed=cfg.seed)
         named = zip(models.PARTS, parts, strict=False)

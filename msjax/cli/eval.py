@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="FILE.py",
-        help="in place of a run: a preset, which any option of msjax train overrides; beside a run: where the "
-        "functions of its preset are now; the run then comes first",
+        help="without a run: a preset to test; any option of msjax train overrides it. After a run: the file where the "
+        "functions of its preset are now, if it has moved",
     )
     options = parser.parse_args(arguments)
     if options.run.endswith(".safetensors"):

@@ -63,7 +63,7 @@ class RunFlags(PresetFlag):
 
 
 def network() -> types.ModuleType:
-    """Returns what commands do that have the other part elsewhere.
+    """Returns the module with the commands that take `--server`, where the other part runs elsewhere.
 
     Raises:
       ValueError: what that needs is not installed.

@@ -90,8 +90,8 @@ def check_granularity_of_kept(grad_codec: Codec, codec: Any, like: Any, kept: An
         )
     if own == "channel" or own != getattr(codec, "granularity", "tensor"):
         raise ValueError(
-            f'grad_codec must have granularity="tensor", or "sample" or "token" as the features\' codec has it, where '
-            f"{option} leaves what {codec} keeps, got {grad_codec}"
+            f'grad_codec must have granularity="tensor", or "sample" or "token" if codec has the same, where {option} '
+            f"sends only gradients of kept features of {codec}, got {grad_codec}"
         )
 
 

@@ -31,8 +31,8 @@ def codec_text(codec: Codec, *, paths: bool = True) -> str:
         except ValueError:
             same = False
         if not same:
-            what = "options that are Python literals, and be equal when made again from them"
-            raise ValueError(f"codec must have {what}, as its text is read again, got {text}")
+            what = "options that are Python literals, and be equal to a codec that is made again from its text"
+            raise ValueError(f"codec must have {what}, since a run keeps it as text, got {text}")
     return text
 
 

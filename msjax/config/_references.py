@@ -135,9 +135,9 @@ def with_own(config: Config, own: Config) -> Config:
 
 
 def with_functions_of(config: Config, own: Config) -> Config:
-    """Returns a config with where functions of presets are, as another has it: in a file of the same name.
+    """Returns `config` with the functions of its preset looked up where `own` has them: in a file of the same name.
 
-    Where the file is gone, a function of the same name in the same field counts, too. All else stays as it is.
+    If the old file is gone, a function of the same name in the same field is taken, too. The rest is unchanged.
 
     Raises:
       ValueError: a file is gone, and the other has no such function.

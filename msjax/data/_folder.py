@@ -109,10 +109,12 @@ def _is_split(train: Path, classes: Sequence[str] | None) -> bool:
 def _warn_of_others(path: Path) -> None:
     """Beside the only split there may be what is none: "train" would be a class whose images lie deeper."""
     if others := [p.name for p in _folders(path) if p.name.lower() not in _SPLITS and images_in(p)]:
-        said = (
-            "%s: what is in train is trained on, and images in %s are not used; where these are classes, too, name all"
+        _log.warning(
+            "%s: only the images in train are used, not those in %s. If these folders are classes, too, name all "
+            "classes, train among them, with classes= (data.classes)",
+            path,
+            ", ".join(others[:5]),
         )
-        _log.warning(said, path, ", ".join(others[:5]))
 
 
 def _check_splits(path: Path, has_splits: bool, classes: Sequence[str]) -> None:

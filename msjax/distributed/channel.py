@@ -1,4 +1,4 @@
-"""The line between a client and the server as both ends see it.
+"""The connection between a client and the server, as both ends see it.
 
 The two ends themselves are objects without any I/O: `session.ClientSession` and `coordinator.Coordinator` take messages
 and return messages. What carries these is a `Channel`: gRPC between machines; the tests have one in memory.

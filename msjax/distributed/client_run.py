@@ -71,8 +71,9 @@ class ClientRun:
             party.go_back(self._initial)
         elif start.step == 0 or party.needs_state(start.step):
             if start.step == party.schedule.total_steps:
-                raise Refused("the run has ended, of which this client has no checkpoint")
-            what = f"the run is at step {start.step}, of which this client has no checkpoint"
+                what = "the run has ended, and this client has no checkpoint of its last step"
+                raise Refused(f"{what}: start it with the --state folder that it had")
+            what = f"this client has no checkpoint of step {start.step}, where the run is"
             raise Refused(f"{what}: start it with the --state folder that it had; or {LET_IN_WITHOUT}")
         # What follows may go another way than it went before, as where a client was dropped; and another's part is not
         # what this client has kept of the same step.

@@ -218,7 +218,8 @@ class ClientSession:
         if self.done:
             return
         if lost.final:
-            if self._has_kept:
+            if self._has_trained_part:
+                self._keep()
                 return self._leave(lost)
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
@@ -230,8 +231,7 @@ class ClientSession:
         self._heard = False
         away = now - self._got_on_at
         if away > self._retry_seconds:
-            # One whose turns are over has no more steps, but the run may have.
-            if self.run is None or not (self.run.done and (self._has_kept or self.party.keeps_result)):
+            if not self._has_trained_part:
                 if self._heard_since:
                     what = "the server takes this client's connections, but no new answer has come for"
                 else:
@@ -262,7 +262,8 @@ class ClientSession:
                 f"the server's protocol is {welcome.protocol}, this client's {messages.PROTOCOL}, that of msjax "
                 f"{msjax.__version__}: server and clients need versions of msjax with the same protocol"
             )
-        if self.name and welcome.run != self.name and self._has_kept:
+        if self.name and welcome.run != self.name and self._has_trained_part:
+            self._keep()
             self._leave("the server now serves another run")
             return pb.FromClient(goodbye=pb.Goodbye(error="it was in another run, which has ended"))
         if self.name and welcome.run != self.name:
@@ -319,6 +320,8 @@ class ClientSession:
             if self.run.lacks_part:
                 raise Refused("training ended while this client was away; its part is not the trained one")
             self.party.keeps_result = True
+        if finished.dropped and self.run is not None and self.run.done:  # nobody is dropped that has all its answers
+            raise Refused("all have gone back since, and training ended without this client; its part is of before")
         if self.run is not None and self.run.done:
             self._keep()
             if finished.over:
@@ -331,8 +334,11 @@ class ClientSession:
             yield from self._requests()  # the last answer was lost
 
     @property
-    def _has_kept(self):
-        return self.run is not None and self.run.done and self._kept == self.run.generation
+    def _has_trained_part(self):
+        """One whose turns are over has no more steps, but the run may have: it has the part if it is told so."""
+        if self.run is None or not self.run.done:
+            return False
+        return self._kept == self.run.generation or self.party.keeps_result
 
     def _leave(self, why):
         log.warning("all steps are done, but the server did not say that all clients have their parts: %s", why)

@@ -448,17 +448,16 @@ class _Transition:
         state = self.state
         lacking = [c for c in state.active if self._lacks_part(c)]
         missing = [c for c in state.active if not state.clients[c].goodbye]
-        if missing and state.stop is not None and not state.late:
+        able = [c for c in state.keepers if state.hands_out or c not in lacking]
+        lost = not any(self._keeps(state.clients[c]) for c in able)
+        # Whom the server can still give the part may come back, though all others have gone.
+        waits = bool(missing) or (lost and state.hands_out is not None)
+        if missing and state.stop is not None and (lacking or not state.late):
             self._stop(state.stop)
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)
-        elif not missing or self._passed(state.deadline) or state.stop is not None:
-            able = [c for c in state.keepers if state.hands_out or c not in lacking]
-            lost = not any(self._keeps(state.clients[c]) for c in able)
-            if missing and lost and state.policy.stragglers == "wait" and state.stop is None:
-                who = f"one of {_listed(state.keepers)} to say that it has kept the trained part, which nobody else has"
-                self._do(do.Warn(f"the run waits for {who}: start it again; Ctrl-C ends the run without it"))
-                self._set(deadline=self._later(), late=True)
+        elif not waits or self._passed(state.deadline) or state.stop is not None:
+            if waits and lost and state.stop is None and self._goes_on_without_ending(lacking, missing):
                 return
             if missing:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
@@ -470,6 +469,28 @@ class _Transition:
                 self._do(do.TellOver(name))
                 self._do(do.CloseSession(name))
             self._over(do.Finish())
+
+    def _goes_on_without_ending(self, lacking, missing):
+        """Where nobody has the trained part at the deadline: waits for one of those who should, or goes back."""
+        state = self.state
+        if state.policy.stragglers == "wait":
+            who = f"one of {_listed(state.keepers)} to keep the trained part, which nobody else has"
+            if lacking:
+                away = [c for c in missing if not state.clients[c].ready]
+                what = f"start {_listed(away)} again, and all go back; or Ctrl-C, and {LET_IN_WITHOUT}"
+            else:
+                what = "start it again; Ctrl-C ends the run without it"
+            self._do(do.Warn(f"the run waits for {who}: {what}"))
+            self._set(deadline=self._later(), late=True)
+            return True
+        if state.policy.stragglers == "drop" and len(lacking) >= state.policy.min_clients:
+            for c in missing:
+                if not state.clients[c].ready:
+                    self._drop(c, alive=False)
+            self._do(do.Warn(f"nobody has kept the trained part: {_listed(lacking)} go back without the others"))
+            self._restore(again=True)
+            return True
+        return False
 
     def _keeps(self, it):
         """Whether a keeper has kept its part, or is there to do so."""
@@ -486,7 +507,7 @@ class _Transition:
         it = self.state.clients[client]
         handed_out = self.state.hands_out is not None and client in self.state.keepers
         lacks, has_own = self._lacks_part(client), it.session.saved_step == self.state.step
-        if lacks and not self._can_do_without([client]):
+        if lacks and not self._ends_without(client):
             return  # until all are there that have to go back with it
         if handed_out and not (it.active and (has_own or self._knows_where_it_is(client))):
             self._start(client, self.state.step, afresh=True)
@@ -498,6 +519,16 @@ class _Transition:
         self._set_session(client, admitted=True)
         dropped = not (self.state.clients[client].active or handed_out)
         self._do(do.TellEnd(client, it.session.name, dropped=dropped))
+
+    def _ends_without(self, client):
+        """Whether nobody goes back for one that lacks its part: the server has it, or enough others do."""
+        state = self.state
+        if state.policy.stragglers != "drop":
+            return False
+        if state.hands_out is not None and client in state.keepers:
+            return True
+        others = [c for c in state.active if c != client and not self._lacks_part(c)]
+        return sum(self._keeps(state.clients[c]) for c in others) >= state.policy.min_clients
 
     def _knows_where_it_is(self, client):
         session = self.state.clients[client].session

@@ -120,7 +120,9 @@ def _check_not_shared(model):
     ids = [{id(one) for one in modules} for modules in within]
     for place, modules in enumerate(within):  # the outermost that others have, too; it may have no weights
         if shared := next((one for one in modules if any(id(one) in other for other in ids[:place])), None):
-            said = "two parts of the model have one %s: if it has weights, each part trains weights of its own"
+            said = (
+                "two parts of the model share one %s; if it has weights, they are not shared: each part trains its own"
+            )
             log.warning(said, type(shared).__name__)
 
 

@@ -37,9 +37,9 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """Returns that of the sources as they were when this was first asked for; None where they are of no repository.
+    """Returns the Git commit of the sources when this was first called; None where they are in no Git repository.
 
-    With "-dirty" behind it if those of msjax, of studies or of benchmarks were changed.
+    It ends in "-dirty" if tracked files of msjax, experiments, benchmarks or configs have been changed.
     """
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
