@@ -148,7 +148,7 @@ def options():
     return found
 
 
-OF_OTHERS = {"--gpus-per-task", "--file"} | {
+OF_OTHERS = {"--gpus-per-task", "--file", "--only"} | {
     f"--{name}" for name in ["results", "steps", "codecs", "dtypes", "networks", "repeats", "requests", "state-only"]
 }
 """Of Slurm and tfds, of studies and benchmarks."""
