@@ -72,7 +72,10 @@ class ClientRun:
         elif start.step == 0 or party.needs_state(start.step):
             if start.step == party.schedule.total_steps:
                 what = "the run has ended, and this client has no checkpoint of its last step"
-                raise Refused(f"{what}: start it with the --state folder that it had")
+                helps = (
+                    "the others ended without it" if self._store.steps() else "start it with the --state folder it had"
+                )
+                raise Refused(f"{what}: {helps}")
             what = f"this client has no checkpoint of step {start.step}, where the run is"
             raise Refused(f"{what}: start it with the --state folder that it had; or {LET_IN_WITHOUT}")
         # What follows may go another way than it went before, as where a client was dropped; and another's part is not

@@ -42,7 +42,7 @@ from typing import Literal, NamedTuple
 from msjax.distributed.events import ExchangeInfo, HandsOut, Key, Requested
 
 LET_IN_WITHOUT = (
-    "give msjax serve --resume the options --policy.stragglers drop and --policy.start-clients, and start this client "
+    "give msjax serve --resume the options --policy.stragglers drop and --policy.start-clients, and start the client "
     "once the others train: it is then let in with another's part"
 )
 """What helps where a client has lost its checkpoint."""

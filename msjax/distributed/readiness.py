@@ -109,7 +109,7 @@ class Readies:
             tests = [ready.test_samples for ready in readies.values()]
             if min(tests) < max(tests):
                 said = "clients have %d to %d test samples: %s"
-                what = f"each tests {min(tests)}" if min(tests) else "one has none, so nothing is tested"
+                what = f"those that test use {min(tests)}" if min(tests) else "one has none, so nothing is tested"
                 log.warning(said, min(tests), max(tests), what)
             self._samples = samples, min(tests)
         samples, self._test_samples = self._samples

@@ -316,11 +316,13 @@ class ClientSession:
     def _finished(self, finished):
         if finished.error:
             raise Refused(f"the server stopped: {finished.error}")
-        if self.run is not None and finished.keeps:
-            if self.run.lacks_part:
+        if self.run is not None:
+            if finished.keeps and self.run.lacks_part:
                 raise Refused("training ended while this client was away; its part is not the trained one")
-            self.party.keeps_result = True
-        if finished.dropped and self.run is not None and self.run.done:  # nobody is dropped that has all its answers
+            if finished.keeps or self.run.done:  # the server knows who had the last turn
+                self.party.keeps_result = finished.keeps
+        if finished.dropped and finished.keeps and self.run is not None and self.run.done:
+            # Nobody is dropped that has all its answers.
             raise Refused("all have gone back since, and training ended without this client; its part is of before")
         if self.run is not None and self.run.done:
             self._keep()

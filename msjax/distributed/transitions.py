@@ -446,13 +446,16 @@ class _Transition:
 
     def _end(self):
         state = self.state
+        for c in state.active:  # enough others may have come since
+            if self._lacks_part(c) and self._ends_without(c):
+                self._tell_end(c)
         lacking = [c for c in state.active if self._lacks_part(c)]
         missing = [c for c in state.active if not state.clients[c].goodbye]
         able = [c for c in state.keepers if state.hands_out or c not in lacking]
         lost = not any(self._keeps(state.clients[c]) for c in able)
         # Whom the server can still give the part may come back, though all others have gone.
         waits = bool(missing) or (lost and state.hands_out is not None)
-        if missing and state.stop is not None and (lacking or not state.late):
+        if missing and state.stop is not None and ((lacking and lost) or not state.late):
             self._stop(state.stop)
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)

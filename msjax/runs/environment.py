@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """Returns the Git commit of the sources when this was first called; None where they are in no Git repository.
 
-    It ends in "-dirty" if tracked files of msjax, experiments, benchmarks or configs have been changed.
+    It ends in "-dirty" if tracked files of msjax or configs, or programs of experiments or benchmarks, were changed.
     """
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
