@@ -90,6 +90,11 @@ def from_image_folder(
     return finish(path.name, *splits, classes=tuple(classes))
 
 
+def _nfc(name: str) -> str:
+    """A class's name as one sequence of characters: macOS may write a letter and its accent as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _folders(path: Path) -> list[Path]:
     return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
 
@@ -99,8 +104,8 @@ def _is_split(train: Path, classes: Sequence[str] | None) -> bool:
     if not train.is_dir():
         return False
     if classes is not None and "train" in classes:
-        inner = [unicodedata.normalize("NFC", folder.name) for folder in _folders(train) if images_in(folder)]
-        return bool(inner) and {*inner} <= {unicodedata.normalize("NFC", name) for name in classes}
+        inner = [_nfc(folder.name) for folder in _folders(train) if images_in(folder)]
+        return bool(inner) and {*inner} <= {_nfc(name) for name in classes}
     beside = (folder for folder in _folders(train.parent) if folder.name.lower() not in _SPLITS)
     # Without folders it is a class, or nothing, where there are others; where there are none, an error says so.
     return bool(_folders(train)) or not any(map(images_in, beside))
@@ -138,11 +143,10 @@ def _find(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], 
     found: dict[str, list[Path]] = {}
     for folder in _folders(root):
         if files := images_in(folder):
-            # macOS may write a letter and its accent as two characters.
-            found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(files)
+            found.setdefault(_nfc(folder.name), []).extend(files)
     if not found:
         raise DataError(f"{root} must hold a folder of images for each class ({', '.join(SUFFIXES)}), and has none")
-    classes = sorted(found) if classes is None else [unicodedata.normalize("NFC", name) for name in classes]
+    classes = sorted(found) if classes is None else [_nfc(name) for name in classes]
     if unknown := sorted(set(found) - set(classes)):
         raise DataError(
             f"{root} must have classes that are given or are there to train on ({', '.join(classes)}), got {unknown[0]}"

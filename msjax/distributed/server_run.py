@@ -126,7 +126,7 @@ class ServerRun:
     @property
     def back_to(self) -> int:
         """The step of which clients would need a checkpoint, should all go back; 0 where they need none."""
-        return 0 if self._alone(self.saved_step) else self.saved_step
+        return self._back_to(self.saved_step)
 
     @property
     def hands_out(self) -> HandsOut | None:
@@ -151,12 +151,16 @@ class ServerRun:
         """Whether the server has all that clients need to go on before this step."""
         return step == 0 or not self.spec.mode.keeps_state(self.schedule)
 
+    def _back_to(self, saved):
+        """The step that clients would go back to, where the server's last checkpoint is of this one."""
+        return 0 if self._alone(saved) else saved
+
     def next_exchange(self) -> ExchangeInfo | None:
         """Opens the next exchange; None where none is left."""
         self.exchange = next(self._exchanges, None)
         last = self._progress.get(_LAST_TURN)
         saved = self.saved_step  # once: another thread completes the writing
-        from_ = {"able": self._able(saved), "back_to": 0 if self._alone(saved) else saved}
+        from_ = {"able": self._able(saved), "back_to": self._back_to(saved)}
         self._info = None if self.exchange is None else _info(self.schedule, self.exchange, last, **from_)
         return self._info
 
