@@ -20,7 +20,7 @@ import numpy as np
 
 from msjax import build, config, models
 from msjax.checks import integer
-from msjax.parts import NETWORK, TrainedPart, load_part, merged, save_trained
+from msjax.parts import NETWORK, TrainedPart, check_run_ids, load_part, merged, save_trained
 from msjax.paths import existing_file, expand
 from msjax.runs import RunFolder
 from msjax.split.spec import RunSpec
@@ -98,9 +98,7 @@ def load_pair(
             )
         if part.apply is None:
             raise ValueError(f"{path} is of a model of one's own: give `preset`, on the command line --config")
-    if pair.client.run_id != pair.server.run_id:
-        ids = f"{pair.client.run_id!r} of the client and {pair.server.run_id!r} of the server"
-        raise ValueError(f"the parts must be of one run, got {ids}")
+    check_run_ids(pair.client.run_id, pair.server.run_id, ("of the client", "of the server"))
     return pair
 
 

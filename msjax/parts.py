@@ -47,7 +47,8 @@ class TrainedPart(NamedTuple):
       part: "client" or "server"; of a model of one's own also "tail"; or "network", all of them merged.
       config: of the run that trained it, without the paths of its machine; None where it was started from Python.
       summary: of the data set: one input, classes, what inputs are normalised by; None where nobody told it.
-      run_id: names the run that trained it: parts of one run have the same.
+      run_id: names the run that trained it, and of a served one the course that led to its end: parts that belong
+        together have the same. See `served_run_id`.
       step: how many steps it was trained for.
       tail: U-shaped: the function of the client's layers behind the server's.
       up_bits: of a client's part that was trained with a budget (`cut_bits`): the bits that its features were aimed at
@@ -322,6 +323,24 @@ def _what_it_takes(cfg, summary, chain, at):
         return x
 
     return takes
+
+
+def served_run_id(run: str, generation: int) -> str:
+    """Returns the `run_id` of the parts of a served run: its name, and the generation in which it ended.
+
+    Where all went back from an end, and others took part the next time, the parts that were kept before are of another
+    network.
+    """
+    return f"{run}-{generation:x}"
+
+
+def check_run_ids(first: str, second: str, where: tuple[str, str]) -> None:
+    """Raises ValueError where two parts are not of one run, or of two ends of it; `where` says where each is."""
+    if first != second:
+        known = first.partition("-")[0]
+        twice = bool(known) and known == second.partition("-")[0]
+        why = ". The run has ended more than once, as clients had to go back: take two of one end" if twice else ""
+        raise ValueError(f"the parts must be of one run, got {first!r} {where[0]} and {second!r} {where[1]}{why}")
 
 
 def part_run_id(path: str | os.PathLike) -> str:

@@ -15,7 +15,7 @@ from msjax.distributed.client_run import ClientRun, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
-from msjax.parts import part_run_id, save_trained
+from msjax.parts import part_run_id, save_trained, served_run_id
 from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
@@ -48,7 +48,8 @@ def test_a_part_of_another_run_is_not_replaced(tmp_path):
     file, other = tmp_path / "client.safetensors", "0" * 31 + "2"
     keep_part_of_another_run(file, RUN)  # nothing is there
     summary = DataSummary.of(dataset())
-    save_trained(file, "client", PartState({"a": np.zeros(1)}, {}, ()), SMALL, summary, run_id=RUN, step=1)
+    names = {"run_id": served_run_id(RUN, 7), "step": 1}
+    save_trained(file, "client", PartState({"a": np.zeros(1)}, {}, ()), SMALL, summary, **names)
     written = file.read_bytes()
     keep_part_of_another_run(file, RUN)  # the same run again
     assert file.read_bytes() == written
@@ -70,10 +71,10 @@ def test_a_client_whose_disk_is_full_tries_until_it_has_kept_its_part(tmp_path, 
         save_trained(path, *args, **names)
 
     monkeypatch.setattr(client_program, "save_trained", save)
-    program.session.name = RUN
+    program.session.name, program.session.run = RUN, SimpleNamespace(generation=7)
     party = SimpleNamespace(keeps_result=True, up_bits=None, state=PartState({"a": np.zeros(1)}, {}, ()))
     program._save_part(party)
-    assert pauses == [30.0, 30.0] and part_run_id(tmp_path / "client.safetensors") == RUN
+    assert pauses == [30.0, 30.0] and part_run_id(tmp_path / "client.safetensors") == served_run_id(RUN, 7)
     assert caplog.text.count("client.safetensors cannot be written: [Errno 28] No space left on device") == 2
 
 

@@ -170,3 +170,15 @@ def test_files_that_are_no_parts(tmp_path):
     name = next(iter(arrays))
     with pytest.raises(ValueError, match=f"these differ: {name}"):
         load(arrays=arrays | {name: arrays[name][..., :-1].copy()})
+
+
+def test_parts_of_two_ends_of_a_run_are_told_apart():
+    """As where clients went back from an end, and one was away: the part that it kept belongs to the other server's."""
+    first, second = (parts.served_run_id("0a", generation) for generation in (7, 8))
+    where = "of the client", "of the server"
+    parts.check_run_ids(first, first, where)
+    said = "the parts must be of one run, got '0a-7' of the client and '0a-8' of the server. The run has"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parts.check_run_ids(first, second, where)
+    with pytest.raises(ValueError, match=r"of one run, got '' of the client and 'r' of the server$"):
+        parts.check_run_ids("", "r", where)

@@ -142,8 +142,7 @@ def _check_run(remote, trained, seconds, command):
     """Raises ValueError where the server has the part of another run."""
     tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     described = remote.describe(seconds, tell=tell)
-    if described.run != trained.run_id:
-        raise ValueError(f"the parts must be of one run, got {trained.run_id!r} here and {described.run!r} there")
+    parts.check_run_ids(trained.run_id, described.run, ("here", "there"))
 
 
 def _evaluate(trained, remote, options):

@@ -18,7 +18,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
-from msjax.parts import part_run_id, save_trained
+from msjax.parts import part_run_id, save_trained, served_run_id
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
@@ -208,7 +208,8 @@ class ClientProgram:
         """Tries until it can: the server may be gone meanwhile, and nobody else has this part."""
         if not party.keeps_result:
             return
-        names = {"run_id": self.session.name, "step": self._schedule.total_steps}
+        run_id = served_run_id(self.session.name, self.session.run.generation)
+        names = {"run_id": run_id, "step": self._schedule.total_steps}
         names["up_bits"] = budget.mean_up_bits(party.up_bits)
         file = self._options.folder() / "client.safetensors"
         while True:
@@ -275,7 +276,7 @@ def _link_status(party):
 
 def keep_part_of_another_run(file: pathlib.Path, run_id: str) -> None:
     """Gives a part that another run has left under this name one of its own, so that it is not replaced."""
-    if not file.exists() or (other := part_run_id(file)) == run_id:
+    if not file.exists() or (other := part_run_id(file).partition("-")[0]) == run_id:
         return
     name = other if other.isalnum() else "unknown"
     kept = file.with_name(f"{file.stem}-{name}{file.suffix}")

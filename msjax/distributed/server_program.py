@@ -24,7 +24,7 @@ from msjax.distributed.rpc.server import most_silent
 from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
 from msjax.models import RemoteApply
-from msjax.parts import save_trained
+from msjax.parts import save_trained, served_run_id
 from msjax.runs import RunFolder, environment, plots, write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
 from msjax.split import parties
@@ -38,6 +38,7 @@ log = logging.getLogger("msjax.server")
 _COUNTS = "counts.json"
 _FIRST_SECONDS = "first_seconds"
 _BUILT_FROM = "built_from.json"
+_GENERATION = "generation"
 _COUNTS_EVERY_SECONDS = 5.0
 """A process that is killed loses what it has counted since; and before a checkpoint, so that no payload of what led to
 it is missing where the run goes on from there."""
@@ -192,7 +193,7 @@ class ServerProgram:
         """Where it cannot be written, the clients can keep theirs all the same, and `train` tries again."""
         run = self.coordinator.run
         steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
-        names = {"run_id": self.coordinator.name, "step": steps}
+        names = {"run_id": served_run_id(self.coordinator.name, self.coordinator.membership.generation), "step": steps}
         try:
             save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
         except OSError as error:
@@ -305,6 +306,7 @@ class ServerProgram:
     def _save_end(self):
         """Keeps what `finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
+        self.progress[_GENERATION] = self.coordinator.membership.generation
         try:
             self._store.save(run.schedule.total_steps, self._store.hold(run.party))
             self._store.wait()
@@ -363,7 +365,9 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
     finally:
         store.close()
     if lacks_part:
-        save_trained(path, "server", party.state, cfg, summary, run_id=_run_id(folder), step=step)
+        generation = progress.get(_GENERATION)  # none of earlier versions, whose clients' parts have none either
+        run_id = _run_id(folder) if generation is None else served_run_id(_run_id(folder), generation)
+        save_trained(path, "server", party.state, cfg, summary, run_id=run_id, step=step)
     if lacks_summary:
         _write_results(cfg, folder, spec, progress["history"])
     return lacks_part * ["server.safetensors"] + lacks_summary * ["summary.json"]
