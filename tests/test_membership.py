@@ -330,6 +330,19 @@ def test_those_that_go_back_from_the_end_are_waited_for():
     assert run.stage is Stage.OVER
 
 
+def test_what_clients_hear_before_all_go_back_is_of_the_end_before():
+    """Else one that hears of the end takes this for the new generation's, and does not go back with the others."""
+    run = Run(checkpoint=(2, None)).begin().go_to_end()
+    run.leave(1)
+    run.crash(0, saved_step=2)
+    run.works = False  # as the server does, once the messages are sent
+    said = run.come(1, saved_step=4, instance="another")
+    assert of(said, do.StartClient, do.RestoreCheckpoint) == [do.StartClient(1, 5, 4), do.RestoreCheckpoint(again=True)]
+    assert run.state.generation == 7
+    run.say(ev.SaidGoodbye(1, 5, 7))
+    assert of(run.work(), do.StartClient) and run.state.generation == 8
+
+
 def test_nobody_goes_back_where_that_would_not_help():
     """It has no checkpoint to go back to either: its folder is gone."""
     run = Run(checkpoint=(2, None)).begin().go_to_end()

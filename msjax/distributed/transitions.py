@@ -194,8 +194,9 @@ class _Transition:
     def _goodbye(self, client, name, generation):
         if self.state.session_of(client, name) is None:
             return
-        if self.state.stage is not Stage.GATHERING and generation != self.state.generation:
-            return  # all have gone back since
+        gone_back = generation != self.state.generation or self.state.stage is Stage.RESTORING
+        if self.state.stage is not Stage.GATHERING and gone_back:
+            return
         if self.state.stage is Stage.ENDING:
             self._set_client(client, goodbye=True)  # it stays: should another have lost its part, all go back
         else:
@@ -223,7 +224,11 @@ class _Transition:
             alive = client.ready and (client.active or client.alive)
             known = {"process": client.process, "last_kind": client.last_kind, "done": client.done}
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
-        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False, begun=True)
+        # What was sent in the last one does not count in the next. It ends here: what clients have been told in the
+        # event that has led back was of the last one.
+        generation = self.state.generation + self.state.begun
+        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False)
+        self._set(generation=generation, begun=True)
         self._count_anew()
         for c, client in enumerate(clients):
             if client.active and client.ready:
@@ -299,8 +304,7 @@ class _Transition:
         return min(self.state.policy.min_clients, len(exchange.clients)) if exchange.rounds else 0
 
     def _restore(self, *, again):
-        generation = self.state.generation + again  # what was sent in the last one does not count in the next
-        self._set(stage=Stage.RESTORING, generation=generation, exchange=None, donor=None, deadline=None)
+        self._set(stage=Stage.RESTORING, exchange=None, donor=None, deadline=None)
         self._count_anew()
         self._do(do.RestoreCheckpoint(again))
 
