@@ -330,6 +330,22 @@ def test_those_that_go_back_from_the_end_are_waited_for():
     assert run.stage is Stage.OVER
 
 
+def test_one_that_is_started_again_after_its_goodbye_hears_that_it_has_its_part():
+    """Not that training has ended without it, as its new process knows of nothing but its checkpoint of the end."""
+    run = Run().begin().go_to_end()
+    run.goodbye(0)
+    run.leave(0)
+    run.join(0, instance="another")
+    run.goodbye(1)
+    run.goodbye(2)
+    assert run.stage is Stage.ENDING
+    assert of(run.ready(0, saved_step=4), do.StartClient, do.TellEnd, do.Finish) == [
+        do.StartClient(0, 4, 4),
+        do.TellEnd(0, 4, dropped=False),
+        do.Finish(),
+    ]
+
+
 def test_what_clients_hear_before_all_go_back_is_of_the_end_before():
     """Else one that hears of the end takes this for the new generation's, and does not go back with the others."""
     run = Run(checkpoint=(2, None)).begin().go_to_end()
