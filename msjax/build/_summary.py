@@ -188,12 +188,13 @@ def _filled(structure, count, depth=0):
     """The tree of numbers below `count` that `_structure` described."""
     if isinstance(structure, int) and not isinstance(structure, bool) and 0 <= structure < count:
         return structure
-    if depth == _DEEPEST or not isinstance(structure, dict) or len(structure) != 1:
-        raise ValueError(f"a structure must be of dicts, tuples and numbers of arrays, got {structure!r}")
-    ((kind, inner),) = structure.items()
-    if kind == "dict":
-        return {str(name): _filled(value, count, depth + 1) for name, value in inner.items()}
-    return {"tuple": tuple}[kind](_filled(value, count, depth + 1) for value in inner)
+    if depth < _DEEPEST and isinstance(structure, dict) and len(structure) == 1:
+        match structure:
+            case {"dict": dict(inner)}:
+                return {name: _filled(value, count, depth + 1) for name, value in inner.items()}
+            case {"tuple": list(inner)}:
+                return tuple(_filled(value, count, depth + 1) for value in inner)
+    raise ValueError(f"a structure must be of dicts, tuples and numbers of arrays, got {structure!r}")
 
 
 def check_tokenizer(present: int | str | None, trained: int | str | None) -> None:
