@@ -80,7 +80,7 @@ class Proxy:
     def stop(self) -> None:
         """Ends the program and with it every connection."""
         self._program.stdin.close()
-        self._program.wait(10)
+        self._program.wait(60)
         self._program.stdout.close()
 
     def __enter__(self):

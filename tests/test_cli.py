@@ -20,6 +20,7 @@ import pytest
 from msjax import compress, config, data
 from msjax.cli import main as cli
 from msjax.cli.options import check_new_config, naming_the_way_on
+from msjax.data._reader import count_cores
 from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
 from msjax.parts import load_part
@@ -478,7 +479,7 @@ def test_help_needs_no_jax():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.skipif(count_cores() < 2, reason="needs two cores")
 def test_clients_are_spread_over_the_cores_and_arrays_over_large_pages(tmp_path):
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and no number of devices
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | flags

@@ -1,6 +1,7 @@
 """What clients and server say to each other, what is refused, and the same in threads; over lines in memory."""
 
 import dataclasses
+import itertools
 import json
 import queue
 import re
@@ -470,8 +471,10 @@ def test_clients_test_all_of_their_own(tmp_path):
 class QueueChannel:
     """A line between two threads."""
 
+    _sessions = itertools.count()  # whose `next` no other thread comes between
+
     def __init__(self, lines, inbox):
-        self._session, self._lines, self._inbox = len(lines), lines, inbox
+        self._session, self._lines, self._inbox = next(self._sessions), lines, inbox
         lines[self._session] = queue.Queue()
 
     def send(self, message):

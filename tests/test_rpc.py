@@ -474,8 +474,11 @@ def assert_answered_unasked(channel, *methods):
         leave.set()
 
 
-def unread(stack, address, method, said, count, token=None):
-    """Returns as many calls that say one thing and take five bytes of the answer; they last until `stack` ends."""
+def unread(stack, address, method, said, count, token=None, *, in_turn=False):
+    """Returns as many calls that say one thing and take five bytes of the answer; they last until `stack` ends.
+
+    With `in_turn` each has come to the server before the next is made.
+    """
     options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
     leave, held = threading.Event(), []
 
@@ -487,6 +490,8 @@ def unread(stack, address, method, said, count, token=None):
         if number % 8 == 0:
             channel = stack.enter_context(grpc.insecure_channel(address, options))
         held.append(channel.stream_stream(f"/{method}")(says(), metadata=metadata_of(token)))
+        if in_turn:
+            held[-1].initial_metadata()
     stack.callback(leave.set)
     return held
 

@@ -30,11 +30,13 @@ class Aborted(Exception):
 
 
 class Stream:
-    """A client's stream, and the context of its call; it runs where gRPC's would."""
+    """A client's stream, and the context of its call; it runs where gRPC's would. `said` comes with the call."""
 
-    def __init__(self, servicer):
+    def __init__(self, servicer, *said):
         self.answers, self.closed, self._requests = queue.Queue(), queue.Queue(), asyncio.Queue()
         self._when_done = []
+        for message in said:
+            self._requests.put_nowait(message.SerializeToString())
         asyncio.run_coroutine_threadsafe(self._run(servicer), event_loop())
 
     async def _run(self, servicer):
@@ -128,8 +130,7 @@ def test_hello_has_a_deadline():
     code, said = Stream(servicer).closed.get(timeout=30)
     assert code is grpc.StatusCode.UNAVAILABLE and said == "Hello must come within 0.05 s"
     # Who has said it is waited for, however long the server takes to answer.
-    stream = Stream(servicer)
-    stream.say(HELLO)
+    stream = Stream(servicer, HELLO)
     received = heard(servicer)
     with pytest.raises(queue.Empty):
         stream.closed.get(timeout=0.2)

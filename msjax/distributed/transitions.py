@@ -457,10 +457,9 @@ class _Transition:
         missing = [c for c in state.active if not state.clients[c].goodbye]
         able = [c for c in state.keepers if state.hands_out or c not in lacking]
         lost = not any(self._keeps(state.clients[c]) for c in able)
-        # Whom the server can still give the part may come back, though all others have gone. One that has been started
-        # again is told so once it is ready: it does not know that it has kept its part.
-        comes = any((it := state.clients[c]).session is not None and not it.ready for c in state.keepers)
-        waits = bool(missing) or comes or (lost and state.hands_out is not None)
+        # Whom the server can still give the part may come back, though all others have gone. One that is started again
+        # is told so once it is ready: it does not know that it has kept its part.
+        waits = bool(missing) or self._tally.unready > 0 or (lost and state.hands_out is not None)
         if missing and state.stop is not None and ((lacking and lost) or not state.late):
             self._stop(state.stop)
         elif lacking and all(state.clients[c].ready for c in state.active):
