@@ -20,10 +20,9 @@ import numpy as np
 
 from msjax import build, config, models
 from msjax.checks import integer
-from msjax.parts import NETWORK, TrainedPart, check_run_ids, load_part, merged, save_trained
+from msjax.parts import NETWORK, TrainedPart, check_complete, check_run_ids, load_part, merged, save_trained
 from msjax.paths import existing_file, expand
 from msjax.runs import RunFolder
-from msjax.split.spec import RunSpec
 from msjax.split.state import client_keys, eval_key, tail_key
 from msjax.split.trees import TreeSpec
 
@@ -92,12 +91,7 @@ def load_pair(
     for name, part, path in zip(Pair._fields, pair, paths, strict=True):
         if part.part != name:
             raise ValueError(f"{name} must be the file of a {name}'s part, got that of a {part.part}: {path}")
-        if part.config is None:
-            raise ValueError(
-                f"{name} must be a part with a config, got one of a run from Python, which load_part reads: {path}"
-            )
-        if part.apply is None:
-            raise ValueError(f"{path} is of a model of one's own: give `preset`, on the command line --config")
+        check_complete(part, os.fspath(path))
     check_run_ids(pair.client.run_id, pair.server.run_id, ("of the client", "of the server"))
     return pair
 
@@ -138,7 +132,10 @@ def predictions(
 ) -> Iterator[Any]:
     """Yields the outputs of `predict` piece by piece, of inputs that `fetch(first, last)` reads; see `data.Inputs`."""
     batch_size = integer("batch_size", batch_size, 1)
-    spec = _spec_of(pair, compressed)
+    cfg = pair.config
+    if compressed is not None:
+        cfg = dataclasses.replace(cfg, eval_compressed=compressed)
+    spec = build.spec_of(cfg, pair.summary, test_samples=cfg.clients)
     states = jax.device_put([(part.params, part.stats) for part in pair])
     up_bits = None if pair.client.up_bits is None else jnp.float32(pair.client.up_bits)
     # That of a test's first round and client.
@@ -155,15 +152,6 @@ def predictions(
         outputs = jax.device_get(_outputs(spec, states, x, key, up_bits))
         yield jax.tree.map(lambda leaf: np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[2:]), outputs)
         at += taken
-
-
-def _spec_of(pair: Pair, compressed: bool | None) -> RunSpec:
-    cfg = pair.config
-    if compressed is not None:
-        cfg = dataclasses.replace(cfg, eval_compressed=compressed)
-    parts = jax.eval_shape(lambda: build.make_parts(cfg, pair.summary))
-    counts = {"samples": cfg.batch_size, "test_samples": cfg.clients}
-    return build.build(cfg, pair.summary, parts=parts, **counts).spec
 
 
 def of_length(pair: Pair, length: int) -> Pair:

@@ -325,6 +325,16 @@ def _what_it_takes(cfg, summary, chain, at):
     return takes
 
 
+def check_complete(trained: TrainedPart, name: str) -> None:
+    """Raises ValueError where a part says of no run how it is used, or its model is not here; `name` names it."""
+    if trained.config is None:
+        raise ValueError(
+            f"{name} must be a part of msjax train or msjax serve, got one of a run from Python, without a config"
+        )
+    if trained.apply is None:
+        raise ValueError(f"{name} is of a model of one's own: give `preset`, on the command line --config")
+
+
 def served_run_id(run: str, generation: int) -> str:
     """Returns the `run_id` of the parts of a served run: its name, and the generation in which it ended.
 

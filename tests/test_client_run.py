@@ -474,6 +474,13 @@ def test_of_a_clients_preset_only_model_data_and_task_count_and_it_is_told(caplo
         cfg = own_config(config.Config(), preset, options)
     assert (cfg.data.name, cfg.clients, cfg.codec) == ("breast_cancer", config.Config.clients, config.Config.codec)
     assert "the run is the server's, which differs in codec, clients" in caplog.text
+    files = config.Config(data=config.DataConfig(name="scans.npz"), model=config.ModelConfig(weights="theirs.npz"))
+    given = ClientOptions(client_id=0, data_dir="/hospital", weights="ours.npz")
+    cfg = own_config(config.Config(), files, given)  # where they are on this machine, as without a preset
+    assert (cfg.data.name, cfg.model.weights) == ("/hospital/scans.npz", "ours.npz")
+    functions = config.Config(data=config.DataConfig(name="mine.py:make_data"))
+    with pytest.raises(ValueError, match=r"data_dir must be None where data\.name is a function of .*, got '/hosp"):
+        own_config(config.Config(), functions, given)
     sets = config.Config(data=config.DataConfig(test_share=0.5))
     with pytest.raises(ValueError, match=r"data\.test_share must be the same .* got 0\.5 there and 0\.2 in the preset"):
         own_config(sets, preset, options)

@@ -182,3 +182,11 @@ def test_parts_of_two_ends_of_a_run_are_told_apart():
         parts.check_run_ids(first, second, where)
     with pytest.raises(ValueError, match=r"of one run, got '' of the client and 'r' of the server$"):
         parts.check_run_ids("", "r", where)
+
+
+def test_a_part_of_a_run_from_python_is_not_taken_for_one_that_lacks_its_preset(tmp_path):
+    """As by `msjax serve --part`: no preset would help."""
+    client = build.make_parts(CFG, SUMMARY)[0]
+    parts.save_part(tmp_path / "own.safetensors", "client", client)
+    with pytest.raises(ValueError, match=r"part must be a part of msjax train .*, got one of a run from Python"):
+        parts.check_complete(parts.load_part(tmp_path / "own.safetensors"), "part")

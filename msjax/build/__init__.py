@@ -3,7 +3,7 @@
 from msjax.build._data import batch_of_small_share, divide, load_data, make_preprocess, pixel_maximum
 from msjax.build._decoder import decoder_config, resolved
 from msjax.build._network import check_own_model, identity, make_model, make_parts, may_be_negative, to_go_on
-from msjax.build._run import Built, build, check_tail, check_without_data, make_mode, make_task
+from msjax.build._run import Built, build, check_tail, check_without_data, make_mode, make_task, spec_of
 from msjax.build._summary import DataSummary, check_tokenizer
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "may_be_negative",
     "pixel_maximum",
     "resolved",
+    "spec_of",
     "to_go_on",
 ]

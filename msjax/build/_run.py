@@ -77,6 +77,12 @@ def build(
     return Built(spec, _state(spec.optimizer, client, *tail), _state(spec.optimizer, server))
 
 
+def spec_of(cfg: config.Config, summary: DataSummary, *, test_samples: int) -> RunSpec:
+    """Returns the description of a trained network's run, from shapes alone."""
+    parts = jax.eval_shape(lambda: make_parts(cfg, summary))
+    return build(cfg, summary, samples=cfg.batch_size, test_samples=test_samples, parts=parts).spec
+
+
 def check_without_data(cfg: config.Config) -> None:
     """Raises ValueError for what no data could make right: names of classes, a model, a cut, weights, or a budget."""
     check_classes(cfg)

@@ -72,14 +72,8 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(_EvalOptions, rest, prog="msjax eval", description=description)
     options.check()
     trained = _client_part(options.part, preset_of(where))
-    remote = inference.RemoteServer(options.server, options.tls, options.token())
-    try:
-        _check_run(remote, trained, options.retry_seconds, "eval")
+    with _server_of(trained, options, "eval") as remote:
         result = _evaluate(trained, remote, options)
-    except Refused as refused:
-        raise ValueError(str(refused)) from None
-    finally:
-        remote.close()
     print(to_json({"part": options.part, "server": options.server, "step": trained.step, **result}, indent=2))
     return 0
 
@@ -109,9 +103,7 @@ def generate(arguments: list[str]) -> int:
     trained = _client_part(options.network[0], preset_of(where))
     check_decoder(trained.config, options.network[0])
     client, server, *tail = model_parts(trained)
-    remote = inference.RemoteServer(options.server, options.tls, options.token())
-    try:
-        _check_run(remote, trained, options.retry_seconds, "generate")
+    with _server_of(trained, options, "generate") as remote:
         generator = Generator(
             jax.device_put(client),
             server,
@@ -121,10 +113,6 @@ def generate(arguments: list[str]) -> int:
             connect=remote.begin,
         )
         continue_text(generator, options, options.tokenizer or trained.config.data.tokenizer)
-    except Refused as refused:
-        raise ValueError(str(refused)) from None
-    finally:
-        remote.close()
     return 0
 
 
@@ -133,16 +121,23 @@ def _client_part(path, preset):
     trained = parts.load_part(existing_file("part", path), preset=preset)
     if trained.part != "client":
         raise ValueError(f"part must be that of a client, got that of a {trained.part}: {path}")
-    if trained.apply is None:
-        raise ValueError(f"{path} is of a model of one's own: give its preset with --config")
+    parts.check_complete(trained, path)
     return trained
 
 
-def _check_run(remote, trained, seconds, command):
-    """Raises ValueError where the server has the part of another run."""
-    tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    described = remote.describe(seconds, tell=tell)
-    parts.check_run_ids(trained.run_id, described.run, ("here", "there"))
+@contextlib.contextmanager
+def _server_of(trained, options, command):
+    """The server with the other part of the run; what it refuses becomes a ValueError."""
+    remote = inference.RemoteServer(options.server, options.tls, options.token())
+    try:
+        tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
+        described = remote.describe(options.retry_seconds, tell=tell)
+        parts.check_run_ids(trained.run_id, described.run, ("here", "there"))
+        yield remote
+    except Refused as refused:
+        raise ValueError(str(refused)) from None
+    finally:
+        remote.close()
 
 
 def _evaluate(trained, remote, options):
@@ -159,7 +154,7 @@ def _evaluate(trained, remote, options):
     ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
     build.check_tokenizer(ds.tokenizer, trained.summary.tokenizer)
     build.DataSummary.of(ds).normalized_as(cfg.data).check_trained(trained.summary)
-    spec = inference.spec_of(trained._replace(config=cfg), test_samples=len(ds.test))
+    spec = build.spec_of(cfg, trained.summary, test_samples=len(ds.test))
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)
     numpy_encoder = options.encoder == "numpy"

@@ -285,19 +285,27 @@ def keep_part_of_another_run(file: pathlib.Path, run_id: str) -> None:
 
 
 def own_config(cfg: config.Config, preset: config.Config | None, options: ClientOptions) -> config.Config:
-    """Returns the server's config with model, data and task of this client's preset, or with its copies of files.
+    """Returns the server's config with model, data and task of this client's preset, if any, and its copies of files.
 
     Raises:
-      ValueError: the server's config sets another model, data or task than the preset has; or, without a preset, it
-        names functions of one, weights or a tokenizer, and there are none here, or it says where on this machine
-        something is to be read or written.
+      ValueError: the server's config sets another model, data or task than the preset has, or `data_dir` is given to a
+        preset's function; or, without a preset, it names functions of one, weights or a tokenizer, and there are none
+        here, or it says where on this machine something is to be read or written.
     """
     if preset is not None:
         config.check_own(cfg, preset, divided=not options.own_data)
         if unused := config.passed_over(cfg, preset):
             said = "of this client's preset model, data and task count; the run is the server's, which differs in %s"
             log.info(said, ", ".join(unused))
-        return build.resolved(config.with_own(cfg, preset))
+        cfg = config.with_own(cfg, preset)
+        if options.data_dir is not None and config.is_reference(cfg.data.name):
+            raise ValueError(
+                f"data_dir must be None where data.name is a function of the preset, which reads the data itself, got "
+                f"{options.data_dir!r}"
+            )
+        if options.weights is not None and cfg.model.weights is not None:
+            cfg = _with_weights(cfg, options.weights)
+        return build.resolved(config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer))
     if named := config.references(cfg):
         field, value = next(iter(named.items()))
         raise ValueError(
@@ -309,9 +317,13 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
             raise ValueError(
                 f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of them as weights"
             )
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=options.weights))
+        cfg = _with_weights(cfg, options.weights)
     config.check_received(cfg)
     return config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=_own_tokenizer(cfg, options))
+
+
+def _with_weights(cfg, weights):
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
 
 
 def _own_tokenizer(cfg, options):

@@ -28,30 +28,15 @@ from msjax.distributed.rpc.security import Rates, TlsFiles, Tokens
 from msjax.distributed.rpc.server import say_refused
 from msjax.keys import make_key
 from msjax.logs import Seldom
-from msjax.parts import TrainedPart
+from msjax.parts import TrainedPart, check_complete
 from msjax.session import Terms
 from msjax.split.payloads import Codecs, Payload, PayloadSpec
-from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, tail_key
 from msjax.split.trees import TreeSpec, describe_array
 
 _TRY_SECONDS = 10.0  # of a call that need not wait
 _MOST_PROGRAMS = 64
 """Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
-
-
-def spec_of(trained: TrainedPart, *, test_samples: int = 0) -> RunSpec:
-    """Returns the description of the run that trained a part, from shapes alone.
-
-    Raises:
-      ValueError: the part has no config, as one of a run that was started from Python.
-    """
-    if trained.config is None:
-        raise ValueError("the part must be of a run with a config, got one of a run that was started from Python")
-    cfg, summary = trained.config, trained.summary
-    parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-    counts = {"samples": cfg.batch_size, "test_samples": test_samples}
-    return build.build(cfg, summary, parts=parts, **counts).spec
 
 
 class InferenceServicer(split_pb2_grpc.SplitServicer):
@@ -84,19 +69,17 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     ):
         if trained.part != "server":
             raise ValueError(f"part must be that of a server, got that of a {trained.part}")
-        if trained.apply is None:
-            raise ValueError("part must come with its model, got one of a model of one's own: give its preset")
+        check_complete(trained, "part")
         self._admission = Admission(tokens, certificates, wrong_tokens)
         self._trained, self._metrics, self._max_bytes = trained, metrics, max_bytes
         self._state = PartState(trained.params, trained.stats, ())
         self._compression, self._rates = compression, Rates(max_messages_per_second)
-        spec = spec_of(trained)
+        spec = build.spec_of(trained.config, trained.summary, test_samples=0)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._default, self._named = spec.test_codec.default, {name for name, _ in trained.config.array_codecs}
         self._key = make_key(trained.config.seed)
         self._refused = Seldom(say_refused)
         self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
-        self._lock = threading.Lock()
         self._texts = Texts(trained, metrics, texts or Limits())
         self._streams = FairShare(most_streams)
 
