@@ -46,6 +46,13 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 
+def _needs(error: ModuleNotFoundError, extras: str) -> str:
+    """Says what to install; raises the error where it is a module of msjax itself that is not there."""
+    if (error.name or "").partition(".")[0] == "msjax":
+        raise error
+    return f"needs {error.name}, which is not installed: pip install 'msjax[{extras}]'"
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'msjax' has no attribute {name!r}")
@@ -53,11 +60,7 @@ def __getattr__(name: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "msjax":
-            raise
-        raise ImportError(
-            f"msjax.{name} needs {error.name}, which is not installed: pip install 'msjax[train]'", name=error.name
-        ) from error
+        raise ImportError(f"msjax.{name} {_needs(error, 'train')}", name=error.name) from error
     return getattr(found, attribute) if attribute else found
 
 

@@ -31,7 +31,7 @@ from flax.traverse_util import unflatten_dict
 from msjax import build, config, models
 from msjax.runs.files import write_atomically
 from msjax.split.make_spec import merge_arrays
-from msjax.split.trees import TreeSpec
+from msjax.split.trees import TreeSpec, named_leaves
 
 _FORMAT = "msjax-half-1"  # of parts of a config's model; the name is of the first version
 _OWN_FORMAT = "msjax-part-1"  # of parts of a user's model
@@ -364,8 +364,7 @@ def part_run_id(path: str | os.PathLike) -> str:
 
 def _by_name(params, stats):
     """Pairs of name and leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path({"params": params, "stats": stats})
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+    return named_leaves({"params": params, "stats": stats})
 
 
 def _unscoped(arrays, part, fits):

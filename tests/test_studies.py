@@ -221,7 +221,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     folder = lines.parent
     shorter = dataclasses.replace(cfg, epochs=done + 1)
     folder.rename(folder.parent / study.key(shorter))
-    config.save(shorter, folder.parent / study.key(shorter) / "config.json")
+    (folder.parent / study.key(shorter) / "config.json").write_text(config.to_text(shorter))
     text = json.dumps({"config": config.to_json(shorter), "by": None})
     subprocess.run(program, input=text, text=True, check=True, timeout=300)
     made = study.record("smoke", shorter, tmp_path / "results")

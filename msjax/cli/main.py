@@ -6,6 +6,8 @@ import io
 import os
 import sys
 
+import msjax
+
 HELP = """\
 usage: msjax COMMAND [options]
 
@@ -84,8 +86,6 @@ def main() -> None:
         print(HELP, end="")
         return
     if arguments[0] == "--version":
-        import msjax
-
         print(msjax.__version__)
         return
     if arguments[0] not in COMMANDS:
@@ -111,9 +111,7 @@ def run(command: str, arguments: list[str]) -> int:
         options = importlib.import_module("msjax.cli.options")
         function = importlib.import_module(f"msjax.cli.{module}").main
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "msjax":
-            raise
-        needed = f"msjax {command} needs {error.name}, which is not installed: pip install 'msjax[{extra}]'"
+        needed = f"msjax {command} {msjax._needs(error, extra)}"
         asks_help = bool({"-h", "--help"} & set(arguments))
         if asks_help:  # the command's own names its options, which are not to be had
             print(HELP)

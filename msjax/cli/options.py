@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import logging
+import operator
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+import msjax
 from msjax import build, config, data, models
 from msjax.logs import shorten
 from msjax.split.finite import NonFiniteError
@@ -71,10 +73,7 @@ def network() -> types.ModuleType:
     try:
         return importlib.import_module("msjax.cli.network")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "msjax":
-            raise
-        needed = f"needs {error.name}, which is not installed: pip install 'msjax[train,net]'"
-        raise ValueError(f"--server {needed}") from None
+        raise ValueError(f"--server {msjax._needs(error, 'train,net')}") from None
 
 
 def split_options(arguments: list[str], *names: str, flag: str | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -122,10 +121,8 @@ def with_places(cfg: config.Config, arguments: list[str]) -> tuple[config.Config
             if not value.isdecimal():
                 raise ValueError(f"{option} must be an integer of at least 0, got {value!r}")
             value = int(value)
-        section, field = option.removeprefix("--").replace("-", "_").split(".")
-        old = getattr(cfg, section)
-        new = dataclasses.replace(cfg, **{section: dataclasses.replace(old, **{field: value})})
-        before = getattr(old, field)
+        name = option.removeprefix("--").replace("-", "_")
+        before, new = operator.attrgetter(name)(cfg), config.with_fields(cfg, {name: value})
         moved = option == "--data.name" and config.is_same_name(before, value)
         if not moved and config.without_paths(new) != config.without_paths(cfg):
             raise ValueError(

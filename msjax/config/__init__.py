@@ -5,7 +5,7 @@ A preset is a Python file with `get_config() -> Config`; see `configs/`.
 
 from msjax.config._checks import MAX_SEED, check_used
 from msjax.config._codecs import named, parse_codec
-from msjax.config._json import earlier_names, from_json, load, load_preset, save, to_json, to_text
+from msjax.config._json import earlier_names, from_json, load, load_preset, to_json, to_text
 from msjax.config._references import (
     call_reference,
     check_own,
@@ -15,6 +15,7 @@ from msjax.config._references import (
     passed_over,
     references,
     resolve,
+    with_fields,
     with_functions_of,
     with_own,
     with_own_paths,
@@ -61,9 +62,9 @@ __all__ = [
     "passed_over",
     "references",
     "resolve",
-    "save",
     "to_json",
     "to_text",
+    "with_fields",
     "with_functions_of",
     "with_own",
     "with_own_paths",

@@ -98,11 +98,6 @@ def to_text(config: Config) -> str:
     return json.dumps(to_json(config), indent=2) + "\n"
 
 
-def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the resolved config as JSON."""
-    path.write_text(to_text(config))
-
-
 def load(path: pathlib.Path, *, preset: Config | None = None) -> Config:
     """Reads what `save` wrote on this machine: codecs of one's own are looked for where it says.
 

@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msjax import data
@@ -116,10 +116,15 @@ def _is_own_folder(name, folder):
 
 def map_references(config: Config, change: Callable[[str], str]) -> Config:
     """Returns the config with each name of a function of a preset as `change` makes it."""
-    for name, value in references(config).items():
+    return with_fields(config, {name: change(value) for name, value in references(config).items()})
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the config with these values of fields of its sections, by names such as "data.name"."""
+    for name, value in values.items():
         section, _, field = name.partition(".")
-        new = dataclasses.replace(getattr(config, section), **{field: change(value)})
-        config = dataclasses.replace(config, **{section: new})
+        own = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: own})
     return config
 
 
@@ -142,7 +147,7 @@ def with_functions_of(config: Config, own: Config) -> Config:
     Raises:
       ValueError: a file is gone, and the other has no such function.
     """
-    files = {os.path.basename(place): place for place in _files_of(own)}
+    files, found = {os.path.basename(place): place for place in _files_of(own)}, {}
     for name, value in references(config).items():
         file, _, function = value.rpartition(":")
         place = files.get(os.path.basename(file))
@@ -154,10 +159,8 @@ def with_functions_of(config: Config, own: Config) -> Config:
                 )
             place = other.rpartition(":")[0]
         if place is not None:
-            section, _, field = name.partition(".")
-            changed = dataclasses.replace(getattr(config, section), **{field: f"{place}:{function}"})
-            config = dataclasses.replace(config, **{section: changed})
-    return config
+            found[name] = f"{place}:{function}"
+    return with_fields(config, found)
 
 
 def _files_of(config):
@@ -169,15 +172,13 @@ def with_places_of(config: Config, own: Config) -> Config:
 
     All else stays as it is: the other may be a preset, of which the run had changed some fields.
     """
-    files = _files_of(own)
+    files, found = _files_of(own), {}
     for name in (*REFERENCES, *_FILES):
-        section, _, field = name.partition(".")
         value, other = (operator.attrgetter(name)(each) for each in (config, own))
         if value is not None:
-            changed = dataclasses.replace(getattr(config, section), **{field: _placed(value, other, files)})
-            config = dataclasses.replace(config, **{section: changed})
-    folders = {name: getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders))
+            found[name] = _placed(value, other, files)
+    folders = {f"data.{name}": getattr(own.data, name) for name in ("data_dir", "cache_dir", "workers")}
+    return with_fields(config, found | folders)
 
 
 def _placed(value, other, files):

@@ -81,7 +81,7 @@ class Texts:
             params, stats = jax.device_put((trained.params, trained.stats))
             self._part, self._tail = server._replace(params=params, stats=stats), tail[0] if tail else None
         self._key = make_key(trained.config.seed)
-        self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
+        self._programs = CompiledPrograms(_MOST_PROGRAMS)
         self._lock = threading.Lock()
 
     def answers(self, requests: Iterator[pb.NextTokens], caller: str = "") -> Iterator[pb.Outputs]:

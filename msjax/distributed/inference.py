@@ -79,7 +79,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._default, self._named = spec.test_codec.default, {name for name, _ in trained.config.array_codecs}
         self._key = make_key(trained.config.seed)
         self._refused = Seldom(say_refused)
-        self._programs = CompiledPrograms(_MOST_PROGRAMS, jax.clear_caches)
+        self._programs = CompiledPrograms(_MOST_PROGRAMS)
         self._texts = Texts(trained, metrics, texts or Limits())
         self._streams = FairShare(most_streams)
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
+
+from msjax.split.trees import is_float, named_leaves
 
 ADVICE = (
     "try a smaller learning rate or a longer warm-up, a codec with a smaller error, inputs of one order of magnitude "
@@ -45,10 +46,8 @@ def check_test_loss(loss: float, epoch: int) -> None:
 
 def check_part(part: str, tree: Any, step: int) -> None:
     """Raises NonFiniteError where an array of a trained part is not finite after so many steps."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        leaf = np.asarray(leaf)
-        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) and not np.isfinite(leaf.astype(np.float32)).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(tree):
+        if is_float(leaf) and not np.isfinite(np.asarray(leaf, np.float32)).all():
             raise NonFiniteError(
                 f"{name} of the {part} part must be finite, got NaN or Inf after step {step}; {ADVICE}"
             )

@@ -17,7 +17,7 @@ from msjax.split.payloads import Codecs
 from msjax.split.schedule import Schedule
 from msjax.split.spec import Preprocess, RunSpec
 from msjax.split.state import PartState, without_constants
-from msjax.split.trees import TreeSpec, count_floats, float_leaves
+from msjax.split.trees import TreeSpec, count_floats, float_leaves, is_float, named_leaves
 from msjax.tasks import Task
 
 
@@ -70,9 +70,8 @@ def make_spec(
         else:
             y = _part_outputs(name, part, x, before)
         found.append(TreeSpec.of_batch(y, batch, f"what {name} returns"))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(part.params):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                where = jax.tree_util.keystr(path, simple=True, separator="/")
+        for where, leaf in named_leaves(part.params):
+            if not is_float(leaf):
                 raise ValueError(f"{name} must have floating parameters, got {leaf.dtype} at {where!r}: see as_part")
         x, before = y, name
     features, outputs = found[0], found[1]

@@ -21,7 +21,7 @@ from msjax.split.schedule import Exchange, Phase, Schedule
 from msjax.split.spec import RunSpec
 from msjax.split.state import PartState, with_update_count, without_constants
 from msjax.split.step import PartUpdate, with_payload
-from msjax.split.trees import stack, unstack
+from msjax.split.trees import is_float, named_leaves, stack, unstack
 
 
 class Message(NamedTuple):
@@ -261,9 +261,8 @@ class Client:
 def check_travels(spec: RunSpec, stats: Any) -> None:
     """Raises ValueError for a client's statistics that would stay behind where parts are handed on."""
     changing = without_constants(stats, spec.client_constants) if spec.mode.hands_parts_on(spec.schedule) else {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(changing):
-        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
+    for where, leaf in named_leaves(changing):
+        if not is_float(leaf):
             raise ValueError(
                 "a client's statistics must be floats where parts are handed on, as only these are sent, got "
                 f"{leaf.dtype} at {where!r}"

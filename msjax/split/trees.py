@@ -80,8 +80,13 @@ class TreeSpec:
 def leaf_names(structure: Any) -> tuple[str, ...]:
     """Returns the path of each leaf of a tree, its parts joined by "/"."""
     tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths)
+    return tuple(name for name, _ in named_leaves(tree))
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Returns each leaf of a tree behind its path, the path's parts joined by "/"."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]
 
 
 def describe_array(array: Any) -> str:
