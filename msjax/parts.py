@@ -346,10 +346,14 @@ def served_run_id(run: str, generation: int) -> str:
 
 def check_run_ids(first: str, second: str, where: tuple[str, str]) -> None:
     """Raises ValueError where two parts are not of one run, or of two ends of it; `where` says where each is."""
-    if first != second:
-        known = first.partition("-")[0]
-        twice = bool(known) and known == second.partition("-")[0]
-        why = ". The run has ended more than once, as clients had to go back: take two of one end" if twice else ""
+    (run, _, end), (other, _, other_end) = first.partition("-"), second.partition("-")
+    if run != other or (end and other_end and end != other_end):  # earlier versions did not tell the end
+        twice = run == other
+        why = (
+            ". The run has ended more than once, as clients had to go back: take two of one end, or resume it to another"
+            if twice
+            else ""
+        )
         raise ValueError(f"the parts must be of one run, got {first!r} {where[0]} and {second!r} {where[1]}{why}")
 
 

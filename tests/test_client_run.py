@@ -1,5 +1,6 @@
 """A client's way through its exchanges, with a party that computes nothing: what it takes, repeats, saves and drops."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -478,6 +479,10 @@ def test_of_a_clients_preset_only_model_data_and_task_count_and_it_is_told(caplo
     given = ClientOptions(client_id=0, data_dir="/hospital", weights="ours.npz")
     cfg = own_config(config.Config(), files, given)  # where they are on this machine, as without a preset
     assert (cfg.data.name, cfg.model.weights) == ("/hospital/scans.npz", "ours.npz")
+    cfg = own_config(dataclasses.replace(config.Config(), model=config.ModelConfig(weights="w.npz")), preset, given)
+    assert cfg.model.weights == "ours.npz"  # as where the server's command line names them
+    nested = config.Config(data=config.DataConfig(name="/company/scans.npz"))
+    assert own_config(config.Config(), nested, given).data.name == "/hospital/scans.npz"
     functions = config.Config(data=config.DataConfig(name="mine.py:make_data"))
     with pytest.raises(ValueError, match=r"data_dir must be None where data\.name is a function of .*, got '/hosp"):
         own_config(config.Config(), functions, given)

@@ -346,22 +346,6 @@ def test_one_that_is_started_again_after_its_goodbye_hears_that_it_has_its_part(
     ]
 
 
-@pytest.mark.parametrize("stragglers", ["wait", "drop", "stop"])
-def test_a_client_that_is_there_is_waited_for_while_nobody_has_kept_the_trained_part(stragglers):
-    """Its line was cut, and its last answer lost, just before the deadline; or its disk is full."""
-    run = Run("turns", steps=4, stragglers=stragglers).begin().go_to_end()
-    for client in (1, 2):
-        run.goodbye(client)
-    run.leave(0)
-    run.reconnect(0)
-    said = run.wait(10.0)
-    if stragglers == "stop":
-        assert said[-1] == do.Finish()
-        return
-    assert "the run waits for one of clients [0] to keep the trained part" in of(said, do.Warn)[-1].text
-    assert not run.wait(9.0) and run.goodbye(0)[-1] == do.Finish()
-
-
 def test_what_clients_hear_before_all_go_back_is_of_the_end_before():
     """Else one that hears of the end takes this for the new generation's, and does not go back with the others."""
     run = Run(checkpoint=(2, None)).begin().go_to_end()

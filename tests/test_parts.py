@@ -177,6 +177,7 @@ def test_parts_of_two_ends_of_a_run_are_told_apart():
     first, second = (parts.served_run_id("0a", generation) for generation in (7, 8))
     where = "of the client", "of the server"
     parts.check_run_ids(first, first, where)
+    parts.check_run_ids("0a", first, where)  # of an earlier version, which did not tell the end
     said = "the parts must be of one run, got '0a-7' of the client and '0a-8' of the server. The run has"
     with pytest.raises(ValueError, match=re.escape(said)):
         parts.check_run_ids(first, second, where)

@@ -99,7 +99,7 @@ def to_text(config: Config) -> str:
 
 
 def load(path: pathlib.Path, *, preset: Config | None = None) -> Config:
-    """Reads what `save` wrote on this machine: codecs of one's own are looked for where it says.
+    """Reads what `to_text` made on this machine: codecs of one's own are looked for where it says.
 
     Args:
       preset: has them in its place, where the file that they were in has moved.

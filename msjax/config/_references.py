@@ -95,7 +95,7 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
         for name in ("name", "test"):
             value = getattr(config.data, name)
             if value is not None and not is_reference(value):
-                own = os.path.join(data_dir, value)
+                own = os.path.join(data_dir, _last(value))
                 if value.lower().endswith(data.FILE_SUFFIXES) or _is_own_folder(value, own):
                     found[name] = own
     if tokenizer is not None:

@@ -297,15 +297,19 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
         if unused := config.passed_over(cfg, preset):
             said = "of this client's preset model, data and task count; the run is the server's, which differs in %s"
             log.info(said, ", ".join(unused))
+        starts_from = cfg.model.weights
         cfg = config.with_own(cfg, preset)
         if options.data_dir is not None and config.is_reference(cfg.data.name):
             raise ValueError(
                 f"data_dir must be None where data.name is a function of the preset, which reads the data itself, got "
                 f"{options.data_dir!r}"
             )
-        if options.weights is not None and cfg.model.weights is not None:
+        if options.weights is not None and (starts_from or cfg.model.weights) is not None:
             cfg = _with_weights(cfg, options.weights)
-        return build.resolved(config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer))
+        moved = config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer)
+        if options.data_dir is not None and moved.data.name == cfg.data.name and config.is_local_path(cfg.data.name):
+            raise ValueError(f"data_dir must have what the preset names, {cfg.data.name!r}, got {options.data_dir!r}")
+        return build.resolved(moved)
     if named := config.references(cfg):
         field, value = next(iter(named.items()))
         raise ValueError(

@@ -465,8 +465,7 @@ class _Transition:
         elif lacking and all(state.clients[c].ready for c in state.active):
             self._restore(again=True)
         elif not waits or self._passed(state.deadline) or state.stop is not None:
-            kept = any(state.clients[c].goodbye for c in able)
-            if waits and not kept and state.stop is None and self._goes_on_without_ending(lacking, missing, lost):
+            if waits and lost and state.stop is None and self._goes_on_without_ending(lacking, missing):
                 return
             if missing:
                 self._do(do.Warn(f"{_listed(missing)} did not say that they have kept their parts"))
@@ -479,30 +478,25 @@ class _Transition:
                 self._do(do.CloseSession(name))
             self._over(do.Finish())
 
-    def _goes_on_without_ending(self, lacking, missing, lost):
-        """Where nobody has kept the trained part at the deadline: waits for one of those who should, or goes back.
-
-        `lost` says whether none of them is there.
-        """
+    def _goes_on_without_ending(self, lacking, missing):
+        """Where nobody has the trained part at the deadline: waits for one of those who should, or goes back."""
         state = self.state
-        if lost and state.policy.stragglers == "drop" and len(lacking) >= state.policy.min_clients:
-            for c in missing:
-                if not state.clients[c].ready:
-                    self._drop(c, alive=False)
-            self._do(do.Warn(f"nobody has kept the trained part: {_listed(lacking)} go back without the others"))
-            self._restore(again=True)
-            return True
-        if state.policy.stragglers == "wait" or (state.policy.stragglers == "drop" and not lost):
+        if state.policy.stragglers == "wait":
             who = f"one of {_listed(state.keepers)} to keep the trained part, which nobody else has"
-            if not lost:
-                what = "its own log says what it is at"
-            elif lacking:
+            if lacking:
                 away = [c for c in missing if not state.clients[c].ready]
                 what = f"start {_listed(away)} again, and all go back; or Ctrl-C, and {LET_IN_WITHOUT}"
             else:
                 what = "start it again; Ctrl-C ends the run without it"
             self._do(do.Warn(f"the run waits for {who}: {what}"))
             self._set(deadline=self._later(), late=True)
+            return True
+        if state.policy.stragglers == "drop" and len(lacking) >= state.policy.min_clients:
+            for c in missing:
+                if not state.clients[c].ready:
+                    self._drop(c, alive=False)
+            self._do(do.Warn(f"nobody has kept the trained part: {_listed(lacking)} go back without the others"))
+            self._restore(again=True)
             return True
         return False
 
