@@ -349,11 +349,7 @@ def check_run_ids(first: str, second: str, where: tuple[str, str]) -> None:
     (run, _, end), (other, _, other_end) = first.partition("-"), second.partition("-")
     if run != other or (end and other_end and end != other_end):  # earlier versions did not tell the end
         twice = run == other
-        why = (
-            ". The run has ended more than once, as clients had to go back: take two of one end, or resume it to another"
-            if twice
-            else ""
-        )
+        why = ". The run ended more than once: take two of one end, or resume it to another" if twice else ""
         raise ValueError(f"the parts must be of one run, got {first!r} {where[0]} and {second!r} {where[1]}{why}")
 
 

@@ -178,7 +178,7 @@ def test_parts_of_two_ends_of_a_run_are_told_apart():
     where = "of the client", "of the server"
     parts.check_run_ids(first, first, where)
     parts.check_run_ids("0a", first, where)  # of an earlier version, which did not tell the end
-    said = "the parts must be of one run, got '0a-7' of the client and '0a-8' of the server. The run has"
+    said = "the parts must be of one run, got '0a-7' of the client and '0a-8' of the server. The run ended"
     with pytest.raises(ValueError, match=re.escape(said)):
         parts.check_run_ids(first, second, where)
     with pytest.raises(ValueError, match=r"of one run, got '' of the client and 'r' of the server$"):
