@@ -3,11 +3,11 @@
 import dataclasses
 import itertools
 import json
+import math
 import queue
 import re
 import time
 from concurrent import futures
-from threading import Timer
 
 import jax
 import numpy as np
@@ -469,18 +469,22 @@ def test_clients_test_all_of_their_own(tmp_path):
 
 
 class QueueChannel:
-    """A line between two threads."""
+    """A line between two threads, which is cut once the client has received so many messages."""
 
     _sessions = itertools.count()  # whose `next` no other thread comes between
 
-    def __init__(self, lines, inbox):
+    def __init__(self, lines, inbox, messages):
         self._session, self._lines, self._inbox = next(self._sessions), lines, inbox
+        self._left = messages
         lines[self._session] = queue.Queue()
 
     def send(self, message):
         self._inbox.put(Received(self._session, message, "this process"))
 
     def receive(self, timeout):
+        if self._left == 0:
+            raise ConnectionLost("cut")
+        self._left -= 1
         try:
             message = self._lines[self._session].get(timeout=timeout)
         except queue.Empty:
@@ -510,20 +514,18 @@ def test_threads_equal_one_program(tmp_path):
                 case Close(session, reason, final):
                     lines[session].put(ConnectionLost(reason, final=final))
 
-        def connect(cut_after=None):
-            channel = QueueChannel(lines, inbox)
-            if cut_after is not None:
-                Timer(cut_after, lambda: lines[channel._session].put(ConnectionLost("cut"))).start()
-            return channel
+        def connect(messages=math.inf):
+            return QueueChannel(lines, inbox, messages)
 
-        cuts = iter([0.5, 0.3])
+        cuts = iter([9, 6])
         with futures.ThreadPoolExecutor(4) as pool:
             sessions = list(it.loop.clients.values())
             calls = [pool.submit(drive.take_part, session, connect) for session in sessions[1:]]
-            calls.append(pool.submit(drive.take_part, sessions[0], lambda: connect(next(cuts, None))))
+            calls.append(pool.submit(drive.take_part, sessions[0], lambda: connect(next(cuts, math.inf))))
             drive.serve(it.server, inbox, carry)
             for call in calls:
                 call.result(60)
+        assert next(cuts, None) is None
         it.assert_equal_to_program()
 
 
