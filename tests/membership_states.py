@@ -39,7 +39,6 @@ class Process(NamedTuple):
     disk: tuple = ()
     """Checkpoints: (step, weights)."""
     lacks_part: bool = False
-    keeps: bool | None = None
     kept: tuple | None = None
     """(generation, weights) of the part that it has written."""
     ended: str = ""
@@ -327,8 +326,6 @@ class Model:
         done = self._done(client, process)
         if keeps and process.lacks_part:
             return self._end(process, "was away, and its part is not the trained one")
-        if keeps or done:
-            process = process._replace(keeps=keeps)
         if dropped and keeps and done:
             return self._end(process, "was away, and all have gone back since")
         if done:
@@ -342,17 +339,17 @@ class Model:
 
     def moves(self, state: State) -> Iterator[tuple[str, Any]]:
         """Yields what may happen next, and a function that returns the state that it leads to."""
-        less, missed = state._replace(faults=state.faults - 1), False
+        less = state._replace(faults=state.faults - 1)
+        lines = zip(state.membership.clients, state.processes, strict=True)
+        missed = {c for c, (it, process) in enumerate(lines) if it.session and it.session.name != process.line}
         for client, process in enumerate(state.processes):
-            session = state.membership.clients[client].session
             if process.up:
                 yield f"{process.up[0][1]} of {client} comes", lambda c=client: self.deliver(state, c)
             if not process.ended and process.line is None:
                 yield f"{client} connects", lambda c=client: self.connect(state, c)
-            if session is not None and session.name != process.line:
-                missed = True
-            if session is not None and session.name != process.line and not process.up:
-                yield f"{client} is missed", lambda c=client, s=session: self.say(state, ev.Left(c, s.name))
+            if client in missed and not process.up:
+                name = state.membership.clients[client].session.name
+                yield f"{client} is missed", lambda c=client, name=name: self.say(state, ev.Left(c, name))
             if state.faults and not process.ended:
                 anew = Process(process.instance + 1, names=process.names, disk=process.disk, kept=process.kept)
                 faults = {"dies": anew, "dies once it has sent": anew._replace(up=process.up)}

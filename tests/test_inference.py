@@ -288,7 +288,7 @@ def test_who_does_not_read_keeps_nobody_out(tmp_path):
     ):
         ask(there, CODEC, h)
         there.receive()
-        held = unread(stack, address, "msjax.v2.Split/Infer", request, count, token="alice", in_turn=True)
+        unread(stack, address, "msjax.v2.Split/Infer", request, count, token="alice", in_turn=True)
         ask(there, CODEC, h)
         there.receive()
         streams = [stack.enter_context(remote(address, token="bob")) for _ in range(STREAMS)]
@@ -298,7 +298,6 @@ def test_who_does_not_read_keeps_nobody_out(tmp_path):
         ask(there, CODEC, h)
         with pytest.raises(ConnectionError, match="the server has ended the stream, as others needed its room"):
             there.receive()
-        assert len(held) == count  # a call that nobody refers to ends
     assert f"msjax_evicted_sessions_total {count + 1}.0" in metrics.text()
 
 

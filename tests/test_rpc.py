@@ -493,6 +493,7 @@ def unread(stack, address, method, said, count, token=None, *, in_turn=False):
         if in_turn:
             held[-1].initial_metadata()
     stack.callback(leave.set)
+    stack.callback(held.clear)  # a call that nobody refers to ends
     return held
 
 

@@ -205,9 +205,8 @@ def test_a_run_whose_processes_are_stopped_and_killed_ends_with_the_same_numbers
     assert len(found) == len(calm) == 30 and found[-1]["traffic"] == calm[-1]["traffic"]
     for one, other in zip(found, calm, strict=True):
         for group in ("train", "test") if "test" in other else ("train",):
-            # One process adds in another order than two: five samples may be judged otherwise.
-            percent = 5 * 100 / {"train": 1436, "test": 360}[group]
-            off = {name: percent if name.endswith("percent") else 1e-3 for name in other[group]}
+            # One process adds in another order than two: of 1,436 samples a few may be judged otherwise.
+            off = {name: 0.3 if name.endswith("percent") else 1e-3 for name in other[group]}
             assert one[group].keys() == off.keys()
             for name, most in off.items():
                 assert one[group][name] == pytest.approx(other[group][name], rel=1e-3, abs=most), name
