@@ -162,7 +162,7 @@ def of_length(pair: Pair, length: int) -> Pair:
     """
     tokens = TreeSpec.of(jax.ShapeDtypeStruct((length,), np.int32))
     summary = pair.summary._replace(inputs=tokens, labels=tokens)
-    cfg = dataclasses.replace(pair.config, data=dataclasses.replace(pair.config.data, text_length=length))
+    cfg = config.with_fields(pair.config, {"data.text_length": length})
     return pair._replace(client=pair.client._replace(summary=summary, config=cfg))
 
 

@@ -298,14 +298,12 @@ def merged(cfg: config.Config, chain: tuple[models.ModelPart, ...]) -> models.Mo
 
 def _show(tree):
     """A batch, its first axis as B."""
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
     shown = []
-    for path, leaf in pairs:
+    for name, leaf in named_leaves(tree):
         shape, dtype = np.shape(leaf), getattr(leaf, "dtype", type(leaf).__name__)
         axes = ", ".join(["B", *map(str, shape[1:])]) if shape else ""
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         shown.append(f"{name + ': ' if name else ''}{dtype}[{axes}]")
-    return ", ".join(shown) or str(structure)
+    return ", ".join(shown) or str(jax.tree.structure(tree))
 
 
 def _what_it_takes(cfg, summary, chain, at):
@@ -344,11 +342,16 @@ def served_run_id(run: str, generation: int) -> str:
     return f"{run}-{generation:x}"
 
 
+def run_name(run_id: str) -> str:
+    """Returns the name of the run alone, of a `run_id`."""
+    return run_id.partition("-")[0]
+
+
 def check_run_ids(first: str, second: str, where: tuple[str, str]) -> None:
     """Raises ValueError where two parts are not of one run, or of two ends of it; `where` says where each is."""
-    (run, _, end), (other, _, other_end) = first.partition("-"), second.partition("-")
-    if run != other or (end and other_end and end != other_end):  # earlier versions did not tell the end
-        twice = run == other
+    twice = run_name(first) == run_name(second)
+    one_is_earlier = twice and run_name(first) in (first, second)  # of a version that did not tell the end
+    if first != second and not one_is_earlier:
         why = ". The run ended more than once: take two of one end, or resume it to another" if twice else ""
         raise ValueError(f"the parts must be of one run, got {first!r} {where[0]} and {second!r} {where[1]}{why}")
 

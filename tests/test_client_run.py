@@ -468,6 +468,17 @@ def test_a_server_that_was_started_anew_says_how_often_to_save(session):
     assert go_on[-1].position == (1, Phase.AVERAGE, 0) and not session._store.steps()
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["with a preset", "without"])
+def test_images_beside_the_program_are_not_taken_for_those_of_another_folder(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.png").touch()
+    run = config.Config(data=config.DataConfig(name="photos"))
+    options = ClientOptions(client_id=0, data_dir="/hospital")
+    with pytest.raises(ValueError, match=r"data_dir must have what data\.name names, 'photos', got '/hospital'"):
+        own_config(run, run if own else None, options)
+
+
 def test_of_a_clients_preset_only_model_data_and_task_count_and_it_is_told(caplog):
     preset = config.Config(clients=5, codec=compress.TopK(0.5), data=config.DataConfig(name="breast_cancer"))
     options = ClientOptions(client_id=0)

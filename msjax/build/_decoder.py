@@ -1,6 +1,5 @@
 """What a config says of a decoder."""
 
-import dataclasses
 import json
 
 from msjax import config, models
@@ -35,8 +34,7 @@ def resolved(cfg: config.Config) -> config.Config:
     tokenizer = cfg.data.tokenizer
     if tokenizer is None and weights is not None and (expand("model.weights", weights) / "tokenizer.json").is_file():
         tokenizer = weights
-    model = dataclasses.replace(cfg.model, decoder=described)
-    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+    return config.with_fields(cfg, {"model.decoder": described, "data.tokenizer": tokenizer})
 
 
 def decoder_config(cfg: config.Config) -> models.DecoderConfig:

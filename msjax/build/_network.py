@@ -234,7 +234,7 @@ def to_go_on(cfg: config.Config) -> config.Config:
     """
     if cfg.lora.rank is not None:
         return cfg
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
+    return config.with_fields(cfg, {"model.weights": None})
 
 
 def _num_outputs(cfg, summary):

@@ -78,9 +78,9 @@ def main(arguments: list[str]) -> int:
             f"with msjax train --resume {options.run} --data.name PATH"
         )
     if options.data_dir:
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dir=options.data_dir))
+        cfg = config.with_fields(cfg, {"data.data_dir": options.data_dir})
     if options.test is not None:
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=options.test))
+        cfg = config.with_fields(cfg, {"data.test": options.test})
     if options.uncompressed:
         cfg = dataclasses.replace(cfg, eval_compressed=False)
     split_cpu(cfg.clients)

@@ -145,11 +145,8 @@ def _evaluate(trained, remote, options):
 
     With a budget all aim at what this client did in the end, in a run each client at its own.
     """
-    cfg = dataclasses.replace(
-        trained.config,
-        model=dataclasses.replace(trained.config.model, weights=None),  # those it was trained from
-        eval_compressed=trained.config.eval_compressed and not options.uncompressed,
-    )
+    cfg = config.with_fields(trained.config, {"model.weights": None})  # those it was trained from
+    cfg = dataclasses.replace(cfg, eval_compressed=cfg.eval_compressed and not options.uncompressed)
     cfg = config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer)
     ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
     build.check_tokenizer(ds.tokenizer, trained.summary.tokenizer)

@@ -36,9 +36,8 @@ def without_paths(config: Config) -> Config:
     name = _named(name) if _leads_out(name) or is_local_path(name) else name  # this machine need not have it
     files = {"tokenizer": _last(config.data.tokenizer), "test": _last(config.data.test)}
     plain = dataclasses.replace(config.data, data_dir=None, cache_dir=None, workers=None, name=name, **files)
-    weights = _last(config.model.weights)
-    model = dataclasses.replace(config.model, weights=weights)
-    plain = dataclasses.replace(config, model=model, data=plain, out=Config.out)
+    plain = dataclasses.replace(config, data=plain, out=Config.out)
+    plain = with_fields(plain, {"model.weights": _last(config.model.weights)})
     return map_references(plain, os.path.basename)
 
 
@@ -83,24 +82,35 @@ def is_same_name(path: str, other: str) -> bool:
 
 
 def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | None) -> Config:
-    """Returns a config that came `without_paths` with where its files of data are on this machine.
+    """Returns a config with where its files of data are on this machine, by their last names.
 
     Args:
       data_dir: the folder that has the files of `data.name` and `data.test`, or the folder of images, where they are
         such; None leaves them.
       tokenizer: this machine's `data.tokenizer`; None leaves it.
+
+    Raises:
+      ValueError: `data_dir` is given, and a function of a preset makes the data; or it lacks a folder of images that is
+        there without it.
     """
     found: dict[str, str] = {}
     if data_dir is not None:
-        for name in ("name", "test"):
-            value = getattr(config.data, name)
-            if value is not None and not is_reference(value):
-                own = os.path.join(data_dir, _last(value))
-                if value.lower().endswith(data.FILE_SUFFIXES) or _is_own_folder(value, own):
-                    found[name] = own
+        if is_reference(config.data.name):
+            raise ValueError(
+                "data_dir must be None where data.name is a function of the preset, which reads the data itself, got "
+                f"{data_dir!r}"
+            )
+        for name in ("data.name", "data.test"):
+            if (value := operator.attrgetter(name)(config)) is None:
+                continue
+            own = os.path.join(data_dir, _last(value))
+            if value.lower().endswith(data.FILE_SUFFIXES) or _is_own_folder(value, own):
+                found[name] = own
+            elif is_local_path(value):
+                raise ValueError(f"data_dir must have what {name} names, {value!r}, got {data_dir!r}")
     if tokenizer is not None:
-        found["tokenizer"] = tokenizer
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+        found["data.tokenizer"] = tokenizer
+    return with_fields(config, found)
 
 
 def is_local_path(data_name: str) -> bool:

@@ -1,6 +1,5 @@
 """A client of a run as a program: its data, its part of the model, and its files in a folder of its own."""
 
-import dataclasses
 import json
 import logging
 import pathlib
@@ -18,7 +17,7 @@ from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
-from msjax.parts import part_run_id, save_trained, served_run_id
+from msjax.parts import part_run_id, run_name, save_trained, served_run_id
 from msjax.paths import expand
 from msjax.runs import write_atomically
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
@@ -276,7 +275,7 @@ def _link_status(party):
 
 def keep_part_of_another_run(file: pathlib.Path, run_id: str) -> None:
     """Gives a part that another run has left under this name one of its own, so that it is not replaced."""
-    if not file.exists() or (other := part_run_id(file).partition("-")[0]) == run_id:
+    if not file.exists() or (other := run_name(part_run_id(file))) == run_id:
         return
     name = other if other.isalnum() else "unknown"
     kept = file.with_name(f"{file.stem}-{name}{file.suffix}")
@@ -288,9 +287,9 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
     """Returns the server's config with model, data and task of this client's preset, if any, and its copies of files.
 
     Raises:
-      ValueError: the server's config sets another model, data or task than the preset has, or `data_dir` is given to a
-        preset's function; or, without a preset, it names functions of one, weights or a tokenizer, and there are none
-        here, or it says where on this machine something is to be read or written.
+      ValueError: the server's config sets another model, data or task than the preset has; or, without a preset, it
+        names functions of one, weights or a tokenizer, and there are none here, or it says where on this machine
+        something is to be read or written; or `data_dir` does not have the data, see `config.with_own_paths`.
     """
     if preset is not None:
         config.check_own(cfg, preset, divided=not options.own_data)
@@ -299,17 +298,9 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
             log.info(said, ", ".join(unused))
         starts_from = cfg.model.weights
         cfg = config.with_own(cfg, preset)
-        if options.data_dir is not None and config.is_reference(cfg.data.name):
-            raise ValueError(
-                f"data_dir must be None where data.name is a function of the preset, which reads the data itself, got "
-                f"{options.data_dir!r}"
-            )
         if options.weights is not None and (starts_from or cfg.model.weights) is not None:
-            cfg = _with_weights(cfg, options.weights)
-        moved = config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer)
-        if options.data_dir is not None and moved.data.name == cfg.data.name and config.is_local_path(cfg.data.name):
-            raise ValueError(f"data_dir must have what the preset names, {cfg.data.name!r}, got {options.data_dir!r}")
-        return build.resolved(moved)
+            cfg = config.with_fields(cfg, {"model.weights": options.weights})
+        return build.resolved(config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=options.tokenizer))
     if named := config.references(cfg):
         field, value = next(iter(named.items()))
         raise ValueError(
@@ -321,13 +312,9 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
             raise ValueError(
                 f"the run starts from the weights {cfg.model.weights!r}: give this client its copy of them as weights"
             )
-        cfg = _with_weights(cfg, options.weights)
+        cfg = config.with_fields(cfg, {"model.weights": options.weights})
     config.check_received(cfg)
     return config.with_own_paths(cfg, data_dir=options.data_dir, tokenizer=_own_tokenizer(cfg, options))
-
-
-def _with_weights(cfg, weights):
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
 
 
 def _own_tokenizer(cfg, options):

@@ -82,7 +82,7 @@ class Stage(enum.Enum):
     GATHERING = "gathering"
     """Until all clients are ready, or as many as the policy asks for."""
     RESTORING = "restoring"
-    """The caller makes the server's state; a new generation begins."""
+    """The caller makes the server's state. Once it has, a new generation begins."""
     COLLECTING = "collecting"
     """Messages of an exchange are waited for."""
     ADVANCING = "advancing"

@@ -1,7 +1,6 @@
 """The server of a run as a program: the coordinator behind gRPC, its records and its trained part in a run folder."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -38,7 +37,7 @@ log = logging.getLogger("msjax.server")
 _COUNTS = "counts.json"
 _FIRST_SECONDS = "first_seconds"
 _BUILT_FROM = "built_from.json"
-_GENERATION = "generation"
+_PART_RUN_ID = "part_run_id"
 _COUNTS_EVERY_SECONDS = 5.0
 """A process that is killed loses what it has counted since; and before a checkpoint, so that no payload of what led to
 it is missing where the run goes on from there."""
@@ -186,6 +185,10 @@ class ServerProgram:
         return self.progress.setdefault("history", [])
 
     @property
+    def _part_run_id(self):
+        return served_run_id(self.coordinator.name, self.coordinator.membership.generation)
+
+    @property
     def _ends(self):
         return self.coordinator, self._servicer.inbox, self._servicer.carry
 
@@ -193,7 +196,7 @@ class ServerProgram:
         """Where it cannot be written, the clients can keep theirs all the same, and `train` tries again."""
         run = self.coordinator.run
         steps, path = run.schedule.total_steps, self.folder.path / "server.safetensors"
-        names = {"run_id": served_run_id(self.coordinator.name, self.coordinator.membership.generation), "step": steps}
+        names = {"run_id": self._part_run_id, "step": steps}
         try:
             save_trained(path, "server", run.party.state, self.cfg, self._parts.summary, **names)
         except OSError as error:
@@ -306,7 +309,7 @@ class ServerProgram:
     def _save_end(self):
         """Keeps what `finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
-        self.progress[_GENERATION] = self.coordinator.membership.generation
+        self.progress[_PART_RUN_ID] = self._part_run_id
         try:
             self._store.save(run.schedule.total_steps, self._store.hold(run.party))
             self._store.wait()
@@ -352,7 +355,7 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
         return []
     samples, test_samples, description = found
     summary, progress = agreement.summary_of(description), {}
-    without_weights = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=None))
+    without_weights = config.with_fields(cfg, {"model.weights": None})
     spec = _describe(cfg, OwnParts(without_weights, summary), samples, test_samples, description)
     store = ServerStore(folder.path / "checkpoints", progress)
     try:
@@ -365,8 +368,7 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
     finally:
         store.close()
     if lacks_part:
-        generation = progress.get(_GENERATION)  # none of earlier versions, whose clients' parts have none either
-        run_id = _run_id(folder) if generation is None else served_run_id(_run_id(folder), generation)
+        run_id = progress.get(_PART_RUN_ID, _run_id(folder))  # of earlier versions' parts it is the run's name
         save_trained(path, "server", party.state, cfg, summary, run_id=run_id, step=step)
     if lacks_summary:
         _write_results(cfg, folder, spec, progress["history"])

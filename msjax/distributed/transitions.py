@@ -195,7 +195,7 @@ class _Transition:
         if self.state.session_of(client, name) is None:
             return
         gone_back = generation != self.state.generation or self.state.stage is Stage.RESTORING
-        if self.state.stage is not Stage.GATHERING and gone_back:
+        if gone_back and self.state.stage is not Stage.GATHERING:
             return
         if self.state.stage is Stage.ENDING:
             self._set_client(client, goodbye=True)  # it stays: should another have lost its part, all go back
@@ -226,9 +226,8 @@ class _Transition:
             clients.append(Client(session=client.session, active=active, alive=alive, **known))
         # What was sent in the last one does not count in the next. It ends here: what clients have been told in the
         # event that has led back was of the last one.
-        generation = self.state.generation + self.state.begun
-        self._set(clients=clients, step=step, stage=Stage.ADVANCING, lost_memory=False)
-        self._set(generation=generation, begun=True)
+        now = {"stage": Stage.ADVANCING, "generation": self.state.generation + self.state.begun, "begun": True}
+        self._set(clients=clients, step=step, lost_memory=False, **now)
         self._count_anew()
         for c, client in enumerate(clients):
             if client.active and client.ready:
@@ -263,7 +262,7 @@ class _Transition:
             case Stage.COLLECTING if self.state.stop is not None:
                 self._stop(self.state.stop)
             case Stage.COLLECTING if self.state.lost_memory:
-                self._restore(again=True)
+                self._restore()
             case Stage.COLLECTING:
                 self._let_in()
                 self._collect()
@@ -284,7 +283,7 @@ class _Transition:
         elif not (awaited := self._awaited(missing)):
             for c in missing:
                 self._set_client(c, active=False)
-            self._restore(again=False)
+            self._restore()
         elif self._passed(self.state.deadline):
             fewer = ", or give policy.start_clients" if self.state.policy.stragglers == "drop" else ""
             self._do(do.Warn(f"training waits for {awaited} to be ready: start those that do not run{fewer}"))
@@ -303,10 +302,10 @@ class _Transition:
         exchange = self.state.exchange
         return min(self.state.policy.min_clients, len(exchange.clients)) if exchange.rounds else 0
 
-    def _restore(self, *, again):
+    def _restore(self):
         self._set(stage=Stage.RESTORING, exchange=None, donor=None, deadline=None)
         self._count_anew()
-        self._do(do.RestoreCheckpoint(again))
+        self._do(do.RestoreCheckpoint(again=self.state.begun))
 
     def _let_in(self):
         exchange = self.state.exchange
@@ -407,7 +406,7 @@ class _Transition:
             self._advance(there)
         elif missing and self._enough_wait_to_be_let_in():
             self._do(do.Warn(f"step {step} cannot go on without {_listed(missing)}, but others could: all go back"))
-            self._restore(again=True)
+            self._restore()
         else:
             away = missing or [c for c in self.state.exchange.clients if c not in there]
             why = f", as policy.min_clients is {policy.min_clients}" if policy.stragglers == "drop" else ""
@@ -463,7 +462,7 @@ class _Transition:
         if missing and state.stop is not None and ((lacking and lost) or not state.late):
             self._stop(state.stop)
         elif lacking and all(state.clients[c].ready for c in state.active):
-            self._restore(again=True)
+            self._restore()
         elif not waits or self._passed(state.deadline) or state.stop is not None:
             if waits and lost and state.stop is None and self._goes_on_without_ending(lacking, missing):
                 return
@@ -496,7 +495,7 @@ class _Transition:
                 if not state.clients[c].ready:
                     self._drop(c, alive=False)
             self._do(do.Warn(f"nobody has kept the trained part: {_listed(lacking)} go back without the others"))
-            self._restore(again=True)
+            self._restore()
             return True
         return False
 
