@@ -4,7 +4,8 @@
     outputs = msjax.predict(pair, x)                        # x as the data set stores inputs; outputs are logits
     msjax.pair.save_network("network.safetensors", pair)    # without the cut
 
-Predictions go through the run's codec, as the test at its end did.
+Predictions go through the run's codec, as the test at its end did. The server's part may be elsewhere, behind a
+network: `distributed.remote.connected_pair`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from msjax.checks import integer
 from msjax.parts import NETWORK, TrainedPart, check_complete, check_run_ids, load_part, merged, save_trained
 from msjax.paths import existing_file, expand
 from msjax.runs import RunFolder
+from msjax.split.payloads import Payload, PayloadSpec
 from msjax.split.state import client_keys, eval_key, tail_key
 from msjax.split.trees import TreeSpec
 
@@ -34,11 +36,23 @@ CHUNK = 64
 """Inputs that are computed at a time, where each is compressed by itself."""
 
 
+class PartElsewhere(Protocol):
+    """A server's part that is not here, as `distributed.remote.RemoteServer`."""
+
+    def send(self, payload: Payload, spec: PayloadSpec) -> int:
+        """Sends features as `spec` describes them; several may be on their way."""
+        ...
+
+    def receive_outputs(self, spec: TreeSpec, batch_size: int) -> Any:
+        """Returns the next answer, as `spec` describes it for one sample."""
+        ...
+
+
 class Pair(NamedTuple):
     """The two parts of one trained network; the client's has the tail, too, where the run is U-shaped."""
 
     client: TrainedPart
-    server: TrainedPart
+    server: TrainedPart | PartElsewhere
 
     @property
     def config(self) -> config.Config:
@@ -84,15 +98,16 @@ def load_pair(
         preset = preset or cfg
     else:
         paths = [existing_file("client", run), existing_file("server", server)]
-    pair = Pair(*(load_part(path, preset=preset) for path in paths))
+    parts = [load_part(path, preset=preset) for path in paths]
+    pair = Pair(*parts)
     if server is None and not (folder.path / "summary.json").exists():
         said = "%s has no summary.json, as it goes on to more epochs or did not end: its parts are those of step %d"
         log.warning(said, os.fspath(run), pair.client.step)
-    for name, part, path in zip(Pair._fields, pair, paths, strict=True):
+    for name, part, path in zip(Pair._fields, parts, paths, strict=True):
         if part.part != name:
             raise ValueError(f"{name} must be the file of a {name}'s part, got that of a {part.part}: {path}")
         check_complete(part, os.fspath(path))
-    check_run_ids(pair.client.run_id, pair.server.run_id, ("of the client", "of the server"))
+    check_run_ids(*(part.run_id for part in parts), ("of the client", "of the server"))
     return pair
 
 
@@ -136,10 +151,15 @@ def predictions(
     if compressed is not None:
         cfg = dataclasses.replace(cfg, eval_compressed=compressed)
     spec = build.spec_of(cfg, pair.summary, test_samples=cfg.clients)
-    states = jax.device_put([(part.params, part.stats) for part in pair])
     up_bits = None if pair.client.up_bits is None else jnp.float32(pair.client.up_bits)
     # That of a test's first round and client.
     key = client_keys(jax.random.fold_in(eval_key(pair.config.seed), 0), jnp.int32(0), jnp.zeros(1, jnp.int32))[0]
+    client = jax.device_put((pair.client.params, pair.client.stats))
+    if isinstance(pair.server, TrainedPart):
+        server = jax.device_put((pair.server.params, pair.server.stats))
+        compute = lambda x: _outputs(spec, client, server, x, key, up_bits)  # noqa: E731
+    else:
+        compute = functools.partial(_outputs_of_elsewhere, spec, client, pair.server, key=key, up_bits=up_bits)
     at = 0
     while at < count:
         batches = max(1, CHUNK // batch_size)
@@ -149,7 +169,7 @@ def predictions(
         x = fetch(at, at + taken)
         _check_inputs(x, pair.summary)
         x = jax.tree.map(lambda leaf, b=batches: np.reshape(leaf, (b, len(leaf) // b, *np.shape(leaf)[1:])), x)
-        outputs = jax.device_get(_outputs(spec, states, x, key, up_bits))
+        outputs = jax.device_get(compute(x))
         yield jax.tree.map(lambda leaf: np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[2:]), outputs)
         at += taken
 
@@ -160,7 +180,7 @@ def of_length(pair: Pair, length: int) -> Pair:
     Raises:
       ValueError: the model has no such context; raised where it is used.
     """
-    tokens = TreeSpec.of(jax.ShapeDtypeStruct((length,), np.int32))
+    tokens = pair.summary.inputs.of_length(length)
     summary = pair.summary._replace(inputs=tokens, labels=tokens)
     cfg = config.with_fields(pair.config, {"data.text_length": length})
     return pair._replace(client=pair.client._replace(summary=summary, config=cfg))
@@ -175,32 +195,54 @@ def _check_inputs(x, summary):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _outputs(spec, states, x, key, up_bits):
+def _outputs(spec, client, server, x, key, up_bits):
     """Outputs (K, B, …) of inputs (K, B, …), each batch through the codec by itself."""
-    (client, client_stats), (server, server_stats) = states
+    payloads = _features(spec, client, x, key, up_bits)
+
+    def one_batch(payload):
+        batch_size = jax.tree.leaves(x)[0].shape[1]
+        y, _ = spec.server(*server, spec.test_payload(batch_size).decode(payload), train=False, key=None)
+        if spec.u_shaped:
+            tail = spec.tail_test_payload(batch_size)
+            y = tail.decode(tail.encode(y, tail_key(key)))
+        return y
+
+    y = jax.vmap(one_batch)(payloads)
+    return _tail_outputs(spec, client, y) if spec.u_shaped else y
+
+
+def _outputs_of_elsewhere(spec, client, server, x, *, key, up_bits):
+    """The same, with a message for each batch to where the server's part is."""
+    batches, batch_size = jax.tree.leaves(x)[0].shape[:2]
+    payloads, up = jax.device_get(_features(spec, client, x, key, up_bits)), spec.test_payload(batch_size)
+    for n in range(batches):
+        server.send(jax.tree.map(lambda leaf, n=n: leaf[n], payloads), up)
+    answers = [server.receive_outputs(spec.outputs, batch_size) for _ in range(batches)]
+    y = jax.tree.map(lambda *leaves: np.stack(leaves), *answers)
+    return _tail_outputs(spec, client, y) if spec.u_shaped else y
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(spec, client, x, key, up_bits):
+    """Payloads (K, …) of inputs (K, B, …)."""
 
     def one_batch(x):
-        batch_size = jax.tree.leaves(x)[0].shape[0]
-
-        def cross(payload, h, key, bits=None):
-            return payload.decode(payload.encode(h, key, bits))
-
-        h, _ = spec.client(client, client_stats, spec.preprocess(x), train=False, key=None)
-        h = cross(spec.test_payload(batch_size), h, key, up_bits)
-        y, _ = spec.server(server, server_stats, h, train=False, key=None)
-        if spec.u_shaped:
-            h = cross(spec.tail_test_payload(batch_size), y, tail_key(key))
-            y, _ = spec.tail(client, client_stats, h, train=False, key=None)
-        return y
+        h, _ = spec.client(*client, spec.preprocess(x), train=False, key=None)
+        return spec.test_payload(jax.tree.leaves(x)[0].shape[0]).encode(h, key, up_bits)
 
     return jax.vmap(one_batch)(x)
 
 
-def model_parts(client: TrainedPart, server: TrainedPart | None = None) -> tuple[models.ModelPart, ...]:
+@functools.partial(jax.jit, static_argnums=0)
+def _tail_outputs(spec, client, h):
+    """Outputs (K, B, …) of the tail for its features (K, B, …)."""
+    return jax.vmap(lambda h: spec.tail(*client, h, train=False, key=None)[0])(h)
+
+
+def model_parts(client: TrainedPart, server: TrainedPart | PartElsewhere) -> tuple[models.ModelPart, ...]:
     """Returns the parts of a network: client, server and, where the run was U-shaped, tail.
 
-    Args:
-      server: None where it is elsewhere; the part has shapes and dtypes in place of arrays then.
+    A server's part that is elsewhere has shapes and dtypes in place of arrays.
     """
     first, second, *tail = jax.eval_shape(lambda: build.make_parts(client.config, client.summary))
 
@@ -210,12 +252,18 @@ def model_parts(client: TrainedPart, server: TrainedPart | None = None) -> tuple
             stats={name: trained.stats[name] for name in part.stats},
         )
 
-    second = second if server is None else filled(second, server)
+    second = filled(second, server) if isinstance(server, TrainedPart) else second
     return filled(first, client), second, *(filled(part, client) for part in tail)
 
 
 def whole(pair: Pair) -> models.ModelPart:
-    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it."""
+    """Returns all parts as one, from the network's inputs, normalised, to its outputs; nothing is compressed in it.
+
+    Raises:
+      ValueError: the server's part is elsewhere.
+    """
+    if not isinstance(pair.server, TrainedPart):
+        raise ValueError("pair must have both parts here, got one whose server's part is elsewhere")
     return merged(pair.config, model_parts(pair.client, pair.server))
 
 

@@ -157,7 +157,7 @@ OF_OTHERS = {"--gpus-per-task", "--file", "--only"} | {
 def test_options_that_pages_name_are_such_as_there_are(options):
     """In the text and in tables, where no command stands beside them."""
     known = set().union(*options.values(), OF_OTHERS)
-    for command in ("eval", "generate", "serve"):  # which have others where a part is elsewhere, or served
+    for command in ("eval", "predict", "generate", "serve"):  # which have others where a part is elsewhere, or served
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             cli.run(command, ["--part" if command == "serve" else "--server", "x:1", "--help"])

@@ -19,6 +19,7 @@ from msjax.distributed.fair_share import FairShare
 from msjax.distributed.generation import Limits, RemoteSession
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, PartOptions
+from msjax.distributed.remote import RemoteServer
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
@@ -64,7 +65,7 @@ def served(path, metrics=None, texts=None):
     )
     endpoint = Endpoint(options, metrics, streams=8)
     endpoint.start(servicer)
-    remote = inference.RemoteServer(str(endpoint.address))
+    remote = RemoteServer(str(endpoint.address))
     try:
         yield remote
     finally:
@@ -356,3 +357,21 @@ def test_a_text_whose_connection_is_lost_is_to_be_begun_again():
         session.answer([Piece(1, b"features")])
     with pytest.raises(ConnectionError, match=r"^localhost:1: the server is stopping$"):  # before there is a text
         RemoteSession(lambda requests: iter(()), call, Terms(1, 16, CODEC, None, None)).answer([Piece(4, b"features")])
+
+
+@pytest.mark.parametrize("tail_cut", [None, "last"])
+def test_texts_of_any_length_are_predicted(tmp_path, tail_cut):
+    """Up to the run's own; the features of each are compressed as long as they are."""
+    make(tmp_path, dataclasses.replace(CONFIG, mode=config.ModeConfig(tail_cut=tail_cut)))
+    here = pair.load_pair(*(tmp_path / f"{name}.safetensors" for name in ("client", "server")))
+    longest = here.summary.input_shape[0]
+    tokens = np.random.default_rng(0).integers(0, 32, (2, longest), dtype=np.int32)
+    with served(tmp_path) as remote:
+        there = here._replace(server=remote)
+        for length in (longest, 3, 1):
+            wanted, found = (
+                pair.predict(pair.of_length(one, length), tokens[:, :length], batch_size=2) for one in (here, there)
+            )
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        with pytest.raises(Refused, match=r"features must be float32\[batch, 1 to 12, \d+\], got float32\[1, 13, "):
+            pair.predict(pair.of_length(there, longest + 1), np.zeros((1, longest + 1), np.int32))

@@ -15,6 +15,7 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
+from msjax.distributed.remote import RemoteServer
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
@@ -63,7 +64,7 @@ def served(path, metrics=None, **options):
 
 @contextlib.contextmanager
 def remote(address, **options):
-    it = inference.RemoteServer(address, **options)
+    it = RemoteServer(address, **options)
     try:
         yield it
     finally:
@@ -80,22 +81,22 @@ def like(h):
     return jax.ShapeDtypeStruct(h.shape, h.dtype)
 
 
-def ask(there, codec, h, compression=None):
+def ask(there, codec, h):
     """Sends features; returns the message's bytes."""
     spec = PayloadSpec(jax.tree.structure(0), (codec,), (like(h),), (0,))
-    return there.send(spec.encode(h), spec, compression)
+    return there.send(spec.encode(h), spec)
 
 
 @pytest.mark.parametrize("codec", [CODEC, compress.Identity(), compress.Uniform(bits=4)], ids=repr)
 @pytest.mark.parametrize("compression", [None, "huffman"])
 def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
     client, server = make(tmp_path)
-    with served(tmp_path) as address, remote(address) as there:
+    with served(tmp_path) as address, remote(address, compression=compression) as there:
         description = there.describe()
         assert (description.run, description.step) == ("r", 7)
         batches = [features(client, batch, seed=batch) for batch in (4, 1, 4)]
         for h in batches:  # all on their way at once
-            assert ask(there, codec, h, compression) > codec.payload_bytes(h) * (not compression)
+            assert ask(there, codec, h) > codec.payload_bytes(h) * (not compression)
         for h in batches:
             (message,) = there.receive()
             expected, _ = server.apply(server.params, server.stats, codec.roundtrip(h), train=False)

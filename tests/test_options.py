@@ -11,11 +11,11 @@ import pytest
 from msjax import build, config, models
 from msjax.cli import main as cli
 from msjax.cli import serve
-from msjax.distributed import inference
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.membership import Policy
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ClientOptions, ListenOptions, ServeOptions
+from msjax.distributed.remote import RemoteServer
 from msjax.distributed.rpc.addresses import parse_address
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import TlsFiles, Tokens, check_plaintext
@@ -110,7 +110,7 @@ def silent():
 
 def test_a_server_that_is_away_is_named_with_what_was_tried():
     told = []
-    remote = inference.RemoteServer("localhost:1")
+    remote = RemoteServer("localhost:1")
     try:
         with pytest.raises(ConnectionError, match=r"no answer in 0\.3 s of trying: localhost:1: .*Connection refused"):
             remote.describe(0.3, tell=told.append)
@@ -118,7 +118,7 @@ def test_a_server_that_is_away_is_named_with_what_was_tried():
         remote.close()
     assert len(told) == 1 and re.search("localhost:1: .*; trying again for up to 0 s", told[0])
     with silent() as address:
-        remote = inference.RemoteServer(address)
+        remote = RemoteServer(address)
         try:
             with pytest.raises(ConnectionError, match=f"no answer in 0.2 s of trying: {address}: nothing answers"):
                 remote.describe(0.2)
@@ -246,7 +246,7 @@ def test_a_token_that_grpc_does_not_carry_is_refused_at_once():
     for token in ("s\u00e9cret", "one\ntwo"):
         for connect in (
             lambda token=token: Connection("localhost:1", TlsFiles(), token),
-            lambda token=token: inference.RemoteServer("localhost:1", token=token),
+            lambda token=token: RemoteServer("localhost:1", token=token),
         ):
             with pytest.raises(ValueError, match=r"token must be one line of 1\.\.1024 printable ASCII"):
                 connect()

@@ -12,10 +12,14 @@ from msjax import build, compress, config, data, models, pair, parts
 from msjax.cli import main as cli
 from msjax.cli.predict import describe
 from msjax.data import _words
+from msjax.distributed import remote
+from msjax.distributed.client_run import Refused
+from msjax.distributed.options import LinkOptions
 from msjax.runs import RunFolder
 from msjax.split.trees import TreeSpec
 
 from .data_helpers import Image
+from .test_inference import served
 
 CFG = config.Config(
     model=config.ModelConfig(width=0.25, cut="shallow"),
@@ -29,7 +33,7 @@ TABLE = dataclasses.replace(
 )
 
 
-def save(path, cfg, summary):
+def save(path, cfg, summary, run_id="r"):
     """Both files, of a network that was never trained; returns its parts."""
     path.mkdir(exist_ok=True)
     client, server, *tail = build.make_parts(cfg, summary)
@@ -37,7 +41,7 @@ def save(path, cfg, summary):
     if tail:
         mine = models.ModelPart(client.apply, client.params | tail[0].params, client.stats | tail[0].stats)
     for name, part in (("client", mine), ("server", server)):
-        parts.save_trained(path / f"{name}.safetensors", name, part, cfg, summary, run_id="r", step=7)
+        parts.save_trained(path / f"{name}.safetensors", name, part, cfg, summary, run_id=run_id, step=7)
     return client, server, *tail
 
 
@@ -134,6 +138,44 @@ def test_images_are_named_with_their_labels(photos, tmp_path, capsys):
     own = data.from_image_folder(tmp_path / "large", image_size=8, channels=1, test_share=None).train_inputs
     found = data.read_inputs(tmp_path / "large", like=ds.input_like)
     np.testing.assert_array_equal(found.fetch(0, 1), own)
+
+
+@pytest.mark.parametrize("mode", [config.ModeConfig(), config.ModeConfig(tail_cut="last")], ids=["plain", "u_shaped"])
+def test_the_servers_part_elsewhere(photos, tmp_path, capsys, mode):
+    """The same lines as with both parts here, and class names and inputs stay here."""
+    path, ds, _ = photos
+    cfg, summary = dataclasses.replace(CFG, mode=mode), build.DataSummary.of(ds)
+    save(tmp_path, cfg, summary)
+    save(tmp_path / "other", cfg, summary, run_id="s")
+    client, server = (tmp_path / f"{name}.safetensors" for name in ("client", "server"))
+    images = path / "photos"
+    with served(tmp_path) as address:
+        for options in ([], ["--uncompressed"], ["--batch-size", "4"]):
+            expected = run(capsys, client, server, images, *options)
+            assert run(capsys, client, "--server", address, *options, images) == expected
+        options = ["--json", "--compression", "huffman", "--out", tmp_path / "lines"]
+        run(capsys, "--server", address, client, images, *options)
+        lines = (tmp_path / "lines").read_text().splitlines()
+        for pair_of_lines in zip(run(capsys, client, server, images, "--json"), lines, strict=True):
+            here, there = map(json.loads, pair_of_lines)
+            np.testing.assert_allclose(there.pop("probabilities"), here.pop("probabilities"), rtol=1e-5)
+            assert there | {"probability": None} == here | {"probability": None}
+        link = LinkOptions(server=address)
+        with remote.connected_pair(parts.load_part(client), link) as connected:
+            with pytest.raises(ValueError, match="pair must have both parts here, got one whose server's part is else"):
+                pair.whole(connected)
+            with pytest.raises(Refused, match=r"answer must be arrays of float32\[1, 10, 2\], got float32\["):
+                other = TreeSpec.of(jax.ShapeDtypeStruct((10, 2), np.float32))
+                spec = build.spec_of(connected.config, connected.summary, test_samples=2).test_payload(1)
+                connected.server.send(spec.encode(jnp.zeros(spec.likes[0].shape)), spec)
+                connected.server.receive_outputs(other, 1)
+        for arguments, message in (
+            ([server, "--server", address, images], "part must be that of a client, got that of a server"),
+            ([path / "a", "--server", address, images], "network must be CLIENT.safetensors with --server, got"),
+            ([client, server, "--server", address, images], "inputs must come behind CLIENT.safetensors with --server"),
+            ([tmp_path / "other/client.safetensors", "--server", address, images], "of one run, got 's' here and 'r'"),
+        ):
+            assert message in run(capsys, *arguments, expect=2)[-1]
 
 
 def test_rows_of_a_table(tmp_path, capsys):

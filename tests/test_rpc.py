@@ -20,8 +20,8 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.client_run import Refused
 from msjax.distributed.coordinator import Stopped
-from msjax.distributed.inference import RemoteServer
 from msjax.distributed.options import ClientOptions, ServeOptions
+from msjax.distributed.remote import RemoteServer
 from msjax.distributed.rpc import frames
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection, metadata_of

@@ -23,6 +23,7 @@ commands:
   eval      test a trained run:  msjax eval RUN [--uncompressed]
               msjax eval CLIENT.safetensors --server HOST:PORT    a client's part, with the server's elsewhere
   predict   what a trained run says of images, or of rows of an .npz or .csv:  msjax predict RUN IMAGE...
+              msjax predict CLIENT.safetensors --server HOST:PORT IMAGE...     with the server's part elsewhere
   generate  continue a text with a trained decoder:  msjax generate RUN --prompt "Once upon a time"
               msjax generate FOLDER --cut 2 --codec CODEC --prompt TEXT      published weights, cut anywhere
               msjax generate CLIENT.safetensors --server HOST:PORT --prompt TEXT     with the server's part elsewhere

@@ -1,4 +1,4 @@
-"""What the commands of the network share; `msjax eval --server` and `msjax generate --server`."""
+"""What the commands of the network share; `eval`, `predict` and `generate` with the server's part elsewhere."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ from msjax import build, config, parts
 from msjax.cli.eval import describe_features
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
 from msjax.cli.options import PartFlag, parse, preset_of, split_options
-from msjax.distributed import inference
-from msjax.distributed.client_run import Refused
+from msjax.cli.predict import check_out, make_parser, print_predictions
 from msjax.distributed.options import ConnectOptions, LinkOptions, check_positive
+from msjax.distributed.remote import connected_pair, outputs_of
 from msjax.generation import Generator
 from msjax.logs import ShortLines
 from msjax.pair import model_parts
@@ -50,19 +50,25 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalOptions(ConnectOptions, PartFlag):
-    """Of a test with the client's part here and the server's elsewhere."""
+class _PartLink(LinkOptions, PartFlag):
+    """The client's part here and the server's elsewhere."""
 
-    part: tyro.conf.Positional[str] = tyro.MISSING
-    """client.safetensors of a trained client."""
-    uncompressed: bool = False
-    """Send test features as they are."""
     retry_seconds: float = 60.0
     """For how long a server that is away is tried again."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
         check_positive(self, "retry_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalOptions(ConnectOptions, _PartLink):
+    """Of a test with the client's part here and the server's elsewhere."""
+
+    part: tyro.conf.Positional[str] = tyro.MISSING
+    """client.safetensors of a trained client."""
+    uncompressed: bool = False
+    """Send test features as they are."""
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -72,22 +78,19 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(_EvalOptions, rest, prog="msjax eval", description=description)
     options.check()
     trained = _client_part(options.part, preset_of(where))
-    with _server_of(trained, options, "eval") as remote:
-        result = _evaluate(trained, remote, options)
+    with _connected(trained, options, "eval") as pair:
+        result = _evaluate(trained, pair.server, options)
     print(to_json({"part": options.part, "server": options.server, "step": trained.step, **result}, indent=2))
     return 0
 
 
 @dataclasses.dataclass(frozen=True)
-class _GenerateOptions(GenerateOptions, LinkOptions, PartFlag):
+class _GenerateOptions(GenerateOptions, _PartLink):
     """Of a text with the client's part here and the server's elsewhere."""
-
-    retry_seconds: float = 60.0
-    """For how long a server that is away is tried again."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work."""
-        check_positive(self, "retry_seconds")
+        super().check()
         if len(self.network) != 1 or not self.network[0].endswith(".safetensors"):
             raise ValueError(f"network must be CLIENT.safetensors with --server, got {' '.join(self.network)!r}")
         check_trained(self)
@@ -102,18 +105,36 @@ def generate(arguments: list[str]) -> int:
     codec = options.own_codec()
     trained = _client_part(options.network[0], preset_of(where))
     check_decoder(trained.config, options.network[0])
-    client, server, *tail = model_parts(trained)
-    with _server_of(trained, options, "generate") as remote:
+    with _connected(trained, options, "generate") as pair:
+        client, server, *tail = model_parts(*pair)
         generator = Generator(
             jax.device_put(client),
             server,
             *jax.device_put(tail),
             codec=codec or codec_of(trained),
             compression=options.compression,
-            connect=remote.begin,
+            connect=pair.server.begin,
         )
         continue_text(generator, options, options.tokenizer or trained.config.data.tokenizer)
     return 0
+
+
+def predict(arguments: list[str]) -> int:
+    """Prints what a network says of inputs, with a server elsewhere; returns the exit status."""
+    where, rest = split_options(arguments, "--config")
+    parser = make_parser()
+    if {"-h", "--help"} & set(rest):
+        print(f"{parser.format_help()}\nof the network:\n", flush=True)
+    link, rest = parse(_PartLink, rest, prog="msjax predict", return_unknown_args=True)
+    options = parser.parse_intermixed_args(rest)
+    link.check()
+    check_out(options)
+    if not options.network.endswith(".safetensors"):
+        raise ValueError(f"network must be CLIENT.safetensors with --server, got {options.network!r}")
+    if options.inputs[0].endswith(".safetensors"):
+        raise ValueError(f"inputs must come behind CLIENT.safetensors with --server, got {options.inputs[0]!r} there")
+    with _connected(_client_part(options.network, preset_of(where)), link, "predict") as pair:
+        return print_predictions(pair, options)
 
 
 def _client_part(path, preset):
@@ -125,19 +146,10 @@ def _client_part(path, preset):
     return trained
 
 
-@contextlib.contextmanager
-def _server_of(trained, options, command):
-    """The server with the other part of the run; what it refuses becomes a ValueError."""
-    remote = inference.RemoteServer(options.server, options.tls, options.token())
-    try:
-        tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-        described = remote.describe(options.retry_seconds, tell=tell)
-        parts.check_run_ids(trained.run_id, described.run, ("here", "there"))
-        yield remote
-    except Refused as refused:
-        raise ValueError(str(refused)) from None
-    finally:
-        remote.close()
+def _connected(trained, options, command):
+    """Both parts, the server's elsewhere."""
+    tell = lambda text: print(f"msjax {command}: {text}", file=sys.stderr, flush=True)  # noqa: E731
+    return connected_pair(trained, options, retry_seconds=options.retry_seconds, tell=tell)
 
 
 def _evaluate(trained, remote, options):
@@ -169,14 +181,14 @@ def _evaluate(trained, remote, options):
         for n in exchange.clients:
             message = jax.block_until_ready(clients[n].send(exchange))
             began = time.monotonic()
-            sent += remote.send(message.payload, up, options.compression)
+            sent += remote.send(message.payload, up)
             answer = remote.receive()
             seconds.append(time.monotonic() - began)
             received += sum(one.wire_bytes for one in answer)
             if spec.u_shaped:
                 clients[n].receive(exchange, parties.Message(tuple(one.payload for one in answer)))
             else:
-                outputs = inference.outputs_of(answer, spec.outputs)
+                outputs = outputs_of(answer, spec.outputs, batch_size)
                 sums.append(sums_of(programs.score(spec, outputs, message.labels), batch_size))
     sums = total(sums)
     round_trip = round(statistics.median(seconds) * 1e3, 2)

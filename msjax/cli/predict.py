@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from msjax import build, data, models
-from msjax.cli.options import preset_of, split_options
+from msjax.cli.options import network, preset_of, split_options
 from msjax.pair import Pair, load_pair, of_length, predict, predictions
 from msjax.paths import expand
 from msjax.runs import to_json
@@ -22,18 +22,41 @@ _DESCRIPTION = """\
 Print what a trained network says of inputs, one line each: what it is called, the label, and of a classification the
 label's probability; of multi-label tasks all labels that are there, each with its probability; of a regression the
 numbers; of a language model the token that follows the text, its probability, and the text's perplexity. The network
-is the folder of a run of msjax train, or the files of its two parts, CLIENT.safetensors
-SERVER.safetensors. Inputs are images or folders of images, an .npz (an array of inputs; labels are passed over), a .csv
-with the columns that the network was trained on, or, of texts, a .txt with a text a line; of a language model also a
-.csv or .jsonl with a column of texts, each of at most the tokens that the run's texts have, and computed at its own
-length. Images are decoded, resized
-and normalised as the run's were. Features go through the codec, as in msjax eval, but each input by itself, so that
-what becomes of it does not depend on the others; eval compresses a batch together, as --batch-size does here."""
+is the folder of a run of msjax train, or the files of its two parts, CLIENT.safetensors SERVER.safetensors; with
+--server HOST:PORT it is CLIENT.safetensors alone, and the server's part is elsewhere (msjax serve --part). Inputs are
+images or folders of images, an .npz (an array of inputs; labels are passed over), a .csv with the columns that the
+network was trained on, or, of texts, a .txt with a text a line; of a language model also a .csv or .jsonl with a column
+of texts, each of at most the tokens that the run's texts have, and computed at its own length. Images are decoded,
+resized and normalised as the run's were. Features go through the codec, as in msjax eval, but each input by itself, so
+that what becomes of it does not depend on the others; eval compresses a batch together, as --batch-size does here."""
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
+    if split_options(arguments, "--server")[0].server is not None:
+        return network().predict(arguments)
     where, rest = split_options(arguments, "--config")
+    parser = make_parser()
+    parser.add_argument("--config", metavar="FILE.py", help="the preset of a model of one's own")
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="where the server's part is (msjax serve --part); `--server HOST:PORT --help` lists what that takes",
+    )
+    options, server = parser.parse_intermixed_args(rest), None
+    if options.network.endswith(".safetensors"):
+        server, *options.inputs = options.inputs
+        if not server.endswith(".safetensors") or not options.inputs:
+            parser.error(
+                "with files the network is CLIENT.safetensors SERVER.safetensors, or CLIENT.safetensors with --server, "
+                "and inputs come behind them"
+            )
+    check_out(options)
+    return print_predictions(load_pair(options.network, server, preset=preset_of(where)), options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of what is said of which inputs, and where to."""
     parser = argparse.ArgumentParser(prog="msjax predict", description=_DESCRIPTION)
     parser.add_argument("network", help="the run folder, or CLIENT.safetensors SERVER.safetensors")
     parser.add_argument(
@@ -46,29 +69,35 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="of a language model, where the run's is not on this machine"
     )
-    parser.add_argument("--config", metavar="FILE.py", help="the preset of a model of one's own")
-    options = parser.parse_intermixed_args(rest)
-    preset, inputs, server = preset_of(where), options.inputs, None
-    if options.network.endswith(".safetensors"):
-        server, *inputs = inputs
-        if not server.endswith(".safetensors") or not inputs:
-            parser.error("with files the network is CLIENT.safetensors SERVER.safetensors, and inputs come behind them")
-    pair = load_pair(options.network, server, preset=preset)
+    return parser
+
+
+def check_out(options: argparse.Namespace) -> None:
+    """Raises ValueError where nothing can be written to `out`, before all is computed."""
+    if options.out is not None and not expand("out", options.out).parent.is_dir():
+        raise ValueError(f"out must be a file that can be written, got {options.out!r}: its folder is not there")
+
+
+def print_predictions(pair: Pair, options: argparse.Namespace) -> int:
+    """Prints what the network says of each input, or writes it to a file; returns the exit status.
+
+    Raises:
+      ValueError: an option or an input does not fit the network.
+    """
     task = build.make_task(pair.config, pair.summary).name
     compressed = False if options.uncompressed else None
-    if options.out is not None and not expand("out", options.out).parent.is_dir():  # told before all is computed
-        raise ValueError(f"out must be a file that can be written, got {options.out!r}: its folder is not there")
-    if pair.config.model.name == models.DECODER and options.batch_size != 1:
-        raise ValueError(
-            f"--batch-size must be 1 for texts, each of which has its own length, got {options.batch_size}"
-        )
     if pair.config.model.name == models.DECODER:
-        texts = [_read_texts(pair, path, options.tokenizer) for path in inputs]
+        if options.batch_size != 1:
+            raise ValueError(
+                f"batch_size must be 1 for texts, each of which has its own length, got {options.batch_size}"
+            )
+        texts = [_read_texts(pair, path, options.tokenizer) for path in options.inputs]
         records = (record for one in texts for record in _text_records(pair, one, compressed))
         return _write(map(to_json if options.json else _text_line, records), options.out)
     if task not in LINE_TASKS and not options.json:
-        raise ValueError(f"--json must be given for task {task!r}, whose outputs are no line")
-    found = [_read(pair, path) for path in inputs]  # before anything is computed, so that a wrong path is told at once
+        raise ValueError(f"json must be given for task {task!r}, whose outputs are no line")
+    # Before anything is computed, so that a wrong path is told at once.
+    found = [_read(pair, path) for path in options.inputs]
     lines = (
         to_json(record) if options.json else _line(record)
         for one in found

@@ -162,7 +162,7 @@ class RemoteSession:
 
     Args:
       open_stream: from requests to answers.
-      call: calls a function, with gRPC's errors as those of `inference.RemoteServer`.
+      call: calls a function, with gRPC's errors as those of `remote.RemoteServer`.
       terms: of one text.
 
     Raises:
@@ -186,7 +186,7 @@ class RemoteSession:
         """Returns what the server answers.
 
         Raises:
-          Refused, ConnectionError: as `inference.RemoteServer`; also where the server has ended the text for others.
+          Refused, ConnectionError: as `remote.RemoteServer`; also where the server has ended the text for others.
         """
         (piece,) = pieces
         request = pb.NextTokens(count=piece.count, features=piece.data)

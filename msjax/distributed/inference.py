@@ -1,40 +1,36 @@
-"""Split inference: features to a server that has a trained part, outputs back."""
+"""The server of split inference: it has a trained part, takes features and answers with outputs."""
 
 import functools
 import json
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import NoReturn
 
 import grpc
 import jax
 
-from msjax import build, config, wire
+from msjax import build, config, models, wire
 from msjax.compress import Exact, Identity
 from msjax.distributed import messages
-from msjax.distributed.client_run import Refused
 from msjax.distributed.compiled import CompiledPrograms
 from msjax.distributed.fair_share import FairShare
-from msjax.distributed.generation import Evicted, Limits, RemoteSession, Texts
+from msjax.distributed.generation import Evicted, Limits, Texts
 from msjax.distributed.metrics import ANYONE, Metrics
 from msjax.distributed.options import MOST_SESSIONS
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
-from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
-from msjax.distributed.rpc.security import Rates, TlsFiles, Tokens
+from msjax.distributed.rpc.connection import OTHER_SERVER
+from msjax.distributed.rpc.security import Rates, Tokens
 from msjax.distributed.rpc.server import say_refused
 from msjax.keys import make_key
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart, check_complete
-from msjax.session import Terms
-from msjax.split.payloads import Codecs, Payload, PayloadSpec
+from msjax.split.payloads import Codecs, PayloadSpec
 from msjax.split.state import PartState, tail_key
-from msjax.split.trees import TreeSpec, describe_array
+from msjax.split.trees import describe_array
 
-_TRY_SECONDS = 10.0  # of a call that need not wait
 _MOST_PROGRAMS = 64
 """Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
 
@@ -76,6 +72,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._compression, self._rates = compression, Rates(max_messages_per_second)
         spec = build.spec_of(trained.config, trained.summary, test_samples=0)
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
+        self._is_decoder = trained.config.model.name == models.DECODER
         self._default, self._named = spec.test_codec.default, {name for name, _ in trained.config.array_codecs}
         self._key = make_key(trained.config.seed)
         self._refused = Seldom(say_refused)
@@ -170,9 +167,11 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         for data, wanted in zip(request.payload, self._features.leaves, strict=True):
             message = wire.decode(data, max_bytes=self._max_bytes)
             like = message.like
-            if (like.shape[1:], like.dtype) != (wanted.shape, wanted.dtype) or not like.shape[0]:
-                shape = ", ".join(["batch", *map(str, wanted.shape)])
-                raise wire.WireError(f"features must be {wanted.dtype}[{shape}], got {describe_array(like)}")
+            if not self._fits(like, wanted):
+                shape = ["batch", *map(str, wanted.shape)]
+                if self._is_decoder:
+                    shape[1] = f"1 to {shape[1]}"
+                raise wire.WireError(f"features must be {wanted.dtype}[{', '.join(shape)}], got {describe_array(like)}")
             if like.shape[0] != (size := like.shape[0] if size is None else size):
                 raise wire.WireError(f"features must have one batch size, got {size} and {like.shape[0]}")
             found.append(message)
@@ -182,13 +181,22 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._programs.use(up)
         return tuple(m.payload for m in found), up
 
+    def _fits(self, like, wanted):
+        shape = like.shape[1:]
+        if self._is_decoder and shape and 1 <= shape[0] <= wanted.shape[0]:  # a text may be shorter than the run's
+            shape = (wanted.shape[0], *shape[1:])
+        return like.shape[0] > 0 and (shape, like.dtype) == (wanted.shape, wanted.dtype)
+
     def _answer(self, payload, up, number):
         batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
         # As the caller codes those of its features that no codec of their own is named for; see `RunSpec.tail_codec`.
         pairs = zip(self._features.names, up.codecs, strict=True)
         default = [c for name, c in pairs if name not in self._named and not isinstance(c, Exact)]
         codecs = Codecs((default[0] if default else self._default) if self._u_shaped else Identity())
-        down = PayloadSpec.of_features(self._outputs, codecs, batch_size)
+        outputs = self._outputs
+        if self._is_decoder:
+            outputs = outputs.of_length(up.likes[0].shape[1])
+        down = PayloadSpec.of_features(outputs, codecs, batch_size)
         out = _infer(self._trained.apply, up, down, self._state, payload, key)
         return messages.encode(out, down, self._compression if self._u_shaped else None)
 
@@ -197,97 +205,3 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 def _infer(apply, up, down, state, payload, key):
     outputs, _ = apply(state.params, state.stats, up.decode(payload), train=False, key=None)
     return down.encode(outputs, tail_key(key))
-
-
-class RemoteServer:
-    """A trained server part behind a network.
-
-    Raises, from every method:
-      Refused: the server will not answer this client, or not this request.
-      ConnectionError: it cannot be reached, or was lost.
-    """
-
-    def __init__(self, address: str, tls: TlsFiles | None = None, token: str | None = None):
-        self._address, self._tls = address, tls or TlsFiles()
-        self._channel = open_channel(address, self._tls)
-        self._stub = split_pb2_grpc.SplitStub(self._channel)
-        self._metadata = metadata_of(token)
-        self._requests: queue.Queue[pb.Features | None] = queue.Queue()
-        self._stream = None
-
-    def describe(self, seconds: float = 60.0, *, tell: Callable[[str], None] = lambda text: None) -> pb.Description:
-        """Returns what the server has.
-
-        Args:
-          seconds: for how long one that is away is tried again.
-          tell: takes what there is to say meanwhile.
-        """
-        began, told = time.monotonic(), ""
-        while True:
-            left = max(0.0, began + seconds - time.monotonic())
-            options = {"metadata": self._metadata, "timeout": max(0.1, min(left, _TRY_SECONDS))}
-            try:
-                return self._call(lambda options=options: self._stub.Describe(pb.DescribeRequest(), **options))
-            except ConnectionError as error:
-                reason = str(error)
-            left = began + seconds - time.monotonic()
-            if left <= 0:
-                raise ConnectionError(f"no answer in {seconds:g} s of trying: {reason}") from None
-            if reason != told:
-                tell(f"{reason}; trying again for up to {left:.0f} s")
-                told = reason
-            time.sleep(min(0.5, left))
-
-    def send(self, payload: Payload, spec: PayloadSpec, compression: str | None = None) -> int:
-        """Sends features as `spec` describes them; returns the message's bytes.
-
-        Several may be on their way; `receive` gives the answers in order.
-        """
-        if self._stream is None:
-            self._stream = self._stub.Infer(iter(self._requests.get, None), metadata=self._metadata)
-        data = messages.encode(payload, spec, compression)
-        self._requests.put(pb.Features(payload=data))
-        return sum(map(len, data))
-
-    def receive(self) -> list[wire.Message]:
-        """Returns the next answer, a message for each array: outputs or, U-shaped, the features for the tail."""
-        if self._stream is None:
-            raise ValueError("receive must follow a send")
-        answer = self._call(lambda: next(self._stream))
-        return [wire.decode(data) for data in answer.payload]
-
-    def begin(self, terms: Terms) -> RemoteSession:
-        """Returns a session that continues a text with the part, which is a decoder's."""
-        return RemoteSession(lambda requests: self._stub.Generate(requests, metadata=self._metadata), self._call, terms)
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._requests.put(None)
-        self._channel.close()
-
-    def _call(self, function):
-        try:
-            return function()
-        except StopIteration:
-            raise ConnectionError(f"{self._address}: the server closed the stream") from None
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise ConnectionError(f"{self._address}: nothing answers") from None
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                if fault := self._tls.fault_with(self._address):
-                    raise Refused(f"{self._address}: {fault}") from None
-                raise ConnectionError(f"{self._address}: {reason_of(error)}") from None
-            if error.code() is grpc.StatusCode.CANCELLED:
-                reason = "the server has ended the stream, as others needed its room"
-                raise ConnectionError(f"{self._address}: {reason}") from None
-            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in error.details():
-                raise ConnectionError(f"{self._address}: {error.details()}") from None  # others have all its calls
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise Refused(f"{self._address}: {OTHER_SERVER}") from None
-            raise Refused(error.details()) from None
-
-
-def outputs_of(answer: list[wire.Message], spec: TreeSpec) -> Any:
-    """Returns the outputs in an answer of `RemoteServer.receive`, as `spec` describes those of one sample."""
-    arrays = [message.codec.decode(message.payload, message.like) for message in answer]
-    return jax.tree.unflatten(spec.structure, arrays)

@@ -56,6 +56,11 @@ class TreeSpec:
         """Returns shape and dtype of each array of a batch."""
         return tuple(jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype) for leaf in self.leaves)
 
+    def of_length(self, length: int) -> "TreeSpec":
+        """Returns the spec of the same arrays with another length of their first axes, such as of a text's tokens."""
+        leaves = (jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype) for leaf in self.leaves)
+        return dataclasses.replace(self, leaves=tuple(leaves))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The path of each array in the tree, as "skips/0"; empty for a tree that is one array."""
