@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from msjax import build, config, data
-from msjax.distributed import agreement, client_program, server_program
+from msjax.distributed import agreement, client_program, served_folder
 from msjax.distributed.client_program import ClientProgram
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.own_parts import SERVER, OwnParts
@@ -210,7 +210,7 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path, monkeypatch):
         found.append(agreement.parse(own.description))
     assert not agreement.differences(*found)  # and they may train together
     parts = OwnParts(cfg, agreement.summary_of(found[0]), SERVER)
-    schedule = server_program._describe(cfg, parts, 11, 3, found[0]).schedule
+    schedule = served_folder.describe(cfg, parts, 11, 3, found[0]).schedule
     assert schedule.own_tests and schedule.tested_samples == 2 * 3
     other = ClientProgram(ClientOptions(client_id=0, **options))._load(cfg)
     differing = agreement.differences(agreement.parse(other.description), found[0])

@@ -27,7 +27,8 @@ from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection, metadata_of
 from msjax.distributed.rpc.security import TlsFiles
 from msjax.distributed.rpc.server import most_calls
-from msjax.distributed.server_program import ServerProgram, finish
+from msjax.distributed.served_folder import finish
+from msjax.distributed.server_program import ServerProgram
 from msjax.distributed.stores import Held
 from msjax.parts import load_part, served_run_id
 from msjax.runs import RunFolder, plots
@@ -371,7 +372,7 @@ def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_pat
     monkeypatch.setattr(server_program, "save_trained", save)
     monkeypatch.setattr(server_program.drive, "serve", lambda *ends: program._save_part())  # all that counts of a run
     monkeypatch.setattr(server_program.drive, "linger", lambda *args: pauses.append(args[-1]))
-    monkeypatch.setattr(server_program, "_write_results", lambda *args: "written")
+    monkeypatch.setattr(server_program.served_folder, "write_results", lambda *args: "written")
     program._save_end = lambda: None
     program._parts = program.coordinator.run = mock.Mock()
     try:

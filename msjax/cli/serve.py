@@ -27,7 +27,8 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import MOST_SESSIONS, PartOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.server_program import ServerProgram, finish, listen
+from msjax.distributed.served_folder import finish
+from msjax.distributed.server_program import ServerProgram, listen
 from msjax.paths import existing_file
 from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new

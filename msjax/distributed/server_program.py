@@ -2,16 +2,13 @@
 
 import contextlib
 import functools
-import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from msjax import build, config, plan
-from msjax.distributed import agreement, drive
+from msjax.distributed import agreement, drive, served_folder
 from msjax.distributed.channel import Stop
 from msjax.distributed.coordinator import Coordinator
 from msjax.distributed.metrics import Metrics
@@ -22,11 +19,9 @@ from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import most_silent
 from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
 from msjax.distributed.stores import ServerStore
-from msjax.models import RemoteApply
 from msjax.parts import save_trained, served_run_id
-from msjax.runs import RunFolder, environment, plots, write_atomically
+from msjax.runs import RunFolder, plots
 from msjax.runs.progress import SECONDS_BETWEEN_LINES, Pace
-from msjax.split import parties
 from msjax.split.finite import check_test_loss
 from msjax.split.metrics import MetricSums
 from msjax.split.schedule import Exchange, Phase
@@ -34,10 +29,6 @@ from msjax.split.spec import RunSpec
 
 log = logging.getLogger("msjax.server")
 
-_COUNTS = "counts.json"
-_FIRST_SECONDS = "first_seconds"
-_BUILT_FROM = "built_from.json"
-_PART_RUN_ID = "part_run_id"
 _COUNTS_EVERY_SECONDS = 5.0
 """A process that is killed loses what it has counted since; and before a checkpoint, so that no payload of what led to
 it is missing where the run goes on from there."""
@@ -93,7 +84,7 @@ class ServerProgram:
         self.metrics = self._endpoint.metrics
         self._store = ServerStore(folder.path / "checkpoints", self.progress, before_save=self._before_save)
         self._parts: OwnParts | None = None
-        self._built_from = _read_built_from(folder)
+        self._built_from = served_folder.read_built_from(folder)
         self._told, self._wrote_built_from = None, False
         self._lacks_part = False  # at the end, where it could not be written yet
         self.coordinator = Coordinator(
@@ -102,7 +93,7 @@ class ServerProgram:
             self._store,
             options.policy,
             self.metrics,
-            run=_run_id(folder),
+            run=served_folder.run_id(folder),
             progress=self.progress,
             checkpoint_steps=options.checkpoint_steps,
             compression=options.compression,
@@ -110,7 +101,7 @@ class ServerProgram:
             on_exchange=self._count,
             on_end=self._save_part,
             samples=None if self._built_from is None or self._store.latest() is None else self._built_from[:2],
-            first_seconds=_read_first_seconds(folder),
+            first_seconds=served_folder.read_first_seconds(folder),
         )
         tokens = Tokens(options.tokens)
         self._servicer = TrainServicer(
@@ -124,7 +115,7 @@ class ServerProgram:
         self._endpoint.start(self._servicer)
         self.port = self._endpoint.address.port
         self._began, self._step_began = time.monotonic(), 0.0
-        self._earlier = _read_counts(folder)
+        self._earlier = served_folder.read_counts(folder)
         self._counts_written = 0.0
         self._pace = Pace()
         self._told_at: float | None = None
@@ -143,7 +134,7 @@ class ServerProgram:
         if (small := build.batch_of_small_share(self.cfg, samples)) and small != self._told:
             log.warning("%s", small)
             self._told = small
-        spec = _describe(self.cfg, parts, samples, test_samples, description)
+        spec = served_folder.describe(self.cfg, parts, samples, test_samples, description)
         build.check_tail(self.cfg, spec)
         return spec, functools.partial(parts.first_state, spec.optimizer)
 
@@ -162,7 +153,7 @@ class ServerProgram:
             drive.linger(*self._ends, SECONDS_BETWEEN_TRIES)
             self._save_part()
         self._save_end()
-        return _write_results(self.cfg, self.folder, self.coordinator.run.spec, self.history)
+        return served_folder.write_results(self.cfg, self.folder, self.coordinator.run.spec, self.history)
 
     def stop(self, reason: str) -> None:
         """Ends training at the next opportunity; from any thread, or a signal's handler."""
@@ -294,8 +285,7 @@ class ServerProgram:
     def _write_counts(self):
         self._counts_written = time.monotonic()
         try:
-            learned = {_FIRST_SECONDS: self.coordinator.membership.first_seconds}
-            write_atomically(self.folder.path / _COUNTS, json.dumps(self._so_far() | learned))
+            served_folder.write_counts(self.folder, self._so_far(), self.coordinator.membership.first_seconds)
         except OSError as error:
             log.error("no counts of bytes: %s", error)
 
@@ -303,13 +293,13 @@ class ServerProgram:
         """What a later process that goes on from a checkpoint needs beside it."""
         self._write_counts()
         if self._built_from is not None and not self._wrote_built_from:
-            write_atomically(self.folder.path / _BUILT_FROM, json.dumps(self._built_from))
+            served_folder.write_built_from(self.folder, self._built_from)
             self._wrote_built_from = True
 
     def _save_end(self):
-        """Keeps what `finish` needs: all clients have ended, so that nobody goes back any more."""
+        """Keeps what `served_folder.finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
-        self.progress[_PART_RUN_ID] = self._part_run_id
+        self.progress[served_folder.PART_RUN_ID] = self._part_run_id
         try:
             self._store.save(run.schedule.total_steps, self._store.hold(run.party))
             self._store.wait()
@@ -326,107 +316,3 @@ def record_of_test(sums: MetricSums, spec: RunSpec, epoch: int) -> dict[str, Any
         said = "the test after epoch %d is of %d of %d samples, as clients are away that had a share of it"
         log.warning(said, epoch + 1, samples, expected)
     return record
-
-
-def _write_results(cfg, folder, spec, history):
-    """Writes what a finished run leaves in its folder beside the server's part; returns the summary."""
-    last, headline = history[-1], spec.task.headline
-    summary = {"headline": headline}
-    summary |= {name: last[name] for name in ("train", "test", "test_samples", "traffic") if name in last}
-    summary |= {"config": config.to_json(cfg), "environment": environment()}
-    folder.write_history(history)
-    if plots.available():
-        title = f"{cfg.model.name} {cfg.data.name} {cfg.model.cut}, served: {cfg.codec}"
-        plots.draw_curves(history, headline, title, folder.path / "curves.png")
-    folder.write_summary(summary)  # last: a run that has one is finished
-    return summary
-
-
-def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
-    """Writes what a run lacks that is trained to the end, without its clients, which may have gone.
-
-    Returns:
-      The names of the files: server.safetensors where it is gone, and summary.json where the server ended before it was
-      written. An empty list where nothing is missing, or there is no checkpoint of the end.
-    """
-    path = folder.path / "server.safetensors"
-    lacks_part, lacks_summary = not path.exists(), folder.read_summary() is None
-    if not (lacks_part or lacks_summary) or (found := _read_built_from(folder)) is None:
-        return []
-    samples, test_samples, description = found
-    summary, progress = agreement.summary_of(description), {}
-    without_weights = config.with_fields(cfg, {"model.weights": None})
-    spec = _describe(cfg, OwnParts(without_weights, summary), samples, test_samples, description)
-    store = ServerStore(folder.path / "checkpoints", progress)
-    try:
-        step = store.latest()
-        if step != spec.schedule.total_steps:
-            return []
-        parts = OwnParts(build.to_go_on(cfg), summary, SERVER)
-        party = parties.Server(spec, parts.first_state(spec.optimizer), cfg.seed)
-        store.restore(step, party)
-    finally:
-        store.close()
-    if lacks_part:
-        run_id = progress.get(_PART_RUN_ID, _run_id(folder))  # of earlier versions' parts it is the run's name
-        save_trained(path, "server", party.state, cfg, summary, run_id=run_id, step=step)
-    if lacks_summary:
-        _write_results(cfg, folder, spec, progress["history"])
-    return lacks_part * ["server.safetensors"] + lacks_summary * ["summary.json"]
-
-
-def _describe(cfg, parts, samples, test_samples, description):
-    """The `RunSpec` of the run that clients with this description have."""
-    run = description["run"]
-    values = run.get("client values"), run.get("client state values"), run.get("client statistics", 0)
-    remote = any(isinstance(part.apply, RemoteApply) for part in parts.shapes[::2])
-    options = {"parts": parts.shapes, "client_values": values if remote else None}
-    options["own_tests"] = run.get("own_tests") is True
-    return build.build(cfg, parts.summary, samples=samples, test_samples=test_samples, **options).spec
-
-
-def _read_built_from(folder):
-    """(samples, test samples, description) that an earlier process has built the run from; None where it wrote none.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    file = folder.path / _BUILT_FROM
-    if not file.exists():
-        return None
-    try:
-        samples, test_samples, description = json.loads(file.read_text("utf-8"))
-        agreement.summary_of(description)
-        return int(samples), int(test_samples), description
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} must be a description of clients, but it is damaged: {error}") from None
-
-
-def _read_counts(folder):
-    """What earlier processes of the run have counted; None where there is no file, or a damaged one."""
-    try:
-        counts = json.loads((folder.path / _COUNTS).read_bytes())
-        return {name: float(counts[name]) for name in ("received_bytes", "sent_bytes", "seconds", "waited_seconds")}
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _read_first_seconds(folder):
-    """What earlier processes of the run have learned of how long compiling takes; nothing where that is not there."""
-    try:
-        learned = json.loads((folder.path / _COUNTS).read_bytes())[_FIRST_SECONDS]
-        kinds = lambda kind: None if kind is None else tuple(map(int, kind))  # noqa: E731
-        return tuple(((kinds(last), kinds(kind)), float(seconds)) for (last, kind), seconds in learned)
-    except (OSError, ValueError, TypeError, KeyError):
-        return ()
-
-
-def _run_id(folder):
-    """Names the run of a folder, also when it is resumed."""
-    file = folder.path / "run"
-    if not file.exists():
-        write_atomically(file, uuid.uuid4().hex)
-    name = file.read_bytes().decode("ascii", "replace")
-    if not re.fullmatch("[0-9a-f]{32}", name):
-        raise ValueError(f"{file} must hold the run's name, 32 hexadecimal digits, but it is damaged")
-    return name
