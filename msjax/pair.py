@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -21,12 +21,13 @@ import numpy as np
 
 from msjax import build, config, models
 from msjax.checks import integer
+from msjax.compress import Identity
 from msjax.parts import NETWORK, TrainedPart, check_complete, check_run_ids, load_part, merged, save_trained
 from msjax.paths import existing_file, expand
 from msjax.runs import RunFolder
-from msjax.split.payloads import Payload, PayloadSpec
-from msjax.split.state import client_keys, eval_key, tail_key
-from msjax.split.trees import TreeSpec
+from msjax.split.payloads import Codecs, Payload, PayloadSpec
+from msjax.split.spec import RunSpec
+from msjax.split.state import prediction_key, tail_key
 
 log = logging.getLogger("msjax")
 
@@ -39,12 +40,8 @@ CHUNK = 64
 class PartElsewhere(Protocol):
     """A server's part that is not here, as `distributed.remote.RemoteServer`."""
 
-    def send(self, payload: Payload, spec: PayloadSpec) -> int:
-        """Sends features as `spec` describes them; several may be on their way."""
-        ...
-
-    def receive_outputs(self, spec: TreeSpec, batch_size: int) -> Any:
-        """Returns the next answer, as `spec` describes it for one sample."""
+    def answers(self, payloads: Sequence[Payload], up: PayloadSpec, down: PayloadSpec) -> list[Payload]:
+        """Returns, as `down` describes them, what the part answers to features of a batch each, in order."""
         ...
 
 
@@ -126,7 +123,8 @@ def predict(pair: Pair, inputs: Any, *, batch_size: int = 1, compressed: bool | 
       compressed: whether features go through the codec; by default as in the run's tests.
 
     Raises:
-      ValueError: `inputs` are not such as the network takes, or `batch_size` is below 1.
+      ValueError: `inputs` are not such as the network takes, `batch_size` is below 1, or a server elsewhere refuses.
+      ConnectionError: such a server is lost.
     """
     inputs = jax.tree.map(np.asarray, inputs)  # also of a pandas.DataFrame
     leaves = jax.tree.leaves(inputs)
@@ -152,14 +150,13 @@ def predictions(
         cfg = dataclasses.replace(cfg, eval_compressed=compressed)
     spec = build.spec_of(cfg, pair.summary, test_samples=cfg.clients)
     up_bits = None if pair.client.up_bits is None else jnp.float32(pair.client.up_bits)
-    # That of a test's first round and client.
-    key = client_keys(jax.random.fold_in(eval_key(pair.config.seed), 0), jnp.int32(0), jnp.zeros(1, jnp.int32))[0]
+    key = prediction_key(cfg.seed)
     client = jax.device_put((pair.client.params, pair.client.stats))
     if isinstance(pair.server, TrainedPart):
         server = jax.device_put((pair.server.params, pair.server.stats))
         compute = lambda x: _outputs(spec, client, server, x, key, up_bits)  # noqa: E731
     else:
-        compute = functools.partial(_outputs_of_elsewhere, spec, client, pair.server, key=key, up_bits=up_bits)
+        compute = lambda x: _outputs_of_elsewhere(spec, client, pair.server, x, key, up_bits)  # noqa: E731
     at = 0
     while at < count:
         batches = max(1, CHUNK // batch_size)
@@ -211,14 +208,26 @@ def _outputs(spec, client, server, x, key, up_bits):
     return _tail_outputs(spec, client, y) if spec.u_shaped else y
 
 
-def _outputs_of_elsewhere(spec, client, server, x, *, key, up_bits):
+def _outputs_of_elsewhere(spec, client, server, x, key, up_bits):
     """The same, with a message for each batch to where the server's part is."""
     batches, batch_size = jax.tree.leaves(x)[0].shape[:2]
-    payloads, up = jax.device_get(_features(spec, client, x, key, up_bits)), spec.test_payload(batch_size)
-    for n in range(batches):
-        server.send(jax.tree.map(lambda leaf, n=n: leaf[n], payloads), up)
-    answers = [server.receive_outputs(spec.outputs, batch_size) for _ in range(batches)]
-    y = jax.tree.map(lambda *leaves: np.stack(leaves), *answers)
+    up, down = spec.test_payload(batch_size), answer_spec(spec, batch_size)
+    payloads = jax.device_get(_features(spec, client, x, key, up_bits))
+    answers = server.answers([jax.tree.map(lambda leaf, n=n: leaf[n], payloads) for n in range(batches)], up, down)
+    return _received(spec, down, client, jax.tree.map(lambda *leaves: np.stack(leaves), *answers))
+
+
+def answer_spec(spec: RunSpec, batch_size: int) -> PayloadSpec:
+    """Returns the spec of what a server's part elsewhere answers to test features: outputs or the tail's features."""
+    if spec.u_shaped:
+        return spec.tail_test_payload(batch_size)
+    return PayloadSpec.of_features(spec.outputs, Codecs(Identity()), batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _received(spec, down, client, payloads):
+    """Outputs (K, B, …) from what the server answered, payloads (K, …)."""
+    y = jax.vmap(down.decode)(payloads)
     return _tail_outputs(spec, client, y) if spec.u_shaped else y
 
 

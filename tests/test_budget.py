@@ -132,8 +132,8 @@ def first_test_message(part):
     """The codes of what `msjax eval --server` sends first."""
 
     class Remote:
-        def send(self, payload, *_):
-            raise StopAsyncIteration(payload)
+        def answers(self, payloads, *_):
+            raise StopAsyncIteration(*payloads)
 
     with pytest.raises(StopAsyncIteration) as stopped:
         network._evaluate(part, Remote(), network._EvalOptions(part="", server=""))

@@ -2,17 +2,20 @@
 
 import contextlib
 import datetime
+import queue
 import time
 
+import grpc
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from msjax import build, compress, config, models, parts
+from msjax import build, compress, config, models, parts, wire
 from msjax.distributed import inference, messages
+from msjax.distributed import remote as remote_module
 from msjax.distributed.channel import ConnectionLost
-from msjax.distributed.client_run import Refused
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.remote import RemoteServer
@@ -81,10 +84,21 @@ def like(h):
     return jax.ShapeDtypeStruct(h.shape, h.dtype)
 
 
-def ask(there, codec, h):
-    """Sends features; returns the message's bytes."""
-    spec = PayloadSpec(jax.tree.structure(0), (codec,), (like(h),), (0,))
-    return there.send(spec.encode(h), spec)
+def spec_of(codec, like):
+    return PayloadSpec(jax.tree.structure(0), (codec,), (like,), (0,))
+
+
+def ask(there, codec, *batches):
+    """Sends features of equal shapes; returns the outputs, (batch, 10) each."""
+    up = spec_of(codec, like(batches[0]))
+    down = spec_of(compress.Identity(), jax.ShapeDtypeStruct((len(batches[0]), 10), np.float32))
+    return [payload[0].values for payload in there.answers([up.encode(h) for h in batches], up, down)]
+
+
+def ask_nonsense(there):
+    stream = there._stub.Infer(iter([pb.Features(payload=[b"nonsense, and more"])]))
+    with pytest.raises(ValueError, match="begin with b'MSJX'"):
+        there._call(lambda: next(stream))
 
 
 @pytest.mark.parametrize("codec", [CODEC, compress.Identity(), compress.Uniform(bits=4)], ids=repr)
@@ -94,13 +108,12 @@ def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
     with served(tmp_path) as address, remote(address, compression=compression) as there:
         description = there.describe()
         assert (description.run, description.step) == ("r", 7)
-        batches = [features(client, batch, seed=batch) for batch in (4, 1, 4)]
-        for h in batches:  # all on their way at once
-            assert ask(there, codec, h) > codec.payload_bytes(h) * (not compression)
-        for h in batches:
-            (message,) = there.receive()
+        batches = [features(client, 4, seed=seed) for seed in range(3)]
+        for h, found in zip(batches, ask(there, codec, *batches), strict=True):  # all on their way at once
             expected, _ = server.apply(server.params, server.stats, codec.roundtrip(h), train=False)
-            np.testing.assert_allclose(message.payload[0], expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert there.sent_bytes > 3 * codec.payload_bytes(batches[0]) * (not compression)
+        assert there.received_bytes > 3 * 4 * 10 * 4
 
 
 def test_requests_are_counted(tmp_path):
@@ -109,10 +122,7 @@ def test_requests_are_counted(tmp_path):
     with served(tmp_path, metrics) as address, remote(address) as there:
         for batch in (4, 1, 4):
             ask(there, CODEC, features(client, batch, seed=batch))
-            there.receive()
-        there._requests.put(pb.Features(payload=[b"nonsense, and more"]))
-        with pytest.raises(Refused, match="begin with b'MSJX'"):
-            there.receive()
+        ask_nonsense(there)
     totals, text = metrics.totals(), metrics.text()
     for line in ("requests_total 3.0", "samples_total 9.0", "answer_seconds_count 3.0", "refused_clients_total 1.0"):
         assert f"msjax_{line}" in text
@@ -124,13 +134,16 @@ def test_requests_are_counted(tmp_path):
 def test_u_shaped(tmp_path):
     client, server, tail = make(tmp_path, tail_cut="last")
     h = features(client, 4)
-    with served(tmp_path) as address, remote(address) as there:
-        ask(there, CODEC, h)
-        (message,) = there.receive()
     expected, _ = server.apply(server.params, server.stats, CODEC.roundtrip(h), train=False)
-    assert (message.codec, message.like) == (CODEC, like(expected))
-    np.testing.assert_allclose(message.payload.values, CODEC.encode(expected).values, rtol=1e-5)
-    logits, _ = tail.apply(tail.params, tail.stats, CODEC.decode(message.payload, message.like), train=False)
+    up, down = (spec_of(CODEC, like(x)) for x in (h, expected))
+    with served(tmp_path) as address, remote(address) as there:
+        ((found,),) = there.answers([up.encode(h)], up, down)
+        dense = [spec_of(compress.Identity(), it.likes[0]) for it in (up, down)]
+        ((plain,),) = there.answers([dense[0].encode(h)], *dense)  # as it was sent
+    np.testing.assert_allclose(found.values, CODEC.encode(expected).values, rtol=1e-5)
+    expected, _ = server.apply(server.params, server.stats, h, train=False)
+    np.testing.assert_allclose(plain.values, expected, rtol=1e-5, atol=1e-6)
+    logits, _ = tail.apply(tail.params, tail.stats, down.decode((found,)), train=False)
     assert logits.shape == (4, 10)
 
 
@@ -138,17 +151,15 @@ def test_u_shaped(tmp_path):
 def test_features_that_do_not_fit(tmp_path):
     client, _ = make(tmp_path)
     h = features(client, 2)
-    for wrong in (h[:, 1:], h[:0], h.astype(np.float16)):
-        with served(tmp_path) as address, remote(address) as there:
-            ask(there, CODEC, wrong)
-            with pytest.raises(Refused, match=r"features must be float32\[batch"):
-                there.receive()
     with served(tmp_path) as address, remote(address) as there:
-        ask(there, CODEC, h)
-        there.receive()
-        there._requests.put(pb.Features(payload=[b"nonsense, and more"]))
-        with pytest.raises(Refused, match="begin with b'MSJX'"):
-            there.receive()
+        for wrong in (h[:, 1:], h[:0], h.astype(np.float16)):
+            with pytest.raises(ValueError, match=r"features must be float32\[batch"):
+                ask(there, CODEC, wrong)
+            assert ask(there, CODEC, h)[0].shape == (2, 10)  # and what is right is answered as before
+        ask_nonsense(there)
+        up, other = spec_of(CODEC, like(h)), spec_of(compress.Identity(), jax.ShapeDtypeStruct((2, 9), np.float32))
+        with pytest.raises(ValueError, match=r"the server's answer is not what its run calls for: .*2, 9.*2, 10"):
+            there.answers([up.encode(h)], up, other)
 
 
 @pytest.mark.slow
@@ -161,10 +172,9 @@ def test_batch_sizes_without_end(tmp_path, monkeypatch):
     with served(tmp_path) as address, remote(address) as there:
         for batch in (1, 2, 1, 3, 4, 5):
             h = features(client, batch)
-            ask(there, compress.Identity(), h)
-            (message,) = there.receive()
+            (found,) = ask(there, compress.Identity(), h)
             expected, _ = server.apply(server.params, server.stats, h, train=False)
-            np.testing.assert_allclose(message.payload[0], expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert len(kept) == 2
 
 
@@ -176,9 +186,8 @@ def test_a_message_that_is_too_long(tmp_path):
     with served(tmp_path, max_megabytes=1) as address, remote(address) as there:
         with pytest.raises(ValueError, match="listen must be a free host:port"), served(tmp_path, listen=address):
             pass
-        ask(there, compress.Identity(), h)
-        with pytest.raises(Refused, match="larger than max"):
-            there.receive()
+        with pytest.raises(ValueError, match="larger than max"):
+            ask(there, compress.Identity(), h)
 
 
 @pytest.mark.slow
@@ -186,13 +195,9 @@ def test_who_is_too_fast_is_held_back(tmp_path):
     client, _ = make(tmp_path)
     h = features(client, 2)
     with served(tmp_path, max_messages_per_second=10) as address, remote(address) as there:
-        ask(there, CODEC, h)
-        there.receive()  # compiled
+        ask(there, CODEC, h)  # compiled
         began = time.monotonic()
-        for _ in range(19):
-            ask(there, CODEC, h)
-        for _ in range(19):
-            there.receive()
+        ask(there, CODEC, *[h] * 19)
         assert time.monotonic() - began > 0.7  # ten at once, then ten a second
 
 
@@ -259,17 +264,16 @@ def test_tokens(tmp_path, monkeypatch, caplog):
     with served(tmp_path, metrics, tokens=str(tmp_path / "tokens")) as address:
         for token, says in ((None, "--token-file gives one"), ("mallory", "no such token"), (bob, "no such token")):
             with remote(address, token=token) as there:
-                with pytest.raises(Refused, match=says):
+                with pytest.raises(ValueError, match=says):
                     there.describe()
-                ask(there, CODEC, h)
-                with pytest.raises(Refused, match=says):
-                    there.receive()
+                with pytest.raises(ValueError, match=says):
+                    ask(there, CODEC, h)
         assert metrics.refused._value.get() == 6 and metrics.totals() == {"received_bytes": 0, "sent_bytes": 0}
         for token in ("alice", "bob"):
             with remote(address, token=token) as there:
                 assert there.describe().run == "r"
-                sent = ask(there, CODEC, h)
-                assert there.receive()[0].like.shape == (2, 10)
+                assert ask(there, CODEC, h)[0].shape == (2, 10)
+                sent = there.sent_bytes
         assert 2 * sent <= metrics.totals()["received_bytes"] < 2 * sent + 20
     assert caplog.text.count("refused: ") == 2 and "refused: 5 calls, the last from ipv" in caplog.text
 
@@ -288,17 +292,13 @@ def test_who_does_not_read_keeps_nobody_out(tmp_path):
         contextlib.ExitStack() as stack,
     ):
         ask(there, CODEC, h)
-        there.receive()
         unread(stack, address, "msjax.v2.Split/Infer", request, count, token="alice", in_turn=True)
         ask(there, CODEC, h)
-        there.receive()
-        streams = [stack.enter_context(remote(address, token="bob")) for _ in range(STREAMS)]
-        for other in streams:
-            ask(other, CODEC, h)
-            other.receive()
-        ask(there, CODEC, h)
+        streams = [there._stub.Infer(iter(queue.Queue().get, None), metadata=there._metadata) for _ in range(STREAMS)]
+        for _ in streams:
+            ask(there, CODEC, h)
         with pytest.raises(ConnectionError, match="the server has ended the stream, as others needed its room"):
-            there.receive()
+            there._call(lambda: next(streams[0]))
     assert f"msjax_evicted_sessions_total {count + 1}.0" in metrics.text()
 
 
@@ -324,14 +324,14 @@ def test_mutual_tls(tmp_path):
             "the server speaks TLS": None,  # in the open
         }
         for says, tls in strangers.items():
-            with remote(address, tls=tls) as there, pytest.raises(Refused, match=says):
+            with remote(address, tls=tls) as there, pytest.raises(ValueError, match=says):
                 there.describe()
     # Someone else's server.
     theirs, mine = others.issue("localhost"), ours.issue("client2")
     with (
         served(tmp_path, tls=theirs) as address,
         remote(address, tls=mine) as there,
-        pytest.raises(Refused, match="the server's certificate: unable to get local issuer certificate"),
+        pytest.raises(ValueError, match="the server's certificate: unable to get local issuer certificate"),
     ):
         there.describe()
     with pytest.raises(ValueError, match="a server checks its clients' certificates"):
@@ -341,8 +341,57 @@ def test_mutual_tls(tmp_path):
 
 
 def test_nobody_there():
-    with remote("localhost:1") as there:
-        with pytest.raises(ConnectionError):
-            there.describe(seconds=0.5)
-        with pytest.raises(ValueError, match="receive must follow a send"):
-            there.receive()
+    with remote("localhost:1", retry_seconds=0.2) as there:
+        with pytest.raises(ConnectionError, match=r"no answer in 0\.2 s of trying: localhost:1"):
+            there.describe()
+        with pytest.raises(ConnectionError, match=r"no answer in 0\.2 s of trying: localhost:1"):
+            ask(there, compress.Identity(), jnp.zeros((1, 2)))
+
+
+class _Lost(grpc.RpcError):
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self):
+        return "the cable is out"
+
+
+class _Stream:
+    def __init__(self, answers):
+        self._answers, self.is_open = answers, True
+
+    def __next__(self):
+        return next(self._answers)
+
+    def cancel(self):
+        self.is_open = False
+
+
+def test_what_has_no_answer_is_sent_again(monkeypatch):
+    """Over another stream, for as long as there is an answer at least every so many seconds."""
+    monkeypatch.setattr(remote_module.time, "sleep", lambda seconds: None)
+    streams, told, batches = [], [], [jnp.full((1, 2), n, jnp.float32) for n in range(5)]
+
+    def infer(requests, metadata):
+        def answers(more):
+            for request in requests:
+                if not more:
+                    raise _Lost()
+                more -= 1
+                (x,) = wire.decode(request.payload[0]).payload
+                outputs = spec_of(compress.Identity(), jax.ShapeDtypeStruct((1, 10), np.float32))
+                payload = outputs.encode(jnp.repeat(x[:, :1], 10, axis=1))
+                yield pb.Outputs(payload=messages.encode(payload, outputs, None))
+
+        streams.append(_Stream(answers(2)))
+        return streams[-1]
+
+    with remote("localhost:1", retry_seconds=1000.0, tell=told.append) as there:
+        there._stub.Infer = infer
+        found = ask(there, compress.Identity(), *batches)
+        assert [x[0, 0] for x in found] == [0, 1, 2, 3, 4] and len(streams) == 3
+        assert len(told) == 2 and not any(stream.is_open for stream in streams)
+        there._retry_seconds = 0.0
+        with pytest.raises(ConnectionError, match=r"no answer in 0 s of trying: localhost:1: .*the cable is out"):
+            ask(there, compress.Identity(), *batches)
+    assert not streams[-1].is_open

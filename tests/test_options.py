@@ -110,18 +110,18 @@ def silent():
 
 def test_a_server_that_is_away_is_named_with_what_was_tried():
     told = []
-    remote = RemoteServer("localhost:1")
+    remote = RemoteServer("localhost:1", retry_seconds=0.3, tell=told.append)
     try:
         with pytest.raises(ConnectionError, match=r"no answer in 0\.3 s of trying: localhost:1: .*Connection refused"):
-            remote.describe(0.3, tell=told.append)
+            remote.describe()
     finally:
         remote.close()
     assert len(told) == 1 and re.search("localhost:1: .*; trying again for up to 0 s", told[0])
     with silent() as address:
-        remote = RemoteServer(address)
+        remote = RemoteServer(address, retry_seconds=0.2)
         try:
             with pytest.raises(ConnectionError, match=f"no answer in 0.2 s of trying: {address}: nothing answers"):
-                remote.describe(0.2)
+                remote.describe()
         finally:
             remote.close()
 

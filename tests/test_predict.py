@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from msjax.cli import main as cli
 from msjax.cli.predict import describe
 from msjax.data import _words
 from msjax.distributed import remote
-from msjax.distributed.client_run import Refused
 from msjax.distributed.options import LinkOptions
 from msjax.runs import RunFolder
 from msjax.split.trees import TreeSpec
@@ -161,21 +161,37 @@ def test_the_servers_part_elsewhere(photos, tmp_path, capsys, mode):
             np.testing.assert_allclose(there.pop("probabilities"), here.pop("probabilities"), rtol=1e-5)
             assert there | {"probability": None} == here | {"probability": None}
         link = LinkOptions(server=address)
-        with remote.connected_pair(parts.load_part(client), link) as connected:
-            with pytest.raises(ValueError, match="pair must have both parts here, got one whose server's part is else"):
-                pair.whole(connected)
-            with pytest.raises(Refused, match=r"answer must be arrays of float32\[1, 10, 2\], got float32\["):
-                other = TreeSpec.of(jax.ShapeDtypeStruct((10, 2), np.float32))
-                spec = build.spec_of(connected.config, connected.summary, test_samples=2).test_payload(1)
-                connected.server.send(spec.encode(jnp.zeros(spec.likes[0].shape)), spec)
-                connected.server.receive_outputs(other, 1)
+        refusal = "pair must have both parts here, got one whose server's part is elsewhere"
+        with (
+            remote.connected_pair(parts.load_part(client), link) as connected,
+            pytest.raises(ValueError, match=refusal),
+        ):
+            pair.whole(connected)
         for arguments, message in (
             ([server, "--server", address, images], "part must be that of a client, got that of a server"),
             ([path / "a", "--server", address, images], "network must be CLIENT.safetensors with --server, got"),
             ([client, server, "--server", address, images], "inputs must come behind CLIENT.safetensors with --server"),
             ([tmp_path / "other/client.safetensors", "--server", address, images], "of one run, got 's' here and 'r'"),
+            (
+                [client, "--server", "localhost:1", tmp_path / "none.png"],
+                "none.png does not exist",
+            ),  # before it connects
+            ([client, "--serv", address, images], "unrecognized arguments: --serv"),
+            ([client, server, images, "--out", tmp_path], "out must be a file that can be written, got"),
         ):
             assert message in run(capsys, *arguments, expect=2)[-1]
+
+
+def test_what_was_computed_before_an_error_is_kept(photos, tmp_path, capsys, monkeypatch):
+    path, _, _ = photos
+    monkeypatch.setattr(pair, "CHUNK", 2)
+    shutil.copytree(path / "photos", tmp_path / "photos")
+    (tmp_path / "photos/dog/1.png").write_bytes(b"no image")
+    out = tmp_path / "lines"
+    said = run(capsys, path / "a", tmp_path / "photos", "--out", out, expect=2)
+    assert said[0] == f"msjax predict: 4 lines in {out}.partial" and "dog/1.png" in said[1] and not out.exists()
+    expected = run(capsys, path / "a", tmp_path / "photos/cat", tmp_path / "photos/dog/0.png")
+    assert (tmp_path / "lines.partial").read_text().splitlines() == expected
 
 
 def test_rows_of_a_table(tmp_path, capsys):

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
         return _evaluate_config(arguments)
     parser = argparse.ArgumentParser(
         prog="msjax eval",
+        allow_abbrev=False,
         description="Test a trained run on its test set. With the options of msjax train in place of a run: test what "
         "such a run starts from, as published weights (--model.weights). With --server: test a client's part.",
     )

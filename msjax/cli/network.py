@@ -17,12 +17,12 @@ from msjax import build, config, parts
 from msjax.cli.eval import describe_features
 from msjax.cli.generate import DESCRIPTION, GenerateOptions, check_decoder, check_trained, codec_of, continue_text
 from msjax.cli.options import PartFlag, parse, preset_of, split_options
-from msjax.cli.predict import check_out, make_parser, print_predictions
+from msjax.cli.predict import check_out, make_parser, print_predictions, read_all
 from msjax.distributed.options import ConnectOptions, LinkOptions, check_positive
-from msjax.distributed.remote import connected_pair, outputs_of
+from msjax.distributed.remote import connected_pair
 from msjax.generation import Generator
 from msjax.logs import ShortLines
-from msjax.pair import model_parts
+from msjax.pair import answer_spec, model_parts
 from msjax.paths import existing_file
 from msjax.runs import to_json
 from msjax.runs.signals import stop_on_signal
@@ -133,8 +133,10 @@ def predict(arguments: list[str]) -> int:
         raise ValueError(f"network must be CLIENT.safetensors with --server, got {options.network!r}")
     if options.inputs[0].endswith(".safetensors"):
         raise ValueError(f"inputs must come behind CLIENT.safetensors with --server, got {options.inputs[0]!r} there")
-    with _connected(_client_part(options.network, preset_of(where)), link, "predict") as pair:
-        return print_predictions(pair, options)
+    trained = _client_part(options.network, preset_of(where))
+    inputs = read_all(trained, options)
+    with _connected(trained, link, "predict") as pair:
+        return print_predictions(pair, inputs, options)
 
 
 def _client_part(path, preset):
@@ -171,27 +173,26 @@ def _evaluate(trained, remote, options):
     if trained.up_bits is not None:
         for client in clients:
             client.up_bits = jnp.float32(trained.up_bits)
-    sums, seconds, sent, received = [], [], 0, 0
+    sums, seconds = [], []
     for exchange in spec.schedule.step_exchanges(spec.schedule.total_steps - 1):  # the last epoch always has a test
         if exchange.phase == Phase.RESULT:
             sums += [clients[n].send(exchange).metrics for n in exchange.clients]
         if exchange.phase != Phase.TEST:
             continue
-        up, batch_size = spec.up(exchange), spec.schedule.batch_size_of(exchange)
+        batch_size = spec.schedule.batch_size_of(exchange)
+        up, down = spec.up(exchange), answer_spec(spec, batch_size)
         for n in exchange.clients:
             message = jax.block_until_ready(clients[n].send(exchange))
             began = time.monotonic()
-            sent += remote.send(message.payload, up)
-            answer = remote.receive()
+            (answer,) = remote.answers([message.payload], up, down)
             seconds.append(time.monotonic() - began)
-            received += sum(one.wire_bytes for one in answer)
             if spec.u_shaped:
-                clients[n].receive(exchange, parties.Message(tuple(one.payload for one in answer)))
+                clients[n].receive(exchange, parties.Message(answer))
             else:
-                outputs = outputs_of(answer, spec.outputs, batch_size)
-                sums.append(sums_of(programs.score(spec, outputs, message.labels), batch_size))
+                sums.append(sums_of(programs.score(spec, down.decode(answer), message.labels), batch_size))
     sums = total(sums)
     round_trip = round(statistics.median(seconds) * 1e3, 2)
-    traffic = {"sent_bytes": sent, "received_bytes": received, "median_round_trip_ms": round_trip}
+    traffic = {"sent_bytes": remote.sent_bytes, "received_bytes": remote.received_bytes}
+    traffic["median_round_trip_ms"] = round_trip
     how = describe_features(spec, trained.up_bits)
     return {"features": how, **sums.means(spec.task), "samples": sums.samples, **traffic}

@@ -1,6 +1,7 @@
 """`msjax predict`: what a trained network says of a user's own inputs."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from msjax import build, data, models
 from msjax.cli.options import network, preset_of, split_options
 from msjax.pair import Pair, load_pair, of_length, predict, predictions
+from msjax.parts import TrainedPart
 from msjax.paths import expand
 from msjax.runs import to_json
 from msjax.runs.files import write_atomically
@@ -52,12 +54,13 @@ def main(arguments: list[str]) -> int:
                 "and inputs come behind them"
             )
     check_out(options)
-    return print_predictions(load_pair(options.network, server, preset=preset_of(where)), options)
+    pair = load_pair(options.network, server, preset=preset_of(where))
+    return print_predictions(pair, read_all(pair.client, options), options)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of what is said of which inputs, and where to."""
-    parser = argparse.ArgumentParser(prog="msjax predict", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="msjax predict", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("network", help="the run folder, or CLIENT.safetensors SERVER.safetensors")
     parser.add_argument(
         "inputs", nargs="+", metavar="input", help="image, folder of images, .npz, .csv, .txt or .jsonl"
@@ -74,63 +77,84 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_out(options: argparse.Namespace) -> None:
     """Raises ValueError where nothing can be written to `out`, before all is computed."""
-    if options.out is not None and not expand("out", options.out).parent.is_dir():
-        raise ValueError(f"out must be a file that can be written, got {options.out!r}: its folder is not there")
+    if options.out is None:
+        return
+    out = expand("out", options.out)
+    if out.is_dir() or not out.parent.is_dir():
+        why = "it is a folder" if out.is_dir() else "its folder is not there"
+        raise ValueError(f"out must be a file that can be written, got {options.out!r}: {why}")
 
 
-def print_predictions(pair: Pair, options: argparse.Namespace) -> int:
-    """Prints what the network says of each input, or writes it to a file; returns the exit status.
+def read_all(client: TrainedPart, options: argparse.Namespace) -> list[data.Inputs] | list[data.Texts]:
+    """Returns the inputs, before anything is computed, so that a wrong path is told at once.
 
     Raises:
       ValueError: an option or an input does not fit the network.
     """
-    task = build.make_task(pair.config, pair.summary).name
-    compressed = False if options.uncompressed else None
-    if pair.config.model.name == models.DECODER:
+    task = build.make_task(client.config, client.summary).name
+    if client.config.model.name == models.DECODER:
         if options.batch_size != 1:
             raise ValueError(
                 f"batch_size must be 1 for texts, each of which has its own length, got {options.batch_size}"
             )
-        texts = [_read_texts(pair, path, options.tokenizer) for path in options.inputs]
-        records = (record for one in texts for record in _text_records(pair, one, compressed))
-        return _write(map(to_json if options.json else _text_line, records), options.out)
+        return [_read_texts(client, path, options.tokenizer) for path in options.inputs]
     if task not in LINE_TASKS and not options.json:
-        raise ValueError(f"json must be given for task {task!r}, whose outputs are no line")
-    # Before anything is computed, so that a wrong path is told at once.
-    found = [_read(pair, path) for path in options.inputs]
-    lines = (
-        to_json(record) if options.json else _line(record)
-        for one in found
-        for record in _records(pair, task, one, options.batch_size, compressed)
-    )
-    return _write(lines, options.out)
+        raise ValueError(f"--json must be given for task {task!r}, whose outputs are no line")
+    return [_read(client, path) for path in options.inputs]
+
+
+def print_predictions(pair: Pair, inputs: list[Any], options: argparse.Namespace) -> int:
+    """Prints what the network says of each input of `read_all`, or writes it to a file; returns the exit status."""
+    compressed = False if options.uncompressed else None
+    if pair.config.model.name == models.DECODER:
+        line, records = _text_line, (record for one in inputs for record in _text_records(pair, one, compressed))
+    else:
+        line, task = _line, build.make_task(pair.config, pair.summary).name
+        each = (_records(pair, task, one, options.batch_size, compressed) for one in inputs)
+        records = itertools.chain.from_iterable(each)
+    return _write(map(to_json if options.json else line, records), options.out)
 
 
 def _write(lines: Iterable[str], to: str | None) -> int:
-    """Prints the lines, or writes them to a file; returns the exit status."""
+    """Prints the lines, or writes them to a file; returns the exit status.
+
+    Where an error ends them, those so far are in another file, with `.partial` behind its name.
+    """
     if to is None:
         for line in lines:
             print(line, flush=True)
         return 0
-    out, lines = expand("out", to), list(lines)
+    found: list[str] = []
+    try:
+        for line in lines:
+            found.append(line)
+    except BaseException:
+        if found:
+            _write_lines(found, to + ".partial")
+        raise
+    _write_lines(found, to)
+    return 0
+
+
+def _write_lines(lines, to):
+    out = expand("out", to)
     try:
         write_atomically(out, "".join(line + "\n" for line in lines))
     except OSError as error:
         raise ValueError(f"out must be a file that can be written, got {to!r}: {error.strerror}") from None
     print(f"msjax predict: {len(lines)} lines in {out}", file=sys.stderr)
-    return 0
 
 
-def _read_texts(pair: Pair, path: str, tokenizer: str | None) -> data.Texts:
+def _read_texts(client: TrainedPart, path: str, tokenizer: str | None) -> data.Texts:
     """Texts for a language model, of which each fits it."""
-    cfg, length = pair.config, pair.summary.input_shape[0]
+    cfg, length = client.config, client.summary.input_shape[0]
     tokenizer = cfg.data.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer must be given for texts, got None")
     described = build.decoder_config(cfg)
     options = {"column": cfg.data.text_column, "start": described.bos_token_id, "vocabulary": described.vocab_size}
     found = data.read_texts(path, tokenizer=tokenizer, **options)
-    build.check_tokenizer(found.tokenizer, pair.summary.tokenizer)
+    build.check_tokenizer(found.tokenizer, client.summary.tokenizer)
     for name, tokens in zip(found.names, found.tokens, strict=True):
         if not 1 <= len(tokens) <= length:
             raise ValueError(
@@ -156,8 +180,8 @@ def _text_line(record):
     return "\t".join([record["input"], repr(record["next_text"]), f"{record['probability']:.4f}", perplexity])
 
 
-def _read(pair: Pair, path: str) -> data.Inputs:
-    cfg, summary = pair.config, pair.summary
+def _read(client: TrainedPart, path: str) -> data.Inputs:
+    cfg, summary = client.config, client.summary
     build.check_tokenizer(None if summary.tokenizer is None else data.TOKENIZER, summary.tokenizer)
     return data.read_inputs(
         path,

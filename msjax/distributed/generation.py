@@ -186,7 +186,7 @@ class RemoteSession:
         """Returns what the server answers.
 
         Raises:
-          Refused, ConnectionError: as `remote.RemoteServer`; also where the server has ended the text for others.
+          ValueError, ConnectionError: as `remote.RemoteServer`; also where the server has ended the text for others.
         """
         (piece,) = pieces
         request = pb.NextTokens(count=piece.count, features=piece.data)

@@ -9,8 +9,9 @@ from typing import NoReturn
 
 import grpc
 import jax
+import jax.numpy as jnp
 
-from msjax import build, config, models, wire
+from msjax import build, config, models, session, wire
 from msjax.compress import Exact, Identity
 from msjax.distributed import messages
 from msjax.distributed.compiled import CompiledPrograms
@@ -24,15 +25,16 @@ from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens
 from msjax.distributed.rpc.connection import OTHER_SERVER
 from msjax.distributed.rpc.security import Rates, Tokens
 from msjax.distributed.rpc.server import say_refused
-from msjax.keys import make_key
 from msjax.logs import Seldom
 from msjax.parts import TrainedPart, check_complete
 from msjax.split.payloads import Codecs, PayloadSpec
-from msjax.split.state import PartState, tail_key
+from msjax.split.state import PartState, prediction_key, tail_key
 from msjax.split.trees import describe_array
 
 _MOST_PROGRAMS = 64
 """Compiled at a time, one for each batch size and codec; a new one beyond them lets go of all, so memory is bounded."""
+_MOST_OF_TEXTS = 512
+"""The same where there is one for each length of a text, too: of those most decode or encode alone, and are small."""
 
 
 class InferenceServicer(split_pb2_grpc.SplitServicer):
@@ -74,9 +76,9 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._features, self._outputs, self._u_shaped = spec.features, spec.outputs, spec.u_shaped
         self._is_decoder = trained.config.model.name == models.DECODER
         self._default, self._named = spec.test_codec.default, {name for name, _ in trained.config.array_codecs}
-        self._key = make_key(trained.config.seed)
+        self._key = prediction_key(trained.config.seed)
         self._refused = Seldom(say_refused)
-        self._programs = CompiledPrograms(_MOST_PROGRAMS)
+        self._programs = CompiledPrograms(_MOST_OF_TEXTS if self._is_decoder else _MOST_PROGRAMS)
         self._texts = Texts(trained, metrics, texts or Limits())
         self._streams = FairShare(most_streams)
 
@@ -90,7 +92,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers each message of features, in order."""
         self._authenticate(context)
-        for number, request in enumerate(self._held(requests, context)):
+        for request in self._held(requests, context):
             self._metrics.received(ANYONE, request)
             began = time.perf_counter()
             try:
@@ -98,7 +100,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             except wire.WireError as error:
                 self._metrics.refused.inc()
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            outputs = pb.Outputs(payload=self._answer(payload, up, number))
+            outputs = pb.Outputs(payload=self._answer(payload, up))
             self._metrics.answered(up.likes[0].shape[0], time.perf_counter() - began)
             self._metrics.sent(ANYONE, outputs)
             yield outputs
@@ -187,17 +189,19 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             shape = (wanted.shape[0], *shape[1:])
         return like.shape[0] > 0 and (shape, like.dtype) == (wanted.shape, wanted.dtype)
 
-    def _answer(self, payload, up, number):
-        batch_size, key = up.likes[0].shape[0], jax.random.fold_in(self._key, number)
-        # As the caller codes those of its features that no codec of their own is named for; see `RunSpec.tail_codec`.
-        pairs = zip(self._features.names, up.codecs, strict=True)
-        default = [c for name, c in pairs if name not in self._named and not isinstance(c, Exact)]
-        codecs = Codecs((default[0] if default else self._default) if self._u_shaped else Identity())
+    def _answer(self, payload, up):
+        batch_size, codec = up.likes[0].shape[0], Identity()
+        if self._u_shaped and not all(isinstance(codec, Identity | Exact) for codec in up.codecs):
+            # As the caller codes those features that no codec of their own is named for; see `RunSpec.tail_codec`.
+            pairs = zip(self._features.names, up.codecs, strict=True)
+            default = [c for name, c in pairs if name not in self._named and not isinstance(c, Exact)]
+            codec = default[0] if default else self._default
         outputs = self._outputs
         if self._is_decoder:
             outputs = outputs.of_length(up.likes[0].shape[1])
-        down = PayloadSpec.of_features(outputs, codecs, batch_size)
-        out = _infer(self._trained.apply, up, down, self._state, payload, key)
+        down = PayloadSpec.of_features(outputs, Codecs(codec), batch_size)
+        part, state, infer = self._trained.apply, self._state, _infer_texts if self._is_decoder else _infer
+        out = infer(part, up, down, state, payload, self._key)
         return messages.encode(out, down, self._compression if self._u_shaped else None)
 
 
@@ -205,3 +209,28 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 def _infer(apply, up, down, state, payload, key):
     outputs, _ = apply(state.params, state.stats, up.decode(payload), train=False, key=None)
     return down.encode(outputs, tail_key(key))
+
+
+def _infer_texts(apply, up, down, state, payload, key):
+    """The same of a decoder, whose part is compiled for few lengths: what is behind a text does not change it."""
+    features = _decode(up, payload)
+    length = down.likes[0].shape[1]
+    most = session.padded(length, 1 << 30)
+    features = jax.tree.map(lambda h: jnp.pad(h, ((0, 0), (0, most - length), (0, 0))), features)
+    outputs = _apply(apply, state, features)
+    return _encode(down, jax.tree.map(lambda y: y[:, :length], outputs), tail_key(key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(up, payload):
+    return up.decode(payload)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(apply, state, features):
+    return apply(state.params, state.stats, features, train=False, key=None)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(down, outputs, key):
+    return down.encode(outputs, key)

@@ -109,6 +109,12 @@ def eval_key(seed: int) -> jax.Array:
     return jax.random.fold_in(make_key(seed), (1 << 31) + 1)
 
 
+def prediction_key(seed: int) -> jax.Array:
+    """Returns the key of every batch that is predicted: that of a test's first round, step and client."""
+    key = jax.random.fold_in(eval_key(seed), 0)
+    return client_keys(key, jnp.int32(0), jnp.zeros(1, jnp.int32))[0]
+
+
 def client_keys(key: jax.Array, step: jax.Array, clients: jax.Array) -> jax.Array:
     """Returns the keys (K,) of the clients with these numbers in this step."""
     key = jax.random.fold_in(key, step)

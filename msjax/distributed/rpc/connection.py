@@ -31,8 +31,8 @@ _TOO_LARGE = "larger than max"
 _CLOSED = "the server closed the stream"
 
 OTHER_SERVER = (
-    "the server there does not answer such calls: msjax client needs a training one (msjax serve), msjax eval and "
-    "msjax generate one with a trained part (msjax serve --part)"
+    "the server there does not answer such calls: msjax client needs a training one (msjax serve), msjax eval, "
+    "predict and generate one with a trained part (msjax serve --part)"
 )
 """Of a call that a server does not know."""
 
