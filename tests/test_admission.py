@@ -84,7 +84,10 @@ def test_fingerprints_as_openssl_prints_them(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0 a\n", "certificates must have a line of every client, got none of client 1 in"),
+        (
+            "0 a\n",
+            "certificates must have a line of every client, .* got none of client 1 in",
+        ),
         ("", "got none at all"),
         ("a\n", "certificates must be lines of a client's number and the name in its certificate, got line 1"),
         ("0 a\n0 b\n", "certificates must have one line a client, got another of client 0, line 2"),

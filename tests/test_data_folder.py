@@ -179,6 +179,35 @@ def test_images_are_turned_and_flattened(tmp_path):
     assert (deep == 0x12).all()
 
 
+def test_images_that_use_few_of_their_16_bits_are_told(tmp_path, caplog):
+    """As of 12 bits, which would keep 16 levels; the same spread over 16 bits are not."""
+    for factor in (1, 16):
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 4096, (6, 6), dtype=np.uint16)
+            pixels[0, 0] = 4095
+            (tmp_path / f"{factor}" / "a").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels * np.uint16(factor)).save(tmp_path / f"{factor}" / "a" / f"{i}.png")
+        ds = data.from_image_folder(tmp_path / f"{factor}", image_size=None, test_share=None)
+        assert len(np.unique(ds.train_inputs)) == (16 if factor == 1 else len(np.unique(ds.train_inputs)))
+        said = "values of at most 4095: of the upper 8 bits, which alone are used, these leave 16 levels"
+        assert (said in caplog.text) == (factor == 1)
+        caplog.clear()
+
+
+def test_a_colour_image_among_grey_ones_is_named(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for i, mode in enumerate(("L", "RGB", "L")):
+        Image.new(mode, (4, 4), 7).save(tmp_path / "a" / f"{i}.png")
+    cfg = config.Config(data=config.DataConfig(name=str(tmp_path)))
+    assert build.load_data(cfg).input_like.shape == (4, 4, 3)
+    assert f"{tmp_path / 'a' / '1.png'} is a colour image, and those before it are grey" in caplog.text
+    assert build.load_data(config.with_fields(cfg, {"data.channels": 1})).input_like.shape == (4, 4, 1)
+    with pytest.raises(ValueError, match=r"data\.channels must be one of 1, 3 or None, got 2"):
+        config.with_fields(cfg, {"data.channels": 2})
+    with pytest.raises(ValueError, match=r"data\.channels must be None where data.name is no folder of images, got 1"):
+        build.load_data(config.with_fields(cfg, {"data.channels": 1, "data.name": "digits"}))
+
+
 RAMP = np.array([[0, 21845, 43690, 65535]], np.uint16)  # 0, 1/3, 2/3, 1
 
 

@@ -116,12 +116,24 @@ def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
         assert there.received_bytes > 3 * 4 * 10 * 4
 
 
+def soon(check):
+    end = time.monotonic() + 20
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_requests_are_counted(tmp_path):
     client, _ = make(tmp_path)
     metrics = Metrics()
     with served(tmp_path, metrics) as address, remote(address) as there:
         for batch in (4, 1, 4):
             ask(there, CODEC, features(client, batch, seed=batch))
+        open_streams = lambda: metrics.registry.get_sample_value("msjax_connected_clients")  # noqa: E731
+        stream = there._stub.Infer(iter(queue.Queue().get, None))
+        soon(lambda: open_streams() == 1)
+        stream.cancel()
+        soon(lambda: open_streams() == 0)
         ask_nonsense(there)
     totals, text = metrics.totals(), metrics.text()
     for line in ("requests_total 3.0", "samples_total 9.0", "answer_seconds_count 3.0", "refused_clients_total 1.0"):

@@ -181,7 +181,7 @@ def test_models_of_any_data_can_be_served():
         check_serve(config.Config(model=config.ModelConfig("vgg19", cut="shallow")), ServeOptions())
 
 
-def test_tokens_file(tmp_path):
+def test_tokens_file(tmp_path, caplog):
     path = tmp_path / "tokens"
     for line in ("alice", "x alice", "-1 alice", "٣ alice", "1 "):
         path.write_text(f"0 bob\n{line}\n")
@@ -196,15 +196,24 @@ def test_tokens_file(tmp_path):
     path.write_text("0 bob\n")
     tokens = Tokens(str(path))
     assert tokens.accept(0, "bob") and not tokens.accept(1, "bob") and not tokens.accept(0, "")
+    path.write_text("0 bob\n2 eve\n")
+    tokens = Tokens(str(path), 4, least=2)  # as where access was taken away, and training goes on
+    assert tokens.accept(2, "eve") and not any(tokens.accept(c, t) for c in (1, 3) for t in (None, "", "bob", "eve"))
+    assert "has no line of client 1, 3, which cannot take part" in caplog.text
+    with pytest.raises(ValueError, match=r"got none of client 1, 3 in"):
+        Tokens(str(path), 4, least=3)
     assert Tokens(None).accept(5, None) and Tokens(None).accept_any(None)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "tokens must have a line of every client, got none at all"),
+        ("", "tokens must have a line of every client, or of policy.start_clients of them, got none at all"),
         ("# nobody\n", "got none at all"),
-        ("0 bob\n2 eve\n", "tokens must have a line of every client, got none of client 1"),
+        (
+            "0 bob\n2 eve\n",
+            "tokens must have a line of every client, .* got none of client 1",
+        ),
         ("0 bob\n1 eve\n0 alice\n", "tokens must have one line a client, got another of client 0, line 3"),
         ("0 bob\n00 alice\n", "tokens must have one line a client, got another of client 0, line 2"),
         ("0 bob\n1 bob\n", "tokens must be another for each client, got an earlier client's in line 2"),

@@ -27,8 +27,10 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
                 f"itself, got {cfg.data.missing!r}"
             )
         _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
+        _refuse_channels(cfg)
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if cfg.model.name == models.DECODER or cfg.data.name.lower().endswith(data.TEXT_SUFFIXES):
+        _refuse_channels(cfg)
         return _load_text(cfg, cache_dir)
     if cfg.data.test is not None:
         raise ValueError(
@@ -36,6 +38,8 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             f"the same folder or file, such as a folder's train/ and test/ or val/"
         )
     if config.is_local_path(cfg.data.name):
+        if cfg.data.name.lower().endswith(data.FILE_SUFFIXES):
+            _refuse_channels(cfg)
         options = _path_options(cfg.data)
         if cfg.data.name.lower().endswith(".csv") and cfg.task.name in _CLASSES_OF_TABLES:
             options.setdefault("classes", _CLASSES_OF_TABLES[cfg.task.name])
@@ -47,6 +51,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             "data.name must be an .npz or CSV file or a folder of images that is there where data.classes names "
             f"classes, got {cfg.data.name!r}"
         )
+    _refuse_channels(cfg)
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
     names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}
@@ -139,7 +144,15 @@ def _path_options(cfg):
         return options | {"label": cfg.label}
     if cfg.name.lower().endswith(".npz"):
         return options | {"normalize": cfg.normalize}
-    return options | {"image_size": cfg.image_size}
+    return options | {"image_size": cfg.image_size, "channels": cfg.channels}
+
+
+def _refuse_channels(cfg):
+    if cfg.data.channels is not None:
+        raise ValueError(
+            f"data.channels must be None where data.name is no folder of images, got {cfg.data.channels} with "
+            f"{cfg.data.name!r}"
+        )
 
 
 def make_preprocess(cfg: config.Config, summary: DataSummary) -> Preprocess:

@@ -95,6 +95,9 @@ class DataConfig:
     column that says which were missing. Not with clients' own data: each would measure its own rows."""
     image_size: int | None = None
     """Side of the images; by default the set's own."""
+    channels: Literal[1, 3] | None = None
+    """Of a folder of images: 1 makes all grey, 3 colour; by default grey where all training images are. Clients with
+    folders of their own may need it."""
     text_length: int = data.TEXT_LENGTH
     """Tokens of a text; longer ones are cut, shorter ones padded. Of a decoder: tokens of a block, with no padding."""
     vocabulary: int = data.VOCABULARY

@@ -74,6 +74,7 @@ def from_image_folder(
     classes, files, labels = _find(root, None if classes is None else check_classes(classes))
     if channels is None:
         channels = _channels(files)
+    _warn_of_few_levels(files)
     splits = [_Images(files, labels, image_size, channels)]
     if test_root:
         splits.append(_Images(*_find(test_root, classes)[1:], image_size, channels))
@@ -177,10 +178,27 @@ def is_image(file: Path) -> bool:
 
 def _channels(files: Sequence[Path]) -> int:
     """1 where all images are grey; only the files' heads are read."""
-    for file in files:
+    for place, file in enumerate(files):
         if _opened(file).mode not in _images.GREY_MODES:
+            if place:
+                said = "%s is a colour image, and those before it are grey: all become colour; with channels=1 "
+                said += "(data.channels) all become grey"
+                _log.warning(said, file)
             return 3
     return 1
+
+
+def _warn_of_few_levels(files: Sequence[Path]) -> None:
+    """Of grey images of more than 8 bits, where some of them use so few values that little is left of the upper 8."""
+    most = bits = 0
+    for file in files[:: max(1, len(files) // 8)]:
+        with _images.decoding(f"image {file}"), _images.pillow().open(file) as image:
+            if own := _images.grey_bits(image):
+                bits, most = own, max(most, int(np.asarray(image).max()))
+    if bits and most < 1 << (bits - 3):
+        said = "%s and others have %d bits, and values of at most %d: of the upper 8 bits, which alone are used, these "
+        said += "leave %d levels; scale the images before, so that the brightest have %d"
+        _log.warning(said, files[0], bits, most, (most >> (bits - 8)) + 1, (1 << bits) - 1)
 
 
 def _opened(file: Path):

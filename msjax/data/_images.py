@@ -92,7 +92,7 @@ def flatten(image: Any, channels: int | None = None) -> Any:
     Raises:
         DataError: nothing says how bright its numbers are, as of 32 bits and floats.
     """
-    bits, image = _grey_bits(image), upright(image)  # which may leave nothing of the file but its pixels
+    bits, image = grey_bits(image), upright(image)  # which may leave nothing of the file but its pixels
     if channels is None:
         channels = 1 if image.mode in GREY_MODES else 3
     if bits:
@@ -103,7 +103,7 @@ def flatten(image: Any, channels: int | None = None) -> Any:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _grey_bits(image: Any) -> int:
+def grey_bits(image: Any) -> int:
     """How many bits a grey value of more than 8 has, 0 of other images."""
     if image.mode in ("I", "F") and not (image.mode == "I" and image.format in ("PNG", "PPM")):  # these have 16 there
         raise DataError(f"images must have 8 or 16 bits a channel, got PIL's mode {image.mode}")

@@ -22,6 +22,7 @@ _HELP = {
     "num_classes": _NAME_ALL,
     _CLASS_NAMES: _NAME_ALL,
     _COLUMN_NAMES: " (a column of texts has a name for each text; data.drop leaves columns out)",
+    "inputs": " (of images, data.image_size and data.channels make the clients' alike)",
     "own_tests": " (all clients have --own-data, or none has)",
 }
 """What may help where clients with own data differ."""

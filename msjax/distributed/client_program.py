@@ -14,6 +14,7 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.own_parts import CLIENT, SECONDS_BETWEEN_TRIES, OwnParts
 from msjax.distributed.rpc.connection import Connection
+from msjax.distributed.rpc.security import read_token
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
@@ -52,7 +53,8 @@ class ClientProgram:
         sleep: Callable[[float], None] = time.sleep,
     ):
         options.check()
-        self._options, self._preset, self._token, self._sleep = options, preset, options.token(), sleep
+        options.token()  # refused at once where it cannot work
+        self._options, self._preset, self._sleep = options, preset, sleep
         self._epoch, self._path = None, None
         self._digests: tuple[pathlib.Path, str] | None = None  # of the data, and where they are written down
         self._pace, self._generation, self._last_step = Pace(), 0, -1
@@ -75,8 +77,10 @@ class ClientProgram:
     def connect(self) -> Connection:
         """Returns a new connection to the server; raises ConnectionLost where there is none for now."""
         try:
-            return Connection(self._options.server, self._options.tls, self._token)
-        except ValueError as error:  # files of TLS that fitted at the start, and are being renewed
+            file = self._options.token_file
+            token = None if file is None else read_token("token_file", file)  # anew: it may have been replaced
+            return Connection(self._options.server, self._options.tls, token)
+        except ValueError as error:  # files of TLS or a token that fitted at the start, and are being renewed
             raise ConnectionLost(str(error)) from None
 
     def train(self) -> pathlib.Path | None:

@@ -141,11 +141,13 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         stream, evicted = self._streams.open(context.cancel, caller)
         rate = self._rates.open(caller)
         self._metrics.evicted.inc(evicted)
+        self._metrics.connected.inc()
 
         ended = threading.Event()
 
         def close():
             ended.set()
+            self._metrics.connected.dec()
             self._streams.close(stream)
             self._rates.close(caller)
 

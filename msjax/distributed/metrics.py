@@ -23,7 +23,7 @@ class Metrics:
         self._sent = Counter("sent_bytes", "Bytes of messages, as serialized", ["client"], **labels)
         self.exchanges = Counter("exchanges", "Exchanges done", ["phase"], **labels)
         self.step = Gauge("step", "The training step under way", **labels)
-        self.connected = Gauge("connected_clients", "Clients with a stream", **labels)
+        self.connected = Gauge("connected_clients", "Clients with a stream; of a trained part, streams", **labels)
         self.wait_seconds = Histogram("wait_seconds", "An exchange's wait for its clients", buckets=_SECONDS, **labels)
         self.step_seconds = Histogram("step_seconds", "From step to step", buckets=_SECONDS, **labels)
         self.stragglers = Counter("stragglers", "Clients that missed a deadline", **labels)

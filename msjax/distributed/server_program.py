@@ -43,8 +43,8 @@ def check_serve(cfg: config.Config, options: ServeOptions) -> None:
         )
     if (start := options.policy.start_clients) is not None and start > cfg.clients:
         raise ValueError(f"policy.start_clients must be in 1..{cfg.clients}, the number of clients, got {start}")
-    Tokens(options.tokens, cfg.clients)
-    Certificates(options.certificates, cfg.clients)
+    Tokens(options.tokens, cfg.clients, start)
+    Certificates(options.certificates, cfg.clients, start)
     build.check_without_data(cfg)
     _check_with_known_data(cfg)
 

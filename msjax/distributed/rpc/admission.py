@@ -37,14 +37,14 @@ class Certificates:
 
     Args:
       path: of the file.
-      clients: how many clients there are, of which each must have its line.
+      clients, least: see `client_lines`.
 
     Raises:
-      ValueError: a line is none of a client's, two clients have one certificate, or a client has none or two.
+      ValueError: see `client_lines`.
     """
 
-    def __init__(self, path: str | None, clients: int | None = None):
-        args = ("certificates", path, "the name in its certificate", _wanted, clients)
+    def __init__(self, path: str | None, clients: int | None = None, least: int | None = None):
+        args = ("certificates", path, "the name in its certificate", _wanted, clients, least)
         self._wanted = None if path is None else client_lines(*args)
 
     def __bool__(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import hmac
+import logging
 import re
 import threading
 import time
@@ -13,6 +14,8 @@ import grpc
 from msjax.distributed.rpc.addresses import Address
 from msjax.distributed.rpc.certificates import Role, check_files, fault_of_connection, fault_of_own
 from msjax.paths import read_file
+
+log = logging.getLogger("msjax.server")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _text(name, path):
 
 
 def client_lines(
-    name: str, path: str, what: str, read: Callable[[str, str], str], clients: int | None
+    name: str, path: str, what: str, read: Callable[[str, str], str], clients: int | None, least: int | None = None
 ) -> dict[int, str]:
     """Returns what each client has in a file of lines `NUMBER REST`; empty lines and those with # are none.
 
@@ -173,10 +176,11 @@ def client_lines(
       path: of the file.
       what: what an error calls the rest.
       read: from the rest and its place to what is kept; raises ValueError.
-      clients: how many clients there are, of which each must have its line; None: any that are there.
+      clients: how many clients there are; None: any that are there.
+      least: how many of these must have a line; by default all.
 
     Raises:
-      ValueError: a line is none of a client's, or two clients have the same, or a client has none or two.
+      ValueError: a line is none of a client's, or two clients have the same, or a client has two, or too few have one.
     """
     found: dict[int, str] = {}
     values: set[str] = set()
@@ -194,10 +198,15 @@ def client_lines(
             raise ValueError(f"{name} must be another for each client, got an earlier client's in {where}")
         found[client] = value
         values.add(value)
-    lacking = [client for client in range(clients or 0) if client not in found]
-    if lacking or not found:
-        some = f"none of client {', '.join(map(str, lacking[:5]))}" if lacking else "none at all"
-        raise ValueError(f"{name} must have a line of every client, got {some} in {path}")
+    clients = clients or 0
+    lacking = [client for client in range(clients) if client not in found]
+    of_whom = ", ".join(map(str, lacking[:5])) + ", …" * (len(lacking) > 5)
+    if not found or clients - len(lacking) < (clients if least is None else least):
+        some = f"none of client {of_whom}" if lacking else "none at all"
+        whom = "every client, or of policy.start_clients of them"
+        raise ValueError(f"{name} must have a line of {whom}, got {some} in {path}")
+    if lacking:
+        log.warning("%s: %s has no line of client %s, which cannot take part", name, path, of_whom)
     return found
 
 
@@ -222,14 +231,14 @@ class Tokens:
 
     Args:
       path: of the file.
-      clients: how many clients there are, of which each must have its line.
+      clients, least: see `client_lines`.
 
     Raises:
-      ValueError: a line is none of a client's, or two clients have one token, or a client has none or two.
+      ValueError: see `client_lines`.
     """
 
-    def __init__(self, path: str | None, clients: int | None = None):
-        self._hashes = None if path is None else client_lines("tokens", path, "its token", _hashed, clients)
+    def __init__(self, path: str | None, clients: int | None = None, least: int | None = None):
+        self._hashes = None if path is None else client_lines("tokens", path, "its token", _hashed, clients, least)
 
     def __bool__(self):
         return self._hashes is not None
