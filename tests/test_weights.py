@@ -206,6 +206,36 @@ def test_weights_of_another_network_or_no_weights_at_all(tmp_path):
         models.load_weights(path, models.build("mlp", input_shape=(4,), num_classes=2))
 
 
+@pytest.mark.parametrize("name", ["resnet20", "vgg19"])
+def test_a_head_for_other_classes(name, tmp_path):
+    path, model = tmp_path / "w.safetensors", build(name)
+    weights = random_weights(model)
+    models.save_weights(path, model, weights.params, weights.stats)
+    other = build(name, num_classes=7)
+    with pytest.raises(ValueError, match=r"for other classes, new_head \(model.new_head\) draws the last layer anew$"):
+        models.load_weights(path, other)
+    found, head = models.load_weights(path, other, new_head=True, seed=3), other.blocks[-1].name
+    assert_trees_equal(found.params[head], models.whole(other, seed=3).params[head])
+    assert_trees_equal({n: a for n, a in found.params.items() if n != head} | {head: 0}, weights.params | {head: 0})
+    assert_trees_equal(found.stats, weights.stats)
+    models.split(other, "medium", weights=found)
+    grey = build(name, input_shape=(*model.input_shape[:2], 1))
+    with pytest.raises(ValueError, match=r"of 3 channels, and those of the data have 1 \(data.channels\)$"):
+        models.load_weights(path, grey)
+    # In a run, from its seed, and a part that goes elsewhere needs no file.
+    shape = (32, 32, 3)
+    model = build("resnet20 padded", input_shape=shape, num_classes=9)
+    models.save_weights(path, model, *models.whole(model)[1:3])
+    settings = {"width": 1 / 4, "shortcut": "zero_padding", "weights": str(path), "new_head": True}
+    cfg = config.Config(model=config.ModelConfig("resnet20", **settings), seed=4)
+    _, server = building.make_parts(cfg, summary_of(shape), weights=cfg.model.weights)
+    drawn = models.whole(building.make_model(cfg, summary_of(shape)), seed=4).params["head"]
+    assert_trees_equal(server.params["head"], drawn)
+    config.check_used(cfg)
+    with pytest.raises(ValueError, match=r"model.new_head must be False, its default, with model.weights=None"):
+        config.check_used(config.with_fields(cfg, {"model.weights": None}))
+
+
 def test_only_a_whole_models_arrays_are_saved_or_divided(tmp_path):
     model, other = build("resnet20"), build("resnet20", num_classes=7)
     client, _ = models.split(model, "medium")

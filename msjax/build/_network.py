@@ -50,7 +50,7 @@ def make_parts(
         return tuple(part if name in own else part.shapes() for name, part in named)
     before = cfg.model.cut_before_activation
     model = make_model(cfg, summary)
-    whole = None if weights is None else _open_weights(weights, model)
+    whole = None if weights is None else _open_weights(cfg, weights, model)
     options = {"tail_cut": cfg.tail_cut, "cut_before_activation": before, "seed": cfg.seed, "own": own}
     with _named_as_in_config():
         return models.split(model, cfg.cut, weights=whole, **options)
@@ -63,7 +63,7 @@ def may_be_negative(cfg: config.Config) -> bool:
     return not behind_relu or model.name not in models.NAMES or model.name == "transformer"
 
 
-def _open_weights(weights, model):
+def _open_weights(cfg, weights, model):
     """The weights of a whole model; of a decoder they are read when they are used. What is trained is float32."""
     if model.name == models.DECODER:
         dtype = jnp.float32 if model == models.base(model) else model.dtype
@@ -71,7 +71,8 @@ def _open_weights(weights, model):
             return models.open_decoder(expand("model.weights", weights), model, dtype)
         except ValueError as error:
             raise ValueError(f"model.weights: {error}") from None
-    return models.load_weights(existing_file("model.weights", weights), model)
+    path = existing_file("model.weights", weights)
+    return models.load_weights(path, model, new_head=cfg.model.new_head, seed=cfg.seed)
 
 
 def make_model(cfg: config.Config, summary: DataSummary) -> models.Model:
@@ -139,7 +140,7 @@ def _lora(cfg):
 
 
 _OF_DECODERS = ("decoder", "remat")
-_NOT_OF_DECODERS = ("width", "activation", "first_block", "shortcut", "conv_init", "running_variance")
+_NOT_OF_DECODERS = ("width", "activation", "first_block", "shortcut", "conv_init", "running_variance", "new_head")
 _FIELDS = {f.name: f"model.{f.name}" for f in dataclasses.fields(config.ModelConfig)} | {
     "tail_cut": "mode.tail_cut",
     "vocabulary": "data.vocabulary",
@@ -178,7 +179,7 @@ def check_weights(cfg: config.Config) -> None:
     if cfg.model.weights is None:
         return
     if cfg.model.name == models.DECODER:
-        _open_weights(cfg.model.weights, _model(cfg, (cfg.data.text_length,), 2))
+        _open_weights(cfg, cfg.model.weights, _model(cfg, (cfg.data.text_length,), 2))
         _check_beside_weights(decoder_config(cfg), expand("model.weights", cfg.model.weights) / "config.json")
     else:
         existing_file("model.weights", cfg.model.weights)

@@ -123,6 +123,7 @@ def _uses(config):
         "optim.gamma": ("optim.schedule", config.optim.schedule == "steps"),
         "optim.nesterov": ("optim.momentum", config.optim.momentum > 0),
         **{f"lora.{own}": ("lora.rank", config.lora.rank is not None) for own in ("alpha", "targets", "dropout")},
+        "model.new_head": ("model.weights", config.model.weights is not None),
         "task.ignore": ("task.name", config.task.name in ("segmentation", "next_token")),
         "data.image_size": (
             "data.name",

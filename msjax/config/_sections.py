@@ -52,6 +52,8 @@ class ModelConfig:
     weights: str | None = None
     """A safetensors file of the whole network in PyTorch's names, to start from; by default the weights are drawn. Of a
     decoder, a folder of Hugging Face's: config.json, model.safetensors, tokenizer.json."""
+    new_head: bool = False
+    """Draw the last layer anew rather than take that of `weights`: for other classes. Not of a decoder."""
     decoder: str | None = None
     """decoder: the path of a config.json of Hugging Face's, or its text; by default that of the folder `weights`. A run
     keeps the text."""

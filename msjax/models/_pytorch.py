@@ -17,7 +17,7 @@ from msjax.models._build import RESNETS
 from msjax.models._decoder import DECODER
 from msjax.models._huggingface import load_decoder, save_decoder, some
 from msjax.models._model import Model
-from msjax.models._split import Apply, ModelPart, check_state, whole_shapes
+from msjax.models._split import Apply, ModelPart, check_state, last_block, whole_shapes
 
 PYTORCH = ("vgg19", *RESNETS, DECODER)
 """The models that have names in PyTorch."""
@@ -26,7 +26,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compil
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
+def load_weights(path: str | os.PathLike, model: Model, *, new_head: bool = False, seed: int = 0) -> ModelPart:
     """Reads weights in PyTorch's names from a safetensors file: `model` without a cut, with these weights.
 
         model = models.build("resnet20", input_shape=(32, 32, 3), num_classes=10, shortcut="zero_padding")
@@ -54,6 +54,9 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
     tests use them alike here and in PyTorch. They differ in how training estimates them: PyTorch's is the unbiased
     variance, of which flax's, the biased one, is (n - 1)/n, n being the pixels of a batch; see `running_variance`.
 
+    With `new_head` the last layer is drawn from `seed`, as `whole` draws it, and what the file has of it is passed
+    over: for other classes than the network was trained on.
+
     The file does not say what inputs are normalised by, nor the activation. The plain first block of
     `build(..., first_block="paper")` takes the residual one's weights, but computes something else with them.
 
@@ -63,14 +66,21 @@ def load_weights(path: str | os.PathLike, model: Model) -> ModelPart:
       OSError: the file cannot be read.
     """
     if model.name == DECODER:
+        if new_head:
+            raise ValueError("new_head must be False for a decoder, got True")
         return load_decoder(path, model)
     entries = _entries(model)
     found = _rename(_read(path), model)
+    drawn = last_block(model, seed) if new_head else None
+    if drawn is not None:
+        of_head = {name for name, entry in entries.items() if entry.path[1] in drawn.params}
+        entries, found = ({name: tree[name] for name in tree if name not in of_head} for tree in (entries, found))
     _check(found, entries, model, path)
     # Copies: a step may be given an array to write its result in.
     arrays = {tuple(e.path): jnp.array(e.from_torch(found[name]), jnp.float32) for name, e in entries.items()}
     state = unflatten_dict(arrays)
-    return ModelPart(Apply(model.blocks), state["params"], state["stats"])
+    params = state["params"] if drawn is None else state["params"] | drawn.params
+    return ModelPart(Apply(model.blocks), params, state["stats"])
 
 
 def save_weights(
@@ -249,4 +259,12 @@ def _check(found, entries, model, path):
     hint = ""
     if missing and all(".shortcut." in name or ".downsample." in name for name in missing):
         hint = '; a network without projections is build(..., shortcut="zero_padding")'
+    of_head = [name for name, entry in entries.items() if entry.path[1] == model.blocks[-1].name]
+    others = [name for name in both if found[name].shape != entries[name].torch_shape]
+    if others and not {*others} - {*of_head}:
+        hint = "; for other classes, new_head (model.new_head) draws the last layer anew"
+    first = next(name for name, entry in entries.items() if len(entry.shape) == 4)
+    if first in others and (taken := found[first].shape[1:2]) != entries[first].torch_shape[1:2]:
+        wanted = entries[first].torch_shape[1]
+        hint = f"; it takes images of {taken[0]} channels, and those of the data have {wanted} (data.channels)"
     raise ValueError(f"{path} must hold the weights of {model.name} in PyTorch's names; {'; '.join(wrong)}{hint}")

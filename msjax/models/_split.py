@@ -265,6 +265,11 @@ def check_state(model: Model, params: PyTree, stats: PyTree) -> None:
         raise ValueError(f"weights must be the arrays of the whole {model.name}, but {some}")
 
 
+def last_block(model: Model, seed: int) -> ModelPart:
+    """The last block alone, with the parameters that `whole` draws for it."""
+    return _part(model, len(model.blocks) - 1, len(model.blocks), seed)
+
+
 def _part(model, start, end, seed, weights=None):
     """Blocks start:end with their initial state, or with that of `weights`."""
 
