@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status."""
     if split_options(arguments, "--server")[0].server is not None:
         return network().evaluate(arguments)
-    if not arguments or (arguments[0].startswith("--") and arguments[0].partition("=")[0] not in _OF_RUN):
+    _, rest = split_options(arguments, "--config")
+    if not rest or (rest[0].startswith("--") and rest[0].partition("=")[0] not in _OF_RUN):
         return _evaluate_config(arguments)
     parser = argparse.ArgumentParser(
         prog="msjax eval",
