@@ -38,9 +38,10 @@ class Server(nnx.Module):
         return self.out(jax.nn.relu(self.dense(h)))[..., 0]
 
 
-def make_model(summary):
-    """The parts; `summary` says what the data are."""
-    return Client(summary.input_shape[-1], nnx.Rngs(0)), Server(nnx.Rngs(1))
+def make_model(summary, seed):
+    """The parts; `summary` says what the data are, and `seed` is the run's."""
+    rngs = nnx.Rngs(seed)
+    return Client(summary.input_shape[-1], rngs), Server(rngs)
 
 
 def make_data():

@@ -73,8 +73,10 @@ def resolve_in(name: str, path: str, attribute: str) -> Any:
     return getattr(module, attribute)
 
 
-def call(name: str, function: Any, *arguments: Any) -> Any:
+def call(name: str, function: Any, *arguments: Any, **named: Any) -> Any:
     """Returns what a function makes of as many of the arguments as it takes; what is no function, as it is.
+
+    It is given those of `named` that are the names of its parameters.
 
     A class, and an object that can be called, such as a model or a task, are no functions; one that `functools.partial`
     or a decorator such as `functools.cache` has made is.
@@ -85,7 +87,9 @@ def call(name: str, function: Any, *arguments: Any) -> Any:
     made = isinstance(function, functools.partial) or inspect.isfunction(getattr(function, "__wrapped__", None))
     if not (inspect.isfunction(function) or made):
         return function
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function).parameters
+    named = {own: value for own, value in named.items() if own in parameters}
+    parameters = [p for p in parameters.values() if p.name not in named]
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in by_place if p.default is p.empty]
     by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
@@ -94,4 +98,4 @@ def call(name: str, function: Any, *arguments: Any) -> Any:
         got = ", ".join([p.name for p in needed] + by_name)
         raise ValueError(f"{name} must be a function that needs {most}, got one that needs {got}")
     takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return function(*(arguments if takes_all else arguments[: len(by_place)]))
+    return function(*(arguments if takes_all else arguments[: len(by_place)]), **named)

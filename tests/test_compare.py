@@ -57,6 +57,9 @@ def test_runs_beside_each_other(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "42.00" in table and "20.00×" in table and f"{one['total_bytes'] / other['total_bytes']:.2f}×" in table
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "are those of messages, entropy-coded, in coded, and of payloads in the others" in " ".join(table.split())
+    assert cli.run("compare", [plain, plain, "--out", str(tmp_path / "both.pdf")]) == 0
+    assert "entropy-coded" not in capsys.readouterr().out and (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):
@@ -105,7 +108,7 @@ def test_runs_are_listed(tmp_path, capsys):
         (["{out}/nowhere"], "the run must be a folder with config.json"),
         (["{out}/a", "{out}/begun"], "each run must have finished an epoch"),
         (["{out}/a", "{out}/other"], "the runs must have the same first metric, got mae, top1_percent"),
-        (["{out}/a", "--out", "{out}/a.pdf"], "--out must be a file that ends in .png"),
+        (["{out}/a", "--out", "{out}/a.jpg"], "--out must be a file that ends in .png, .pdf or .svg"),
         (["{out}/a", "--out", "{out}/nowhere/a.png"], "--out must be a file that can be written"),
     ],
 )

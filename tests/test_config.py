@@ -192,6 +192,9 @@ def test_functions_get_as_many_arguments_as_they_take():
     assert references.call("f", functools.cache(lambda a: (a,)), "summary") == ("summary",)
     assert references.call("f", functools.partial(lambda a, b: (a, b), 1), "summary") == (1, "summary")
     assert references.call("f", dict, "summary") is dict
+    assert references.call("f", lambda a, seed: (a, seed), "summary", seed=3) == ("summary", 3)
+    assert references.call("f", lambda a, *, seed=1: (a, seed), "summary", seed=3) == ("summary", 3)
+    assert references.call("f", lambda a, width=2: (a, width), "summary", seed=3) == ("summary", 2)
     for function, needs in ((lambda a, b: 0, "a, b"), (lambda a, *, key: 0, "a, key")):
         rule = f"model.name 'x.py:f' must be a function that needs at most 1 argument, got one that needs {needs}"
         with pytest.raises(ValueError, match=rule):

@@ -126,6 +126,8 @@ def test_bytes_of_a_tree_of_features():
     h = sum(4 * n * 4 * 4 * 6 for n in sizes)
     skip = sum(compress.TopK(0.9).payload_bytes(jax.ShapeDtypeStruct((n, 8, 8, 4), jnp.float32)) for n in sizes)
     assert result.traffic.uplink_feature_bytes == 2 * clients * (mask + h + skip)
+    assert result.cut_bytes == result.traffic.uplink_feature_bytes + result.traffic.downlink_gradient_bytes
+    assert result.total_bytes == result.traffic.uplink_bytes + result.traffic.downlink_bytes
     down = sum(4 * n * (4 * 4 * 6 + 8 * 8 * 4) for n in sizes)
     assert result.traffic.downlink_gradient_bytes == 2 * clients * down
     assert result.traffic.uplink_label_bytes == 2 * clients * sum(4 * n * 64 for n in sizes)
@@ -545,6 +547,15 @@ def test_another_run_is_not_taken_for_that_of_a_folder(unchecked, tmp_path):
     for bad in ("", str(tmp_path / "file")):
         with pytest.raises(ValueError, match=r"folder must be (the path of a folder|a path, got '')"):
             msjax.train(TWO, (x, y), **{**options, "folder": bad})
+
+
+def test_labels_of_each_pixel_do_not_move_with_an_augmentation():
+    options = {"task": tasks.segmentation(2), **COMMON}
+    images = data.from_arrays((np.zeros((40, 8, 8, 1), np.uint8), np.zeros((40, 8, 8), np.int32)))
+    with pytest.raises(
+        ValueError, match='augment must be "none", or a function that moves no pixel, for labels of int32'
+    ):
+        msjax.train(unet(), images, augment="flip", **options)
 
 
 def test_labels_out_of_range_are_refused_before_the_first_step():

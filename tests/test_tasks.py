@@ -96,6 +96,8 @@ def test_segmentation_counts_the_whole_set_and_not_what_is_ignored():
     found = metrics_in_batches(task, logits, y, [1, 4])
     assert found["mean_iou_percent"] == pytest.approx(100 * iou)
     assert found["pixel_accuracy_percent"] == pytest.approx(100 * (guess == y)[valid].mean())
+    dice = np.mean([2 * (g & t).sum() / (g.sum() + t.sum()) for g, t in of_class])
+    assert found["mean_dice_percent"] == pytest.approx(100 * dice)
     # A class that counts for nothing has no intersection over union, though pixels of others be taken for it.
     background, valid = tasks.segmentation(3, ignore=0), (y == 1) | (y == 2)
     of_class = [((guess == c) & valid, (y == c) & valid) for c in (1, 2)]

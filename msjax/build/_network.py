@@ -39,7 +39,7 @@ def make_parts(
       ValueError: a field of the config has a value that does not fit.
     """
     if config.is_reference(cfg.model.name):
-        made = config.call_reference("model.name", cfg.model.name, summary)
+        made = config.call_reference("model.name", cfg.model.name, summary, seed=cfg.seed)
         x = jax.eval_shape(make_preprocess(cfg, summary), summary.inputs.batch(2))
         cut = cfg.cut if isinstance(cfg.cut, int) else None
         if cut is not None and isinstance(made, tuple):
@@ -89,6 +89,11 @@ def check_own_model(cfg: config.Config) -> None:
         return
     _check_not_set(cfg, (*_NOT_OF_DECODERS, *_OF_DECODERS, "cut_before_activation", "weights"))
     _check_no_adapters(cfg)
+    if cfg.dtype != "float32":
+        raise ValueError(
+            f"dtype must be 'float32' for model.name={cfg.model.name!r}, whose layers have dtypes of their own, got "
+            f"{cfg.dtype!r}"
+        )
 
 
 def _check_not_set(cfg, names):

@@ -21,12 +21,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folders, of msjax train (also from Python) or msjax serve"
     )
-    parser.add_argument("--out", metavar="FILE.png", help="also draw the metric against bytes and against seconds")
+    parser.add_argument(
+        "--out", metavar="FILE", help="also draw the metric against bytes and seconds: .png, .pdf or .svg"
+    )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each run instead of a table")
     options = parser.parse_args(arguments)
     picture = None if options.out is None else expand("--out", options.out)
-    if picture is not None and picture.suffix != ".png":
-        raise ValueError(f"--out must be a file that ends in .png, got {options.out!r}")
+    if picture is not None and picture.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out must be a file that ends in .png, .pdf or .svg, got {options.out!r}")
     if picture is not None and not plots.available():
         raise ImportError("--out needs matplotlib, which is not installed: pip install 'msjax[plots]'")
     runs = [Overview.read(path) for path in options.runs]
@@ -61,3 +63,9 @@ def _print(runs):
     headline = column_name(runs[0].headline)
     numbers = ("epochs", headline, "features and gradients, MB", "saved", "all, MB", "saved", "seconds")
     print_table(("run", "cut", "codec"), numbers, rows)
+    coded = [run.name for run in runs if run.describe()["entropy_coded"]]
+    if 0 < len(coded) < len(runs):
+        print(
+            f"Bytes of features and gradients are those of messages, entropy-coded, in {', '.join(coded)}, and of "
+            "payloads in the others: over a network --compression codes these, too, and makes them fewer."
+        )

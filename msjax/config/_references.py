@@ -254,10 +254,10 @@ def resolve(name: str, reference: str) -> Any:
     return resolve_in(name, path, attribute)
 
 
-def call_reference(name: str, reference: str, *arguments: Any) -> Any:
+def call_reference(name: str, reference: str, *arguments: Any, **named: Any) -> Any:
     """Returns what the function that a field refers to makes of those arguments that it takes; an object as it is.
 
     Raises:
       ValueError: see `resolve`.
     """
-    return call(f"{name} {reference!r}", resolve(name, reference), *arguments)
+    return call(f"{name} {reference!r}", resolve(name, reference), *arguments, **named)

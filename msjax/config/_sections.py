@@ -258,7 +258,8 @@ class Config:
     epochs: int = 10
     """How often the training data are gone through."""
     seed: int = 0
-    """Of the initial parameters, the share-out, the order, the augmentation and the codecs."""
+    """Of the initial parameters, the share-out, the order, the augmentation and the codecs. An NNX model of your own
+    draws its parameters itself, from the argument `seed` of the function that makes it, if this has one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the network, of the features that are sent, and of weights that adapters leave frozen. What is
     trained is float32."""

@@ -59,7 +59,7 @@ def partition(
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise ValueError(
             f"labels must be classes, integers of shape (N,), for a Dirichlet partition (alpha), got {labels.dtype} "
-            f"{labels.shape}: alpha=None divides examples with labels of any kind"
+            f"{labels.shape}: alpha=None divides examples with any labels, and division= of msjax.train as you say"
         )
     # Beyond these the draw overflows (its sum is infinite, and all shares are 0) or underflows, and is as here anyway.
     alpha = min(max(float(alpha), _LEAST_ALPHA), _MOST_ALPHA / num_clients)

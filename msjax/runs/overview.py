@@ -9,7 +9,7 @@ from msjax.config import Config
 from msjax.paths import expand
 from msjax.runs.folder import RunFolder, is_of_python
 from msjax.runs.progress import bare_metric
-from msjax.split.sent import cut_bytes, total_bytes
+from msjax.split.sent import cut_bytes, is_coded, total_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Overview:
             "test": self.test,
             "cut_bytes": traffic and cut_bytes(traffic),
             "total_bytes": traffic and total_bytes(traffic),
+            "entropy_coded": traffic and is_coded(traffic),
             "seconds": last.get("seconds"),
         }
 

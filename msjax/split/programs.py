@@ -42,7 +42,7 @@ from_vector = jax.jit(trees.from_vector)
 @_jit
 def preprocess(spec: RunSpec, inputs: Any, key: jax.Array) -> Any:
     """Returns a training batch as the network takes it, augmented."""
-    return spec.preprocess(inputs, split_key(key).augment)
+    return spec.augmented(inputs, split_key(key).augment)
 
 
 @_jit

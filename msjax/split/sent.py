@@ -9,14 +9,14 @@ def feature_bytes(traffic: dict[str, int]) -> int | None:
 
     None where that is not known: U-shaped gradients go up, too, and messages of both are counted as one.
     """
-    if not _is_coded(traffic):
+    if not is_coded(traffic):
         return traffic["uplink_feature_bytes"]
     return None if traffic.get("uplink_gradient_bytes") else traffic["coded_uplink_bytes"]
 
 
 def cut_bytes(traffic: dict[str, int]) -> int:
     """Returns the bytes of features and gradients, both ways over the cut; where entropy-coded, as messages."""
-    if _is_coded(traffic):
+    if is_coded(traffic):
         return traffic["coded_uplink_bytes"] + traffic["coded_downlink_bytes"]
     return sum(traffic.get(name, 0) for name in _CUT)
 
@@ -34,7 +34,7 @@ def total_bytes(traffic: dict[str, int]) -> int:
 def by_direction(traffic: dict[str, int]) -> tuple[int, int]:
     """Returns the bytes of all up and of all down; where entropy-coded, as messages."""
     up, down = traffic["uplink_bytes"], traffic["downlink_bytes"]
-    if _is_coded(traffic):
+    if is_coded(traffic):
         plain = [sum(traffic.get(name, 0) for name in _CUT if name.startswith(way)) for way in ("up", "down")]
         up += traffic["coded_uplink_bytes"] - plain[0]
         down += traffic["coded_downlink_bytes"] - plain[1]
@@ -44,6 +44,6 @@ def by_direction(traffic: dict[str, int]) -> tuple[int, int]:
     return up, down
 
 
-def _is_coded(traffic):
-    """Whether there are bytes of messages, of features and gradients together in each direction."""
+def is_coded(traffic: dict[str, int]) -> bool:
+    """Whether bytes of features and gradients are those of messages, entropy-coded, and not those of payloads."""
     return "coded_uplink_bytes" in traffic

@@ -166,6 +166,20 @@ class RunSpec:
     def __eq__(self, other):
         return self is other or (isinstance(other, RunSpec) and self._values == other._values)
 
+    def augmented(self, inputs: Any, key: jax.Array) -> Any:
+        """Returns a training batch (B, …) as the network takes it, augmented.
+
+        Raises:
+          ValueError: the augmentation moves pixels, and labels have places that would stay where they are.
+        """
+        augment, placed = self.preprocess.augment, [leaf for leaf in self.labels.leaves if len(leaf.shape) > 1]
+        if augment in data.AUGMENTATIONS and augment != "none" and placed:
+            raise ValueError(
+                f'augment must be "none", or a function that moves no pixel, for labels of {self.labels} each, whose '
+                f"places would not move with the image, got {augment!r}"
+            )
+        return self.preprocess(inputs, key)
+
     def describe(self) -> dict[str, Any]:
         """Returns what parties must agree on, as JSON-ready values by name."""
         schedule = self.schedule

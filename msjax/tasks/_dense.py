@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,8 @@ def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
     """Returns the task of a class a pixel: outputs are logits (B, …, C), labels integers (B, …) in 0 … C − 1.
 
     The loss is the mean over a sample's pixels of the softmax cross-entropy in nats; metrics are `mean_iou_percent`,
-    the mean over classes of intersection over union, counted over the whole set, and `pixel_accuracy_percent`.
+    the mean over all classes, the background's too, of intersection over union, counted over the whole set,
+    `mean_dice_percent`, the same of the Dice coefficient, and `pixel_accuracy_percent`.
 
     Args:
       num_classes: C.
@@ -28,7 +30,8 @@ def segmentation(num_classes: int, *, ignore: int | None = None) -> Task:
     ignore = None if ignore is None else integer("ignore", ignore)
     confusion = _Confusion(num_classes, ignore)
     metrics = (
-        ("mean_iou_percent", Metric(confusion, _MeanIoU(ignore))),
+        ("mean_iou_percent", Metric(confusion, _OverClasses(ignore, _iou))),
+        ("mean_dice_percent", Metric(confusion, _OverClasses(ignore, _dice))),
         ("pixel_accuracy_percent", Metric(confusion, _right)),
     )
     loss = DenseCrossEntropy(ignore)
@@ -100,16 +103,24 @@ class _Confusion:
 
 
 @dataclasses.dataclass(frozen=True)
-class _MeanIoU:
-    """Over the classes that are there, or are given to a pixel; not of the one that counts for nothing."""
+class _OverClasses:
+    """The mean over the classes that are there, or are given to a pixel; not of the one that counts for nothing."""
 
     ignore: int | None
+    overlap: Callable[..., np.ndarray]
 
     def __call__(self, total):
-        both, label, guess = np.asarray(total, np.float64).reshape(3, -1)
-        union = label + guess - both
-        present = (union > 0) & (np.arange(union.size) != self.ignore)
-        return 100 * float((both[present] / union[present]).mean()) if present.any() else math.nan
+        sums = np.asarray(total, np.float64).reshape(3, -1)
+        present = (sums[1:].sum(0) > 0) & (np.arange(sums.shape[1]) != self.ignore)
+        return 100 * float(self.overlap(*sums[:, present]).mean()) if present.any() else math.nan
+
+
+def _iou(both, label, guess):
+    return both / (label + guess - both)
+
+
+def _dice(both, label, guess):
+    return 2 * both / (label + guess)
 
 
 def _right(total):

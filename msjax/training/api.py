@@ -18,6 +18,7 @@ from msjax.config import MAX_SEED, Config, OptimConfig, check_used
 from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
 from msjax.optim import make_optimizer
 from msjax.paths import expand
+from msjax.split import sent
 from msjax.split.budget import check_known_link, mean_up_bits
 from msjax.split.early import check_labels, warn_of_narrow
 from msjax.split.make_spec import init_part, make_spec
@@ -43,7 +44,7 @@ class TrainResult(NamedTuple):
         clients), "seconds" (so far).
       test: loss and metrics on the test data at the end; empty where there are none.
       traffic: the bytes of all epochs, by kind and direction: those of payloads, of entropy-coded codecs before coding.
-        Of these, `history[-1]["traffic"]` also has the bytes of messages, as `coded_uplink_bytes`.
+        `cut_bytes` and `total_bytes` have those of messages instead.
       spec: the description of the run.
       summary: of the data set: one input, classes, what inputs are normalised by.
       up_bits: with `cut_bits`, the bits that features were aimed at in the end: what to give the codec, as
@@ -57,6 +58,16 @@ class TrainResult(NamedTuple):
     spec: RunSpec
     summary: DataSummary
     up_bits: float | None = None
+
+    @property
+    def cut_bytes(self) -> int:
+        """The bytes of features and gradients over the cut, both ways; of entropy-coded codecs, those of messages."""
+        return sent.cut_bytes(self.history[-1]["traffic"])
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of all that was sent, both ways, as of `cut_bytes`."""
+        return sent.total_bytes(self.history[-1]["traffic"])
 
     @property
     def client(self) -> ModelPart:
@@ -203,7 +214,8 @@ def train(
       augment: for training inputs: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs; by default
         what is usual for the data set.
       test_every: epochs between two tests; the last epoch always has one.
-      seed: of parameters that are not there yet, division, order, augmentation and codecs.
+      seed: of parameters that are not there yet, division, order, augmentation and codecs; not of which clients a
+        `SplitFed(client_fraction=…)` draws, which has a seed of its own.
       folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued, and
         one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data, an `OptimConfig`
         and the options of a loss of `tasks` are compared, but functions, Optax's optimizers and first parameters cannot

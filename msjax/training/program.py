@@ -255,7 +255,7 @@ def _settled_totals(mesh, totals):
 
 def _preprocessed(spec, mesh, x, keys):
     """The clients' training batches as the network takes them."""
-    return shards.by_client(mesh, lambda x, key: spec.preprocess(x, split_key(key).augment), (), (x, keys))
+    return shards.by_client(mesh, lambda x, key: spec.augmented(x, split_key(key).augment), (), (x, keys))
 
 
 def _each_device(tree):
