@@ -336,7 +336,7 @@ def test_statistics_of_rounds_are_sent_as_they_are():
     """In a round a variance may fall to nearly nothing, and a relative error of the change would take it below."""
     spec = built(dataclasses.replace(CFG, mode=MODES[2]), 30).spec
     reference = averages.no_vectors(spec)[:1]
-    assert spec.mode.averages_parts and spec.average_payload.codecs == (SP, compress.Identity())
+    assert spec.mode.own_parts and spec.average_payload.codecs == (SP, compress.Identity())
     stats = jnp.geomspace(1e-6, 1e3, spec.client_statistic_values)
     part = PartState({"w": jnp.ones(spec.client_weight_values)}, {"var": stats}, ())
     payload, memory = averages.encode_part(

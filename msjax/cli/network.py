@@ -70,6 +70,11 @@ class _EvalOptions(ConnectOptions, _PartLink):
     uncompressed: bool = False
     """Send test features as they are."""
 
+    def check(self) -> None:
+        """Raises ValueError for options that cannot work."""
+        super().check()
+        self.check_workers()
+
 
 def evaluate(arguments: list[str]) -> int:
     """Tests a client's part with a server elsewhere; returns the exit status."""
@@ -168,8 +173,8 @@ def _evaluate(trained, remote, options):
     spec = build.spec_of(cfg, trained.summary, test_samples=len(ds.test))
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)
-    numpy_encoder = options.encoder == "numpy"
-    clients = [parties.Client(n, spec, state, own, cfg.seed, numpy_encoder=numpy_encoder) for n in range(cfg.clients)]
+    how = {"numpy_encoder": options.encoder == "numpy", "workers": options.workers}
+    clients = [parties.Client(n, spec, state, own, cfg.seed, **how) for n in range(cfg.clients)]
     if trained.up_bits is not None:
         for client in clients:
             client.up_bits = jnp.float32(trained.up_bits)

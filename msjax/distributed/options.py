@@ -189,6 +189,11 @@ class ConnectOptions(LinkOptions):
     """Processes that read data that are streamed; 0 for threads. By default one fewer than this machine has cores, and
     threads where it has two or there is little to read. Of several clients on one machine each has its own."""
 
+    def check_workers(self) -> None:
+        """Raises ValueError for a number of workers that there cannot be."""
+        if self.workers is not None:
+            integer("workers", self.workers, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientOptions(ConnectOptions):
@@ -212,8 +217,7 @@ class ClientOptions(ConnectOptions):
         if self.client_id < 0:
             raise ValueError(f"client_id must be at least 0, got {self.client_id}")
         check_positive(self, "retry_seconds", "answer_seconds")
-        if self.workers is not None:
-            integer("workers", self.workers, 0)
+        self.check_workers()
         folder_to_be("state", self.folder())
         if self.weights is not None:
             existing_weights("weights", self.weights)

@@ -149,7 +149,7 @@ class ServerRun:
 
     def _alone(self, step):
         """Whether the server has all that clients need to go on before this step."""
-        return step == 0 or not self.spec.mode.keeps_state(self.schedule)
+        return step == 0 or self.spec.mode.hands_parts_on(self.schedule)
 
     def _back_to(self, saved):
         """The step that clients would go back to, where the server's last checkpoint is of this one."""
@@ -250,23 +250,23 @@ class ServerRun:
     def _hold(self, came):
         """Keeps what is to be saved where the schedule allows and every client saves, too."""
         exchange, schedule = self.exchange, self.schedule
-        relayed = self.party.passes_parts_on
-        # In turns the server holds the part that goes round when a turn begins, and no client has to save anything.
-        if exchange.phase != (Phase.FETCH_PART if relayed else Phase.FEATURES):
+        handed_on = self.spec.mode.hands_parts_on(schedule)
+        # The server then holds the part that goes round when a turn begins, and no client has to save anything.
+        if exchange.phase != (Phase.FETCH_PART if handed_on else Phase.FEATURES):
             return
         if not schedule.may_checkpoint(exchange.step, self._checkpoint_steps) or exchange.step == self._start_step:
             return
-        if relayed and self.party.part_in_transit is None:  # all whose turn it was were dropped before they gave one
+        if handed_on and self.party.part_in_transit is None:  # all whose turn it was were dropped before they gave one
             self._missed(exchange.step, "no client has handed a part on yet", "")
             return
         if self._held is not None:
             late = _names(self._held.waits_for)
             self._missed(self._held.step, f"{late} could not save, or not before the next was due")
             self._held = None
-        if not relayed and (failed := [c for c, it in came.items() if not it.request.saved]):
+        if not handed_on and (failed := [c for c, it in came.items() if not it.request.saved]):
             self._missed(exchange.step, f"{_names(failed)} could not save")
             return
-        self._held = _Held(exchange.step, self._store.hold(self.party), set(came), set() if relayed else set(came))
+        self._held = _Held(exchange.step, self._store.hold(self.party), set(came), set() if handed_on else set(came))
 
     def _write_held(self, came):
         """Begins to write what is held, once every client has said that its own of this step is complete.
@@ -310,19 +310,19 @@ def _names(clients):
 
 def _info(schedule, exchange, last_turn=None, **last_checkpoint):
     """What membership has to know of an exchange; `last_turn` is the client that handed the last part on, if any."""
-    passed_on = not schedule.mode.keeps_state(schedule)  # a part goes from client to client, by way of the server
+    handed_on = schedule.mode.hands_parts_on(schedule)  # a part goes from client to client, by way of the server
     entrance, donors = Entrance.CLOSED, ()
-    if exchange.phase == (Phase.FETCH_PART if passed_on else Phase.FEATURES):
-        entrance = Entrance.FREE if passed_on else Entrance.WITH_PART
-    if not passed_on and exchange.step + 1 < schedule.total_steps:
+    if exchange.phase == (Phase.FETCH_PART if handed_on else Phase.FEATURES):
+        entrance = Entrance.FREE if handed_on else Entrance.WITH_PART
+    if not handed_on and exchange.step + 1 < schedule.total_steps:
         later = (e.clients for e in schedule.step_exchanges(exchange.step) if e.position > exchange.position)
         busy = frozenset().union(*later)
         donors = tuple(c for c in exchange.clients if c not in busy)
     computed_by = int(exchange.phase), schedule.batch_size_of(exchange)
-    rounds = schedule.mode.hands_parts_on(schedule) and not schedule.mode.one_at_a_time
+    rounds = handed_on and not schedule.mode.one_at_a_time
     rounds = rounds and exchange.phase not in (Phase.TEST, Phase.RESULT)
     turn = None
-    if passed_on:  # whoever handed the last part on has the result, should the others be dropped
+    if handed_on:  # whoever handed the last part on has the result, should the others be dropped
         turn = schedule.position(exchange.step).clients + (() if last_turn is None else (last_turn,))
     args = (exchange.position, exchange.step, exchange.clients, entrance, computed_by, donors)
     return ExchangeInfo(*args, rounds, turn, **last_checkpoint)

@@ -45,7 +45,7 @@ def check_sizes(spec: RunSpec, *, max_bytes: int = _MOST_BYTES, brings_part: boo
       MessageTooLargeError: one can become too large; it says which, how large, and what would help.
     """
     schedule = spec.schedule
-    part = _of_payload(spec.part_payload()) if brings_part and spec.mode.keeps_state(schedule) else 0
+    part = _of_payload(spec.part_payload()) if brings_part and not spec.mode.hands_parts_on(schedule) else 0
     # The first step has the largest batch, the last what comes once in an epoch or a turn.
     for step in dict.fromkeys((0, schedule.total_steps - 1)):
         for exchange in schedule.step_exchanges(step):

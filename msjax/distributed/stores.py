@@ -90,7 +90,7 @@ class ServerStore(Checkpoints):
           ValueError: what never changes, which checkpoints leave out, is not in `party` as it was.
         """
         tree = _to_save(party)
-        if party.passes_parts_on:
+        if party.spec.mode.hands_parts_on(party.spec.schedule):
             tree["relayed"] = np.zeros(party.spec.client_state_values, np.float32)
         tree, progress = super().restore(step, tree)
         check_constants(self._digest_of_constants(party), progress.pop(_CONSTANTS, None))

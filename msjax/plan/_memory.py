@@ -68,7 +68,7 @@ def needs(run: Run, name: str) -> Needs:
     if name == "server":
         clients = run.clients
         remembered = jax.eval_shape(lambda: spec.mode.server_memory(spec)) if spec.compresses_updates else ()
-        if not spec.mode.keeps_state(spec.schedule):  # it holds the part that goes round
+        if spec.mode.hands_parts_on(spec.schedule):  # it holds the part that goes round
             remembered = (remembered, jax.ShapeDtypeStruct((spec.client_state_values,), jnp.float32))
     elif name == "client" and spec.compresses_updates:
         remembered = jax.eval_shape(functools.partial(spec.mode.client_memory, spec), run.client)

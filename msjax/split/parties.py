@@ -97,7 +97,7 @@ class Client:
     @property
     def keeps_state(self) -> bool:
         """Whether its state outlives a turn; if not it is handed one when its turn begins."""
-        return self.spec.mode.keeps_state(self.schedule)
+        return not self.spec.mode.hands_parts_on(self.schedule)
 
     def needs_state(self, at: int) -> bool:
         """Whether the part that it has before step `at` counts."""
@@ -289,11 +289,6 @@ class Server:
         self.train = self.test = MetricSums()
         self.losses: dict[int, float] = {}
         self._seed, self._mesh, self._pending = seed, mesh, None
-
-    @property
-    def passes_parts_on(self) -> bool:
-        """Whether it has to have a client's part to hand on, once training has begun."""
-        return self.spec.mode.hands_parts_on(self.spec.schedule)
 
     def handle(self, exchange: Exchange, messages: dict[int, Message]) -> dict[int, Message]:
         """Returns the answer to each client in `messages`: all of the exchange's, or those that came in time."""

@@ -279,11 +279,11 @@ class RunSpec:
         return self.mode.down(self, exchange)
 
     def part_payload(self) -> PayloadSpec:
-        """Returns the spec of a client's part with its optimizer state, as it is handed on.
+        """Returns the spec of a client's part with its optimizer state, as one brings it for another that was dropped.
 
         With it goes what the changes of parts are counted from, where the mode compresses these.
         """
-        reference = self.compresses_updates and self.mode.averages_parts
+        reference = self.compresses_updates and self.mode.own_parts
         return PayloadSpec.of_vector(self.client_state_values + reference * self.client_weight_values)
 
     @property
@@ -297,7 +297,7 @@ class RunSpec:
 
         A byte each with an error relative to each change, in every step; float32 where they come once a round.
         """
-        return Identity() if self.mode.averages_parts else _STATISTICS
+        return Identity() if self.mode.own_parts else _STATISTICS
 
     @property
     def compresses_updates(self) -> bool:
@@ -313,7 +313,7 @@ class RunSpec:
     def handed_payload(self) -> PayloadSpec:
         """Returns the spec of a part that is handed on: one vector, in a list where it is compressed."""
         if not self.compresses_parts:
-            return PayloadSpec.of_vector(self.client_state_values)
+            return self.part_payload()
         return PayloadSpec.of_vectors([(self.client_state_values, self.update_codec)])
 
     @functools.cached_property

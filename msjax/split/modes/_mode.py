@@ -27,9 +27,8 @@ class Mode:
     """How the clients work together. Its fields are its whole configuration; equal modes are equal by value."""
 
     own_parts: ClassVar[bool] = False
-    """Whether every client has a part of its own that differs from the others' within a run."""
-    averages_parts: ClassVar[bool] = False
-    """Whether weights are averaged, rather than gradients."""
+    """Whether every client has a part of its own that differs from the others' within a run; weights are then averaged,
+    rather than gradients."""
     one_at_a_time: ClassVar[bool] = False
     """Whether a step is one client's, and the part goes from client to client by the server."""
 
@@ -72,10 +71,6 @@ class Mode:
     def may_checkpoint(self, schedule: Schedule, step: int, every: int) -> bool:
         """Whether the state before a step is saved."""
         return step % every == 0
-
-    def keeps_state(self, schedule: Schedule) -> bool:
-        """Whether a client's state outlives its turn; if not, it is handed one when its turn begins."""
-        return True
 
     def hands_parts_on(self, schedule: Schedule) -> bool:
         """Whether others take part from step to step, and go on with the part that the server has of those before.

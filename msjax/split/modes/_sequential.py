@@ -79,9 +79,6 @@ class Sequential(Mode):
         turn = min(self.turn_steps or schedule.client_steps, schedule.client_steps)
         return self.position(schedule, step).turn_starts and step % every < turn
 
-    def keeps_state(self, schedule):
-        return schedule.clients == 1
-
     def up(self, spec, exchange):
         return spec.handed_payload() if exchange.phase == Phase.RETURN_PART else None
 

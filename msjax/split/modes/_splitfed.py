@@ -45,7 +45,7 @@ class SplitFed(AveragingMode):
     client_fraction: float = 1.0
     seed: int = 0
 
-    own_parts = averages_parts = True
+    own_parts = True
 
     def __post_init__(self):
         object.__setattr__(self, "average_steps", integer("average_steps", self.average_steps, 1))
@@ -61,9 +61,6 @@ class SplitFed(AveragingMode):
 
     def hands_parts_on(self, schedule):
         return self.clients_at_once(schedule) < schedule.clients
-
-    def keeps_state(self, schedule):
-        return not self.hands_parts_on(schedule)
 
     def _participants(self, schedule, step):
         epoch, within = divmod(step, schedule.epoch_steps)
