@@ -189,7 +189,7 @@ def test_images_that_use_few_of_their_16_bits_are_told(tmp_path, caplog):
             Image.fromarray(pixels * np.uint16(factor)).save(tmp_path / f"{factor}" / "a" / f"{i}.png")
         ds = data.from_image_folder(tmp_path / f"{factor}", image_size=None, test_share=None)
         assert len(np.unique(ds.train_inputs)) == (16 if factor == 1 else len(np.unique(ds.train_inputs)))
-        said = "values of at most 4095: of the upper 8 bits, which alone are used, these leave 16 levels"
+        said = "use values of at most 4095: of the upper 8 bits, which alone are used, these leave 16 levels"
         assert (said in caplog.text) == (factor == 1)
         caplog.clear()
 

@@ -378,6 +378,9 @@ class _Stream:
     def cancel(self):
         self.is_open = False
 
+    def initial_metadata(self):
+        return (("msjax-run", "r"),)
+
 
 def test_what_has_no_answer_is_sent_again(monkeypatch):
     """Over another stream, for as long as there is an answer at least every so many seconds."""
@@ -407,3 +410,17 @@ def test_what_has_no_answer_is_sent_again(monkeypatch):
         with pytest.raises(ConnectionError, match=r"no answer in 0 s of trying: localhost:1: .*the cable is out"):
             ask(there, compress.Identity(), *batches)
     assert not streams[-1].is_open
+
+
+def test_another_part_in_its_place_is_refused(tmp_path):
+    client, _ = make(tmp_path)
+    h, refusal = (
+        features(client, 2),
+        pytest.raises(ValueError, match="now has a part of another run, 'r', got 's' before"),
+    )
+    with served(tmp_path) as address, remote(address) as there:
+        there.describe()
+        assert ask(there, CODEC, h)[0].shape == (2, 10)
+        there._run = "s"
+        with refusal:
+            ask(there, CODEC, h)

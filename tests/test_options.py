@@ -208,7 +208,7 @@ def test_tokens_file(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "tokens must have a line of every client, or of policy.start_clients of them, got none at all"),
+        ("", "tokens must have a line of a client, got none at all"),
         ("# nobody\n", "got none at all"),
         (
             "0 bob\n2 eve\n",

@@ -192,6 +192,8 @@ def test_what_was_computed_before_an_error_is_kept(photos, tmp_path, capsys, mon
     assert said[0] == f"msjax predict: 4 lines in {out}.partial" and "dog/1.png" in said[1] and not out.exists()
     expected = run(capsys, path / "a", tmp_path / "photos/cat", tmp_path / "photos/dog/0.png")
     assert (tmp_path / "lines.partial").read_text().splitlines() == expected
+    run(capsys, path / "a", path / "photos", "--out", out)
+    assert out.exists() and not (tmp_path / "lines.partial").exists()
 
 
 def test_rows_of_a_table(tmp_path, capsys):

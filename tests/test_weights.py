@@ -220,7 +220,7 @@ def test_a_head_for_other_classes(name, tmp_path):
     assert_trees_equal(found.stats, weights.stats)
     models.split(other, "medium", weights=found)
     grey = build(name, input_shape=(*model.input_shape[:2], 1))
-    with pytest.raises(ValueError, match=r"of 3 channels, and those of the data have 1 \(data.channels\)$"):
+    with pytest.raises(ValueError, match=r"of 3 channels, and the data's have 1 \(of a folder, data.channels\)$"):
         models.load_weights(path, grey)
     # In a run, from its seed, and a part that goes elsewhere needs no file.
     shape = (32, 32, 3)

@@ -20,6 +20,7 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
       ValueError, data.DataError: it cannot be had.
     """
     check_classes(cfg)
+    check_channels(cfg)
     if config.is_reference(cfg.data.name):
         if cfg.data.missing != "refuse":
             raise ValueError(
@@ -27,10 +28,8 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
                 f"itself, got {cfg.data.missing!r}"
             )
         _refuse_streamed(cfg, "a function of a preset, which can return a data set that is streamed")
-        _refuse_channels(cfg)
         return data.as_dataset(config.call_reference("data.name", cfg.data.name))
     if cfg.model.name == models.DECODER or cfg.data.name.lower().endswith(data.TEXT_SUFFIXES):
-        _refuse_channels(cfg)
         return _load_text(cfg, cache_dir)
     if cfg.data.test is not None:
         raise ValueError(
@@ -38,8 +37,6 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             f"the same folder or file, such as a folder's train/ and test/ or val/"
         )
     if config.is_local_path(cfg.data.name):
-        if cfg.data.name.lower().endswith(data.FILE_SUFFIXES):
-            _refuse_channels(cfg)
         options = _path_options(cfg.data)
         if cfg.data.name.lower().endswith(".csv") and cfg.task.name in _CLASSES_OF_TABLES:
             options.setdefault("classes", _CLASSES_OF_TABLES[cfg.task.name])
@@ -51,12 +48,11 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
             "data.name must be an .npz or CSV file or a folder of images that is there where data.classes names "
             f"classes, got {cfg.data.name!r}"
         )
-    _refuse_channels(cfg)
     where = {"data_dir": data_dir or cfg.data.data_dir, "cache_dir": cache_dir or cfg.data.cache_dir}
     names = ("image_size", "text_length", "vocabulary", "missing", "drop", "test_share", "streamed")
     options = {name: getattr(cfg.data, name) for name in names}
     try:
-        return data.load(cfg.data.name, **where, **options)
+        found = data.load(cfg.data.name, **where, **options)
     except RuntimeError as error:
         if "home directory" not in str(error):
             raise
@@ -64,6 +60,8 @@ def load_data(cfg: config.Config, *, data_dir: str | None = None, cache_dir: str
         raise ValueError(
             f"data.data_dir and data.cache_dir must be given where the user has no home folder, got {got}"
         ) from None
+    _refuse_channels(cfg)
+    return found
 
 
 _CLASSES_OF_TABLES = {"classification": "integers", "regression": False}
@@ -145,6 +143,13 @@ def _path_options(cfg):
     if cfg.name.lower().endswith(".npz"):
         return options | {"normalize": cfg.normalize}
     return options | {"image_size": cfg.image_size, "channels": cfg.channels}
+
+
+def check_channels(cfg: config.Config) -> None:
+    """Raises ValueError for `data.channels` of data that are surely no folder of images."""
+    name = cfg.data.name.lower()
+    if config.is_reference(cfg.data.name) or name.endswith(data.FILE_SUFFIXES) or data.is_known(cfg.data.name):
+        _refuse_channels(cfg)
 
 
 def _refuse_channels(cfg):

@@ -222,6 +222,8 @@ def identity(cfg: config.Config) -> dict[str, str]:
     found = {}
     if cfg.model.weights is not None:
         found["weights"] = models.weights_digest(expand("model.weights", cfg.model.weights))
+        if cfg.model.new_head:
+            found["weights"] += ", but for the last layer"
     if cfg.model.name == models.DECODER:
         tree = decoder_config(cfg).to_json()
         if isinstance(ends := tree["eos_token_id"], tuple):  # nothing is computed with them

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from msjax import config, models, tasks
-from msjax.build._data import check_classes, make_preprocess
+from msjax.build._data import check_channels, check_classes, make_preprocess
 from msjax.build._network import check_model, check_weights, make_parts
 from msjax.build._summary import DataSummary
 from msjax.compress import Identity
@@ -86,6 +86,7 @@ def spec_of(cfg: config.Config, summary: DataSummary, *, test_samples: int) -> R
 def check_without_data(cfg: config.Config) -> None:
     """Raises ValueError for what no data could make right: names of classes, a model, a cut, weights, or a budget."""
     check_classes(cfg)
+    check_channels(cfg)
     check_model(cfg)
     check_weights(cfg)
     codecs = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs)), Codecs.of(cfg.grad_codec, "grad_codec")

@@ -162,7 +162,8 @@ def _connected(trained, options, command):
 def _evaluate(trained, remote, options):
     """Tests as a training run does, batch by batch with the same keys; each client's share is computed here.
 
-    With a budget all aim at what this client did in the end, in a run each client at its own.
+    U-shaped, the server's random codecs draw the same for each batch. With a budget all aim at what this client did in
+    the end, in a run each client at its own.
     """
     cfg = config.with_fields(trained.config, {"model.weights": None})  # those it was trained from
     cfg = dataclasses.replace(cfg, eval_compressed=cfg.eval_compressed and not options.uncompressed)

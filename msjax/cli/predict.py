@@ -130,9 +130,13 @@ def _write(lines: Iterable[str], to: str | None) -> int:
             found.append(line)
     except BaseException:
         if found:
-            _write_lines(found, to + ".partial")
+            try:
+                _write_lines(found, to + ".partial")
+            except ValueError as error:
+                print(f"msjax predict: {error}", file=sys.stderr)
         raise
     _write_lines(found, to)
+    expand("out", to + ".partial").unlink(missing_ok=True)  # of an earlier try
     return 0
 
 

@@ -15,7 +15,7 @@ from msjax.references import call, is_reference, resolve_in
 _OWN_SECTIONS = ("model", "lora", "data", "task")
 _PLACES = (
     *(f"data.{name}" for name in ("name", "data_dir", "cache_dir", "streamed", "workers", "tokenizer", "test")),
-    *(f"data.{name}" for name in ("label", "drop", "text_column", "image_size", "normalize")),
+    *(f"data.{name}" for name in ("label", "drop", "text_column", "image_size", "channels", "normalize")),
     "model.weights",
     "model.decoder",
 )

@@ -190,15 +190,16 @@ def _channels(files: Sequence[Path]) -> int:
 
 def _warn_of_few_levels(files: Sequence[Path]) -> None:
     """Of grey images of more than 8 bits, where some of them use so few values that little is left of the upper 8."""
-    most = bits = 0
+    most: dict[int, tuple[int, Path]] = {}  # by bits: the brightest value, and whose it is
     for file in files[:: max(1, len(files) // 8)]:
         with _images.decoding(f"image {file}"), _images.pillow().open(file) as image:
-            if own := _images.grey_bits(image):
-                bits, most = own, max(most, int(np.asarray(image).max()))
-    if bits and most < 1 << (bits - 3):
-        said = "%s and others have %d bits, and values of at most %d: of the upper 8 bits, which alone are used, these "
-        said += "leave %d levels; scale the images before, so that the brightest have %d"
-        _log.warning(said, files[0], bits, most, (most >> (bits - 8)) + 1, (1 << bits) - 1)
+            if bits := _images.grey_bits(image):
+                most[bits] = max(most.get(bits, (0, file)), (int(np.asarray(image).max()), file))
+    for bits, (value, file) in most.items():
+        if value < 1 << (bits - 3):
+            said = "images of %d bits, as %s, use values of at most %d: of the upper 8 bits, which alone are used, "
+            said += "these leave %d levels; scale them before, so that the brightest have %d"
+            _log.warning(said, bits, file, value, (value >> (bits - 8)) + 1, (1 << bits) - 1)
 
 
 def _opened(file: Path):

@@ -22,7 +22,7 @@ from msjax.distributed.options import MOST_SESSIONS
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
 from msjax.distributed.rpc.admission import Admission, Certificates, WrongTokens, peer_of
-from msjax.distributed.rpc.connection import OTHER_SERVER
+from msjax.distributed.rpc.connection import OTHER_SERVER, RUN_KEY
 from msjax.distributed.rpc.security import Rates, Tokens
 from msjax.distributed.rpc.server import say_refused
 from msjax.logs import Seldom
@@ -92,6 +92,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers each message of features, in order."""
         self._authenticate(context)
+        context.send_initial_metadata(((RUN_KEY, self._trained.run_id),))
         for request in self._held(requests, context):
             self._metrics.received(ANYONE, request)
             began = time.perf_counter()
@@ -202,8 +203,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         if self._is_decoder:
             outputs = outputs.of_length(up.likes[0].shape[1])
         down = PayloadSpec.of_features(outputs, Codecs(codec), batch_size)
-        part, state, infer = self._trained.apply, self._state, _infer_texts if self._is_decoder else _infer
-        out = infer(part, up, down, state, payload, self._key)
+        args = (self._trained.apply, up, down, self._state, payload, self._key)
+        out = _infer_texts(*args, self._features.leaves[0].shape[0]) if self._is_decoder else _infer(*args)
         return messages.encode(out, down, self._compression if self._u_shaped else None)
 
 
@@ -213,11 +214,14 @@ def _infer(apply, up, down, state, payload, key):
     return down.encode(outputs, tail_key(key))
 
 
-def _infer_texts(apply, up, down, state, payload, key):
-    """The same of a decoder, whose part is compiled for few lengths: what is behind a text does not change it."""
+def _infer_texts(apply, up, down, state, payload, key, longest):
+    """The same of a decoder and a text of at most `longest` tokens.
+
+    The part is compiled for few lengths: what is behind a text does not change it.
+    """
     features = _decode(up, payload)
     length = down.likes[0].shape[1]
-    most = session.padded(length, 1 << 30)
+    most = session.padded(length, longest)
     features = jax.tree.map(lambda h: jnp.pad(h, ((0, 0), (0, most - length), (0, 0))), features)
     outputs = _apply(apply, state, features)
     return _encode(down, jax.tree.map(lambda y: y[:, :length], outputs), tail_key(key))

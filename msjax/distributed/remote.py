@@ -16,7 +16,7 @@ from msjax.distributed.generation import RemoteSession
 from msjax.distributed.options import LinkOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc import split_pb2_grpc
-from msjax.distributed.rpc.connection import OTHER_SERVER, metadata_of, open_channel, reason_of
+from msjax.distributed.rpc.connection import OTHER_SERVER, RUN_KEY, metadata_of, open_channel, reason_of
 from msjax.distributed.rpc.security import TlsFiles
 from msjax.pair import Pair
 from msjax.parts import TrainedPart, check_complete, check_run_ids
@@ -60,16 +60,19 @@ class RemoteServer:
         self._channel = open_channel(address, self._tls)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
         self._metadata = metadata_of(token)
+        self._run: str | None = None
         self.sent_bytes = self.received_bytes = 0
 
     def describe(self) -> pb.Description:
-        """Returns what the server has."""
+        """Returns what the server has; another part that answers later is refused."""
 
         def call(seconds):
             options = {"metadata": self._metadata, "timeout": max(0.1, min(seconds, _TRY_SECONDS))}
             return self._call(lambda: self._stub.Describe(pb.DescribeRequest(), **options))
 
-        return self._retrying(call)
+        found = self._retrying(call)
+        self._run = found.run
+        return found
 
     def answers(self, payloads: Sequence[Payload], up: PayloadSpec, down: PayloadSpec) -> list[Payload]:
         """Returns what the server answers to features, in order: outputs or, U-shaped, the tail's features.
@@ -88,6 +91,7 @@ class RemoteServer:
             try:
                 while len(found) < len(requests):
                     answer = self._call(lambda: next(stream))
+                    self._check_run(dict(stream.initial_metadata()).get(RUN_KEY))
                     found.append(self._decode(answer, down))
                     self.sent_bytes += _bytes_of(requests[len(found) - 1])
                     self.received_bytes += _bytes_of(answer)
@@ -104,6 +108,12 @@ class RemoteServer:
     def close(self) -> None:
         """Ends the connection."""
         self._channel.close()
+
+    def _check_run(self, run):
+        if self._run is not None and run != self._run:
+            raise ValueError(
+                f"{self._address}: the server now has a part of another run, {run!r}, got {self._run!r} before"
+            )
 
     def _decode(self, answer, down):
         try:

@@ -266,5 +266,5 @@ def _check(found, entries, model, path):
     first = next(name for name, entry in entries.items() if len(entry.shape) == 4)
     if first in others and (taken := found[first].shape[1:2]) != entries[first].torch_shape[1:2]:
         wanted = entries[first].torch_shape[1]
-        hint = f"; it takes images of {taken[0]} channels, and those of the data have {wanted} (data.channels)"
+        hint = f"; it takes images of {taken[0]} channels, and the data's have {wanted} (of a folder, data.channels)"
     raise ValueError(f"{path} must hold the weights of {model.name} in PyTorch's names; {'; '.join(wrong)}{hint}")

@@ -30,6 +30,9 @@ _TOO_LARGE = "larger than max"
 
 _CLOSED = "the server closed the stream"
 
+RUN_KEY = "msjax-run"
+"""Of the metadata with which a trained part begins its answers: the `run_id` of the part."""
+
 OTHER_SERVER = (
     "the server there does not answer such calls: msjax client needs a training one (msjax serve), msjax eval, "
     "predict and generate one with a trained part (msjax serve --part)"

@@ -203,7 +203,7 @@ def client_lines(
     of_whom = ", ".join(map(str, lacking[:5])) + ", …" * (len(lacking) > 5)
     if not found or clients - len(lacking) < (clients if least is None else least):
         some = f"none of client {of_whom}" if lacking else "none at all"
-        whom = "every client, or of policy.start_clients of them"
+        whom = "every client, or of policy.start_clients of them" if clients else "a client"
         raise ValueError(f"{name} must have a line of {whom}, got {some} in {path}")
     if lacking:
         log.warning("%s: %s has no line of client %s, which cannot take part", name, path, of_whom)
