@@ -16,9 +16,9 @@ from .own_models import numbers
 UPLINK, DOWNLINK = 8_000_000, 4_000_000
 
 
-def make_run(out, name, *, epochs=2, done=2, codec=None, coded=None, headline="top1_percent"):
+def make_run(out, name, *, epochs=2, done=2, codec=None, coded=None, headline="top1_percent", seed=0, metric=40.0):
     """A run folder as training leaves it, without training."""
-    cfg = config.Config(out=str(out), epochs=epochs, codec=codec or compress.Identity(), compare=False)
+    cfg = config.Config(out=str(out), epochs=epochs, codec=codec or compress.Identity(), compare=False, seed=seed)
     folder = RunFolder.create(cfg, name)
     history = []
     for epoch in range(1, done + 1):
@@ -28,7 +28,7 @@ def make_run(out, name, *, epochs=2, done=2, codec=None, coded=None, headline="t
         traffic |= {"uplink_bytes": UPLINK + 1500, "downlink_bytes": DOWNLINK + 500}
         if coded:
             traffic |= {"coded_uplink_bytes": coded[0], "coded_downlink_bytes": coded[1]}
-        metrics = {"loss": 1 / epoch, headline: 40.0 + epoch}
+        metrics = {"loss": 1 / epoch, headline: metric + epoch}
         record = {"epoch": epoch, "step": 9 * epoch, "train": metrics, "test": metrics}
         history.append(record | {"traffic": {k: v * epoch for k, v in traffic.items()}, "seconds": 1.5 * epoch})
     if done:
@@ -60,6 +60,32 @@ def test_runs_beside_each_other(tmp_path, capsys):
     assert "are those of messages, entropy-coded, in coded, and of payloads in the others" in " ".join(table.split())
     assert cli.run("compare", [plain, plain, "--out", str(tmp_path / "both.pdf")]) == 0
     assert "entropy-coded" not in capsys.readouterr().out and (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_runs_of_several_seeds_are_one(tmp_path, capsys):
+    plain = [make_run(tmp_path, f"plain{seed}", seed=seed, metric=40.0 + seed) for seed in range(3)]
+    masked = [make_run(tmp_path, "masked", codec=compress.MaskEncoded(), metric=30.0)]
+    assert cli.run("compare", [*plain, *masked, "--by-seed", "--json"]) == 0
+    one, other = said(capsys)
+    assert (one["runs"], one["seeds"], one["mean"], one["deviation"]) == (plain, [0, 1, 2], 43.0, 1.0)
+    assert (other["runs"], other["mean"], other["deviation"]) == (masked, 32.0, None)
+    assert one["total_bytes"] == other["total_bytes"] and one["codec"] == str(compress.Identity())
+    picture = tmp_path / "seeds.svg"
+    assert cli.run("compare", [plain[0], *masked, *plain[1:], "--by-seed", "--out", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert "43.00 ± 1.00 (3)" in table and "32.00" in table and "plain0 and 2 more" in table and picture.exists()
+    for runs, message in (
+        (
+            [plain[0], plain[0]],
+            "runs that differ in nothing must have other seeds, got plain0, plain0",
+        ),
+        (
+            [plain[0], make_run(tmp_path, "short", seed=5, done=1)],
+            "equally many epochs, got plain0 of 2/2, short of 1/2",
+        ),
+    ):
+        assert cli.run("compare", [*runs, "--by-seed"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):

@@ -1,12 +1,13 @@
 """`msjax compare`: runs beside each other."""
 
 import argparse
+import statistics
 import sys
 
 from msjax.paths import expand
 from msjax.runs import plots, to_json
 from msjax.runs.overview import Overview
-from msjax.runs.progress import column_name
+from msjax.runs.progress import bare_metric, column_name
 from msjax.runs.tables import print_table
 
 
@@ -25,6 +26,9 @@ def main(arguments: list[str]) -> int:
         "--out", metavar="FILE", help="also draw the metric against bytes and seconds: .png, .pdf or .svg"
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each run instead of a table")
+    parser.add_argument(
+        "--by-seed", action="store_true", help="runs that differ in their seeds alone as one: mean ± deviation"
+    )
     options = parser.parse_args(arguments)
     picture = None if options.out is None else expand("--out", options.out)
     if picture is not None and picture.suffix not in (".png", ".pdf", ".svg"):
@@ -37,14 +41,16 @@ def main(arguments: list[str]) -> int:
     headlines = {run.headline for run in runs}
     if len(headlines) > 1:
         raise ValueError(f"the runs must have the same first metric, got {', '.join(sorted(headlines))}")
+    groups = _by_seed(runs) if options.by_seed else [[run] for run in runs]
     if options.json:
-        for run in runs:
-            print(to_json(run.describe()))
+        for group in groups:
+            print(to_json(_describe(group) if options.by_seed else group[0].describe()))
     else:
-        _print(runs)
+        _print(groups)
     if picture is not None:
         try:
-            plots.draw_comparison([(run.name, run.history) for run in runs], runs[0].headline, picture)
+            drawn = [(_name(group), [run.history for run in group]) for group in groups]
+            plots.draw_comparison(drawn, runs[0].headline, picture)
         except OSError as error:
             why = error.strerror
             raise ValueError(f"--out must be a file that can be written, got {options.out!r}: {why}") from None
@@ -52,19 +58,55 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _print(runs):
-    first, rows = runs[0].describe(), []
+def _by_seed(runs):
+    """Runs that differ in nothing but their seeds together, in the order of the first of each."""
+    groups = {}
     for run in runs:
-        said = run.describe()
-        cells = [run.name, said["cut"] or "–", run.codecs, run.epochs, run.metric]
+        groups.setdefault(run.recipe, []).append(run)
+    for group in groups.values():
+        seeds = [run.settings["seed"] for run in group]
+        if len({*seeds}) < len(seeds):
+            names = ", ".join(run.name for run in group)
+            raise ValueError(f"runs that differ in nothing must have other seeds, got {names}")
+        if len({len(run.history) for run in group}) > 1:
+            epochs = ", ".join(f"{run.name} of {run.epochs}" for run in group)
+            raise ValueError(f"runs that differ in their seeds must have equally many epochs, got {epochs}")
+    return list(groups.values())
+
+
+def _name(group):
+    return group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
+
+
+def _describe(group):
+    """What `--json` prints of runs that differ in their seeds: means and sample standard deviations."""
+    first, headline = group[0], group[0].headline
+    values = [run.test[headline] for run in group if run.test is not None and headline in run.test]
+    found = {"runs": [run.path for run in group], "seeds": [run.settings["seed"] for run in group]}
+    found |= {name: value for name, value in first.describe().items() if name not in ("run", "seed", "train", "test")}
+    found["mean"] = statistics.fmean(values) if values else None
+    found["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+    for name in ("cut_bytes", "total_bytes", "seconds"):
+        found[name] = statistics.fmean(run.describe()[name] for run in group)
+    return found
+
+
+def _print(groups):
+    first, rows = _describe(groups[0]), []
+    for group in groups:
+        said, run = _describe(group), group[0]
+        metric = run.metric if said["mean"] is None else bare_metric(run.headline, said["mean"])
+        if said["deviation"] is not None:
+            metric = f"{metric} ± {said['deviation']:.2f} ({len(group)})"
+        cells = [_name(group), said["cut"] or "–", run.codecs, run.epochs, metric]
         for name in ("cut_bytes", "total_bytes"):
             cells += [f"{said[name] / 1e6:,.2f}", f"{first[name] / said[name]:.2f}×" if said[name] else "–"]
         rows.append([*cells, f"{said['seconds']:,.1f}"])
-    headline = column_name(runs[0].headline)
+    headline = column_name(groups[0][0].headline)
     numbers = ("epochs", headline, "features and gradients, MB", "saved", "all, MB", "saved", "seconds")
     print_table(("run", "cut", "codec"), numbers, rows)
-    coded = [run.name for run in runs if run.describe()["entropy_coded"]]
-    if 0 < len(coded) < len(runs):
+    coded = [_name(group) for group in groups if _describe(group)["entropy_coded"]]
+    if 0 < len(coded) < len(groups):
         print(
             f"Bytes of features and gradients are those of messages, entropy-coded, in {', '.join(coded)}, and of "
             "payloads in the others: over a network --compression codes these, too, and makes them fewer."

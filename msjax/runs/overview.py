@@ -1,11 +1,12 @@
 """A run folder at a glance, as `msjax runs` and `msjax compare` show it."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 from msjax.compress import Identity, from_string
-from msjax.config import Config
+from msjax.config import Config, to_json, without_paths
 from msjax.paths import expand
 from msjax.runs.folder import RunFolder, is_of_python
 from msjax.runs.progress import bare_metric
@@ -19,6 +20,8 @@ class Overview:
     path: str
     settings: dict[str, Any]
     """What `--json` prints of its config; of a run from Python what is known, and None for the rest."""
+    recipe: str
+    """All that its config or description says, but for the seed and the places of files: equal for repeated runs."""
     history: list[dict[str, Any]]
     headline: str
     is_finished: bool
@@ -35,10 +38,11 @@ class Overview:
         of_python = is_of_python(place)
         if of_python:
             folder = RunFolder(place, read_only=True)
-            settings = _settings_of_python(folder.read_spec())
+            spec = folder.read_spec()
+            settings, recipe = _settings_of_python(spec), _recipe(spec)
         else:
             folder, config = RunFolder.open(path, read_only=True)
-            settings = _settings(config)
+            settings, recipe = _settings(config), _recipe(to_json(without_paths(config)))
         try:
             history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
             summary = folder.read_summary()
@@ -50,7 +54,7 @@ class Overview:
             # The first metric of a task comes behind the loss.
             names = [name for record in history[:1] for name in record["train"] if name != "loss"]
             headline = (summary or {}).get("headline", next(iter(names), "loss"))
-            return cls(str(path), settings, history, headline, ended, folder.is_served)
+            return cls(str(path), settings, recipe, history, headline, ended, folder.is_served)
         finally:
             folder.close()
 
@@ -109,6 +113,10 @@ class Overview:
         if settings["cut_seconds"] is not None:
             found.append(f"{settings['cut_seconds']:g} s on the wire")
         return "\n".join(found)
+
+
+def _recipe(described: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in described.items() if name not in ("seed", "out")}, sort_keys=True)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -41,21 +41,24 @@ def draw_curves(history: list[dict[str, Any]], headline: str, title: str, path: 
         _log.warning("no picture: %s", error)
 
 
-def draw_comparison(runs: list[tuple[str, list[dict[str, Any]]]], headline: str, path: pathlib.Path) -> None:
-    """Draws the metric `headline` on test data of several runs against all bytes and against seconds, as a PNG.
+def draw_comparison(groups: list[tuple[str, list[list[dict[str, Any]]]]], headline: str, path: pathlib.Path) -> None:
+    """Draws the metric `headline` on test data of several runs against all bytes and against seconds.
 
     Args:
-      runs: pairs of name and history.
+      groups: a name, and the histories of one run or, in one colour, of several.
+      path: its suffix says which format.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_bytes, by_time = figure.subplots(1, 2, sharey=True)
-    for name, history in runs:
-        tested = [record for record in history if headline in record.get("test", {})]
-        values = [record["test"][headline] for record in tested]
-        by_bytes.plot([total_bytes(record["traffic"]) / 1e6 for record in tested], values, ".-", label=name)
-        by_time.plot([record["seconds"] for record in tested], values, ".-", label=name)
+    for number, (name, histories) in enumerate(groups):
+        for label, history in zip([name, *[None] * (len(histories) - 1)], histories, strict=True):
+            tested = [record for record in history if headline in record.get("test", {})]
+            values = [record["test"][headline] for record in tested]
+            sent, seconds = ([total_bytes(r["traffic"]) / 1e6 for r in tested], [r["seconds"] for r in tested])
+            by_bytes.plot(sent, values, ".-", label=label, color=f"C{number}")
+            by_time.plot(seconds, values, ".-", color=f"C{number}")
     by_bytes.set(xlabel="MB sent, both ways", ylabel=column_name(headline), xscale="log")
     by_time.set(xlabel="seconds")
     figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
