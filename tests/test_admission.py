@@ -86,7 +86,8 @@ def test_fingerprints_as_openssl_prints_them(path, tmp_path):
     [
         (
             "0 a\n",
-            "certificates must have a line of every client, .* got none of client 1 in",
+            "certificates must have a line of every client, or of policy.start_clients of them, got none of client 1 "
+            "in",
         ),
         ("", "got none at all"),
         ("a\n", "certificates must be lines of a client's number and the name in its certificate, got line 1"),

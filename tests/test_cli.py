@@ -29,6 +29,8 @@ from msjax.runs.environment import VARIABLES
 from msjax.runs.progress import Progress
 from msjax.runs.signals import stop_on_signal
 
+PRESET = str(pathlib.Path(__file__).parent.parent / "configs" / "resnet18_cifar100.py")
+
 
 def run_cli(*arguments, expect=0, **options):
     done = subprocess.run(
@@ -169,6 +171,7 @@ def test_errors_say_what_is_wrong(tmp_path, capsys, command, arguments, message)
             ["RUN", "--config", "a.py"],
             "--config must be a Python file, got 'a.py', which does not exist",
         ),
+        ("eval", ["--config", PRESET, "RUN"], "the run must be a folder with config.json, got 'RUN'"),
         ("eval", ["--data-dir", "D", "RUN"], "the run must be a folder with config.json, got 'RUN'"),
         ("eval", ["--test=F", "RUN"], "the run must be a folder with config.json, got 'RUN'"),
         ("generate", ["DIR", "--prompt", "a", "--top-k", "5"], "--top-k must be None where temperature is 0, which d"),
@@ -182,8 +185,7 @@ def test_values_that_are_refused_make_one_line(capsys, command, arguments, messa
 
 def test_what_a_preset_has_may_be_of_no_use(capsys):
     """Where an option changes what it goes with; in the preset itself, and typed, it may not."""
-    preset = pathlib.Path(__file__).parent.parent / "configs" / "resnet18_cifar100.py"
-    with_preset = ["--config", str(preset), "--optim.schedule", "cosine"]
+    with_preset = ["--config", PRESET, "--optim.schedule", "cosine"]
     assert cli.run("plan", [*with_preset, "--json"]) == 0
     capsys.readouterr()
     assert cli.run("plan", [*with_preset, "--optim.milestones", "1"]) == 2

@@ -108,8 +108,9 @@ def test_outputs_are_those_of_the_part(tmp_path, codec, compression):
     with served(tmp_path) as address, remote(address, compression=compression) as there:
         description = there.describe()
         assert (description.run, description.step) == ("r", 7)
-        batches = [features(client, 4, seed=seed) for seed in range(3)]
-        for h, found in zip(batches, ask(there, codec, *batches), strict=True):  # all on their way at once
+        batches, single = [features(client, 4, seed=seed) for seed in range(3)], features(client, 1, seed=1)
+        answers = ask(there, codec, *batches), ask(there, codec, single)  # several are on their way at once
+        for h, found in zip([*batches, single], [*answers[0], *answers[1]], strict=True):
             expected, _ = server.apply(server.params, server.stats, codec.roundtrip(h), train=False)
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         assert there.sent_bytes > 3 * codec.payload_bytes(batches[0]) * (not compression)

@@ -704,7 +704,7 @@ def test_a_run_goes_on_where_its_preset_has_moved(unchecked, tmp_path, monkeypat
     assert cli.run("train", ["--config", "old/mine.py", "--name", "a"]) == 0
     (old / "mine.py").unlink()
     assert cli.run("train", [*run, "--epochs", "2"]) == 2
-    assert cli.run("eval", ["--config", "new/mine.py", "runs/a"]) == 0
+    assert cli.run("eval", ["runs/a", "--config", "new/mine.py"]) == 0
     assert cli.run("train", [*run, "--epochs", "2", "--config", "new/mine.py"]) == 0
     assert cli.run("train", [*run, "--epochs", "3"]) == 0  # it is written down
     assert cli.run("eval", ["runs/a"]) == 0 and cli.run("eval", ["runs/a/uncompressed"]) == 0

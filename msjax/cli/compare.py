@@ -92,20 +92,20 @@ def _describe(group):
 
 
 def _print(groups):
-    first, rows = _describe(groups[0]), []
-    for group in groups:
-        said, run = _describe(group), group[0]
+    described, rows = [_describe(group) for group in groups], []
+    for group, said in zip(groups, described, strict=True):
+        run = group[0]
         metric = run.metric if said["mean"] is None else bare_metric(run.headline, said["mean"])
         if said["deviation"] is not None:
             metric = f"{metric} ± {said['deviation']:.2f} ({len(group)})"
         cells = [_name(group), said["cut"] or "–", run.codecs, run.epochs, metric]
         for name in ("cut_bytes", "total_bytes"):
-            cells += [f"{said[name] / 1e6:,.2f}", f"{first[name] / said[name]:.2f}×" if said[name] else "–"]
+            cells += [f"{said[name] / 1e6:,.2f}", f"{described[0][name] / said[name]:.2f}×" if said[name] else "–"]
         rows.append([*cells, f"{said['seconds']:,.1f}"])
     headline = column_name(groups[0][0].headline)
     numbers = ("epochs", headline, "features and gradients, MB", "saved", "all, MB", "saved", "seconds")
     print_table(("run", "cut", "codec"), numbers, rows)
-    coded = [_name(group) for group in groups if _describe(group)["entropy_coded"]]
+    coded = [_name(group) for group, said in zip(groups, described, strict=True) if said["entropy_coded"]]
     if 0 < len(coded) < len(groups):
         print(
             f"Bytes of features and gradients are those of messages, entropy-coded, in {', '.join(coded)}, and of "

@@ -14,7 +14,6 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.own_parts import CLIENT, SECONDS_BETWEEN_TRIES, OwnParts
 from msjax.distributed.rpc.connection import Connection
-from msjax.distributed.rpc.security import read_token
 from msjax.distributed.session import ClientSession, Own
 from msjax.distributed.stores import ClientStore
 from msjax.logs import shorten
@@ -77,9 +76,8 @@ class ClientProgram:
     def connect(self) -> Connection:
         """Returns a new connection to the server; raises ConnectionLost where there is none for now."""
         try:
-            file = self._options.token_file
-            token = None if file is None else read_token("token_file", file)  # anew: it may have been replaced
-            return Connection(self._options.server, self._options.tls, token)
+            # The files are read anew, as they may have been replaced.
+            return Connection(self._options.server, self._options.tls, self._options.read_token())
         except ValueError as error:  # files of TLS or a token that fitted at the start, and are being renewed
             raise ConnectionLost(str(error)) from None
 

@@ -194,7 +194,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     def _answer(self, payload, up):
         batch_size, codec = up.likes[0].shape[0], Identity()
-        if self._u_shaped and not all(isinstance(codec, Identity | Exact) for codec in up.codecs):
+        if self._u_shaped and not all(isinstance(own, Identity | Exact) for own in up.codecs):
             # As the caller codes those features that no codec of their own is named for; see `RunSpec.tail_codec`.
             pairs = zip(self._features.names, up.codecs, strict=True)
             default = [c for name, c in pairs if name not in self._named and not isinstance(c, Exact)]

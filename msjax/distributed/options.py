@@ -166,6 +166,10 @@ class LinkOptions:
             self.tls.client()
             if fault := self.tls.fault("client"):
                 log.warning("%s; the server will not take it", fault)
+        return self.read_token()
+
+    def read_token(self) -> str | None:
+        """Returns the token as it stands in its file now."""
         return None if self.token_file is None else read_token("token_file", self.token_file)
 
 

@@ -1,7 +1,9 @@
-"""The client's end of what a trained server's part does elsewhere: outputs for features, and what comes next in a text.
+"""The client's end of what a trained server's part does elsewhere.
 
-with connected_pair(msjax.load_part("client.safetensors"), LinkOptions(server="localhost:50052")) as pair:
-outputs = msjax.predict(pair, images)
+It answers features with outputs, and says what comes next in a text:
+
+    with connected_pair(msjax.load_part("client.safetensors"), LinkOptions(server="localhost:50052")) as pair:
+        outputs = msjax.predict(pair, images)
 """
 
 import contextlib

@@ -73,7 +73,7 @@ def load_weights(path: str | os.PathLike, model: Model, *, new_head: bool = Fals
     found = _rename(_read(path), model)
     drawn = last_block(model, seed) if new_head else None
     if drawn is not None:
-        of_head = {name for name, entry in entries.items() if entry.path[1] in drawn.params}
+        of_head = _of_head(entries, model)
         entries, found = ({name: tree[name] for name in tree if name not in of_head} for tree in (entries, found))
     _check(found, entries, model, path)
     # Copies: a step may be given an array to write its result in.
@@ -171,6 +171,11 @@ def _entries(model):
     return entries
 
 
+def _of_head(entries, model):
+    """The names of the last layer's arrays."""
+    return {name for name, entry in entries.items() if entry.path[1] == model.blocks[-1].name}
+
+
 def _vgg_modules(model):
     """From our modules' paths to torchvision's names, which count activations, pools and dropout too."""
     modules, place = {}, 0
@@ -241,11 +246,8 @@ def _check(found, entries, model, path):
     """Raises ValueError where names, shapes or dtypes are not those of the model."""
     missing = [name for name in entries if name not in found]
     both = [name for name in entries if name in found]
-    shapes = [
-        f"{name} is {found[name].shape} rather than {entries[name].torch_shape}"
-        for name in both
-        if found[name].shape != entries[name].torch_shape
-    ]
+    others = [name for name in both if found[name].shape != entries[name].torch_shape]
+    shapes = [f"{name} is {found[name].shape} rather than {entries[name].torch_shape}" for name in others]
     dtypes = [f"{name} is {found[name].dtype}" for name in both if found[name].dtype.name not in _FLOATS]
     kinds = {
         "missing": missing,
@@ -259,9 +261,7 @@ def _check(found, entries, model, path):
     hint = ""
     if missing and all(".shortcut." in name or ".downsample." in name for name in missing):
         hint = '; a network without projections is build(..., shortcut="zero_padding")'
-    of_head = [name for name, entry in entries.items() if entry.path[1] == model.blocks[-1].name]
-    others = [name for name in both if found[name].shape != entries[name].torch_shape]
-    if others and not {*others} - {*of_head}:
+    if others and {*others} <= _of_head(entries, model):
         hint = "; for other classes, new_head (model.new_head) draws the last layer anew"
     first = next(name for name, entry in entries.items() if len(entry.shape) == 4)
     if first in others and (taken := found[first].shape[1:2]) != entries[first].torch_shape[1:2]:
