@@ -132,7 +132,7 @@ class Ours:
         self._data = resident_of_clients(run.dataset.train, self._mesh, run.client_indices)
         self._key, self._clients = train_key(run.seed), np.arange(run.spec.schedule.clients, dtype=np.int32)
         # Compiled apart from the step, which augments for itself.
-        self._augment = jax.jit(self._preprocess)
+        self._augment = jax.jit(self._augmented)
 
     def batches(self):
         """Yields the positions of each step's samples in the training data, (1, K, B)."""
@@ -144,11 +144,11 @@ class Ours:
     def augmented(self, batch):
         """Returns the batch of the next step, as the network will see it, in NumPy."""
         x, y = self._run.dataset.train.fetch(batch[0])
-        return np.array(self._augment(x, np.int32(self.state.step))), y
+        return np.array(self._augment(x, y, np.int32(self.state.step))), y
 
-    def _preprocess(self, x, step):
+    def _augmented(self, x, y, step):
         keys = client_keys(self._key, step, jnp.asarray(self._clients))
-        return jax.vmap(lambda x, key: self._run.spec.preprocess(x, split_key(key).augment))(x, keys)
+        return jax.vmap(lambda x, y, key: self._run.spec.augmented(x, y, split_key(key).augment)[0])(x, y, keys)
 
     def step(self, batch):
         inputs, labels, place = self._data

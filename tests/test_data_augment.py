@@ -134,9 +134,11 @@ def test_a_run_knows_what_its_pixels_are_divided_by():
     with pytest.raises(
         ValueError, match=r"augment must return inputs of the dtype that it is given, uint8, got float32"
     ):
-        to_floats(images, jax.random.key(0))
+        to_floats.augmented(images, jnp.zeros(3), jax.random.key(0))
     brighter = Preprocess(lambda x, key: x + jnp.uint8(1), summary.mean, summary.std, maximum=255.0)
-    np.testing.assert_array_equal(brighter(images, jax.random.key(0)), brighter(images + jnp.uint8(1)))
+    found, labels = brighter.augmented(images, jnp.arange(3), jax.random.key(0))
+    np.testing.assert_array_equal(found, brighter(images + jnp.uint8(1)))
+    np.testing.assert_array_equal(labels, jnp.arange(3))
     floats = np.random.default_rng(0).normal(size=(20, 4, 4, 1)).astype(np.float32)
     measured = build.DataSummary.of(data.from_arrays((floats, np.arange(20) % 2), normalize=True))
     x = build.make_preprocess(config.Config(), measured)(jnp.asarray(floats))

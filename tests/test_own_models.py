@@ -549,13 +549,27 @@ def test_another_run_is_not_taken_for_that_of_a_folder(unchecked, tmp_path):
             msjax.train(TWO, (x, y), **{**options, "folder": bad})
 
 
-def test_labels_of_each_pixel_do_not_move_with_an_augmentation():
-    options = {"task": tasks.segmentation(2), **COMMON}
-    images = data.from_arrays((np.zeros((40, 8, 8, 1), np.uint8), np.zeros((40, 8, 8), np.int32)))
-    with pytest.raises(
-        ValueError, match='augment must be "none", or a function that moves no pixel, for labels of int32'
+def test_labels_of_each_pixel_move_with_an_augmentation_of_ones_own():
+    options = {"task": tasks.segmentation(2), "seed": 3, **COMMON, "epochs": 1}
+    rng = np.random.default_rng(0)
+    images, masks = rng.integers(0, 256, (32, 8, 8, 1), dtype=np.uint8), rng.integers(0, 2, (32, 8, 8), dtype=np.int32)
+    moved, stayed = (
+        msjax.train(unet(), data, augment=augment, **options)
+        for data, augment in (
+            ((images, masks), lambda x, y, key: (x[:, :, ::-1], y[:, :, ::-1])),
+            ((images[:, :, ::-1], masks[:, :, ::-1]), "none"),
+        )
+    )
+    assert_close(moved.parts[1].params, stayed.parts[1].params, 1e-5)
+    assert moved.history[-1]["train"] == pytest.approx(stayed.history[-1]["train"], rel=1e-4)
+    for augment, message in (
+        ("flip", r'augment must be "none", or a function of \(inputs, labels, key\), for labels of int32'),
+        (lambda x, y, key: x, r"augment must return \(inputs, labels\) where it is given labels, got <class"),
+        (lambda x, y, key: (x, y * 1.0), r"augment must return labels of the shapes and dtypes .*int32.*, got float32"),
+        (lambda x, y, key: (x, y[:, :4]), r"augment must return labels of the shapes and dtypes that it is given"),
     ):
-        msjax.train(unet(), images, augment="flip", **options)
+        with pytest.raises(ValueError, match=message):
+            msjax.train(unet(), (images, masks), augment=augment, **options)
 
 
 def test_labels_out_of_range_are_refused_before_the_first_step():

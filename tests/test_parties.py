@@ -51,6 +51,17 @@ def test_statistics_that_would_stay_behind_are_refused():
             make()
 
 
+def test_a_client_sends_the_labels_as_its_augmentation_left_them():
+    client = make_parties(SMALL)[1][0]
+    exchange = next(client.exchanges())
+    labels = client.send(exchange).labels
+    preprocess = dataclasses.replace(client.spec.preprocess, augment=lambda x, y, key: (x, 9 - y))
+    client.spec = dataclasses.replace(client.spec, preprocess=preprocess)
+    client.begin()
+    np.testing.assert_array_equal(client.send(exchange).labels, 9 - labels)
+    client.close()
+
+
 def test_clients_that_encode_with_numpy():
     """U-shaped, where they encode features and gradients."""
     cfg = dataclasses.replace(

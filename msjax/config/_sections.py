@@ -106,7 +106,7 @@ class DataConfig:
     """How many different tokens there are; words get theirs by a hash."""
     augment: str | None = None
     """Augmentation of training inputs: none, flip, crop_flip, or ":FUNCTION" of a preset, from (inputs, key) to inputs
-    of the same dtype; by default what is usual for the set."""
+    of the same dtype, or from (inputs, labels, key) to both; by default what is usual for the set."""
     mean: tuple[float, ...] | None = None
     """What is subtracted from inputs, channel by channel of pixels in [0, 1], or column by column of a table; by
     default the set's own mean."""

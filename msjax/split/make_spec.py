@@ -62,7 +62,13 @@ def make_spec(
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
     key = jax.random.key(0)
-    x = _shapes_of("preprocessing", "what the data set stores", lambda x: preprocess(x, key), inputs.batch(batch))
+    x = _shapes_of(
+        "preprocessing",
+        "what the data set stores",
+        lambda y, x: preprocess.augmented(x, y, key)[0],
+        labels.batch(batch),
+        inputs.batch(batch),
+    )
     found, before = [], "the data"
     for name, part in zip(names, parts, strict=True):
         if isinstance(part.apply, RemoteApply):

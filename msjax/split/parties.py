@@ -166,7 +166,7 @@ class Client:
         if exchange.phase == Phase.FEATURES and (self._prepared is None or self._prepared[0] != exchange):
             inputs, labels = self._batches[exchange]
             key = self.key(exchange)
-            self._prepared = exchange, (programs.preprocess(self.spec, inputs, key), labels, key)
+            self._prepared = exchange, (*programs.augmented(self.spec, inputs, labels, key), key)
 
     def send(self, exchange: Exchange) -> Message:
         """Returns this client's message in an exchange that it takes part in."""

@@ -40,9 +40,9 @@ from_vector = jax.jit(trees.from_vector)
 
 
 @_jit
-def preprocess(spec: RunSpec, inputs: Any, key: jax.Array) -> Any:
-    """Returns a training batch as the network takes it, augmented."""
-    return spec.augmented(inputs, split_key(key).augment)
+def augmented(spec: RunSpec, inputs: Any, labels: Any, key: jax.Array) -> tuple[Any, Any]:
+    """Returns the inputs of a training batch as the network takes them, augmented, and its labels."""
+    return spec.augmented(inputs, labels, split_key(key).augment)
 
 
 @_jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,34 +30,56 @@ class Preprocess:
     """From inputs as a data set stores them to those of the network, on the device.
 
     Attributes:
-      augment: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs, for training inputs; of the same
-        dtype where they are normalised behind it.
+      augment: of training batches: one of `data.AUGMENTATIONS`; or a function from (inputs, key) to inputs, or from
+        (inputs, labels, key) to (inputs, labels), as many as its parameters are. What it returns has the dtype of what
+        it is given: labels always, and their shapes; inputs where they are normalised behind it.
       mean, std: for `data.normalize`; None takes inputs as they are.
       dtype: of floating inputs behind it; None leaves it.
       padding: of the augmentation "crop_flip".
       maximum: see `data.normalize`; of the inputs as the data set has them.
     """
 
-    augment: str | Callable[[Any, jax.Array], Any] = "none"
+    augment: str | Callable[..., Any] = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     dtype: str | None = None
     padding: int = data.CROP_PADDING
     maximum: float | None = None
 
-    def __call__(self, inputs: Any, key: jax.Array | None = None) -> Any:
-        """Returns inputs (B, …) as the network takes them; augmented with `key`, as they are without."""
-        if key is not None:
-            if callable(self.augment):
-                given = inputs
-                inputs = self.augment(inputs, key)
-                if self.mean is not None and inputs.dtype != given.dtype:
-                    raise ValueError(
-                        f"augment must return inputs of the dtype that it is given, {given.dtype}, got {inputs.dtype}: "
-                        "whether floats are in 0..1 or 0..255 cannot be told"
-                    )
-            else:
-                inputs = data.augment(inputs, key, kind=self.augment, padding=self.padding)
+    @property
+    def takes_labels(self) -> bool:
+        """Whether `augment` is a function that changes labels, too."""
+        return callable(self.augment) and _required(self.augment) == 3
+
+    def augmented(self, inputs: Any, labels: Any, key: jax.Array) -> tuple[Any, Any]:
+        """Returns a training batch: inputs (B, …) as the network takes them, and labels (B, …).
+
+        Raises:
+          ValueError: `augment` changed a dtype or the labels' shapes.
+        """
+        if not callable(self.augment):
+            return self(data.augment(inputs, key, kind=self.augment, padding=self.padding)), labels
+        given, like = inputs, TreeSpec.of(labels)
+        if self.takes_labels:
+            found = self.augment(inputs, labels, key)
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise ValueError(f"augment must return (inputs, labels) where it is given labels, got {type(found)}")
+            inputs, labels = found
+        else:
+            inputs = self.augment(inputs, key)
+        if (found := TreeSpec.of(labels)) != like:
+            raise ValueError(
+                f"augment must return labels of the shapes and dtypes that it is given, {like}, got {found}"
+            )
+        if self.mean is not None and inputs.dtype != given.dtype:
+            raise ValueError(
+                f"augment must return inputs of the dtype that it is given, {given.dtype}, got {inputs.dtype}: "
+                "whether floats are in 0..1 or 0..255 cannot be told"
+            )
+        return self(inputs), labels
+
+    def __call__(self, inputs: Any) -> Any:
+        """Returns inputs (B, …) as the network takes them, not augmented."""
         if self.mean is not None:
             mean, std = (np.asarray(v, np.float32) for v in (self.mean, self.std))
             return data.normalize(inputs, mean, std, jnp.dtype(self.dtype or "float32"), maximum=self.maximum)
@@ -70,6 +93,15 @@ class Preprocess:
         if self.dtype == "int32":
             raise ValueError("data.name must be a set of tokens, which the model takes, got one of numbers")
         return leaf.astype(self.dtype)
+
+
+def _required(function):
+    """How many positional arguments a function needs; 0 where that cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of some that are not written in Python
+        return 0
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,8 +198,8 @@ class RunSpec:
     def __eq__(self, other):
         return self is other or (isinstance(other, RunSpec) and self._values == other._values)
 
-    def augmented(self, inputs: Any, key: jax.Array) -> Any:
-        """Returns a training batch (B, …) as the network takes it, augmented.
+    def augmented(self, inputs: Any, labels: Any, key: jax.Array) -> tuple[Any, Any]:
+        """Returns a training batch: inputs (B, …) as the network takes them, augmented, and labels (B, …).
 
         Raises:
           ValueError: the augmentation moves pixels, and labels have places that would stay where they are.
@@ -175,10 +207,10 @@ class RunSpec:
         augment, placed = self.preprocess.augment, [leaf for leaf in self.labels.leaves if len(leaf.shape) > 1]
         if augment in data.AUGMENTATIONS and augment != "none" and placed:
             raise ValueError(
-                f'augment must be "none", or a function that moves no pixel, for labels of {self.labels} each, whose '
-                f"places would not move with the image, got {augment!r}"
+                f'augment must be "none", or a function of (inputs, labels, key), for labels of {self.labels} each, '
+                f"whose places would not move with the image, got {augment!r}"
             )
-        return self.preprocess(inputs, key)
+        return self.preprocess.augmented(inputs, labels, key)
 
     def describe(self) -> dict[str, Any]:
         """Returns what parties must agree on, as JSON-ready values by name."""

@@ -211,8 +211,8 @@ def train(
       batch_size: samples that each client sends in a step; all that it has, where these are fewer.
       epochs: of the run.
       optimizer: an optax transformation, or an `OptimConfig`; by default SGD as in the paper with a rate of 0.05.
-      augment: for training inputs: one of `data.AUGMENTATIONS`, or a function from (inputs, key) to inputs; by default
-        what is usual for the data set.
+      augment: for training inputs: one of `data.AUGMENTATIONS`; or a function from (inputs, key) to inputs, or from
+        (inputs, labels, key) to (inputs, labels), of a client's batch; by default what is usual for the data set.
       test_every: epochs between two tests; the last epoch always has one.
       seed: of parameters that are not there yet, division, order, augmentation and codecs; not of which clients a
         `SplitFed(client_fraction=…)` draws, which has a seed of its own.

@@ -109,7 +109,7 @@ def train_steps(
             state, sums = carry
             x, y = take(inputs, labels, order, batch)
             keys = client_keys(key, state.step, clients)
-            x = _preprocessed(spec, over, x, keys)
+            x, y = _augmented(spec, over, x, y, keys)
             state, metrics = spec.mode.fused_step(spec, state, x, y, keys, axis_name=mesh and AXIS, mesh=over)
             samples = _batch_size(y) * keys.shape[0] * (mesh.size if mesh else 1)
             sums, losses = shards.everywhere(over, (add_step(sums, metrics, samples), metrics.losses))
@@ -211,7 +211,7 @@ def _add_group(spec, mesh, size, state, so_far, inputs, labels, order, clients, 
 
         x, y = of_group((inputs, labels)) if order is None else take(inputs, labels, order, of_group(order))
         keys = client_keys(key, state.step, of_group(clients))
-        x = _preprocessed(spec, over, x, keys)
+        x, y = _augmented(spec, over, x, y, keys)
         group = fused.with_own(spec, state, of_group(everyone))
         added = fused.contribute(spec, group, x, y, keys, mesh=over)
         state = fused.with_own(spec, state, with_group(everyone, added.own))
@@ -253,9 +253,9 @@ def _settled_totals(mesh, totals):
     return fused.Totals(shards.everywhere(mesh, client), shards.constrain(mesh, server), shards.everywhere(mesh, sums))
 
 
-def _preprocessed(spec, mesh, x, keys):
-    """The clients' training batches as the network takes them."""
-    return shards.by_client(mesh, lambda x, key: spec.augmented(x, split_key(key).augment), (), (x, keys))
+def _augmented(spec, mesh, x, y, keys):
+    """The clients' training batches as the network takes them, and their labels."""
+    return shards.by_client(mesh, lambda x, y, key: spec.augmented(x, y, split_key(key).augment), (), (x, y, keys))
 
 
 def _each_device(tree):
