@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import msjax
 from msjax import compress, config
 from msjax.distributed.membership import Stage
 from msjax.split import parties
@@ -33,8 +35,20 @@ def test_rounds_are_drawn_alike_and_fairly():
     # Each is in a tenth of 200 rounds, 20 ± 4.2 of them: five standard deviations.
     counts = np.bincount(np.concatenate(rounds), minlength=50)
     assert counts.sum() == 1000 and abs(counts - 20).max() < 5 * 4.25
+    # In `msjax.train` from the run's seed, where the mode has none; without draws it is no part of the mode.
+    assert SplitFed(10, client_fraction=0.1).seeded(3) == mode == mode.seeded(4)
+    assert SplitFed(10).seeded(3) == SplitFed(10) and SplitFed(10).seed == 0
     # The numbers that these draws gave when they were first made: parties of unlike versions must agree.
     assert rounds[:2] == [(1, 2, 3, 14, 34), (6, 9, 18, 30, 33)]
+
+
+def test_a_run_of_ones_own_draws_from_its_seed():
+    parts = tuple((lambda p, x: x @ p["w"], {"w": jnp.eye(4)}) for _ in range(2))
+    data, options = (np.ones((8, 4), np.float32), np.arange(8) % 4), {"clients": 4, "batch_size": 2, "epochs": 1}
+    for seed, own, expected in ((3, None, 3), (3, 1, 1)):
+        mode = SplitFed(2, client_fraction=0.5, seed=own)
+        result = msjax.train(parts, data, mode=mode, seed=seed, **options)
+        assert result.spec.schedule.mode == dataclasses.replace(mode, seed=expected)
 
 
 def test_the_order_of_exchanges():

@@ -111,8 +111,7 @@ def make_mode(cfg: config.ModeConfig, *, seed: int = 0) -> Mode:
     kind = MODES[cfg.kind]
     known = {field.name for field in dataclasses.fields(config.ModeConfig)}
     fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind) if field.name in known}
-    # Without draws it is no part of the mode: runs of several seeds are then one to the compiler.
-    return kind(**fields, seed=seed) if cfg.client_fraction < 1 else kind(**fields)
+    return kind(**fields).seeded(seed)
 
 
 def make_task(cfg: config.Config, summary: DataSummary) -> tasks.Task:

@@ -214,8 +214,8 @@ def train(
       augment: for training inputs: one of `data.AUGMENTATIONS`; or a function from (inputs, key) to inputs, or from
         (inputs, labels, key) to (inputs, labels), of a client's batch; by default what is usual for the data set.
       test_every: epochs between two tests; the last epoch always has one.
-      seed: of parameters that are not there yet, division, order, augmentation and codecs; not of which clients a
-        `SplitFed(client_fraction=…)` draws, which has a seed of its own.
+      seed: of parameters that are not there yet, division, order, augmentation and codecs, and of which clients a
+        `SplitFed(client_fraction=…)` draws, if that has no seed of its own.
       folder: where to keep checkpoints, history and trained parts; a run that was interrupted there is continued, and
         one that had ended is returned. It must be the same run: shapes, codecs, counts, seed, data, an `OptimConfig`
         and the options of a loss of `tasks` are compared, but functions, Optax's optimizers and first parameters cannot
@@ -284,7 +284,7 @@ def train(
     if any(isinstance(part.apply, RemoteApply) for part in parts):
         raise ValueError("model must have all its parts in one program, got a RemotePart among them")
     counts = (clients, samples, len(dataset.test), batch_size, epochs, test_every)
-    schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3)
+    schedule = Schedule(mode.seeded(seed), *counts, u_shaped=len(parts) == 3)
     is_new = folder is None or not os.path.exists(os.path.join(folder, "spec.json"))
     transformation, made_task = _optimizer(optimizer, schedule, is_new=is_new), _task(task, optimizer)
     _check_optimizer(transformation, parts)

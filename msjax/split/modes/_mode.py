@@ -32,6 +32,10 @@ class Mode:
     one_at_a_time: ClassVar[bool] = False
     """Whether a step is one client's, and the part goes from client to client by the server."""
 
+    def seeded(self, seed: int) -> "Mode":
+        """Returns the mode with `seed`, that of the run, where it draws and has no seed of its own."""
+        return self
+
     # -- The order of exchanges. ------------------------------------------------------------------------------------
 
     def epoch_steps(self, schedule: Schedule) -> int:

@@ -35,7 +35,7 @@ class SplitFed(AveragingMode):
     Args:
       average_steps: steps of a round.
       client_fraction: above 0 and at most 1.
-      seed: of the draws, apart from that of `msjax.train`; not used where all take part.
+      seed: of the draws; None for the run's. It is 0 where all take part, and nothing is drawn.
 
     Raises:
       ValueError: an argument is out of range.
@@ -43,16 +43,20 @@ class SplitFed(AveragingMode):
 
     average_steps: int = 10
     client_fraction: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     own_parts = True
 
     def __post_init__(self):
         object.__setattr__(self, "average_steps", integer("average_steps", self.average_steps, 1))
-        object.__setattr__(self, "seed", integer("seed", self.seed, 0))
         rule = "above 0 and at most 1"
         fraction = number("client_fraction", self.client_fraction, rule, lambda value: 0 < value <= 1)
         object.__setattr__(self, "client_fraction", fraction)
+        if self.seed is not None or fraction == 1:  # without draws runs of several seeds are one to the compiler
+            object.__setattr__(self, "seed", integer("seed", self.seed or 0, 0))
+
+    def seeded(self, seed):
+        return self if self.seed is not None else dataclasses.replace(self, seed=seed)
 
     # -- Who takes part. --------------------------------------------------------------------------------------------
 
@@ -66,7 +70,7 @@ class SplitFed(AveragingMode):
         epoch, within = divmod(step, schedule.epoch_steps)
         rounds = math.ceil(schedule.epoch_steps / self.average_steps)  # of an epoch
         number = epoch * rounds + within // self.average_steps
-        return _drawn(self.seed, number, schedule.clients, self.clients_at_once(schedule))
+        return _drawn(self.seed or 0, number, schedule.clients, self.clients_at_once(schedule))
 
     def position(self, schedule, step):
         found = super().position(schedule, step)
