@@ -1,6 +1,7 @@
 """`msjax compare` and `msjax runs`: what they say of run folders, also of unfinished and damaged ones."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,11 +93,19 @@ def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):
     parts, options = (linen.Dense(4), linen.Dense(1)), {"task": "regression", "clients": 2, "batch_size": 8}
     mine = tmp_path / "mine"
     codec = compress.EntropyMask(bits=3.0, signed=True)
-    result = msjax.train(parts, numbers(40), codec=codec, epochs=1, folder=mine, **options)
+    mode = msjax.modes.SplitFed(2, client_fraction=0.5)
+    result = msjax.train(parts, numbers(40), codec=codec, epochs=1, folder=mine, mode=mode, **options)
     assert cli.run("runs", [str(tmp_path), "--json"]) == 0
     (run,) = said(capsys)
     assert (run["model"], run["codec"], run["of_epochs"], run["finished"]) == (None, str(codec), 1, True)
     assert run["train"] == result.history[-1]["train"] and run["clients"] == 2
+    other = shutil.copytree(mine, tmp_path / "other")  # of another seed, from which the mode draws, too
+    spec = (other / "spec.json").read_text()
+    (other / "spec.json").write_text(spec.replace("seed=0", "seed=1").replace('"seed": 0', '"seed": 1'))
+    assert cli.run("compare", [str(mine), str(other), "--by-seed", "--json"]) == 0
+    (both,) = said(capsys)
+    assert both["seeds"] == [0, 1]
+    shutil.rmtree(other)
     plain = make_run(tmp_path, "plain", headline=run["headline"])
     assert cli.run("compare", [plain, str(mine)]) == 0
     assert "EntropyMask(bits=3.0" in capsys.readouterr().out

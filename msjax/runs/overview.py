@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from msjax.compress import Identity, from_string
@@ -116,7 +117,10 @@ class Overview:
 
 
 def _recipe(described: dict[str, Any]) -> str:
-    return json.dumps({name: value for name, value in described.items() if name not in ("seed", "out")}, sort_keys=True)
+    found = {name: value for name, value in described.items() if name not in ("seed", "out")}
+    if isinstance(mode := found.get("mode"), str):  # of Python: one that draws has the run's seed
+        found["mode"] = re.sub(r"\bseed=\w+", "", mode)
+    return json.dumps(found, sort_keys=True)
 
 
 def _settings(config: Config) -> dict[str, Any]:
