@@ -98,6 +98,8 @@ def read_all(client: TrainedPart, options: argparse.Namespace) -> list[data.Inpu
                 f"batch_size must be 1 for texts, each of which has its own length, got {options.batch_size}"
             )
         return [_read_texts(client, path, options.tokenizer) for path in options.inputs]
+    if options.tokenizer is not None:
+        raise ValueError(f"tokenizer must be None for a network that takes no texts, got {options.tokenizer!r}")
     if task not in LINE_TASKS and not options.json:
         raise ValueError(f"--json must be given for task {task!r}, whose outputs are no line")
     return [_read(client, path) for path in options.inputs]

@@ -134,8 +134,12 @@ def _uses(config):
         "data.normalize": ("data.name", name.endswith(".npz")),
         "data.label": ("data.name", name.endswith(".csv")),
     }
-    has_texts = config.model.name == "decoder" or name.endswith(data.TEXT_SUFFIXES)
-    return uses | {f"data.{own}": ("model.name", has_texts) for own in ("text_column", "tokenizer", "test")}
+    return uses | {f"data.{own}": ("model.name", has_texts(config)) for own in ("text_column", "tokenizer", "test")}
+
+
+def has_texts(config: Any) -> bool:
+    """Whether the data are texts, which a tokenizer splits."""
+    return config.model.name == "decoder" or config.data.name.lower().endswith(data.TEXT_SUFFIXES)
 
 
 def _choices(config):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from msjax import data
-from msjax.config._checks import REFERENCES
+from msjax.config._checks import REFERENCES, has_texts
 from msjax.config._sections import Config
 from msjax.references import call, is_reference, resolve_in
 
@@ -91,7 +91,7 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
 
     Raises:
       ValueError: `data_dir` is given, and a function of a preset makes the data; or it lacks a folder of images that is
-        there without it.
+        there without it; or `tokenizer` is given, and the data are no texts.
     """
     found: dict[str, str] = {}
     if data_dir is not None:
@@ -109,6 +109,8 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
             elif is_local_path(value):
                 raise ValueError(f"data_dir must have what {name} names, {value!r}, got {data_dir!r}")
     if tokenizer is not None:
+        if not has_texts(config):
+            raise ValueError(f"tokenizer must be None for data.name={config.data.name!r}, no texts, got {tokenizer!r}")
         found["data.tokenizer"] = tokenizer
     return with_fields(config, found)
 

@@ -321,10 +321,10 @@ def own_config(cfg: config.Config, preset: config.Config | None, options: Client
 
 def _own_tokenizer(cfg, options):
     """The path of this client's tokenizer; None where the run has none."""
-    if cfg.model.name != models.DECODER and cfg.data.tokenizer is None:
-        return None
     if options.tokenizer is not None:
         return options.tokenizer
+    if cfg.model.name != models.DECODER and cfg.data.tokenizer is None:
+        return None
     if options.weights is not None and (expand("weights", options.weights) / "tokenizer.json").is_file():
         return options.weights
     raise ValueError(
