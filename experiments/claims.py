@@ -70,7 +70,7 @@ PAPER = (
         "Figure 3",
         "VGG19 on CIFAR-10 ends at 93.8 % without compression and at 93.3 to 93.7 % with MS (to half a point).",
         training.published_end,
-        "Even 30 of its 200 epochs would take about 16 hours a run on our two cores, by its first steps.",
+        "Even 30 of its 200 epochs would take 6 to 16 hours a run on two cores, by the machine.",
     ),
     Claim(
         "Table 1",

@@ -1,10 +1,10 @@
 """The paper's network at its width, VGG19 on CIFAR-10, for as long as a CPU bears: two epochs of the paper's 200.
 
-    python -m experiments.full_width --data-dir DIR       # an hour a run on two CPU cores
+    python -m experiments.full_width --data-dir DIR       # half an hour to an hour a run on two CPU cores
 
 Ten clients of 25 samples a step, the medium cut, one seed. Optimizer and augmentation are those of
 `configs/vgg19_cifar10.py`, with half its learning rate, as a step has a tenth of its samples, and half an epoch of
-warm-up. Nothing was tuned. At the paper's scale this is `convergence`.
+warm-up. Nothing was tuned. The minutes are of unlike machines. At the paper's scale this is `convergence`.
 """
 
 import dataclasses
