@@ -59,7 +59,7 @@ def mesh_of(spec: RunSpec, *, shard_server: bool = False) -> Mesh | None:
         return shards.mesh_of()
     if spec.mode.hands_parts_on(spec.schedule) or (spec.mode.one_at_a_time and jax.process_count() > 1):
         return None
-    return make_mesh(spec.mode.clients_at_once(spec.schedule))
+    return make_mesh(spec.mode.clients_per_step(spec.schedule))
 
 
 def placed(run: LoadedRun) -> tuple[TrainState, Mesh | None]:

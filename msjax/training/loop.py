@@ -139,7 +139,7 @@ class _Loop:
             headline=self._spec.task.headline,
             total_steps=schedule.total_steps,
             done_steps=self._done,
-            samples_per_step=schedule.mode.clients_at_once(schedule) * schedule.samples / schedule.client_steps,
+            samples_per_step=schedule.mode.clients_per_step(schedule) * schedule.samples / schedule.client_steps,
             quiet=self._quiet,
         )
         with bar, stop_on_signal(self._stop), self._reader() as self._reads, self._events() as write_events:
@@ -168,7 +168,7 @@ class _Loop:
         run, split = self._run, self._run.dataset.train
         if split.in_memory:
             return contextlib.nullcontext()
-        rows = share_of_process(run.spec.mode.clients_at_once(self._schedule), self._mesh)
+        rows = share_of_process(run.spec.mode.clients_per_step(self._schedule), self._mesh)
         reads = RunReads(self._schedule, run.client_indices, run.seed, rows)
         return data.Reader({"train": split}, reads, workers=run.workers)
 

@@ -33,7 +33,7 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None, *, shard_server: 
         errors = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), own.error)
         state = state._replace(memory=Averages(own._replace(error=errors), server))
     if spec.cut_bits is not None and state.up_bits is None:
-        at_once = spec.mode.clients_at_once(spec.schedule)
+        at_once = spec.mode.clients_per_step(spec.schedule)
         state = state._replace(up_bits=jnp.broadcast_to(budget.first_up_bits(spec), at_once))
     spread = spec.mode.spread(spec, state)
     if mesh is not None and shard_server:
@@ -47,7 +47,7 @@ def place(spec: RunSpec, state: TrainState, mesh: Mesh | None, *, shard_server: 
 
 def _shardings(spec, mesh, state):
     """Where the arrays of a state are, if the server's part is sharded: a tree of which some ends are for many."""
-    divides = spec.mode.clients_at_once(spec.schedule) % mesh.size == 0
+    divides = spec.mode.clients_per_step(spec.schedule) % mesh.size == 0
 
     def where(of_part):
         if of_part == PartitionSpec(AXIS) and divides:
@@ -158,7 +158,7 @@ def train_in_groups(
 
 def clients_of_a_device(spec: RunSpec, mesh: Mesh | None) -> int:
     """Returns how many of the clients of a step each device has; all, where the devices do not divide them."""
-    clients = spec.mode.clients_at_once(spec.schedule)
+    clients = spec.mode.clients_per_step(spec.schedule)
     return clients // _shares(mesh, clients)
 
 

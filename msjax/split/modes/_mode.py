@@ -74,7 +74,11 @@ class Mode:
 
     def may_checkpoint(self, schedule: Schedule, step: int, every: int) -> bool:
         """Whether the state before a step is saved."""
-        return step % every == 0
+        if not self.hands_parts_on(schedule):
+            return step % every == 0
+        # Where a turn begins the server has the part that all go on with, so no client has to have saved anything: in
+        # the first steps behind a multiple of `every`, as many as a turn has.
+        return self.position(schedule, step).turn_starts and step % every < self.turn_length(schedule)
 
     def hands_parts_on(self, schedule: Schedule) -> bool:
         """Whether others take part from step to step, and go on with the part that the server has of those before.
@@ -88,6 +92,10 @@ class Mode:
         """Returns the part that the server holds between two clients, as it arrives at one; None where it has none."""
         part = server.part_in_transit
         return None if part is None else decoded_part(server.spec, encoded_part(server.spec, vector_payload(part)))
+
+    def turn_length(self, schedule: Schedule) -> int:
+        """Returns the most steps of a turn; only where it hands parts on."""
+        raise NotImplementedError
 
     def turn_starts(self, schedule: Schedule, step: Any) -> Any:
         """Returns whether a client begins its turn with a step, which may be traced; only where it hands parts on."""
@@ -128,7 +136,7 @@ class Mode:
 
     # -- The same in one program. -----------------------------------------------------------------------------------
 
-    def clients_at_once(self, schedule: Schedule) -> int:
+    def clients_per_step(self, schedule: Schedule) -> int:
         """Returns how many clients take a step together."""
         return 1 if self.one_at_a_time else schedule.clients
 

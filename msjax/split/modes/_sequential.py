@@ -37,23 +37,25 @@ class Sequential(Mode):
 
     def position(self, schedule, step):
         epoch, within = divmod(step, schedule.epoch_steps)
-        before, client, at, turn_length = self._turn(schedule, within)
+        before, client, at, length = self._turn(schedule, within)
         start = (before + at) * schedule.batch_size
         stop = min(start + schedule.batch_size, schedule.samples)
         ends = within == schedule.epoch_steps - 1
-        return StepPosition(epoch, start, stop, (client,), at == 0, at == turn_length - 1, ends)
+        return StepPosition(epoch, start, stop, (client,), at == 0, at == length - 1, ends)
 
     def _turn(self, schedule, within, minimum=min):
         """(batches of each client before this round, whose turn, step in the turn, its length), at a step of an epoch.
 
         With `jnp.minimum` also of a step that is traced.
         """
-        steps = schedule.client_steps
-        turn = min(self.turn_steps or steps, steps)
+        steps, turn = schedule.client_steps, self.turn_length(schedule)
         round_, rest = within // (turn * schedule.clients), within % (turn * schedule.clients)
         # The last round of an epoch may be shorter.
         length = minimum(turn, steps - round_ * turn)
         return round_ * turn, rest // length, rest % length, length
+
+    def turn_length(self, schedule):
+        return min(self.turn_steps or schedule.client_steps, schedule.client_steps)
 
     def turn_starts(self, schedule, step):
         _, _, at, _ = self._turn(schedule, step % schedule.epoch_steps, jnp.minimum)
@@ -70,14 +72,6 @@ class Sequential(Mode):
 
     def test_clients(self, schedule, epoch):
         return (schedule.clients - 1,)
-
-    def may_checkpoint(self, schedule, step, every):
-        if schedule.clients == 1:
-            return step % every == 0
-        # Where a turn begins the server holds the part that goes round, so no client has to have saved anything: in
-        # the first steps behind a multiple of `every`, as many as a turn has.
-        turn = min(self.turn_steps or schedule.client_steps, schedule.client_steps)
-        return self.position(schedule, step).turn_starts and step % every < turn
 
     def up(self, spec, exchange):
         return spec.handed_payload() if exchange.phase == Phase.RETURN_PART else None

@@ -60,17 +60,17 @@ class SplitFed(AveragingMode):
 
     # -- Who takes part. --------------------------------------------------------------------------------------------
 
-    def clients_at_once(self, schedule):
+    def clients_per_step(self, schedule):
         return max(1, round(self.client_fraction * schedule.clients))
 
     def hands_parts_on(self, schedule):
-        return self.clients_at_once(schedule) < schedule.clients
+        return self.clients_per_step(schedule) < schedule.clients
 
     def _participants(self, schedule, step):
         epoch, within = divmod(step, schedule.epoch_steps)
         rounds = math.ceil(schedule.epoch_steps / self.average_steps)  # of an epoch
         number = epoch * rounds + within // self.average_steps
-        return _drawn(self.seed or 0, number, schedule.clients, self.clients_at_once(schedule))
+        return _drawn(self.seed or 0, number, schedule.clients, self.clients_per_step(schedule))
 
     def position(self, schedule, step):
         found = super().position(schedule, step)
@@ -80,19 +80,14 @@ class SplitFed(AveragingMode):
         ends = bool(self._after(step, schedule.epoch_steps))
         return found._replace(clients=self._participants(schedule, step), turn_starts=starts, turn_ends=ends)
 
+    def turn_length(self, schedule):
+        return min(self.average_steps, schedule.epoch_steps)
+
     def turn_starts(self, schedule, step):
         return step % schedule.epoch_steps % self.average_steps == 0
 
     def test_clients(self, schedule, epoch):
         return self.position(schedule, (epoch + 1) * schedule.epoch_steps - 1).clients
-
-    def may_checkpoint(self, schedule, step, every):
-        if not self.hands_parts_on(schedule):
-            return super().may_checkpoint(schedule, step, every)
-        # Where a round begins the server has the part that all go on with, so no client has to have saved anything.
-        return self.position(schedule, step).turn_starts and step % every < min(
-            self.average_steps, schedule.epoch_steps
-        )
 
     def exchanges(self, schedule, step):
         position = self.position(schedule, step)
@@ -161,7 +156,7 @@ class SplitFed(AveragingMode):
         client.state = client.state._replace(params=params, stats=stats)
 
     def spread(self, spec, state):
-        clients = self.clients_at_once(spec.schedule)
+        clients = self.clients_per_step(spec.schedule)
 
         def to_all(part):
             return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), part)
