@@ -148,7 +148,8 @@ class Ours:
 
     def _augmented(self, x, y, step):
         keys = client_keys(self._key, step, jnp.asarray(self._clients))
-        return jax.vmap(lambda x, y, key: self._run.spec.augmented(x, y, split_key(key).augment)[0])(x, y, keys)
+        augmented = self._run.spec.preprocess.augmented
+        return jax.vmap(lambda x, y, key: augmented(x, y, split_key(key).augment)[0])(x, y, keys)
 
     def step(self, batch):
         inputs, labels, place = self._data

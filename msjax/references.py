@@ -87,15 +87,21 @@ def call(name: str, function: Any, *arguments: Any, **named: Any) -> Any:
     made = isinstance(function, functools.partial) or inspect.isfunction(getattr(function, "__wrapped__", None))
     if not (inspect.isfunction(function) or made):
         return function
-    parameters = inspect.signature(function).parameters
-    named = {own: value for own, value in named.items() if own in parameters}
-    parameters = [p for p in parameters.values() if p.name not in named]
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p for p in by_place if p.default is p.empty]
-    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    parameters = list(inspect.signature(function).parameters.values())
+    own = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY and p.name not in bound}
+    named = {given: value for given, value in named.items() if given in own}
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in places if p.default is p.empty and p.name not in named]
+    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in named]
     if len(needed) > len(arguments) or by_name:
         most = {0: "no argument", 1: "at most 1 argument"}.get(len(arguments), f"at most {len(arguments)} arguments")
         got = ", ".join([p.name for p in needed] + by_name)
         raise ValueError(f"{name} must be a function that needs {most}, got one that needs {got}")
     takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return function(*(arguments if takes_all else arguments[: len(by_place)]), **named)
+    values, rest = [], list(arguments)
+    for p in places:  # one of `named` may come before the arguments
+        if p.name not in named and not rest:
+            break
+        values.append(named.pop(p.name) if p.name in named else rest.pop(0))
+    return function(*values, *(rest if takes_all else ()), **named)

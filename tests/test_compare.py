@@ -1,6 +1,8 @@
 """`msjax compare` and `msjax runs`: what they say of run folders, also of unfinished and damaged ones."""
 
 import json
+import math
+import pathlib
 import shutil
 
 import numpy as np
@@ -87,6 +89,27 @@ def test_runs_of_several_seeds_are_one(tmp_path, capsys):
     ):
         assert cli.run("compare", [*runs, "--by-seed"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_has_no_mean(tmp_path, capsys):
+    runs = [make_run(tmp_path, f"run{seed}", seed=seed, metric=value) for seed, value in enumerate((math.nan, 40.0))]
+    assert cli.run("compare", runs) == 0
+    table = capsys.readouterr().out
+    assert "42.00" in table and "–" in table
+    assert cli.run("compare", [*runs, "--by-seed", "--json"]) == 0
+    (both,) = said(capsys)
+    assert both["seeds"] == [0, 1] and both["mean"] is both["deviation"] is None
+    small = [make_run(tmp_path, f"s{seed}", seed=seed, metric=seed / 1e3, headline="rmse", done=1) for seed in range(2)]
+    assert cli.run("compare", [*small, "--by-seed"]) == 0
+    assert "± 0.0007071 (2)" in capsys.readouterr().out
+
+
+def test_runs_of_other_data_are_others(tmp_path, capsys):
+    runs = [make_run(tmp_path, f"run{seed}", seed=seed) for seed in range(2)]
+    for run, digest in zip(runs, "ab", strict=True):
+        (pathlib.Path(run) / "data.json").write_text(json.dumps({"train": digest, "test": "c"}))
+    assert cli.run("compare", [*runs, "--by-seed", "--json"]) == 0
+    assert [one["seeds"] for one in said(capsys)] == [[0], [1]]
 
 
 def test_runs_from_python_are_shown_like_others(tmp_path, capsys, unchecked):

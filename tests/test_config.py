@@ -195,6 +195,13 @@ def test_functions_get_as_many_arguments_as_they_take():
     assert references.call("f", lambda a, seed: (a, seed), "summary", seed=3) == ("summary", 3)
     assert references.call("f", lambda a, *, seed=1: (a, seed), "summary", seed=3) == ("summary", 3)
     assert references.call("f", lambda a, width=2: (a, width), "summary", seed=3) == ("summary", 2)
+    assert references.call("f", lambda seed, a: (a, seed), "summary", seed=3) == ("summary", 3)
+    assert references.call("f", lambda a, b=1, seed=2: (a, b, seed), "summary", seed=3) == ("summary", 1, 3)
+    assert references.call("f", lambda seed, *a: (seed, a), "summary", seed=3) == (3, ("summary",))
+    bound = functools.partial(lambda a, seed: (a, seed), seed=7)
+    assert references.call("f", bound, "summary", seed=3) == ("summary", 7)
+    with pytest.raises(ValueError, match="f must be a function that needs at most 1 argument, got one that needs a, s"):
+        references.call("f", lambda a, seed, /: 0, "summary", seed=3)
     for function, needs in ((lambda a, b: 0, "a, b"), (lambda a, *, key: 0, "a, key")):
         rule = f"model.name 'x.py:f' must be a function that needs at most 1 argument, got one that needs {needs}"
         with pytest.raises(ValueError, match=rule):

@@ -121,6 +121,9 @@ def test_who_is_idle_makes_room_and_is_told(tmp_path):
         list(first), list(third)
         assert first.tokens == third.tokens and len(first.tokens[0]) == NEW
         assert value(metrics, "evicted_sessions_total") == 1
+        remote._run = "s"
+        with pytest.raises(ValueError, match=r"the server now has a part of another run, '.*', got 's' before"):
+            next(generator.start([PROMPT], max_tokens=NEW, end=()))
 
 
 def test_who_does_not_read_keeps_no_cache(tmp_path, monkeypatch):

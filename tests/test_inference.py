@@ -425,3 +425,5 @@ def test_another_part_in_its_place_is_refused(tmp_path):
         there._run = "s"
         with refusal:
             ask(there, CODEC, h)
+        with refusal:
+            there.describe()

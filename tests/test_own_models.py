@@ -549,7 +549,7 @@ def test_another_run_is_not_taken_for_that_of_a_folder(unchecked, tmp_path):
             msjax.train(TWO, (x, y), **{**options, "folder": bad})
 
 
-def test_labels_of_each_pixel_move_with_an_augmentation_of_ones_own():
+def test_labels_of_each_pixel_move_with_an_augmentation_of_ones_own(tmp_path):
     options = {"task": tasks.segmentation(2), "seed": 3, **COMMON, "epochs": 1}
     rng = np.random.default_rng(0)
     images, masks = rng.integers(0, 256, (32, 8, 8, 1), dtype=np.uint8), rng.integers(0, 2, (32, 8, 8), dtype=np.int32)
@@ -569,7 +569,8 @@ def test_labels_of_each_pixel_move_with_an_augmentation_of_ones_own():
         (lambda x, y, key: (x, y[:, :4]), r"augment must return labels of the shapes and dtypes that it is given"),
     ):
         with pytest.raises(ValueError, match=message):
-            msjax.train(unet(), (images, masks), augment=augment, **options)
+            msjax.train(unet(), (images, masks), augment=augment, folder=tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
 
 
 def test_labels_out_of_range_are_refused_before_the_first_step():

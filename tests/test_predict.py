@@ -295,7 +295,10 @@ def test_class_names_stay_in_the_clients_part(photos):
         (["a/client.safetensors", "none.safetensors", "photos"], "server must be a file that can be read, got 'none.s"),
         (["a", "photos", "--out", "none/x"], "--out must be a file that can be written, got 'none/x': its folder"),
         (["a", "photos", "--batch-size", "0"], "--batch-size must be an integer of at least 1, got 0"),
-        (["a", "photos", "--tokenizer", "t"], "--tokenizer must be None for a network that takes no texts, got 't'"),
+        (
+            ["a", "photos", "--tokenizer", "t"],
+            "--tokenizer must be None where no tokenizer.json splits the inputs, got",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(photos, monkeypatch, capsys, arguments, message):

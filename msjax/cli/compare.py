@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--out", metavar="FILE", help="also draw the metric against bytes and seconds: .png, .pdf or .svg"
     )
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each run instead of a table")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each row instead of a table")
     parser.add_argument(
         "--by-seed", action="store_true", help="runs that differ in their seeds alone as one: mean ± deviation"
     )
@@ -81,11 +81,14 @@ def _name(group):
 def _describe(group):
     """What `--json` prints of runs that differ in their seeds: means and sample standard deviations."""
     first, headline = group[0], group[0].headline
-    values = [run.test[headline] for run in group if run.test is not None and headline in run.test]
+    values = [run.test.get(headline) for run in group if run.test is not None]
     found = {"runs": [run.path for run in group], "seeds": [run.settings["seed"] for run in group]}
     found |= {name: value for name, value in first.describe().items() if name not in ("run", "seed", "train", "test")}
-    found["mean"] = statistics.fmean(values) if values else None
-    found["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+    known = values and None not in values  # of one that diverged there is no mean
+    found["mean"] = statistics.fmean(values) if known else None
+    found["deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
+    for name in ("finished", "served"):
+        found[name] = all(run.describe()[name] for run in group)
     for name in ("cut_bytes", "total_bytes", "seconds"):
         found[name] = statistics.fmean(run.describe()[name] for run in group)
     return found
@@ -95,9 +98,9 @@ def _print(groups):
     described, rows = [_describe(group) for group in groups], []
     for group, said in zip(groups, described, strict=True):
         run = group[0]
-        metric = run.metric if said["mean"] is None else bare_metric(run.headline, said["mean"])
+        metric = "–" if said["mean"] is None else bare_metric(run.headline, said["mean"])
         if said["deviation"] is not None:
-            metric = f"{metric} ± {said['deviation']:.2f} ({len(group)})"
+            metric = f"{metric} ± {bare_metric(run.headline, said['deviation'])} ({len(group)})"
         cells = [_name(group), said["cut"] or "–", run.codecs, run.epochs, metric]
         for name in ("cut_bytes", "total_bytes"):
             cells += [f"{said[name] / 1e6:,.2f}", f"{described[0][name] / said[name]:.2f}×" if said[name] else "–"]

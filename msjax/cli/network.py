@@ -175,7 +175,15 @@ def _evaluate(trained, remote, options):
     state = PartState(trained.params, trained.stats, ())
     own = parties.ClientData(ds.train, ds.test)
     how = {"numpy_encoder": options.encoder == "numpy", "workers": options.workers}
-    clients = [parties.Client(n, spec, state, own, cfg.seed, **how) for n in range(cfg.clients)]
+    with contextlib.ExitStack() as stack:
+        clients = [parties.Client(n, spec, state, own, cfg.seed, **how) for n in range(cfg.clients)]
+        for client in clients:
+            stack.callback(client.close)
+        return _test_of(clients, remote, trained, spec)
+
+
+def _test_of(clients, remote, trained, spec):
+    """Loss, metrics and bytes of the last epoch's test."""
     if trained.up_bits is not None:
         for client in clients:
             client.up_bits = jnp.float32(trained.up_bits)

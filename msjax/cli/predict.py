@@ -1,6 +1,7 @@
 """`msjax predict`: what a trained network says of a user's own inputs."""
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -68,7 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--uncompressed", action="store_true", help="leave the features as they are")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs that are compressed together")
     parser.add_argument("--json", action="store_true", help="print an object a line, with all outputs")
-    parser.add_argument("--out", metavar="FILE", help="write the lines to a file instead")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the lines to a file instead; where an error ends them, those so far to FILE.partial",
+    )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="of a language model, where the run's is not on this machine"
     )
@@ -99,7 +104,7 @@ def read_all(client: TrainedPart, options: argparse.Namespace) -> list[data.Inpu
             )
         return [_read_texts(client, path, options.tokenizer) for path in options.inputs]
     if options.tokenizer is not None:
-        raise ValueError(f"tokenizer must be None for a network that takes no texts, got {options.tokenizer!r}")
+        raise ValueError(f"tokenizer must be None where no tokenizer.json splits the inputs, got {options.tokenizer!r}")
     if task not in LINE_TASKS and not options.json:
         raise ValueError(f"--json must be given for task {task!r}, whose outputs are no line")
     return [_read(client, path) for path in options.inputs]
@@ -138,7 +143,8 @@ def _write(lines: Iterable[str], to: str | None) -> int:
                 print(f"msjax predict: {error}", file=sys.stderr)
         raise
     _write_lines(found, to)
-    expand("out", to + ".partial").unlink(missing_ok=True)  # of an earlier try
+    with contextlib.suppress(OSError):
+        expand("out", to + ".partial").unlink()  # of an earlier try
     return 0
 
 

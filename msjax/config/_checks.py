@@ -138,7 +138,7 @@ def _uses(config):
 
 
 def has_texts(config: Any) -> bool:
-    """Whether the data are texts, which a tokenizer splits."""
+    """Whether the data are texts that a tokenizer.json splits; those of a set of `data` become words."""
     return config.model.name == "decoder" or config.data.name.lower().endswith(data.TEXT_SUFFIXES)
 
 

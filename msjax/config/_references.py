@@ -91,7 +91,7 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
 
     Raises:
       ValueError: `data_dir` is given, and a function of a preset makes the data; or it lacks a folder of images that is
-        there without it; or `tokenizer` is given, and the data are no texts.
+        there without it; or `tokenizer` is given, and the data have no use for one.
     """
     found: dict[str, str] = {}
     if data_dir is not None:
@@ -110,7 +110,10 @@ def with_own_paths(config: Config, *, data_dir: str | None, tokenizer: str | Non
                 raise ValueError(f"data_dir must have what {name} names, {value!r}, got {data_dir!r}")
     if tokenizer is not None:
         if not has_texts(config):
-            raise ValueError(f"tokenizer must be None for data.name={config.data.name!r}, no texts, got {tokenizer!r}")
+            raise ValueError(
+                f"tokenizer must be None for data.name={config.data.name!r}, which no tokenizer.json splits, got "
+                f"{tokenizer!r}"
+            )
         found["data.tokenizer"] = tokenizer
     return with_fields(config, found)
 

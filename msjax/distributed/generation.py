@@ -164,6 +164,7 @@ class RemoteSession:
       open_stream: from requests to answers.
       call: calls a function, with gRPC's errors as those of `remote.RemoteServer`.
       terms: of one text.
+      check: raises where a stream, of which there is an answer, is not from the part that the text began with.
 
     Raises:
       ValueError: `terms` are of several texts.
@@ -174,11 +175,12 @@ class RemoteSession:
         open_stream: Callable[[Iterator[pb.NextTokens]], Iterator[pb.Outputs]],
         call: Callable[[Callable[[], Any]], Any],
         terms: Terms,
+        check: Callable[[Any], None] = lambda stream: None,
     ):
         if terms.batch_size != 1:
             raise ValueError(f"prompts must be one where the server is elsewhere, got {terms.batch_size}")
         self._requests: queue.Queue[pb.NextTokens | None] = queue.Queue()
-        self._open, self._call, self._terms, self._stream = open_stream, call, terms, None
+        self._open, self._call, self._terms, self._check, self._stream = open_stream, call, terms, check, None
         self.serialized_bytes = 0
         """Of all messages so far, both ways."""
 
@@ -202,6 +204,8 @@ class RemoteSession:
             if request.HasField("begin"):
                 raise
             raise ConnectionError(f"{error}; with the connection the text has ended: begin it again") from None
+        if request.HasField("begin"):
+            self._check(self._stream)
         self.serialized_bytes += request.ByteSize() + answer.ByteSize()
         return list(answer.payload)
 

@@ -109,6 +109,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
     def Generate(self, requests: Iterator[pb.NextTokens], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers what comes next in one text, as often as it is asked."""
         self._authenticate(context)
+        context.send_initial_metadata(((RUN_KEY, self._trained.run_id),))
         try:
             yield from self._texts.answers(self._held(requests, context), self._admission.caller_of(context))
         except Evicted as error:

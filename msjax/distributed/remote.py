@@ -73,6 +73,7 @@ class RemoteServer:
             return self._call(lambda: self._stub.Describe(pb.DescribeRequest(), **options))
 
         found = self._retrying(call)
+        self._check_run(found.run)
         self._run = found.run
         return found
 
@@ -93,7 +94,7 @@ class RemoteServer:
             try:
                 while len(found) < len(requests):
                     answer = self._call(lambda: next(stream))
-                    self._check_run(dict(stream.initial_metadata()).get(RUN_KEY))
+                    self._check_stream(stream)
                     found.append(self._decode(answer, down))
                     self.sent_bytes += _bytes_of(requests[len(found) - 1])
                     self.received_bytes += _bytes_of(answer)
@@ -105,11 +106,18 @@ class RemoteServer:
 
     def begin(self, terms: Terms) -> RemoteSession:
         """Returns a session that continues a text with the part, which is a decoder's."""
-        return RemoteSession(lambda requests: self._stub.Generate(requests, metadata=self._metadata), self._call, terms)
+
+        def open_stream(requests):
+            return self._stub.Generate(requests, metadata=self._metadata)
+
+        return RemoteSession(open_stream, self._call, terms, self._check_stream)
 
     def close(self) -> None:
         """Ends the connection."""
         self._channel.close()
+
+    def _check_stream(self, stream):
+        self._check_run(dict(stream.initial_metadata()).get(RUN_KEY))
 
     def _check_run(self, run):
         if self._run is not None and run != self._run:

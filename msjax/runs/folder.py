@@ -119,6 +119,11 @@ class RunFolder:
         known = json_object(str(file), file.read_text("utf-8")) if file.exists() else given
         return [name for name in _SPLITS if known.get(name) != given[name]]
 
+    def read_data(self) -> dict[str, Any] | None:
+        """Returns the digests of the data that the run began with; None where none are kept."""
+        file = self.path / "data.json"
+        return json_object(str(file), file.read_text("utf-8")) if file.exists() else None
+
     def check_data(self, digests: list[str | int]) -> None:
         """Raises ValueError where a run began with other data; `digests` as of `other_data`."""
         if names := " and ".join(self.other_data(digests)):

@@ -40,10 +40,13 @@ class Overview:
         if of_python:
             folder = RunFolder(place, read_only=True)
             spec = folder.read_spec()
-            settings, recipe = _settings_of_python(spec), _recipe(spec)
+            settings, recipe = _settings_of_python(spec), _recipe(spec, None)
         else:
             folder, config = RunFolder.open(path, read_only=True)
-            settings, recipe = _settings(config), _recipe(to_json(without_paths(config)))
+            settings, recipe = (
+                _settings(config),
+                _recipe(to_json(without_paths(config), paths=False), folder.read_data()),
+            )
         try:
             history = folder.read_history() if (folder.path / "metrics.jsonl").exists() else []
             summary = folder.read_summary()
@@ -116,8 +119,9 @@ class Overview:
         return "\n".join(found)
 
 
-def _recipe(described: dict[str, Any]) -> str:
-    found = {name: value for name, value in described.items() if name not in ("seed", "out")}
+def _recipe(described: dict[str, Any], data_digests: dict[str, Any] | None) -> str:
+    found: dict[str, Any] = {"digests": data_digests}
+    found |= {name: value for name, value in described.items() if name not in ("seed", "out")}
     if isinstance(mode := found.get("mode"), str):  # of Python: one that draws has the run's seed
         found["mode"] = re.sub(r"\bseed=\w+", "", mode)
     return json.dumps(found, sort_keys=True)

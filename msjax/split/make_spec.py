@@ -62,6 +62,7 @@ def make_spec(
     names = ("client", "server", "tail")[: len(parts)]
     batch = 2
     key = jax.random.key(0)
+    preprocess.check(labels)
     x = _shapes_of(
         "preprocessing",
         "what the data set stores",

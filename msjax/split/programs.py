@@ -42,7 +42,7 @@ from_vector = jax.jit(trees.from_vector)
 @_jit
 def augmented(spec: RunSpec, inputs: Any, labels: Any, key: jax.Array) -> tuple[Any, Any]:
     """Returns the inputs of a training batch as the network takes them, augmented, and its labels."""
-    return spec.augmented(inputs, labels, split_key(key).augment)
+    return spec.preprocess.augmented(inputs, labels, split_key(key).augment)
 
 
 @_jit

@@ -30,9 +30,9 @@ class Preprocess:
     """From inputs as a data set stores them to those of the network, on the device.
 
     Attributes:
-      augment: of training batches: one of `data.AUGMENTATIONS`; or a function from (inputs, key) to inputs, or from
-        (inputs, labels, key) to (inputs, labels), as many as its parameters are. What it returns has the dtype of what
-        it is given: labels always, and their shapes; inputs where they are normalised behind it.
+      augment: of training batches: one of `data.AUGMENTATIONS`; or a function from (inputs, key) to inputs; or, where
+        it has three parameters without a default, from (inputs, labels, key) to (inputs, labels). What it returns has
+        the dtype of what it is given: labels always, and their shapes; inputs where they are normalised behind it.
       mean, std: for `data.normalize`; None takes inputs as they are.
       dtype: of floating inputs behind it; None leaves it.
       padding: of the augmentation "crop_flip".
@@ -77,6 +77,15 @@ class Preprocess:
                 "whether floats are in 0..1 or 0..255 cannot be told"
             )
         return self(inputs), labels
+
+    def check(self, labels: TreeSpec) -> None:
+        """Raises ValueError where the augmentation moves pixels, and labels have places that would stay."""
+        moves = self.augment in data.AUGMENTATIONS and self.augment != "none"
+        if moves and any(len(leaf.shape) > 1 for leaf in labels.leaves):
+            raise ValueError(
+                f'augment must be "none", or a function of (inputs, labels, key), for labels of {labels} each, whose '
+                f"places would not move with the image, got {self.augment!r}"
+            )
 
     def __call__(self, inputs: Any) -> Any:
         """Returns inputs (B, …) as the network takes them, not augmented."""
@@ -197,20 +206,6 @@ class RunSpec:
 
     def __eq__(self, other):
         return self is other or (isinstance(other, RunSpec) and self._values == other._values)
-
-    def augmented(self, inputs: Any, labels: Any, key: jax.Array) -> tuple[Any, Any]:
-        """Returns a training batch: inputs (B, …) as the network takes them, augmented, and labels (B, …).
-
-        Raises:
-          ValueError: the augmentation moves pixels, and labels have places that would stay where they are.
-        """
-        augment, placed = self.preprocess.augment, [leaf for leaf in self.labels.leaves if len(leaf.shape) > 1]
-        if augment in data.AUGMENTATIONS and augment != "none" and placed:
-            raise ValueError(
-                f'augment must be "none", or a function of (inputs, labels, key), for labels of {self.labels} each, '
-                f"whose places would not move with the image, got {augment!r}"
-            )
-        return self.preprocess.augmented(inputs, labels, key)
 
     def describe(self) -> dict[str, Any]:
         """Returns what parties must agree on, as JSON-ready values by name."""

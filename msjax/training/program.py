@@ -255,7 +255,11 @@ def _settled_totals(mesh, totals):
 
 def _augmented(spec, mesh, x, y, keys):
     """The clients' training batches as the network takes them, and their labels."""
-    return shards.by_client(mesh, lambda x, y, key: spec.augmented(x, y, split_key(key).augment), (), (x, y, keys))
+
+    def of_client(x, y, key):
+        return spec.preprocess.augmented(x, y, split_key(key).augment)
+
+    return shards.by_client(mesh, of_client, (), (x, y, keys))
 
 
 def _each_device(tree):

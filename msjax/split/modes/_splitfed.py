@@ -35,7 +35,7 @@ class SplitFed(AveragingMode):
     Args:
       average_steps: steps of a round.
       client_fraction: above 0 and at most 1.
-      seed: of the draws; None for the run's. It is 0 where all take part, and nothing is drawn.
+      seed: of the draws; None for the run's, and for 0 where all take part and nothing is drawn.
 
     Raises:
       ValueError: an argument is out of range.
@@ -52,11 +52,13 @@ class SplitFed(AveragingMode):
         rule = "above 0 and at most 1"
         fraction = number("client_fraction", self.client_fraction, rule, lambda value: 0 < value <= 1)
         object.__setattr__(self, "client_fraction", fraction)
-        if self.seed is not None or fraction == 1:  # without draws runs of several seeds are one to the compiler
-            object.__setattr__(self, "seed", integer("seed", self.seed or 0, 0))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", integer("seed", self.seed, 0))
 
     def seeded(self, seed):
-        return self if self.seed is not None else dataclasses.replace(self, seed=seed)
+        # Without draws runs of several seeds are one to the compiler.
+        own = seed if self.client_fraction < 1 else 0
+        return self if self.seed is not None else dataclasses.replace(self, seed=own)
 
     # -- Who takes part. --------------------------------------------------------------------------------------------
 
