@@ -76,9 +76,7 @@ def test_a_folder_that_each_client_has(animals, monkeypatch):
     elsewhere = config.without_paths(of("/not/here/animals"))  # an absolute path of the machine that began the run
     own = config.with_own_paths(elsewhere, data_dir=str(there), tokenizer=None)
     assert own.data.name == str(animals)
-    with pytest.raises(
-        ValueError, match=r"tokenizer must be None for data.name='animals', which no tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer must be None for data.name='animals', which no tokenizer"):
         config.with_own_paths(of("animals"), data_dir=None, tokenizer="here")
     monkeypatch.chdir(there)
     assert len(build.load_data(of("animals")).train) == 16
