@@ -80,17 +80,17 @@ def _name(group):
 
 def _describe(group):
     """What `--json` prints of runs that differ in their seeds: means and sample standard deviations."""
-    first, headline = group[0], group[0].headline
+    each, headline = [run.describe() for run in group], group[0].headline
     values = [run.test.get(headline) for run in group if run.test is not None]
     found = {"runs": [run.path for run in group], "seeds": [run.settings["seed"] for run in group]}
-    found |= {name: value for name, value in first.describe().items() if name not in ("run", "seed", "train", "test")}
+    found |= {name: value for name, value in each[0].items() if name not in ("run", "seed", "train", "test")}
     known = values and None not in values  # of one that diverged there is no mean
     found["mean"] = statistics.fmean(values) if known else None
     found["deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
     for name in ("finished", "served"):
-        found[name] = all(run.describe()[name] for run in group)
+        found[name] = all(one[name] for one in each)
     for name in ("cut_bytes", "total_bytes", "seconds"):
-        found[name] = statistics.fmean(run.describe()[name] for run in group)
+        found[name] = statistics.fmean(one[name] for one in each)
     return found
 
 

@@ -176,9 +176,8 @@ def _evaluate(trained, remote, options):
     own = parties.ClientData(ds.train, ds.test)
     how = {"numpy_encoder": options.encoder == "numpy", "workers": options.workers}
     with contextlib.ExitStack() as stack:
-        clients = [parties.Client(n, spec, state, own, cfg.seed, **how) for n in range(cfg.clients)]
-        for client in clients:
-            stack.callback(client.close)
+        made = (parties.Client(n, spec, state, own, cfg.seed, **how) for n in range(cfg.clients))
+        clients = [stack.enter_context(contextlib.closing(client)) for client in made]
         return _test_of(clients, remote, trained, spec)
 
 

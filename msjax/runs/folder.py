@@ -115,8 +115,8 @@ class RunFolder:
         Args:
           digests: of both, by `data.digests`.
         """
-        file, given = self.path / "data.json", dict(zip(_SPLITS, digests, strict=True))
-        known = json_object(str(file), file.read_text("utf-8")) if file.exists() else given
+        given = dict(zip(_SPLITS, digests, strict=True))
+        known = given if (kept := self.read_data()) is None else kept
         return [name for name in _SPLITS if known.get(name) != given[name]]
 
     def read_data(self) -> dict[str, Any] | None:
