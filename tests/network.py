@@ -72,7 +72,7 @@ class MemoryStore:
     def wait(self):
         self.saved |= self.begun
         if self._progress is not None and self.begun:
-            self.prune(max(self.begun))
+            self.prune([max(self.begun)])
         self.begun.clear()
 
     def restore(self, step, like):
@@ -88,8 +88,8 @@ class MemoryStore:
         party.train = party.test = MetricSums()
         self._progress.clear()
 
-    def prune(self, saved_step):
-        for step in [step for step in self.saved if step < saved_step]:
+    def prune(self, kept):
+        for step in [step for step in self.saved if step not in kept]:
             del self.saved[step]
 
     def drop_after(self, step):

@@ -155,8 +155,8 @@ class Store:
     def restore(self, step, like):
         return self.saved[step]
 
-    def prune(self, saved_step):
-        self.saved = {step: state for step, state in self.saved.items() if step >= saved_step}
+    def prune(self, kept):
+        self.saved = {step: state for step, state in self.saved.items() if step in kept}
 
     def drop_after(self, step):
         self.saved = {saved: state for saved, state in self.saved.items() if saved <= step}
@@ -250,14 +250,14 @@ def test_what_was_saved_of_a_step_is_saved_anew_where_anothers_part_comes_at_it(
 
 
 def test_older_checkpoints_that_cannot_be_deleted_are_told_of_once(run, monkeypatch, caplog):
-    def prune(step):
+    def prune(kept):
         raise OSError(39, "Directory not empty")
 
     monkeypatch.setattr(run._store, "prune", prune, raising=False)
     go_to(run, 1, Phase.FEATURES, 0)
     for _ in range(2):
         assert run.take(answer(run, saved_step=1)) is not None
-    assert caplog.text.count("checkpoints before step 1 cannot be deleted: [Errno 39] Directory not empty") == 1
+    assert caplog.text.count("checkpoints other than of steps 1 cannot be deleted: [Errno 39] Directory not empty") == 1
 
 
 def test_without_the_checkpoint_a_client_goes_on_only_where_its_part_does_not_count(run):
@@ -273,8 +273,21 @@ def test_what_the_server_has_saved_is_kept_and_what_is_older_is_not(run):
     go_to(run, 3, Phase.FEATURES, 0)
     assert run.request.request.saved and run._store.steps() == [1, 2, 3]
     assert run._initial is not None
+    run.take(answer(run, saved_step=1))
+    assert run._store.steps() == [1, 2, 3] and run._initial is None  # nobody goes back to it any more
     run.take(answer(run, saved_step=2))
-    assert run._store.steps() == [2, 3] and run._initial is None  # nobody goes back to it any more
+    assert run._store.steps() == [2, 3]
+
+
+def test_a_client_keeps_three_checkpoints_where_another_cannot_save_its_own(run):
+    """The server completes none any more: what it may have is the last, or one of the two that were due since."""
+    run.party.schedule = Schedule(Parallel(), 2, 20, 0, 2, 1)
+    run.start(pb.Start(generation=2))
+    while run.exchange.step < 9:
+        run.take(answer(run, generation=2, saved_step=2 if run.exchange.step > 2 else 0))
+    assert run._store.steps() == [2, 7, 8, 9]  # 9 is new, and what is sent with it is not answered yet
+    run.take(answer(run, generation=2, saved_step=2))
+    assert run._store.steps() == [2, 8, 9]
 
 
 def test_a_client_says_where_it_could_not_save(run):
@@ -477,6 +490,18 @@ def test_images_beside_the_program_are_not_taken_for_those_of_another_folder(own
     options = ClientOptions(client_id=0, data_dir="/hospital")
     with pytest.raises(ValueError, match=r"data_dir must have what data\.name names, 'photos', got '/hospital'"):
         own_config(run, run if own else None, options)
+
+
+def test_a_client_that_keeps_its_labels_is_in_no_run_that_sends_them(tmp_path, caplog):
+    options = ClientOptions(client_id=0, state=str(tmp_path), keep_labels=True)
+    cfg = config.Config(model=config.ModelConfig("mlp"), clients=2)
+    with pytest.raises(ValueError, match=r"keep_labels must be False in a run that sends labels to the server, got Tr"):
+        ClientProgram(options)._load(cfg)
+    with caplog.at_level("INFO", "msjax"):
+        ClientProgram(options)._load(dataclasses.replace(cfg, mode=config.ModeConfig(tail_cut="last")))
+        ClientProgram(dataclasses.replace(options, keep_labels=False))._load(cfg)
+    assert "tail_cut 'last': features float32" in caplog.text and "labels stay here" in caplog.text
+    assert "MaskEncoded" in caplog.text and "labels go to the server, too" in caplog.text
 
 
 def test_of_a_clients_preset_only_model_data_and_task_count_and_it_is_told(caplog):

@@ -403,6 +403,11 @@ def test_what_a_run_sets_of_data_model_and_task_is_in_each_partys_own_preset():
             config.check_own(run, preset, divided=divided)
     # A client's own data are not divided, and the server need not say how it sets a test set aside.
     config.check_own(given, sets_alpha, divided=False)
+    tail = dataclasses.replace(given, mode=config.ModeConfig(tail_cut="last"))
+    config.check_own(tail, given, divided=False)
+    config.check_own(tail, tail, divided=False)
+    with pytest.raises(ValueError, match=r"mode\.tail_cut must be the same .* got None there and 'last' in the preset"):
+        config.check_own(given, tail, divided=False)
     deeper = dataclasses.replace(given, model=dataclasses.replace(given.model, activation="gelu"))
     with pytest.raises(ValueError, match=r"model\.activation must be .* got 'gelu' there and 'relu' in the preset"):
         config.check_own(deeper, given, divided=False)

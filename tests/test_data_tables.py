@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import threading
 import types
 
@@ -215,6 +216,10 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path, monkeypatch):
     other = ClientProgram(ClientOptions(client_id=0, **options))._load(cfg)
     differing = agreement.differences(agreement.parse(other.description), found[0])
     assert differing == "own_tests is None here and True there (all clients have --own-data, or none has)"
+    first = {"state": str(tmp_path / "state0"), "data_dir": str(tmp_path / "0")}
+    share = ClientProgram(ClientOptions(client_id=0, **first))._load(cfg)  # both have forgotten --own-data
+    differing = agreement.differences(*(agreement.parse(one.description) for one in (share, other)))
+    assert re.fullmatch(r"hash of shared data is '\w{16}' here and '\w{16}' there .* have --own-data\)", differing)
     checked = []
     monkeypatch.setattr(client_program, "check_labels", lambda spec, ds: checked.append((spec.task.name, ds.name)))
     program.session.name = RUN

@@ -368,6 +368,23 @@ def test_a_checkpoint_that_is_not_finished_before_the_next_is_due_counts_then(tm
         it.assert_equal_to_program()
 
 
+def test_what_the_server_is_writing_is_not_deleted_by_clients_where_another_cannot_save_any_more(tmp_path):
+    """It is slow, and no later save waits for it. Then all go back, to a checkpoint that all have."""
+    with net(tmp_path, dataclasses.replace(SMALL, epochs=4), checkpoint_steps=1) as it:
+        it.start_clients()
+        it.loop.run(lambda: 1 in it.stores)
+        it.stores["server"].slow = True
+        it.run_to(3)
+        it.stores[1].full = True
+        it.run_to(9)
+        assert len(it.stores[0].steps()) <= 4 and it.counted("failed_saves") >= 5
+        it.stores[1].full = False
+        it.restart(0)
+        it.run()
+        assert not it.failures and it.counted("restarts") == 1
+        it.assert_equal_to_program()
+
+
 def test_a_checkpoint_that_a_client_could_not_save_is_missed(tmp_path):
     with with_stores(tmp_path) as it:
         it.stores[1].slow = True

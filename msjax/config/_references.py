@@ -214,7 +214,8 @@ def check_own(config: Config, own: Config, *, divided: bool) -> None:
     """Checks that a party's own preset says of model, data and task what the run's config says, see `with_own`.
 
     Only what the config sets away from its default has to be the same: the party whose config this is need not have
-    data. Files, folders and functions of presets are each party's own.
+    data. Files, folders and functions of presets are each party's own. A preset with a `mode.tail_cut`, which keeps
+    labels with the clients, has to have that of the run.
 
     Args:
       divided: whether the party takes its share of data that all have; then all must divide them alike.
@@ -222,6 +223,11 @@ def check_own(config: Config, own: Config, *, divided: bool) -> None:
     Raises:
       ValueError: a field differs.
     """
+    if own.mode.tail_cut not in (None, config.mode.tail_cut):
+        raise ValueError(
+            f"mode.tail_cut must be the same in the run's config and in this party's own preset where the preset has "
+            f"one, as labels then stay here: got {config.mode.tail_cut!r} there and {own.mode.tail_cut!r} in the preset"
+        )
     for section in _OWN_SECTIONS:
         run, mine = getattr(config, section), getattr(own, section)
         for field in dataclasses.fields(run):

@@ -17,12 +17,18 @@ _COUNTS = ("samples", "test_samples")
 """Of the description: each client's own, until the server has said how many all draw."""
 
 _CLASS_NAMES, _COLUMN_NAMES = "hash of class names", "hash of column names"
+_SHARED = "hash of shared data"
+_NOT_ALL_SAY = (_CLASS_NAMES, _SHARED)
+"""Not all data have names of classes, and earlier versions do not say the hash of data."""
 _NAME_ALL = " (data.classes, or a preset's from_arrays(…, classes=…), names all classes for those that lack some)"
 _HELP = {
     "num_classes": _NAME_ALL,
     _CLASS_NAMES: _NAME_ALL,
     _COLUMN_NAMES: " (a column of texts has a name for each text; data.drop leaves columns out)",
     "inputs": " (of images, data.image_size and data.channels make the clients' alike)",
+    _SHARED: (
+        " (each client takes its share of data that all have alike; clients with data of their own have --own-data)"
+    ),
     "own_tests": " (all clients have --own-data, or none has)",
 }
 """What may help where clients with own data differ."""
@@ -31,11 +37,18 @@ _OWN = ("mean", "std", "columns", "classes")
 """Of a summary: what follows from the values of a client's data, and names of classes; a server need not know it."""
 
 
-def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | None = None) -> str:
+def describe(
+    spec: RunSpec,
+    summary: DataSummary,
+    identity: dict[str, str] | None = None,
+    *,
+    shared: list[str | int] | None = None,
+) -> str:
     """Returns what a client has, as JSON: its data's shapes, and the description of the run that it has built.
 
     Args:
       identity: of its network; see `build.identity`.
+      shared: the digests of the data, see `data.digests`, where each client takes a share of what all have.
     """
     data = {name: value for name, value in summary.to_json().items() if name not in _OWN}
     data["normalized channels"] = None if summary.mean is None else len(summary.mean)
@@ -43,11 +56,13 @@ def describe(spec: RunSpec, summary: DataSummary, identity: dict[str, str] | Non
         data[_COLUMN_NAMES] = _hash([name for column in summary.columns for name in column.names])
     if summary.classes is not None:  # likewise, two may have equally many classes
         data[_CLASS_NAMES] = _hash(summary.classes)
+    if shared is not None:
+        data[_SHARED] = _hash(shared)
     return json.dumps({"data": data, "run": _of_run(spec, identity)})
 
 
-def _hash(names):
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+def _hash(values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def summary_of(description: dict[str, Any]) -> DataSummary:
@@ -111,8 +126,8 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     for part in ("data", "run"):
         mine, theirs = here.get(part, {}), there.get(part, {})
         for name in sorted(mine.keys() | theirs.keys()):
-            if name == _CLASS_NAMES and not (name in mine and name in theirs):
-                continue  # not all data have such names
+            if name in _NOT_ALL_SAY and not (name in mine and name in theirs):
+                continue
             if (a := mine.get(name)) != (b := theirs.get(name)):
                 found.append(f"{name} is {_short(a)} here and {_short(b)} there{_HELP.get(name, '')}")
     return "; ".join(found)

@@ -132,7 +132,8 @@ class ClientProgram:
             )
         ds = build.load_data(cfg, data_dir=options.data_dir, cache_dir=options.cache_dir)
         self._check_tokenizer(ds.tokenizer)
-        self._check_data([*data.digests(ds), "own" if options.own_data else "a share"])
+        digests = data.digests(ds)
+        self._check_data([*digests, "own" if options.own_data else "a share"])
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
         train, samples = ds.train, len(ds.train)
         if not options.own_data:
@@ -147,6 +148,11 @@ class ClientProgram:
         self._parts = OwnParts(cfg, self._summary, CLIENT)
         spec = self._describe(samples, len(ds.test))
         build.check_tail(cfg, spec)
+        if options.keep_labels and spec.sends_labels:
+            raise ValueError(
+                "keep_labels must be False in a run that sends labels to the server, got True: labels stay with the "
+                "clients where the server's config has a --mode.tail-cut, or its model's parts have a tail"
+            )
         for part in self._parts.shapes[::2]:
             check_travels(spec, part.stats)
         check_labels(spec, ds)
@@ -155,7 +161,9 @@ class ClientProgram:
                 "the labels of this run are the text itself, shifted by one token, and this client sends them: the "
                 "server can read it. Where it is private, the run must be U-shaped (--mode.tail-cut last)"
             )
-        return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg)))
+        log.info("%s", _what_is_sent(cfg, spec))
+        shared = None if options.own_data else digests
+        return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg), shared=shared))
 
     def _check_tokenizer(self, tokenizer):
         """Raises where this client's checkpoints are of another tokenizer, and writes down which it is."""
@@ -265,6 +273,15 @@ class LinkWatch:
         if self._slow_steps < self.STEPS:
             return None
         return f"{budget.why_too_slow(spec, bytes_per_second)}. The link's speed was measured, with its latency"
+
+
+def _what_is_sent(cfg, spec):
+    cut = f"cut {cfg.cut!r}" + (f", tail_cut {cfg.tail_cut!r}" if cfg.tail_cut is not None else "")
+    labels = "labels go to the server, too" if spec.sends_labels else "labels stay here"
+    return (
+        f"{cut}: features {spec.features} go to the server through {spec.codec}, their gradients come back through "
+        f"{spec.grad_codec}; {labels}"
+    )
 
 
 def _link_status(party):

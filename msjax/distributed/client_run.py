@@ -23,7 +23,7 @@ class ClientRun:
     Args:
       party: the client as it is before the first step.
       store: of checkpoints, with `steps()`, `save(step, checkpoint)`, `check()`, `wait()`, `restore(step, like)`,
-        `prune(step)`, `drop_after(step)`.
+        `prune(kept)`, `drop_after(step)`.
       compression: of the requests' bytes, as `msjax.wire` takes it.
     """
 
@@ -31,7 +31,8 @@ class ClientRun:
         self.party, self._store, self._compression = party, store, compression
         self._initial: Any = party.checkpoint()  # until the server has a checkpoint
         self.generation = 0
-        self.checkpoint_steps = self._pruned = 0
+        self.checkpoint_steps = 0
+        self._kept = {0}  # what the last `prune` has left
         self._due, self._due_before = 0, 0  # the steps of the last two checkpoints of this generation
         self.exchange: Exchange | None = None
         """Where it is; None at the end."""
@@ -162,14 +163,16 @@ class ClientRun:
         saved = self._store.steps()
         return next((step for step in (self._due, self._due_before) if step in saved), 0)
 
-    def _prune(self, step):
-        if step == self._pruned:
+    def _prune(self, saved_step):
+        """Deletes what nobody goes back to: the server has this one, and is at most writing one of the last two."""
+        kept = {saved_step, *(step for step in (self._due_before, self._due) if step > saved_step)}
+        if kept == self._kept:
             return
-        self._pruned = step
+        self._kept = kept
         try:
-            self._store.prune(step)
+            self._store.prune(kept)
         except OSError as error:
-            log.error("checkpoints before step %d cannot be deleted: %s", step, error)
+            log.error("checkpoints other than of steps %s cannot be deleted: %s", _numbers(kept), error)
 
     def _without_failing(self, save, *args):
         """Whether the store did it; training goes on without."""
@@ -179,3 +182,7 @@ class ClientRun:
             log.error("no checkpoint at step %d: %s", self._due, error)
             return False
         return True
+
+
+def _numbers(steps):
+    return ", ".join(map(str, sorted(steps)))

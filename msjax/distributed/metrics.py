@@ -28,6 +28,7 @@ class Metrics:
         self.step_seconds = Histogram("step_seconds", "From step to step", buckets=_SECONDS, **labels)
         self.stragglers = Counter("stragglers", "Clients that missed a deadline", **labels)
         self.restarts = Counter("restarts", "Times that training went back to a checkpoint", **labels)
+        self.saved_step = Gauge("checkpoint_step", "That of the last checkpoint, to which all could go back", **labels)
         self.failed_saves = Counter("failed_saves", "Checkpoints that could not be written", **labels)
         self.requests = Counter("requests", "Requests to a trained part that were answered", **labels)
         self.samples = Counter("samples", "Samples in them", **labels)

@@ -209,6 +209,8 @@ class ClientOptions(ConnectOptions):
     """Folder for this client's checkpoints and its part at the end; by default clientNUMBER."""
     own_data: bool = False
     """Train and test on all of the data set that is here; by default on this client's share, as a simulation does."""
+    keep_labels: bool = False
+    """Take part only if this client's labels stay here, which is in U-shaped runs; others are refused."""
     weights: str | None = None
     """This client's copy of the file or folder that the run's weights start from, where it starts from one."""
     retry_seconds: float = 600.0

@@ -207,6 +207,7 @@ class ServerProgram:
         if exchange.phase == Phase.FEATURES:
             now, restored_at = time.monotonic(), self.coordinator.restored_at
             self.metrics.step.set(exchange.step)
+            self.metrics.saved_step.set(run.saved_step)
             if self._step_began < restored_at:  # what passed before was a wait for clients
                 self._step_began = restored_at
                 self._pace.begin(restored_at)

@@ -302,6 +302,9 @@ class ServerRun:
     def _missed(self, step, why, more="; the clients' own logs say why"):
         log.warning("no checkpoint at step %d: %s%s", step, why, more)
         self._failed_save()
+        # Clients keep theirs of the last two that were due, and that which they are told is complete here: without a
+        # next save, which would wait for the one before, that could be of longer ago, and they would not know.
+        self._checked(self._store.wait)
 
 
 def _names(clients):

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import filelock
@@ -269,10 +269,10 @@ class Checkpoints:
             (name for name, crc in written.items() if name not in found or crc32_of(folder / name) != crc), None
         )
 
-    def prune(self, before: int) -> None:
-        """Deletes those of steps before `before`."""
+    def prune(self, kept: Container[int]) -> None:
+        """Deletes those of all other steps than these."""
         for step in self.steps():
-            if step < before:
+            if step not in kept:
                 self._manager.delete(step)
 
     def drop_after(self, after: int) -> None:
