@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import os
 import ssl
 
 import grpc
@@ -191,6 +192,57 @@ def test_a_client_cannot_use_anothers_certificate(path, tmp_path):
         lost = answer_to(address, 0, third)
         assert str(lost) == "this certificate, of client-2, is no client's" and lost.final
         assert metrics.refused._value.get() == 2
+
+
+def test_files_of_tokens_and_certificates_are_read_anew(tmp_path, caplog):
+    """A client whose line is gone is not let in again, and its stream ends once it says something."""
+    caplog.set_level("INFO", "msjax")
+    (tmp_path / "tokens").write_text("0 alice\n1 bob\n")
+    (tmp_path / "names").write_text("0 client-0\n")
+    tokens, names = Tokens(str(tmp_path / "tokens"), 2), Certificates(str(tmp_path / "names"))
+    it = Admission(tokens, names)
+    alice, bob = (Call(token=token, common_name=[f"client-{n}".encode()]) for n, token in enumerate(("alice", "bob")))
+    assert it.version == 0 and it.refusal(alice, 0) is None and it.refusal(bob, 1).reason.startswith("this certificate")
+    (tmp_path / "names").write_text("0 client-0\n1 client-1\n")
+    assert it.version == 1 and it.refusal(bob, 1) is None
+    (tmp_path / "tokens").write_text("1 bob\n")  # and none need be of every client
+    assert it.version == 2 and it.refusal(bob, 1) is None
+    assert it.refusal(alice, 0).reason == "no such token for client 0" and it.refusal(alice).reason == "no such token"
+    assert caplog.text.count("was changed, and read anew") == 2
+    for wrong in ("", "1 bob\n1 bob\n", None):  # as while it is written
+        if wrong is None:
+            (tmp_path / "tokens").unlink()
+        else:
+            (tmp_path / "tokens").write_text(wrong)
+        assert it.version == 2 and it.refusal(bob, 1) is None and it.refusal(bob, 1) is None
+    assert caplog.text.count("what was read of tokens before stays: tokens must") == 3
+    (tmp_path / "tokens").write_text("0 alice\n")
+    assert it.version == 3 and it.refusal(alice, 0) is None and it.refusal(bob, 1) is not None
+
+
+def test_a_server_takes_away_access_and_reads_its_certificate_while_it_runs(tmp_path):
+    folders = [tmp_path / name for name in ("old", "new")]
+    for folder in folders:
+        folder.mkdir()
+    old, new = map(Authority, folders)
+    (tmp_path / "tokens").write_text("0 alice\n1 bob\n")
+    tls, first, second = old.issue("localhost"), old.issue("client-0"), new.issue("client-0")
+    with listening(tls, tokens=Tokens(str(tmp_path / "tokens"))) as (address, metrics):
+        connection = Connection(address, first, "alice")
+        connection.send(pb.FromClient(hello=pb.Hello(protocol=5, client=0)))
+        with pytest.raises(ConnectionLost, match="no answer within"):  # let in, where no coordinator is
+            connection.receive(0.5)
+        (tmp_path / "tokens").write_text("1 bob\n")
+        connection.send(pb.FromClient(goodbye=pb.Goodbye()))
+        with pytest.raises(ConnectionLost, match="no such token for client 0") as lost:
+            connection.receive(20)
+        connection.close()
+        assert lost.value.final and metrics.refused._value.get() == 1
+        renewed = new.issue("localhost")
+        for file, other in zip(dataclasses.astuple(tls), dataclasses.astuple(renewed), strict=True):
+            os.replace(other, file)
+        second = dataclasses.replace(second, authority=tls.authority)
+        assert "no answer within" in str(answer_to(address, 1, second, "bob", wait=0.5))
 
 
 def test_who_guesses_is_refused_for_a_minute(path):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import trustme
@@ -95,19 +96,48 @@ def test_where_nothing_is_wrong_nothing_is_said(files):
 
 
 def test_an_end_knows_what_is_wrong_with_its_own_certificate(files, path, caplog):
-    assert (
-        files["server"].fault("server") is files["client"].fault("client") is files["foreign"].fault("client") is None
-    )
-    assert files["none"].fault("client") is files["no certificate"].fault("client") is None
+    for end, role in (("server", "server"), ("client", "client"), ("foreign", "client")):
+        own = files[end].own(role)
+        assert own.fault is None and own.expires_at > time.time() and files[end].warning(role, time.time()) is None
+    for end in ("none", "no certificate"):
+        assert files[end].own("client") == (None, None) and files[end].warning("client", time.time()) is None
+    day = datetime.datetime(2030, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    soon = Authority(path).issue("soon", not_after=day)
+    for role in ("server", "client"):
+        assert soon.own(role).expires_at == day.timestamp()
+        assert soon.warning(role, day.timestamp() - 31 * 86_400) is None
+        warning = soon.warning(role, day.timestamp() - 12 * 86_400)
+        assert re.fullmatch(
+            "tls.certificate '.*soon.pem' expires on 2030-02-03 04:05 UTC, in 12.0 days: put a new one there", warning
+        )
     early = Authority(path).issue("early", not_before=FUTURE, not_after=FUTURE + datetime.timedelta(days=1))
     for role in ("server", "client"):
-        assert re.fullmatch("tls.certificate '.*late.pem': certificate has expired", files["late"].fault(role))
-        assert early.fault(role).endswith("certificate is not yet valid")
+        assert re.fullmatch("tls.certificate '.*late.pem': certificate has expired", files["late"].own(role).fault)
+        assert early.own(role).fault.endswith("certificate is not yet valid")
     with caplog.at_level(logging.WARNING, "msjax"), listening(files["expired"]):
         assert "localhost.pem': certificate has expired; clients will not take it" in caplog.text
     with caplog.at_level(logging.WARNING, "msjax"):
         ClientProgram(ClientOptions(client_id=0, tls=files["late"], state=str(path / "state")))
     assert "late.pem': certificate has expired; the server will not take it" in caplog.text
+
+
+def test_a_server_beyond_this_machine_says_who_can_call_and_when_its_certificate_expires(files, tmp_path, caplog):
+    (tmp_path / "tokens").write_text("0 alice\n")
+    said = {}
+    for name, tls, tokens in (("tls", files["server"], None), ("open", TlsFiles(), None), ("tokens", TlsFiles(), 1)):
+        caplog.clear()
+        tokens = tokens and str(tmp_path / "tokens")
+        options = ListenOptions(listen="0.0.0.0:0", tls=tls, insecure=not tls, tokens=tokens)
+        endpoint = TrainEndpoint(options, Metrics(), streams=1)
+        endpoint.close()
+        said[name] = (
+            caplog.text,
+            [line for line in endpoint.metrics.text().splitlines() if line.startswith("msjax_certificate_expiry")],
+        )
+    assert "whoever has a certificate of tls.authority can call as any client: tokens or" in said["tls"][0]
+    assert "whoever reaches this port can call as any client" in said["open"][0] and "whoever" not in said["tokens"][0]
+    expires_at = float(said["tls"][1][0].removeprefix("msjax_certificate_expiry_timestamp_seconds "))
+    assert expires_at == files["server"].own("server").expires_at and not said["open"][1] and not said["tokens"][1]
 
 
 def test_files_that_do_not_fit_are_named(files, path):
@@ -159,7 +189,7 @@ def test_the_recipe_of_the_documentation_makes_certificates_and_tokens_that_work
         TlsFiles(*(str(tmp_path / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
         for name in ("server", "c0")
     )
-    assert server.fault("server") is None and client.fault("client") is None
+    assert server.own("server").fault is None and client.own("client").fault is None
     with listening(server) as address:
         assert client.fault_with(address) is None
         assert TlsFiles(authority=client.authority).fault_with(address) is not None

@@ -145,7 +145,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._metrics.evicted.inc(evicted)
         self._metrics.connected.inc()
 
-        ended = threading.Event()
+        ended, admitted = threading.Event(), self._admission.version
 
         def close():
             ended.set()
@@ -161,6 +161,8 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
                 rate.wait(ended)
                 if ended.is_set():
                     return
+                if self._admission.version != admitted:
+                    self._authenticate(context)
                 self._streams.use(stream)
                 yield request
 

@@ -1,5 +1,6 @@
 """What the server counts, for Prometheus."""
 
+import math
 from collections.abc import Callable
 
 import prometheus_client
@@ -65,6 +66,19 @@ class Metrics:
             f"{requests:,.0f} requests of {samples:,.0f} samples answered in {seconds:,.1f} s; "
             f"{totals['received_bytes']:,.0f} bytes received, {totals['sent_bytes']:,.0f} sent; {refused:,.0f} refused"
         )
+
+    def watch_certificate(self, expires_at: Callable[[], float | None]) -> None:
+        """Also tells when a server's certificate expires, as it is when it is asked: 0 for one that is not valid."""
+
+        def value():
+            try:
+                return expires_at() or 0.0
+            except ValueError:  # as while the files are renewed
+                return math.nan
+
+        names = {"registry": self.registry, "namespace": "msjax"}
+        gauge = Gauge("certificate_expiry_timestamp_seconds", "When this server's certificate expires", **names)
+        gauge.set_function(value)
 
     def waited(self, seconds: float) -> None:
         """Counts how long an exchange waited for its clients."""

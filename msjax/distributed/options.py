@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import time
 from typing import Any, ClassVar, Literal
 
 import tyro
@@ -164,8 +165,8 @@ class LinkOptions:
         check_plaintext(parse_address("server", self.server), self.tls, self.insecure)
         if self.tls:
             self.tls.client()
-            if fault := self.tls.fault("client"):
-                log.warning("%s; the server will not take it", fault)
+            if warning := self.tls.warning("client", time.time()):
+                log.warning("%s", warning)
         return self.read_token()
 
     def read_token(self) -> str | None:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from msjax.distributed.rpc.security import Tokens, client_lines, hexadecimal
+from msjax.distributed.rpc.security import Tokens, hexadecimal, reread_client_lines
 from msjax.logs import shorten
 
 log = logging.getLogger("msjax.server")
@@ -30,13 +30,13 @@ def _wanted(name, where):
 
 
 class Certificates:
-    """Which certificate each client has, read from a file of lines `NUMBER NAME`; None for any of the authority.
+    """Which certificate each client has, in a file of lines `NUMBER NAME`, read anew where it was changed.
 
     NAME is one of the certificate's alternative names or, where it has none, its common name; or
     `sha256:FINGERPRINT`, as `openssl x509 -noout -fingerprint -sha256` prints it.
 
     Args:
-      path: of the file.
+      path: of the file; None for any certificate of the authority.
       clients, least: see `client_lines`.
 
     Raises:
@@ -44,22 +44,23 @@ class Certificates:
     """
 
     def __init__(self, path: str | None, clients: int | None = None, least: int | None = None):
-        args = ("certificates", path, "the name in its certificate", _wanted, clients, least)
-        self._wanted = None if path is None else client_lines(*args)
+        args = "certificates", path, "the name in its certificate", _wanted, clients, least
+        self.lines = None if path is None else reread_client_lines(*args)
 
     def __bool__(self):
-        return self._wanted is not None
+        return self.lines is not None
 
     def refusal(self, found: "Identity", client: int | None) -> str | None:
         """Returns why a certificate is not that of a client, or of any where `client` is None; None where it is."""
-        if self._wanted is None:
+        if self.lines is None:
             return None
+        wanted = self.lines()
         # A name is chosen by whoever asked for the certificate: none is taken for a fingerprint.
         mine = {name for name in found.names if not name.startswith("sha256:")} | {f"sha256:{found.fingerprint}"}
         shown = shorten(", ".join(found.names) or found.fingerprint or "none", 200)
         if client is None:
-            return None if mine & set(self._wanted.values()) else f"this certificate, of {shown}, is no client's"
-        return None if self._wanted.get(client) in mine else f"this certificate, of {shown}, is not client {client}'s"
+            return None if mine & set(wanted.values()) else f"this certificate, of {shown}, is no client's"
+        return None if wanted.get(client) in mine else f"this certificate, of {shown}, is not client {client}'s"
 
 
 class Identity(NamedTuple):
@@ -175,6 +176,16 @@ class Admission:
         """
         token = token_of(context) if self._tokens else ""
         return Identity.of(context).fingerprint or (f"token {token}" if token else address_of(context.peer()))
+
+    @property
+    def version(self) -> int:
+        """Another number once tokens or certificates were changed: who was let in may be let in no more."""
+        found = 0
+        for lines in (self._tokens.lines, self._certificates.lines):
+            if lines is not None:
+                lines()
+                found += lines.version
+        return found
 
     def refusal(self, context: grpc.ServicerContext, client: int | None = None) -> Refusal | None:
         """Returns why a call is refused, None where it is let in.

@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import time
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from msjax.distributed.rpc.addresses import parse_address
 from msjax.paths import existing_file
@@ -44,8 +44,20 @@ def _load_pair(context, certificate, key):
         ) from None
 
 
-def fault_of_own(role: Role, certificate: str, key: str) -> str | None:
-    """Returns what anybody would find wrong with this end's certificate, whatever authority they trust; else None."""
+class OwnCertificate(NamedTuple):
+    """What anybody would find of this end's certificate, whatever authority they trust.
+
+    Attributes:
+      fault: what is wrong with it; None where nothing is.
+      expires_at: when it does, in seconds since the epoch; None where something is wrong.
+    """
+
+    fault: str | None = None
+    expires_at: float | None = None
+
+
+def own_certificate(role: Role, certificate: str, key: str) -> OwnCertificate:
+    """Returns what this end's certificate is good for, by a handshake within this program."""
     other: Role = "client" if role == "server" else "server"
     ends = {name: _context(name) for name in (role, other)}
     for context in ends.values():  # a server has to have one; only what `other` is shown matters
@@ -61,10 +73,11 @@ def fault_of_own(role: Role, certificate: str, key: str) -> str | None:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLCertVerificationError as error:
-            return f"tls.certificate {certificate!r}: {error.verify_message}"
+            return OwnCertificate(f"tls.certificate {certificate!r}: {error.verify_message}")
         except ssl.SSLError:
-            return None
-    return None
+            return OwnCertificate()
+    shown = lines[0 if role == "server" else 1].getpeercert() or {}
+    return OwnCertificate(None, float(ssl.cert_time_to_seconds(shown["notAfter"])) if "notAfter" in shown else None)
 
 
 def fault_of_connection(
@@ -90,7 +103,7 @@ def fault_of_connection(
                 if last and certificate is None:
                     return "the server wants a certificate: give tls.certificate and tls.key"
                 if last:
-                    fault = fault_of_own("client", certificate, key)
+                    fault = own_certificate("client", certificate, key).fault
                     other = f"tls.certificate {certificate!r}: it is of no authority that the server trusts"
                     return f"the server does not take this end's {fault or other}"
                 time.sleep(0.3)

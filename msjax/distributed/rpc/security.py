@@ -12,10 +12,15 @@ from collections.abc import Callable, Hashable
 import grpc
 
 from msjax.distributed.rpc.addresses import Address
-from msjax.distributed.rpc.certificates import Role, check_files, fault_of_connection, fault_of_own
+from msjax.distributed.rpc.certificates import OwnCertificate, Role, check_files, fault_of_connection, own_certificate
+from msjax.distributed.rpc.reread import Reread
 from msjax.paths import read_file
 
 log = logging.getLogger("msjax.server")
+
+
+_DAY = 86_400.0
+_DAYS_TO_RENEW = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +41,30 @@ class TlsFiles:
     def server(self) -> grpc.ServerCredentials:
         """Mutual TLS: a client without a certificate of the authority is turned away.
 
+        The files are read anew where they were changed before a connection, so a server need not end for that.
+
         Raises:
           ValueError: a file lacks, or does not fit.
         """
-        if None in (self.certificate, self.key, self.authority):
+        files = [self.key, self.certificate, self.authority]
+        if None in files:
             raise ValueError(
                 "tls needs a certificate, a key and an authority: a server checks its clients' certificates"
             )
+        configuration = Reread("tls", files, self._configuration)
+
+        def changed():  # None where it was not
+            version = configuration.version
+            found = configuration()
+            return None if configuration.version == version else found
+
+        options = {"require_client_authentication": True}
+        return grpc.dynamic_ssl_server_credentials(configuration(), changed, **options)
+
+    def _configuration(self):
         check_files(self.certificate, self.key, self.authority)
         pair = (self._read("key"), self._read("certificate"))
-        return grpc.ssl_server_credentials([pair], self._read("authority"), require_client_auth=True)
+        return grpc.ssl_server_certificate_configuration([pair], self._read("authority"))
 
     def client(self) -> grpc.ChannelCredentials:
         """Returns a client's credentials; raises ValueError for a file that lacks or does not fit."""
@@ -54,9 +73,25 @@ class TlsFiles:
         check_files(self.certificate, self.key, self.authority)
         return grpc.ssl_channel_credentials(self._read("authority"), self._read("key"), self._read("certificate"))
 
-    def fault(self, role: Role) -> str | None:
-        """Returns what is wrong with this end's certificate, as that it has expired; None where nothing is."""
-        return fault_of_own(role, self.certificate, self.key) if self.certificate and self.key else None
+    def own(self, role: Role) -> OwnCertificate:
+        """Returns what this end's certificate is good for; nothing is known where it has none."""
+        if not (self.certificate and self.key):
+            return OwnCertificate()
+        return own_certificate(role, self.certificate, self.key)
+
+    def warning(self, role: Role, now: float) -> str | None:
+        """Returns what should be done about this end's certificate: it does not work, or not for long any more.
+
+        Args:
+          now: in seconds since the epoch.
+        """
+        fault, expires_at = self.own(role)
+        if fault is not None:
+            return f"{fault}; {'clients' if role == 'server' else 'the server'} will not take it"
+        if expires_at is None or (left := expires_at - now) > _DAYS_TO_RENEW * _DAY:
+            return None
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expires_at))
+        return f"tls.certificate {self.certificate!r} expires on {date}, in {left / _DAY:.1f} days: put a new one there"
 
     def fault_with(self, address: str) -> str | None:
         """Returns what TLS makes fail between this client and the server at an address; None for something else."""
@@ -210,6 +245,18 @@ def client_lines(
     return found
 
 
+def reread_client_lines(
+    name: str, path: str, what: str, read: Callable[[str, str], str], clients: int | None, least: int | None
+) -> Reread[dict[int, str]]:
+    """As `client_lines`, from a file that may change later; then any clients may have lines.
+
+    Raises:
+      ValueError: see `client_lines`.
+    """
+    client_lines(name, path, what, read, clients, least)
+    return Reread(name, [path], lambda: client_lines(name, path, what, read, None))
+
+
 def hexadecimal(name: str, digits: str, where: str) -> str:
     """Returns the digits of a SHA-256 hash in lower case; raises ValueError where they are none."""
     if not re.fullmatch("[0-9a-f]{64}", digits.lower()):
@@ -225,7 +272,7 @@ def _hashed(token, where):
 
 
 class Tokens:
-    """The clients' secrets, read from a file of lines `NUMBER TOKEN`; None for no tokens.
+    """The clients' secrets, in a file of lines `NUMBER TOKEN`, read anew where it was changed; None for no tokens.
 
     Kept as SHA-256 hashes; a line may hold the hash itself as `NUMBER sha256:HEX`.
 
@@ -238,21 +285,22 @@ class Tokens:
     """
 
     def __init__(self, path: str | None, clients: int | None = None, least: int | None = None):
-        self._hashes = None if path is None else client_lines("tokens", path, "its token", _hashed, clients, least)
+        args = "tokens", path, "its token", _hashed, clients, least
+        self.lines = None if path is None else reread_client_lines(*args)
 
     def __bool__(self):
-        return self._hashes is not None
+        return self.lines is not None
 
     def accept(self, client: int, token: str | None) -> bool:
         """Returns whether `token` is that of a client."""
-        return self._hashes is None or hmac.compare_digest(self._hashes.get(client, ""), _digest(token))
+        return self.lines is None or hmac.compare_digest(self.lines().get(client, ""), _digest(token))
 
     def accept_any(self, token: str | None) -> bool:
         """Whether `token` is that of any client."""
-        if self._hashes is None:
+        if self.lines is None:
             return True
         given = _digest(token)  # once: there may be a thousand clients
-        return any([hmac.compare_digest(known, given) for known in self._hashes.values()])
+        return any([hmac.compare_digest(known, given) for known in self.lines().values()])
 
 
 def _digest(token):

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -98,9 +99,16 @@ class Listening:
 
     def __init__(self, options: ListenOptions, metrics: Metrics):
         options.check()
-        if fault := options.tls.fault("server"):
-            log.warning("%s; clients will not take it", fault)
         self.metrics = metrics
+        if options.tls:
+            if warning := options.tls.warning("server", time.time()):
+                log.warning("%s", warning)
+            metrics.watch_certificate(lambda: options.tls.own("server").expires_at)
+        if not (
+            options.tokens or options.certificates or parse_address("listen", options.listen, any_port=True).is_loopback
+        ):
+            who = "has a certificate of tls.authority" if options.tls else "reaches this port"
+            log.warning("whoever %s can call as any client: tokens or certificates would tell them apart", who)
         self.metrics_port: int | None = None
         self._close_metrics: Callable[[], None] = lambda: None
 

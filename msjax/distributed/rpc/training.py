@@ -205,12 +205,17 @@ class TrainServicer:
                 # Whom a stream is let in as is asked once, so that it cannot say later that it is another.
                 if first != (message.WhichOneof("kind") == "hello"):
                     raise FrameError("the first message must be Hello, and no other may")
+                version, close = self._admission.version, None
                 if first:
-                    client = message.hello.client
-                    if close := self._refuse(context, session, client):
-                        self._refused(f"{stream.peer} as client {client}: {close.reason}")
-                        self._metrics.refused.inc()
-                        return self._end(session, close)
+                    client, admitted = message.hello.client, version
+                    close = self._refuse(context, session, client)
+                elif version != admitted:
+                    admitted, close = version, self._not_admitted(context, session, client)
+                if close:
+                    self._refused(f"{stream.peer} as client {client}: {close.reason}")
+                    self._metrics.refused.inc()
+                    return self._end(session, close)
+                if first:
                     del self._silent[session]
                     joiner.max_bytes, rate = self._max_bytes, self._admit(context, client)
                     await _hold(rate)
@@ -227,11 +232,15 @@ class TrainServicer:
 
     def _refuse(self, context, session, client):
         """What ends the stream of who says that it is this client, if it is not let in."""
-        if refusal := self._admission.refusal(context, client):
-            return _NotAdmitted(session, refusal.reason, final=True)
+        if close := self._not_admitted(context, session, client):
+            return close
         if self._rates.streams(client) >= MOST_STREAMS:
             return Close(session, f"a client must have at most {MOST_STREAMS} streams that have not ended")
         return None
+
+    def _not_admitted(self, context, session, client):
+        refusal = self._admission.refusal(context, client)
+        return None if refusal is None else _NotAdmitted(session, refusal.reason, final=True)
 
     def _admit(self, context, client):
         """Counts a stream of a client until it has ended; returns the rate of them all."""
