@@ -1,5 +1,6 @@
 """The command line: what it does, and what it says of bad input."""
 
+import builtins
 import dataclasses
 import io
 import json
@@ -529,6 +530,22 @@ def test_an_answer_that_makes_no_sense_makes_one_line(tmp_path, monkeypatch, cap
     assert cli.run("client", ["--client-id", "0", "--state", str(tmp_path)]) == 2
     told = "msjax client: the server's answer makes no sense to this client: labels must have 1 arrays, got 2\n"
     assert capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("Interrupted", 75), ("Refused", 2), ("ConnectionError", 75), ("OSError", 2)]
+)
+def test_a_client_that_may_be_started_again_has_a_status_of_its_own(tmp_path, monkeypatch, capsys, name, status):
+    runs = pytest.importorskip("msjax.distributed.client_run", reason="needs the extra `net`")
+    program = pytest.importorskip("msjax.distributed.client_program").ClientProgram
+    kind = getattr(runs, name, None) or getattr(builtins, name)
+
+    def train(self):
+        raise kind("why")
+
+    monkeypatch.setattr(program, "train", train)
+    assert cli.run("client", ["--client-id", "0", "--state", str(tmp_path)]) == status
+    assert capsys.readouterr().err.endswith("msjax client: why\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from msjax import compress, config
+from msjax import __version__, compress, config
 from msjax.build import DataSummary
 from msjax.distributed import client_program, messages
 from msjax.distributed.channel import ConnectionLost
@@ -341,9 +341,9 @@ def test_a_clients_pace_begins_anew_where_it_goes_back():
 COUNTS = {"samples": 4, "test_samples": 12}
 
 
-def welcome(checkpoint_steps=1):
+def welcome(checkpoint_steps=1, **fields):
     text = json.dumps(config.to_json(config.without_paths(SMALL)))
-    fields = {"protocol": 5, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps}
+    fields = {"protocol": 5, "run": RUN, "config": text, "checkpoint_steps": checkpoint_steps, **fields}
     return pb.FromServer(welcome=pb.Welcome(**fields))
 
 
@@ -468,6 +468,16 @@ def test_a_client_that_still_waits_for_an_answer_asks_again_where_it_hears_of_th
     list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     (again,) = session.on_message(pb.FromServer(finished=pb.Finished()))
     assert again == session.run.request and not session.done
+
+
+@pytest.mark.parametrize(("version", "told"), [("9.1", True), (__version__, False), ("", False)])
+def test_unlike_versions_are_told(caplog, tmp_path, version, told):
+    client = ClientSession(0, lambda cfg: Own(4, 12, "{}"), lambda *args: Party(), lambda run: Store())
+    (hello,) = client.on_connected()
+    assert hello.hello.version == __version__
+    for _ in range(2):
+        list(client.on_message(welcome(version=version)))
+    assert caplog.text.count("the server has msjax 9.1, and this client") == told
 
 
 def test_a_server_that_was_started_anew_says_how_often_to_save(session):

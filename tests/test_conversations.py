@@ -105,6 +105,14 @@ def test_a_request_that_does_not_fit_ends_one_connection(tmp_path, request_, say
         it.assert_equal_to_program()
 
 
+def test_a_client_of_another_version_takes_part_and_is_told_of(tmp_path, caplog):
+    other = pb.Hello(protocol=5, client=0, version="9.1")
+    with net(tmp_path, SMALL) as it:
+        _, said, _ = talk(it, pb.FromClient(hello=other), ready())
+        assert said == ["welcome"] and f"client 0 has msjax 9.1, and this server {__version__};" in caplog.text
+        assert it.server.membership.clients[0].ready
+
+
 def test_a_client_with_other_data_is_turned_away_alone(tmp_path):
     with net(tmp_path, SMALL) as it:
         talk(it, HELLO, ready())

@@ -126,7 +126,7 @@ def test_killed_processes_end_like_others(tmp_path, shell):
     server.send_signal(signal.SIGINT)
     shell.wait(server, status=130)
     assert f"continue with: msjax serve --resume {run}" in (tmp_path / "serve.log").read_text()
-    shell.wait(*clients, status=2)
+    shell.wait(*clients, status=75)
     assert "the server stopped: by a signal" in (tmp_path / "client0.log").read_text()
     server, clients = shell.serve("--resume", str(run)), [shell.client(0), shell.client(1)]
     shell.wait(server, *clients)

@@ -18,7 +18,7 @@ from msjax import config, data
 from msjax.distributed import client_program, messages, server_program
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
-from msjax.distributed.client_run import Refused
+from msjax.distributed.client_run import Interrupted
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.options import ClientOptions, ServeOptions
 from msjax.distributed.remote import RemoteServer
@@ -356,7 +356,7 @@ def test_a_server_that_stops_says_so(tmp_path):
         net.program.stop("by a signal")
         net.join()
         assert isinstance(net.failures["server"], Stopped)
-        assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Refused)
+        assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Interrupted)
 
 
 def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_path, monkeypatch, caplog):
@@ -390,7 +390,7 @@ def test_a_steps_seconds_begin_when_training_does_or_goes_on(tmp_path, monkeypat
     program = ServerProgram(cfg, ServeOptions(listen="localhost:0"), folder)
     coordinator = program.coordinator
     schedule, seconds = Schedule(Parallel(), 2, 4, 12, 2, 2), program.metrics.step_seconds._sum.get
-    coordinator.run = mock.Mock(schedule=schedule)
+    coordinator.run = mock.Mock(schedule=schedule, saved_step=0)
     first, now = next(schedule.exchanges(0)), time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     try:

@@ -5,7 +5,7 @@ import dataclasses
 from msjax.cli.network import log_to_stderr
 from msjax.cli.options import PresetFlag, parse, preset_of, split_options
 from msjax.distributed.client_program import ClientProgram
-from msjax.distributed.client_run import Refused
+from msjax.distributed.client_run import Interrupted, Refused
 from msjax.distributed.messages import ProtocolError
 from msjax.distributed.options import ClientOptions
 from msjax.runs.signals import stop_on_signal
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"msjax client {options.client_id}: stopped by a signal; the same command goes on", flush=True)
         return 130
+    except Interrupted as interrupted:
+        raise ConnectionError(str(interrupted)) from None
     except Refused as refused:
         raise ValueError(str(refused)) from None
     except ProtocolError as fault:

@@ -35,7 +35,7 @@ from msjax.split.state import PartState
 def log_to_stderr() -> None:
     """Shows msjax's own messages on standard error; other packages' loggers stay as they are."""
     handler = logging.StreamHandler()
-    handler.setFormatter(ShortLines("%(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(ShortLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("msjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

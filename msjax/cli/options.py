@@ -25,6 +25,8 @@ log = logging.getLogger("msjax")
 
 T = TypeVar("T")
 
+TRY_AGAIN = 75
+"""The exit status where another program was away or has ended, as sysexits.h has it: later it may be there again."""
 EXPECTED = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
 """What a command's user can do something about."""
 
@@ -207,7 +209,7 @@ def _status(command, function, arguments):
         return error.code
     except EXPECTED as error:
         print(f"msjax {command}: {as_typed(shorten(str(error)), arguments)}", file=sys.stderr)
-        return 2
+        return TRY_AGAIN if isinstance(error, ConnectionError) else 2
 
 
 def as_typed(error: str, arguments: list[str]) -> str:

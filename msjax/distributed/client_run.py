@@ -14,7 +14,11 @@ log = logging.getLogger("msjax.client")
 
 
 class Refused(Exception):
-    """The server turned this client away, or the run ended before its time."""
+    """The server turned this client away, or it is not fit to take part."""
+
+
+class Interrupted(Refused):
+    """The run ended before its time, or began anew: it goes on where this client is started again."""
 
 
 class ClientRun:

@@ -25,6 +25,7 @@ from msjax.distributed.readiness import Build, Readies
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
+from msjax.logs import shorten
 from msjax.split import shards
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
@@ -212,6 +213,9 @@ class Coordinator:
         if hello.client >= self.cfg.clients:
             most = self.cfg.clients - 1
             raise messages.ProtocolError(f"client_id must be in 0..{most}, as the run has it, got {hello.client}")
+        if hello.version not in ("", msjax.__version__):
+            said = "client %d has msjax %s, and this server %s; best all have the same version"
+            log.warning(said, hello.client, shorten(hello.version, 40), msjax.__version__)
         self._clients[event.session] = hello.client
         self.metrics.received(hello.client, event.message, event.nbytes)
         generation = hello.generation if hello.run == self.name else 0
@@ -359,7 +363,7 @@ class Coordinator:
 
     def _welcome(self):
         cfg = json.dumps(config.to_json(config.without_paths(self.cfg), paths=False))
-        welcome = {"protocol": messages.PROTOCOL, "run": self.name, "config": cfg}
+        welcome = {"protocol": messages.PROTOCOL, "version": msjax.__version__, "run": self.name, "config": cfg}
         return pb.FromServer(welcome=pb.Welcome(checkpoint_steps=self._checkpoint_steps, **welcome))
 
     def _start(self, action):

@@ -22,9 +22,10 @@ import msjax
 from msjax import config
 from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
-from msjax.distributed.client_run import ClientRun, Refused
+from msjax.distributed.client_run import ClientRun, Interrupted, Refused
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.frames import nbytes_of
+from msjax.logs import shorten
 from msjax.split.parties import Client
 from msjax.split.schedule import Exchange
 
@@ -159,7 +160,7 @@ class ClientSession:
         self._connected_at = self._clock()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
-        yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, **hello))
+        yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, version=msjax.__version__, **hello))
         self._wait_for_more()
 
     def on_message(self, message: pb.FromServer, at: float | None = None) -> Iterator[pb.FromClient]:
@@ -169,7 +170,8 @@ class ClientSession:
           at: when it had come, on the clock; by default now.
 
         Raises:
-          Refused: the run has ended before its time, or cannot be this client's.
+          Interrupted: the run has ended before its time.
+          Refused: it cannot be this client's.
           ProtocolError: it makes no sense.
           MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
@@ -267,8 +269,11 @@ class ClientSession:
             self._leave("the server now serves another run")
             return pb.FromClient(goodbye=pb.Goodbye(error="it was in another run, which has ended"))
         if self.name and welcome.run != self.name:
-            raise Refused("the server now serves another run, for which this client must be started anew")
+            raise Interrupted("the server now serves another run, for which this client must be started anew")
         if self._store is None:
+            if welcome.version not in ("", msjax.__version__):
+                said = "the server has msjax %s, and this client %s; best all have the same version"
+                log.warning(said, shorten(welcome.version, 40), msjax.__version__)
             # It becomes a folder's name.
             if not re.fullmatch("[0-9a-f]{32}", welcome.run):
                 raise Refused(f"the run's name must be 32 hexadecimal digits, got {welcome.run!r}")
@@ -290,7 +295,7 @@ class ClientSession:
             self.run.checkpoint_steps = self._checkpoint_steps
         schedule = self.party.schedule
         if (built := (schedule.samples, schedule.test_samples)) != (start.samples, start.test_samples):
-            raise Refused(
+            raise Interrupted(
                 f"the server has begun the run anew with {start.samples} samples to train and {start.test_samples} to "
                 f"test on, and this client with {built[0]} and {built[1]}: start it again"
             )
@@ -315,7 +320,7 @@ class ClientSession:
 
     def _finished(self, finished):
         if finished.error:
-            raise Refused(f"the server stopped: {finished.error}")
+            raise Interrupted(f"the server stopped: {finished.error}")
         if self.run is not None:
             if finished.keeps and self.run.lacks_part:
                 raise Refused("training ended while this client was away; its part is not the trained one")
