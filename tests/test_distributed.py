@@ -15,7 +15,7 @@ from msjax.distributed import messages
 from msjax.distributed.channel import Close, Handled, Lost, Received, Stop
 from msjax.distributed.coordinator import Stopped
 from msjax.distributed.drive import linger
-from msjax.distributed.membership import Stage
+from msjax.distributed.membership import Policy, Stage
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.split.schedule import Phase
 
@@ -276,6 +276,19 @@ def test_full_disks(tmp_path, monkeypatch):
         it.start_clients().run()
         it.assert_equal_to_program()
         assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
+
+
+@pytest.mark.parametrize("step", [1, 5], ids=["from the beginning", "from a checkpoint"])
+def test_a_run_that_is_resumed_goes_on_without_a_client_that_is_gone_and_waits_for_the_others(tmp_path, step):
+    with net(tmp_path, dataclasses.replace(SMALL, epochs=3)) as it:
+        it.start_clients().run_to(step)
+        it.kill_server()
+        it.kill(1)
+        it.policy = Policy(start_clients=3)
+        it.start_server()
+        it.restart(2)
+        it.run()
+        assert not it.failures and sorted(it.finals) == [0, 2, 3] and it.epochs == [1, 2, 3]
 
 
 def test_a_server_that_lingers_tells_who_comes_that_the_run_is_over(tmp_path):

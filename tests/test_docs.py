@@ -137,13 +137,15 @@ def test_readme_is_short():
 
 @pytest.fixture(scope="module")
 def options():
-    """By command, the options that its help names."""
+    """By command, the options that its help names; some have others where a part is elsewhere, or served."""
     found = {}
-    for command in cli.COMMANDS:
+    parts = {f"{command} --server": [command, "--server", "x:1"] for command in ("eval", "predict", "generate")}
+    parts["serve --part"] = ["serve", "--part", "x"]
+    for name, (command, *arguments) in ({command: [command] for command in cli.COMMANDS} | parts).items():
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            cli.run(command, ["--help"])
-        found[command] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
+            cli.run(command, [*arguments, "--help"])
+        found[name] = set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
     found["eval"] |= found["train"]  # with a config in place of a run
     return found
 
@@ -157,11 +159,6 @@ OF_OTHERS = {"--gpus-per-task", "--file", "--only"} | {
 def test_options_that_pages_name_are_such_as_there_are(options):
     """In the text and in tables, where no command stands beside them."""
     known = set().union(*options.values(), OF_OTHERS)
-    for command in ("eval", "predict", "generate", "serve"):  # which have others where a part is elsewhere, or served
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            cli.run(command, ["--part" if command == "serve" else "--server", "x:1", "--help"])
-        known |= set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue()))
     named = {path: set(re.findall(r"`(?:[^`\n]* )?(--[a-z][a-z0-9.-]*)", path.read_text())) for path in TEXTS}
     assert sum(map(len, named.values())) > 100
     assert {path.name: unknown for path, names in named.items() if (unknown := names - known)} == {}
@@ -186,7 +183,9 @@ def test_commands_of_a_page_are_such_as_there_are(path, options):
             line = line.partition("  #")[0]
             for command, rest in re.findall(r"\bmsjax ([a-z]+)\b([^&;|]*)", line):
                 assert command in cli.COMMANDS, line
-                unknown = set(re.findall(r"(?<= )--[a-z][a-z0-9.-]*", rest)) - options[command] - {"--help"}
+                given = set(re.findall(r"(?<= )--[a-z][a-z0-9.-]*", rest))
+                names = (command, *(f"{command} {option}" for option in given))
+                unknown = given.difference({"--help"}, *(options.get(name, ()) for name in names))
                 assert not unknown, f"{path.name}: {line.strip()} has {sorted(unknown)}"
             for module in re.findall(r"python -m ((?:experiments|benchmarks|msjax)[\w.]*)", line):
                 assert importlib.util.find_spec(module), line
