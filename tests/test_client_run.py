@@ -12,7 +12,7 @@ from msjax.build import DataSummary
 from msjax.distributed import client_program, messages
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram, keep_part_of_another_run, own_config
-from msjax.distributed.client_run import ClientRun, Refused
+from msjax.distributed.client_run import ClientRun, Interrupted, Refused
 from msjax.distributed.options import ClientOptions
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.session import ClientSession, Own
@@ -385,6 +385,15 @@ def test_a_client_of_a_run_that_the_server_has_begun_with_other_samples_must_be_
     list(session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1))))
     with pytest.raises(Refused, match="anew with 16 samples to train and 12 to test on, and this client with 4 and 12"):
         list(session.on_message(pb.FromServer(start=pb.Start(samples=16, test_samples=12, generation=2))))
+
+
+def test_a_client_of_a_run_that_the_server_has_given_more_epochs_must_be_started_again(session):
+    list(session.on_message(welcome()))
+    session.on_lost(ConnectionLost("away"))
+    list(session.on_connected())
+    text = json.dumps(config.to_json(config.without_paths(dataclasses.replace(SMALL, epochs=9))))
+    with pytest.raises(Interrupted, match="the run's config was changed, as to more epochs"):
+        list(session.on_message(welcome(config=text)))
 
 
 def test_a_client_that_may_not_ask_yet_waits_with_its_request_however_long_it_takes(session):

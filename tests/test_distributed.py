@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from msjax import compress
+from msjax import compress, config
 from msjax.distributed import messages
 from msjax.distributed.channel import Close, Handled, Lost, Received, Stop
 from msjax.distributed.coordinator import Stopped
@@ -276,6 +276,38 @@ def test_full_disks(tmp_path, monkeypatch):
         it.start_clients().run()
         it.assert_equal_to_program()
         assert it.counted("failed_saves") > 0 and it.stores["server"].latest() is None
+
+
+ROUNDS = config.ModeConfig(kind="splitfed", average_steps=2, client_fraction=0.5)
+COMPRESSED = compress.EntropyMask(signed=True, bits=2.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"update_codec": COMPRESSED},
+        *(pytest.param({"mode": mode}, marks=pytest.mark.slow) for mode in (*MODES[1:], ROUNDS)),
+        pytest.param({"mode": MODES[2], "update_codec": COMPRESSED}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_of_more_epochs_than_it_had_is_one_that_had_them(tmp_path, fields):
+    """All parties go on from the end, where each has a checkpoint."""
+    optim = config.OptimConfig(learning_rate=0.01, schedule="constant")
+    with net(tmp_path, dataclasses.replace(SMALL, epochs=1, optim=optim, **fields)) as it:
+        it.start_clients().run()
+        assert not it.failures
+        run, active = it.server.run, list(it.server.membership.active)
+        store, schedule = it.stores["server"], run.schedule
+        store.save(schedule.total_steps, store.hold(run.party), checkpoint_clients=active)  # as `ServerProgram` does
+        it.kill_server()
+        it.finals.clear()
+        it.cfg = dataclasses.replace(it.cfg, epochs=2)
+        it.start_server(samples=(schedule.samples, schedule.test_samples))
+        it.start_clients().run()
+        positions = [position for _, position in it.order]
+        assert it.epochs == [1, 2] and len(set(positions)) == len(positions)  # nothing is done twice
+        it.assert_equal_to_program()
 
 
 @pytest.mark.parametrize("step", [1, 5], ids=["from the beginning", "from a checkpoint"])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import time
 from unittest import mock
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.proxy import Proxy
 from msjax import config, data
+from msjax.cli import main as cli
 from msjax.distributed import client_program, messages, server_program
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram
@@ -357,6 +359,37 @@ def test_a_server_that_stops_says_so(tmp_path):
         net.join()
         assert isinstance(net.failures["server"], Stopped)
         assert str(net.failures[0]) == "the server stopped: by a signal" and isinstance(net.failures[0], Interrupted)
+
+
+def test_a_finished_run_goes_on_to_more_epochs(tmp_path, capsys):
+    """With the numbers of one that had as many from the beginning, whose learning rate is constant."""
+    cfg = dataclasses.replace(CFG, optim=config.OptimConfig(learning_rate=0.01, schedule="constant"))
+    with Net(tmp_path, cfg) as net:
+        for client in range(2):
+            net.client(client)
+        net.join()
+        assert not net.failures, net.failures
+    run = str(tmp_path / "run")
+    for epochs, says in (("1", "must be a run that is not finished"), ("0", "epochs must be an integer of at least 1")):
+        assert cli.run("serve", ["--resume", run, "--epochs", epochs]) == 2 and says in capsys.readouterr().err
+    with socket.create_server(("localhost", 0)) as line:
+        address = f"localhost:{line.getsockname()[1]}"
+    net.failures, net.threads, net.address = {}, [], address
+    for client in range(2):
+        net.client(client)
+    assert cli.run("serve", ["--resume", run, "--epochs", "2", "--listen", address]) == 0
+    net.join()
+    assert not net.failures, net.failures
+    with_two = dataclasses.replace(cfg, epochs=2)
+    server, clients = make_parties(with_two)
+    for _ in parties.run(server, clients):
+        pass
+    for file, party in (("run/server", server), *((f"client{n}/client", clients[n]) for n in range(2))):
+        part = load_part((tmp_path / file).with_suffix(".safetensors"))
+        jax.tree.map(np.testing.assert_array_equal, party.state.params, part.params)
+    folder, found = RunFolder.open(run, read_only=True)
+    assert found.epochs == 2 and [record["epoch"] for record in folder.read_history()] == [1, 2]
+    assert folder.read_summary()["test"] == folder.read_history()[-1]["test"]
 
 
 def test_a_server_whose_disk_is_full_tries_until_it_has_written_its_part(tmp_path, monkeypatch, caplog):

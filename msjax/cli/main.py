@@ -29,7 +29,8 @@ commands:
               msjax generate CLIENT.safetensors --server HOST:PORT --prompt TEXT     with the server's part elsewhere
   export    a trained run's network in one file:  msjax export RUN --out FILE.safetensors
   serve     the server of a run whose clients are elsewhere:  msjax serve --config configs/NAME.py --listen HOST:PORT
-              msjax serve --part SERVER.safetensors               answer with a trained part
+              msjax serve --resume RUN                    go on where a run stopped; with --epochs N to N epochs
+              msjax serve --part SERVER.safetensors       answer with a trained part
   client    one of its clients:  msjax client --client-id 0 --server HOST:PORT
   compare   runs beside each other, as a table and a picture:  msjax compare RUN RUN... [--out FILE.png]
   runs      list run folders:  msjax runs [FOLDER]

@@ -212,6 +212,13 @@ def _status(command, function, arguments):
         return TRY_AGAIN if isinstance(error, ConnectionError) else 2
 
 
+def number_of(epochs: str) -> int:
+    """Returns what was typed as --epochs; raises ValueError where it is no number."""
+    if not epochs.isdecimal():
+        raise ValueError(f"epochs must be an integer of at least 1, got {epochs!r}")
+    return int(epochs)
+
+
 def as_typed(error: str, arguments: list[str]) -> str:
     """Returns an error that begins with a field's name with the option in its place, where that was typed.
 

@@ -14,6 +14,7 @@ from msjax.cli.options import (
     check_new_config,
     fields_of,
     naming_the_way_on,
+    number_of,
     parse,
     preset_of,
     silence_output,
@@ -33,6 +34,7 @@ from msjax.paths import existing_file
 from msjax.runs import RunFolder, plots
 from msjax.runs.folder import check_new
 from msjax.runs.progress import NOBODY_READS, format_metric
+from msjax.training.from_config import with_more_epochs
 
 OPTIONS = "serve.json"
 """The file in a run folder with those of its last server."""
@@ -66,21 +68,33 @@ def main(arguments: list[str]) -> int:
                 f"resume must be a run of msjax serve, got {where.resume!r}, which goes on with msjax train --resume"
             )
         folder.checkpoints.lock()
+        more, rest = split_options(rest, "--epochs")
         moved, rest = with_places(cfg, rest)
-        if written := finish(moved, folder):
-            folder.close()
-            print(f"written from the last checkpoint, in {folder.path}: {', '.join(written)}")
-            return 0
-        if folder.read_summary() is not None:
-            folder.close()
-            raise ValueError(f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary")
-        description = f"Go on serving a run, by default with the options it had. Where its files are now: {PLACES}."
+        new = moved if more.epochs is None else with_more_epochs(moved, folder, number_of(more.epochs))
+        if new.epochs == cfg.epochs:
+            if written := finish(moved, folder):
+                folder.close()
+                print(f"written from the last checkpoint, in {folder.path}: {', '.join(written)}")
+                return 0
+            if folder.read_summary() is not None:
+                folder.close()
+                raise ValueError(
+                    f"--resume must be a run that is not finished, got {where.resume!r}, which has a summary; with "
+                    "--epochs N it goes on to N epochs"
+                )
+        description = (
+            "Go on serving a run, by default with the options it had. With --epochs N it goes on to N epochs, also "
+            "where it is finished; the learning rate from there on is that of a run of N epochs. Where its files are "
+            f"now: {PLACES}."
+        )
         had = ServeOptions.read(folder.path / OPTIONS)
         options = parse(ServeOptions, rest, default=had, prog="msjax serve --resume", description=description)
-        if moved != cfg:
-            cfg = check_early(moved)
-            folder.set_places(cfg)
-        endpoint = listen(cfg, options)
+        if new != cfg:
+            new = check_early(new)
+        endpoint = listen(new, options)
+        if new != cfg:  # once nothing is left to refuse
+            (folder.set_places if new.epochs == cfg.epochs else folder.set_config)(new)
+            cfg = new
         options.write(folder.path / OPTIONS)
     else:
         folder, cfg, options, endpoint = _new_run(preset, where.name, rest)

@@ -13,6 +13,7 @@ from msjax.cli.options import (
     check_new_config,
     fields_of,
     naming_the_way_on,
+    number_of,
     parse,
     preset_of,
     split_options,
@@ -92,7 +93,7 @@ def _go_on(folder, cfg, places, epochs, preset):
     changes, run = [], None
     for one, own in folders:
         moved = with_places(own, places)[0]
-        new = moved if epochs is None else with_more_epochs(moved, one, _number_of(epochs))
+        new = moved if epochs is None else with_more_epochs(moved, one, number_of(epochs))
         if new != own or preset is not None:
             changes.append((one.set_places if new.epochs == own.epochs else one.set_config, new))
         if one is folder:
@@ -103,12 +104,6 @@ def _go_on(folder, cfg, places, epochs, preset):
     for one, _ in folders[1:]:
         one.close()
     return cfg, run
-
-
-def _number_of(epochs):
-    if not epochs.isdecimal():
-        raise ValueError(f"epochs must be an integer of at least 1, got {epochs!r}")
-    return int(epochs)
 
 
 def _begin(cfg, name):

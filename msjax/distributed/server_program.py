@@ -18,6 +18,7 @@ from msjax.distributed.rpc.admission import Certificates
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import most_silent
 from msjax.distributed.rpc.training import TrainEndpoint, TrainServicer
+from msjax.distributed.server_run import CHECKPOINT_CLIENTS
 from msjax.distributed.stores import ServerStore
 from msjax.parts import save_trained, served_run_id
 from msjax.runs import RunFolder, plots
@@ -301,8 +302,9 @@ class ServerProgram:
         """Keeps what `served_folder.finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
         self.progress[served_folder.PART_RUN_ID] = self._part_run_id
+        clients = sorted(self.coordinator.membership.active)  # who was dropped before has no part of this step
         try:
-            self._store.save(run.schedule.total_steps, self._store.hold(run.party))
+            self._store.save(run.schedule.total_steps, self._store.hold(run.party), **{CHECKPOINT_CLIENTS: clients})
             self._store.wait()
         except OSError as error:
             log.error("no checkpoint of the end: %s", error)

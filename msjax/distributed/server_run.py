@@ -19,7 +19,8 @@ from msjax.split.traffic import Traffic, exchange_traffic, traffic_before
 
 log = logging.getLogger("msjax.server")
 
-_CLIENTS = "checkpoint_clients"
+CHECKPOINT_CLIENTS = "checkpoint_clients"
+"""In the progress that goes with a checkpoint: the clients that can go on from it by themselves."""
 _EXCHANGED = "exchanged"
 _MESSAGES = "messages"
 _LAST_TURN = "last_turn"
@@ -108,7 +109,7 @@ class ServerRun:
             self._progress[_MESSAGES] = None if step else {}
         self.party, self._start_step = party, step or 0
         self._exchanges = self.schedule.exchanges(self._start_step)
-        self._clients_of = {self._start_step: self._progress.get(_CLIENTS)}
+        self._clients_of = {self._start_step: self._progress.get(CHECKPOINT_CLIENTS)}
         able = self._able(self._start_step)
         return self._start_step, None if able is None else tuple(sorted(able))
 
@@ -289,7 +290,7 @@ class ServerRun:
             self._clients_of = {step: it for step, it in self._clients_of.items() if step >= last} | {
                 held.step: clients
             }
-            self._checked(self._store.save, held.step, held.content, **{_CLIENTS: clients})
+            self._checked(self._store.save, held.step, held.content, **{CHECKPOINT_CLIENTS: clients})
 
     def _checked(self, save, *args, **options):
         try:

@@ -281,10 +281,12 @@ class ClientSession:
         self._checkpoint_steps = welcome.checkpoint_steps  # that of a server that was started anew may be another
         if self.run is not None:
             self.run.checkpoint_steps = self._checkpoint_steps
+        cfg = config.from_json(json.loads(welcome.config), preset=self._preset)
         if self._data is None:
-            self.config = config.from_json(json.loads(welcome.config), preset=self._preset)
-            self._data = self._load(self.config)
+            self.config, self._data = cfg, self._load(cfg)
             self._get_on()
+        elif cfg != self.config:
+            raise Interrupted("the run's config was changed, as to more epochs, so this client must be started anew")
         return pb.FromClient(ready=pb.Ready(**self._data._asdict(), saved_step=max(self._store.steps(), default=0)))
 
     def _start(self, start):
