@@ -184,10 +184,10 @@ def test_a_budget_follows_the_link_of_a_plan(capsys):
 def test_sets_that_are_known_by_name_need_not_be_there():
     cfg = config.Config(data=config.DataConfig(name="imagenet2012", image_size=64))
     summary, counts = plan.describe_data(cfg)
-    assert summary.input_shape == (64, 64, 3) and counts == (1_281_167, 50_000) and summary.num_classes == 1000
+    assert summary.input_shape == (64, 64, 3) and counts[:2] == (1_281_167, 50_000) and summary.num_classes == 1000
     assert data.published("digits") is None
     summary, counts = plan.describe_data(config.Config())
-    assert summary.input_shape == (8, 8, 1) and counts == (1437, 360)
+    assert summary.input_shape == (8, 8, 1) and counts[:2] == (1437, 360)
 
 
 def test_the_command(tmp_path, capsys):
@@ -219,6 +219,38 @@ def test_the_command(tmp_path, capsys):
         (["--clients", "2000"], "clients must be in 1..1437 (the number of examples), got 2000"),
     ):
         assert cli.run("plan", wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_data_that_are_at_clients_alone_are_described(tmp_path, capsys):
+    """As a server's operator plans, who has none."""
+    options = ["--data.name", "scans", "--model.name", "resnet20", "--clients", "4", "--batch-size", "32", "--json"]
+    elsewhere = ["--input-shape", "64", "64", "1", "--num-classes", "3"]
+    assert cli.run("plan", [*options, *elsewhere]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch_steps"] is None and found["features"][0][2] == [64, 64, 16]
+    summary = plan.describe_elsewhere(SMALL, (8, 8, 1), 10)
+    like = plan.plan(SMALL, summary=summary, counts=COUNTS, codecs={})
+    assert like.to_json() == planned(SMALL).to_json()
+    assert cli.run("plan", [*options, *elsewhere, "--samples", "320", "--test-samples", "64"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch_steps"] == 3
+    assert cli.run("plan", [*options, *elsewhere, "--samples", "320", "--test-samples", "64", "--own-data"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch_steps"] == 10
+    assert cli.run("plan", ["--clients", "4", "--own-data", "--json"]) == 0  # with those at hand
+    assert json.loads(capsys.readouterr().out)["epoch_steps"] == -(-1437 // 16)
+    rows = ["--model.name", "mlp", "--data.name", "people.csv", "--task.name", "regression", "--input-shape", "30"]
+    assert cli.run("plan", rows) == 0 and "features float32[" in capsys.readouterr().out
+    for wrong, message in (
+        (["--input-shape", "64", "64", "1"], "num_classes must be given for task.name='classification', got None"),
+        (
+            ["--input-shape", "64", "64"],
+            "--input-shape must be height, width and channels, or a number of columns, got (64, 64)",
+        ),
+        (["--num-classes", "3"], "--num-classes must go with input_shape, got 3 without it"),
+        ([*rows[4:], "--num-classes", "3"], "--num-classes must not be given for task.name='regression', got 3"),
+        ([*elsewhere, "--task.name", "segmentation"], "'classification' or 'regression', got 'segmentation'"),
+    ):
+        assert cli.run("plan", [*options, *wrong]) == 2
         assert message in capsys.readouterr().err
 
 

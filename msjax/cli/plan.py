@@ -15,7 +15,7 @@ from msjax.runs.tables import console
 DESCRIPTION = (
     "Say what a run needs before it is begun, from shapes alone: parameters, memory, bytes, and seconds on a link. "
     "Nothing is trained and no weights are made. Options are those of msjax train; sets of images that are known by "
-    "name and texts for a decoder need not be at hand."
+    "name and texts for a decoder need not be at hand, nor need images and tables with --input-shape."
 )
 PARTS = {"client": "client", "server": "server", "tail": "client, behind the server"}
 
@@ -32,6 +32,12 @@ class PlanOptions:
     """Training samples of all clients, where the data are not at hand, such as blocks of a text."""
     test_samples: int = 0
     """With --samples: those of the test set."""
+    own_data: bool = False
+    """Each client has as many samples of its own as are given or at hand, as with `msjax client --own-data`."""
+    input_shape: tuple[int, ...] | None = None
+    """Of one example, where the data are not at hand: height, width and channels of images, or columns of a table."""
+    num_classes: int | None = None
+    """With --input-shape: the number of classes; not for regression."""
     json: bool = False
     """Print JSON in place of tables."""
 
@@ -46,6 +52,10 @@ class PlanOptions:
         elif self.test_samples:
             raise ValueError(f"test_samples must be 0 where samples are not given, got {self.test_samples}")
         integer("test_samples", self.test_samples, 0)
+        if self.num_classes is not None:
+            integer("num_classes", self.num_classes, 1)
+            if self.input_shape is None:
+                raise ValueError(f"num_classes must go with input_shape, got {self.num_classes} without it")
 
     def link(self, cfg: config.Config) -> plan.Link:
         """Returns the link on which messages travel."""
@@ -69,8 +79,13 @@ def main(arguments: list[str]) -> int:
     options = fields_of(PlanOptions, flags)
     options.check()
     cfg = check_new_config(fields_of(config.Config, flags), preset)
-    counts = None if options.samples is None else plan.Counts(options.samples, options.test_samples)
-    found = plan.plan(cfg, counts=counts, link=options.link(cfg))
+    counts, own = None, options.own_data
+    if options.samples is not None:
+        counts = plan.Counts(options.samples, options.test_samples, own)
+    summary = None
+    if options.input_shape is not None:
+        summary = plan.describe_elsewhere(cfg, options.input_shape, options.num_classes)
+    found = plan.plan(cfg, summary=summary, counts=counts, own_data=own, link=options.link(cfg))
     if options.json:
         print(to_json(found.to_json()))
         return 0

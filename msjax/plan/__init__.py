@@ -16,7 +16,15 @@ from msjax.plan._memory import (
     values,
 )
 from msjax.plan._plan import Plan, plan
-from msjax.plan._run import UNKNOWN_STEPS, Counts, Run, describe_data, describe_known_data, describe_run
+from msjax.plan._run import (
+    UNKNOWN_STEPS,
+    Counts,
+    Run,
+    describe_data,
+    describe_elsewhere,
+    describe_known_data,
+    describe_run,
+)
 
 __all__ = [
     "UNKNOWN_STEPS",
@@ -29,6 +37,7 @@ __all__ = [
     "Sent",
     "alternatives",
     "describe_data",
+    "describe_elsewhere",
     "describe_known_data",
     "describe_run",
     "lowered_bytes",

@@ -86,6 +86,7 @@ def plan(
     *,
     summary: build.DataSummary | None = None,
     counts: Counts | None = None,
+    own_data: bool = False,
     codecs: dict[str, tuple[compress.Codec, compress.Codec]] | None = None,
     link: Link = Link(),  # noqa: B008
 ) -> Plan:
@@ -94,6 +95,7 @@ def plan(
     Args:
       summary: of its data; by default as `describe_data` finds it.
       counts: of its data, likewise.
+      own_data: whether each client has so many of its own, where `counts` does not say it.
       codecs: by name those of features and gradients that are set beside the config's; by default `alternatives`.
       link: on which messages travel.
 
@@ -104,7 +106,8 @@ def plan(
     cfg = build.resolved(cfg)
     if summary is None:
         summary, found = describe_data(cfg)
-        counts = counts or found
+        if counts is None:
+            counts = found if found is None else found._replace(own=own_data)
     run = describe_run(cfg, summary, counts)
     parties = {name: needs(run, name) for name in run.parts}
     shown = {"as configured": None} | (alternatives(cfg) if codecs is None else codecs)

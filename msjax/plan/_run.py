@@ -17,10 +17,16 @@ UNKNOWN_STEPS = 100
 
 
 class Counts(NamedTuple):
-    """Examples of a data set, over all clients."""
+    """Examples of a data set, of which clients have shares.
+
+    Attributes:
+      train, test: how many there are.
+      own: whether each client has so many of its own.
+    """
 
     train: int
     test: int
+    own: bool = False
 
 
 class Run(NamedTuple):
@@ -70,10 +76,39 @@ def describe_known_data(cfg: config.Config) -> tuple[build.DataSummary, Counts |
         side = cfg.data.image_size
         shape = known.shape if side is None else (side, side, known.shape[-1])
         inputs, labels = (TreeSpec.of(jax.ShapeDtypeStruct(*like)) for like in ((shape, np.uint8), ((), np.int32)))
-        statistics = ((0.5,) * shape[-1], (0.25,) * shape[-1])  # of the right number, which is all that counts here
-        augment = data.default_augmentation(cfg.data.name)
-        return build.DataSummary(inputs, labels, known.num_classes, *statistics, augment), Counts(*known[2:])
+        described = inputs, labels, known.num_classes, *_statistics(shape[-1]), data.default_augmentation(cfg.data.name)
+        return build.DataSummary(*described), Counts(*known[2:])
     return _described(cfg) if data.is_embedded(cfg.data.name) else None
+
+
+def describe_elsewhere(
+    cfg: config.Config, input_shape: tuple[int, ...], num_classes: int | None = None
+) -> build.DataSummary:
+    """As `describe_data` of data that are not at hand: images in bytes, or rows of numbers, each with one label.
+
+    Args:
+      input_shape: of one example: (height, width, channels) of images, (columns,) of rows.
+      num_classes: where the task is classification.
+
+    Raises:
+      ValueError: there are no such data, or the task has other labels.
+    """
+    if len(input_shape) not in (1, 3) or min(input_shape) < 1:
+        raise ValueError(f"input_shape must be height, width and channels, or a number of columns, got {input_shape}")
+    if (task := cfg.task.name) not in ("classification", "regression"):
+        raise ValueError(f"input_shape must go with task.name 'classification' or 'regression', got {task!r}")
+    if (num_classes is None) != (task == "regression"):
+        needs = "be given for" if num_classes is None else "not be given for"
+        raise ValueError(f"num_classes must {needs} task.name={task!r}, got {num_classes}")
+    dtype, channels = (np.uint8, input_shape[-1]) if len(input_shape) == 3 else (np.float32, None)
+    inputs = TreeSpec.of(jax.ShapeDtypeStruct(input_shape, dtype))
+    labels = TreeSpec.of(jax.ShapeDtypeStruct((), np.float32 if num_classes is None else np.int32))
+    return build.DataSummary(inputs, labels, num_classes, *_statistics(channels)).normalized_as(cfg.data)
+
+
+def _statistics(channels):
+    """Mean and deviation of inputs with so many channels: their number is all that counts here."""
+    return (None, None) if channels is None else ((0.5,) * channels, (0.25,) * channels)
 
 
 def _described(cfg):
@@ -87,12 +122,13 @@ def describe_run(cfg: config.Config, summary: build.DataSummary, counts: Counts 
     Raises:
       ValueError: the config does not work, or there are more clients than samples.
     """
-    if counts is not None and counts.train < cfg.clients:
+    own = counts is not None and counts.own
+    if counts is not None and not own and counts.train < cfg.clients:
         raise ValueError(f"clients must be in 1..{counts.train} (the number of examples), got {cfg.clients}")
     parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-    samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // cfg.clients
+    samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // (1 if own else cfg.clients)
     test_samples = 0 if counts is None else counts.test
-    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts)
+    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts, own_tests=own)
     build.check_tail(cfg, built.spec)
     states = (jax.eval_shape(functools.partial(init_part, built.spec.optimizer), part) for part in parts)
     by_name = dict(zip(("client", "server", "tail"), states, strict=False))
