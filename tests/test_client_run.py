@@ -429,6 +429,18 @@ def test_a_client_that_has_asked_in_vain_gives_up(session, is_heard, why):
                 list(session.on_message(message))
 
 
+@pytest.mark.parametrize("has_come", [False, True])
+def test_a_client_says_where_its_link_may_be_too_slow_for_its_request(session, caplog, has_come):
+    (request,) = session.on_message(pb.FromServer(start=pb.Start(**COUNTS, generation=1)))
+    if has_come:
+        list(session.on_message(pb.FromServer(received=pb.Received())))
+    session._clock.now = session.next_deadline
+    session.on_lost(ConnectionLost("no answer within 20 s"))
+    size, speed = f"{request.ByteSize() / 1e6:,.1f}", f"{request.ByteSize() / 20e6:.3g}"
+    told = f"has not said that the request of {size} MB has come; if the link takes less than {speed} MB/s, answer_sec"
+    assert (told in caplog.text) != has_come
+
+
 def test_a_client_keeps_its_part_once_and_again_where_all_had_to_go_back(session):
     kept = []
     session._on_end = lambda party: kept.append(session.run.generation)

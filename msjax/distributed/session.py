@@ -225,6 +225,7 @@ class ClientSession:
                 return self._leave(lost)
             raise Refused(str(lost))
         self._connected, now = False, self._clock()
+        why = f"{lost}{self._of_upload(now)}"
         if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
             unheard = self._asked and not self._received
             if not (unheard and self._in_vain):
@@ -238,15 +239,30 @@ class ClientSession:
                     what = "the server takes this client's connections, but no new answer has come for"
                 else:
                     what = "the server has been away, or turned this client away, for"
-                raise ConnectionError(f"{lost} ({what} {away:.0f} s, all of retry_seconds)")
+                raise ConnectionError(f"{why} ({what} {away:.0f} s, all of retry_seconds)")
             self._keep()
             self._leave(lost)
             return
         self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
-        if str(lost) != self._told or now - self._told_at >= TELL_SECONDS:
-            log.warning("%s; trying again for up to %.0f s", lost, self._retry_seconds - away)
-            self._told, self._told_at = str(lost), now
+        if why != self._told or now - self._told_at >= TELL_SECONDS:
+            log.warning("%s; trying again for up to %.0f s", why, self._retry_seconds - away)
+            self._told, self._told_at = why, now
         self._next_deadline = now + self._wait * self._draw()
+
+    def _of_upload(self, now):
+        """What is to be said of a request that may not have come in all the time that an answer may take.
+
+        It begins anew over the next connection, and may be too large for the link each time.
+        """
+        is_early = now - self._connected_at < self._answer_seconds
+        if is_early or self._received or not self._asked or self._said is None:
+            return ""
+        nbytes = nbytes_of(self._said)
+        speed = nbytes / self._answer_seconds
+        return (
+            f": the server has not said that the request of {nbytes / 1e6:,.1f} MB has come; if the link takes less "
+            f"than {speed / 1e6:.3g} MB/s, answer_seconds must be larger"
+        )
 
     def _get_on(self):
         self._got_on_at, self._heard_since = self._clock(), False
