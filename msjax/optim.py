@@ -1,23 +1,28 @@
-"""The optimizers of the config: SGD as PyTorch has it, or AdamW, with a schedule of the learning rate."""
+"""The optimizers of the config: SGD as PyTorch has it, AdamW, or one's own, with a schedule of the learning rate."""
 
 import collections
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from msjax.config import OptimConfig
+from msjax.checks import quoted
+from msjax.config import OptimConfig, call_reference, is_reference
+from msjax.models import PARTS, ModelPart, shapes_of
 
 
 @functools.lru_cache(maxsize=64)  # one object for equal arguments, so that equal runs share compiled programs
 def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """Returns AdamW, or SGD as PyTorch has it: L2 penalty added to the gradient, then momentum, then the rate.
 
-    The gradient's norm is clipped before, and it is the mean of some steps, where the config says so. It is one part's:
-    each party updates its own.
+    Or it is what a function of the preset makes of the rate. The gradient's norm is clipped before, and it is the mean
+    of some steps, where the config says so. It is one part's: each party updates its own.
+
+    Raises:
+      ValueError: the run is too short for one update, or the function makes no optimizer.
     """
     every = optim.accumulate_steps
     total = epochs * steps_per_epoch // every  # updates, as are all counts below
@@ -36,7 +41,13 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
         rate = optax.constant_schedule(optim.learning_rate)
     if warmup:
         rate = optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), rate], [warmup])
-    if optim.kind == "adamw":
+    if is_reference(optim.kind):
+        found = as_transformation(call_reference("optim.kind", optim.kind, rate))
+        if not isinstance(found, optax.GradientTransformation):
+            raise ValueError(
+                f"optim.kind must name a function that returns an Optax transformation, got {type(found).__name__}"
+            )
+    elif optim.kind == "adamw":
         found = optax.adamw(rate, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
     else:
         # Without momentum there is none to keep: it would take as much memory as the weights.
@@ -46,6 +57,25 @@ def make_optimizer(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> 
         found = optax.chain(optax.clip_by_global_norm(optim.clip_norm), found)
     found = _with_usual_promotion(found)
     return found if every == 1 else accumulate(found, every)
+
+
+def as_transformation(optimizer: Any) -> Any:
+    """Returns Optax's transformation of what has one, as `optax.MultiSteps`; anything else as it is."""
+    return optimizer.gradient_transformation() if hasattr(optimizer, "gradient_transformation") else optimizer
+
+
+def check_optimizer(name: str, optimizer: optax.GradientTransformation, parts: tuple[ModelPart, ...]) -> None:
+    """Raises ValueError for what cannot update each part by its own gradients; `name` is what the error calls it."""
+    for of_part, part in zip(PARTS, parts, strict=False):
+        params, _ = shapes_of((part.params, ()))
+        try:
+            state = jax.eval_shape(optimizer.init, params)
+            jax.eval_shape(optimizer.update, params, state, params)
+        except Exception as error:
+            raise ValueError(
+                f"{name} must update each part's own parameters by their gradients alone, with masks and labels that "
+                f"are functions of the parameters, but for the {of_part} it raised {quoted(error)}"
+            ) from error
 
 
 def _with_usual_promotion(optimizer):

@@ -403,6 +403,14 @@ def test_what_a_run_sets_of_data_model_and_task_is_in_each_partys_own_preset():
             config.check_own(run, preset, divided=divided)
     # A client's own data are not divided, and the server need not say how it sets a test set aside.
     config.check_own(given, sets_alpha, divided=False)
+    theirs, mine = (
+        dataclasses.replace(given, optim=config.OptimConfig(kind=f"{name}.py:f")) for name in ("/a/b", "/home/b")
+    )
+    config.check_own(theirs, mine, divided=False)
+    assert config.with_own(theirs, mine).optim.kind == "/home/b.py:f" and config.passed_over(theirs, mine) == []
+    assert config.with_own(given, mine).optim.kind == "sgd" and config.passed_over(given, mine) == ["optim"]
+    with pytest.raises(ValueError, match=r"optim\.kind must be a function of this party's own preset .* got 'sgd'"):
+        config.check_own(theirs, given, divided=False)
     tail = dataclasses.replace(given, mode=config.ModeConfig(tail_cut="last"))
     config.check_own(tail, given, divided=False)
     config.check_own(tail, tail, divided=False)

@@ -77,8 +77,12 @@ def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_preset_of_a_page_trains_and_the_parts_of_others_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    preset, remote = fences(ROOT / "docs" / "own_model.md", "python")[-2:]
-    (tmp_path / "mine.py").write_text(preset + remote)
+    page = ROOT / "docs" / "own_model.md"
+    preset, optimizer, remote = fences(page, "python")[-3:]
+    (with_it,) = re.findall(r"`(optim=config\.OptimConfig\(kind=.*\))`", page.read_text())
+    without = "optim=config.OptimConfig(learning_rate=0.01)"
+    assert preset.count(without) == 1
+    (tmp_path / "mine.py").write_text(preset.replace(without, with_it) + optimizer + remote)
     assert cli.run("train", ["--config", "mine.py", "--epochs", "1", "--name", "mine"]) == 0
     assert "mae" in capsys.readouterr().out
     cfg = config.load_preset("mine.py")

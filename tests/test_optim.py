@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from msjax import config
+from msjax import build, config, data
 from msjax.optim import make_optimizer
 from msjax.split.state import PartState, with_update_count
 
@@ -124,6 +124,54 @@ def test_a_part_that_is_handed_on_counts_on_from_its_step():
     forgot = jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.float32 else jnp.zeros_like(leaf), state)
     handed = with_update_count(PartState(params, {}, forgot), 5).opt_state
     assert_close(run(optimizer, grads[5:], params, handed)[0], run(optimizer, grads[5:], params, state)[0])
+
+
+OWN = """
+import optax
+from msjax import config, data
+
+def lion(learning_rate):
+    return optax.lion(learning_rate, weight_decay=0.1)
+
+def lookahead():
+    return optax.MultiSteps(optax.sgd(0.1), 2)
+
+def no_optimizer(learning_rate):
+    return 0.1
+
+def of_known_names(learning_rate):
+    return optax.multi_transform({"a": optax.sgd(learning_rate)}, {"w": "a"})
+
+def get_config():
+    return config.Config(optim=config.OptimConfig(kind=":lion", learning_rate=0.5, clip_norm=1.0))
+"""
+
+
+def test_an_optimizer_of_ones_own_has_the_rate_and_the_clipping_of_the_config(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    cfg = config.load_preset(str(tmp_path / "own.py"))
+    own = make_optimizer(cfg.optim, epochs=2, steps_per_epoch=5)
+    rate = optax.cosine_decay_schedule(0.5, 10)
+    like = optax.chain(optax.clip_by_global_norm(1.0), optax.lion(rate, weight_decay=0.1))
+    assert_close(run(own, gradients(8))[0], run(like, gradients(8))[0])
+    file = cfg.optim.kind.removesuffix(":lion")
+    twice = make_optimizer(dataclasses.replace(OPTIM, kind=f"{file}:lookahead"), epochs=2, steps_per_epoch=5)
+    assert_close(run(twice, gradients(1))[0], PARAMS)  # it waits for another
+    with pytest.raises(ValueError, match=r"optim\.kind must name a function that returns an Optax transf.*, got float"):
+        make_optimizer(dataclasses.replace(OPTIM, kind=f"{file}:no_optimizer"), epochs=1, steps_per_epoch=5)
+    summary = build.DataSummary.of(data.load())
+    wrong = config.with_fields(cfg, {"optim.kind": f"{file}:of_known_names"})
+    with pytest.raises(ValueError, match=r"optim\.kind must update each part's own parameters .* for the client it"):
+        build.build(wrong, summary, samples=8, test_samples=4)
+    # What is trained needs it no more.
+    gone = config.with_fields(cfg, {"optim.kind": "gone.py:lion"})
+    assert build.spec_of(gone, summary, test_samples=4).task.name == "classification"
+    for name, value in (("momentum", 0.5), ("weight_decay", 0.0), ("nesterov", True)):
+        unused = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, **{name: value}))
+        with pytest.raises(ValueError, match=rf"optim\.{name} must be .*, its default, with optim\.kind="):
+            config.check_used(unused)
+    with pytest.raises(ValueError, match=r"optim\.kind must be one of 'sgd', 'adamw', got 'adam'"):
+        config.Config(optim=config.OptimConfig(kind="adam"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("clip_norm", 0.0), ("accumulate_steps", 0)])

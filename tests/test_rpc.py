@@ -261,6 +261,7 @@ def test_a_message_that_is_too_long_is_not_repeated(tmp_path):
 
 OWN = """
 import jax
+import optax
 from flax import nnx
 from msjax import compress, config, models, tasks
 
@@ -295,10 +296,15 @@ def hits(outputs, labels):
     return outputs.argmax(-1) == labels
 
 
+def make_optimizer(learning_rate):
+    return optax.lion(learning_rate, weight_decay=0.1)
+
+
 def get_config():
     return config.Config(
         model=config.ModelConfig(name=":make_model"),
         task=config.TaskConfig(name=":make_task"),
+        optim=config.OptimConfig(kind=":make_optimizer", learning_rate=0.001),
         codec=compress.RandK(0.5),
         clients=2,
         batch_size=10,
@@ -321,7 +327,7 @@ def preset(path, name, returned, task="mine"):
 
 @pytest.mark.slow
 def test_each_party_has_its_own_code(tmp_path):
-    """A model of one's own, of which each party has its part alone; the same numbers as of one that has both."""
+    """Of a model of one's own each has its part alone, and an optimizer; the same numbers as of one that has both."""
     whole = preset(tmp_path, "whole", ALL)
     with Net(tmp_path, preset(tmp_path, "server", OF_SERVER)) as net:
         for client_id in (0, 1):

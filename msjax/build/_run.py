@@ -11,7 +11,7 @@ from msjax.build._data import check_channels, check_classes, make_preprocess
 from msjax.build._network import check_model, check_weights, make_parts
 from msjax.build._summary import DataSummary
 from msjax.compress import Identity
-from msjax.optim import make_optimizer
+from msjax.optim import check_optimizer, make_optimizer
 from msjax.split.early import warn_of_narrow
 from msjax.split.make_spec import check_cut_budget, init_part, make_spec
 from msjax.split.modes import MODES, Mode
@@ -55,6 +55,9 @@ def build(
     counts = (cfg.clients, samples, test_samples, cfg.batch_size, cfg.epochs, cfg.test_every)
     schedule = Schedule(mode, *counts, u_shaped=len(parts) == 3, own_tests=own_tests)
     codec = Codecs.of(config.by_name(cfg.codec, cfg.array_codecs))
+    optimizer = make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=schedule.epoch_steps)
+    if config.is_reference(cfg.optim.kind):
+        check_optimizer("optim.kind", optimizer, parts)
     spec = make_spec(
         parts,
         client_values=client_values,
@@ -62,7 +65,7 @@ def build(
         labels=summary.labels,
         schedule=schedule,
         task=make_task(cfg, summary),
-        optimizer=make_optimizer(cfg.optim, epochs=cfg.epochs, steps_per_epoch=schedule.epoch_steps),
+        optimizer=optimizer,
         codec=codec,
         grad_codec=Codecs.of(cfg.grad_codec, "grad_codec"),
         grad_kept_only=cfg.grad_kept_only,
@@ -78,7 +81,9 @@ def build(
 
 
 def spec_of(cfg: config.Config, summary: DataSummary, *, test_samples: int) -> RunSpec:
-    """Returns the description of a trained network's run, from shapes alone."""
+    """Returns the description of a trained network's run, from shapes alone, without an optimizer of one's own."""
+    if config.is_reference(cfg.optim.kind):
+        cfg = config.with_fields(cfg, {"optim.kind": config.OptimConfig.kind})
     parts = jax.eval_shape(lambda: make_parts(cfg, summary))
     return build(cfg, summary, samples=cfg.batch_size, test_samples=test_samples, parts=parts).spec
 

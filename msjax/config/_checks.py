@@ -35,8 +35,9 @@ _MOST = {
 """The largest values of these; those that are not whole become float32, or whole numbers."""
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
-REFERENCES = ("model.name", "data.name", "data.augment", "task.name")
+REFERENCES = ("model.name", "data.name", "data.augment", "task.name", "optim.kind")
 """Fields that may name a function of a preset."""
+OPTIMIZERS = ("sgd", "adamw")
 _TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
 
 
@@ -134,6 +135,8 @@ def _uses(config):
         "data.normalize": ("data.name", name.endswith(".npz")),
         "data.label": ("data.name", name.endswith(".csv")),
     }
+    if is_reference(config.optim.kind):
+        uses |= dict.fromkeys(("optim.momentum", "optim.nesterov", "optim.weight_decay"), ("optim.kind", False))
     return uses | {f"data.{own}": ("model.name", has_texts(config)) for own in ("text_column", "tokenizer", "test")}
 
 
@@ -146,6 +149,7 @@ def _choices(config):
     """(name, value, choices) of every field that has a few values."""
     yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
     yield "task.name", config.task.name, _TASKS
+    yield "optim.kind", config.optim.kind, OPTIMIZERS
     for name, value, kind in _fields(config):
         if typing.get_origin(kind) is Literal:
             yield name, value, typing.get_args(kind)

@@ -150,8 +150,12 @@ def references(config: Config) -> dict[str, str]:
 
 
 def with_own(config: Config, own: Config) -> Config:
-    """Returns a run's config with model, data and task of another: what each party of a network brings itself."""
-    return dataclasses.replace(config, **{section: getattr(own, section) for section in _OWN_SECTIONS})
+    """Returns a run's config with what each party of a network brings itself, that of another.
+
+    It is the model, the data and the task; and the optimizer, where it is a function of a preset.
+    """
+    found = dataclasses.replace(config, **{section: getattr(own, section) for section in _OWN_SECTIONS})
+    return with_fields(found, {"optim.kind": own.optim.kind}) if is_reference(config.optim.kind) else found
 
 
 def with_functions_of(config: Config, own: Config) -> Config:
@@ -215,7 +219,7 @@ def check_own(config: Config, own: Config, *, divided: bool) -> None:
 
     Only what the config sets away from its default has to be the same: the party whose config this is need not have
     data. Files, folders and functions of presets are each party's own. A preset with a `mode.tail_cut`, which keeps
-    labels with the clients, has to have that of the run.
+    labels with the clients, has to have that of the run. Where the run's optimizer is a function, the party has one.
 
     Args:
       divided: whether the party takes its share of data that all have; then all must divide them alike.
@@ -227,6 +231,11 @@ def check_own(config: Config, own: Config, *, divided: bool) -> None:
         raise ValueError(
             f"mode.tail_cut must be the same in the run's config and in this party's own preset where the preset has "
             f"one, as labels then stay here: got {config.mode.tail_cut!r} there and {own.mode.tail_cut!r} in the preset"
+        )
+    if is_reference(config.optim.kind) and not is_reference(own.optim.kind):
+        raise ValueError(
+            f"optim.kind must be a function of this party's own preset where it is one of the run's, "
+            f"{config.optim.kind!r}, got {own.optim.kind!r}"
         )
     for section in _OWN_SECTIONS:
         run, mine = getattr(config, section), getattr(own, section)
@@ -247,10 +256,10 @@ def passed_over(config: Config, own: Config) -> list[str]:
 
     Without those of `with_own` and `out`; a field that has its default in the preset says nothing.
     """
-    found = []
+    found, used = [], with_own(config, own)
     for field in dataclasses.fields(own):
         value = getattr(own, field.name)
-        if field.name not in (*_OWN_SECTIONS, "out") and value not in (getattr(config, field.name), field.default):
+        if field.name != "out" and value not in (getattr(used, field.name), field.default):
             found.append(field.name)
     return found
 

@@ -140,8 +140,9 @@ class TaskConfig:
 class OptimConfig:
     """How all parts are updated."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
-    """sgd, as in the paper, or adamw, which transformers need."""
+    kind: str = "sgd"
+    """sgd, as in the paper, or adamw, which transformers need. Or in a preset ":FUNCTION", which is given the learning
+    rate as a schedule and returns an Optax transformation."""
     learning_rate: float = 0.1
     """The peak rate."""
     momentum: float = 0.9

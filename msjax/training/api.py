@@ -15,8 +15,8 @@ from msjax.build import DataSummary, divide, pixel_maximum
 from msjax.checks import integer, number, quoted
 from msjax.compress import Codec, Identity, MaskEncoded
 from msjax.config import MAX_SEED, Config, OptimConfig, check_used
-from msjax.models import PARTS, ModelPart, RemoteApply, as_parts, shapes_of
-from msjax.optim import make_optimizer
+from msjax.models import PARTS, ModelPart, RemoteApply, as_parts
+from msjax.optim import as_transformation, check_optimizer, make_optimizer
 from msjax.paths import expand
 from msjax.split import sent
 from msjax.split.budget import check_known_link, mean_up_bits
@@ -287,7 +287,7 @@ def train(
     schedule = Schedule(mode.seeded(seed), *counts, u_shaped=len(parts) == 3)
     is_new = folder is None or not os.path.exists(os.path.join(folder, "spec.json"))
     transformation, made_task = _optimizer(optimizer, schedule, is_new=is_new), _task(task, optimizer)
-    _check_optimizer(transformation, parts)
+    check_optimizer("optimizer", transformation, parts)
     codecs = Codecs.of(MaskEncoded() if codec is None else codec)
     spec = make_spec(
         parts,
@@ -361,8 +361,7 @@ def _task(task, optimizer):
 
 
 def _optimizer(optimizer, schedule, *, is_new):
-    if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
-        optimizer = optimizer.gradient_transformation()
+    optimizer = as_transformation(optimizer)
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
     if optimizer is None:
@@ -373,20 +372,6 @@ def _optimizer(optimizer, schedule, *, is_new):
     if is_new:
         check_used(cfg)
     return make_optimizer(optimizer, epochs=schedule.epochs, steps_per_epoch=schedule.epoch_steps)
-
-
-def _check_optimizer(optimizer, parts):
-    """Raises ValueError for what cannot update each part by its own gradients."""
-    for name, part in zip(PARTS, parts, strict=False):
-        params, _ = shapes_of((part.params, ()))
-        try:
-            state = jax.eval_shape(optimizer.init, params)
-            jax.eval_shape(optimizer.update, params, state, params)
-        except Exception as error:
-            raise ValueError(
-                "optimizer must update each part's own parameters by their gradients alone, with masks and labels that "
-                f"are functions of the parameters, but for the {name} it raised {quoted(error)}"
-            ) from error
 
 
 def _copied(tree):
