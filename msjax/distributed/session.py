@@ -23,6 +23,7 @@ from msjax import config
 from msjax.distributed import messages, sizes
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_run import ClientRun, Interrupted, Refused
+from msjax.distributed.patience import Patience
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.frames import nbytes_of
 from msjax.logs import shorten
@@ -30,12 +31,6 @@ from msjax.split.parties import Client
 from msjax.split.schedule import Exchange
 
 log = logging.getLogger("msjax.client")
-
-TELL_SECONDS = 60.0
-"""How often a client says that the server is still away."""
-
-STEADY_SECONDS = 60.0
-"""A connection that stood so long, or as long as an answer may take, was not at fault: the server waits for others."""
 
 _FAILED = {
     "welcome": "it cannot open its folder, load its data or build the run",
@@ -97,8 +92,8 @@ class ClientSession:
     ):
         self.client_id = client_id
         self._load, self._build, self._open_store = load, build, open_store
-        self._compression, self._answer_seconds, self._retry_seconds = compression, answer_seconds, retry_seconds
-        self._on_exchange, self._on_end, self._clock, self._draw = on_exchange, on_end, clock, draw
+        self._compression, self._on_exchange, self._on_end, self._clock = compression, on_exchange, on_end, clock
+        self._patience = Patience(answer_seconds, retry_seconds, clock, draw)
         self._instance, self._preset = uuid.uuid4().hex if instance is None else instance, preset
         self.config: config.Config | None = None
         """Of the run, once the server has told it."""
@@ -111,16 +106,7 @@ class ClientSession:
         self._store: Any = None
         self._data: Own | None = None
         self._checkpoint_steps = 0
-        self._connected = False
         self._kept = 0  # the generation of whose end this client has kept its part
-        self._next_deadline: float | None = clock()  # at once
-        self._got_on_at = self._connected_at = clock()
-        self._heard = False  # anything over this connection
-        self._heard_since = False  # anything since this client got on
-        self._asked = False  # for an answer, over this connection
-        self._received = False  # that a request has come, since the last answer and over this connection
-        self._in_vain = False  # whether the last connection stood until the answer was late, and nothing was said of it
-        self._wait, self._told, self._told_at = 0.1, "", 0.0
         self.sent_bytes = self.received_bytes = 0
         """Of all messages so far, as serialized, with those that were repeated."""
         self._said: pb.FromClient | None = None  # the last request, until it is answered
@@ -129,7 +115,7 @@ class ClientSession:
     @property
     def next_deadline(self) -> float | None:
         """Connected: when to give the connection up, None for never. Not connected: when to connect."""
-        return self._next_deadline
+        return self._patience.next_deadline
 
     @property
     def party(self) -> Client | None:
@@ -156,12 +142,11 @@ class ClientSession:
             yield message
 
     def _greet(self):
-        self._connected, self._heard, self._asked, self._received = True, False, False, False
-        self._connected_at = self._clock()
+        self._patience.connected()
         generation = 0 if self.run is None else self.run.generation
         hello = {"client": self.client_id, "run": self.name, "generation": generation, "instance": self._instance}
         yield pb.FromClient(hello=pb.Hello(protocol=messages.PROTOCOL, version=msjax.__version__, **hello))
-        self._wait_for_more()
+        self._patience.wait(has_request=self._has_request)
 
     def on_message(self, message: pb.FromServer, at: float | None = None) -> Iterator[pb.FromClient]:
         """Something has come: yields what to send, as `on_connected` does.
@@ -189,7 +174,7 @@ class ClientSession:
 
     def _take(self, message, at):
         self.received_bytes += nbytes_of(message)
-        self._heard = self._heard_since = True
+        self._patience.heard()
         match message.WhichOneof("kind"):
             case "welcome":
                 yield self._welcome(message.welcome)
@@ -197,18 +182,17 @@ class ClientSession:
                 self._start(message.start)
                 yield from self._requests()
             case "received":
-                self._received, self._in_vain = True, False
+                self._patience.received()
             case "answer":
                 exchange = None if self.run is None else self.run.take(message.answer, self._link_speed(message, at))
                 if exchange is not None:
                     self._said = None
-                    self._get_on()
-                    self._received = self._in_vain = False
+                    self._patience.answered()
                     self._on_exchange(exchange)
                     yield from self._requests()
             case "finished":
                 yield from self._finished(message.finished)
-        self._wait_for_more()
+        self._patience.wait(has_request=self._has_request)
 
     def on_lost(self, lost: ConnectionLost) -> None:
         """The connection is lost, was not to be had, or `next_deadline` has passed.
@@ -224,55 +208,16 @@ class ClientSession:
                 self._keep()
                 return self._leave(lost)
             raise Refused(str(lost))
-        self._connected, now = False, self._clock()
-        why = f"{lost}{self._of_upload(now)}"
-        if self._heard and now - self._connected_at >= min(STEADY_SECONDS, self._answer_seconds):
-            unheard = self._asked and not self._received
-            if not (unheard and self._in_vain):
-                self._get_on()
-            self._in_vain = unheard
-        self._heard = False
-        away = now - self._got_on_at
-        if away > self._retry_seconds:
-            if not self._has_trained_part:
-                if self._heard_since:
-                    what = "the server takes this client's connections, but no new answer has come for"
-                else:
-                    what = "the server has been away, or turned this client away, for"
-                raise ConnectionError(f"{why} ({what} {away:.0f} s, all of retry_seconds)")
-            self._keep()
-            self._leave(lost)
+        if (given_up := self._patience.lost(str(lost))) is None:
             return
-        self._wait = 0.1 if away < 1 else min(10.0, self._wait * 2)
-        if why != self._told or now - self._told_at >= TELL_SECONDS:
-            log.warning("%s; trying again for up to %.0f s", why, self._retry_seconds - away)
-            self._told, self._told_at = why, now
-        self._next_deadline = now + self._wait * self._draw()
+        if not self._has_trained_part:
+            raise ConnectionError(given_up)
+        self._keep()
+        self._leave(lost)
 
-    def _of_upload(self, now):
-        """What is to be said of a request that may not have come in all the time that an answer may take.
-
-        It begins anew over the next connection, and may be too large for the link each time.
-        """
-        is_early = now - self._connected_at < self._answer_seconds
-        if is_early or self._received or not self._asked or self._said is None:
-            return ""
-        nbytes = nbytes_of(self._said)
-        speed = nbytes / self._answer_seconds
-        return (
-            f": the server has not said that the request of {nbytes / 1e6:,.1f} MB has come; if the link takes less "
-            f"than {speed / 1e6:.3g} MB/s, answer_seconds must be larger"
-        )
-
-    def _get_on(self):
-        self._got_on_at, self._heard_since = self._clock(), False
-
-    def _wait_for_more(self):
-        asks = self.run is not None and self.run.request is not None
-        if self._asked or (asks and not self._heard):
-            self._next_deadline = self._clock() + self._answer_seconds
-        else:  # before a client may ask, and after training, the server waits for others, however long they take
-            self._next_deadline = None
+    @property
+    def _has_request(self):
+        return self.run is not None and self.run.request is not None
 
     def _welcome(self, welcome):
         if welcome.protocol != messages.PROTOCOL:
@@ -300,7 +245,7 @@ class ClientSession:
         cfg = config.from_json(json.loads(welcome.config), preset=self._preset)
         if self._data is None:
             self.config, self._data = cfg, self._load(cfg)
-            self._get_on()
+            self._patience.got_on()
         elif cfg != self.config:
             raise Interrupted("the run's config was changed, as to more epochs, so this client must be started anew")
         return pb.FromClient(ready=pb.Ready(**self._data._asdict(), saved_step=max(self._store.steps(), default=0)))
@@ -321,8 +266,8 @@ class ClientSession:
 
     def _requests(self):
         """The request that it is at, if any; what is behind it is prepared once this is sent."""
-        self._asked = self.run.request is not None
-        if self._asked:
+        self._patience.asked(nbytes_of(self.run.request) if self._has_request else None)
+        if self._has_request:
             # What follows a request without an answer may be behind that on the line, or be answered for it.
             self._said_at = self._clock() if self._said is None else None
             self._said = self.run.request
