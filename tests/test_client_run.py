@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from msjax import __version__, compress, config
+from msjax import __version__, compress, config, data
 from msjax.build import DataSummary
-from msjax.distributed import client_program, messages
+from msjax.distributed import agreement, client_program, messages
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.client_program import ClientProgram, keep_part_of_another_run, own_config
 from msjax.distributed.client_run import ClientRun, Interrupted, Refused
@@ -21,6 +21,7 @@ from msjax.split.modes import Parallel
 from msjax.split.parties import Message
 from msjax.split.schedule import Phase, Schedule
 from msjax.split.state import PartState
+from msjax.training.from_config import load_run
 
 from .memory_network import Clock
 from .network import RUN
@@ -521,6 +522,44 @@ def test_images_beside_the_program_are_not_taken_for_those_of_another_folder(own
     options = ClientOptions(client_id=0, data_dir="/hospital")
     with pytest.raises(ValueError, match=r"data_dir must have what data\.name names, 'photos', got '/hospital'"):
         own_config(run, run if own else None, options)
+
+
+DIVISION = """
+import numpy as np
+from msjax import config
+
+def divide(ds, clients, seed):
+    low = ds.train.labels() < {limit} + seed
+    return [np.flatnonzero(low), np.flatnonzero(~low)][:clients]
+
+def get_config():
+    return config.Config(
+        model=config.ModelConfig("mlp"), data=config.DataConfig(division=":divide"), clients=2, batch_size=50
+    )
+"""
+
+
+def test_a_division_of_ones_own_says_who_has_what(tmp_path):
+    presets = []
+    for name, limit in (("server", 5), ("other", 3)):
+        (tmp_path / f"{name}.py").write_text(DIVISION.format(limit=limit))
+        presets.append(config.load_preset(str(tmp_path / f"{name}.py")))
+    run, labels = load_run(presets[0]), data.load().train.labels()
+    assert [set(labels[own]) for own in run.client_indices] == [set(range(5)), set(range(5, 10))]
+    assert run.spec.schedule.samples == len(labels) // 2
+    found = []
+    for client, preset in ((0, presets[0]), (1, presets[0]), (1, presets[1])):
+        options = ClientOptions(client_id=client, state=str(tmp_path / "state"))
+        program = ClientProgram(options, preset)
+        found.append(agreement.parse(program._load(config.without_paths(presets[0])).description))
+        if len(found) < 3:
+            np.testing.assert_array_equal(program._data.train.labels(), labels[run.client_indices[client]])
+    assert not agreement.differences(*found[:2])
+    assert "hash of shared data is" in agreement.differences(*found[1:])
+    with pytest.raises(ValueError, match=r"alpha must be None with a division, got 0\.1"):
+        load_run(config.with_fields(presets[0], {"data.alpha": 0.1}))
+    with pytest.raises(ValueError, match=r"data\.division must be a function of a preset, as ':FUNCTION', got 'even'"):
+        config.with_fields(presets[0], {"data.division": "even"})
 
 
 def test_a_client_that_keeps_its_labels_is_in_no_run_that_sends_them(tmp_path, caplog):

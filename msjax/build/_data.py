@@ -195,6 +195,18 @@ def divide(
     return data.partition(of, clients, alpha=alpha, seed=seed), len(ds.train) // clients
 
 
+def shares(cfg: config.Config, ds: data.Dataset) -> tuple[list[np.ndarray], int]:
+    """As `divide`, as a config says.
+
+    Raises:
+      ValueError: see `divide`; or its preset's function cannot be called.
+    """
+    division, how = cfg.data.division, {"alpha": cfg.data.alpha, "seed": cfg.seed}
+    if division is not None:
+        division = config.call_reference("data.division", division, ds, cfg.clients, seed=cfg.seed)
+    return divide(ds, cfg.clients, division=division, **how)
+
+
 def _checked_division(division, count, clients, alpha):
     """What `divide` returns, of a user's own division of so many samples."""
     if alpha is not None:

@@ -35,9 +35,8 @@ _MOST = {
 """The largest values of these; those that are not whole become float32, or whole numbers."""
 _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
-REFERENCES = ("model.name", "data.name", "data.augment", "task.name", "optim.kind")
+REFERENCES = ("model.name", "data.name", "data.augment", "data.division", "task.name", "optim.kind")
 """Fields that may name a function of a preset."""
-OPTIMIZERS = ("sgd", "adamw")
 _TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
 
 
@@ -64,6 +63,8 @@ def check(config: Any) -> None:
     for name, value, choices in _choices(config):
         if value not in choices and not (name in REFERENCES and is_reference(value)):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if (division := config.data.division) is not None and not is_reference(division):
+        raise ValueError(f"data.division must be a function of a preset, as ':FUNCTION', got {division!r}")
     for name in ("optim.label_smoothing", "optim.momentum", "lora.dropout"):
         if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
@@ -149,7 +150,6 @@ def _choices(config):
     """(name, value, choices) of every field that has a few values."""
     yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
     yield "task.name", config.task.name, _TASKS
-    yield "optim.kind", config.optim.kind, OPTIMIZERS
     for name, value, kind in _fields(config):
         if typing.get_origin(kind) is Literal:
             yield name, value, typing.get_args(kind)

@@ -123,6 +123,9 @@ class DataConfig:
     alpha: float | None = None
     """Dirichlet concentration of a label-skewed share-out; by default an even one, as in the paper. Every client still
     draws an equal number of samples an epoch: a small share goes round more than once, a large one not whole."""
+    division: str | None = None
+    """In place of alpha ":FUNCTION" of a preset, from (data.Dataset, clients) and, if it takes that, seed to the
+    indices of each client's training samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class TaskConfig:
 class OptimConfig:
     """How all parts are updated."""
 
-    kind: str = "sgd"
+    kind: Literal["sgd", "adamw"] = "sgd"
     """sgd, as in the paper, or adamw, which transformers need. Or in a preset ":FUNCTION", which is given the learning
     rate as a schedule and returns an Optax transformation."""
     learning_rate: float = 0.1

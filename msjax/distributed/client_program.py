@@ -27,6 +27,7 @@ from msjax.split.parties import Client, ClientData, check_travels
 from msjax.split.schedule import Phase
 from msjax.split.signs import warn_of_lost_signs
 from msjax.split.spec import RunSpec
+from msjax.split.state import digest
 
 log = logging.getLogger("msjax.client")
 
@@ -135,10 +136,11 @@ class ClientProgram:
         digests = data.digests(ds)
         self._check_data([*digests, "own" if options.own_data else "a share"])
         self._summary = build.DataSummary.of(ds).normalized_as(cfg.data)
-        train, samples = ds.train, len(ds.train)
+        train, samples, shared = ds.train, len(ds.train), None
         if not options.own_data:
-            indices, samples = build.divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
+            indices, samples = build.shares(cfg, ds)
             train = ds.train.only(indices[options.client_id])
+            shared = digests if cfg.data.division is None else [*digests, digest(indices)]
         if small := build.batch_of_small_share(cfg, samples):
             log.warning("%s", small)
         test = ds.test
@@ -162,7 +164,6 @@ class ClientProgram:
                 "server can read it. Where it is private, the run must be U-shaped (--mode.tail-cut last)"
             )
         log.info("%s", _what_is_sent(cfg, spec))
-        shared = None if options.own_data else digests
         return Own(samples, len(ds.test), agreement.describe(spec, self._summary, build.identity(cfg), shared=shared))
 
     def _check_tokenizer(self, tokenizer):

@@ -51,8 +51,10 @@ class Plan(NamedTuple):
 
     @property
     def not_counted(self) -> dict[str, str]:
-        """By name those options of the config that change memory in a way that is not counted, and how they do."""
+        """By name those options of the config whose effect is not counted, and what it is."""
         found = {}
+        if self.cfg.data.division is not None:
+            found["data.division"] = "which may leave samples out"
         if self.cfg.shard_server:
             found["shard_server"] = "which divides most of the server's memory among all devices"
         if self.cfg.clients_per_group is not None:

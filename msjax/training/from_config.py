@@ -36,7 +36,7 @@ def load_run(cfg: config.Config) -> loaded.LoadedRun:
     """
     cfg = build.resolved(cfg)
     dataset = build.load_data(cfg)
-    indices, samples = build.divide(dataset, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed)
+    indices, samples = build.shares(cfg, dataset)
     summary = build.DataSummary.of(dataset).normalized_as(cfg.data)
     built = build.build(cfg, summary, samples=samples, test_samples=len(dataset.test))
     if built.spec.client is None or built.spec.server is None:
