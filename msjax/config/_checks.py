@@ -37,6 +37,7 @@ _CUTS = ("model.cut", "mode.tail_cut")
 """Fields that may be a number of a layer, too."""
 REFERENCES = ("model.name", "data.name", "data.augment", "data.division", "task.name", "optim.kind")
 """Fields that may name a function of a preset."""
+_OPTIMIZERS = ("sgd", "adamw")
 _TASKS = ("classification", "multi_label", "regression", "segmentation", "next_token")
 
 
@@ -150,6 +151,7 @@ def _choices(config):
     """(name, value, choices) of every field that has a few values."""
     yield "data.augment", config.data.augment, (None, *data.AUGMENTATIONS)
     yield "task.name", config.task.name, _TASKS
+    yield "optim.kind", config.optim.kind, _OPTIMIZERS
     for name, value, kind in _fields(config):
         if typing.get_origin(kind) is Literal:
             yield name, value, typing.get_args(kind)

@@ -143,7 +143,7 @@ class TaskConfig:
 class OptimConfig:
     """How all parts are updated."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
+    kind: Literal["sgd", "adamw"] | str = "sgd"
     """sgd, as in the paper, or adamw, which transformers need. Or in a preset ":FUNCTION", which is given the learning
     rate as a schedule and returns an Optax transformation."""
     learning_rate: float = 0.1
