@@ -13,7 +13,7 @@ from msjax import compress, config
 from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions, ServeOptions
-from msjax.distributed.rpc import admission
+from msjax.distributed.rpc import admission, reread
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.admission import Admission, Certificates, Identity, WrongTokens, address_of, peer_of
 from msjax.distributed.rpc.connection import Connection
@@ -194,6 +194,13 @@ def test_a_client_cannot_use_anothers_certificate(path, tmp_path):
         assert metrics.refused._value.get() == 2
 
 
+@pytest.fixture
+def looks_always(monkeypatch):
+    """At files that may have changed; else once a second."""
+    monkeypatch.setattr(reread, "SECONDS_BETWEEN_LOOKS", 0.0)
+
+
+@pytest.mark.usefixtures("looks_always")
 def test_files_of_tokens_and_certificates_are_read_anew(tmp_path, caplog):
     """A client whose line is gone is not let in again, and its stream ends once it says something."""
     caplog.set_level("INFO", "msjax")
@@ -207,6 +214,8 @@ def test_files_of_tokens_and_certificates_are_read_anew(tmp_path, caplog):
     assert it.version == 1 and it.refusal(bob, 1) is None
     (tmp_path / "tokens").write_text("1 bob\n")  # and none need be of every client
     assert it.version == 2 and it.refusal(bob, 1) is None
+    for _ in range(20):  # who was let in before does not guess
+        assert it.refusal(alice, 0, again=True) is not None
     assert it.refusal(alice, 0).reason == "no such token for client 0" and it.refusal(alice).reason == "no such token"
     assert caplog.text.count("was changed, and read anew") == 2
     for wrong in ("", "1 bob\n1 bob\n", None):  # as while it is written
@@ -220,6 +229,7 @@ def test_files_of_tokens_and_certificates_are_read_anew(tmp_path, caplog):
     assert it.version == 3 and it.refusal(alice, 0) is None and it.refusal(bob, 1) is not None
 
 
+@pytest.mark.usefixtures("looks_always")
 def test_a_server_takes_away_access_and_reads_its_certificate_while_it_runs(tmp_path):
     folders = [tmp_path / name for name in ("old", "new")]
     for folder in folders:

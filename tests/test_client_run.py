@@ -280,6 +280,24 @@ def test_what_the_server_has_saved_is_kept_and_what_is_older_is_not(run):
     assert run._store.steps() == [2, 3]
 
 
+def test_a_client_that_is_let_in_again_keeps_what_the_server_may_be_writing(run):
+    """It has said that it has its checkpoint of step 3, and was dropped then, while another's was not complete."""
+    run.party.schedule = Schedule(Parallel(), 2, 20, 0, 2, 1)
+    run.start(pb.Start(generation=2))
+    while run.exchange.step < 4:
+        run.take(answer(run, generation=2, saved_step=min(run.exchange.step, 2)))
+    assert run._store.steps() == [2, 3, 4]  # and 4 is of the way that is left
+    run.checkpoint_steps = 9
+    run.party.adopt = lambda part, step: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "decode_part", lambda data, spec: data)
+        run.start(pb.Start(generation=2, step=4, part=b"part"))
+    run.take(answer(run, generation=2, saved_step=2))
+    assert run._store.steps() == [2, 3]
+    run.take(answer(run, generation=2, saved_step=3))
+    assert run._store.steps() == [3]
+
+
 def test_a_client_keeps_three_checkpoints_where_another_cannot_save_its_own(run):
     """The server completes none any more: what it may have is the last, or one of the two that were due since."""
     run.party.schedule = Schedule(Parallel(), 2, 20, 0, 2, 1)

@@ -11,6 +11,7 @@ import pytest
 import msjax
 from msjax import build, compress, data
 from msjax.cli import main as cli
+from msjax.distributed.client_run import Refused
 from msjax.split.finite import NonFiniteError, check_losses, check_part, check_test_loss
 
 from .network import net
@@ -123,6 +124,7 @@ def test_a_servers_part_that_is_not_finite_ends_the_run(tmp_path):
         assert isinstance(it.failures["server"], NonFiniteError)
         told = {str(it.failures[client]) for client in range(4)}
         assert len(told) == 1 and "loss of all clients must be finite" in told.pop()
+        assert {type(it.failures[client]) for client in range(4)} == {Refused}  # to start again does not help
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from msjax.distributed.channel import ConnectionLost
 from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import ListenOptions
 from msjax.distributed.remote import RemoteServer
+from msjax.distributed.rpc import reread
 from msjax.distributed.rpc import split_pb2 as pb
 from msjax.distributed.rpc.connection import Connection
 from msjax.distributed.rpc.security import Rate, TlsFiles, Tokens
@@ -234,7 +235,7 @@ def test_a_callers_rate_is_one_over_all_its_streams(tmp_path, monkeypatch):
 
     def ask(host):  # one message at once, and the next 1000 s later
         call = _Call(peer=f"ipv4:{host}:5000")
-        assert next(servicer._held(iter([pb.Features()]), call)) == pb.Features()
+        assert next(servicer._held(iter([pb.Features()]), call, 0)) == pb.Features()
         return call
 
     calls = [ask("192.0.2.1") for _ in range(3)]
@@ -291,7 +292,8 @@ def test_tokens(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("refused: ") == 2 and "refused: 5 calls, the last from ipv" in caplog.text
 
 
-def test_a_stream_ends_once_its_token_is_taken_away(tmp_path):
+def test_a_stream_ends_once_its_token_is_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(reread, "SECONDS_BETWEEN_LOOKS", 0.0)
     client, _ = make(tmp_path)
     h = features(client, 2)
     spec = spec_of(CODEC, like(h))

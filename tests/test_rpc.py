@@ -369,32 +369,36 @@ def test_a_server_that_stops_says_so(tmp_path):
 
 def test_a_finished_run_goes_on_to_more_epochs(tmp_path, capsys):
     """With the numbers of one that had as many from the beginning, whose learning rate is constant."""
-    cfg = dataclasses.replace(CFG, optim=config.OptimConfig(learning_rate=0.01, schedule="constant"))
+    optim = config.OptimConfig(learning_rate=0.01, schedule="constant")
+    cfg = dataclasses.replace(CFG, optim=optim, epochs=2)
     with Net(tmp_path, cfg) as net:
         for client in range(2):
             net.client(client)
         net.join()
         assert not net.failures, net.failures
     run = str(tmp_path / "run")
-    for epochs, says in (("1", "must be a run that is not finished"), ("0", "epochs must be an integer of at least 1")):
+    for epochs, says in (("2", "must be a run that is not finished"), ("0", "epochs must be an integer of at least 1")):
         assert cli.run("serve", ["--resume", run, "--epochs", epochs]) == 2 and says in capsys.readouterr().err
+    (tmp_path / "run/metrics.jsonl").rename(tmp_path / "metrics")  # as where the disk was full
+    assert cli.run("serve", ["--resume", run, "--epochs", "1"]) == 2
+    assert "epochs must be above 2, which the run has done or is in, got 1" in capsys.readouterr().err
+    (tmp_path / "metrics").rename(tmp_path / "run/metrics.jsonl")
     with socket.create_server(("localhost", 0)) as line:
         address = f"localhost:{line.getsockname()[1]}"
     net.failures, net.threads, net.address = {}, [], address
     for client in range(2):
         net.client(client)
-    assert cli.run("serve", ["--resume", run, "--epochs", "2", "--listen", address]) == 0
+    assert cli.run("serve", ["--resume", run, "--epochs", "3", "--listen", address]) == 0
     net.join()
     assert not net.failures, net.failures
-    with_two = dataclasses.replace(cfg, epochs=2)
-    server, clients = make_parties(with_two)
+    server, clients = make_parties(dataclasses.replace(cfg, epochs=3))
     for _ in parties.run(server, clients):
         pass
     for file, party in (("run/server", server), *((f"client{n}/client", clients[n]) for n in range(2))):
         part = load_part((tmp_path / file).with_suffix(".safetensors"))
         jax.tree.map(np.testing.assert_array_equal, party.state.params, part.params)
     folder, found = RunFolder.open(run, read_only=True)
-    assert found.epochs == 2 and [record["epoch"] for record in folder.read_history()] == [1, 2]
+    assert found.epochs == 3 and [record["epoch"] for record in folder.read_history()] == [1, 2, 3]
     assert folder.read_summary()["test"] == folder.read_history()[-1]["test"]
 
 

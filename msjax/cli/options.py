@@ -189,7 +189,7 @@ def naming_the_way_on(again: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (OSError, data.DataError) as error:
-        kind = data.DataError if isinstance(error, data.DataError) else OSError
+        kind = next(kind for kind in (data.DataError, ConnectionError, OSError) if isinstance(error, kind))
         raise kind(f"{error}; once this is mended, continue with: {again}") from error
 
 

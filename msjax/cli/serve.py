@@ -28,7 +28,7 @@ from msjax.distributed.metrics import Metrics
 from msjax.distributed.options import MOST_SESSIONS, PartOptions, ServeOptions
 from msjax.distributed.rpc.security import Tokens
 from msjax.distributed.rpc.server import Endpoint
-from msjax.distributed.served_folder import finish
+from msjax.distributed.served_folder import epoch_steps, finish
 from msjax.distributed.server_program import ServerProgram, listen
 from msjax.paths import existing_file
 from msjax.runs import RunFolder, plots
@@ -70,7 +70,10 @@ def main(arguments: list[str]) -> int:
         folder.checkpoints.lock()
         more, rest = split_options(rest, "--epochs")
         moved, rest = with_places(cfg, rest)
-        new = moved if more.epochs is None else with_more_epochs(moved, folder, number_of(more.epochs))
+        new = moved
+        if more.epochs is not None:
+            epochs = number_of(more.epochs)
+            new = with_more_epochs(moved, folder, epochs, epoch_steps=epoch_steps(moved, folder))
         if new.epochs == cfg.epochs:
             if written := finish(moved, folder):
                 folder.close()

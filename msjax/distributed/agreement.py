@@ -27,7 +27,8 @@ _HELP = {
     _COLUMN_NAMES: " (a column of texts has a name for each text; data.drop leaves columns out)",
     "inputs": " (of images, data.image_size and data.channels make the clients' alike)",
     _SHARED: (
-        " (each client takes its share of data that all have alike; clients with data of their own have --own-data)"
+        " (each client takes its share of data that all have alike; clients with data of their own have --own-data. "
+        "Other versions of a library may read the same images in another way)"
     ),
     "own_tests": " (all clients have --own-data, or none has)",
 }

@@ -86,6 +86,8 @@ class ClientRun:
         # What follows may go another way than it went before, as where a client was dropped; and another's part is not
         # what this client has kept of the same step.
         self._without_failing(self._store.drop_after, start.step - bool(start.part))
+        if start.part:  # the server may be writing one that this client has, and has said so before it was dropped
+            self._due_before, self._due = [0, 0, *self._store.steps()][-2:]
         self._exchanges = party.exchanges(start.step)
         self._following = next(self._exchanges, None)
         self._brings_part, self._early = False, None

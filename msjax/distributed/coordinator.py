@@ -108,6 +108,9 @@ class Coordinator:
         self._arrived: dict[int, float] = {}  # of the open exchange, when each client's message had
         self._asked: int | None = None
         self._opened_at = 0.0
+        self._failed = False
+        self.saved_at_end: dict[int, int] = {}
+        """Of each client that has said goodbye the step of its last checkpoint."""
 
     @property
     def wake_at(self) -> float | None:
@@ -148,6 +151,7 @@ class Coordinator:
         except Stopped:
             raise
         except Exception as error:  # clients are not to wait for a server that is gone
+            self._failed = True
             with contextlib.suppress(Stopped):
                 yield from self._follow(ev.Failed(str(error)))
             raise error
@@ -243,6 +247,7 @@ class Coordinator:
                 return self._request(client, session, message.request, event.at)
             case "goodbye":
                 if not (why := message.goodbye.error):
+                    self.saved_at_end[client] = message.goodbye.saved_step
                     return ev.SaidGoodbye(client, session, message.goodbye.generation)
                 self._end(session)
                 printable = "".join(filter(str.isprintable, why[:_MOST_OF_WHY]))
@@ -340,7 +345,7 @@ class Coordinator:
             case do.TellOver(session):
                 yield Send(session, pb.FromServer(finished=pb.Finished(over=True, keeps=self._keeps(session))))
             case do.TellFailure(session, reason):
-                yield Send(session, pb.FromServer(finished=pb.Finished(error=reason)))
+                yield Send(session, pb.FromServer(finished=pb.Finished(error=reason, failed=self._failed)))
             case do.RefuseSession(session, reason):
                 self.metrics.refused.inc()
                 self._end(session)

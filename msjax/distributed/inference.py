@@ -91,9 +91,9 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     def Infer(self, requests: Iterator[pb.Features], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers each message of features, in order."""
-        self._authenticate(context)
+        admitted = self._authenticate(context)
         context.send_initial_metadata(((RUN_KEY, self._trained.run_id),))
-        for request in self._held(requests, context):
+        for request in self._held(requests, context, admitted):
             self._metrics.received(ANYONE, request)
             began = time.perf_counter()
             try:
@@ -108,10 +108,10 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
 
     def Generate(self, requests: Iterator[pb.NextTokens], context: grpc.ServicerContext) -> Iterator[pb.Outputs]:
         """Answers what comes next in one text, as often as it is asked."""
-        self._authenticate(context)
+        admitted = self._authenticate(context)
         context.send_initial_metadata(((RUN_KEY, self._trained.run_id),))
         try:
-            yield from self._texts.answers(self._held(requests, context), self._admission.caller_of(context))
+            yield from self._texts.answers(self._held(requests, context, admitted), self._admission.caller_of(context))
         except Evicted as error:
             context.abort(grpc.StatusCode.ABORTED, str(error))
         except wire.WireError as error:
@@ -128,13 +128,16 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._refused.flush()
 
     def _authenticate(self, context):
+        """Ends a call that is not let in; returns the version of what it was let in by."""
+        version = self._admission.version
         if refusal := self._admission.refusal(context):
             self._metrics.refused.inc()
             if not refusal.is_told:
                 self._refused(f"{peer_of(context)}: {refusal.reason}")
             context.abort(refusal.code, refusal.reason)
+        return version
 
-    def _held(self, requests, context):
+    def _held(self, requests, context, admitted):
         """Returns the requests of a stream, which is open from now on; another is ended where there are too many.
 
         They come as fast as the caller may ask, over all its streams.
@@ -145,7 +148,7 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
         self._metrics.evicted.inc(evicted)
         self._metrics.connected.inc()
 
-        ended, admitted = threading.Event(), self._admission.version
+        ended = threading.Event()
 
         def close():
             ended.set()
@@ -157,12 +160,13 @@ class InferenceServicer(split_pb2_grpc.SplitServicer):
             close()  # it has ended already
 
         def noted():
+            nonlocal admitted
             for request in requests:
                 rate.wait(ended)
                 if ended.is_set():
                     return
                 if self._admission.version != admitted:
-                    self._authenticate(context)
+                    admitted = self._authenticate(context)
                 self._streams.use(stream)
                 yield request
 

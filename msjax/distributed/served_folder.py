@@ -51,10 +51,8 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
     lacks_part, lacks_summary = not path.exists(), folder.read_summary() is None
     if not (lacks_part or lacks_summary) or (found := read_built_from(folder)) is None:
         return []
-    samples, test_samples, description = found
-    summary, progress = agreement.summary_of(description), {}
-    without_weights = config.with_fields(cfg, {"model.weights": None})
-    spec = describe(cfg, OwnParts(without_weights, summary), samples, test_samples, description)
+    summary, progress = agreement.summary_of(found[2]), {}
+    spec = _spec_of(cfg, found)
     store = ServerStore(folder.path / "checkpoints", progress)
     try:
         step = store.latest()
@@ -71,6 +69,19 @@ def finish(cfg: config.Config, folder: RunFolder) -> list[str]:
     if lacks_summary:
         write_results(cfg, folder, spec, progress["history"])
     return lacks_part * ["server.safetensors"] + lacks_summary * ["summary.json"]
+
+
+def _spec_of(cfg, built_from):
+    samples, test_samples, description = built_from
+    without_weights = config.with_fields(cfg, {"model.weights": None})
+    parts = OwnParts(without_weights, agreement.summary_of(description))
+    return describe(cfg, parts, samples, test_samples, description)
+
+
+def epoch_steps(cfg: config.Config, folder: RunFolder) -> int | None:
+    """Returns the steps of an epoch of a run; None of one that has no checkpoint yet."""
+    found = read_built_from(folder)
+    return None if found is None else _spec_of(cfg, found).schedule.epoch_steps
 
 
 def describe(

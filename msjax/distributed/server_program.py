@@ -302,7 +302,9 @@ class ServerProgram:
         """Keeps what `served_folder.finish` needs: all clients have ended, so that nobody goes back any more."""
         run = self.coordinator.run
         self.progress[served_folder.PART_RUN_ID] = self._part_run_id
-        clients = sorted(self.coordinator.membership.active)  # who was dropped before has no part of this step
+        saved = self.coordinator.saved_at_end.items()  # those with full disks, and who was dropped, lack one
+        clients = sorted(client for client, step in saved if step == run.schedule.total_steps)
+        clients = clients or sorted(self.coordinator.membership.active)  # of an earlier version, which does not say
         try:
             self._store.save(run.schedule.total_steps, self._store.hold(run.party), **{CHECKPOINT_CLIENTS: clients})
             self._store.wait()

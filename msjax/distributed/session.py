@@ -155,8 +155,8 @@ class ClientSession:
           at: when it had come, on the clock; by default now.
 
         Raises:
-          Interrupted: the run has ended before its time.
-          Refused: it cannot be this client's.
+          Interrupted: the run has ended before its time, and may go on.
+          Refused: it cannot go on, or cannot be this client's.
           ProtocolError: it makes no sense.
           MessageTooLargeError: a message of the run can become larger than gRPC carries.
         """
@@ -283,7 +283,7 @@ class ClientSession:
 
     def _finished(self, finished):
         if finished.error:
-            raise Interrupted(f"the server stopped: {finished.error}")
+            raise (Refused if finished.failed else Interrupted)(f"the server stopped: {finished.error}")
         if self.run is not None:
             if finished.keeps and self.run.lacks_part:
                 raise Refused("training ended while this client was away; its part is not the trained one")
@@ -297,7 +297,8 @@ class ClientSession:
             if finished.over:
                 self.done = True
             else:
-                yield pb.FromClient(goodbye=pb.Goodbye(generation=self.run.generation))
+                saved_step = max(self._store.steps(), default=0)
+                yield pb.FromClient(goodbye=pb.Goodbye(generation=self.run.generation, saved_step=saved_step))
         elif finished.dropped or finished.over:
             self._end_apart()
         elif self.run is not None:

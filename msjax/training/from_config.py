@@ -142,11 +142,16 @@ def _write_results(cfg, folder, run, finished, data_digests):
     return summary
 
 
-def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> config.Config:
+def with_more_epochs(
+    cfg: config.Config, folder: RunFolder, epochs: int, *, epoch_steps: int | None = None
+) -> config.Config:
     """Returns the config of a run that is to have so many epochs; with `RunFolder.set_config` the folder has it.
 
     The run then goes on from its last checkpoint with all of its state. The learning rate is from there on that of the
     new config: a cosine that had come to 0 is again where one of `epochs` epochs is at that step.
+
+    Args:
+      epoch_steps: where it is known; else it follows from the records.
 
     Raises:
       ValueError: the run has done as many epochs or more, or has no checkpoint left.
@@ -158,7 +163,8 @@ def with_more_epochs(cfg: config.Config, folder: RunFolder, epochs: int) -> conf
     step = folder.checkpoints.latest()
     if step is None and history:
         raise ValueError(f"the run must have a checkpoint to go on from, got {str(folder.path)!r} without one")
-    done = -(-(step or 0) // history[0]["step"]) if history else int(step is not None)  # also one that it is in
+    epoch_steps = history[0]["step"] if epoch_steps is None and history else epoch_steps
+    done = -(-(step or 0) // epoch_steps) if epoch_steps else int(step is not None)  # also one that it is in
     if epochs <= done:
         raise ValueError(f"epochs must be above {done}, which the run has done or is in, got {epochs}")
     return dataclasses.replace(cfg, epochs=epochs)

@@ -187,11 +187,14 @@ class Admission:
                 found += lines.version
         return found
 
-    def refusal(self, context: grpc.ServicerContext, client: int | None = None) -> Refusal | None:
+    def refusal(
+        self, context: grpc.ServicerContext, client: int | None = None, *, again: bool = False
+    ) -> Refusal | None:
         """Returns why a call is refused, None where it is let in.
 
         Args:
           client: the number that the caller says it has; None before it has said any, when any client's will do.
+          again: it was let in before, so its token is no guess.
         """
         address, token = address_of(context.peer()), token_of(context)
         if client is None and self._wrong.refuses(address):
@@ -200,7 +203,8 @@ class Admission:
             return Refusal(reason, grpc.StatusCode.UNAVAILABLE, True)
         good = self._tokens.accept_any(token) if client is None else self._tokens.accept(client, token)
         if not good:
-            self._wrong.count(address)
+            if not again:
+                self._wrong.count(address)
             reason = "no such token" + ("" if client is None else f" for client {client}")
             if not token:
                 reason = "the server wants a token, and none has come: --token-file gives one"

@@ -3,10 +3,14 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 log = logging.getLogger("msjax.server")
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""At messages of a thousand clients, and at files that may be on another machine."""
 
 T = TypeVar("T")
 
@@ -25,12 +29,15 @@ class Reread(Generic[T]):
     def __init__(self, name: str, paths: list[str], read: Callable[[], T]):
         self._name, self._paths, self._read = name, paths, read
         self._lock = threading.Lock()
-        self._stamp, self._value = self._stamp_now(), read()
+        self._stamp, self._value, self._next_look = self._stamp_now(), read(), 0.0
         self.version = 0
         """How often it was read anew."""
 
     def __call__(self) -> T:
-        """Returns the value as the files have it now."""
+        """Returns the value as the files have it now, or had it within the last second."""
+        if (now := time.monotonic()) < self._next_look:
+            return self._value
+        self._next_look = now + SECONDS_BETWEEN_LOOKS
         if (stamp := self._stamp_now()) != self._stamp:
             with self._lock:
                 if stamp != self._stamp:

@@ -210,7 +210,7 @@ class TrainServicer:
                     client, admitted = message.hello.client, version
                     close = self._refuse(context, session, client)
                 elif version != admitted:
-                    admitted, close = version, self._not_admitted(context, session, client)
+                    admitted, close = version, self._not_admitted(context, session, client, again=True)
                 if close:
                     self._refused(f"{stream.peer} as client {client}: {close.reason}")
                     self._metrics.refused.inc()
@@ -238,8 +238,8 @@ class TrainServicer:
             return Close(session, f"a client must have at most {MOST_STREAMS} streams that have not ended")
         return None
 
-    def _not_admitted(self, context, session, client):
-        refusal = self._admission.refusal(context, client)
+    def _not_admitted(self, context, session, client, *, again=False):
+        refusal = self._admission.refusal(context, client, again=again)
         return None if refusal is None else _NotAdmitted(session, refusal.reason, final=True)
 
     def _admit(self, context, client):
