@@ -27,6 +27,7 @@ from msjax.distributed.server_run import Came, ServerRun
 from msjax.distributed.transitions import transition
 from msjax.logs import shorten
 from msjax.split import shards
+from msjax.split.finite import NonFiniteError
 from msjax.split.parties import Message
 from msjax.split.schedule import Exchange
 
@@ -151,7 +152,8 @@ class Coordinator:
         except Stopped:
             raise
         except Exception as error:  # clients are not to wait for a server that is gone
-            self._failed = True
+            # What else may end a server, as want of memory or disk, need not be there when it is started again.
+            self._failed = isinstance(error, NonFiniteError | ValueError)
             with contextlib.suppress(Stopped):
                 yield from self._follow(ev.Failed(str(error)))
             raise error
