@@ -219,7 +219,9 @@ def test_clients_with_own_data_use_all_of_it(people, tmp_path, monkeypatch):
     first = {"state": str(tmp_path / "state0"), "data_dir": str(tmp_path / "0")}
     share = ClientProgram(ClientOptions(client_id=0, **first))._load(cfg)  # both have forgotten --own-data
     differing = agreement.differences(*(agreement.parse(one.description) for one in (share, other)))
-    assert re.fullmatch(r"hash of shared data is '\w{16}' here and '\w{16}' there .* have --own-data\..*", differing)
+    why = agreement._HELP["hash of shared data"]
+    assert re.fullmatch(r"hash of shared data is '\w{16}' here and '\w{16}' there" + re.escape(why), differing)
+    assert "clients with data of their own have --own-data" in why
     checked = []
     monkeypatch.setattr(client_program, "check_labels", lambda spec, ds: checked.append((spec.task.name, ds.name)))
     program.session.name = RUN

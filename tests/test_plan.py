@@ -184,10 +184,10 @@ def test_a_budget_follows_the_link_of_a_plan(capsys):
 def test_sets_that_are_known_by_name_need_not_be_there():
     cfg = config.Config(data=config.DataConfig(name="imagenet2012", image_size=64))
     summary, counts = plan.describe_data(cfg)
-    assert summary.input_shape == (64, 64, 3) and counts[:2] == (1_281_167, 50_000) and summary.num_classes == 1000
+    assert summary.input_shape == (64, 64, 3) and counts == (1_281_167, 50_000) and summary.num_classes == 1000
     assert data.published("digits") is None
     summary, counts = plan.describe_data(config.Config())
-    assert summary.input_shape == (8, 8, 1) and counts[:2] == (1437, 360)
+    assert summary.input_shape == (8, 8, 1) and counts == (1437, 360)
 
 
 def test_the_command(tmp_path, capsys):

@@ -201,10 +201,10 @@ def shares(cfg: config.Config, ds: data.Dataset) -> tuple[list[np.ndarray], int]
     Raises:
       ValueError: see `divide`; or its preset's function cannot be called.
     """
-    division, how = cfg.data.division, {"alpha": cfg.data.alpha, "seed": cfg.seed}
+    division = cfg.data.division
     if division is not None:
         division = config.call_reference("data.division", division, ds, cfg.clients, seed=cfg.seed)
-    return divide(ds, cfg.clients, division=division, **how)
+    return divide(ds, cfg.clients, alpha=cfg.data.alpha, seed=cfg.seed, division=division)
 
 
 def _checked_division(division, count, clients, alpha):

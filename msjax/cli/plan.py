@@ -79,13 +79,11 @@ def main(arguments: list[str]) -> int:
     options = fields_of(PlanOptions, flags)
     options.check()
     cfg = check_new_config(fields_of(config.Config, flags), preset)
-    counts, own = None, options.own_data
-    if options.samples is not None:
-        counts = plan.Counts(options.samples, options.test_samples, own)
+    counts = None if options.samples is None else plan.Counts(options.samples, options.test_samples)
     summary = None
     if options.input_shape is not None:
         summary = plan.describe_elsewhere(cfg, options.input_shape, options.num_classes)
-    found = plan.plan(cfg, summary=summary, counts=counts, own_data=own, link=options.link(cfg))
+    found = plan.plan(cfg, summary=summary, counts=counts, own_data=options.own_data, link=options.link(cfg))
     if options.json:
         print(to_json(found.to_json()))
         return 0

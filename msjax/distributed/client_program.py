@@ -277,11 +277,11 @@ class LinkWatch:
 
 
 def _what_is_sent(cfg, spec):
-    cut = f"cut {cfg.cut!r}" + (f", tail_cut {cfg.tail_cut!r}" if cfg.tail_cut is not None else "")
+    cuts = [f"cut {cfg.cut!r}"] * cfg.has_cut + [f"tail_cut {cfg.tail_cut!r}"] * (cfg.tail_cut is not None)
     labels = "labels go to the server, too" if spec.sends_labels else "labels stay here"
     return (
-        f"{cut}: features {spec.features} go to the server through {spec.codec}, their gradients come back through "
-        f"{spec.grad_codec}; {labels}"
+        f"{', '.join(cuts) or 'this run'}: features {spec.features} go to the server through {spec.codec}, their "
+        f"gradients come back through {spec.grad_codec}; {labels}"
     )
 
 

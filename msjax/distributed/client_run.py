@@ -178,7 +178,9 @@ class ClientRun:
         try:
             self._store.prune(kept)
         except OSError as error:
-            log.error("checkpoints other than of steps %s cannot be deleted: %s", _numbers(kept), error)
+            log.error(
+                "checkpoints other than of steps %s cannot be deleted: %s", ", ".join(map(str, sorted(kept))), error
+            )
 
     def _without_failing(self, save, *args):
         """Whether the store did it; training goes on without."""
@@ -188,7 +190,3 @@ class ClientRun:
             log.error("no checkpoint at step %d: %s", self._due, error)
             return False
         return True
-
-
-def _numbers(steps):
-    return ", ".join(map(str, sorted(steps)))

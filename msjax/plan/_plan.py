@@ -97,7 +97,7 @@ def plan(
     Args:
       summary: of its data; by default as `describe_data` finds it.
       counts: of its data, likewise.
-      own_data: whether each client has so many of its own, where `counts` does not say it.
+      own_data: whether each client has so many of its own, in place of a share of them.
       codecs: by name those of features and gradients that are set beside the config's; by default `alternatives`.
       link: on which messages travel.
 
@@ -108,9 +108,8 @@ def plan(
     cfg = build.resolved(cfg)
     if summary is None:
         summary, found = describe_data(cfg)
-        if counts is None:
-            counts = found if found is None else found._replace(own=own_data)
-    run = describe_run(cfg, summary, counts)
+        counts = counts or found
+    run = describe_run(cfg, summary, counts, own_data=own_data)
     parties = {name: needs(run, name) for name in run.parts}
     shown = {"as configured": None} | (alternatives(cfg) if codecs is None else codecs)
     specs = {name: run.spec if pair is None else with_codecs(run.spec, *pair) for name, pair in shown.items()}

@@ -17,16 +17,10 @@ UNKNOWN_STEPS = 100
 
 
 class Counts(NamedTuple):
-    """Examples of a data set, of which clients have shares.
-
-    Attributes:
-      train, test: how many there are.
-      own: whether each client has so many of its own.
-    """
+    """Examples of a data set, over all clients."""
 
     train: int
     test: int
-    own: bool = False
 
 
 class Run(NamedTuple):
@@ -116,19 +110,24 @@ def _described(cfg):
     return build.DataSummary.of(ds).normalized_as(cfg.data), Counts(len(ds.train), len(ds.test))
 
 
-def describe_run(cfg: config.Config, summary: build.DataSummary, counts: Counts | None) -> Run:
+def describe_run(
+    cfg: config.Config, summary: build.DataSummary, counts: Counts | None, *, own_data: bool = False
+) -> Run:
     """Returns the description of a run on such data; where there are no counts an epoch is of a hundred steps a client.
+
+    Args:
+      own_data: whether each client has so many of its own, in place of a share of them.
 
     Raises:
       ValueError: the config does not work, or there are more clients than samples.
     """
-    own = counts is not None and counts.own
-    if counts is not None and not own and counts.train < cfg.clients:
+    sharing = 1 if own_data else cfg.clients
+    if counts is not None and counts.train < sharing:
         raise ValueError(f"clients must be in 1..{counts.train} (the number of examples), got {cfg.clients}")
     parts = jax.eval_shape(lambda: build.make_parts(cfg, summary))
-    samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // (1 if own else cfg.clients)
+    samples = UNKNOWN_STEPS * cfg.batch_size if counts is None else counts.train // sharing
     test_samples = 0 if counts is None else counts.test
-    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts, own_tests=own)
+    built = build.build(cfg, summary, samples=samples, test_samples=test_samples, parts=parts, own_tests=own_data)
     build.check_tail(cfg, built.spec)
     states = (jax.eval_shape(functools.partial(init_part, built.spec.optimizer), part) for part in parts)
     by_name = dict(zip(("client", "server", "tail"), states, strict=False))
